@@ -1,0 +1,73 @@
+"""Counterfactual rollouts: the source span's content tokens in another order, everything else as sampled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from cepo.jacobian.records import Rollout
+
+Permutation = Literal["uniform", "sentence", "block"]
+BLOCK_TOKENS = 8
+# A draw that changes nothing is no counterfactual: projecting it out would remove the Jacobian itself.
+_DRAWS = 64
+
+
+def permute_rollout(
+    rollout: Rollout, source: str, index: int, *, seed: int, kind: Permutation = "uniform"
+) -> Rollout | None:
+    """Return the rollout with the movable tokens of the source span in a new order, or None if no order differs.
+
+    - uniform: any order of the span's content tokens.
+    - sentence: any order within each sentence.
+    - block: the span cut into runs of 8 tokens, the runs in any order.
+
+    The permutation depends on (seed, kind, the span's own ids, index) alone, so a reward does not depend on batch
+    order, batch size or rank. A draw that leaves the ids as they are is drawn again. Lengths never change.
+
+    Args:
+        rollout: a well-formed rollout.
+        source: name of the span to permute.
+        index: which counterfactual, k >= 0.
+        seed: seed of the whole run.
+        kind: one of the above.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    check_permutation(kind)
+    span = rollout.spans[source]
+    token_ids = list(rollout.token_ids)
+    ids = [token_ids[position] for position in span.movable]
+    key = repr((seed, kind, [token_ids[position] for position in span.positions], index)).encode()
+    generator = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:16], "big"))
+    for _ in range(_DRAWS if len(set(ids)) > 1 else 0):
+        order = _draw(generator, kind, span.sentences)
+        permuted = [ids[place] for place in order]
+        if permuted != ids:
+            for position, token in zip(span.movable, permuted, strict=True):
+                token_ids[position] = token
+            split = len(rollout.prompt_ids)
+            return replace(rollout, prompt_ids=tuple(token_ids[:split]), completion_ids=tuple(token_ids[split:]))
+    return None
+
+
+def check_permutation(kind: str) -> None:
+    """Raise ValueError unless `kind` names a permutation."""
+    if kind not in get_args(Permutation):
+        raise ValueError(f"permutation is {kind!r}; expected one of {', '.join(get_args(Permutation))}")
+
+
+def _draw(generator: np.random.Generator, kind: Permutation, sentences: Sequence[int]) -> list[int]:
+    count = len(sentences)
+    if kind == "uniform":
+        return [int(place) for place in generator.permutation(count)]
+    if kind == "sentence":
+        runs = [[place for place in range(count) if sentences[place] == number] for number in dict.fromkeys(sentences)]
+        return [run[int(place)] for run in runs for place in generator.permutation(len(run))]
+    blocks = [list(range(start, min(start + BLOCK_TOKENS, count))) for start in range(0, count, BLOCK_TOKENS)]
+    return [place for block in generator.permutation(len(blocks)) for place in blocks[int(block)]]

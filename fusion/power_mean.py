@@ -1,0 +1,75 @@
+"""The Minkowski power mean that fuses the task reward with the links' scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, p: float = 0.2) -> float:
+    """Return (sum_i w_i v_i^p)^(1/p) with the weights normalised to sum 1.
+
+    p = 0 is the weighted geometric mean, p = inf the maximum, p = -inf the minimum, over the values whose weight is not
+    zero. With p <= 0 a zero value gives 0. Computed on logarithms centred at the geometric mean: near p = 0 the sum is
+    taken of expm1 terms, so that it loses no digits, and for large |p| the largest term is factored out.
+
+    Args:
+        values: numbers in [0, 1].
+        weights: one a value, >= 0, not all zero; None means equal.
+        p: any real number or infinity.
+
+    Returns:
+        A number between the smallest and the largest weighted value.
+
+    Raises:
+        ValueError: values empty or outside [0, 1]; weights negative, not finite, all zero or of another length; p NaN.
+
+    Source:
+        CE-PO (arXiv 2509.23095), the Minkowski combiner; the paper uses p = 0.2.
+    """
+    values = [float(value) for value in values]
+    weights = [1.0] * len(values) if weights is None else [float(weight) for weight in weights]
+    check_power(p)
+    check_weights(weights)
+    if len(weights) != len(values):
+        raise ValueError(f"weights has {len(weights)} entries for {len(values)} values; expected one each")
+    if any(not 0.0 <= value <= 1.0 for value in values):
+        raise ValueError(f"values is {values}; expected numbers in [0, 1]")
+    total = sum(weights)
+    terms = [(weight / total, value) for weight, value in zip(weights, values, strict=True) if weight / total > 0.0]
+    smallest, largest = min(value for _, value in terms), max(value for _, value in terms)
+    if p == math.inf or smallest == largest:
+        return largest
+    if p == -math.inf or (p <= 0.0 and smallest == 0.0):
+        return smallest
+    logs = [(weight, math.log(value)) for weight, value in terms if value > 0.0]
+    kept = math.fsum(weight for weight, _ in logs)
+    center = math.fsum(weight * log for weight, log in logs) / kept
+    if p == 0.0:
+        return _between(smallest, math.exp(center), largest)
+    spread = max(abs(p * (log - center)) for _, log in logs)
+    if spread <= 1.0:
+        # 1 - kept is the weight of the zeros; it enters as its own term so that nothing cancels.
+        excess = math.fsum(weight * math.expm1(p * (log - center)) for weight, log in logs) - (1.0 - kept)
+        mean_log = math.log1p(excess) / p if excess > -1.0 else -math.inf
+    else:
+        peak = max(p * log for _, log in logs)
+        sum_of_terms = math.fsum(weight * math.exp(p * log - peak) for weight, log in logs)
+        mean_log = (math.log(sum_of_terms) + peak) / p - center
+    return _between(smallest, math.exp(center + mean_log), largest)
+
+
+def check_power(p: float) -> None:
+    """Raise ValueError if p is NaN."""
+    if math.isnan(p):
+        raise ValueError("p is NaN; expected a real number, inf or -inf")
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise ValueError unless the weights are finite, not negative, and at least one is positive."""
+    if any(not math.isfinite(weight) or weight < 0.0 for weight in weights) or not any(w > 0.0 for w in weights):
+        raise ValueError(f"weights is {list(weights)}; expected finite numbers >= 0, at least one of them > 0")
+
+
+def _between(low: float, value: float, high: float) -> float:
+    return min(max(value, low), high)

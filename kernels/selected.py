@@ -1,0 +1,57 @@
+"""Selected log-probability: what the head says about the tokens that were sampled, and nothing about the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def selected_log_likelihood(logits_PV: Tensor, ids_P: Tensor) -> Tensor:
+    """Return log p(id) at each position: logit - logsumexp over the vocabulary.
+
+    Args:
+        logits_PV: logits at the positions that predict the targets; half precision is widened to float32.
+        ids_P: sampled token ids, int64, in [0, V).
+
+    Returns:
+        Tensor (P,), in float32 or wider, values <= 0.
+    """
+    logits_PV = _widen(logits_PV)
+    return logits_PV.gather(-1, ids_P[:, None])[:, 0] - logits_PV.logsumexp(-1)
+
+
+def selected_log_odds(logits_PV: Tensor, ids_P: Tensor) -> Tensor:
+    """Return log p(id) / (1 - p(id)): the sampled token's logit against the logsumexp of all others.
+
+    The log-likelihood of a confident model is flat (its gradient carries the factor 1 - p); the log-odds are not.
+    The others' logsumexp is taken with the sampled token masked out, never as log(1 - p), which would lose every digit.
+
+    Args:
+        logits_PV: logits at the positions that predict the targets; half precision is widened to float32.
+        ids_P: sampled token ids, int64, in [0, V); V must be at least 2.
+
+    Returns:
+        Tensor (P,), in float32 or wider.
+    """
+    logits_PV = _widen(logits_PV)
+    others_PV = logits_PV.scatter(-1, ids_P[:, None], float("-inf"))
+    return logits_PV.gather(-1, ids_P[:, None])[:, 0] - others_PV.logsumexp(-1)
+
+
+def expected_value(logits_V: Tensor, candidate_ids_N: Tensor, values_N: Tensor) -> Tensor:
+    """Return the expectation of `values` under the softmax restricted to the candidate tokens.
+
+    Args:
+        logits_V: logits at one position.
+        candidate_ids_N: ids of the N tokens that can stand there (the digits), int64.
+        values_N: the number each candidate stands for.
+
+    Returns:
+        Scalar tensor, in float32 or wider.
+    """
+    candidates_N = _widen(logits_V)[candidate_ids_N]
+    return (candidates_N.softmax(-1) * values_N.to(candidates_N.dtype)).sum()
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

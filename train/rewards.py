@@ -1,0 +1,325 @@
+r"""The task rewards: is the output well formed, is the verdict right, is the answer right.
+
+Plain functions with TRL's signature, `(completions, **columns) -> list[float]`. What a model writes is never an error:
+what can't be read earns nothing. What a data set holds is checked: a wrong label raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from cepo.train.prompts import JUDGE_SECTIONS
+
+Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
+
+_SCORE = r"([0-9]+(?:\.[0-9]+)?)"
+_BOXED_PAIR = re.compile(rf"\\boxed\{{\s*{_SCORE}\s*,\s*{_SCORE}\s*\}}", re.ASCII)
+_BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_QUOTES_AND_MARKUP = "\"'`“”‘’*_ "
+# A final answer is short. A longer one is compared as text alone: on noise the parser of mathematics takes seconds.
+_MATH_LENGTH_LIMIT = 300
+_MATH_TIMEOUT_S = 2
+
+
+def format_reward(completions: Sequence[Completion], **_: Any) -> list[float]:
+    r"""Reward the judge's format.
+
+    The sum, divided by 5, of 1/8 for each of the six tags that stands anywhere in the completion and 2/8 for a pair of
+    scores that `read_scores` can read.
+
+    Args:
+        completions: Strings or message lists.
+
+    Returns:
+        One reward a completion, in [0, 0.2].
+
+    Source:
+        Haize Labs, j1-micro (2025), format reward.
+    """
+    tags = [tag for name in JUDGE_SECTIONS for tag in (f"<{name}>", f"</{name}>")]
+    texts = [completion_text(completion) for completion in completions]
+    return [(sum(tag in text for tag in tags) / 8 + (read_scores(text) is not None) * 2 / 8) / 5 for text in texts]
+
+
+def argmax_reward(completions: Sequence[Completion], label: Sequence[str], **_: Any) -> list[float]:
+    """Reward the judge for scoring the better response strictly higher.
+
+    Args:
+        completions: Strings or message lists.
+        label: The better response of each row, "A" or "B".
+
+    Returns:
+        One reward a completion: 1.0 where the winner is the label, else 0.0, as for a tie or scores that can't be read.
+
+    Raises:
+        ValueError: If a label is neither "A" nor "B", or their number is not that of the completions.
+
+    Source:
+        Haize Labs, j1-micro (2025), argmax reward.
+    """
+    labels = _column("label", label, len(completions))
+    for value in labels:
+        if value not in ("A", "B"):
+            raise ValueError(f"label is {value!r}; expected 'A' or 'B'")
+    pairs = [read_scores(completion_text(completion)) for completion in completions]
+    return [
+        float(pair is not None and (pair[0] > pair[1] if winner == "A" else pair[1] > pair[0]))
+        for pair, winner in zip(pairs, labels, strict=True)
+    ]
+
+
+def exact_match(completions: Sequence[Completion], answer: Sequence[str | float], **_: Any) -> list[float]:
+    """Reward an answer that is the reference, letter for letter.
+
+    Case, white space, surrounding punctuation, dollar signs and the thousands separators of numbers do not count.
+
+    Args:
+        completions: Strings or message lists; `extract_answer` finds the answer.
+        answer: The reference of each row, see `reference_answer`.
+
+    Returns:
+        One reward a completion: 1.0 where they agree, else 0.0.
+
+    Raises:
+        ValueError: If a reference is empty or missing, or their number is not that of the completions.
+    """
+    pairs = _answers_and_references(completions, answer)
+    return [float(_same_text(candidate, reference)) for candidate, reference in pairs]
+
+
+def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str | float], **_: Any) -> list[float]:
+    r"""Reward an answer that is mathematically the reference: 0.5 for \frac{1}{2}.
+
+    Equal text counts first; the rest is asked of the math-verify library, which reads both sides as LaTeX. It is for
+    mathematical answers: to it a word is a product of letters. An answer over 300 characters is compared as text alone.
+    What the library can't parse or compare, or not within 2 seconds, earns 0. It can keep time only in the main thread
+    of a POSIX system; elsewhere it runs without a limit.
+
+    Args:
+        completions: Strings or message lists; `extract_answer` finds the answer.
+        answer: The reference of each row, see `reference_answer`.
+
+    Returns:
+        One reward a completion: 1.0 where they agree, else 0.0.
+
+    Raises:
+        ValueError: If a reference is empty or missing, or their number is not that of the completions.
+
+    Source:
+        Hugging Face, Math-Verify (2025).
+    """
+    pairs = _answers_and_references(completions, answer)
+    return [
+        float(_same_text(candidate, reference) or _same_mathematics(candidate, reference))
+        for candidate, reference in pairs
+    ]
+
+
+def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | float], **_: Any) -> list[float]:
+    """Reward an answer by its BERTScore F1 against the reference, for answers in free text.
+
+    The English model of the bert-score library is loaded on first use and kept.
+
+    Args:
+        completions: Strings or message lists; `extract_answer` finds the answer.
+        answer: The reference of each row, see `reference_answer`.
+
+    Returns:
+        One reward a completion, in [0, 1]; 0.0 for an empty answer.
+
+    Raises:
+        ImportError: If the optional bert-score library is not installed.
+        ValueError: If a reference is empty or missing, or their number is not that of the completions.
+
+    Source:
+        Zhang et al., BERTScore: evaluating text generation with BERT (2020), the F of section 3, without idf weights.
+    """
+    pairs = _answers_and_references(completions, answer)
+    rewards = [0.0] * len(pairs)
+    written = [row for row, (candidate, _) in enumerate(pairs) if candidate]
+    scorer = _load_bert_scorer()
+    if written:
+        _, _, f1_N = scorer.score([pairs[row][0] for row in written], [pairs[row][1] for row in written])
+        for row, f1 in zip(written, f1_N.tolist(), strict=True):
+            rewards[row] = min(max(f1, 0.0), 1.0)
+    return rewards
+
+
+def read_scores(text: str) -> tuple[float, float] | None:
+    r"""Read the judge's verdict: the last `\boxed{a, b}` of the scores section.
+
+    The numbers are ASCII digits with an optional decimal part. As in j1 no range is enforced, but both must be finite.
+
+    Args:
+        text: Any text; never raises.
+
+    Returns:
+        The scores of A and B, both at least 0, or None where there is no such pair.
+    """
+    pairs = _BOXED_PAIR.findall(read_section(text, "scores") or "")
+    if not pairs:
+        return None
+    score_a, score_b = (float(number) for number in pairs[-1])
+    return (score_a, score_b) if math.isfinite(score_a) and math.isfinite(score_b) else None
+
+
+def read_section(text: str, name: str) -> str | None:
+    """Return what stands between the last `<name>` and `</name>` after the thought.
+
+    The thought is all up to the first `</think>`, or the whole text where a `<think>` at its start is never closed: judges
+    rehearse their tags there.
+
+    Args:
+        text: Any text.
+        name: The tag, e.g. "analysis".
+
+    Returns:
+        The content as written, or None where the section is missing or not closed.
+    """
+    before, closing, _ = _after_thought(text).rpartition(f"</{name}>")
+    _, opening, content = before.rpartition(f"<{name}>")
+    return content if opening and closing else None
+
+
+def extract_answer(text: str) -> str:
+    r"""Find the final answer: the `<answer>` section, else what stands after the thought.
+
+    Of the section, the last complete `\boxed{}` counts, else all of it; without a section, the last complete
+    `\boxed{}`, else the last line that is not blank.
+
+    Args:
+        text: Any text; never raises.
+
+    Returns:
+        The answer without surrounding white space, "" where there is none.
+    """
+    section = read_section(text, "answer")
+    boxed = _last_boxed(_after_thought(text) if section is None else section)
+    if boxed is not None:
+        return boxed.strip()
+    if section is not None:
+        return section.strip()
+    return _after_thought(text).strip().rpartition("\n")[2].strip()
+
+
+def reference_answer(text: str) -> str:
+    r"""Find the final answer in a data set's reference.
+
+    Args:
+        text: An answer, or a solution that ends in one: MATH's with `\boxed{}`, GSM8K's with `####`.
+
+    Returns:
+        The last complete `\boxed{}`, else what follows the last `####`, without surrounding white space; all of it
+        where that is empty.
+    """
+    boxed = _last_boxed(text)
+    return (text.rpartition("####")[2] if boxed is None else boxed).strip() or text.strip()
+
+
+def completion_text(completion: Completion) -> str:
+    """Return the text of a completion as TRL hands it over.
+
+    Args:
+        completion: A string, or messages of which the last one by the assistant counts; its content may be a string,
+            a list of parts, or None.
+
+    Returns:
+        The text; a lone surrogate, which no tokenizer accepts, is replaced by "?".
+
+    Raises:
+        ValueError: If the completion is neither.
+    """
+    content: Any = completion
+    if not isinstance(content, str):
+        if not isinstance(content, Sequence) or not all(isinstance(message, Mapping) for message in content):
+            raise ValueError(f"completions holds a {type(completion).__name__}; expected strings or lists of messages")
+        spoken = [message for message in content if message.get("role", "assistant") == "assistant"]
+        content = spoken[-1].get("content") if spoken else ""
+    if not isinstance(content, str):
+        content = "".join(str(part.get("text") or "") for part in content or () if isinstance(part, Mapping))
+    return content.encode("utf-8", "replace").decode("utf-8")
+
+
+def _answers_and_references(completions: Sequence[Completion], answer: Sequence[str | float]) -> list[tuple[str, str]]:
+    references = []
+    for value in _column("answer", answer, len(completions)):
+        reference = reference_answer(str(value)) if isinstance(value, str | int | float) else ""
+        if not reference:
+            raise ValueError(f"answer is {value!r}; expected a text or a number")
+        references.append(reference)
+    candidates = [extract_answer(completion_text(completion)) for completion in completions]
+    return list(zip(candidates, references, strict=True))
+
+
+def _column(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
+        raise ValueError(f"{name} is {values!r}; expected a list of {count} values, one for each completion")
+    return values
+
+
+def _same_text(candidate: str, reference: str) -> bool:
+    normalized = _normalize(candidate)
+    return normalized != "" and normalized == _normalize(reference)
+
+
+def _normalize(answer: str) -> str:
+    text = " ".join(answer.replace("\\$", "").replace("$", "").casefold().split())
+    # A leading point stays, for it may open a decimal.
+    text = text.lstrip(_QUOTES_AND_MARKUP + ",;:").rstrip(_QUOTES_AND_MARKUP + ".,;:!?")
+    return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+
+
+def _same_mathematics(candidate: str, reference: str) -> bool:
+    if not candidate or max(len(candidate), len(reference)) > _MATH_LENGTH_LIMIT:
+        return False
+    # The library keeps time by SIGALRM, which only a main thread may set. Its own exceptions it turns into "not equal".
+    can_keep_time = os.name == "posix" and threading.current_thread() is threading.main_thread()
+    timeout_s = _MATH_TIMEOUT_S if can_keep_time else None
+    # LaTeX alone: the reader of plain numbers takes a 2 in a formula that failed to parse for the whole of it.
+    readings = [
+        parse(f"${side.strip('$ ')}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=timeout_s)
+        for side in (reference, candidate)
+    ]
+    return bool(verify(*readings, timeout_seconds=timeout_s))
+
+
+@functools.cache
+def _load_bert_scorer() -> Any:
+    try:
+        from bert_score import BERTScorer
+    except ImportError as error:
+        raise ImportError("bertscore_reward needs the bert-score library: pip install 'cepo[bertscore]'") from error
+    return BERTScorer(lang="en")
+
+
+def _after_thought(text: str) -> str:
+    """Return what follows the first `</think>`; nothing where a `<think>` at the start is never closed."""
+    thought, closing, rest = text.partition("</think>")
+    if closing:
+        return rest
+    return "" if thought.lstrip().startswith("<think>") else text
+
+
+def _last_boxed(text: str) -> str | None:
+    boxes: list[tuple[int, int]] = []
+    openings: list[int | None] = []
+    for brace in _BRACES.finditer(text):
+        if brace[0] == "}":
+            start = openings.pop() if openings else None
+            if start is not None:
+                boxes.append((start, brace.start()))
+        elif brace[0] == "{" or brace[0].startswith("\\boxed"):
+            openings.append(None if brace[0] == "{" else brace.end())
+    if not boxes:
+        return None
+    start, end = max(boxes)
+    return text[start:end]
