@@ -183,7 +183,8 @@ def test_references_of_the_usual_data_sets_are_reduced(text: str, answer: str) -
     [
         ("Clint  Eastwood.", "clint eastwood", 1.0),
         ('"Paris"', "Paris", 1.0),
-        ("**Paris!**", "Paris", 1.0),
+        ("**Paris**", "Paris", 1.0),
+        ("5!", "5", 0.0),
         ("$1,234,567.50", "1234567.50", 1.0),
         ("\\$18", 18, 1.0),
         ("-3", "3", 0.0),
@@ -282,8 +283,7 @@ def test_no_text_breaks_the_reasoners_rewards(text: str, reference: str) -> None
 @given(body=ANY_TEXT)
 def test_a_section_is_found_whatever_it_holds(body: str) -> None:
     """Protects the reading of sections: tags of other sections inside do not cut it short."""
-    expected = None if "</think>" in body else body
-    assert read_section(f"<think></think><note>{body}</note>", "note") == expected
+    assert read_section(f"<think></think><note>{body}</note>", "note") == body
 
 
 def test_the_rewards_can_be_pickled() -> None:

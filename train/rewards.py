@@ -175,8 +175,8 @@ def read_scores(text: str) -> tuple[float, float] | None:
 def read_section(text: str, name: str) -> str | None:
     """Return what stands between the last `<name>` and `</name>` after the thought.
 
-    The thought is all up to the first `</think>`, or the whole text where a `<think>` at its start is never closed: judges
-    rehearse their tags there.
+    The thought, where judges rehearse their tags, is all up to the first `</think>`, or the whole text where a
+    `<think>` at its start is never closed.
 
     Args:
         text: Any text.
@@ -273,8 +273,8 @@ def _same_text(candidate: str, reference: str) -> bool:
 
 def _normalize(answer: str) -> str:
     text = " ".join(answer.replace("\\$", "").replace("$", "").casefold().split())
-    # A leading point stays, for it may open a decimal.
-    text = text.lstrip(_QUOTES_AND_MARKUP + ",;:").rstrip(_QUOTES_AND_MARKUP + ".,;:!?")
+    # A leading point may open a decimal, and an exclamation mark may be a factorial: both stay.
+    text = text.lstrip(_QUOTES_AND_MARKUP + ",;:").rstrip(_QUOTES_AND_MARKUP + ".,;:?")
     return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
 
 

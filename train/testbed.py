@@ -236,7 +236,7 @@ def warm_start(
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     # The gains of norms set how sharp attention and logits are. At the matrices' rate they would hardly move in so few
     # steps, and a soft head samples stray tokens.
-    groups = [{"params": matrices}, {"params": gains, "lr": 5 * learning_rate, "weight_decay": 0.0}]
+    groups: list[dict] = [{"params": matrices}, {"params": gains, "lr": 5 * learning_rate, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(10 * (step + 1) / steps, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
@@ -302,7 +302,7 @@ def judge_items(
         return []
     opened = zip(_encode_prompts(tokenizer, items), tokenizer(openings).input_ids, strict=True)
     contexts = [prompt + opening for prompt, opening in opened]
-    # The two nulls switch off the truncation that generate applies unasked: what is sampled is the policy itself.
+    # Truncation off: what is sampled is the policy itself.
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0.0 else {}
     texts: list[str] = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):

@@ -1,0 +1,3 @@
+from tests.models import WIDTH
+def test_x():
+    assert WIDTH == 16

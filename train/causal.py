@@ -1,0 +1,202 @@
+"""The causal reward as TRL sees it: a plain, picklable callable. All contact with the insides of TRL is in this file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.spans import JudgeLayout, Layout, ReasonerLayout, SpanReader
+from cepo.jacobian.vjp import JacobianEngine
+from cepo.train.prompts import JUDGE_LITERALS, REASONING_LITERALS
+
+TaskReward = Callable[..., Sequence[float | None]]
+
+JUDGE = JudgeLayout(instructions=JUDGE_LITERALS)
+REASONER = ReasonerLayout(instructions=REASONING_LITERALS)
+_LOGGED = ("value", "phi", "retained", "influence", "norm", "tokens")
+
+
+class CausalReward:
+    """Rewards completions for exact d(score)/d(criteria) of the live policy, for TRL's GRPO and RLOO trainers.
+
+    Additive form, a reward function of its own beside the others:
+
+        reward = CausalReward(links={"X->Y": 1.0}, counterfactuals=4, rank=2)
+        trainer = GRPOTrainer(model, reward_funcs=[format_reward, argmax_reward, reward], ...)
+        reward.bind(trainer)
+
+    CE-PO form, fused with a task reward by the power mean: `CausalReward(PAPER_LINKS, task=exact_match)`.
+
+    The policy is differentiated in eval mode and outside of autocast, on the very ids that were sampled, with untempered
+    logits. Malformed completions score 0 and are counted. Every component is logged: means through `log_metric`
+    (`causal/<link>/phi` ...), rows through `log_extra`.
+
+    Args:
+        links: weight of each link, >= 0, see `cepo.jacobian.records.parse_link`.
+        task: task reward with TRL's signature and values in [0, 1]; where it gives None, so does this.
+        task_weight: w_0 of the task reward, >= 0.
+        p: exponent of the power mean.
+        counterfactuals: K >= 0.
+        rank: nuisance rank r >= 0, unless energy is given.
+        energy: tau in (0, 1], instead of rank.
+        permutation: "uniform", "sentence" or "block".
+        nuisance: "svd" or "mean".
+        score: named score of a link.
+        target: default target function.
+        seed: seed of the permutations.
+        layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
+        scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
+        name: the name in TRL's logs.
+
+    Raises:
+        ValueError: for any setting out of range, before a model is touched.
+    """
+
+    def __init__(
+        self,
+        links: Mapping[str, float] | None = None,
+        *,
+        task: TaskReward | None = None,
+        task_weight: float = 0.7,
+        p: float = 0.2,
+        counterfactuals: int = 4,
+        rank: int | None = 2,
+        energy: float | None = None,
+        permutation: str = "uniform",
+        nuisance: str = "svd",
+        score: str = "phi",
+        target: str = "log_likelihood",
+        seed: int = 0,
+        layout: Layout = JUDGE,
+        scorer: Any = None,
+        name: str = "causal",
+    ) -> None:
+        self.config = RewardConfig(
+            links=dict(links) if links is not None else {"X->Y": 1.0},
+            task_weight=task_weight,
+            p=p,
+            counterfactuals=counterfactuals,
+            permutation=permutation,  # type: ignore[arg-type]
+            rank=None if energy is not None else rank,
+            energy=energy,
+            nuisance=nuisance,
+            score=score,  # type: ignore[arg-type]
+            target=target,
+            seed=seed,
+        )
+        self.config.parsed_links(layout)
+        self.task = task
+        self.layout = layout
+        self.scorer = scorer
+        self.__name__ = name
+        self._trainer: Any = None
+        self._engine: JacobianEngine | None = None
+        self._reader: SpanReader | None = None
+
+    def bind(self, trainer: Any) -> CausalReward:
+        """Tie the reward to a trainer: its tokenizer, its way of rendering prompts, and its live policy or the scorer.
+
+        Args:
+            trainer: a TRL GRPOTrainer or RLOOTrainer. Data-parallel training is served; every rank scores its own rows.
+
+        Returns:
+            The reward itself.
+
+        Raises:
+            ValueError: if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3), since no rank holds the model
+                it would differentiate, or if the nuisance rank exceeds the model's width.
+        """
+        if self.scorer is None and _parameters_are_sharded(trainer):
+            raise ValueError(
+                "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
+                "differentiate; use DDP, ZeRO-2, or a frozen model as scorer=..."
+            )
+        model = trainer.model if self.scorer is None else self.scorer
+        if isinstance(model, str):
+            model, _ = load_model(resolve_model(model), device=str(trainer.accelerator.device))
+        self._engine = JacobianEngine(model)
+        self.config.check_width(self._engine.width)
+        self._reader = SpanReader(_tokenizer(trainer), self.layout)
+        self._trainer = trainer
+        return self
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Return the reward of each completion in [0, 1]; called by TRL.
+
+        Raises:
+            ValueError: if `bind` was not called.
+        """
+        if self._trainer is None or self._engine is None or self._reader is None:
+            raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
+        started = time.perf_counter()
+        task_rewards: list[float | None] | None = None
+        if self.task is not None:
+            task_rewards = list(self.task(prompts=prompts, completions=completions, **columns))
+        rollouts = [
+            self._reader.read(prompt, completion, messages if isinstance(messages, list) else None)
+            for prompt, completion, messages in zip(
+                _prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
+            )
+        ]
+        scores = score_rollouts(rollouts, self._engine, self.config, self.layout, task_rewards=task_rewards)
+        rewards: list[float | None] = [score.reward for score in scores]
+        if task_rewards is not None:
+            rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
+        if log_metric is not None:
+            _log_means(log_metric, self.__name__, scores, task_rewards, time.perf_counter() - started)
+        if log_extra is not None:
+            for link in self.config.links:
+                log_extra(
+                    f"{self.__name__} S {link}", [s.links[link].value if link in s.links else None for s in scores]
+                )
+            log_extra(f"{self.__name__} malformed", [score.malformed for score in scores])
+        return rewards
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the trainer behind: a copy must be bound anew."""
+        return {**self.__dict__, "_trainer": None, "_engine": None, "_reader": None}
+
+
+def _log_means(
+    log_metric: Callable[[str, float], None],
+    name: str,
+    scores: Sequence[RolloutScore],
+    task_rewards: Sequence[float | None] | None,
+    seconds: float,
+) -> None:
+    sound = [score for score in scores if score.malformed is None]
+    log_metric(f"{name}/malformed", 1.0 - len(sound) / len(scores))
+    log_metric(f"{name}/seconds", seconds)
+    known = [task for task in task_rewards or () if task is not None]
+    if known:
+        log_metric(f"{name}/task", sum(known) / len(known))
+    for link in sound[0].links if sound else ():
+        for field in _LOGGED:
+            mean = sum(getattr(score.links[link], field) for score in sound) / len(sound)
+            log_metric(f"{name}/{link}/{field}", mean)
+
+
+def _prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    """Return the ids of the prompts as the trainer itself renders them for generation (TRL hands rewards no ids)."""
+    prompt_ids, _, _ = trainer._tokenize_prompts(list(prompts))
+    return [list(ids) for ids in prompt_ids]
+
+
+def _tokenizer(trainer: Any) -> Any:
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+
+
+def _parameters_are_sharded(trainer: Any) -> bool:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return bool(getattr(trainer, "is_fsdp_enabled", False)) or (plugin is not None and plugin.zero_stage == 3)

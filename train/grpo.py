@@ -1,0 +1,293 @@
+"""`cepo train`: GRPO through TRL with exact causal rewards, from a YAML file, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cepo.jacobian.loading import ModelSource, resolve_model
+from cepo.train.policy import TESTBED, load_data, load_policy
+
+_TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
+_REWARDS = ("format", "causal", "proxy", *_TASKS)
+_COMPLETE = "cepo_complete"  # written into a checkpoint when all of it is on disk
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: hub id, folder, .gguf file, "smollm2" or "testbed".
+        kind: "judge" (preference pairs) or "reasoning" (questions with answers).
+        data: `source` and the loader's options, see `cepo.train.policy.load_data`.
+        rewards: mappings with `name`, `weight` (default 1) and, for causal, CausalReward's settings; its `task` names a
+            task reward and makes it the CE-PO form. Names: format, argmax, exact_match, math_verify, bertscore, proxy,
+            causal.
+        output: folder of the run: checkpoints, metrics.jsonl, final/.
+        grpo: any field of TRL's GRPOConfig.
+        lora: any field of peft's LoraConfig, or None to train all weights.
+        dtype: dtype of the weights: float32, bfloat16, float16.
+        seed: of everything.
+        threads: CPU threads, or None for torch's choice; tiny models are fastest with one or two.
+        testbed: the testbed judge's `judge` and `steps`.
+        trust_remote_code: whether a hub repository's own code may run.
+    """
+
+    model: str
+    data: Mapping[str, Any]
+    rewards: Sequence[Mapping[str, Any]]
+    output: str
+    kind: str = "judge"
+    grpo: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    threads: int | None = None
+    testbed: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("judge", "reasoning"):
+            raise ValueError(f"kind is {self.kind!r}; expected judge or reasoning")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}; expected float32, bfloat16 or float16")
+        if not isinstance(self.rewards, Sequence) or not self.rewards:
+            raise ValueError("rewards is empty; expected a list of mappings such as {name: format}")
+        for reward in self.rewards:
+            if not isinstance(reward, Mapping) or reward.get("name") not in _REWARDS:
+                raise ValueError(f"rewards holds {reward!r}; expected a mapping with a name of {', '.join(_REWARDS)}")
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Return the run that a YAML file describes, with dotted overrides such as {"grpo.max_steps": 2} applied.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds a key that does not exist.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read as YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config {str(path)!r} holds a {type(loaded).__name__}; expected a mapping")
+    for key, value in overrides.items():
+        place, *rest = key.split(".")
+        if rest:
+            inner = dict(loaded.get(place) or {})
+            inner[".".join(rest)] = value
+            loaded[place] = inner
+        else:
+            loaded[place] = value
+    known = {item.name for item in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(loaded) - known)
+    if unknown:
+        raise ValueError(
+            f"config {str(path)!r} holds the unknown key {', '.join(unknown)}; expected {', '.join(known)}"
+        )
+    missing = [name for name in ("model", "data", "rewards", "output") if not loaded.get(name)]
+    if missing:
+        raise ValueError(f"config {str(path)!r} lacks {', '.join(missing)}")
+    return TrainConfig(**loaded)
+
+
+def train(config: TrainConfig, *, fresh: bool = False) -> Path:
+    """Run GRPO, from the last complete checkpoint in the output folder where there is one.
+
+    Everything that can be checked without weights is checked first: settings, data, rewards, the model's path.
+
+    Args:
+        config: the run.
+        fresh: start from nothing even where checkpoints are; they must then be moved away first.
+
+    Returns:
+        Folder of the trained model (the adapter, with LoRA).
+
+    Raises:
+        ValueError: for anything about the run that cannot work.
+    """
+    import torch
+    from trl import GRPOTrainer
+
+    output = Path(config.output)
+    arguments = grpo_arguments(config)
+    functions, weights = build_rewards(config)
+    arguments.reward_weights = weights
+    lora = _lora_config(config.lora)
+    source = resolve_model(config.model) if config.model != TESTBED else None
+    _check_rank(source, functions)
+    checkpoint = last_complete_checkpoint(output)
+    if fresh and checkpoint is not None:
+        raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or go on without --fresh")
+    data = load_data(config.kind, config.data, seed=config.seed)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model, tokenizer = load_policy(
+        config.model,
+        dtype=config.dtype,
+        seed=config.seed,
+        testbed_judge=config.testbed,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=functions,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.test if arguments.eval_strategy != "no" and len(data.test) else None,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=run_callbacks(output),
+    )
+    for function in functions:
+        if hasattr(function, "bind"):
+            function.bind(trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    final = output / "final"
+    trainer.save_model(str(final))
+    tokenizer.save_pretrained(str(final))
+    return final
+
+
+def grpo_arguments(config: TrainConfig) -> Any:
+    """Return TRL's GRPOConfig for the run; raises ValueError for a field it does not have or refuses."""
+    import torch
+    from trl import GRPOConfig
+
+    known = {item.name for item in dataclasses.fields(GRPOConfig)}
+    unknown = sorted(set(config.grpo) - known)
+    if unknown:
+        raise ValueError(f"grpo holds {', '.join(unknown)}, which TRL's GRPOConfig does not have")
+    cuda = torch.cuda.is_available()
+    # TRL's own defaults suit a GPU: bf16 and checkpointing only cost time on a CPU.
+    defaults = {
+        "use_cpu": not cuda,
+        "bf16": cuda and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": cuda,
+        "logging_steps": 1,
+        "report_to": "tensorboard",
+        "save_steps": 50,
+        "save_total_limit": 2,
+        "seed": config.seed,
+    }
+    try:
+        arguments = GRPOConfig(output_dir=config.output, **{**defaults, **config.grpo})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"grpo is not a valid GRPOConfig: {error}") from error
+    if arguments.save_total_limit is not None and arguments.save_total_limit < 2:
+        raise ValueError("grpo.save_total_limit is 1; expected at least 2, or a kill during a save loses both")
+    return arguments
+
+
+def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
+    """Return the reward functions and their weights."""
+    functions, weights = [], []
+    for reward in config.rewards:
+        settings = dict(reward)
+        name, weight = settings.pop("name"), settings.pop("weight", 1.0)
+        if not isinstance(weight, int | float) or not weight >= 0:
+            raise ValueError(f"rewards: the weight of {name} is {weight!r}; expected a number >= 0")
+        functions.append(_build_reward(name, settings, config.kind))
+        weights.append(float(weight))
+    return functions, weights
+
+
+def last_complete_checkpoint(output: Path) -> Path | None:
+    """Return the newest checkpoint whose every file was written, or None; a kill during a save leaves a partial one."""
+    complete = [folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()]
+    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
+def run_callbacks(output: Path) -> list[Any]:
+    """Return the callbacks that mark complete checkpoints and keep metrics.jsonl, one line a logged step."""
+    from transformers import TrainerCallback
+
+    metrics = output / "metrics.jsonl"
+
+    class RunRecord(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # Lines after the checkpoint that is resumed from are about to be written again.
+            output.mkdir(parents=True, exist_ok=True)
+            lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+            kept = [line for line in lines if _step_of(line) <= state.global_step]
+            unfinished = metrics.with_suffix(".tmp")
+            unfinished.write_text("".join(kept) if state.global_step else "")
+            os.replace(unfinished, metrics)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if state.is_world_process_zero:
+                with metrics.open("a") as file:
+                    file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            folder = output / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero and folder.is_dir():
+                (folder / _COMPLETE).touch()
+
+    return [RunRecord()]
+
+
+def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
+    from cepo.train import rewards as task_rewards
+    from cepo.train.causal import JUDGE, REASONER, CausalReward
+    from cepo.train.proxy import ProxyReward
+
+    plain = {
+        "format": task_rewards.format_reward,
+        "argmax": task_rewards.argmax_reward,
+        "exact_match": task_rewards.exact_match,
+        "math_verify": task_rewards.math_verify_reward,
+        "bertscore": task_rewards.bertscore_reward,
+    }
+    try:
+        if name == "proxy":
+            return ProxyReward(**settings)
+        if name == "causal":
+            task = settings.pop("task", None)
+            if task is not None and task not in _TASKS:
+                raise ValueError(f"task is {task!r}; expected one of {', '.join(_TASKS)}")
+            settings.setdefault("layout", JUDGE if kind == "judge" else REASONER)
+            return CausalReward(task=plain[task] if task else None, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rewards: {name} cannot be built: {error}") from error
+    if settings:
+        raise ValueError(f"rewards: {name} takes no settings but weight; got {', '.join(settings)}")
+    return plain[name]
+
+
+def _lora_config(settings: Mapping[str, Any] | None) -> Any:
+    if settings is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora is not a valid LoraConfig: {error}") from error
+
+
+def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:
+    """Refuse a nuisance rank above the embedding size where a local config.json tells it, before weights are read."""
+    path = Path(source.location) / "config.json" if source else None
+    if path is None or not path.is_file():
+        return
+    width = json.loads(path.read_text()).get("hidden_size")
+    for function in functions:
+        if width and hasattr(function, "config"):
+            function.config.check_width(width)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+        return float("inf")

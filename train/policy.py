@@ -1,0 +1,116 @@
+"""The policy to train and the data to train it on, by name: a real model with real data, or the testbed's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.train import testbed
+from cepo.train.data import DataSplit, load_preferences, load_reasoning
+
+TESTBED = "testbed"
+CACHE = Path.home() / ".cache" / "cepo"
+
+
+def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit:
+    """Return train and test rows with the columns prompt (messages) and label or answer.
+
+    Args:
+        kind: "judge" or "reasoning".
+        settings: `source` (a .jsonl file, a hub id, or "testbed") and the loader's own options; for the testbed count,
+            test_count and cue_agreement.
+        seed: of positions, split and testbed items.
+
+    Raises:
+        ValueError: for an unknown option, or data that cannot be used.
+    """
+    options = dict(settings)
+    source = options.pop("source", None)
+    if not source:
+        raise ValueError("data.source is missing; expected a .jsonl file, a hub data set id, or testbed")
+    if source == TESTBED:
+        known = {"count": 512, "test_count": 128, "cue_agreement": 0.9}
+        _check_options(options, known)
+        values = {**known, **options}
+        train = testbed.generate_items(values["count"], seed=seed + 1, cue_agreement=values["cue_agreement"])
+        test = testbed.generate_items(values["test_count"], seed=seed + 2, cue_agreement=values["cue_agreement"])
+        return DataSplit(testbed_dataset(train), testbed_dataset(test), ())
+    _check_options(options, {"split": None, "test_fraction": None, "limit": None, "columns": None})
+    loader = load_preferences if kind == "judge" else load_reasoning
+    return loader(source, seed=seed, **options)
+
+
+def testbed_dataset(items: list[testbed.Item]) -> Dataset:
+    """Return testbed items as rows for TRL."""
+    return Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": item.prompt}], "label": item.label} for item in items]
+    )
+
+
+def load_policy(
+    name: str,
+    *,
+    dtype: str,
+    seed: int,
+    testbed_judge: Mapping[str, Any],
+    trust_remote_code: bool = False,
+    cache: Path = CACHE,
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer) by name; "testbed" is warmed up, or read from the cache where it was before.
+
+    Args:
+        name: "testbed", or what `resolve_model` knows.
+        dtype: a torch dtype's name.
+        seed: of the testbed judge's weights and warm-up.
+        testbed_judge: `judge` (able, lazy, criteria, decorative) and `steps` of its warm-up.
+        trust_remote_code: see `load_model`.
+        cache: where warmed-up judges are kept.
+    """
+    if name != TESTBED:
+        return load_model(resolve_model(name), dtype=dtype, trust_remote_code=trust_remote_code)
+    options = {"judge": "lazy", "steps": 160, **testbed_judge}
+    _check_options(options, {"judge": None, "steps": None})
+    return load_testbed_judge(options["judge"], steps=options["steps"], seed=seed, cache=cache)
+
+
+def load_testbed_judge(
+    judge: testbed.Judge,
+    *,
+    steps: int,
+    seed: int,
+    cache: Path = CACHE,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a testbed judge, from the cache or warmed up now and cached.
+
+    The cache's key holds the testbed's own source, so that a changed world is never served an old judge.
+    """
+    world = hashlib.sha256(Path(testbed.__file__).read_bytes()).hexdigest()[:12]
+    folder = cache / f"testbed-{world}-{judge}-{steps}-{seed}"
+    tokenizer = testbed.build_tokenizer()
+    if not folder.is_dir():
+        model = testbed.build_model(tokenizer, seed=seed)
+        testbed.warm_start(model, tokenizer, judge=judge, steps=steps, seed=seed, progress=progress)
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=cache))
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        try:
+            os.replace(unfinished, folder)
+        except OSError:  # another run put the same judge there first
+            shutil.rmtree(unfinished)
+    return load_model(resolve_model(str(folder)))
+
+
+def _check_options(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(unknown)}; expected some of {', '.join(known)}")
