@@ -101,6 +101,20 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def embedding_width(source: ModelSource) -> int | None:
+    """Return d of a model on disk from its config or GGUF header, without its weights; None where it is not known."""
+    if source.base is not None:
+        return embedding_width(source.base)
+    if source.gguf_file:
+        from gguf import GGUFReader
+
+        fields = GGUFReader(Path(source.location) / source.gguf_file).fields
+        return next((int(value.contents()) for key, value in fields.items() if key.endswith("embedding_length")), None)
+    config = Path(source.location) / "config.json"
+    values = json.loads(config.read_text()) if config.is_file() else {}
+    return values.get("hidden_size") or values.get("n_embd")
+
+
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model (of the base model, for an adapter)."""
     from transformers import AutoTokenizer

@@ -7,6 +7,7 @@ moves in a counterfactual. Special tokens are never content.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,6 +199,7 @@ class SpanReader:
     """
 
     def __init__(self, tokenizer: Any, layout: Layout) -> None:
+        self.tokenizer = tokenizer
         self.layout = layout
         self._bytes = TokenBytes(tokenizer)
         self._short_numbers: list[tuple[int, bytes]] | None = None
@@ -243,6 +245,13 @@ class SpanReader:
             return Rollout(**{**blank.__dict__, "malformed": str(reason)})
         numbers = tuple(self._number((a + shift, b + shift), text, ids, ends) for a, b in found.numbers)
         return Rollout(prompt_ids, completion_ids, spans, numbers, None, found.found_by)
+
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each token, for people: together they are the text, and a character that spans tokens
+        stands with the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = self._bytes.of(tuple(token_ids))
+        return [decoder.decode(piece, final=index + 1 == len(pieces)) for index, piece in enumerate(pieces)]
 
     def _span(
         self, name: str, ranges: Sequence[ByteRange], text: bytes, ids: Sequence[int], ends: Sequence[int]
@@ -400,7 +409,7 @@ def _user_ranges(prompt: bytes, messages: Sequence[Mapping[str, Any]]) -> tuple[
 
 
 def _without_instructions(prompt: bytes, content: ByteRange, pieces: Sequence[bytes]) -> tuple[ByteRange, ...]:
-    """Return the gaps between the fixed pieces: first and last anchored at the ends, the others where they first come."""
+    """Return the gaps between the fixed pieces: first and last at the ends, the others where they first come."""
     if not pieces:
         return (content,)
     first, *middle = [pieces[0].lstrip(_WHITE), *pieces[1:]]

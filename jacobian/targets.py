@@ -14,8 +14,8 @@ def target_score(logits_PV: Tensor, rollout: Rollout, span_name: str, score: Tar
 
     - log_likelihood: sum over the span of log p(token | before).
     - log_odds: sum over the span of the token's logit against the logsumexp of all others.
-    - expected_score: sum over the scores of their expectation. A score's expectation is the sum over its digit tokens of
-      place value times the mean digit, under the softmax restricted to the tokens that could stand there.
+    - expected_score: sum over the scores of their expectation. A score's expectation is the sum over its digit tokens
+      of place value times the mean digit, under the softmax restricted to the tokens that could stand there.
     - margin: the first score's expectation less the second's.
 
     Args:

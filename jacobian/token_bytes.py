@@ -36,7 +36,7 @@ class TokenBytes:
         return [self._read(token_id) for token_id in token_ids]
 
     def short_numbers(self) -> list[tuple[int, bytes]]:
-        """Return (id, bytes) of every ordinary token that is one number of at most three digits, give or take a mark."""
+        """Return (id, bytes) of every ordinary token that is one number of up to three digits, give or take a mark."""
         found = []
         for token, token_id in self.tokenizer.get_vocab().items():
             if token_id not in self.special_ids and any("0" <= character <= "9" for character in token):
@@ -75,7 +75,7 @@ class TokenBytes:
 
 
 def _decoder_kind(tokenizer: Any) -> tuple[str, str]:
-    """Tell how the vocabulary's strings become bytes: "byte_level", "sentencepiece" (and its space mark), or "prefix"."""
+    """Tell how the vocabulary becomes bytes: "byte_level", "sentencepiece" (and its space mark), or "prefix"."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(backend, "decoder", None)
     if decoder is None:

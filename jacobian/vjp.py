@@ -47,7 +47,7 @@ class JacobianEngine:
     """
 
     def __init__(self, model: nn.Module, *, adapters: bool = True) -> None:
-        self._peft = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
+        self._peft: Any = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
         if self._peft is not None and any(c.is_prompt_learning for c in self._peft.peft_config.values()):
             raise ValueError("model carries a prompt-learning adapter; expected LoRA or another weight adapter")
         if not adapters and self._peft is None:
@@ -82,8 +82,8 @@ class JacobianEngine:
     def jacobians(self, group: Group, links: Sequence[Link]) -> list[dict[str, LinkJacobian]]:
         """Return, for each rollout of the group, the Jacobian of each link by the link's name.
 
-        J_AB = d s_B / d E(A), with E(A) the output of the embedding module at the positions of A, by exact reverse mode.
-        One forward pass a rollout; one backward pass for every distinct (target, score, blocked spans).
+        J_AB = d s_B / d E(A), with E(A) the output of the embedding module at the positions of A, by exact reverse
+        mode. One forward pass a rollout; one backward pass for every distinct (target, score, blocked spans).
 
         Args:
             group: well-formed rollouts of one prompt.
@@ -167,7 +167,7 @@ class JacobianEngine:
         """Eval mode, gradients on, autocast off, adapters as asked; everything restored on the way out."""
         modes = [(module, module.training) for module in self._model.modules()]
         device_type = self._model.get_input_embeddings().weight.device.type
-        adapters_off = contextlib.nullcontext() if self._adapters else self._peft.disable_adapter()  # type: ignore[union-attr]
+        adapters_off = contextlib.nullcontext() if self._adapters else self._peft.disable_adapter()
         with (
             torch.inference_mode(False),
             torch.enable_grad(),

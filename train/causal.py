@@ -1,4 +1,4 @@
-"""The causal reward as TRL sees it: a plain, picklable callable. All contact with the insides of TRL is in this file."""
+"""The causal reward as TRL sees it: a plain, picklable callable. All contact with TRL's insides is in this file."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class CausalReward:
 
     CE-PO form, fused with a task reward by the power mean: `CausalReward(PAPER_LINKS, task=exact_match)`.
 
-    The policy is differentiated in eval mode and outside of autocast, on the very ids that were sampled, with untempered
-    logits. Malformed completions score 0 and are counted. Every component is logged: means through `log_metric`
-    (`causal/<link>/phi` ...), rows through `log_extra`.
+    The policy is differentiated in eval mode and outside of autocast, on the very ids that were sampled, with
+    untempered logits. Malformed completions score 0 and are counted. Every component is logged: means through
+    `log_metric` (`causal/<link>/phi` ...), rows through `log_extra`.
 
     Args:
         links: weight of each link, >= 0, see `cepo.jacobian.records.parse_link`.

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cepo.jacobian.loading import ModelSource, resolve_model
+from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.train.policy import TESTBED, load_data, load_policy
 
 _TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
@@ -276,11 +276,8 @@ def _lora_config(settings: Mapping[str, Any] | None) -> Any:
 
 
 def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:
-    """Refuse a nuisance rank above the embedding size where a local config.json tells it, before weights are read."""
-    path = Path(source.location) / "config.json" if source else None
-    if path is None or not path.is_file():
-        return
-    width = json.loads(path.read_text()).get("hidden_size")
+    """Refuse a nuisance rank above the embedding size where the files on disk tell it, before weights are read."""
+    width = embedding_width(source) if source else None
     for function in functions:
         if width and hasattr(function, "config"):
             function.config.check_width(width)

@@ -1,0 +1,5 @@
+"""`python -m cepo` is `cepo`."""
+
+from cepo.cli import main
+
+main()

@@ -1,0 +1,234 @@
+"""The command line: demo, train, score, bench."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Exact d(score)/d(criteria) rewards for language-model judges and reasoners.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; an argument that cannot work ends in one paragraph on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ValueError as error:
+        errors.print(f"cepo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the model, the metrics and report.html.")] = Path(
+        "runs/demo"
+    ),
+    steps: Annotated[int, typer.Option(help="GRPO steps.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """The main job on the embedded testbed: no download, CPU, a few minutes, a report with pictures.
+
+    A tiny judge that has learned to follow response length is warmed up (or read from the cache), scored, trained with
+    GRPO on format + argmax + exact causal reward, and scored again. What the report shows is what happened.
+    """
+    from cepo.demo import run_demo
+
+    report = run_demo(output, steps=steps, seed=seed, console=console)
+    console.print(f"report: {report}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; the recipes in train/recipes/ are a start.")],
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, .gguf file, smollm2 or testbed.")] = None,
+    data: Annotated[str | None, typer.Option(help="JSONL file or hub data set id.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="GRPO steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other key, e.g. --set grpo.learning_rate=1e-5; YAML values.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on from checkpoints in the output.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
+    ] = False,
+) -> None:
+    """GRPO with exact causal rewards on a real model and a preference or reasoning data set.
+
+    Started again with the same output, it goes on from the last complete checkpoint.
+    """
+    from cepo.train.grpo import load_config
+    from cepo.train.grpo import train as run
+
+    named = {"model": model, "data.source": data, "output": output, "grpo.max_steps": max_steps, "seed": seed}
+    overrides: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    for pair in set_ or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set is {pair!r}; expected KEY=VALUE, such as grpo.learning_rate=1e-5")
+        overrides[key] = _yaml_value(value)
+    if trust_remote_code:
+        overrides["trust_remote_code"] = True
+    console.print(f"trained model: {run(load_config(config, overrides), fresh=fresh)}")
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")],
+    input: Annotated[Path, typer.Option(help="JSONL of rollouts; see below for what a row holds.")],
+    output: Annotated[Path, typer.Option(help="JSONL to write, one record for each line of the input.")],
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="SOURCE->TARGET[:EFFECT][@SCORE][=WEIGHT]; repeat it. Default: Z->X, X->Y and Z->Y."),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="judge or reasoning.")] = "judge",
+    rationale_tag: Annotated[str, typer.Option(help="Reasoning: tag around the rationale.")] = "think",
+    answer_tag: Annotated[str, typer.Option(help="Reasoning: tag around the answer.")] = "answer",
+    counterfactuals: Annotated[int, typer.Option("--counterfactuals", "-K", help="K permutations of each source.")] = 4,
+    rank: Annotated[int, typer.Option(help="Rank r of the nuisance subspace.")] = 2,
+    energy: Annotated[float | None, typer.Option(help="tau in (0, 1]: choose the rank by energy instead.")] = None,
+    permutation: Annotated[str, typer.Option(help="uniform, sentence or block.")] = "uniform",
+    nuisance: Annotated[str, typer.Option(help="svd, or mean (the reference implementation's).")] = "svd",
+    score_name: Annotated[
+        str, typer.Option("--score", help="phi, phi_retained, influence, phi_influence or influence_retained.")
+    ] = "phi",
+    target: Annotated[
+        str, typer.Option(help="log_likelihood, log_odds, expected_score or margin (the last two: links to scores).")
+    ] = "log_likelihood",
+    p: Annotated[float, typer.Option("-p", "--p", help="Exponent of the power mean; inf and -inf too.")] = 0.2,
+    task_weight: Annotated[float, typer.Option(help="Weight of a row's task_reward.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the permutations.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompt text as it is, without the chat template.")] = False,
+    save_jacobians: Annotated[Path | None, typer.Option(help="safetensors file for the matrices.")] = None,
+    html: Annotated[Path | None, typer.Option(help="File for the token heat maps.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows read and written at once; changes no result.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    no_adapters: Annotated[bool, typer.Option("--no-adapters", help="Score with the adapters switched off.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
+    ] = False,
+) -> None:
+    """Link scores of rollouts; token heat maps with --html, the matrices with --save-jacobians.
+
+    A row of the input holds `prompt_ids` and `completion_ids`; or `prompt` (text, put through the chat template as a
+    user message unless --raw, or a list of messages) and `completion`; or a preference row `prompt`, `chosen`,
+    `rejected` with the judge's own `judge_output` (and `label`, A or B: where the chosen response was shown; A if
+    absent), whose judge prompt is then built. `task_reward` in [0, 1], where a row has it, is fused with the links.
+
+    Killed and started again with the same arguments, it goes on where it stopped.
+    """
+    from cepo.fusion.engine import PAPER_LINKS, RewardConfig
+    from cepo.jacobian.spans import ReasonerLayout
+    from cepo.train.causal import JUDGE
+    from cepo.train.prompts import REASONING_LITERALS
+
+    if kind not in ("judge", "reasoning"):
+        raise ValueError(f"--kind is {kind!r}; expected judge or reasoning")
+    if dtype not in ("float64", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is {dtype!r}; expected float64, float32, bfloat16 or float16")
+    reward = RewardConfig(
+        links=_weighted_links(link) if link else dict(PAPER_LINKS),
+        task_weight=task_weight,
+        p=p,
+        counterfactuals=counterfactuals,
+        permutation=permutation,  # type: ignore[arg-type]
+        rank=rank if energy is None else None,
+        energy=energy,
+        nuisance=nuisance,
+        score=score_name,  # type: ignore[arg-type]
+        target=target,
+        seed=seed,
+    )
+    layout = JUDGE if kind == "judge" else ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
+    from cepo.eval.score import ScoreJob, score_file
+
+    job = ScoreJob(
+        model=model,
+        input=input,
+        output=output,
+        config=reward,
+        layout=layout,
+        raw=raw,
+        batch_size=batch_size,
+        jacobians=save_jacobians,
+        html=html,
+        dtype=dtype,
+        device=device,
+        adapters=not no_adapters,
+        trust_remote_code=trust_remote_code,
+    )
+    with _progress() as progress:
+        task = progress.add_task("scoring", total=None)
+        summary = score_file(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    table = Table("what", "value", title=str(output))
+    table.add_row("rows", str(summary.rows))
+    table.add_row("from an earlier run", str(summary.resumed))
+    table.add_row("malformed", str(summary.malformed))
+    for name, mean in summary.means.items():
+        table.add_row(f"mean {name}", f"{mean:.6f}")
+    table.add_row("time", f"{summary.seconds:.1f} s")
+    table.add_row("peak memory", f"{summary.peak_gib:.2f} GiB")
+    console.print(table)
+    if summary.broken:
+        shown = "; ".join(reason for _, reason in summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
+        raise ValueError(
+            f"input {str(input)!r} has {len(summary.broken)} line(s) that could not be used: {shown}. All other rows were "
+            f"scored; mend these lines and run the same command again to score them alone"
+        )
+
+
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl.")] = Path("runs/bench"),
+    size: Annotated[str, typer.Option(help="tiny (seconds, for correctness) or small (SmolLM2's shape).")] = "tiny",
+    seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,
+) -> None:
+    """Throughput and memory of the VJP engine, with its values compared to a dense Jacobian first."""
+    from cepo.benchmarks.throughput import run_benchmark
+
+    console.print(run_benchmark(size, output, seed=seed))
+
+
+def _weighted_links(texts: list[str]) -> dict[str, float]:
+    links: dict[str, float] = {}
+    for text in texts:
+        name, equals, weight = text.partition("=")
+        try:
+            links[name.strip()] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ValueError(f"--link is {text!r}, whose weight is no number; expected e.g. 'X->Y=0.5'") from None
+    return links
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set holds {text!r}, which is not YAML: {error}") from None
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML reads 1e-5 as text
+    except ValueError:
+        return value
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors
+    )

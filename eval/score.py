@@ -1,0 +1,431 @@
+"""`cepo score`: rollouts in (JSONL), link scores, matrices and heat maps out; resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cepo.eval.report import HeatMap, write_score_report
+from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
+from cepo.jacobian.loading import embedding_width, load_model, resolve_model
+from cepo.jacobian.records import Rollout
+from cepo.jacobian.spans import Layout, SpanReader
+from cepo.jacobian.vjp import JacobianEngine
+from cepo.train.data import read_jsonl
+from cepo.train.prompts import judge_prompt
+
+FORMS = (
+    "prompt_ids and completion_ids; or prompt (text, or a list of messages) and completion; "
+    "or prompt, chosen, rejected and judge_output"
+)
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """What `cepo score` was asked to do.
+
+    Attributes:
+        model: see `resolve_model`.
+        input: JSONL file of rollouts, see FORMS. A row may carry task_reward in [0, 1], which is then fused, and a
+            preference row label ("A" or "B": where the chosen response was shown; A by default).
+        output: JSONL file to write, one record a line of the input, in order.
+        config: links, hardening, score, fusion.
+        layout: what completions look like.
+        raw: take prompt text as it is, without the chat template.
+        batch_size: rows handed to the engine at once, and written at once; changes no result.
+        jacobians: safetensors file for the matrices, or None.
+        html: file for the heat maps, or None.
+        dtype: dtype of the weights.
+        device: where to run.
+        adapters: False switches the adapters of a PEFT model off.
+        trust_remote_code: whether a hub repository's own code may run.
+    """
+
+    model: str
+    input: Path
+    output: Path
+    config: RewardConfig
+    layout: Layout
+    raw: bool = False
+    batch_size: int = 8
+    jacobians: Path | None = None
+    html: Path | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    adapters: bool = True
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What came of it: rows written, rows taken from an earlier run, malformed ones, broken lines, seconds, memory."""
+
+    rows: int
+    resumed: int
+    malformed: int
+    broken: tuple[tuple[int, str], ...]
+    means: Mapping[str, float]
+    seconds: float
+    peak_gib: float
+
+
+def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = None) -> ScoreSummary:
+    """Score every row of the input, going on from an interrupted run of the same settings.
+
+    Records go to a file beside the output as they come and move into place when all are there. A row counts as done if
+    its settings and content are the same. Everything that needs no weights is checked before they are loaded.
+
+    Args:
+        job: what to do.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        ValueError: for input, settings or a model that cannot be used.
+    """
+    started = time.perf_counter()
+    lines, broken = _read_input(job.input)
+    job.config.parsed_links(job.layout)
+    if job.batch_size < 1:
+        raise ValueError(f"batch_size is {job.batch_size}; expected at least 1")
+    source = resolve_model(job.model)
+    width = embedding_width(source)
+    if width:
+        job.config.check_width(width)
+    for path in (job.output, job.jacobians, job.html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"the folder of {str(path)!r} does not exist; create it first")
+    partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
+    settings = _fingerprint(job)
+    done = _done_records(job, partial, shards, lines, settings)
+    resumed = len(done)
+    _write_lines(partial, done.values())
+    pending = [(row, line) for row, line in enumerate(lines) if row not in done]
+    reader = None
+    if any(isinstance(line, dict) for _, line in pending) or (job.html and lines):
+        model, tokenizer = load_model(
+            source, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
+        )
+        reader = SpanReader(tokenizer, job.layout)
+        engine = JacobianEngine(model, adapters=job.adapters)
+        if not job.raw and not getattr(tokenizer, "chat_template", None) and any(_is_text(line) for line in lines):
+            raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; score with --raw")
+    for start in range(0, len(pending), job.batch_size):
+        batch = pending[start : start + job.batch_size]
+        records = [_broken_record(row, line) for row, line in batch if isinstance(line, str)]
+        rows = [(row, line) for row, line in batch if isinstance(line, dict)]
+        if rows:
+            assert reader is not None
+            records += _score_rows(job, rows, reader, engine, shards)
+        for record, content in sorted(
+            ((record, lines[record["row"]]) for record in records), key=lambda pair: pair[0]["row"]
+        ):
+            done[record["row"]] = {**record, "settings": settings, "content": _content_hash(content)}
+        _append_lines(partial, (done[row] for row, _ in batch))
+        if progress is not None:
+            progress(resumed + start + len(batch), len(lines))
+    ordered = [done[row] for row in range(len(lines))]
+    if job.jacobians is not None:
+        _merge_jacobians(shards, job.jacobians)
+    if job.html is not None:
+        _write_html(job, ordered, reader, lines)
+    _write_lines(partial, ordered)
+    os.replace(partial, job.output)
+    shutil.rmtree(shards, ignore_errors=True)
+    return _summarise(ordered, resumed, broken, time.perf_counter() - started)
+
+
+def read_row(
+    row: Mapping[str, Any], tokenizer: Any, reader: SpanReader, *, raw: bool = False
+) -> tuple[Rollout | None, str | None]:
+    """Return the rollout of an input row, or None and the reason why there is none; never raises on a row's content.
+
+    Text is encoded once, here, and the spans are found on the ids that came of it. Lone surrogates, which no tokenizer
+    encodes, become U+FFFD.
+    """
+    if "completion_ids" in row and "prompt_ids" in row:
+        ids = [row["prompt_ids"], row["completion_ids"]]
+        if not all(isinstance(part, list) and all(type(token) is int for token in part) for part in ids):
+            return None, "prompt_ids and completion_ids must be lists of integers"
+        return _read(reader, ids[0], ids[1], None)
+    messages: Any = row.get("messages", row.get("prompt"))
+    completion = row.get("completion", row.get("judge_output"))
+    if "judge_output" in row and "chosen" in row:
+        shown = [row["chosen"], row["rejected"]] if row.get("label", "A") == "A" else [row["rejected"], row["chosen"]]
+        if not all(isinstance(text, str) for text in (row.get("prompt"), *shown)):
+            return None, "prompt, chosen and rejected must be text"
+        messages = judge_prompt(row["prompt"], *shown)
+    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
+        completion = completion[-1].get("content")
+    if not isinstance(completion, str):
+        return None, f"completion is a {type(completion).__name__}; expected text or messages"
+    if raw and isinstance(messages, str):
+        prompt_ids = tokenizer(_encodable(messages))["input_ids"]
+        return _read(reader, prompt_ids, _encode(tokenizer, completion), None)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
+        for message in messages
+    ):
+        return None, "prompt is neither text nor a list of messages with role and content"
+    messages = [{**message, "content": _encodable(message["content"])} for message in messages]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return _read(reader, encoded["input_ids"], _encode(tokenizer, completion), messages)
+
+
+def _read(
+    reader: SpanReader, prompt_ids: Sequence[int], completion_ids: Sequence[int], messages: Any
+) -> tuple[Rollout | None, str | None]:
+    if not prompt_ids:
+        return None, "the prompt has no tokens"
+    return reader.read(prompt_ids, completion_ids, messages), None
+
+
+def _score_rows(
+    job: ScoreJob, rows: Sequence[tuple[int, dict[str, Any]]], reader: SpanReader, engine: JacobianEngine, shards: Path
+) -> list[dict[str, Any]]:
+    read = [read_row(row, reader.tokenizer, reader, raw=job.raw) for _, row in rows]
+    rollouts = [rollout for rollout, _ in read if rollout is not None]
+    tasks = [_task_reward(row) for (_, row), (rollout, _) in zip(rows, read, strict=True) if rollout is not None]
+    scores = iter(score_rollouts(rollouts, engine, job.config, job.layout, task_rewards=tasks, keep_jacobians=True))
+    records = []
+    for (index, row), (rollout, reason) in zip(rows, read, strict=True):
+        if rollout is None:
+            records.append({"row": index, "id": row.get("id"), "reward": 0.0, "malformed": reason, "links": {}})
+            continue
+        score = next(scores)
+        records.append(_record(index, row, rollout, score))
+        if job.jacobians is not None:
+            shards.mkdir(exist_ok=True)
+            tensors = _tensors(index, rollout, score)
+            unfinished = shards / f"{index}.tmp"
+            save_file(tensors, unfinished)
+            os.replace(unfinished, shards / f"{index}.safetensors")
+    return records
+
+
+def _record(index: int, row: Mapping[str, Any], rollout: Rollout, score: RolloutScore) -> dict[str, Any]:
+    links = {}
+    for name, link in score.links.items():
+        jacobian, _ = score.jacobians[name]
+        facts = asdict(link)
+        links[name] = {
+            "S": facts.pop("value"),
+            **{key: value for key, value in facts.items() if key != "link"},
+            "source_positions": list(jacobian.source_positions),
+            "target_positions": list(jacobian.target_positions),
+            "row_norms": [float(f"{norm:.6g}") for norm in jacobian.jac_SD.double().norm(dim=1).tolist()],
+        }
+    return {
+        "row": index,
+        "id": row.get("id"),
+        "reward": score.reward,
+        "malformed": score.malformed,
+        "task_reward": _task_reward(row),
+        "found_by": rollout.found_by if score.malformed is None else None,
+        "prompt_tokens": len(rollout.prompt_ids),
+        "completion_tokens": len(rollout.completion_ids),
+        "spans": {name: {"text": span.text, "tokens": len(span.positions)} for name, span in rollout.spans.items()},
+        "links": links,
+    }
+
+
+def _tensors(index: int, rollout: Rollout, score: RolloutScore) -> dict[str, torch.Tensor]:
+    tensors = {f"{index}/token_ids": torch.tensor(rollout.token_ids)}
+    for name, (jacobian, residual_SD) in score.jacobians.items():
+        tensors[f"{index}/{name}/base"] = jacobian.jac_SD.cpu().contiguous()
+        # A residual that nothing was taken from is the base itself, and safetensors takes no shared storage.
+        tensors[f"{index}/{name}/residual"] = residual_SD.cpu().clone().contiguous()
+        tensors[f"{index}/{name}/source_positions"] = torch.tensor(jacobian.source_positions)
+        tensors[f"{index}/{name}/target_positions"] = torch.tensor(jacobian.target_positions)
+    return tensors
+
+
+def _merge_jacobians(shards: Path, target: Path) -> None:
+    """Move the rows' matrices into one file; rows that were done by an earlier, finished run are kept."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in [target, *sorted(shards.glob("*.safetensors"), key=lambda path: int(path.stem))]:
+        if file.is_file():
+            with safe_open(file, framework="pt") as opened:
+                tensors.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+    unfinished = _beside(target, ".tmp")
+    save_file(tensors, unfinished)
+    os.replace(unfinished, target)
+
+
+def _write_html(
+    job: ScoreJob, records: Sequence[Mapping[str, Any]], reader: SpanReader | None, lines: Sequence[Any]
+) -> None:
+    maps = []
+    for record in records:
+        line = lines[record["row"]]
+        rollout = None
+        if reader is not None and isinstance(line, dict):
+            rollout, _ = read_row(line, reader.tokenizer, reader, raw=job.raw)
+        name = f"row {record['row']}" + (f", {record['id']}" if record.get("id") else "")
+        facts = {"reward": f"{record['reward']:.4f}"}
+        facts |= {f"S {link}": f"{values['S']:.4f}" for link, values in record["links"].items()}
+        maps.append(
+            HeatMap(
+                title=name,
+                tokens=tuple(reader.texts(rollout.token_ids)) if reader and rollout else (),
+                prompt_tokens=len(rollout.prompt_ids) if rollout else 0,
+                links={
+                    link: dict(zip(values["source_positions"], values["row_norms"], strict=True))
+                    for link, values in record["links"].items()
+                },
+                targets={link: tuple(values["target_positions"]) for link, values in record["links"].items()},
+                facts=facts,
+                malformed=record["malformed"],
+            )
+        )
+    config = job.config
+    summary = {
+        "model": job.model,
+        "input": str(job.input),
+        "links": ", ".join(f"{name} (weight {weight:g})" for name, weight in config.links.items()),
+        "score": config.score,
+        "hardening": f"K = {config.counterfactuals}, "
+        + (f"rank = {config.rank}" if config.energy is None else f"energy = {config.energy}"),
+    }
+    assert job.html is not None
+    write_score_report(job.html, maps, title="cepo score", summary=summary)
+
+
+def _read_input(path: Path) -> tuple[list[dict[str, Any] | str], list[tuple[int, str]]]:
+    """Return the input's lines in order, good ones as rows, broken ones as their reason, and the broken ones again."""
+    rows, broken = read_jsonl(path)
+    if not rows and not broken:
+        raise ValueError(f"input {str(path)!r} is empty; expected JSON objects, one a line, with {FORMS}")
+    if not rows:
+        raise ValueError(f"input {str(path)!r} has no usable line; line {broken[0][0]} is broken: {broken[0][1]}")
+    complaints = [_missing(row) for _, row in rows]
+    if all(complaints):
+        raise ValueError(
+            f"input {str(path)!r} lacks the column {complaints[0]}; expected rows with {FORMS}. "
+            f"Its first row has {', '.join(sorted(map(str, rows[0][1]))) or 'no columns'}"
+        )
+    merged: list[tuple[int, dict[str, Any] | str]] = []
+    for (number, row), complaint in zip(rows, complaints, strict=True):
+        problem = f"line {number} lacks the column {complaint}" if complaint else _bad_value(row)
+        merged.append((number, problem or row))
+    merged += [(number, f"line {number} is broken: {reason}") for number, reason in broken]
+    ordered = [line for _, line in sorted(merged, key=lambda pair: pair[0])]
+    problems = [(number, line) for number, line in sorted(merged, key=lambda pair: pair[0]) if isinstance(line, str)]
+    return ordered, problems
+
+
+def _missing(row: Mapping[str, Any]) -> str | None:
+    if "prompt_ids" in row or "completion_ids" in row:
+        needed: tuple[str, ...] = ("prompt_ids", "completion_ids")
+    elif "judge_output" in row and ("chosen" in row or "rejected" in row):
+        needed = ("prompt", "chosen", "rejected")
+    else:
+        needed = ("messages" if "messages" in row else "prompt", "completion")
+    return next((name for name in needed if name not in row), None)
+
+
+def _bad_value(row: Mapping[str, Any]) -> str | None:
+    task = row.get("task_reward")
+    sound = task is None or (isinstance(task, int | float) and math.isfinite(task) and 0.0 <= task <= 1.0)
+    if not sound:
+        return f"task_reward is {task!r}; expected a number in [0, 1]"
+    if row.get("label", "A") not in ("A", "B"):
+        return f"label is {row['label']!r}; expected 'A' or 'B'"
+    return None
+
+
+def _broken_record(index: int, reason: str) -> dict[str, Any]:
+    return {"row": index, "id": None, "reward": 0.0, "malformed": reason, "links": {}}
+
+
+def _task_reward(row: Mapping[str, Any]) -> float | None:
+    task = row.get("task_reward")
+    return None if task is None else float(task)
+
+
+def _is_text(line: Any) -> bool:
+    return isinstance(line, dict) and "prompt_ids" not in line
+
+
+def _done_records(
+    job: ScoreJob, partial: Path, shards: Path, lines: Sequence[Any], settings: str
+) -> dict[int, dict[str, Any]]:
+    """Return the records of an earlier run that still hold, by row."""
+    done: dict[int, dict[str, Any]] = {}
+    have_matrices = {int(path.stem) for path in shards.glob("*.safetensors")}
+    if job.jacobians is not None and job.jacobians.is_file():
+        with safe_open(job.jacobians, framework="pt") as opened:
+            have_matrices |= {int(key.split("/")[0]) for key in opened.keys()}  # noqa: SIM118
+    for path in (job.output, partial):
+        for _, record in read_jsonl(path)[0] if path.is_file() else ():
+            row = record.get("row")
+            if record.get("settings") != settings:
+                raise ValueError(
+                    f"output {str(path)!r} comes from other settings or another model; "
+                    "choose another --output, or delete it"
+                )
+            holds = isinstance(row, int) and row < len(lines) and record.get("content") == _content_hash(lines[row])
+            needs_matrices = job.jacobians is not None and bool(record.get("spans"))
+            if holds and (not needs_matrices or row in have_matrices):
+                done[row] = record
+    return dict(sorted(done.items()))
+
+
+def _fingerprint(job: ScoreJob) -> str:
+    parts = [job.model, job.dtype, job.raw, job.adapters, asdict(job.config), repr(job.layout)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _content_hash(line: Any) -> str:
+    return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    unfinished = _beside(path, ".tmp")
+    unfinished.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(unfinished, path)
+
+
+def _append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", errors="replace").decode() if not text.isascii() else text
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(_encodable(text), add_special_tokens=False)["input_ids"])
+
+
+def _summarise(
+    records: Sequence[Mapping[str, Any]], resumed: int, broken: Sequence[tuple[int, str]], seconds: float
+) -> ScoreSummary:
+    sound = [record for record in records if record["malformed"] is None]
+    names = list(sound[0]["links"]) if sound else []
+    means = {f"S {name}": sum(record["links"][name]["S"] for record in sound) / len(sound) for name in names}
+    if sound:
+        means["reward"] = sum(record["reward"] for record in sound) / len(sound)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return ScoreSummary(len(records), resumed, len(records) - len(sound), tuple(broken), means, seconds, peak)

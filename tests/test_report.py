@@ -1,0 +1,276 @@
+"""The HTML pages: what a model wrote stays text, the page is self-contained and well-formed, and no half file remains."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cepo.eval.report import Curve, HeatMap, write_demo_report, write_score_report
+
+SCRIPT = "</div></title></style><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
+VOID = {"meta", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Read a page strictly: tags must balance. Keeps the texts, the marks and the attributes.
+
+    Attributes:
+        texts: for each element of class "text" its characters, tags left out.
+        words: all characters of the page outside style.
+        marks: for each mark inside a text its attributes and characters.
+        tags: every tag that was opened.
+        attributes: every (tag, name, value).
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.texts: list[str] = []
+        self.words = ""
+        self.marks: list[tuple[dict[str, str | None], str]] = []
+        self.folded: list[bool] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self._open: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self._open, f"left open: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Open an element."""
+        values = dict(attrs)
+        assert len(values) == len(attrs), f"an attribute of {tag} stands twice"
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if values.get("class") == "text":
+            self.folded.append("open" not in self._open[-1][1])
+            self.texts.append("")
+        elif tag == "mark" and self._in_text():
+            self.marks.append((values, ""))
+        if tag not in VOID:
+            self._open.append((tag, values))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Pass over an element that closes itself."""
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close the innermost element, which must be this one."""
+        assert self._open, f"{tag} was never opened"
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        """Keep characters."""
+        tag = self._open[-1][0] if self._open else ""
+        self.words += data if tag != "style" else ""
+        if self._in_text():
+            self.texts[-1] += data
+            if tag == "mark":
+                self.marks[-1] = (self.marks[-1][0], self.marks[-1][1] + data)
+
+    def _in_text(self) -> bool:
+        return any(values.get("class") == "text" for _, values in self._open)
+
+
+def heat_map(title: str = "row 0", **changes: object) -> HeatMap:
+    """Make a map of 4 prompt and 6 completion tokens, one link out of the completion and one out of the prompt."""
+    tokens = ("Judge", " these", " two", ".\n", " Clarity", " matters", ".", " 9", ",", " 6")
+    content: dict[str, object] = {
+        "title": title,
+        "tokens": tokens,
+        "prompt_tokens": 4,
+        "links": {"X->Y": {4: 0.5, 5: 2.0}, "Z->Y": {1: 0.25, 2: 0.0}},
+        "targets": {"X->Y": (7, 9), "Z->Y": (7, 9)},
+        "facts": {"reward": "0.71"},
+    }
+    return HeatMap(**(content | changes))  # type: ignore[arg-type]
+
+
+def score_page(folder: Path, *maps: HeatMap, title: str = "Scores", notes: tuple[str, ...] = ()) -> Page:
+    """Write and read the page of `cepo score`."""
+    path = folder / "score.html"
+    write_score_report(path, maps, title=title, summary={"rollouts": str(len(maps))}, notes=notes)
+    return Page(path)
+
+
+def demo_page(
+    folder: Path,
+    curves: dict[str, list[Curve]] | None = None,
+    tables: dict[str, tuple[list[str], list[list[str]]]] | None = None,
+    maps: dict[str, list[HeatMap]] | None = None,
+) -> Page:
+    """Write and read the page of `cepo demo`."""
+    path = folder / "demo.html"
+    write_demo_report(
+        path, title="Demo", summary={"seed": "0"}, curves=curves or {}, tables=tables or {}, heat_maps=maps or {}
+    )
+    return Page(path)
+
+
+def test_markup_from_a_model_stays_text(tmp_path: Path) -> None:
+    """Protects readers from scripts: no text of ours or a model's becomes an element, wherever it stands."""
+    hostile = heat_map(
+        SCRIPT,
+        tokens=(SCRIPT, '" onmouseover="x', SCRIPT),
+        prompt_tokens=1,
+        links={SCRIPT: {1: 1.0}, "X->Y": {0: 1.0}},
+        targets={SCRIPT: (2,)},
+        facts={SCRIPT: SCRIPT},
+        malformed=SCRIPT,
+    )
+    curves = {SCRIPT: [Curve(SCRIPT, (0.0, 1.0), (0.0, 1.0))]}
+    pages = [
+        score_page(tmp_path, hostile, *[heat_map()] * 5, title=SCRIPT, notes=(SCRIPT,)),
+        demo_page(tmp_path, curves, {SCRIPT: ([SCRIPT], [[SCRIPT]])}, {SCRIPT: [hostile]}),
+    ]
+    for page in pages:
+        assert not {"script", "img"} & set(page.tags)
+        assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+        assert page.words.count("<script>alert('x')</script>") >= 9
+
+
+def test_tokens_stand_whole_and_in_order(tmp_path: Path) -> None:
+    """Protects the text: prompt and completion of every link read exactly as they were sampled."""
+    tokens = ("\n <b>", "&amp;", "  x\t", "\n\n", "é", "", "🙂 y", "\r\n", " end \n")
+    page = score_page(tmp_path, heat_map(tokens=tokens, prompt_tokens=3, links={"X->Y": {4: 1.0, 5: 2.0}}, targets={}))
+    # Python's reader keeps what a browser would make a plain line break.
+    assert page.texts == ["".join(tokens[:3]), "".join(tokens[3:])]
+    assert [text for _, text in page.marks] == ["é", ""]
+
+
+def test_colour_is_linear_and_never_alone(tmp_path: Path) -> None:
+    """Protects the meaning of the colour: a level in proportion to the norm, the number in a tooltip, targets outlined."""
+    page = score_page(tmp_path, heat_map())
+    found = [(text, values["class"], values["title"]) for values, text in page.marks]
+    assert found == [
+        (" Clarity", "h5", "norm 0.5, 25% of the largest, token 4"),
+        (" matters", "h20", "norm 2, 100% of the largest, token 5"),
+        (" 9", "target", "target of the link"),
+        (" 6", "target", "target of the link"),
+        (" these", "h20", "norm 0.25, 100% of the largest, token 1"),
+        (" two", "h0", "norm 0, 0% of the largest, token 2"),
+        (" 9", "target", "target of the link"),
+        (" 6", "target", "target of the link"),
+    ]
+
+
+def test_the_prompt_is_folded_unless_it_holds_the_source(tmp_path: Path) -> None:
+    """Protects readability: the prompt is open for Z->Y and folded for X->Y, the completion is always open."""
+    assert score_page(tmp_path, heat_map()).folded == [True, False, False, False]
+
+
+def test_broken_text_is_replaced(tmp_path: Path) -> None:
+    """Protects the writing: lone surrogates and NUL become the replacement character, right-to-left text is isolated."""
+    broken = heat_map(
+        "\ud800", tokens=("a\x00", "\udfffb", "\u202eשלום", "\x1b[31m"), prompt_tokens=1, links={}, targets={}
+    )
+    page = score_page(tmp_path, broken, heat_map("مرحبا", malformed="no \ud83d tag"), title="t\x00")
+    assert page.texts[:2] == ["a\ufffd", "\ufffdb\u202eשלום\ufffd[31m"]
+    assert "no \ufffd tag" in page.words
+    assert ("div", "dir", "auto") in page.attributes
+    assert "bdi" in page.tags
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+    """Protects privacy: no address outside the page, and a policy that would block one."""
+    demo_page(tmp_path, {"reward": [Curve("a", (0.0, 1.0), (0.0, 1.0))]}, {"t": (["a"], [["b"]])}, {"s": [heat_map()]})
+    score_page(tmp_path, heat_map())
+    for path in tmp_path.glob("*.html"):
+        page, text = Page(path), path.read_text(encoding="utf-8")
+        assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//|@import|url\(""", text)
+        assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+        assert ("meta", "content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
+
+
+def test_malformed_rollouts_are_counted_with_their_reason(tmp_path: Path) -> None:
+    """Protects honesty: malformed rollouts are counted, listed by reason, linked, and their text is still shown."""
+    plain = {"links": {}, "targets": {}}
+    maps = [
+        heat_map(f"row {i}", malformed="no scores" if i % 2 else None, **(plain if i % 2 else {})) for i in range(7)
+    ]
+    page = score_page(tmp_path, *maps)
+    assert "Malformed: 3 of 7." in page.words
+    assert page.words.count("no scores") == 1 + 3
+    targets = {value for _, name, value in page.attributes if name == "id"}
+    links = [value for _, name, value in page.attributes if name == "href"]
+    assert len(links) == 3 + 7
+    assert {str(link).removeprefix("#") for link in links} == targets
+    assert page.texts.count("".join(maps[0].tokens[4:])) == 4 * 2 + 3
+
+
+def test_empty_reports_are_whole_pages(tmp_path: Path) -> None:
+    """Protects the edge: no heat maps, no curves, no tables, no tokens, no source."""
+    assert "There is none." in score_page(tmp_path).words
+    assert demo_page(tmp_path, {"p": [], "q": [Curve("c", (), ())]}, {"t": (["a"], [])}, {"s": []}).texts == []
+    assert score_page(tmp_path, heat_map(tokens=(), prompt_tokens=0, links={}, targets={})).texts == []
+    assert "no norm above 0" in score_page(tmp_path, heat_map(links={"X->Y": {}}, targets={})).words
+
+
+def test_curves_break_where_there_is_no_number(tmp_path: Path) -> None:
+    """Protects the plot: NaN and infinities are gaps, not zeros, and no such word reaches a path."""
+    values = (0.1, math.nan, 0.3, math.inf, -math.inf, 0.5, 0.5)
+    curves = [Curve("reward", tuple(map(float, range(7))), values), Curve("none", (0.0, 1.0), (math.nan, math.inf))]
+    page = demo_page(tmp_path, {"Reward": curves, "Flat": [Curve("flat", (3.0,), (2.0,))]})
+    paths = [str(value) for tag, name, value in page.attributes if (tag, name) == ("path", "d")]
+    assert not [path for path in paths if "nan" in path or "inf" in path]
+    assert [path.count("M") for path in paths if "," in path and "h0" in path] == [3, 3, 1, 1]
+    labels = [str(value) for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    assert labels[0].startswith(
+        "Reward: 2 curves over steps 0 to 6. reward, start 0.1, end 0.5, least 0.1, greatest 0.5"
+    )
+    assert "none, start –" in labels[0]
+
+
+def test_a_norm_that_is_no_number_is_shown_as_such(tmp_path: Path) -> None:
+    """Protects the scale: NaN and infinite norms get no colour, a tooltip, and leave the other tokens' scale alone."""
+    page = score_page(tmp_path, heat_map(links={"X->Y": {4: math.nan, 5: math.inf, 6: 3.0}}, targets={}))
+    assert [values["class"] for values, _ in page.marks] == ["h0", "h0", "h20"]
+    assert str(page.marks[0][0]["title"]).startswith("norm nan")
+
+
+def test_the_page_takes_its_place_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects an older page: one that fails half-way leaves it as it was, and no draft beside it."""
+    score_page(tmp_path / "new folder", heat_map())
+    path = tmp_path / "new folder" / "score.html"
+    before = path.read_bytes()
+    monkeypatch.setattr("cepo.eval.report._link_view", lambda heat_map, name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score_page(tmp_path / "new folder", heat_map())
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_long_reports_stay_small(tmp_path: Path) -> None:
+    """Protects browsers: tokens that are neither source nor target cost their text alone."""
+    tokens = tuple(f" w{i % 10}" for i in range(2000))
+    score_page(
+        tmp_path, *[heat_map(f"row {i}", tokens=tokens, links={"X->Y": {9: 1.0}}, targets={}) for i in range(50)]
+    )
+    assert (tmp_path / "score.html").stat().st_size < 50 * (6000 + 2000) + 20_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"prompt_tokens": 11}, "prompt_tokens is 11; expected 0 to 10"),
+        ({"links": {"X->Y": {10: 1.0}}, "targets": {}}, "position 10; expected 0 to 9"),
+        ({"targets": {"X->Y": (-1,)}}, "position -1"),
+        ({"targets": {"A->B": (1,)}}, r"targets names \['A->B'\]"),
+        ({"links": {"X->Y": {1: -0.5}}, "targets": {}}, "norm -0.5; expected norms >= 0"),
+    ],
+)
+def test_a_heat_map_refuses_what_it_cannot_show(changes: dict[str, object], match: str) -> None:
+    """Protects callers: positions outside the text and negative norms are named."""
+    with pytest.raises(ValueError, match=match):
+        heat_map(**changes)  # type: ignore[arg-type]
+
+
+def test_curves_and_tables_refuse_what_does_not_fit(tmp_path: Path) -> None:
+    """Protects callers: uneven curves, steps that go back and ragged tables are named."""
+    with pytest.raises(ValueError, match="values has 1 numbers, steps 2"):
+        Curve("a", (0.0, 1.0), (0.0,))
+    with pytest.raises(ValueError, match="'a' are not all finite and ascending"):
+        Curve("a", (1.0, 0.0), (0.0, 0.0))
+    with pytest.raises(ValueError, match="expected 2 cells"):
+        demo_page(tmp_path, tables={"t": (["a", "b"], [["c"]])})
