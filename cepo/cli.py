@@ -189,8 +189,8 @@ def score(
     if summary.broken:
         shown = "; ".join(reason for _, reason in summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
         raise ValueError(
-            f"input {str(input)!r} has {len(summary.broken)} line(s) that could not be used: {shown}. All other rows were "
-            f"scored; mend these lines and run the same command again to score them alone"
+            f"input {str(input)!r} has {len(summary.broken)} line(s) that could not be used: {shown}. All other rows "
+            "were scored; mend these lines and run the same command again to score them alone"
         )
 
 

@@ -71,7 +71,7 @@ class Curve:
     Attributes:
         name: what the legend calls it.
         steps: finite and ascending.
-        values: one for each step; NaN and infinities are shown as gaps.
+        values: one for each step; NaN, infinities and sizes above 1e100 are shown as gaps.
     """
 
     name: str
@@ -306,7 +306,7 @@ class _Panel:
 
 def _panel(title: str, curves: Sequence[Curve]) -> _Panel:
     all_steps = np.concatenate([np.zeros(0), *(curve.steps for curve in curves)])
-    all_values = np.concatenate([np.zeros(0), *(curve.values for curve in curves)])
+    all_values = np.concatenate([np.zeros(0), *(_drawable(curve.values) for curve in curves)])
     low_step, high_step = _range(all_steps)
     step_ticks = np.asarray(MaxNLocator(6).tick_values(low_step, high_step))
     step_ticks = step_ticks[(step_ticks >= low_step) & (step_ticks <= high_step)]
@@ -320,7 +320,7 @@ def _panel(title: str, curves: Sequence[Curve]) -> _Panel:
 
     lines = []
     for number, curve in enumerate(curves):
-        steps, values = np.asarray(curve.steps, dtype=float), np.asarray(curve.values, dtype=float)
+        steps, values = np.asarray(curve.steps, dtype=float), _drawable(curve.values)
         smooth = _smooth(values)
         lines.append(
             _Line(
@@ -340,6 +340,12 @@ def _panel(title: str, curves: Sequence[Curve]) -> _Panel:
         values=tuple((place, f"{tick:.6g}") for place, tick in zip(up(value_ticks), value_ticks, strict=True)),
         lines=tuple(lines),
     )
+
+
+def _drawable(values: Sequence[float]) -> np.ndarray:
+    """Return the values, NaN for those that no axis can hold: beyond 1e100 the arithmetic of ticks overflows."""
+    array = np.asarray(values, dtype=float)
+    return np.where(np.abs(array) < 1e100, array, np.nan)
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
@@ -545,9 +551,9 @@ number. Start and end are read from the mean, least and greatest from the steps.
 {% if sections | selectattr("maps") | list %}
 <aside class="key-box" aria-label="How to read the heat maps">
 <p>A heat map shows one link, source → target. A source token is <mark class="h12">coloured</mark> by the L2 norm of \
-its row of the Jacobian, the gradient of the target's score at that token's embedding. The colour is linear in the norm, \
-from 0 to the link's largest norm (the number beside the ramp), in {{ levels }} steps; it compares the tokens of one \
-link, not links. Point at a token for its number. An <mark class="target">outline</mark> marks the target.</p>
+its row of the Jacobian, the gradient of the target's score at that token's embedding. The colour is linear in the \
+norm, from 0 to the link's largest norm (the number beside the ramp), in {{ levels }} steps; it compares \
+tokens, not links. Point at a token for its number. An <mark class="target">outline</mark> marks the target.</p>
 </aside>
 {% endif %}
 
@@ -663,9 +669,10 @@ p.warning { padding: 0.5rem 1rem; }
 table { border-collapse: collapse; font-size: 0.93rem; overflow-wrap: normal; }
 caption { text-align: start; font-weight: 600; padding-bottom: 0.4rem; }
 th, td { text-align: start; padding: 0.35rem 1.1rem 0.35rem 0; border-bottom: 1px solid var(--rule); }
-thead th { color: var(--quiet); font-weight: 500; font-size: 0.85rem; white-space: nowrap; }
-tbody th { font-weight: 500; }
-th.number, td.number { text-align: end; white-space: nowrap; }
+thead th { color: var(--quiet); font-weight: 500; font-size: 0.85rem; vertical-align: bottom; }
+tbody th { font-weight: 500; min-width: 6.5rem; }
+th.number, td.number { text-align: end; }
+td.number { white-space: nowrap; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.1rem; }
 figure { margin: 0; min-width: 0; }
 .plot { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 0.9rem 1rem 0.3rem; }
@@ -703,7 +710,7 @@ summary { cursor: pointer; }
 .part > summary { color: var(--quiet); font-size: 0.85rem; }
 .text {
   white-space: pre-wrap; unicode-bidi: plaintext; line-height: 1.8; padding: 0.6rem 0.8rem; margin-top: 0.3rem;
-  background: var(--page); border: 1px solid var(--rule); border-radius: 8px; max-height: 32rem; overflow-y: auto;
+  background: var(--page); border: 1px solid var(--rule); border-radius: 8px;
 }
 mark { background: none; color: inherit; border-radius: 3px; }
 mark { -webkit-box-decoration-break: clone; box-decoration-break: clone; }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -51,13 +52,13 @@ def tiny_config(family: str, *, tied: bool = False, **options: Any) -> Any:
         case "mistral":
             return MistralConfig(**{**wide_heads, **shape}, sliding_window=None)
         case "mistral-sliding":
-            return MistralConfig(**{**wide_heads, **shape}, sliding_window=6)
+            return MistralConfig(**{**wide_heads, **shape}, sliding_window=9)
         case "gemma":
             return GemmaConfig(**{**wide_heads, **shape})
         case "gemma2":
             return Gemma2Config(
                 **{**wide_heads, **shape},
-                sliding_window=6,
+                sliding_window=9,
                 attn_logit_softcapping=2.0,
                 final_logit_softcapping=3.0,
                 query_pre_attn_scalar=6,
@@ -84,6 +85,21 @@ def tiny_model(
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(torch.float64)
     randomise(model, seed)
     return model.to(dtype).eval()
+
+
+class InDouble(TorchFunctionMode):
+    """Makes every cast to float32 one to float64.
+
+    transformers casts to float32 inside norms, softmax and rotary tables, whatever the model's dtype is, so a float64
+    model is exact to seven digits only, and finite differences of it are noise. Inside this context it is float64.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 def randomise(model: nn.Module, seed: int, *, scale: float = 0.35) -> None:

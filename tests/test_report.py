@@ -1,4 +1,4 @@
-"""The HTML pages: what a model wrote stays text, the page is self-contained and well-formed, and no half file remains."""
+"""The HTML pages: a model's text stays text, pages are self-contained and well-formed, and no half file remains."""
 
 import math
 import re
@@ -20,6 +20,7 @@ class Page(HTMLParser):
         texts: for each element of class "text" its characters, tags left out.
         words: all characters of the page outside style.
         marks: for each mark inside a text its attributes and characters.
+        folded: for each of those texts whether the element around it is folded.
         tags: every tag that was opened.
         attributes: every (tag, name, value).
     """
@@ -33,7 +34,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str, str | None]] = []
         self._open: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(path.read_bytes().decode("utf-8"))
         self.close()
         assert not self._open, f"left open: {self._open}"
 
@@ -134,13 +135,12 @@ def test_tokens_stand_whole_and_in_order(tmp_path: Path) -> None:
     """Protects the text: prompt and completion of every link read exactly as they were sampled."""
     tokens = ("\n <b>", "&amp;", "  x\t", "\n\n", "é", "", "🙂 y", "\r\n", " end \n")
     page = score_page(tmp_path, heat_map(tokens=tokens, prompt_tokens=3, links={"X->Y": {4: 1.0, 5: 2.0}}, targets={}))
-    # Python's reader keeps what a browser would make a plain line break.
     assert page.texts == ["".join(tokens[:3]), "".join(tokens[3:])]
     assert [text for _, text in page.marks] == ["é", ""]
 
 
 def test_colour_is_linear_and_never_alone(tmp_path: Path) -> None:
-    """Protects the meaning of the colour: a level in proportion to the norm, the number in a tooltip, targets outlined."""
+    """Protects the meaning of the colour: in proportion to the norm, with the number in a tooltip."""
     page = score_page(tmp_path, heat_map())
     found = [(text, values["class"], values["title"]) for values, text in page.marks]
     assert found == [
@@ -161,10 +161,9 @@ def test_the_prompt_is_folded_unless_it_holds_the_source(tmp_path: Path) -> None
 
 
 def test_broken_text_is_replaced(tmp_path: Path) -> None:
-    """Protects the writing: lone surrogates and NUL become the replacement character, right-to-left text is isolated."""
-    broken = heat_map(
-        "\ud800", tokens=("a\x00", "\udfffb", "\u202eשלום", "\x1b[31m"), prompt_tokens=1, links={}, targets={}
-    )
+    """Protects the writing: lone surrogates and NUL are replaced, right-to-left text is isolated."""
+    tokens = ("a\x00", "\udfffb", "\u202eשלום", "\x1b[31m")
+    broken = heat_map("\ud800", tokens=tokens, prompt_tokens=1, links={}, targets={})
     page = score_page(tmp_path, broken, heat_map("مرحبا", malformed="no \ud83d tag"), title="t\x00")
     assert page.texts[:2] == ["a\ufffd", "\ufffdb\u202eשלום\ufffd[31m"]
     assert "no \ufffd tag" in page.words
@@ -185,7 +184,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
 
 def test_malformed_rollouts_are_counted_with_their_reason(tmp_path: Path) -> None:
     """Protects honesty: malformed rollouts are counted, listed by reason, linked, and their text is still shown."""
-    plain = {"links": {}, "targets": {}}
+    plain: dict[str, object] = {"links": {}, "targets": {}}
     maps = [
         heat_map(f"row {i}", malformed="no scores" if i % 2 else None, **(plain if i % 2 else {})) for i in range(7)
     ]
@@ -210,7 +209,7 @@ def test_empty_reports_are_whole_pages(tmp_path: Path) -> None:
 def test_curves_break_where_there_is_no_number(tmp_path: Path) -> None:
     """Protects the plot: NaN and infinities are gaps, not zeros, and no such word reaches a path."""
     values = (0.1, math.nan, 0.3, math.inf, -math.inf, 0.5, 0.5)
-    curves = [Curve("reward", tuple(map(float, range(7))), values), Curve("none", (0.0, 1.0), (math.nan, math.inf))]
+    curves = [Curve("reward", tuple(map(float, range(7))), values), Curve("none", (0.0, 1.0), (math.nan, 1e308))]
     page = demo_page(tmp_path, {"Reward": curves, "Flat": [Curve("flat", (3.0,), (2.0,))]})
     paths = [str(value) for tag, name, value in page.attributes if (tag, name) == ("path", "d")]
     assert not [path for path in paths if "nan" in path or "inf" in path]

@@ -1,0 +1,231 @@
+"""`cepo demo`: the main job end to end on the embedded testbed, with a report of what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import cepo
+from cepo.eval.report import Curve, HeatMap, write_demo_report
+from cepo.fusion.engine import RewardConfig, score_rollouts
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.spans import SpanReader
+from cepo.jacobian.vjp import JacobianEngine
+from cepo.train import testbed
+from cepo.train.causal import JUDGE
+from cepo.train.grpo import load_config, train
+from cepo.train.policy import load_testbed_judge
+
+RECIPE = Path(cepo.__file__).parent / "train" / "recipes" / "testbed.yaml"
+_LINKS = ("Z->X", "criteria->analysis", "X->Y", "Z->Y")
+_ITEMS = 200
+_SCORED = 32
+_SHOWN = 4
+_PANELS = {
+    "Rewards (mean over the step's completions)": (
+        "rewards/format_reward/mean",
+        "rewards/argmax_reward/mean",
+        "rewards/causal/mean",
+    ),
+    "Links of the sampled judgements": (
+        "causal/criteria->analysis/influence",
+        "causal/criteria->analysis/phi",
+        "causal/criteria->analysis/retained",
+    ),
+    "Completion length, tokens": ("completions/mean_length",),
+    "Seconds": ("causal/seconds", "step_time"),
+}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The judge at one moment.
+
+    Attributes:
+        in_distribution: greedy accuracy where length agrees with the label in 90% of items, in [0, 1].
+        flipped: greedy accuracy where it agrees in 10%, in [0, 1].
+        swaps_followed: of the items whose criterion was swapped for one with the other winner, the fraction whose
+            regenerated verdict follows the swap, in [0, 1].
+        turned: the fraction of the same items where the criterion alone turned the verdict, in [0, 1].
+        malformed: fraction of sampled completions that cannot be scored, in [0, 1].
+        tokens: mean length of sampled completions.
+        links: mean of each field of the link records, by link.
+    """
+
+    in_distribution: float
+    flipped: float
+    swaps_followed: float
+    turned: float
+    malformed: float
+    tokens: float
+    links: Mapping[str, Mapping[str, float]]
+
+
+def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
+    """Warm up, measure, train with GRPO, measure again, and write `report.html`, `measures.json` and the model.
+
+    A demo that was killed goes on from its last checkpoint; one that was finished starts anew.
+
+    Args:
+        output: folder to write.
+        steps: GRPO steps.
+        seed: of everything.
+        console: where progress is shown.
+
+    Returns:
+        Path of the report.
+    """
+    started = time.perf_counter()
+    run = output / "grpo"
+    if (output / "measures.json").is_file():
+        shutil.rmtree(run, ignore_errors=True)
+        (output / "measures.json").unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    config = load_config(RECIPE, {"output": str(run), "grpo.max_steps": steps, "seed": seed})
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("warming up the judge (or reading it from the cache)")
+        model, tokenizer = load_testbed_judge(
+            config.testbed["judge"],
+            steps=config.testbed["steps"],
+            seed=seed,
+            progress=lambda step, loss: progress.update(
+                task, description=f"warming up the judge: step {step}, loss {loss:.3f}"
+            ),
+        )
+        progress.update(task, description="measuring the judge before training")
+        before, maps_before = _measure(model, tokenizer, seed)
+    trained = train(config)
+    model, _ = load_model(resolve_model(str(trained)))
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        progress.add_task("measuring the judge after training")
+        after, maps_after = _measure(model, tokenizer, seed)
+    seconds = time.perf_counter() - started
+    causal = next(reward for reward in config.rewards if reward["name"] == "causal")
+    write_demo_report(
+        output / "report.html",
+        title="cepo demo: a judge rewarded for criteria that cause its scores",
+        summary={
+            "judge": f"Qwen3-shaped, {sum(p.numel() for p in model.parameters()):,} weights, warmed up to follow length",
+            "training": f"{steps} GRPO steps, TRL, on items where the longer response is right 90% of the time",
+            "rewards": ", ".join(f"{reward['name']} × {reward['weight']:g}" for reward in config.rewards),
+            "causal reward": f"{causal['score']} of {', '.join(causal['links'])}, "
+            f"K = {causal['counterfactuals']}, rank = {causal['rank']}",
+            "seed": str(seed),
+            "time": f"{seconds:.0f} s",
+        },
+        curves=_curves(run / "metrics.jsonl"),
+        tables=_tables(before, after),
+        heat_maps={"Before training": maps_before, "After training": maps_after},
+        notes=[
+            "In the testbed the query names a situation, the criteria name the aspect that decides there, the analysis "
+            "quotes each response's word for it, and the scores follow. Response length is a spurious cue: right 90% of "
+            "the time in distribution, 10% where flipped.",
+            "Accuracies are greedy; 'criteria swaps followed' forces another criterion and lets the judge go on. A "
+            "score S that rises while these two do not is a signal satisfied in form: read them together.",
+        ],
+    )
+    measures = {"seed": seed, "steps": steps, "seconds": seconds, "before": asdict(before), "after": asdict(after)}
+    unfinished = output / "measures.json.tmp"
+    unfinished.write_text(json.dumps(measures, indent=2) + "\n")
+    os.replace(unfinished, output / "measures.json")
+    return output / "report.html"
+
+
+def _measure(model: Any, tokenizer: Any, seed: int) -> tuple[Measures, list[HeatMap]]:
+    usual = testbed.generate_items(_ITEMS, seed=seed + 11, cue_agreement=0.9)
+    flipped = testbed.generate_items(_ITEMS, seed=seed + 12, cue_agreement=0.1)
+    sampled = testbed.judge_items(model, tokenizer, usual[:_SCORED], temperature=1.0, seed=seed)
+    swaps = testbed.certify(model, tokenizer, usual, seed=seed)
+    reader = SpanReader(tokenizer, JUDGE)
+    rollouts = []
+    for item, completion in zip(usual, sampled, strict=False):
+        messages = [{"role": "user", "content": item.prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        rollouts.append(reader.read(prompt["input_ids"], [*ids, tokenizer.eos_token_id], messages))
+    config = RewardConfig(links=dict.fromkeys(_LINKS, 1.0))
+    scores = score_rollouts(rollouts, JacobianEngine(model), config, JUDGE, keep_jacobians=True)
+    sound = [score for score in scores if score.malformed is None]
+    links = {
+        name: {
+            field: sum(getattr(score.links[name], field) for score in sound) / len(sound)
+            for field in ("phi", "retained", "influence", "norm", "tokens")
+        }
+        for name in (_LINKS if sound else ())
+    }
+    maps = [
+        HeatMap(
+            title=f"item {index + 1} (right answer: {item.label})",
+            tokens=tuple(reader.texts(rollout.token_ids)),
+            prompt_tokens=len(rollout.prompt_ids),
+            links={
+                name: dict(zip(jac.source_positions, jac.jac_SD.norm(dim=1).tolist(), strict=True))
+                for name, (jac, _) in score.jacobians.items()
+            },
+            targets={name: jac.target_positions for name, (jac, _) in score.jacobians.items()},
+            facts={f"influence {name}": f"{link.influence:.4f}" for name, link in score.links.items()},
+            malformed=score.malformed,
+        )
+        for index, (item, rollout, score) in enumerate(
+            zip(usual[:_SHOWN], rollouts[:_SHOWN], scores[:_SHOWN], strict=True)
+        )
+    ]
+    measures = Measures(
+        in_distribution=testbed.accuracy(testbed.judge_items(model, tokenizer, usual), usual),
+        flipped=testbed.accuracy(testbed.judge_items(model, tokenizer, flipped), flipped),
+        swaps_followed=swaps["follows_swap"],
+        turned=swaps["flips"],
+        malformed=1.0 - len(sound) / len(scores),
+        tokens=sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
+        links=links,
+    )
+    return measures, maps
+
+
+def _curves(metrics: Path) -> dict[str, Sequence[Curve]]:
+    logs = [json.loads(line) for line in metrics.read_text().splitlines()]
+    panels = {}
+    for panel, names in _PANELS.items():
+        curves = []
+        for name in names:
+            points = [(float(log["step"]), float(log[name])) for log in logs if name in log]
+            if points:
+                steps, values = zip(*points, strict=True)
+                curves.append(Curve(name, steps, values))
+        panels[panel] = curves
+    return panels
+
+
+def _tables(before: Measures, after: Measures) -> dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]]:
+    rows = [
+        ("accuracy, length agrees with the label 90%", "in_distribution"),
+        ("accuracy, flipped (agrees 10%)", "flipped"),
+        ("criteria swaps followed", "swaps_followed"),
+        ("verdict turned by the criterion alone", "turned"),
+        ("malformed", "malformed"),
+        ("completion tokens", "tokens"),
+    ]
+    behaviour = [(label, f"{getattr(before, name):.3f}", f"{getattr(after, name):.3f}") for label, name in rows]
+    links = [
+        (f"{link}, {field}", _shown(before, link, field), _shown(after, link, field))
+        for link in _LINKS
+        for field in ("phi", "retained", "influence", "norm", "tokens")
+    ]
+    header = ("", "before", "after")
+    return {
+        f"Behaviour ({_ITEMS} items a row; malformed and tokens: {_SCORED} samples)": (header, behaviour),
+        f"Link records (means over {_SCORED} sampled judgements)": (header, links),
+    }
+
+
+def _shown(measures: Measures, link: str, field: str) -> str:
+    return f"{measures.links[link][field]:.4f}" if link in measures.links else "none scored"
