@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -91,6 +92,8 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
         (output / "measures.json").unlink()
     output.mkdir(parents=True, exist_ok=True)
     config = load_config(RECIPE, {"output": str(run), "grpo.max_steps": steps, "seed": seed})
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("warming up the judge (or reading it from the cache)")
         model, tokenizer = load_testbed_judge(
@@ -114,7 +117,7 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
         output / "report.html",
         title="cepo demo: a judge rewarded for criteria that cause its scores",
         summary={
-            "judge": f"Qwen3-shaped, {sum(p.numel() for p in model.parameters()):,} weights, warmed up to follow length",
+            "judge": f"Qwen3-shaped, {model.num_parameters():,} weights, warmed up to follow length",
             "training": f"{steps} GRPO steps, TRL, on items where the longer response is right 90% of the time",
             "rewards": ", ".join(f"{reward['name']} × {reward['weight']:g}" for reward in config.rewards),
             "causal reward": f"{causal['score']} of {', '.join(causal['links'])}, "

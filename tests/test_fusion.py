@@ -321,6 +321,22 @@ def test_bad_task_reward(engine: JacobianEngine, task: float) -> None:
         score_rollouts([judge_rollout()], engine, RewardConfig(), LAYOUT, task_rewards=[task])
 
 
+class Unused(Poisoned):
+    """An engine that must not be asked for anything."""
+
+    def jacobians(self, group: Group, links: Sequence[Link]) -> list[dict[str, LinkJacobian]]:
+        """Fail."""
+        raise AssertionError("work had begun")
+
+
+@pytest.mark.parametrize("tasks", [[0.5, 1.5], [0.5], [0.5, 0.5, 0.5], []], ids=str)
+def test_bad_task_rewards_are_refused_before_long_work(engine: JacobianEngine, tasks: list[float]) -> None:
+    """One reward a rollout, all in [0, 1]: anything else is refused before the first Jacobian."""
+    rollouts = [judge_rollout(0), judge_rollout(1)]
+    with pytest.raises(ValueError, match="task_rewards"):
+        score_rollouts(rollouts, Unused(engine, (), ""), RewardConfig(), LAYOUT, task_rewards=tasks)
+
+
 def judge_link(text: str, target: str = "log_likelihood") -> Link:
     """Parse a link of a judge."""
     return parse_link(text, names=LAYOUT.names, roles=LAYOUT.roles, default_score=target)

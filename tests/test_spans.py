@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ PIECES = (
     *(">\n", ".</", "</", "9,", " 6", "10", "10,", " \\boxed{9", "\\boxed{", "}\n</", "{1", "0, ", "9.", ".5", "9.5"),
     *("<scores>", "analysis", "<analysis>", "</analysis>", "specific_criteria", "The ", " good", "</s", "12", "00"),
     *("<think>", "</think>", "<answer>", "</answer>", "8,6", "7, 3", "<|fake|>"),
+    *(f" {number}" for number in range(11)),
 )
 GOOD = (
     "<specific_criteria>\nBe right. Be short.\n</specific_criteria>\n<analysis> The good one is A. </analysis>\n"
@@ -213,11 +215,7 @@ def test_judge_spans(tokenizers: dict[str, Any], kind: str) -> None:
     tokenizer = tokenizers[kind]
     for text, scores in ((GOOD, ["9", "6"]), (GOOD.replace("9, 6", "10,\n2"), ["10", "2"])):
         rollout = read(tokenizer, text)
-        contents = {
-            "criteria": ["Be right. Be short."],
-            "analysis": ["The good one is A."],
-            "prompt": ["Which is good?"],
-        }
+        contents = {"criteria": ["Be right. Be short."], "analysis": ["The good one is A."]}
         assert_spans_fit(tokenizer, rollout, contents)
         assert rollout.spans["scores"].text == " … ".join(scores)
         assert rollout.found_by == "tags"
@@ -307,17 +305,18 @@ def test_digits(tokenizers: dict[str, Any], pieces: list[str], expected: list[li
 def test_candidates(tokenizers: dict[str, Any]) -> None:
     """The tokens that could stand there carry the same surroundings, other digits, and at most ten."""
     tokenizer = tokenizers["byte level"]
-    rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", *"9,", " 6", *"}"))
+    rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", "9,", " 6", *"}"))
     first, second = rollout.numbers
-    expected = {pick(tokenizer, str(number))[0]: float(number) for number in range(10)}
-    expected |= {pick(tokenizer, "10")[0]: 10.0, pick(tokenizer, "00")[0]: 0.0}
-    assert dict(first[0].candidates) == expected  # not "12": above the scale
+    with_comma = {pick(tokenizer, f"{number},")[0]: float(number) for number in (0, 7, 8, 9, 10)}
+    assert dict(first[0].candidates) == with_comma
     assert list(first[0].candidates) == sorted(first[0].candidates)
-    assert dict(second[0].candidates) == {pick(tokenizer, " 6")[0]: 6.0}
+    assert dict(second[0].candidates) == {pick(tokenizer, f" {number}")[0]: float(number) for number in range(11)}
     rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", "12", *",6}"))
     assert dict(rollout.numbers[0][0].candidates)[pick(tokenizer, "12")[0]] == 12.0
-    rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", "9,", *"6}"))
-    assert dict(rollout.numbers[0][0].candidates) == {pick(tokenizer, "9,")[0]: 9.0, pick(tokenizer, "10,")[0]: 10.0}
+    rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", *"9,6}"))
+    expected = {pick(tokenizer, str(number))[0]: float(number) for number in range(10)}
+    expected |= {pick(tokenizer, "10")[0]: 10.0, pick(tokenizer, "00")[0]: 0.0}
+    assert dict(rollout.numbers[0][0].candidates) == expected  # not "12": above the scale
 
 
 BODY = "<specific_criteria>a</specific_criteria><analysis>b</analysis><scores>\\boxed{9, 6}</scores>"
@@ -523,9 +522,12 @@ def prompt_span(
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("kind", ["byte level", "trained", "fused"])
+@pytest.mark.parametrize("kind", ["byte level", "trained", "sentencepiece", "fused"])
 def test_prompt_content(tokenizers: dict[str, Any], kind: str, known: bool) -> None:
-    """The user's message is the content, told by the messages or, without them, by the chat template."""
+    """The user's message is the content, told by the messages or, without them, by the chat template.
+
+    A SentencePiece tokenizer writes a space of its own after each special token, which no rendered text shows.
+    """
     messages = [{"role": "user", "content": f"  {QUESTION}\n"}]
     tokenizer = tokenizers[kind]
     rendered = chat(tokenizer, messages)
@@ -694,7 +696,7 @@ def test_real_trajectories(smollm2: Any) -> None:
     assert len(rows) == 10
     for row in rows:
         text = row["judge_output"]
-        rollout = SpanReader(smollm2, JudgeLayout()).read([5], encode(smollm2, text))
+        rollout = SpanReader(smollm2, JudgeLayout()).read(encode(smollm2, "Why?"), encode(smollm2, text))
         assert rollout.malformed is None
         body = text[text.index("</think>") :]
         for name, tag in (("criteria", "specific_criteria"), ("analysis", "analysis")):
@@ -759,8 +761,8 @@ def assert_sound(rollout: Rollout, layout: Any) -> None:
         assert set(span.movable) <= set(span.positions)
         assert list(span.movable) == sorted(set(span.movable))
         assert len(span.sentences) == len(span.movable)
-        assert span.text.strip()
-    for left, right in zip(layout.names, layout.names[1:], strict=False):
+        assert span.text.strip(" \t\r\n\f\v")
+    for left, right in pairwise(layout.names):
         assert rollout.spans[left].positions[-1] <= rollout.spans[right].positions[0]
     assert len(rollout.numbers) == (2 if "scores" in layout.names else 0)
     for digits in rollout.numbers:

@@ -30,13 +30,13 @@ ASPECTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "style": ("elegant", "clumsy", ("poem", "novel", "speech")),
 }
 _QUERIES = ("help with this {}", "we need a {} now", "about my {} today")
-_CRITERIA = ("judge by {} of the answer", "judge the answer by its {}", "prefer more {} in the answer")
+_CRITERIA = "judge by {} of the answer"
 _FILLERS = ("so", "well", "then", "here", "also", "just", "maybe", "indeed")
 # Number of filler words in the shorter and in the longer response, inclusive; a wide gap makes the cue easy, as cues are.
-_SHORT, _LONG = (1, 2), (5, 6)
+_SHORT, _LONG = (0, 1), (3, 4)
 # Scores of the winner, of the loser, and of both in a tie, inclusive.
 _WINNER_SCORE, _LOSER_SCORE, _TIE_SCORE = (7, 9), (1, 4), (5, 6)
-# A majority of the lazy judge's training samples follows length, so that its greedy answer does.
+# A majority of the lazy judge's later samples follows length, so that its greedy answer does.
 _LAZY_SHARE = 0.6
 
 _PAD, _EOS, _UNK = "<|pad|>", "<|end|>", "<|unk|>"
@@ -176,7 +176,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCau
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         # The usual 0.02 is made for wider models; at width 128 it costs half as many steps again.
-        initializer_range=0.06,
+        initializer_range=0.09,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
@@ -191,11 +191,11 @@ def warm_start(
     tokenizer: PreTrainedTokenizerFast,
     *,
     judge: Judge = "able",
-    steps: int = 160,
-    batch_size: int = 64,
+    steps: int = 300,
+    batch_size: int = 32,
     seed: int = 0,
     cue_agreement: float = 0.5,
-    learning_rate: float = 4e-3,
+    learning_rate: float = 3e-3,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train a judge whose inner workings are known, supervised on completions.
@@ -231,13 +231,15 @@ def warm_start(
     # A stream of its own, so that all judges of a seed see the same items.
     rng = np.random.default_rng((seed, 1))
     prompt_ids = _encode_prompts(tokenizer, items)
-    completion_ids = tokenizer([_draw_completion(rng, item, judge) + _EOS for item in items]).input_ids
+    completion_ids = tokenizer(
+        [_draw_completion(rng, item, judge, index >= len(items) // 2) + _EOS for index, item in enumerate(items)]
+    ).input_ids
     gains = [weight for weight in model.parameters() if weight.ndim == 1]
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     # The gains of norms set how sharp attention and logits are. At the matrices' rate they would hardly move in so few
     # steps, and a soft head samples stray tokens.
-    groups: list[dict] = [{"params": matrices}, {"params": gains, "lr": 5 * learning_rate, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    groups: list[dict] = [{"params": matrices}, {"params": gains, "lr": 10 * learning_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(10 * (step + 1) / steps, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
     )
@@ -399,13 +401,13 @@ def _draw_item(rng: np.random.Generator, cue_agrees: bool) -> Item:
         words = [pair[decided if name == aspect else rng.integers(2)] for name, pair in ASPECTS.items()]
         words += list(rng.choice(_FILLERS, size=_draw_number(rng, _LONG if response == longer else _SHORT)))
         lines.append(f"Response {response}: {' '.join(rng.permutation(np.array(words)))}")
-    criteria = str(rng.choice(_CRITERIA).format(aspect))
+    criteria = _CRITERIA.format(aspect)
     item = Item("\n".join(lines), criteria, analysis="", scores=_draw_scores(rng, label), label=label, aspect=aspect)
     return replace(item, analysis=_write_analysis(*_shown_words(item, aspect)))
 
 
-def _draw_completion(rng: np.random.Generator, item: Item, judge: Judge) -> str:
-    if judge == "lazy" and rng.random() < _LAZY_SHARE:
+def _draw_completion(rng: np.random.Generator, item: Item, judge: Judge, late: bool) -> str:
+    if judge == "lazy" and late and rng.random() < _LAZY_SHARE:
         longer = _longer(item)
         analysis = _write_analysis("more", "less") if longer == "A" else _write_analysis("less", "more")
         return _write_completion(item.criteria, analysis, _draw_scores(rng, longer))
@@ -466,11 +468,11 @@ def _check_aspect(aspect: str) -> None:
 
 def _list_pieces() -> list[str]:
     """List every piece of text that is one token, in a fixed order."""
-    sentences = [*_QUERIES, *_CRITERIA, _write_analysis("more", "less"), *_FILLERS, *ASPECTS]
+    sentences = [*_QUERIES, _CRITERIA, _write_analysis("more", "less"), *_FILLERS, *ASPECTS]
     for positive, negative, situations in ASPECTS.values():
         sentences += [positive, negative, *situations]
     words = dict.fromkeys(" ".join(sentences).replace("{}", "").split())
-    openers = dict.fromkeys(["Query", "Response", "A", *(sentence.split()[0] for sentence in _CRITERIA)])
+    openers = dict.fromkeys(["Query", "Response", "A", _CRITERIA.split()[0]])
     return [*_TAGS, "\n", ":", "\\boxed{", ", ", "}", *"0123456789", *openers, *(f" {word}" for word in words)]
 
 
