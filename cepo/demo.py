@@ -196,7 +196,7 @@ def _measure(model: Any, tokenizer: Any, seed: int) -> tuple[Measures, list[Heat
 
 def _curves(metrics: Path) -> dict[str, Sequence[Curve]]:
     logs = [json.loads(line) for line in metrics.read_text().splitlines()]
-    panels = {}
+    panels: dict[str, Sequence[Curve]] = {}
     for panel, names in _PANELS.items():
         curves = []
         for name in names:

@@ -201,7 +201,7 @@ def _score_rows(
     rollouts = [rollout for rollout, _ in read if rollout is not None]
     tasks = [_task_reward(row) for (_, row), (rollout, _) in zip(rows, read, strict=True) if rollout is not None]
     scores = iter(score_rollouts(rollouts, engine, job.config, job.layout, task_rewards=tasks, keep_jacobians=True))
-    records = []
+    records: list[dict[str, Any]] = []
     for (index, row), (rollout, reason) in zip(rows, read, strict=True):
         if rollout is None:
             records.append({"row": index, "id": row.get("id"), "reward": 0.0, "malformed": reason, "links": {}})
@@ -372,13 +372,13 @@ def _done_records(
             have_matrices |= {int(key.split("/")[0]) for key in opened.keys()}  # noqa: SIM118
     for path in (job.output, partial):
         for _, record in read_jsonl(path)[0] if path.is_file() else ():
-            row = record.get("row")
             if record.get("settings") != settings:
                 raise ValueError(
                     f"output {str(path)!r} comes from other settings or another model; "
                     "choose another --output, or delete it"
                 )
-            holds = isinstance(row, int) and row < len(lines) and record.get("content") == _content_hash(lines[row])
+            row = int(record["row"])
+            holds = row < len(lines) and record.get("content") == _content_hash(lines[row])
             needs_matrices = job.jacobians is not None and bool(record.get("spans"))
             if holds and (not needs_matrices or row in have_matrices):
                 done[row] = record

@@ -46,14 +46,14 @@ class JacobianEngine:
             virtual tokens have no position in token_ids), or adapters=False on a model that has none.
     """
 
-    def __init__(self, model: nn.Module, *, adapters: bool = True) -> None:
-        self._peft: Any = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
+    def __init__(self, model: Any, *, adapters: bool = True) -> None:
+        self._peft = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
         if self._peft is not None and any(c.is_prompt_learning for c in self._peft.peft_config.values()):
             raise ValueError("model carries a prompt-learning adapter; expected LoRA or another weight adapter")
         if not adapters and self._peft is None:
             raise ValueError("adapters is False, but the model is not a PeftModel and has none to switch off")
         self._adapters = adapters
-        self._model: Any = self._peft.get_base_model() if self._peft is not None else model
+        self._model = self._peft.get_base_model() if self._peft is not None else model
         config = getattr(self._model, "config", None)
         if config is None or not hasattr(self._model, "get_input_embeddings"):
             raise ValueError(f"model is a {type(model).__name__}; expected a Hugging Face causal language model")

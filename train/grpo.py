@@ -238,10 +238,10 @@ def run_callbacks(output: Path) -> list[Any]:
 
 def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     from cepo.train import rewards as task_rewards
-    from cepo.train.causal import JUDGE, REASONER, CausalReward
+    from cepo.train.causal import JUDGE, REASONER, CausalReward, TaskReward
     from cepo.train.proxy import ProxyReward
 
-    plain = {
+    plain: dict[str, TaskReward] = {
         "format": task_rewards.format_reward,
         "argmax": task_rewards.argmax_reward,
         "exact_match": task_rewards.exact_match,
