@@ -167,12 +167,12 @@ class JacobianEngine:
         """Eval mode, gradients on, autocast off, adapters as asked; everything restored on the way out."""
         modes = [(module, module.training) for module in self._model.modules()]
         device_type = self._model.get_input_embeddings().weight.device.type
-        adapters_off = contextlib.nullcontext() if self._adapters else self._peft.disable_adapter()
+        adapters = contextlib.nullcontext() if self._adapters or not self._peft else self._peft.disable_adapter()
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device_type, enabled=False),
-            adapters_off,
+            adapters,
         ):
             try:
                 self._model.eval()

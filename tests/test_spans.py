@@ -230,7 +230,8 @@ def test_judge_spans(tokenizers: dict[str, Any], kind: str) -> None:
             sorted({digit.position for digits in rollout.numbers for digit in digits})
         )
         values = [value for _, value in rollout.numbers[-1][0].candidates]
-        assert len(set(values)) >= 5  # not the sampled digit alone: its expectation would be constant
+        if kind != "trained":  # which has the whole number in one token that it learned by heart
+            assert len(set(values)) >= 10  # the sampled digit alone would make a constant of the expectation
 
 
 def test_straddling_tokens(tokenizers: dict[str, Any]) -> None:

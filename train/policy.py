@@ -42,13 +42,13 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
         values = {**known, **options}
         train = testbed.generate_items(values["count"], seed=seed + 1, cue_agreement=values["cue_agreement"])
         test = testbed.generate_items(values["test_count"], seed=seed + 2, cue_agreement=values["cue_agreement"])
-        return DataSplit(testbed_dataset(train), testbed_dataset(test), ())
+        return DataSplit(items_dataset(train), items_dataset(test), ())
     _check_options(options, {"split": None, "test_fraction": None, "limit": None, "columns": None})
     loader = load_preferences if kind == "judge" else load_reasoning
     return loader(source, seed=seed, **options)
 
 
-def testbed_dataset(items: list[testbed.Item]) -> Dataset:
+def items_dataset(items: list[testbed.Item]) -> Dataset:
     """Return testbed items as rows for TRL."""
     return Dataset.from_list(
         [{"prompt": [{"role": "user", "content": item.prompt}], "label": item.label} for item in items]

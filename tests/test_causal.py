@@ -1,0 +1,174 @@
+"""Protects the contract with TRL: what CausalReward takes from a trainer, gives back, and leaves alone."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from cepo import PAPER_LINKS, CausalReward, argmax_reward, format_reward
+from cepo.train import testbed
+from cepo.train.policy import items_dataset
+
+ITEMS = testbed.generate_items(8, seed=5, cue_agreement=0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return testbed.build_tokenizer()
+
+
+def make_trainer(kind: str, tokenizer: Any, rewards: list[Any], folder: Path, **settings: Any) -> Any:
+    trainer, config = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[kind]
+    arguments = config(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=4,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        beta=0.0,  # no reference model
+        **settings,
+    )
+    model = testbed.build_model(tokenizer, seed=0)
+    return trainer(
+        model=model,
+        reward_funcs=rewards,
+        args=arguments,
+        train_dataset=items_dataset(ITEMS),
+        processing_class=tokenizer,
+    )
+
+
+def rows(tokenizer: Any, items: list[testbed.Item]) -> dict[str, Any]:
+    """What TRL would hand a reward function for gold completions."""
+    return {
+        "prompts": [[{"role": "user", "content": item.prompt}] for item in items],
+        "completions": [[{"role": "assistant", "content": item.completion}] for item in items],
+        "completion_ids": [[*tokenizer(item.completion)["input_ids"], tokenizer.eos_token_id] for item in items],
+        "label": [item.label for item in items],
+    }
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_real_step_scores_the_prompts_that_were_generated_from(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    reward = CausalReward(links={"X->Y": 1.0}, counterfactuals=1)
+    trainer = make_trainer(kind, tokenizer, [format_reward, argmax_reward, reward], tmp_path)
+    assert reward.bind(trainer) is reward
+    generated, scored = [], []
+    generate, read = trainer.model.generate, reward._reader.read
+
+    def record_generation(*args: Any, **kwargs: Any) -> Any:
+        for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
+            generated.append(ids[mask.bool()].tolist())
+        return generate(*args, **kwargs)
+
+    def record_reading(prompt_ids: Any, completion_ids: Any, messages: Any) -> Any:
+        scored.append(list(prompt_ids))
+        return read(prompt_ids, completion_ids, messages)
+
+    trainer.model.generate, reward._reader.read = record_generation, record_reading
+    trainer.train()
+    assert scored == generated
+    assert len(scored) == 4
+    logs = {key: value for log in trainer.state.log_history for key, value in log.items()}
+    assert logs["causal/malformed"] == 1.0  # four random tokens are no judgement, and that is counted, not raised
+    assert logs["rewards/causal/mean"] == 0.0
+
+
+def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: Any, tmp_path: Path) -> None:
+    reward = CausalReward(links={"X->Y": 1.0, "Z->X": 0.5}, counterfactuals=2)
+    trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+    reward.bind(trainer)
+    trainer.model.train()
+    metrics: dict[str, float] = {}
+    extra: dict[str, list[Any]] = {}
+    weights = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    values = reward(**rows(tokenizer, ITEMS), log_metric=metrics.__setitem__, log_extra=extra.__setitem__)
+    assert len(values) == len(ITEMS)
+    assert all(value is not None and 0.0 < value <= 1.0 for value in values)
+    for link in ("X->Y", "Z->X"):
+        for field in ("value", "phi", "retained", "influence", "norm", "tokens"):
+            assert metrics[f"causal/{link}/{field}"] > 0.0
+        assert len(extra[f"causal S {link}"]) == len(ITEMS)
+    assert metrics["causal/malformed"] == 0.0
+    assert trainer.model.training
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_the_live_policy_is_scored_and_the_frozen_scorer_is_not_moved_by_it(tokenizer: Any, tmp_path: Path) -> None:
+    frozen = testbed.build_model(tokenizer, seed=1)
+    live, fixed = CausalReward(counterfactuals=1), CausalReward(counterfactuals=1, scorer=frozen)
+    trainer = make_trainer("grpo", tokenizer, [live, fixed], tmp_path)
+    batch = rows(tokenizer, ITEMS[:2])
+    before = live.bind(trainer)(**batch), fixed.bind(trainer)(**batch)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.3)
+    after = live(**batch), fixed(**batch)
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
+def test_ce_po_form_fuses_the_task_reward_and_passes_its_none_on(tokenizer: Any, tmp_path: Path) -> None:
+    reward = CausalReward(PAPER_LINKS, task=argmax_reward, counterfactuals=1, p=1.0)
+    trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+    batch = rows(tokenizer, ITEMS[:2])
+    right = reward.bind(trainer)(**batch)
+    wrong = reward(**{**batch, "label": ["B" if label == "A" else "A" for label in batch["label"]]})
+    for with_task, without in zip(right, wrong, strict=True):
+        assert with_task is not None
+        assert without is not None
+        assert with_task - without == pytest.approx(0.7)  # weights sum to 1, p = 1
+    reward.task = lambda **_: [None, 1.0]
+    assert reward(**batch)[0] is None
+
+
+def test_rewards_do_not_depend_on_batch_or_order(tokenizer: Any, tmp_path: Path) -> None:
+    reward = CausalReward(counterfactuals=2)
+    reward.bind(make_trainer("grpo", tokenizer, [reward], tmp_path))
+    together = reward(**rows(tokenizer, ITEMS))
+    backwards = reward(**rows(tokenizer, ITEMS[::-1]))
+    alone = [reward(**rows(tokenizer, [item]))[0] for item in ITEMS]
+    assert together == backwards[::-1] == alone
+
+
+def test_it_pickles_and_a_copy_must_be_bound_anew(tokenizer: Any, tmp_path: Path) -> None:
+    reward = CausalReward(counterfactuals=1)
+    trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+    batch = rows(tokenizer, ITEMS[:2])
+    values = reward.bind(trainer)(**batch)
+    copy = pickle.loads(pickle.dumps(reward))
+    with pytest.raises(ValueError, match="not bound"):
+        copy(**batch)
+    assert copy.bind(trainer)(**batch) == values
+
+
+def test_sharded_parameters_are_refused_with_the_way_out(tokenizer: Any, tmp_path: Path) -> None:
+    reward = CausalReward()
+    trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"shards.*scorer"):
+        reward.bind(trainer)
+
+
+def test_settings_are_refused_before_any_model() -> None:
+    for settings, complaint in (
+        ({"links": {"X->Q": 1.0}}, "unknown span 'Q'"),
+        ({"counterfactuals": -1}, r"counterfactuals \(K\)"),
+        ({"p": float("nan")}, "p is NaN"),
+        ({"links": {"X->Y": -1.0}}, "weights"),
+        ({"score": "size"}, "score is 'size'"),
+        ({"rank": -1}, "rank is -1"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            CausalReward(**settings)  # type: ignore[arg-type]
