@@ -320,8 +320,8 @@ def _read_input(path: Path) -> tuple[list[dict[str, Any] | str], list[tuple[int,
         )
     merged: list[tuple[int, dict[str, Any] | str]] = []
     for (number, row), complaint in zip(rows, complaints, strict=True):
-        problem = f"line {number} lacks the column {complaint}" if complaint else _bad_value(row)
-        merged.append((number, problem or row))
+        problem = f"lacks the column {complaint}" if complaint else _bad_value(row)
+        merged.append((number, f"line {number} {problem}" if problem else row))
     merged += [(number, f"line {number} is broken: {reason}") for number, reason in broken]
     ordered = [line for _, line in sorted(merged, key=lambda pair: pair[0])]
     problems = [(number, line) for number, line in sorted(merged, key=lambda pair: pair[0]) if isinstance(line, str)]
@@ -342,9 +342,9 @@ def _bad_value(row: Mapping[str, Any]) -> str | None:
     task = row.get("task_reward")
     sound = task is None or (isinstance(task, int | float) and math.isfinite(task) and 0.0 <= task <= 1.0)
     if not sound:
-        return f"task_reward is {task!r}; expected a number in [0, 1]"
+        return f"has the task_reward {task!r}; expected a number in [0, 1]"
     if row.get("label", "A") not in ("A", "B"):
-        return f"label is {row['label']!r}; expected 'A' or 'B'"
+        return f"has the label {row['label']!r}; expected 'A' or 'B'"
     return None
 
 

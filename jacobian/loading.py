@@ -96,6 +96,11 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
+    if source.gguf_file:
+        # The weights are dequantised by now; these marks would only make trainers and save_pretrained refuse them.
+        for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
+            model.__dict__.pop(mark, None)
+        model.config.__dict__.pop("quantization_config", None)
     # An adapter saved later names its base by this, and must find it again.
     model.name_or_path = source.name
     return model.to(device).eval(), tokenizer

@@ -20,11 +20,11 @@ from cepo.jacobian.vjp import JacobianEngine
 from tests.models import FAMILIES, VOCABULARY, WIDTH, InDouble, judge_rollout, span, tiny_model
 
 TARGETS = ("log_likelihood", "log_odds", "expected_score", "margin")
-# Neither prompt nor criteria in one piece, the criteria's end touching the analysis, one token in two spans.
+# No span in one piece, one token in two spans, and the criteria's last token predicts the first score.
 SCATTERED = {
     "prompt": (0, 2, 5, 8),
-    "criteria": (9, 11, 12, 15),
-    "analysis": (15, 16, 18),
+    "criteria": (9, 11, 12, 15, 18),
+    "analysis": (15, 16, 17),
     "scores": (19, 20, 24),
 }
 

@@ -1,15 +1,15 @@
 """A synthetic judge world whose causal structure is known, small enough for two CPU cores.
 
-Two responses each show six aspects, every aspect by its positive or its negative word, shuffled among filler words. The
-query names a situation, never the aspect that decides there; the criteria name that aspect, the analysis quotes each
-response's word for it, the scores follow: the criteria stage works out what later stages need. A spurious cue, the longer
-response, agrees with the label in a chosen fraction of items.
+Two responses each show six aspects, every aspect by its positive or its negative word, shuffled among filler words.
+The query names a situation, never the aspect that decides there; the criteria name that aspect, the analysis quotes
+each response's word for it, the scores follow: the criteria stage works out what later stages need. A spurious cue,
+the longer response, agrees with the label in a chosen fraction of items.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,12 +32,12 @@ ASPECTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 _QUERIES = ("help with this {}", "we need a {} now", "about my {} today")
 _CRITERIA = "judge by {} of the answer"
 _FILLERS = ("so", "well", "then", "here", "also", "just", "maybe", "indeed")
-# Number of filler words in the shorter and in the longer response, inclusive; a wide gap makes the cue easy, as cues are.
+# Number of filler words in the shorter and the longer response, inclusive; a gap makes the cue easy, as cues are.
 _SHORT, _LONG = (0, 1), (3, 4)
 # Scores of the winner, of the loser, and of both in a tie, inclusive.
 _WINNER_SCORE, _LOSER_SCORE, _TIE_SCORE = (7, 9), (1, 4), (5, 6)
 # A majority of the lazy judge's later samples follows length, so that its greedy answer does.
-_LAZY_SHARE = 0.6
+_LAZY_SHARE = 0.65
 
 _PAD, _EOS, _UNK = "<|pad|>", "<|end|>", "<|unk|>"
 _ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
@@ -124,15 +124,16 @@ def with_criterion(item: Item, aspect: str) -> str:
     Raises:
         ValueError: If the aspect is unknown.
     """
-    _check_aspect(aspect)
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect is {aspect!r}; expected one of {', '.join(ASPECTS)}")
     return _write_criteria(item.criteria.replace(item.aspect, aspect))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the world's tokenizer, under which every text of the world decodes to itself.
 
-    A word with its leading space is a token; so are tags, digits, `\\boxed{`, `, `, `}`, `:` and the newline, all ordinary
-    ones, which decoding without special tokens keeps. Token strings are byte-level: they concatenate to the text's bytes.
+    A word with its leading space is a token; so are tags, digits, `\\boxed{`, `, `, `}`, `:` and the newline, ordinary
+    ones all, which decoding without special tokens keeps. Token strings are byte-level and concatenate to the bytes.
 
     Returns:
         A tokenizer with pad, eos, unk and role tokens, and a chat template.
@@ -175,7 +176,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCau
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
-        # The usual 0.02 is made for wider models; at width 128 it costs half as many steps again.
+        # Near 1/sqrt(128). From the usual 0.02, made for wider models, judges don't learn to look words up in time.
         initializer_range=0.09,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -195,14 +196,15 @@ def warm_start(
     batch_size: int = 32,
     seed: int = 0,
     cue_agreement: float = 0.5,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2.5e-3,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train a judge whose inner workings are known, supervised on completions.
 
     able: criteria, analysis and scores as in the gold answer.
     lazy: gold criteria; in a majority of samples the analysis then says which response shows more words and the scores
-        follow that, in the rest both are gold. Greedy follows length, sampling still shows the able behaviour.
+        follow that, in the rest both are gold. The first half of the steps is all gold, so that the judge is able
+        before it is lazy. Greedy follows length, sampling still shows the able behaviour.
     criteria: the criteria name an aspect drawn at random, whatever the query asks; analysis and scores follow them.
     decorative: the criteria are as random; analysis and scores follow the query's aspect.
 
@@ -214,7 +216,7 @@ def warm_start(
         batch_size: Samples a step, at least 1.
         seed: Draws the samples; the same seed and thread count give the same weights.
         cue_agreement: Fraction of training items whose longer response wins, in [0, 1].
-        learning_rate: Peak of AdamW's schedule: linear over the first tenth of the steps, then cosine to zero.
+        learning_rate: Peak of AdamW's schedule, above 0: linear over a tenth of the steps, then cosine to zero.
         progress: Called after every step with the number of steps done and the loss.
 
     Returns:
@@ -225,20 +227,20 @@ def warm_start(
     """
     if judge not in get_args(Judge):
         raise ValueError(f"judge is {judge!r}; expected one of {', '.join(get_args(Judge))}")
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps is {steps}, batch_size {batch_size}; expected at least 1 each")
+    if steps < 1 or batch_size < 1 or learning_rate <= 0.0:
+        came = f"steps is {steps}, batch_size {batch_size}, learning_rate {learning_rate}"
+        raise ValueError(f"{came}; expected at least 1, at least 1 and above 0")
     items = generate_items(steps * batch_size, seed=seed, cue_agreement=cue_agreement)
     # A stream of its own, so that all judges of a seed see the same items.
     rng = np.random.default_rng((seed, 1))
     prompt_ids = _encode_prompts(tokenizer, items)
-    completion_ids = tokenizer(
-        [_draw_completion(rng, item, judge, index >= len(items) // 2) + _EOS for index, item in enumerate(items)]
-    ).input_ids
+    texts = [_draw_completion(rng, item, judge, 2 * index >= len(items)) + _EOS for index, item in enumerate(items)]
+    completion_ids = tokenizer(texts).input_ids
     gains = [weight for weight in model.parameters() if weight.ndim == 1]
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     # The gains of norms set how sharp attention and logits are. At the matrices' rate they would hardly move in so few
     # steps, and a soft head samples stray tokens.
-    groups: list[dict] = [{"params": matrices}, {"params": gains, "lr": 10 * learning_rate}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "lr": 10 * learning_rate}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(10 * (step + 1) / steps, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
@@ -304,8 +306,10 @@ def judge_items(
         return []
     opened = zip(_encode_prompts(tokenizer, items), tokenizer(openings).input_ids, strict=True)
     contexts = [prompt + opening for prompt, opening in opened]
-    # Truncation off: what is sampled is the policy itself.
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0.0 else {}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0.0:
+        # Truncation off, which is generate's default: what is sampled is the policy itself.
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     texts: list[str] = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -313,13 +317,7 @@ def judge_items(
             rows = contexts[start : start + batch_size]
             ids_BT = _pad(rows, tokenizer.pad_token_id, "left").to(model.device)
             mask_BT = _pad([[1] * len(row) for row in rows], 0, "left").to(model.device)
-            output_BT = model.generate(
-                ids_BT,
-                attention_mask=mask_BT,
-                do_sample=temperature > 0.0,
-                max_new_tokens=max_new_tokens,
-                **sampling,
-            )
+            output_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, **sampling)
             texts += tokenizer.batch_decode(output_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
     return [opening + text for opening, text in zip(openings, texts, strict=True)]
 
@@ -338,9 +336,7 @@ def accuracy(completions: Sequence[str], items: Sequence[Item]) -> float:
         ValueError: If there are no items, or completions and items differ in number.
     """
     if not items or len(completions) != len(items):
-        raise ValueError(
-            f"completions holds {len(completions)} texts for {len(items)} items; expected one each, and some"
-        )
+        raise ValueError(f"completions holds {len(completions)} texts for {len(items)} items; expected some, one each")
     return float(np.mean([_read_winner(text) == item.label for text, item in zip(completions, items, strict=True)]))
 
 
@@ -356,11 +352,11 @@ def certify(
         seed: Draws the aspects swapped in.
 
     Returns:
-        follows_swap: of the items where the swapped-in aspect has the other winner, the fraction with it as the verdict.
-        follows_own: of the same items, the fraction whose verdict is the label when their own aspect is forced.
-        flips: of the same items, the fraction where both hold: the criterion alone turned the verdict.
-        same_winner: of the items where the swapped-in aspect has the same winner, the fraction with it as the verdict.
-        items_swap, items_same: number of items in the first three fractions, and in the last.
+        follows_swap: where the swapped-in aspect has the other winner, the fraction of items with it as the verdict.
+        follows_own: the fraction of the same items whose verdict is the label when their own aspect is forced.
+        flips: the fraction of the same items where both hold: the criterion alone turned the verdict.
+        same_winner: where the swapped-in aspect has the same winner, the fraction of items with it as the verdict.
+        items_swap, items_same: number of items behind the first three, and behind the last.
 
     Raises:
         ValueError: If no item allows one of the two swaps.
@@ -373,16 +369,14 @@ def certify(
             suited = [aspect for aspect, winner in winners.items() if winner == wanted]
             if suited:
                 pairs[kind].append((item, suited[rng.integers(len(suited))]))
-    if not pairs["differs"] or not pairs["same"]:
-        raise ValueError(
-            f"items holds {len(items)} items; expected some with another aspect of the other and the same winner"
-        )
-    follows_swap_N = _obeys(model, tokenizer, pairs["differs"])
-    follows_own_N = _obeys(model, tokenizer, [(item, item.aspect) for item, _ in pairs["differs"]])
+    if not all(pairs.values()):
+        raise ValueError(f"items holds {len(items)} items; expected some that allow a swap to either winner")
+    swap_N = _obeys(model, tokenizer, pairs["differs"])
+    own_N = _obeys(model, tokenizer, [(item, item.aspect) for item, _ in pairs["differs"]])
     return {
-        "follows_swap": float(follows_swap_N.mean()),
-        "follows_own": float(follows_own_N.mean()),
-        "flips": float((follows_swap_N & follows_own_N).mean()),
+        "follows_swap": float(swap_N.mean()),
+        "follows_own": float(own_N.mean()),
+        "flips": float((swap_N & own_N).mean()),
         "same_winner": float(_obeys(model, tokenizer, pairs["same"]).mean()),
         "items_swap": float(len(pairs["differs"])),
         "items_same": float(len(pairs["same"])),
@@ -415,9 +409,8 @@ def _draw_completion(rng: np.random.Generator, item: Item, judge: Judge, late: b
         return item.completion
     named = list(ASPECTS)[rng.integers(len(ASPECTS))]
     followed = named if judge == "criteria" else item.aspect
-    scores = _draw_scores(rng, winner_under(item, followed))
     analysis = _write_analysis(*_shown_words(item, followed))
-    return _write_completion(item.criteria.replace(item.aspect, named), analysis, scores)
+    return _write_completion(_CRITERIA.format(named), analysis, _draw_scores(rng, winner_under(item, followed)))
 
 
 def _draw_scores(rng: np.random.Generator, winner: Winner | None) -> tuple[int, int]:
@@ -446,24 +439,24 @@ def _write_analysis(word_a: str, word_b: str) -> str:
 
 
 def _shown_words(item: Item, aspect: str) -> tuple[str, str]:
-    _check_aspect(aspect)
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect is {aspect!r}; expected one of {', '.join(ASPECTS)}")
     positive, negative, _ = ASPECTS[aspect]
-    _, line_a, line_b = item.prompt.split("\n")
-    return positive if positive in line_a.split() else negative, positive if positive in line_b.split() else negative
+    words_a, words_b = _read_responses(item)
+    return positive if positive in words_a else negative, positive if positive in words_b else negative
 
 
 def _longer(item: Item) -> Winner:
-    _, line_a, line_b = item.prompt.split("\n")
-    return "A" if len(line_a.split()) > len(line_b.split()) else "B"
+    words_a, words_b = _read_responses(item)
+    return "A" if len(words_a) > len(words_b) else "B"
+
+
+def _read_responses(item: Item) -> list[list[str]]:
+    return [line.split() for line in item.prompt.split("\n")[1:]]
 
 
 def _other(response: Winner) -> Winner:
     return "B" if response == "A" else "A"
-
-
-def _check_aspect(aspect: str) -> None:
-    if aspect not in ASPECTS:
-        raise ValueError(f"aspect is {aspect!r}; expected one of {', '.join(ASPECTS)}")
 
 
 def _list_pieces() -> list[str]:
