@@ -43,7 +43,7 @@ def permute_rollout(
     span = rollout.spans[source]
     token_ids = list(rollout.token_ids)
     ids = [token_ids[position] for position in span.movable]
-    key = repr((seed, kind, [token_ids[position] for position in span.positions], index)).encode()
+    key = repr((int(seed), kind, [token_ids[position] for position in span.positions], index)).encode()
     generator = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:16], "big"))
     for _ in range(_DRAWS if len(set(ids)) > 1 else 0):
         order = _draw(generator, kind, span.sentences)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -116,10 +115,13 @@ def score_rollouts(
         keep_jacobians: whether to return the matrices.
 
     Raises:
-        ValueError: for links that the layout does not have, or a rank above the model's width.
+        ValueError: for links that the layout does not have, a rank above the model's width, or task rewards that are
+            not one a rollout in [0, 1]; all before the first Jacobian.
     """
     links = config.parsed_links(layout)
     config.check_width(engine.width)
+    if task_rewards is not None:
+        _check_task_rewards(task_rewards, len(rollouts))
     problems = [rollout.malformed or engine.refusal(rollout) for rollout in rollouts]
     sound = [index for index, problem in enumerate(problems) if problem is None]
     base = _jacobians([rollouts[index] for index in sound], engine, links)
@@ -165,10 +167,17 @@ def fuse(values: Mapping[str, float], config: RewardConfig, task_reward: float |
     """
     terms = [(values[name], weight) for name, weight in config.links.items()]
     if task_reward is not None:
-        if not (math.isfinite(task_reward) and 0.0 <= task_reward <= 1.0):
-            raise ValueError(f"task_rewards holds {task_reward}; expected numbers in [0, 1]")
+        _check_task_rewards([task_reward], 1)
         terms.insert(0, (task_reward, config.task_weight))
     return power_mean([value for value, _ in terms], [weight for _, weight in terms], config.p)
+
+
+def _check_task_rewards(task_rewards: Sequence[float | None], count: int) -> None:
+    if len(task_rewards) != count:
+        raise ValueError(f"task_rewards has {len(task_rewards)} entries for {count} rollouts; expected one each")
+    for task_reward in task_rewards:
+        if task_reward is not None and not 0.0 <= task_reward <= 1.0:
+            raise ValueError(f"task_rewards holds {task_reward}; expected numbers in [0, 1], or None")
 
 
 def _jacobians(rollouts: Sequence[Rollout], engine: Engine, links: Sequence[Link]) -> list[dict[str, LinkJacobian]]:

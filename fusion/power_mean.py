@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, p: float = 0.2) -> float:
@@ -11,7 +11,7 @@ def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, 
 
     p = 0 is the weighted geometric mean, p = inf the maximum, p = -inf the minimum, over the values whose weight is not
     zero. With p <= 0 a zero value gives 0. Computed on logarithms centred at the geometric mean: near p = 0 the sum is
-    taken of expm1 terms, so that it loses no digits, and for large |p| the largest term is factored out.
+    taken of expm1 terms, so that it loses no digits, and for large |p| the leading term is factored out.
 
     Args:
         values: numbers in [0, 1].
@@ -35,28 +35,30 @@ def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, 
         raise ValueError(f"weights has {len(weights)} entries for {len(values)} values; expected one each")
     if any(not 0.0 <= value <= 1.0 for value in values):
         raise ValueError(f"values is {values}; expected numbers in [0, 1]")
-    total = sum(weights)
-    terms = [(weight / total, value) for weight, value in zip(weights, values, strict=True) if weight / total > 0.0]
+    heaviest = max(weights)
+    terms = [(weight / heaviest, value) for weight, value in zip(weights, values, strict=True) if weight > 0.0]
     smallest, largest = min(value for _, value in terms), max(value for _, value in terms)
     if p == math.inf or smallest == largest:
         return largest
     if p == -math.inf or (p <= 0.0 and smallest == 0.0):
         return smallest
+    total = math.fsum(weight for weight, _ in terms)
     logs = [(weight, math.log(value)) for weight, value in terms if value > 0.0]
     kept = math.fsum(weight for weight, _ in logs)
     center = math.fsum(weight * log for weight, log in logs) / kept
     if p == 0.0:
         return _between(smallest, math.exp(center), largest)
-    spread = max(abs(p * (log - center)) for _, log in logs)
-    if spread <= 1.0:
-        # 1 - kept is the weight of the zeros; it enters as its own term so that nothing cancels.
-        excess = math.fsum(weight * math.expm1(p * (log - center)) for weight, log in logs) - (1.0 - kept)
-        mean_log = math.log1p(excess) / p if excess > -1.0 else -math.inf
+    # The zeros only take their share of the weight away: a factor (kept / total)^(1/p) on the mean of the others.
+    lost = math.fsum(weight for weight, value in terms if value == 0.0)
+    log_kept = math.log1p(-lost / total) if lost < kept else math.log(kept / total)
+    if max(abs(p * (log - center)) for _, log in logs) <= 1.0:
+        slope = math.fsum(w * (log - center) * _ratio(math.expm1, p * (log - center)) for w, log in logs) / kept
+        mean_log = center + slope * _ratio(math.log1p, p * slope)
     else:
-        peak = max(p * log for _, log in logs)
-        sum_of_terms = math.fsum(weight * math.exp(p * log - peak) for weight, log in logs)
-        mean_log = (math.log(sum_of_terms) + peak) / p - center
-    return _between(smallest, math.exp(center + mean_log), largest)
+        peak = max(log for _, log in logs) if p > 0.0 else min(log for _, log in logs)
+        share = math.fsum(weight * math.exp(p * (log - peak)) for weight, log in logs) / kept
+        mean_log = peak + math.log(share) / p
+    return _between(smallest, math.exp(min(0.0, mean_log + log_kept / p)), largest)
 
 
 def check_power(p: float) -> None:
@@ -73,3 +75,8 @@ def check_weights(weights: Sequence[float]) -> None:
 
 def _between(low: float, value: float, high: float) -> float:
     return min(max(value, low), high)
+
+
+def _ratio(function: Callable[[float], float], x: float) -> float:
+    """Return f(x) / x for expm1 or log1p, whose limit at 0 is 1; dividing by a tiny p would lose its digits."""
+    return function(x) / x if x else 1.0

@@ -42,13 +42,16 @@ class MalformedError(ValueError):
 
 
 class Layout(Protocol):
-    """What a completion looks like: the names of its spans in order, the roles Z, X, Y, and how to find them."""
+    """What a completion looks like: its spans' names in order, the roles Z, X, Y, its tags, and how to find them."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
 
     @property
     def roles(self) -> Mapping[str, str]: ...
+
+    @property
+    def tags(self) -> tuple[str, ...]: ...
 
     @property
     def instructions(self) -> tuple[str, ...]: ...
@@ -85,6 +88,10 @@ class JudgeLayout:
     @property
     def roles(self) -> Mapping[str, str]:
         return {"Z": "prompt", "X": "criteria", "Y": "scores"}
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return (self.thought_tag, self.criteria_tag, self.analysis_tag, self.scores_tag)
 
     def find(self, completion: bytes) -> Found:
         """Return the byte ranges of criteria, analysis and scores, or raise MalformedError with the reason."""
@@ -142,6 +149,10 @@ class ReasonerLayout:
     @property
     def roles(self) -> Mapping[str, str]:
         return {"Z": "prompt", "X": "rationale", "Y": "answer"}
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return (self.rationale_tag, self.answer_tag)
 
     def find(self, completion: bytes) -> Found:
         """Return the byte ranges of rationale and answer, or raise MalformedError with the reason."""
@@ -226,7 +237,8 @@ class SpanReader:
         if not prompt_ids:
             raise ValueError("prompt_ids is empty; a rollout needs at least one prompt token to be predicted from")
         blank = Rollout(prompt_ids, completion_ids)
-        prompt, completion = self._bytes.of(prompt_ids), self._bytes.of(completion_ids)
+        prompt = self._bytes.of(prompt_ids)
+        completion = self._without_specials(completion_ids, self._bytes.of(completion_ids))
         prompt_text, completion_text = b"".join(prompt), b"".join(completion)
         ids = prompt_ids + completion_ids
         ends = list(accumulate(len(piece) for piece in prompt + completion))
@@ -252,6 +264,15 @@ class SpanReader:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pieces = self._bytes.of(tuple(token_ids))
         return [decoder.decode(piece, final=index + 1 == len(pieces)) for index, piece in enumerate(pieces)]
+
+    def _without_specials(self, token_ids: Sequence[int], pieces: Sequence[bytes]) -> list[bytes]:
+        """Blank the special tokens (end of turn, padding) but for those that are the layout's own tags."""
+        tags = {mark for tag in self.layout.tags for mark in (f"<{tag}>".encode(), f"</{tag}>".encode())}
+        special = self._bytes.special_ids
+        return [
+            b" " * len(piece) if token in special and piece.strip() not in tags else piece
+            for token, piece in zip(token_ids, pieces, strict=True)
+        ]
 
     def _span(
         self, name: str, ranges: Sequence[ByteRange], text: bytes, ids: Sequence[int], ends: Sequence[int]
@@ -302,31 +323,61 @@ class SpanReader:
         return tuple(digits)
 
     def _prompt_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]] | None) -> tuple[ByteRange, ...]:
-        contents = _user_ranges(prompt, messages) if messages else ()
-        if not contents:
-            contents = (self._template_range(prompt),)
+        contents = self._message_ranges(prompt, messages) if messages else self._lone_message_range(prompt)
         pieces = [piece.encode("utf-8", errors="surrogatepass") for piece in self.layout.instructions]
         return tuple(gap for content in contents for gap in _without_instructions(prompt, content, pieces))
 
-    def _template_range(self, prompt: bytes) -> ByteRange:
-        """Return where the chat template puts a lone user message, or the whole prompt if it explains it not."""
-        tokenizer = self._bytes.tokenizer
-        if getattr(tokenizer, "chat_template", None):
-            try:
-                rendered = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": _PROBE}], tokenize=False, add_generation_prompt=True
-                )
-            except (TemplateError, ValueError, TypeError):  # a template that wants more than a lone user message
-                rendered = ""
-            before, probe, after = rendered.encode().partition(_PROBE.encode())
-            if (
-                probe
-                and len(prompt) > len(before) + len(after)
-                and prompt.startswith(before)
-                and prompt.endswith(after)
-            ):
-                return len(before), len(prompt) - len(after)
-        return 0, len(prompt)
+    def _message_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]]) -> tuple[ByteRange, ...]:
+        """Return where the text of each user message stands in the rendered prompt.
+
+        The template is rendered with a probe for every text, so that a short text is never found in the template's own
+        words. A prompt that starts otherwise (tools, a template of the trainer's own) is searched for the texts.
+        """
+        texts = [(message.get("role"), text) for message in messages for text in _texts(message)]
+        frame = self._frame([{**message, "content": _PROBE} for message in messages for _ in _texts(message)])
+        cursor = len(frame[0]) if len(frame) == len(texts) + 1 and prompt.startswith(frame[0]) else None
+        ranges, searched = [], 0
+        for index, (role, text) in enumerate(texts):
+            encoded = text.encode("utf-8", errors="surrogatepass")
+            start = None
+            for wanted in (encoded, encoded.strip(_WHITE)):  # templates strip
+                if start is None and wanted:
+                    at = prompt.find(wanted, searched) if cursor is None else cursor
+                    if at >= 0 and prompt.startswith(wanted, at):
+                        start, end = at, at + len(wanted)
+            if start is None:
+                if cursor is not None:  # the template changed the text: it reaches to the template's next words
+                    end = prompt.find(frame[index + 1], cursor) if frame[index + 1] else len(prompt)
+                    start, end = cursor, end if end >= 0 else len(prompt)
+                else:
+                    continue
+            if role == "user":
+                ranges.append((start, end))
+            searched = end
+            cursor = end + len(frame[index + 1]) if cursor is not None else None
+        return tuple(ranges)
+
+    def _lone_message_range(self, prompt: bytes) -> tuple[ByteRange, ...]:
+        """Return where the chat template puts a lone user message, or the whole prompt if it does not explain it."""
+        frame = self._frame([{"role": "user", "content": _PROBE}])
+        if len(frame) == 2:
+            before, after = frame
+            if len(prompt) > len(before) + len(after) and prompt.startswith(before) and prompt.endswith(after):
+                return ((len(before), len(prompt) - len(after)),)
+        return ((0, len(prompt)),)
+
+    def _frame(self, probes: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        """Return what the chat template puts around the probes, in the bytes of its tokens; [] without a template."""
+        tokenizer = self.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            return []
+        try:
+            rendered = tokenizer.apply_chat_template(
+                list(probes), tokenize=True, add_generation_prompt=True, return_dict=True
+            )
+        except (TemplateError, ValueError, TypeError):  # a template that refuses such a conversation
+            return []
+        return b"".join(self._bytes.of(rendered["input_ids"])).split(_PROBE.encode())
 
 
 def _overlapping(ends: Sequence[int], wanted: ByteRange) -> list[tuple[int, ByteRange]]:
@@ -392,20 +443,9 @@ def _last_boxed(text: bytes, within: ByteRange) -> ByteRange | None:
     return None
 
 
-def _user_ranges(prompt: bytes, messages: Sequence[Mapping[str, Any]]) -> tuple[ByteRange, ...]:
-    """Return where the text of each user message stands in the rendered prompt, in order, less those not found."""
-    ranges, cursor = [], 0
-    for message in messages:
-        content = message.get("content")
-        parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
-        for part in parts:
-            wanted = part.strip().encode("utf-8", errors="surrogatepass")  # templates strip
-            at = prompt.find(wanted, cursor) if wanted else -1
-            if at >= 0:
-                cursor = at + len(wanted)
-                if message.get("role") == "user":
-                    ranges.append((at, cursor))
-    return tuple(ranges)
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    content = message.get("content")
+    return [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
 
 
 def _without_instructions(prompt: bytes, content: ByteRange, pieces: Sequence[bytes]) -> tuple[ByteRange, ...]:

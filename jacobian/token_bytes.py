@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+_LARGEST_ID = 2**31 - 1  # what tokenizers can look up; -100 and its like are padding marks, not tokens
 _SHORT_NUMBER = re.compile(rb"[^0-9]{0,4}[0-9]{1,3}[^0-9]{0,4}")
 
 
@@ -46,6 +47,8 @@ class TokenBytes:
         return sorted(found)
 
     def _read(self, token_id: int) -> bytes:
+        if not 0 <= token_id <= _LARGEST_ID:
+            return b""
         if token_id not in self._cache:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
             self._cache[token_id] = b"" if token is None else self._piece(token)
@@ -63,9 +66,12 @@ class TokenBytes:
 
     def _by_prefix(self, token_ids: tuple[int, ...] | list[int]) -> list[bytes]:
         pieces, before = [], b""
+        known = [token_id if 0 <= token_id <= _LARGEST_ID else None for token_id in token_ids]
         for count in range(1, len(token_ids) + 1):
             text = self.tokenizer.decode(
-                list(token_ids[:count]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                [token_id for token_id in known[:count] if token_id is not None],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
             )
             # A character whose bytes are still incomplete decodes to U+FFFD; it belongs to the token that completes it.
             now = _utf8(text.rstrip("�")) if count < len(token_ids) else _utf8(text)

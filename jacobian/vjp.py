@@ -166,20 +166,23 @@ class JacobianEngine:
     def _prepared(self) -> Iterator[None]:
         """Eval mode, gradients on, autocast off, adapters as asked; everything restored on the way out."""
         modes = [(module, module.training) for module in self._model.modules()]
+        trainable = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         device_type = self._model.get_input_embeddings().weight.device.type
         adapters = contextlib.nullcontext() if self._adapters or not self._peft else self._peft.disable_adapter()
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device_type, enabled=False),
-            adapters,
-        ):
-            try:
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast(device_type, enabled=False),
+                adapters,
+            ):
                 self._model.eval()
                 yield
-            finally:
-                for module, training in modes:
-                    module.training = training
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad in trainable:  # PEFT thaws adapters when it switches them on again
+                parameter.requires_grad_(requires_grad)
 
 
 class _Watch:

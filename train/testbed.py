@@ -182,7 +182,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCau
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config).float().eval()
 
@@ -311,7 +311,7 @@ def judge_items(
         # Truncation off, which is generate's default: what is sampled is the policy itself.
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     texts: list[str] = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for start in range(0, len(contexts), batch_size):
             rows = contexts[start : start + batch_size]
