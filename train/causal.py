@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
@@ -16,7 +16,7 @@ TaskReward = Callable[..., Sequence[float | None]]
 
 JUDGE = JudgeLayout(instructions=JUDGE_LITERALS)
 REASONER = ReasonerLayout(instructions=REASONING_LITERALS)
-_LOGGED = ("value", "phi", "retained", "influence", "norm", "tokens")
+_LOGGED = ("phi", "retained", "influence", "norm", "tokens")
 
 
 class CausalReward:
@@ -154,7 +154,9 @@ class CausalReward:
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
         if log_metric is not None:
-            _log_means(log_metric, self.__name__, scores, task_rewards, time.perf_counter() - started)
+            _log_means(
+                log_metric, self.__name__, self.config.links, scores, task_rewards, time.perf_counter() - started
+            )
         if log_extra is not None:
             for link in self.config.links:
                 log_extra(
@@ -171,18 +173,21 @@ class CausalReward:
 def _log_means(
     log_metric: Callable[[str, float], None],
     name: str,
+    links: Iterable[str],
     scores: Sequence[RolloutScore],
     task_rewards: Sequence[float | None] | None,
     seconds: float,
 ) -> None:
+    """Log S over all completions, a malformed one as the 0 that it earns, and the other fields over the sound ones."""
     sound = [score for score in scores if score.malformed is None]
     log_metric(f"{name}/malformed", 1.0 - len(sound) / len(scores))
     log_metric(f"{name}/seconds", seconds)
     known = [task for task in task_rewards or () if task is not None]
     if known:
         log_metric(f"{name}/task", sum(known) / len(known))
-    for link in sound[0].links if sound else ():
-        for field in _LOGGED:
+    for link in links:
+        log_metric(f"{name}/{link}/value", sum(score.links[link].value for score in sound) / len(scores))
+        for field in _LOGGED if sound else ():
             mean = sum(getattr(score.links[link], field) for score in sound) / len(sound)
             log_metric(f"{name}/{link}/{field}", mean)
 
