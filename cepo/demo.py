@@ -130,8 +130,8 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
         heat_maps={"Before training": maps_before, "After training": maps_after},
         notes=[
             "In the testbed the query names a situation, the criteria name the aspect that decides there, the analysis "
-            "quotes each response's word for it, and the scores follow. Response length is a spurious cue: right 90% of "
-            "the time in distribution, 10% where flipped.",
+            "quotes each response's word for it, and the scores follow. Response length is a spurious cue, right 90% "
+            "of the time in distribution, 10% where flipped.",
             "Accuracies are greedy; 'criteria swaps followed' forces another criterion and lets the judge go on. A "
             "score S that rises while these two do not is a signal satisfied in form: read them together.",
         ],
