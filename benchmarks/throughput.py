@@ -17,8 +17,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cepo.fusion.engine import PAPER_LINKS, RewardConfig, score_rollouts
+from cepo.jacobian.layouts import JudgeLayout
 from cepo.jacobian.records import Group, Rollout, Span, parse_link
-from cepo.jacobian.spans import JudgeLayout
 from cepo.jacobian.vjp import JacobianEngine
 
 # name -> (shape of the model, rollouts G, prompt Lz, criteria Lx, scores Ly, counterfactuals K)

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from cepo.fusion.engine import PAPER_LINKS, RewardConfig, RolloutScore, score_rollouts
     from cepo.fusion.power_mean import power_mean
     from cepo.fusion.scores import LinkScore
+    from cepo.jacobian.layouts import JudgeLayout, ReasonerLayout
     from cepo.jacobian.loading import load_model, resolve_model
     from cepo.jacobian.records import Group, LinkJacobian, Rollout, Span, parse_link
-    from cepo.jacobian.spans import JudgeLayout, ReasonerLayout, SpanReader
+    from cepo.jacobian.spans import SpanReader
     from cepo.jacobian.vjp import JacobianEngine
     from cepo.train.causal import CausalReward
     from cepo.train.proxy import ProxyReward
@@ -32,8 +33,8 @@ _HOMES = {
     "Rollout": "jacobian.records",
     "Span": "jacobian.records",
     "parse_link": "jacobian.records",
-    "JudgeLayout": "jacobian.spans",
-    "ReasonerLayout": "jacobian.spans",
+    "JudgeLayout": "jacobian.layouts",
+    "ReasonerLayout": "jacobian.layouts",
     "SpanReader": "jacobian.spans",
     "JacobianEngine": "jacobian.vjp",
     "CausalReward": "train.causal",

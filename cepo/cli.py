@@ -135,7 +135,7 @@ def score(
     Killed and started again with the same arguments, it goes on where it stopped.
     """
     from cepo.fusion.engine import PAPER_LINKS, RewardConfig
-    from cepo.jacobian.spans import ReasonerLayout
+    from cepo.jacobian.layouts import ReasonerLayout
     from cepo.train.causal import JUDGE
     from cepo.train.prompts import REASONING_LITERALS
 

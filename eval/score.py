@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from cepo.eval.report import HeatMap, write_score_report
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
+from cepo.jacobian.layouts import Layout
 from cepo.jacobian.loading import embedding_width, load_model, resolve_model
 from cepo.jacobian.records import Rollout
-from cepo.jacobian.spans import Layout, SpanReader
+from cepo.jacobian.spans import SpanReader
 from cepo.jacobian.vjp import JacobianEngine
 from cepo.train.data import read_jsonl
 from cepo.train.prompts import judge_prompt

@@ -13,8 +13,8 @@ from cepo.counterfactual.nuisance import check_rank, nuisance_basis, remove_mean
 from cepo.counterfactual.permute import Permutation, check_permutation, permute_rollout
 from cepo.fusion.power_mean import check_power, check_weights, power_mean
 from cepo.fusion.scores import LinkScore, Score, check_score, score_link
+from cepo.jacobian.layouts import Layout
 from cepo.jacobian.records import Link, LinkJacobian, Rollout, group_rollouts, parse_link
-from cepo.jacobian.spans import Layout
 from cepo.jacobian.vjp import Engine
 
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}

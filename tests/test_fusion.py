@@ -15,8 +15,8 @@ from cepo.counterfactual.permute import permute_rollout
 from cepo.fusion.engine import RewardConfig, RolloutScore, fuse, score_rollouts
 from cepo.fusion.power_mean import power_mean
 from cepo.fusion.scores import check_score, score_link
+from cepo.jacobian.layouts import JudgeLayout, ReasonerLayout
 from cepo.jacobian.records import Group, Link, LinkJacobian, Rollout, group_rollouts, parse_link
-from cepo.jacobian.spans import JudgeLayout, ReasonerLayout
 from cepo.jacobian.vjp import JacobianEngine
 from tests.models import WIDTH, judge_rollout, span, tiny_model
 

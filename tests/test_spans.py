@@ -20,9 +20,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from cepo.fusion.engine import RewardConfig, score_rollouts
+from cepo.jacobian.layouts import JudgeLayout, ReasonerLayout
 from cepo.jacobian.loading import load_tokenizer, resolve_model
 from cepo.jacobian.records import Rollout
-from cepo.jacobian.spans import JudgeLayout, ReasonerLayout, SpanReader
+from cepo.jacobian.spans import SpanReader
 from cepo.jacobian.token_bytes import TokenBytes
 from cepo.jacobian.vjp import JacobianEngine
 from tests.models import tiny_model

@@ -1,7 +1,7 @@
 """Protects the synthetic judge world: its causal promises, byte-exact tokenizer, training and certificate."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -35,15 +35,6 @@ PROMPT = (
     "Response B: lucid wrong elegant gentle thorough reckless so so well"
 )
 ITEM = Item(PROMPT, "judge by accuracy of the answer", "A shows correct and B shows wrong", (8, 3), "A", "accuracy")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep threads from fighting over a model this small, and sums in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacfwd, jacrev
 from transformers import AutoModelForSeq2SeqLM, DynamicCache, T5Config
 
+from cepo.jacobian.layouts import JudgeLayout
 from cepo.jacobian.records import Group, Link, LinkJacobian, Rollout, parse_link
-from cepo.jacobian.spans import JudgeLayout
 from cepo.jacobian.vjp import JacobianEngine
 from tests.models import FAMILIES, VOCABULARY, WIDTH, InDouble, judge_rollout, span, tiny_model
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
+from cepo.jacobian.layouts import JudgeLayout, Layout, ReasonerLayout
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.jacobian.spans import JudgeLayout, Layout, ReasonerLayout, SpanReader
+from cepo.jacobian.spans import SpanReader
 from cepo.jacobian.vjp import JacobianEngine
 from cepo.train.prompts import JUDGE_LITERALS, REASONING_LITERALS
 

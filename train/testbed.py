@@ -212,7 +212,7 @@ def warm_start(
         model: Trained in place and left in eval mode.
         tokenizer: The world's tokenizer.
         judge: Which judge to make.
-        steps: Optimiser steps, at least 1; every sample is seen once.
+        steps: Optimiser steps, at least 1; every sample is seen once. 160 make an able judge, 300 any of the four.
         batch_size: Samples a step, at least 1.
         seed: Draws the samples; the same seed and thread count give the same weights.
         cue_agreement: Fraction of training items whose longer response wins, in [0, 1].
