@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cepo.eval.report import HeatMap, write_score_report
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
 from cepo.jacobian.layouts import Layout
-from cepo.jacobian.loading import embedding_width, load_model, resolve_model
+from cepo.jacobian.loading import embedding_width, load_model, load_tokenizer, resolve_model
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.spans import SpanReader
 from cepo.jacobian.vjp import JacobianEngine
@@ -111,41 +112,42 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
     settings = _fingerprint(job)
     done = _done_records(job, partial, shards, lines, settings)
-    resumed = len(done)
+    resumed = frozenset(done)
+    if not resumed:
+        shutil.rmtree(shards, ignore_errors=True)  # of a run whose records are gone
     _write_lines(partial, done.values())
     pending = [(row, line) for row, line in enumerate(lines) if row not in done]
-    reader = None
-    if any(isinstance(line, dict) for _, line in pending) or (job.html and lines):
+    reader, engine = None, None
+    if any(isinstance(line, dict) for _, line in pending):
         model, tokenizer = load_model(
             source, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
         )
-        reader = SpanReader(tokenizer, job.layout)
-        engine = JacobianEngine(model, adapters=job.adapters)
         if not job.raw and not getattr(tokenizer, "chat_template", None) and any(_is_text(line) for line in lines):
             raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; score with --raw")
+        reader, engine = SpanReader(tokenizer, job.layout), JacobianEngine(model, adapters=job.adapters)
+    elif job.html is not None:
+        reader = SpanReader(load_tokenizer(source, trust_remote_code=job.trust_remote_code), job.layout)
     for start in range(0, len(pending), job.batch_size):
         batch = pending[start : start + job.batch_size]
         records = [_broken_record(row, line) for row, line in batch if isinstance(line, str)]
         rows = [(row, line) for row, line in batch if isinstance(line, dict)]
-        if rows:
-            assert reader is not None
+        if reader is not None and engine is not None and rows:
             records += _score_rows(job, rows, reader, engine, shards)
-        for record, content in sorted(
-            ((record, lines[record["row"]]) for record in records), key=lambda pair: pair[0]["row"]
-        ):
-            done[record["row"]] = {**record, "settings": settings, "content": _content_hash(content)}
+        for record in records:
+            content = _content_hash(lines[record["row"]])
+            done[record["row"]] = {**record, "settings": settings, "content": content}
         _append_lines(partial, (done[row] for row, _ in batch))
         if progress is not None:
-            progress(resumed + start + len(batch), len(lines))
+            progress(len(resumed) + start + len(batch), len(lines))
     ordered = [done[row] for row in range(len(lines))]
     if job.jacobians is not None:
-        _merge_jacobians(shards, job.jacobians)
+        _merge_jacobians(shards, job.jacobians, resumed)
     if job.html is not None:
         _write_html(job, ordered, reader, lines)
     _write_lines(partial, ordered)
     os.replace(partial, job.output)
     shutil.rmtree(shards, ignore_errors=True)
-    return _summarise(ordered, resumed, broken, time.perf_counter() - started)
+    return _summarise(ordered, len(resumed), broken, time.perf_counter() - started)
 
 
 def read_row(
@@ -183,7 +185,10 @@ def read_row(
     ):
         return None, "prompt is neither text nor a list of messages with role and content"
     messages = [{**message, "content": _encodable(message["content"])} for message in messages]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except (TemplateError, ValueError, TypeError) as error:
+        return None, f"the chat template refuses the messages: {error}"
     return _read(reader, encoded["input_ids"], _encode(tokenizer, completion), messages)
 
 
@@ -255,13 +260,15 @@ def _tensors(index: int, rollout: Rollout, score: RolloutScore) -> dict[str, tor
     return tensors
 
 
-def _merge_jacobians(shards: Path, target: Path) -> None:
-    """Move the rows' matrices into one file; rows that were done by an earlier, finished run are kept."""
+def _merge_jacobians(shards: Path, target: Path, resumed: frozenset[int]) -> None:
+    """Move the rows' matrices into one file; of a file that is there, rows that this run took over are kept."""
     tensors: dict[str, torch.Tensor] = {}
     for file in [target, *sorted(shards.glob("*.safetensors"), key=lambda path: int(path.stem))]:
         if file.is_file():
             with safe_open(file, framework="pt") as opened:
-                tensors.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+                for key in opened.keys():  # noqa: SIM118
+                    if file != target or int(key.split("/")[0]) in resumed:
+                        tensors[key] = opened.get_tensor(key)
     unfinished = _beside(target, ".tmp")
     save_file(tensors, unfinished)
     os.replace(unfinished, target)

@@ -146,7 +146,7 @@ class SpanReader:
 
     def _prompt_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]] | None) -> tuple[ByteRange, ...]:
         contents = self._message_ranges(prompt, messages) if messages else self._lone_message_range(prompt)
-        pieces = [piece.encode("utf-8", errors="surrogatepass") for piece in self.layout.instructions]
+        pieces = [_utf8(piece) for piece in self.layout.instructions]
         return tuple(gap for content in contents for gap in _without_instructions(prompt, content, pieces))
 
     def _message_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]]) -> tuple[ByteRange, ...]:
@@ -156,28 +156,11 @@ class SpanReader:
         words. A prompt that starts otherwise (tools, a template of the trainer's own) is searched for the texts.
         """
         texts = [(message.get("role"), text) for message in messages for text in _texts(message)]
-        frame = self._frame([{**message, "content": _PROBE} for message in messages for _ in _texts(message)])
-        cursor = len(frame[0]) if frame and prompt.startswith(frame[0]) else None
-        ranges, searched = [], 0
-        for index, (role, text) in enumerate(texts):
-            encoded = text.encode("utf-8", errors="surrogatepass")
-            start = None
-            for wanted in (encoded, encoded.strip(WHITE_SPACE)):  # templates strip
-                if start is None and wanted:
-                    at = prompt.find(wanted, searched) if cursor is None else cursor
-                    if at >= 0 and prompt.startswith(wanted, at):
-                        start, end = at, at + len(wanted)
-            if start is None:
-                if cursor is not None:  # the template changed the text: it reaches to the template's next words
-                    end = prompt.find(frame[index + 1], cursor) if frame[index + 1] else len(prompt)
-                    start, end = cursor, end if end >= 0 else len(prompt)
-                else:
-                    continue
-            if role == "user":
-                ranges.append((start, end))
-            searched = end
-            cursor = end + len(frame[index + 1]) if cursor is not None else None
-        return tuple(ranges)
+        if all(isinstance(message.get("content"), str) for message in messages):
+            frame = self._frame([{**message, "content": _PROBE} for message in messages])
+            if frame and prompt.startswith(frame[0]):
+                return _framed_ranges(prompt, texts, frame)
+        return _searched_ranges(prompt, texts)
 
     def _lone_message_range(self, prompt: bytes) -> tuple[ByteRange, ...]:
         """Return where the chat template puts a lone user message, or the whole prompt if it does not explain it."""
@@ -219,6 +202,40 @@ def _overlapping(ends: Sequence[int], wanted: ByteRange) -> list[tuple[int, Byte
             found.append((position, (start, end)))
         start = end
     return found
+
+
+def _framed_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]], frame: Sequence[bytes]) -> tuple[ByteRange, ...]:
+    """Return the user's ranges by walking the template's own words, which stand before, between and after the texts."""
+    ranges, cursor = [], len(frame[0])
+    for (role, text), after in zip(texts, frame[1:], strict=True):
+        encoded = _utf8(text)
+        written = next((w for w in (encoded, encoded.strip(WHITE_SPACE)) if prompt.startswith(w, cursor)), None)
+        if written is not None:
+            end = cursor + len(written)
+        else:  # the template changed the text: it reaches to the template's next words
+            found = prompt.find(after, cursor)
+            end = found if after and found >= 0 else len(prompt)
+        if role == "user":
+            ranges.append((cursor, end))
+        cursor = end + len(after)
+    return tuple(ranges)
+
+
+def _searched_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]]) -> tuple[ByteRange, ...]:
+    """Return the user's ranges by searching for each text behind the one before."""
+    ranges, cursor = [], 0
+    for role, text in texts:
+        wanted = _utf8(text).strip(WHITE_SPACE)  # templates strip
+        start = prompt.find(wanted, cursor) if wanted else -1
+        if start >= 0:
+            cursor = start + len(wanted)
+            if role == "user":
+                ranges.append((start, cursor))
+    return tuple(ranges)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogatepass")
 
 
 def _texts(message: Mapping[str, Any]) -> list[str]:
