@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from cepo.cli import main
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import testbed
-from cepo.train.grpo import build_rewards, grpo_arguments, last_complete_checkpoint, load_config
+from cepo.train.grpo import build_rewards, grpo_arguments, last_complete_checkpoint, load_config, train
 from cepo.train.policy import load_testbed_judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +104,22 @@ def test_lora_saves_an_adapter_that_loads_again(judge: Path, tmp_path: Path, mon
     assert any(bool(value.abs().sum() > 0) for name, value in model.named_parameters() if "lora_B" in name)
     text = "judge by clarity of the answer"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "pairs.jsonl"
+    good = json.dumps({"prompt": "about my poem", "chosen": "lucid", "rejected": "rude"})
+    source.write_text(f"{good}\n{{broken\n{good}\n")
+    monkeypatch.setattr("cepo.train.grpo.load_policy", lambda *_, **__: pytest.fail("as far as it should come"))
+    config = load_config(write_config(tmp_path / "c.yaml", judge, data={"source": str(source)}), {})
+    with pytest.raises(pytest.fail.Exception):
+        train(replace(config, data={"source": str(source), "test_fraction": 0.0}))
+    assert "1 row(s)" in caplog.text
+    assert "line 2" in caplog.text
+    with pytest.raises(ValueError, match="no row to train on"):
+        train(replace(config, data={"source": str(source), "test_fraction": 1.0}))
 
 
 def test_a_partial_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import yaml
 
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.train.policy import TESTBED, load_data, load_policy
+
+logger = logging.getLogger(__name__)
 
 _TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 _REWARDS = ("format", "causal", "proxy", *_TASKS)
@@ -127,6 +130,11 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     if fresh and checkpoint is not None:
         raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or go on without --fresh")
     data = load_data(config.kind, config.data, seed=config.seed)
+    if not len(data.train):
+        raise ValueError(f"data leaves no row to train on ({len(data.test)} to test on); lower data.test_fraction")
+    if data.skipped:
+        shown = "; ".join(f"line {number}: {reason}" for number, reason in data.skipped[:5])
+        logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, tokenizer = load_policy(
