@@ -76,7 +76,7 @@ def load_policy(
     """
     if name != TESTBED:
         return load_model(resolve_model(name), dtype=dtype, trust_remote_code=trust_remote_code)
-    options = {"judge": "lazy", "steps": 160, **testbed_judge}
+    options = {"judge": "lazy", "steps": 300, **testbed_judge}
     _check_options(options, {"judge": None, "steps": None})
     return load_testbed_judge(options["judge"], steps=options["steps"], seed=seed, cache=cache)
 
