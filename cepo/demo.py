@@ -38,9 +38,9 @@ _PANELS = {
         "rewards/causal/mean",
     ),
     "Links of the sampled judgements": (
-        "causal/criteria->analysis/influence",
-        "causal/criteria->analysis/phi",
-        "causal/criteria->analysis/retained",
+        "causal/X->Y/influence",
+        "causal/X->Y/phi",
+        "causal/X->Y/retained",
     ),
     "Completion length, tokens": ("completions/mean_length",),
     "Seconds": ("causal/seconds", "step_time"),
