@@ -41,6 +41,9 @@ def demo(
     ),
     steps: Annotated[int, typer.Option(help="GRPO steps.", min=1)] = 40,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    without_causal: Annotated[
+        bool, typer.Option("--without-causal", help="Leave the causal reward out, to compare with.")
+    ] = False,
 ) -> None:
     """The main job on the embedded testbed: no download, CPU, a few minutes, a report with pictures.
 
@@ -49,7 +52,7 @@ def demo(
     """
     from cepo.demo import run_demo
 
-    report = run_demo(output, steps=steps, seed=seed, console=console)
+    report = run_demo(output, steps=steps, seed=seed, console=console, causal=not without_causal)
     console.print(f"report: {report}")
 
 

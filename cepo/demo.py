@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Measures:
     links: Mapping[str, Mapping[str, float]]
 
 
-def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
+def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: bool = True) -> Path:
     """Warm up, measure, train with GRPO, measure again, and write `report.html`, `measures.json` and the model.
 
     A demo that was killed goes on from its last checkpoint; one that was finished starts anew.
@@ -81,6 +81,7 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
         steps: GRPO steps.
         seed: of everything.
         console: where progress is shown.
+        causal: False leaves the causal reward out, to compare with.
 
     Returns:
         Path of the report.
@@ -92,6 +93,8 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
         (output / "measures.json").unlink()
     output.mkdir(parents=True, exist_ok=True)
     config = load_config(RECIPE, {"output": str(run), "grpo.max_steps": steps, "seed": seed})
+    if not causal:
+        config = replace(config, rewards=[reward for reward in config.rewards if reward["name"] != "causal"])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
@@ -112,16 +115,13 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
         progress.add_task("measuring the judge after training")
         after, maps_after = _measure(model, tokenizer, seed)
     seconds = time.perf_counter() - started
-    causal = next(reward for reward in config.rewards if reward["name"] == "causal")
     write_demo_report(
         output / "report.html",
         title="cepo demo: a judge rewarded for criteria that cause its scores",
         summary={
             "judge": f"Qwen3-shaped, {model.num_parameters():,} weights, warmed up to follow length",
             "training": f"{steps} GRPO steps, TRL, on items where the longer response is right 90% of the time",
-            "rewards": ", ".join(f"{reward['name']} × {reward['weight']:g}" for reward in config.rewards),
-            "causal reward": f"{causal['score']} of {', '.join(causal['links'])}, "
-            f"K = {causal['counterfactuals']}, rank = {causal['rank']}",
+            "rewards": ", ".join(_described(reward) for reward in config.rewards),
             "seed": str(seed),
             "time": f"{seconds:.0f} s",
         },
@@ -141,6 +141,14 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console) -> Path:
     unfinished.write_text(json.dumps(measures, indent=2) + "\n")
     os.replace(unfinished, output / "measures.json")
     return output / "report.html"
+
+
+def _described(reward: Mapping[str, Any]) -> str:
+    text = f"{reward['name']} × {reward['weight']:g}"
+    if reward["name"] != "causal":
+        return text
+    hardening = f"K = {reward['counterfactuals']}, rank = {reward['rank']}"
+    return f"{text} ({reward['score']} of {', '.join(reward['links'])}, {hardening})"
 
 
 def _measure(model: Any, tokenizer: Any, seed: int) -> tuple[Measures, list[HeatMap]]:
