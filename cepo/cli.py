@@ -98,7 +98,9 @@ def score(
     output: Annotated[Path, typer.Option(help="JSONL to write, one record for each line of the input.")],
     link: Annotated[
         list[str] | None,
-        typer.Option(help="SOURCE->TARGET[:EFFECT][@SCORE][=WEIGHT]; repeat it. Default: Z->X, X->Y and Z->Y."),
+        typer.Option(
+            help="SOURCE->TARGET[:EFFECT][@SCORE][=WEIGHT or 1]; repeat it. Default: Z->X, X->Y, Z->Y, 0.1 each."
+        ),
     ] = None,
     kind: Annotated[str, typer.Option(help="judge or reasoning.")] = "judge",
     rationale_tag: Annotated[str, typer.Option(help="Reasoning: tag around the rationale.")] = "think",
@@ -214,9 +216,12 @@ def _weighted_links(texts: list[str]) -> dict[str, float]:
     for text in texts:
         name, equals, weight = text.partition("=")
         try:
-            links[name.strip()] = float(weight) if equals else 1.0
+            value = float(weight) if equals else 1.0
         except ValueError:
             raise ValueError(f"--link is {text!r}, whose weight is no number; expected e.g. 'X->Y=0.5'") from None
+        if name.strip() in links:
+            raise ValueError(f"--link names {name.strip()!r} twice; expected once, with one weight")
+        links[name.strip()] = value
     return links
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cepo.eval.report import HeatMap, write_score_report
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
 from cepo.jacobian.layouts import Layout
-from cepo.jacobian.loading import embedding_width, load_model, load_tokenizer, resolve_model
+from cepo.jacobian.loading import check_device, embedding_width, load_model, load_tokenizer, resolve_model
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.spans import SpanReader
 from cepo.jacobian.vjp import JacobianEngine
@@ -106,9 +106,8 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     width = embedding_width(source)
     if width:
         job.config.check_width(width)
-    for path in (job.output, job.jacobians, job.html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"the folder of {str(path)!r} does not exist; create it first")
+    _check_paths(job)
+    check_device(job.device)
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
     settings = _fingerprint(job)
     done = _done_records(job, partial, shards, lines, settings)
@@ -166,7 +165,7 @@ def read_row(
     messages: Any = row.get("messages", row.get("prompt"))
     completion = row.get("completion", row.get("judge_output"))
     if "judge_output" in row and "chosen" in row:
-        shown = [row["chosen"], row["rejected"]] if row.get("label", "A") == "A" else [row["rejected"], row["chosen"]]
+        shown = [row["chosen"], row["rejected"]] if row.get("label") != "B" else [row["rejected"], row["chosen"]]
         if not all(isinstance(text, str) for text in (row.get("prompt"), *shown)):
             return None, "prompt, chosen and rejected must be text"
         messages = judge_prompt(row["prompt"], *shown)
@@ -210,7 +209,7 @@ def _score_rows(
     records: list[dict[str, Any]] = []
     for (index, row), (rollout, reason) in zip(rows, read, strict=True):
         if rollout is None:
-            records.append({"row": index, "id": row.get("id"), "reward": 0.0, "malformed": reason, "links": {}})
+            records.append(_broken_record(index, str(reason), row.get("id")))
             continue
         score = next(scores)
         records.append(_record(index, row, rollout, score))
@@ -336,11 +335,35 @@ def _read_input(path: Path) -> tuple[list[dict[str, Any] | str], list[tuple[int,
     return ordered, problems
 
 
+def _check_paths(job: ScoreJob) -> None:
+    """Refuse files that cannot be written, or that are one another's or the input, before anything is computed."""
+    taken = {job.input.resolve(): "--input"}
+    for option, path in (("--output", job.output), ("--save-jacobians", job.jacobians), ("--html", job.html)):
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise ValueError(f"{option} is {str(path)!r}, the same file as {taken[path.resolve()]}; name another")
+        taken[path.resolve()] = option
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            what = "is a folder" if path.is_dir() else "lies in a folder that does not exist or cannot be written to"
+            raise ValueError(f"{option} is {str(path)!r}, which {what}; expected a file in an existing folder")
+    if job.jacobians is not None and job.jacobians.is_file():
+        try:
+            with safe_open(job.jacobians, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"--save-jacobians is {str(job.jacobians)!r}, which exists and is no safetensors file ({error}); "
+                "name another"
+            ) from error
+
+
 def _missing(row: Mapping[str, Any]) -> str | None:
     if "prompt_ids" in row or "completion_ids" in row:
         needed: tuple[str, ...] = ("prompt_ids", "completion_ids")
-    elif "judge_output" in row and ("chosen" in row or "rejected" in row):
-        needed = ("prompt", "chosen", "rejected")
+    elif "completion" not in row and ("chosen" in row or "rejected" in row):
+        needed = ("prompt", "chosen", "rejected", "judge_output")
     else:
         needed = ("messages" if "messages" in row else "prompt", "completion")
     return next((name for name in needed if name not in row), None)
@@ -348,16 +371,19 @@ def _missing(row: Mapping[str, Any]) -> str | None:
 
 def _bad_value(row: Mapping[str, Any]) -> str | None:
     task = row.get("task_reward")
-    sound = task is None or (isinstance(task, int | float) and math.isfinite(task) and 0.0 <= task <= 1.0)
+    number = isinstance(task, int | float) and not isinstance(task, bool)
+    sound = task is None or (number and math.isfinite(task) and 0.0 <= task <= 1.0)
     if not sound:
         return f"has the task_reward {task!r}; expected a number in [0, 1]"
-    if row.get("label", "A") not in ("A", "B"):
+    if row.get("label") not in ("A", "B", None):
         return f"has the label {row['label']!r}; expected 'A' or 'B'"
     return None
 
 
-def _broken_record(index: int, reason: str) -> dict[str, Any]:
-    return {"row": index, "id": None, "reward": 0.0, "malformed": reason, "links": {}}
+def _broken_record(index: int, reason: str, name: Any = None) -> dict[str, Any]:
+    """Return the record of a line that gave no rollout, with the keys of any other."""
+    record: dict[str, Any] = {"row": index, "id": name, "reward": 0.0, "malformed": reason, "task_reward": None}
+    return {**record, "found_by": None, "prompt_tokens": 0, "completion_tokens": 0, "spans": {}, "links": {}}
 
 
 def _task_reward(row: Mapping[str, Any]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -14,7 +14,7 @@ from cepo.counterfactual.permute import Permutation, check_permutation, permute_
 from cepo.fusion.power_mean import check_power, check_weights, power_mean
 from cepo.fusion.scores import LinkScore, Score, check_score, score_link
 from cepo.jacobian.layouts import Layout
-from cepo.jacobian.records import Link, LinkJacobian, Rollout, group_rollouts, parse_link
+from cepo.jacobian.records import NUMERIC_TARGETS, Link, LinkJacobian, Rollout, group_rollouts, parse_link
 from cepo.jacobian.vjp import Engine
 
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}
@@ -66,9 +66,16 @@ class RewardConfig:
 
     def parsed_links(self, layout: Layout) -> list[Link]:
         """Return the links against a layout's spans; raises ValueError for one that it does not have."""
-        return [
+        links = [
             parse_link(text, names=layout.names, roles=layout.roles, default_score=self.target) for text in self.links
         ]
+        for index, link in enumerate(links):
+            for other in links[:index]:
+                if replace(link, name="") == replace(other, name=""):
+                    raise ValueError(f"links names one link twice, as {other.name!r} and {link.name!r}; expected once")
+        if self.target in NUMERIC_TARGETS and not any(link.score == self.target for link in links):
+            raise ValueError(f"target is {self.target!r}, but no link ends in the scores; expected one such as 'X->Y'")
+        return links
 
     def check_width(self, width: int) -> None:
         """Raise ValueError if the nuisance rank exceeds the model's embedding size."""
@@ -122,7 +129,7 @@ def score_rollouts(
     config.check_width(engine.width)
     if task_rewards is not None:
         _check_task_rewards(task_rewards, len(rollouts))
-    problems = [rollout.malformed or engine.refusal(rollout) for rollout in rollouts]
+    problems = [engine.refusal(rollout) or rollout.malformed for rollout in rollouts]
     sound = [index for index, problem in enumerate(problems) if problem is None]
     base = _jacobians([rollouts[index] for index in sound], engine, links)
     counterfactual = _counterfactual_jacobians([rollouts[index] for index in sound], engine, links, config)

@@ -181,6 +181,8 @@ class ReasonerLayout:
         if boxed is not None:
             return boxed, boxed[0] - len(rb"\boxed{"), "boxed"
         rest = trim_range(completion, (start, len(completion)))
+        if start and rest is None:
+            raise MalformedError(f"empty answer: nothing stands after </{self.rationale_tag}>")
         if not self.fallback or rest is None:
             raise MalformedError(f"missing <{self.answer_tag}>")
         if start:  # the rationale was tagged, so what follows it is the answer

@@ -106,6 +106,16 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch can run on the device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def embedding_width(source: ModelSource) -> int | None:
     """Return d of a model on disk from its config or GGUF header, without its weights; None where it is not known."""
     if source.base is not None:

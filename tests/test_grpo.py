@@ -106,6 +106,26 @@ def test_lora_saves_an_adapter_that_loads_again(judge: Path, tmp_path: Path, mon
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+def test_a_finished_run_is_not_trained_on_and_another_run_is_not_mixed_in(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config(tmp_path / "config.yaml", judge), {"grpo.max_steps": 1})
+    final = train(config)
+    weights = (final / "model.safetensors").read_bytes()
+    monkeypatch.setattr("cepo.train.grpo.load_policy", lambda *_, **__: pytest.fail("nothing is left to train"))
+    assert train(config) == final
+    assert (final / "model.safetensors").read_bytes() == weights
+    for file in final.iterdir():
+        file.unlink()
+    final.rmdir()  # as a kill between the last checkpoint and final/ leaves it
+    assert (train(config) / "model.safetensors").read_bytes() == weights
+    assert not (final / "optimizer.pt").exists()
+    with pytest.raises(ValueError, match="another seed"):
+        train(replace(config, seed=5))
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        train(config, fresh=True)
+
+
 def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(
     judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,6 +174,7 @@ def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
         ({"rewards": [{"name": "format", "weight": -1.0}]}, "weight of format"),
         ({"rewards": [{"name": "format", "links": {}}]}, "no settings"),
         ({"grpo": {"warp": 9}}, "warp"),
+        ({"grpo": {"learning_rate": "fast"}}, "grpo.learning_rate is 'fast'"),
         ({"lora": {"rank": 4}}, "LoraConfig"),
         ({"model": "./nowhere"}, "which is not there"),
         ({"data": {"limit": 1}}, "data.source"),

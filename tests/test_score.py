@@ -294,6 +294,10 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
         (["--link", "Y->X"], "by causality"),
         (["--link", "X->Y=heavy"], "weight is no number"),
         (["--link", "X->Y=-1"], "weights"),
+        (["--link", "X->Y=1", "--link", "X->Y=2"], "'X->Y' twice"),
+        (["--link", "X->Y", "--link", "criteria->scores"], "names one link twice"),
+        (["--link", "Z->X", "--target", "margin"], "no link ends in the scores"),
+        (["--device", "warp:1"], "device is 'warp:1'"),
         (["-K", "-1"], "counterfactuals (K) is -1"),
         (["--rank", "100000"], "rank is 100000"),
         (["--rank", "-2"], "rank is -2"),
@@ -323,6 +327,28 @@ def test_bad_arguments_end_in_one_paragraph_before_a_model_is_loaded(
     assert complaint in message
     assert message.count("\n") <= 2
     assert "Traceback" not in message
+
+
+def test_files_that_would_be_lost_are_refused(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
+    content = source.read_bytes()
+    out, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    (tmp_path / "alias").symlink_to(source)
+    for arguments in (
+        ("--output", out, "--html", source),
+        ("--output", out, "--html", tmp_path / "alias"),
+        ("--output", source),
+        ("--output", out, "--save-jacobians", out),
+        ("--output", out, "--save-jacobians", page, "--html", page),
+        ("--output", tmp_path),
+        ("--output", out, "--html", tmp_path),
+        ("--output", out, "--save-jacobians", write_jsonl(tmp_path / "other.txt", [{}])),
+    ):
+        code, message = cepo("--model", judge, "--input", source, *arguments)
+        assert code == 2, arguments
+        assert "name another" in message or "is a folder" in message
+    assert source.read_bytes() == content
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -479,7 +479,7 @@ def test_reasoner_spans(
         ("<think>so</think><answer>\n</answer>", {}, "empty answer"),
         ("It is \\boxed{}", {}, "empty answer"),
         ("\\boxed{4}", {}, "empty rationale"),
-        ("<think>so</think>", {}, "missing <answer>"),
+        ("<think>so</think>", {}, "empty answer: nothing stands after </think>"),
         ("We add. It is 4.", {"fallback": False}, "missing <answer>"),
         ("<think>so</think> It is 4.", {"fallback": False}, "missing <answer>"),
         ("It is \\boxed{4}", {"fallback": False, "boxed": False}, "missing <answer>"),

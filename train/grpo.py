@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 _REWARDS = ("format", "causal", "proxy", *_TASKS)
+_RUN = "run.json"  # the settings that a resumed run must share
 _COMPLETE = "cepo_complete"  # written into a checkpoint when all of it is on disk
 
 
@@ -129,6 +131,11 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     checkpoint = last_complete_checkpoint(output)
     if fresh and checkpoint is not None:
         raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or go on without --fresh")
+    _check_same_run(config, output, checkpoint)
+    if checkpoint is not None and _is_finished(checkpoint, arguments.max_steps):
+        # Resumed at its last step, the trainer would take one step more.
+        logger.warning("the run in %s is finished; nothing is trained", output)
+        return _final_from(checkpoint, output)
     data = load_data(config.kind, config.data, seed=config.seed)
     if not len(data.train):
         raise ValueError(f"data leaves no row to train on ({len(data.test)} to test on); lower data.test_fraction")
@@ -159,10 +166,15 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     for function in functions:
         if hasattr(function, "bind"):
             function.bind(trainer)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_text(output / _RUN, json.dumps(_settings(config), indent=2) + "\n")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = output / "final"
-    trainer.save_model(str(final))
-    tokenizer.save_pretrained(str(final))
+    unfinished = output / "final.tmp"
+    trainer.save_model(str(unfinished))
+    tokenizer.save_pretrained(str(unfinished))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(unfinished, final)
     return final
 
 
@@ -175,6 +187,11 @@ def grpo_arguments(config: TrainConfig) -> Any:
     unknown = sorted(set(config.grpo) - known)
     if unknown:
         raise ValueError(f"grpo holds {', '.join(unknown)}, which TRL's GRPOConfig does not have")
+    for item in dataclasses.fields(GRPOConfig):
+        value = config.grpo.get(item.name)
+        is_number = isinstance(item.default, int | float) and not isinstance(item.default, bool)
+        if is_number and value is not None and not isinstance(value, int | float):
+            raise ValueError(f"grpo.{item.name} is {value!r}; expected a number")
     cuda = torch.cuda.is_available()
     # TRL's own defaults suit a GPU: bf16 and checkpointing only cost time on a CPU.
     defaults = {
@@ -215,6 +232,49 @@ def last_complete_checkpoint(output: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
 
 
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that a run cannot change on its way: all but its length and what it writes where."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    free = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions")
+    grpo = {key: value for key, value in settings["grpo"].items() if key not in free}
+    return {**settings, "grpo": grpo, "output": None}
+
+
+def _check_same_run(config: TrainConfig, output: Path, checkpoint: Path | None) -> None:
+    if checkpoint is None or not (output / _RUN).is_file():
+        return
+    before, now = json.loads((output / _RUN).read_text()), _settings(config)
+    changed = [key for key in now if now[key] != before.get(key)]
+    if changed:
+        raise ValueError(
+            f"output {str(output)!r} holds a run with another {', '.join(changed)}; "
+            "choose another output, or move it away"
+        )
+
+
+def _is_finished(checkpoint: Path, max_steps: int) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"]))
+
+
+def _final_from(checkpoint: Path, output: Path) -> Path:
+    """Return final/, made from the last checkpoint where a kill came between the two."""
+    final = output / "final"
+    if not final.is_dir():
+        ignore = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", _COMPLETE)
+        unfinished = output / "final.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(checkpoint, unfinished, ignore=ignore)
+        os.replace(unfinished, final)
+    return final
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
 def run_callbacks(output: Path) -> list[Any]:
     """Return the callbacks that mark complete checkpoints and keep metrics.jsonl, one line a logged step."""
     from transformers import TrainerCallback
@@ -227,9 +287,7 @@ def run_callbacks(output: Path) -> list[Any]:
             output.mkdir(parents=True, exist_ok=True)
             lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
             kept = [line for line in lines if _step_of(line) <= state.global_step]
-            unfinished = metrics.with_suffix(".tmp")
-            unfinished.write_text("".join(kept) if state.global_step else "")
-            os.replace(unfinished, metrics)
+            _write_text(metrics, "".join(kept) if state.global_step else "")
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if state.is_world_process_zero:
