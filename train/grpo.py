@@ -166,15 +166,18 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     for function in functions:
         if hasattr(function, "bind"):
             function.bind(trainer)
-    output.mkdir(parents=True, exist_ok=True)
-    _write_text(output / _RUN, json.dumps(_settings(config), indent=2) + "\n")
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        _write_text(output / _RUN, json.dumps(_settings(config), indent=2) + "\n")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = output / "final"
     unfinished = output / "final.tmp"
     trainer.save_model(str(unfinished))
-    tokenizer.save_pretrained(str(unfinished))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(unfinished, final)
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(str(unfinished))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+    trainer.accelerator.wait_for_everyone()
     return final
 
 
@@ -283,6 +286,8 @@ def run_callbacks(output: Path) -> list[Any]:
 
     class RunRecord(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not state.is_world_process_zero:
+                return
             # Lines after the checkpoint that is resumed from are about to be written again.
             output.mkdir(parents=True, exist_ok=True)
             lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
