@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cepo.counterfactual.nuisance import check_rank, nuisance_basis, remove_mean, remove_nuisance
-from cepo.counterfactual.permute import Permutation, check_permutation, permute_rollout
+from cepo.counterfactual.permute import Permutation, check_permutation
 from cepo.fusion.power_mean import check_power, check_weights, power_mean
-from cepo.fusion.scores import LinkScore, Score, check_score, score_link
+from cepo.fusion.requests import GroupRequests, reward_requests
+from cepo.fusion.scores import INFLUENCE_SCORES, LinkScore, Score, check_score, score_link
 from cepo.jacobian.layouts import Layout
-from cepo.jacobian.records import NUMERIC_TARGETS, Link, LinkJacobian, Rollout, group_rollouts, parse_link
+from cepo.jacobian.records import NUMERIC_TARGETS, Link, LinkJacobian, Rollout, parse_link
 from cepo.jacobian.vjp import Engine
 
+Pool = Literal["none", "group"]
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}
 
 
@@ -25,7 +27,7 @@ class RewardConfig:
     """What to compute and how to fuse it. The defaults are the preset `paper` (CE-PO, arXiv 2509.23095).
 
     Attributes:
-        links: weight of each link, >= 0; a link of weight 0 is computed and shown but not fused. See `parse_link`.
+        links: weight of each link, >= 0; a link of weight 0 is not computed. See `parse_link`.
         task_weight: w_0, weight of the task reward where there is one, >= 0.
         p: exponent of the power mean; any real, inf or -inf.
         counterfactuals: K >= 0; 0 leaves the Jacobians as they are.
@@ -36,6 +38,10 @@ class RewardConfig:
         score: the named score S of a link, see `cepo.fusion.scores`.
         target: default target function of the links.
         seed: seed of the permutations.
+        influence: whether to compute `influence` where the score does not need it; it costs one backward pass through
+            the whole prompt for each rollout and target.
+        pool: "none", every rollout has its own nuisance subspace, or "group", the group shares one: cheaper, and then a
+            reward depends on the whole group (the part of it that one process holds).
     """
 
     links: Mapping[str, float] = field(default_factory=lambda: dict(PAPER_LINKS))
@@ -49,6 +55,8 @@ class RewardConfig:
     score: Score = "phi"
     target: str = "log_likelihood"
     seed: int = 0
+    influence: bool = True
+    pool: Pool = "none"
 
     def __post_init__(self) -> None:
         if not self.links:
@@ -63,9 +71,15 @@ class RewardConfig:
         if self.nuisance not in ("svd", "mean"):
             raise ValueError(f"nuisance is {self.nuisance!r}; expected svd or mean")
         check_score(self.score)
+        if self.pool not in get_args(Pool):
+            raise ValueError(f"pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
+        if self.pool == "group" and self.nuisance == "mean":
+            raise ValueError(
+                "pool is 'group' with the nuisance 'mean'; expected 'svd', the only one that can be shared"
+            )
 
     def parsed_links(self, layout: Layout) -> list[Link]:
-        """Return the links against a layout's spans; raises ValueError for one that it does not have."""
+        """Return the links of positive weight against a layout's spans; ValueError for one that it does not have."""
         links = [
             parse_link(text, names=layout.names, roles=layout.roles, default_score=self.target) for text in self.links
         ]
@@ -75,7 +89,19 @@ class RewardConfig:
                     raise ValueError(f"links names one link twice, as {other.name!r} and {link.name!r}; expected once")
         if self.target in NUMERIC_TARGETS and not any(link.score == self.target for link in links):
             raise ValueError(f"target is {self.target!r}, but no link ends in the scores; expected one such as 'X->Y'")
-        return links
+        return [link for link in links if self.links[link.name] > 0.0]
+
+    def requests(self, rollouts: Mapping[int, Rollout], links: Sequence[Link]) -> list[GroupRequests]:
+        """Return what to ask an engine for, see `cepo.fusion.requests.reward_requests`."""
+        return reward_requests(
+            rollouts,
+            links,
+            counterfactuals=self.counterfactuals,
+            permutation=self.permutation,
+            seed=self.seed,
+            context_energy=self.influence or self.score in INFLUENCE_SCORES,
+            pool=self.pool == "group",
+        )
 
     def check_width(self, width: int) -> None:
         """Raise ValueError if the nuisance rank exceeds the model's embedding size."""
@@ -130,13 +156,19 @@ def score_rollouts(
     if task_rewards is not None:
         _check_task_rewards(task_rewards, len(rollouts))
     problems = [engine.refusal(rollout) or rollout.malformed for rollout in rollouts]
-    sound = [index for index, problem in enumerate(problems) if problem is None]
-    base = _jacobians([rollouts[index] for index in sound], engine, links)
-    counterfactual = _counterfactual_jacobians([rollouts[index] for index in sound], engine, links, config)
     scores = [RolloutScore({}, 0.0, problem) for problem in problems]
-    for index, base_of, counterfactual_of in zip(sound, base, counterfactual, strict=True):
-        task_reward = task_rewards[index] if task_rewards is not None else None
-        scores[index] = _score_rollout(base_of, counterfactual_of, config, task_reward, keep_jacobians)
+    sound = {index: rollout for index, rollout in enumerate(rollouts) if problems[index] is None}
+    groups = config.requests(sound, links)
+    answers = engine.compute([request for group in groups for request in group.requests])
+    for group in groups:
+        base, *permuted = [next(answers) for _ in group.requests]
+        counterfactual = {link.name: group.counterfactuals(permuted, link.name) for link in links}
+        for index, of_rollout in zip(group.members, base, strict=True):
+            jacs_SD = {
+                name: owned.get(None if config.pool == "group" else index, []) for name, owned in counterfactual.items()
+            }
+            task_reward = task_rewards[index] if task_rewards is not None else None
+            scores[index] = _score_rollout(of_rollout, jacs_SD, config, task_reward, keep_jacobians)
     return scores
 
 
@@ -172,7 +204,7 @@ def fuse(values: Mapping[str, float], config: RewardConfig, task_reward: float |
         config: weights and exponent.
         task_reward: r_base in [0, 1], or None.
     """
-    terms = [(values[name], weight) for name, weight in config.links.items()]
+    terms = [(values[name], weight) for name, weight in config.links.items() if weight > 0.0]
     if task_reward is not None:
         _check_task_rewards([task_reward], 1)
         terms.insert(0, (task_reward, config.task_weight))
@@ -185,37 +217,3 @@ def _check_task_rewards(task_rewards: Sequence[float | None], count: int) -> Non
     for task_reward in task_rewards:
         if task_reward is not None and not 0.0 <= task_reward <= 1.0:
             raise ValueError(f"task_rewards holds {task_reward}; expected numbers in [0, 1], or None")
-
-
-def _jacobians(rollouts: Sequence[Rollout], engine: Engine, links: Sequence[Link]) -> list[dict[str, LinkJacobian]]:
-    """Return the Jacobians of each rollout, asking the engine group by group."""
-    found: dict[int, dict[str, LinkJacobian]] = {}
-    places: dict[tuple[int, ...], list[int]] = {}
-    for index, rollout in enumerate(rollouts):
-        places.setdefault(rollout.prompt_ids, []).append(index)
-    for group, indices in zip(group_rollouts(rollouts), places.values(), strict=True):
-        found.update(zip(indices, engine.jacobians(group, links), strict=True))
-    return [found[index] for index in range(len(rollouts))]
-
-
-def _counterfactual_jacobians(
-    rollouts: Sequence[Rollout], engine: Engine, links: Sequence[Link], config: RewardConfig
-) -> list[dict[str, list[Tensor]]]:
-    """Return, for each rollout and link, the Jacobians with the link's source permuted, K or fewer."""
-    found: list[dict[str, list[Tensor]]] = [{link.name: [] for link in links} for _ in rollouts]
-    for source, from_source in _by_source(links):
-        for k in range(config.counterfactuals):
-            permuted = [
-                permute_rollout(rollout, source, k, seed=config.seed, kind=config.permutation) for rollout in rollouts
-            ]
-            changed = [(index, rollout) for index, rollout in enumerate(permuted) if rollout is not None]
-            jacobians = _jacobians([rollout for _, rollout in changed], engine, from_source)
-            for (index, _), of_links in zip(changed, jacobians, strict=True):
-                for name, jacobian in of_links.items():
-                    found[index][name].append(jacobian.jac_SD)
-    return found
-
-
-def _by_source(links: Sequence[Link]) -> Iterable[tuple[str, list[Link]]]:
-    ordered = sorted(links, key=lambda link: link.source)
-    return [(source, list(members)) for source, members in groupby(ordered, key=lambda link: link.source)]

@@ -13,6 +13,7 @@ from cepo.jacobian.records import LinkJacobian
 from cepo.kernels.spectral import frobenius_energy, spectral_share
 
 Score = Literal["phi", "phi_retained", "influence", "phi_influence", "influence_retained"]
+INFLUENCE_SCORES: tuple[Score, ...] = ("influence", "phi_influence", "influence_retained")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class LinkScore:
         phi_upper: certified upper bound of phi.
         phi_base: the same share of the base Jacobian.
         retained: ||J_res||_F^2 / ||J||_F^2, in [0, 1].
-        influence: ||J||_F^2 over the energy of the target's gradient at all rows of the context, in [0, 1].
+        influence: ||J||_F^2 over the energy of the target's gradient at all rows of the context, in [0, 1];
+            None where it was not asked for.
         norm: ||J||_F.
         tokens: L, rows of the Jacobian.
         counterfactuals: how many of the K permutations there were (fewer where no order of the tokens differs).
@@ -43,7 +45,7 @@ class LinkScore:
     phi_upper: float
     phi_base: float
     retained: float
-    influence: float
+    influence: float | None
     norm: float
     tokens: int
     counterfactuals: int
@@ -65,20 +67,21 @@ def score_link(
         score: the named score that becomes `value`.
 
     Raises:
-        ValueError: for an unknown score, or a matrix with a NaN or an infinity.
+        ValueError: for an unknown score, one that needs a context energy where there is none, or a matrix with a NaN
+            or an infinity.
     """
     check_score(score)
     share = spectral_share(residual_SD)
     energy = frobenius_energy(jacobian.jac_SD)
     retained = _share(frobenius_energy(residual_SD), energy)
-    influence = _share(energy, jacobian.context_energy)
-    named: dict[Score, float] = {
-        "phi": share.value,
-        "phi_retained": math.sqrt(share.value * retained),
-        "influence": influence,
-        "phi_influence": math.sqrt(share.value * influence),
-        "influence_retained": influence * retained,
-    }
+    influence = None if jacobian.context_energy is None else _share(energy, jacobian.context_energy)
+    if influence is None and score in INFLUENCE_SCORES:
+        raise ValueError(f"score is {score!r}, but the Jacobian of {jacobian.link.name} carries no context_energy")
+    named: dict[Score, float] = {"phi": share.value, "phi_retained": math.sqrt(share.value * retained)}
+    if influence is not None:
+        named["influence"] = influence
+        named["phi_influence"] = math.sqrt(share.value * influence)
+        named["influence_retained"] = influence * retained
     return LinkScore(
         link=jacobian.link.name,
         target=jacobian.link.score,

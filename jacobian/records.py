@@ -119,14 +119,53 @@ class LinkJacobian:
         source_positions: S positions in token_ids.
         target_positions: positions in token_ids of the target tokens; the one at t is predicted at t - 1.
         context_energy: sum of squares of the target's gradient over the rows of all tokens (the union of the target
-            tokens' contexts), under the same effect; the denominator of `influence`.
+            tokens' contexts), under the same effect; the denominator of `influence`. None where it was not asked for.
     """
 
     link: Link
     jac_SD: Tensor
     source_positions: tuple[int, ...]
     target_positions: tuple[int, ...]
-    context_energy: float
+    context_energy: float | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked for: some links of rollouts that share a prompt.
+
+    Attributes:
+        group: the rollouts; a counterfactual is a rollout like any other.
+        links: from `parse_link`.
+        context_energy: whether the gradient's energy over the whole context is wanted. It costs one backward pass
+            through all of the prompt for every rollout.
+        signs: rows of one coefficient a rollout. Empty: one answer a rollout. Else one answer a row, the sum over the
+            rollouts of coefficient times Jacobian, which costs the prompt one backward pass a row instead of one a
+            rollout. Only for links that start in the prompt, whose rows all rollouts share, and no residual effects.
+    """
+
+    group: Group
+    links: tuple[Link, ...]
+    context_energy: bool = True
+    signs: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.links:
+            raise ValueError("links is empty; a request needs at least one link")
+        if not self.signs:
+            return
+        first = self.group.rollouts[0]
+        if any(len(row) != len(self.group.rollouts) for row in self.signs):
+            raise ValueError(
+                f"signs has rows that are not one coefficient for each of {len(self.group.rollouts)} rollouts"
+            )
+        for link in self.links:
+            if link.effect == "residual" or first.spans[link.source].positions[-1] >= len(first.prompt_ids):
+                raise ValueError(
+                    f"signs were given with the link {link.name!r}; expected links that start in the prompt and are "
+                    "total or direct"
+                )
+        if self.context_energy:
+            raise ValueError("signs and context_energy exclude each other; set context_energy=False")
 
 
 def group_rollouts(rollouts: Iterable[Rollout]) -> list[Group]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,8 +13,27 @@ from cepo.jacobian.records import NUMERIC_TARGETS, Rollout, Target
 from cepo.kernels.selected import expected_value, selected_log_likelihood, selected_log_odds
 
 
-def target_score(logits_PV: Tensor, rollout: Rollout, span_name: str, score: Target) -> Tensor:
-    """Return s_B for the span, teacher-forced on the sampled ids.
+@dataclass(frozen=True)
+class Term:
+    """One summand of a score: what it reads off the logits that predict one token.
+
+    Attributes:
+        position: position of the token in prompt + completion; its logits stand at position - 1.
+        token: the sampled id.
+        kind: which function of the logits.
+        weight: its coefficient in the sum.
+        candidates: pairs (token id, number) of an expected value.
+    """
+
+    position: int
+    token: int
+    kind: Literal["log_likelihood", "log_odds", "expected_value"]
+    weight: float = 1.0
+    candidates: tuple[tuple[int, float], ...] = ()
+
+
+def target_terms(rollout: Rollout, span_name: str, score: Target) -> tuple[Term, ...]:
+    """Return s_B as a sum of terms, one a target token, in ascending order.
 
     - log_likelihood: sum over the span of log p(token | before).
     - log_odds: sum over the span of the token's logit against the logsumexp of all others.
@@ -19,40 +42,49 @@ def target_score(logits_PV: Tensor, rollout: Rollout, span_name: str, score: Tar
     - margin: the first score's expectation less the second's.
 
     Args:
-        logits_PV: row i predicts the token at `target_positions(...)[i]`, that is, it was read one position before.
         rollout: a well-formed rollout.
         span_name: the target span.
         score: which function.
-
-    Returns:
-        Scalar tensor, in float32 or wider.
     """
-    positions = target_positions(rollout, span_name, score)
-    if score in NUMERIC_TARGETS:
-        row_of = {position: row for row, position in enumerate(positions)}
-        expectations = [
-            torch.stack(
-                [
-                    digit.place
-                    * expected_value(
-                        logits_PV[row_of[digit.position]],
-                        torch.tensor([token for token, _ in digit.candidates], device=logits_PV.device),
-                        torch.tensor([value for _, value in digit.candidates], device=logits_PV.device),
-                    )
-                    for digit in number
-                ]
-            ).sum()
-            for number in rollout.numbers
-        ]
-        return expectations[0] - expectations[1] if score == "margin" else torch.stack(expectations).sum()
     token_ids = rollout.token_ids
-    ids_P = torch.tensor([token_ids[position] for position in positions], device=logits_PV.device)
-    selected = selected_log_odds if score == "log_odds" else selected_log_likelihood
-    return selected(logits_PV, ids_P).sum()
+    if score not in NUMERIC_TARGETS:
+        return tuple(Term(at, token_ids[at], score) for at in rollout.spans[span_name].positions)  # type: ignore[arg-type]
+    signs = (1.0, -1.0) if score == "margin" else (1.0,) * len(rollout.numbers)
+    terms = [
+        Term(digit.position, token_ids[digit.position], "expected_value", sign * digit.place, digit.candidates)
+        for sign, number in zip(signs, rollout.numbers, strict=False)
+        for digit in number
+    ]
+    return tuple(sorted(terms, key=lambda term: term.position))
 
 
 def target_positions(rollout: Rollout, span_name: str, score: Target) -> tuple[int, ...]:
     """Return the ascending positions of the tokens that the score reads; the token at t is predicted at t - 1."""
-    if score in NUMERIC_TARGETS:
-        return tuple(sorted({digit.position for number in rollout.numbers for digit in number}))
-    return rollout.spans[span_name].positions
+    return tuple(dict.fromkeys(term.position for term in target_terms(rollout, span_name, score)))
+
+
+def sum_of_terms(logits_PV: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Return the weighted sum of the terms.
+
+    Args:
+        logits_PV: row i predicts the token of terms[i], that is, it was read one position before.
+        terms: P of them, of any rollouts and kinds.
+
+    Returns:
+        Scalar tensor, in float32 or wider; 0 for no terms.
+    """
+    device = logits_PV.device
+    total = logits_PV.new_zeros((), dtype=torch.promote_types(logits_PV.dtype, torch.float32))
+    for kind, selected in (("log_likelihood", selected_log_likelihood), ("log_odds", selected_log_odds)):
+        rows = [row for row, term in enumerate(terms) if term.kind == kind]
+        if rows:
+            ids_P = torch.tensor([terms[row].token for row in rows], device=device)
+            weights_P = total.new_tensor([terms[row].weight for row in rows])
+            logits_of_kind_PV = logits_PV if len(rows) == len(terms) else logits_PV[rows]
+            total = total + (weights_P * selected(logits_of_kind_PV, ids_P)).sum()
+    for row, term in enumerate(terms):
+        if term.kind == "expected_value":
+            ids_N = torch.tensor([token for token, _ in term.candidates], device=device)
+            values_N = torch.tensor([value for _, value in term.candidates], device=device)
+            total = total + term.weight * expected_value(logits_PV[row], ids_N, values_N)
+    return total

@@ -4,28 +4,91 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cepo.jacobian.records import Group, Link, LinkJacobian, Rollout, Target
-from cepo.jacobian.targets import target_positions, target_score
+from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, Target
+from cepo.jacobian.targets import sum_of_terms, target_positions, target_terms
 
-# What one backward pass is for: target span, score, and the spans whose positions are blocked.
-_Pass = tuple[str, Target, tuple[str, ...]]
+Answer = list[dict[str, LinkJacobian]]
 
 
 class Engine(Protocol):
     """What turns rollouts into Jacobians; every engine gives equal results."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """D, the size of the embeddings."""
 
-    def refusal(self, rollout: Rollout) -> str | None: ...
+    def refusal(self, rollout: Rollout) -> str | None:
+        """Return why the rollout cannot be served, or None."""
 
-    def jacobians(self, group: Group, links: Sequence[Link]) -> list[dict[str, LinkJacobian]]: ...
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Yield the answer to each request, in order: the Jacobians by link name, a dict a rollout or row of signs."""
+
+
+class Pass(NamedTuple):
+    """One cotangent: d(score of a span), with no cotangent flowing through the positions of the blocked spans."""
+
+    target: str
+    score: Target
+    blocked: tuple[str, ...]
+
+
+def passes_of(links: Sequence[Link]) -> list[Pass]:
+    """Return the distinct cotangents that the links need."""
+    passes: dict[Pass, None] = {}
+    for link in links:
+        passes[_pass_of(link)] = None
+        if link.effect == "residual":
+            passes[_mediated_pass_of(link)] = None
+    return list(passes)
+
+
+def link_jacobians(
+    rollout: Rollout, links: Sequence[Link], gradients: Mapping[Pass, Tensor], context_energy: bool
+) -> dict[str, LinkJacobian]:
+    """Return the Jacobian of each link by its name.
+
+    Args:
+        rollout: what was differentiated.
+        links: from `parse_link`.
+        gradients: for each of `passes_of(links)` the (T, D) gradient with respect to the embedding rows; rows that
+            neither a link nor the context's energy needs may be missing (zero).
+        context_energy: whether the records carry it.
+    """
+    jacobians = {}
+    for link in links:
+        gradient_TD = gradients[_pass_of(link)]
+        source = rollout.spans[link.source].positions
+        jac_SD = gradient_TD[list(source)]
+        energy = float(gradient_TD.double().square().sum()) if context_energy else None
+        if link.effect == "residual":
+            through_SD = gradients[_mediated_pass_of(link)][list(source)]
+            direction_D = gradient_TD[list(rollout.spans[link.mediator[0]].positions)].mean(0)
+            residual_SD = _regress_out(jac_SD, through_SD * direction_D)
+            if energy is not None:
+                energy += float(residual_SD.double().square().sum() - jac_SD.double().square().sum())
+            jac_SD = residual_SD
+        targets = target_positions(rollout, link.target, link.score)
+        jacobians[link.name] = LinkJacobian(link, jac_SD, source, targets, energy)
+    return jacobians
+
+
+def combine(answers: Answer, signs: Sequence[Sequence[float]]) -> Answer:
+    """Return the rollouts' Jacobians summed with each row of signs, or the answers as they are where there are none."""
+    if not signs:
+        return answers
+    combined: Answer = []
+    for row in signs:
+        combined.append({})
+        for name, first in answers[0].items():
+            jac_SD = sum(sign * answer[name].jac_SD for sign, answer in zip(row, answers, strict=True))
+            combined[-1][name] = LinkJacobian(first.link, jac_SD, first.source_positions, (), None)  # type: ignore[arg-type]
+    return combined
 
 
 class JacobianEngine:
@@ -53,25 +116,25 @@ class JacobianEngine:
         if not adapters and self._peft is None:
             raise ValueError("adapters is False, but the model is not a PeftModel and has none to switch off")
         self._adapters = adapters
-        self._model = self._peft.get_base_model() if self._peft is not None else model
-        config = getattr(self._model, "config", None)
-        if config is None or not hasattr(self._model, "get_input_embeddings"):
+        self.model = self._peft.get_base_model() if self._peft is not None else model
+        config = getattr(self.model, "config", None)
+        if config is None or not hasattr(self.model, "get_input_embeddings"):
             raise ValueError(f"model is a {type(model).__name__}; expected a Hugging Face causal language model")
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("model is an encoder-decoder; expected a decoder-only causal language model")
         self._text_config = config.get_text_config()
         # The class's forward: an instance may carry a wrapper (accelerate's autocast) that must not be entered.
-        self._forward = type(self._model).forward
-        self._keeps_rows = "logits_to_keep" in inspect.signature(self._forward).parameters
+        self.forward = type(self.model).forward
+        self._keeps_rows = "logits_to_keep" in inspect.signature(self.forward).parameters
 
     @property
     def width(self) -> int:
         """D, the size of the embeddings that enter the first layer."""
-        return int(self._model.get_input_embeddings().weight.shape[-1])
+        return int(self.model.get_input_embeddings().weight.shape[-1])
 
     def refusal(self, rollout: Rollout) -> str | None:
         """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
-        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
         limit = getattr(self._text_config, "max_position_embeddings", None) or float("inf")
         tokens = rollout.token_ids
         if len(tokens) > limit:
@@ -79,7 +142,7 @@ class JacobianEngine:
         outside = [token for token in tokens if not 0 <= token < vocabulary]
         return f"token id {outside[0]} is outside the model's vocabulary of {vocabulary}" if outside else None
 
-    def jacobians(self, group: Group, links: Sequence[Link]) -> list[dict[str, LinkJacobian]]:
+    def jacobians(self, group: Group, links: Sequence[Link], *, context_energy: bool = True) -> Answer:
         """Return, for each rollout of the group, the Jacobian of each link by the link's name.
 
         J_AB = d s_B / d E(A), with E(A) the output of the embedding module at the positions of A, by exact reverse
@@ -88,6 +151,7 @@ class JacobianEngine:
         Args:
             group: well-formed rollouts of one prompt.
             links: from `parse_link`.
+            context_energy: whether the records carry it.
 
         Returns:
             One dict a rollout; matrices are detached, on the model's device, float32 or wider.
@@ -95,57 +159,46 @@ class JacobianEngine:
         Raises:
             ValueError: if a rollout is malformed or refused.
         """
-        for rollout in group.rollouts:
-            problem = rollout.malformed or self.refusal(rollout)
-            if problem:
-                raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
-        with self._prepared():
-            return [self._rollout_jacobians(rollout, links) for rollout in group.rollouts]
+        return next(self.compute([Request(group, tuple(links), context_energy)]))
 
-    def _rollout_jacobians(self, rollout: Rollout, links: Sequence[Link]) -> dict[str, LinkJacobian]:
-        mediated: dict[str, _Pass] = {}  # a residual effect also needs what the prompt asks of the mediator
-        passes: dict[_Pass, None] = {}
-        for link in links:
-            passes[_pass_of(link)] = None
-            if link.effect == "residual":
-                mediated[link.name] = (link.mediator[0], "log_likelihood", ())
-                passes[mediated[link.name]] = None
-        gradients = self._gradients(rollout, list(passes))
-        jacobians = {}
-        for link in links:
-            gradient_TD = gradients[_pass_of(link)]
-            source = rollout.spans[link.source].positions
-            jac_SD = gradient_TD[list(source)]
-            energy = float(gradient_TD.double().square().sum())
-            if link.effect == "residual":
-                through_SD = gradients[mediated[link.name]][list(source)]
-                direction_D = gradient_TD[list(rollout.spans[link.mediator[0]].positions)].mean(0)
-                residual_SD = _regress_out(jac_SD, through_SD * direction_D)
-                energy += float(residual_SD.double().square().sum() - jac_SD.double().square().sum())
-                jac_SD = residual_SD
-            targets = target_positions(rollout, link.target, link.score)
-            jacobians[link.name] = LinkJacobian(link, jac_SD, source, targets, energy)
-        return jacobians
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Yield the answer to each request, in order; see `jacobians` and `cepo.jacobian.records.Request`."""
+        self.check(requests)
+        for request in requests:
+            with self.prepared():
+                answers = []
+                for rollout in request.group.rollouts:
+                    gradients = self._gradients(rollout, passes_of(request.links))
+                    answers.append(link_jacobians(rollout, request.links, gradients, request.context_energy))
+            yield combine(answers, request.signs)
 
-    def _gradients(self, rollout: Rollout, passes: Sequence[_Pass]) -> dict[_Pass, Tensor]:
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise ValueError if a rollout of the requests has no Jacobians."""
+        for request in requests:
+            for rollout in request.group.rollouts:
+                problem = rollout.malformed or self.refusal(rollout)
+                if problem:
+                    raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
+
+    def _gradients(self, rollout: Rollout, passes: Sequence[Pass]) -> dict[Pass, Tensor]:
         """Return the (T, D) gradient of each pass's score with respect to all embedding rows, from one forward pass."""
-        device = self._model.get_input_embeddings().weight.device
-        wanted = {key: target_positions(rollout, key[0], key[1]) for key in passes}
-        rows = sorted({position - 1 for positions in wanted.values() for position in positions})
+        device = self.model.get_input_embeddings().weight.device
+        terms_of = {key: target_terms(rollout, key.target, key.score) for key in passes}
+        rows = sorted({term.position - 1 for terms in terms_of.values() for term in terms})
         row_of = {position: index for index, position in enumerate(rows)}
         # Tokens after the last row that predicts a target have no part in any score.
         ids_BT = torch.tensor([rollout.token_ids[: rows[-1] + 1]], device=device)
-        with _watched(self._model, needs_layers=any(blocked for _, _, blocked in passes)) as watch:
+        with _watched(self.model, needs_layers=any(key.blocked for key in passes)) as watch:
             logits_PV = self._logits(ids_BT, rows)
             scores = {
-                key: target_score(logits_PV[[row_of[position - 1] for position in positions]], rollout, key[0], key[1])
-                for key, positions in wanted.items()
+                key: sum_of_terms(logits_PV[[row_of[term.position - 1] for term in terms]], terms)
+                for key, terms in terms_of.items()
             }
             gradients = {}
             for index, key in enumerate(passes):
                 watch.blocked = [
                     position
-                    for name in key[2]
+                    for name in key.blocked
                     for position in rollout.spans[name].positions
                     if position < ids_BT.shape[1]
                 ]
@@ -159,15 +212,15 @@ class JacobianEngine:
 
     def _logits(self, ids_BT: Tensor, rows: Sequence[int]) -> Tensor:
         keep = {"logits_to_keep": torch.tensor(rows, device=ids_BT.device)} if self._keeps_rows else {}
-        output = self._forward(self._model, input_ids=ids_BT, use_cache=False, return_dict=True, **keep)
+        output = self.forward(self.model, input_ids=ids_BT, use_cache=False, return_dict=True, **keep)
         return output.logits[0] if self._keeps_rows else output.logits[0, list(rows)]
 
     @contextlib.contextmanager
-    def _prepared(self) -> Iterator[None]:
+    def prepared(self) -> Iterator[None]:
         """Eval mode, gradients on, autocast off, adapters as asked; everything restored on the way out."""
-        modes = [(module, module.training) for module in self._model.modules()]
-        trainable = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
-        device_type = self._model.get_input_embeddings().weight.device.type
+        modes = [(module, module.training) for module in self.model.modules()]
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        device_type = self.model.get_input_embeddings().weight.device.type
         adapters = contextlib.nullcontext() if self._adapters or not self._peft else self._peft.disable_adapter()
         try:
             with (
@@ -176,7 +229,9 @@ class JacobianEngine:
                 torch.autocast(device_type, enabled=False),
                 adapters,
             ):
-                self._model.eval()
+                self.model.eval()
+                for parameter, _ in trainable:  # no weight gradient is ever wanted, so no activation is kept for one
+                    parameter.requires_grad_(False)
                 yield
         finally:
             for module, training in modes:
@@ -246,8 +301,13 @@ def _decoder_layers(model: Any) -> list[nn.Module]:
     )
 
 
-def _pass_of(link: Link) -> _Pass:
-    return link.target, link.score, link.mediator if link.effect == "direct" else ()
+def _pass_of(link: Link) -> Pass:
+    return Pass(link.target, link.score, link.mediator if link.effect == "direct" else ())
+
+
+def _mediated_pass_of(link: Link) -> Pass:
+    """A residual effect also needs what the prompt asks of the mediator."""
+    return Pass(link.mediator[0], "log_likelihood", ())
 
 
 def _regress_out(jac_SD: Tensor, mediated_SD: Tensor) -> Tensor:

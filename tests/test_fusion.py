@@ -21,7 +21,7 @@ from cepo.jacobian.vjp import JacobianEngine
 from tests.models import WIDTH, judge_rollout, span, tiny_model
 
 LAYOUT = JudgeLayout()
-LINKS = {"Z->X": 0.2, "X->Y": 0.5, "Z->Y": 0.3, "criteria->analysis": 0.0, "analysis->scores@margin": 1.0}
+LINKS = {"Z->X": 0.2, "X->Y": 0.5, "Z->Y": 0.3, "criteria->analysis": 0.1, "analysis->scores@margin": 1.0}
 
 
 @pytest.fixture(autouse=True)

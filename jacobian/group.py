@@ -1,0 +1,688 @@
+"""The group engine: the oracle's Jacobians at the cost that the maths allows."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from cepo.jacobian.cost import CostModel, Plan, free_memory, measured_cost, plan_requests
+from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, Span, parse_link
+from cepo.jacobian.segments import Job, Prompt, Stage, Stem, cut_all, enters_stem, kinds, stages
+from cepo.jacobian.targets import Term, sum_of_terms
+from cepo.jacobian.vjp import Answer, JacobianEngine, Pass, link_jacobians
+from cepo.kernels.attention import prefix_attention
+
+logger = logging.getLogger("cepo")
+
+# Keys and values, layer by layer: key of layer 0, value of layer 0, key of layer 1 ... each (B, J, L, E).
+KeyValues = list[Tensor]
+_ATTENTION = "cepo_prefix"
+
+
+class GroupEngine:
+    """Computes Jacobians of whole groups, sharing every row that rollouts have in common.
+
+    A rollout is cut into a stem, which it shares with all rollouts and counterfactuals of its prompt, and stages behind
+    it (`cepo.jacobian.segments`). Each segment is run by the model's own modules on the keys and values of the ones
+    before it, handed over as detached leaves; the backward pass goes from the last stage to the stem, and what a stage
+    asks of earlier keys and values is carried as an explicit cotangent. All cotangents of a segment go back in one
+    batched pass over one set of saved activations. A blocked span is a stage whose cotangents are dropped.
+
+    Equal to `JacobianEngine` to rounding, whatever the batch and the chunks. Serves every causal LM whose layers all
+    attend over a standard key-value cache; the others (sliding windows, hybrid or recurrent layers, attention that does
+    not go through transformers' interface) are handed to the oracle, which is logged once with the reason.
+
+    Args:
+        model: a causal LM, PEFT-wrapped or not.
+        adapters: False runs the base model with its adapters disabled (PEFT models only).
+        memory_budget: bytes that one call may add to what the model holds. None: half of what is free.
+
+    Raises:
+        ValueError: as `JacobianEngine`, or for a budget that is not positive.
+    """
+
+    def __init__(self, model: Any, *, adapters: bool = True, memory_budget: float | None = None) -> None:
+        self._oracle = JacobianEngine(model, adapters=adapters)
+        if memory_budget is not None and not memory_budget > 0:
+            raise ValueError(f"memory_budget is {memory_budget!r}; expected a positive number of bytes, or None")
+        self._model = self._oracle.model
+        self._budget = memory_budget
+        self._cost: CostModel | None = None
+        self._unserved: str | None = None
+
+    @property
+    def width(self) -> int:
+        """D, the size of the embeddings that enter the first layer."""
+        return self._oracle.width
+
+    @property
+    def unserved(self) -> str | None:
+        """Why the model is handed to the oracle, or None. Found by a look at its layers and a six-token trial."""
+        if self._cost is None and self._unserved is None:
+            with self._oracle.prepared():
+                self._unserved = self._why_unserved()
+            if self._unserved is not None:
+                logger.warning(
+                    "the group engine hands %s to the oracle: %s", type(self._model).__name__, self._unserved
+                )
+        return self._unserved
+
+    def refusal(self, rollout: Rollout) -> str | None:
+        """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
+        return self._oracle.refusal(rollout)
+
+    def jacobians(self, group: Group, links: Sequence[Link], *, context_energy: bool = True) -> Answer:
+        """Return, for each rollout of the group, the Jacobian of each link by the link's name.
+
+        Args:
+            group: well-formed rollouts of one prompt.
+            links: from `parse_link`.
+            context_energy: whether the records carry it; costs a backward pass through all of the prompt.
+
+        Raises:
+            ValueError: if a rollout is malformed or refused.
+        """
+        return next(self.compute([Request(group, tuple(links), context_energy)]))
+
+    def plan(self, requests: Group | Sequence[Request], links: Sequence[Link] | None = None) -> Plan:
+        """Return what `compute` would run, without running it.
+
+        Args:
+            requests: what would be computed, or a group for its Jacobians without counterfactuals.
+            links: of a group; by default Z->X, X->Y and Z->Y of its first, second and last span.
+
+        Raises:
+            ValueError: if a rollout is malformed or refused, or the oracle serves the model (it has no plan).
+        """
+        if isinstance(requests, Group):
+            requests = [Request(requests, tuple(_default_links(requests) if links is None else links))]
+        self._oracle.check(requests)
+        if self.unserved is not None or self._cost is None:
+            raise ValueError(f"the oracle serves this model, so there is no plan: {self.unserved}")
+        return plan_requests(requests, self._cost, self._budget_left())
+
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Yield the answer to each request, in order; see `cepo.jacobian.records.Request`.
+
+        Consecutive requests of one prompt share its stem, and prompts that begin alike share that beginning where no
+        link differentiates it. Each prompt's answers are yielded before the next is run.
+
+        Raises:
+            ValueError: if a rollout is malformed or refused, before the first is run.
+        """
+        self._oracle.check(requests)
+        if self.unserved is not None:
+            yield from self._oracle.compute(requests)
+            return
+        opening: KeyValues = []
+        for prompt in cut_all(requests):
+            answers: dict[int, Answer] = {}
+            if prompt.stem is not None:
+                with self._oracle.prepared(), self._through_prefix_attention():
+                    if prompt.stem.opening and not opening:
+                        opening = self._run_plain(prompt.stem.ids[: prompt.stem.opening], 0, [])
+                    answers = self._run_prompt(requests, prompt, prompt.stem, opening if prompt.stem.opening else [])
+            for index in prompt.requests:
+                if index in prompt.unserved:
+                    logger.warning("the group engine hands a request to the oracle: %s", prompt.unserved[index])
+                    yield from self._oracle.compute([requests[index]])
+                else:
+                    yield answers.pop(index)
+
+    def _run_prompt(
+        self, requests: Sequence[Request], prompt: Prompt, stem: Stem, opening: KeyValues
+    ) -> dict[int, Answer]:
+        """Return the answers to the requests of one prompt."""
+        constant = opening
+        if stem.start > stem.opening:  # more of this prompt that nothing differentiates
+            constant = self._run_plain(stem.ids[stem.opening : stem.start], stem.opening, opening)
+        segment = self._forward(
+            [stem.ids[stem.start :]],
+            [stem.start],
+            [constant],
+            [stem.start],
+            [(0, row.row, row.term) for row in stem.head],
+            differentiated=stem.differentiated,
+        )
+        trunk = _Trunk(stem, segment, constant, [tensor.detach() for tensor in segment.keys_values])
+        records: dict[int, dict[str, LinkJacobian]] = {}
+        mixed: dict[int, Answer] = {}
+        for members in kinds(requests, prompt.jobs):
+            jobs = [prompt.jobs[index] for index in members]
+            request = requests[jobs[0].request]
+            if request.signs:
+                mixed[jobs[0].request] = self._run_mixed(request, jobs, members, trunk)
+                continue
+            for batch, run in self._run_chunks(jobs, members, trunk, with_stem=True):
+                for index, gradients in zip(batch, run.gradients, strict=True):
+                    rollout = prompt.jobs[index].rollout
+                    records[index] = link_jacobians(rollout, request.links, gradients, request.context_energy)
+        answers: dict[int, Answer] = {index: [] for index in prompt.requests} | mixed
+        for index in sorted(records):
+            answers[prompt.jobs[index].request].append(records[index])
+        return answers
+
+    def _run_mixed(self, request: Request, jobs: Sequence[Job], members: Sequence[int], trunk: _Trunk) -> Answer:
+        """Return the combined Jacobians of one request, whose rollouts' cotangents are mixed before the stem."""
+        place_of = {index: place for place, index in enumerate(sorted(members))}  # jobs run longest first
+        total: dict[int, Cotangents] = {}
+        for batch, run in self._run_chunks(jobs, members, trunk, with_stem=False):
+            signs_NB = torch.tensor([[row[place_of[index]] for index in batch] for row in request.signs])
+            for key, cotangents in run.asked.items():
+                mixed = [None if asked is None else _mix(signs_NB, asked) for asked in cotangents]
+                total[key] = _add(total[key], mixed) if key in total else mixed
+        run = self._new_run([jobs[0]] * len(request.signs))
+        run.asked.update(total)
+        self._run_stem(run, trunk)
+        answer = []
+        for gradients in run.gradients:
+            records = link_jacobians(jobs[0].rollout, request.links, gradients, context_energy=False)
+            answer.append({name: replace(record, target_positions=()) for name, record in records.items()})
+        return answer
+
+    def _run_chunks(
+        self, jobs: Sequence[Job], members: Sequence[int], trunk: _Trunk, *, with_stem: bool
+    ) -> Iterator[tuple[list[int], _Run]]:
+        """Run jobs of one kind in chunks that fit the budget; a chunk that does not fit after all is halved."""
+        assert self._cost is not None
+        size = self._cost.chunk(jobs, trunk.stem, self._budget_left())
+        done = 0
+        while done < len(jobs):
+            batch, indices = jobs[done : done + size], list(members[done : done + size])
+            try:
+                run = self._run_stages(batch, indices, trunk)
+                if with_stem:
+                    self._run_stem(run, trunk)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or len(batch) == 1:
+                    raise
+                size = (len(batch) + 1) // 2
+                logger.warning("out of memory with %d rollouts at once; going on with %d", len(batch), size)
+                del error
+            else:
+                done += len(batch)
+                yield indices, run
+                continue
+            _release_memory()  # outside of the handler, whose traceback holds the failed chunk
+
+    def _run_stages(self, jobs: Sequence[Job], members: Sequence[int], trunk: _Trunk) -> _Run:
+        """Run the stages of a chunk forward, and their cotangents back to the stem's door."""
+        stem, plan = trunk.stem, stages(jobs, trunk.stem.end)
+        to_stem = set(enters_stem(jobs, stem))
+        segments: list[_Segment] = []
+        middle: KeyValues = []
+        lengths = [0] * len(jobs)
+        behind: set[int] = set()  # passes with cotangents for an earlier stage
+        for stage in plan:
+            trunk_kv = _leaves(trunk.keys_values, len(jobs), bool(to_stem & set(stage.active)))
+            middle_kv = _leaves(middle, len(jobs), bool(behind & set(stage.active)))
+            segments.append(
+                self._forward(
+                    [job.rollout.token_ids[a:b] for job, a, b in zip(jobs, stage.starts, stage.ends, strict=True)],
+                    stage.starts,
+                    [trunk.constant, trunk_kv, middle_kv],
+                    [stem.end + length for length in lengths],
+                    [(row.owner, row.row, row.term) for row in stage.head],
+                    differentiated=bool(stage.active),
+                )
+            )
+            behind |= set(stage.active)
+            if stage is not plan[-1]:
+                middle, lengths = _append(middle, lengths, segments[-1].keys_values, stage)
+        run = self._new_run(jobs)
+        asked: list[dict[int, Cotangents]] = [{} for _ in plan]
+        for place in reversed(range(len(plan))):
+            stage, segment, wanted = plan[place], segments.pop(), asked.pop()
+            if not stage.active:
+                continue
+            _, trunk_leaves, middle_leaves = segment.past
+            cotangents = _stacked(stage, segment, wanted)
+            trunk_leaves = [leaf for leaf in trunk_leaves if leaf.requires_grad]
+            middle_leaves = [leaf for leaf in middle_leaves if leaf.requires_grad]
+            leaf_CBTD, *rest = _backward(segment, cotangents, [segment.leaf_BTD, *trunk_leaves, *middle_leaves])
+            to_trunk, to_middle = rest[: len(trunk_leaves)], rest[len(trunk_leaves) :]
+            for index, key in enumerate(stage.active):
+                run.write(key, leaf_CBTD[index], stage.starts, stage.ends)
+                if to_trunk and key in to_stem:
+                    given: Cotangents = [None, *(tensor_C[index] for tensor_C in to_trunk)]
+                    run.asked[key] = _add(run.asked[key], given) if key in run.asked else given
+                for earlier in range(place) if to_middle else ():
+                    if key in plan[earlier].active:
+                        given = [None, *(_slice(tensor_C[index], plan[earlier], stem.end) for tensor_C in to_middle)]
+                        of = asked[earlier]
+                        of[key] = _add(of[key], given) if key in of else given
+        for key in to_stem:
+            rows = [(row, at) for at, row in enumerate(stem.head) if row.pass_index == key and row.owner in members]
+            if rows:
+                hidden_BTD = trunk.segment.hidden_BTD.new_zeros(len(jobs), stem.end - stem.start, self.width)
+                for row, at in rows:
+                    hidden_BTD[members.index(row.owner), row.row] += trunk.segment.head_PD[at]
+                given = [hidden_BTD, *[None] * len(trunk.keys_values)]
+                run.asked[key] = _add(run.asked[key], given) if key in run.asked else given
+        return run
+
+    def _run_stem(self, run: _Run, trunk: _Trunk) -> None:
+        """Send the cotangents of a run back through the stem, and write the gradients of its rows."""
+        assert self._cost is not None
+        stem = trunk.stem
+        waiting = [(key, place) for key in run.asked for place in range(len(run.jobs))]
+        size = self._cost.cotangents(stem, self._budget_left())
+        for start in range(0, len(waiting), size):
+            chunk = waiting[start : start + size]
+            cotangents: Cotangents = []
+            for output in range(1 + len(trunk.keys_values)):
+                asked = [run.asked[key][output] for key in run.asked]
+                if all(tensor is None for tensor in asked):
+                    cotangents.append(None)
+                    continue
+                like = next(tensor for tensor in asked if tensor is not None)[0]
+                parts = [run.asked[key][output] for key, _ in chunk]
+                stacked = [
+                    torch.zeros_like(like) if part is None else part[place]
+                    for part, (_, place) in zip(parts, chunk, strict=True)
+                ]
+                cotangents.append(torch.stack(stacked)[:, None])
+            (leaf_CBTD,) = _backward(trunk.segment, cotangents, [trunk.segment.leaf_BTD], keep=True)
+            for (key, place), leaf_BTD in zip(chunk, leaf_CBTD, strict=True):
+                run.gradients[place][run.jobs[place].passes[key]][stem.start : stem.end] = leaf_BTD[0]
+
+    def _run_plain(self, ids: Sequence[int], start: int, before: KeyValues) -> KeyValues:
+        """Return the keys and values of `before` and these tokens, without a graph."""
+        segment = self._forward([ids], [start], [before], [start], [], differentiated=False)
+        if not before:
+            return segment.keys_values
+        return [torch.cat(pair, dim=2) for pair in zip(before, segment.keys_values, strict=True)]
+
+    def _forward(
+        self,
+        ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        past: list[KeyValues],
+        past_lengths: Sequence[int],
+        head: Sequence[tuple[int, int, Term]],
+        *,
+        differentiated: bool,
+    ) -> _Segment:
+        """Run one segment of a batch.
+
+        Args:
+            ids: the tokens of each rollout, ragged.
+            starts: position of the first of each.
+            past: keys and values before the segment, in pieces along their length; the last may be ragged.
+            past_lengths: real length of each rollout's past.
+            head: (rollout, row, term) of each row that the head is wanted for.
+            differentiated: whether to keep a graph from a leaf in the embeddings' place.
+        """
+        tokens = max(map(len, ids))
+        ids_BT = torch.tensor([[*row, *[0] * (tokens - len(row))] for row in ids], device=self._device)
+        positions_BT = torch.tensor(
+            [
+                [start + min(at, max(len(row) - 1, 0)) for at in range(tokens)]
+                for row, start in zip(ids, starts, strict=True)
+            ],
+            device=self._device,
+        )
+        cache = _SegmentCache(
+            [piece for piece in past if piece], torch.tensor(past_lengths, device=self._device), max(past_lengths)
+        )
+        segment = _Segment(cache.keys_values, past)
+        rows = torch.tensor([[rollout, row] for rollout, row, _ in head], dtype=torch.long, device=self._device)
+
+        def embed(module: Any, inputs: Any, output_BTD: Tensor) -> Tensor:
+            segment.leaf_BTD = output_BTD.detach().clone().requires_grad_(differentiated)
+            return segment.leaf_BTD
+
+        def enter_head(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            segment.hidden_BTD = inputs[0]
+            rows_PD = inputs[0][rows[:, 0], rows[:, 1]] if head else inputs[0][0, :0]
+            captured.append(rows_PD)
+            return (rows_PD[None], *inputs[1:])
+
+        captured: list[Tensor] = []
+        handles = [
+            self._model.get_input_embeddings().register_forward_hook(embed),
+            self._model.get_output_embeddings().register_forward_pre_hook(enter_head),
+        ]
+        token = _CACHE.set(cache)
+        try:
+            with torch.set_grad_enabled(differentiated):
+                output = self._oracle.forward(
+                    self._model,
+                    input_ids=ids_BT,
+                    position_ids=positions_BT,
+                    past_key_values=cache,
+                    use_cache=True,
+                    return_dict=True,
+                )
+        finally:
+            _CACHE.reset(token)
+            for handle in handles:
+                handle.remove()
+        if head:
+            score = sum_of_terms(output.logits[0], [term for _, _, term in head])
+            (segment.head_PD,) = torch.autograd.grad(score, captured)
+        return segment
+
+    def _new_run(self, jobs: Sequence[Job]) -> _Run:
+        dtype = torch.promote_types(self._model.get_input_embeddings().weight.dtype, torch.float32)
+        gradients = [
+            {
+                key: torch.zeros(len(job.rollout.token_ids), self.width, dtype=dtype, device=self._device)
+                for key in job.passes
+            }
+            for job in jobs
+        ]
+        return _Run(list(jobs), gradients)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.get_input_embeddings().weight.device
+
+    def _budget_left(self) -> float:
+        return self._budget if self._budget is not None else free_memory(self._device) / 2
+
+    @contextlib.contextmanager
+    def _through_prefix_attention(self) -> Iterator[None]:
+        """Have the model's layers call our attention, by the name under which transformers knows it."""
+        configs = {id(module.config): module.config for module in self._model.modules() if hasattr(module, "config")}
+        names = [(config, config._attn_implementation) for config in configs.values()]
+        try:
+            for config, _ in names:
+                config._attn_implementation = _ATTENTION
+            yield
+        finally:
+            for config, name in names:
+                config._attn_implementation = name
+
+    def _why_unserved(self) -> str | None:
+        """Return why the model cannot be run in segments, or None, with the cost model measured on the way."""
+        if self._model.get_output_embeddings() is None:
+            return "it has no output embeddings"
+        parameters = inspect.signature(self._oracle.forward).parameters
+        missing = [name for name in ("position_ids", "past_key_values") if name not in parameters]
+        if missing:
+            return f"its forward takes no {' and no '.join(missing)}"
+        layers = DynamicCache(config=self._model.config).layers
+        others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+        if others:
+            return f"its cache holds {', '.join(others)}, not whole keys and values"
+        rollout, links = _trial(self._model.get_input_embeddings().weight.shape[0])
+        request = Request(Group((rollout,)), links)
+        try:
+            wanted = next(self._oracle.compute([request]))[0]
+            with self._through_prefix_attention():
+                self._cost = self._measured_cost(rollout.token_ids)
+                (prompt,) = cut_all([request])
+                assert prompt.stem is not None
+                found = self._run_prompt([request], prompt, prompt.stem, [])[0][0]
+        except Exception as error:  # whatever a foreign forward raises, the oracle is there
+            self._cost = None
+            return f"a trial in segments failed with {type(error).__name__}: {error}"
+        narrow = self._model.get_input_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
+        for name, record in wanted.items():
+            difference = float((found[name].jac_SD - record.jac_SD).norm() / record.jac_SD.norm().clamp_min(1e-30))
+            if not difference <= (0.3 if narrow else 1e-3):
+                self._cost = None
+                return f"a trial in segments gave another {name}, by {difference:.1e} relative"
+        return None
+
+    def _measured_cost(self, ids: Sequence[int]) -> CostModel:
+        """Return the model's costs, with the bytes that its graph keeps read off two tiny runs."""
+
+        def saved_bytes(tokens: int, before: KeyValues, start: int) -> int:
+            sizes: dict[int, int] = {}
+            own = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in own:
+                    sizes[storage.data_ptr()] = storage.nbytes()
+                kept.append(tensor)  # alive, so that no address is used twice
+                return tensor
+
+            kept: list[Tensor] = []
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                segment = self._forward(
+                    [ids[start : start + tokens]], [start], [_leaves(before, 1, True)], [start], [], differentiated=True
+                )
+            del segment
+            return sum(sizes.values())
+
+        return measured_cost(
+            self._model,
+            saved_bytes(4, [], 0),
+            saved_bytes(8, [], 0),
+            saved_bytes(4, self._run_plain(ids[:8], 0, []), 8),
+        )
+
+
+# --- what a run holds -------------------------------------------------------------------------------------------------
+
+Cotangents = list[Tensor | None]  # of a segment's outputs: its hidden states, then its keys and values
+
+
+class _SegmentCache(Cache):
+    """Takes the keys and values of a segment as its layers make them, and gives our attention what came before."""
+
+    def __init__(self, past: list[KeyValues], past_lengths_B: Tensor, length: int) -> None:
+        super().__init__(layers=[])
+        self.past, self.past_lengths_B, self.length = past, past_lengths_B, length
+        self.keys_values: KeyValues = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if 2 * layer_idx != len(self.keys_values):
+            raise ValueError(f"layer {layer_idx} came out of turn; expected each layer once, in order")
+        self.keys_values += [key_states, value_states]
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def past_of_layer(self, like_BJTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values before the segment, of the layer that was updated last."""
+        layer = len(self.keys_values) - 2
+        both = []
+        for which in (layer, layer + 1):
+            pieces = [piece[which].expand(like_BJTE.shape[0], -1, -1, -1) for piece in self.past]
+            both.append(torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0] if pieces else like_BJTE[:, :, :0])
+        return both[0], both[1]
+
+
+_CACHE: ContextVar[_SegmentCache] = ContextVar("cepo_segment_cache")
+
+
+def _attend(
+    module: Any,
+    query_BHTE: Tensor,
+    key_BJTE: Tensor,
+    value_BJTE: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Our attention behind transformers' interface."""
+    for name in ("s_aux", "position_bias", "head_mask"):
+        if options.get(name) is not None:
+            raise ValueError(f"its attention asks for {name}")
+    cache = _CACHE.get()
+    output_BHTE = prefix_attention(
+        query_BHTE,
+        *cache.past_of_layer(key_BJTE),
+        key_BJTE,
+        value_BJTE,
+        cache.past_lengths_B,
+        scale=query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+    )
+    return output_BHTE.transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+@dataclass
+class _Segment:
+    """One forward of a batch: its outputs, its leaves, and the cotangents of the rows that the head read."""
+
+    keys_values: KeyValues
+    past: list[KeyValues]
+    leaf_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
+    hidden_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
+    head_PD: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True)
+class _Trunk:
+    """The stem, run: its segment with a graph, and the keys and values of everything before a stage."""
+
+    stem: Stem
+    segment: _Segment
+    constant: KeyValues
+    keys_values: KeyValues
+
+
+@dataclass
+class _Run:
+    """A chunk of jobs: the gradients found so far, and for each pass what the stages asked of the stem's outputs."""
+
+    jobs: list[Job]
+    gradients: list[dict[Pass, Tensor]]
+    asked: dict[int, Cotangents] = field(default_factory=dict)
+
+    def write(self, key: int, leaf_BTD: Tensor, starts: Sequence[int], ends: Sequence[int]) -> None:
+        for place, (job, start, end) in enumerate(zip(self.jobs, starts, ends, strict=True)):
+            self.gradients[place][job.passes[key]][start:end] = leaf_BTD[place, : end - start]
+
+
+def _backward(
+    segment: _Segment, cotangents: Cotangents, inputs: Sequence[Tensor], *, keep: bool = False
+) -> list[Tensor]:
+    """Return what C cotangents of a segment's outputs become at the inputs, each (C, *shape), in one batched pass."""
+    outputs = [segment.hidden_BTD, *segment.keys_values]
+    given = [
+        (output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if cotangent is not None
+    ]
+    count = len(given[0][1])
+    found = torch.autograd.grad(
+        [output for output, _ in given],
+        list(inputs),
+        [cotangent if count > 1 else cotangent[0] for _, cotangent in given],
+        retain_graph=keep,
+        allow_unused=True,
+        is_grads_batched=count > 1,
+    )
+    return [
+        like.new_zeros(count, *like.shape) if gradient is None else gradient if count > 1 else gradient[None]
+        for gradient, like in zip(found, inputs, strict=True)
+    ]
+
+
+def _stacked(stage: Stage, segment: _Segment, asked: dict[int, Cotangents]) -> Cotangents:
+    """Return the cotangents of the stage's active passes, (C, *shape) each: what its head rows and later stages ask."""
+    stacked: Cotangents = [None] * (1 + len(segment.keys_values))
+    if stage.head:
+        hidden_CBTD = segment.hidden_BTD.new_zeros(len(stage.active), *segment.hidden_BTD.shape)
+        place_of = {key: place for place, key in enumerate(stage.active)}
+        at = torch.tensor([[place_of[row.pass_index], row.owner, row.row] for row in stage.head]).to(hidden_CBTD.device)
+        stacked[0] = hidden_CBTD.index_put((at[:, 0], at[:, 1], at[:, 2]), segment.head_PD, accumulate=True)
+    if asked:
+        for output, like in enumerate(segment.keys_values):
+            parts = [asked[key][output + 1] if key in asked else None for key in stage.active]
+            stacked[output + 1] = torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
+    return stacked
+
+
+def _leaves(keys_values: KeyValues, rollouts: int, differentiated: bool) -> KeyValues:
+    """Return the keys and values as leaves of their own for each rollout; expanded, not copied."""
+    return [tensor.detach().expand(rollouts, -1, -1, -1).requires_grad_(differentiated) for tensor in keys_values]
+
+
+def _append(middle: KeyValues, lengths: Sequence[int], new: KeyValues, stage: Stage) -> tuple[KeyValues, list[int]]:
+    """Return keys and values with a ragged stage behind the ragged ones before it, and their lengths."""
+    added = [end - start for start, end in zip(stage.starts, stage.ends, strict=True)]
+    total = [length + more for length, more in zip(lengths, added, strict=True)]
+    if not middle:
+        return [tensor.detach() for tensor in new], total
+    width = middle[0].shape[2]
+    index_BL = torch.tensor(
+        [
+            [at if at < length else min(width + at - length, width + new[0].shape[2] - 1) for at in range(max(total))]
+            for length in lengths
+        ],
+        device=new[0].device,
+    )
+    return [
+        _gather(torch.cat([old, more.detach()], dim=2), index_BL) for old, more in zip(middle, new, strict=True)
+    ], total
+
+
+def _slice(cotangent_BJLE: Tensor, stage: Stage, stem_end: int) -> Tensor:
+    """Return a stage's part of the cotangents of everything between the stem and a later stage; 0 at its padding."""
+    length = stage.length
+    offsets = [start - stem_end for start in stage.starts]
+    if not any(offsets) and length == cotangent_BJLE.shape[2]:
+        return cotangent_BJLE
+    index_BT = torch.tensor(
+        [[min(offset + at, cotangent_BJLE.shape[2] - 1) for at in range(length)] for offset in offsets],
+        device=cotangent_BJLE.device,
+    )
+    real_BT = torch.tensor(
+        [[at < end - start for at in range(length)] for start, end in zip(stage.starts, stage.ends, strict=True)],
+        device=cotangent_BJLE.device,
+    )
+    return _gather(cotangent_BJLE, index_BT) * real_BT[:, None, :, None]
+
+
+def _gather(tensor_BJLE: Tensor, index_BT: Tensor) -> Tensor:
+    rollouts, heads, _, size = tensor_BJLE.shape
+    return tensor_BJLE.gather(2, index_BT[:, None, :, None].expand(rollouts, heads, -1, size))
+
+
+def _add(left: Cotangents, right: Cotangents) -> Cotangents:
+    return [
+        one if other is None else other if one is None else one + other for one, other in zip(left, right, strict=True)
+    ]
+
+
+def _mix(signs_NB: Tensor, tensor_B: Tensor) -> Tensor:
+    return torch.tensordot(signs_NB.to(tensor_B), tensor_B, dims=1)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _default_links(group: Group) -> list[Link]:
+    names = tuple(group.rollouts[0].spans)
+    roles = {"Z": names[0], "X": names[1], "Y": names[-1]}
+    return [parse_link(text, names=names, roles=roles) for text in ("Z->X", "X->Y", "Z->Y")]
+
+
+def _trial(vocabulary: int) -> tuple[Rollout, tuple[Link, ...]]:
+    """Return twelve tokens with three spans, and the paper's links."""
+    ids = tuple((7 * place + 3) % vocabulary for place in range(12))
+    spans = {
+        name: Span(name, positions, (), (), "")
+        for name, positions in {"Z": (1, 2, 3, 4), "X": (6, 7, 8), "Y": (10, 11)}.items()
+    }
+    group = Group((Rollout(ids[:5], ids[5:], spans),))
+    return group.rollouts[0], tuple(_default_links(group))
