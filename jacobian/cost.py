@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cepo.jacobian.records import Request
-from cepo.jacobian.segments import Job, Stage, Stem, cut_all, enters_stem, kinds, stages
+from cepo.jacobian.segments import HeadRow, Job, Stage, Stem, cut_all, enters_stem, kinds, stages
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
 # Beyond this many rows a matrix product gains nothing, and memory grows: 512 and 2048 took the same time on a CPU.
 _ROWS_AT_ONCE = {"cpu": 256}
@@ -228,9 +229,9 @@ def plan_requests(requests: Sequence[Request], cost: CostModel, budget: float) -
                     peak_here, asked + held * (cost.backward(1, 1, tokens, stem.start) + cost.cache(1, tokens))
                 )
         peak = max(peak, cost.trunk(stem) + peak_here)
-        flops += cost.flops(backward, context, backward=True) + 4.0 * cost.head * len(stem.head)
+        flops += cost.flops(backward, context, backward=True) + 4.0 * cost.head * _head_rows(stem.head)
         stem_rows = Rows(
-            "stem", stem_rows.forward + own, stem_rows.backward + backward, stem_rows.head + len(stem.head)
+            "stem", stem_rows.forward + own, stem_rows.backward + backward, stem_rows.head + _head_rows(stem.head)
         )
     return Plan((opening, stem_rows, stage_rows), flops, peak, tuple(chunks))
 
@@ -243,10 +244,14 @@ def free_memory(device: torch.device) -> float:
     return float(psutil.virtual_memory().available)
 
 
+def _head_rows(rows: Sequence[HeadRow]) -> int:
+    return max(FEWEST_HEAD_ROWS, len(rows)) if rows else 0
+
+
 def _with_stage(total: Rows, stage: Stage, rollouts: int, cost: CostModel) -> tuple[Rows, float]:
     rows = rollouts * stage.length
     context = sum(stage.starts) / rollouts + stage.length / 2
     backward = rows * len(stage.active)
     flops = cost.flops(rows, context, backward=False) + cost.flops(backward, context, backward=True)
-    flops += 4.0 * cost.head * len(stage.head)
-    return Rows("stages", total.forward + rows, total.backward + backward, total.head + len(stage.head)), flops
+    flops += 4.0 * cost.head * _head_rows(stage.head)
+    return Rows("stages", total.forward + rows, total.backward + backward, total.head + _head_rows(stage.head)), flops

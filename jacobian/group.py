@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from cepo.jacobian.cost import CostModel, Plan, free_memory, measured_cost, plan_requests
 from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, Span, parse_link
 from cepo.jacobian.segments import Job, Prompt, Stage, Stem, cut_all, enters_stem, kinds, stages
-from cepo.jacobian.targets import Term, sum_of_terms
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term, sum_of_terms
 from cepo.jacobian.vjp import Answer, JacobianEngine, Pass, link_jacobians
 from cepo.kernels.attention import prefix_attention
 
@@ -337,7 +337,8 @@ class GroupEngine:
             [piece for piece in past if piece], torch.tensor(past_lengths, device=self._device), max(past_lengths)
         )
         segment = _Segment(cache.keys_values, past)
-        rows = torch.tensor([[rollout, row] for rollout, row, _ in head], dtype=torch.long, device=self._device)
+        read = [(rollout, row) for rollout, row, _ in head]
+        rows = torch.tensor(read + read[-1:] * (FEWEST_HEAD_ROWS - len(read)), dtype=torch.long, device=self._device)
 
         def embed(module: Any, inputs: Any, output_BTD: Tensor) -> Tensor:
             segment.leaf_BTD = output_BTD.detach().clone().requires_grad_(differentiated)
@@ -597,7 +598,7 @@ def _stacked(stage: Stage, segment: _Segment, asked: dict[int, Cotangents]) -> C
         hidden_CBTD = segment.hidden_BTD.new_zeros(len(stage.active), *segment.hidden_BTD.shape)
         place_of = {key: place for place, key in enumerate(stage.active)}
         at = torch.tensor([[place_of[row.pass_index], row.owner, row.row] for row in stage.head]).to(hidden_CBTD.device)
-        stacked[0] = hidden_CBTD.index_put((at[:, 0], at[:, 1], at[:, 2]), segment.head_PD, accumulate=True)
+        stacked[0] = hidden_CBTD.index_put((at[:, 0], at[:, 1], at[:, 2]), segment.head_PD[: len(at)], accumulate=True)
     if asked:
         for output, like in enumerate(segment.keys_values):
             parts = [asked[key][output + 1] if key in asked else None for key in stage.active]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, Target
-from cepo.jacobian.targets import sum_of_terms, target_positions, target_terms
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS, sum_of_terms, target_positions, target_terms
 
 Answer = list[dict[str, LinkJacobian]]
 
@@ -186,10 +186,11 @@ class JacobianEngine:
         terms_of = {key: target_terms(rollout, key.target, key.score) for key in passes}
         rows = sorted({term.position - 1 for terms in terms_of.values() for term in terms})
         row_of = {position: index for index, position in enumerate(rows)}
+        filled = rows + rows[-1:] * (FEWEST_HEAD_ROWS - len(rows))
         # Tokens after the last row that predicts a target have no part in any score.
         ids_BT = torch.tensor([rollout.token_ids[: rows[-1] + 1]], device=device)
         with _watched(self.model, needs_layers=any(key.blocked for key in passes)) as watch:
-            logits_PV = self._logits(ids_BT, rows)
+            logits_PV = self._logits(ids_BT, filled)
             scores = {
                 key: sum_of_terms(logits_PV[[row_of[term.position - 1] for term in terms]], terms)
                 for key, terms in terms_of.items()

@@ -1,0 +1,100 @@
+"""What every kernel launch needs to know: which implementation was asked for, which machine, which tile sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Implementation = Literal["auto", "torch", "triton"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one launch: rows and columns of a program's tile, warps of a program, stages of its load pipeline."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched: the tensors' dtype, its compile-time constants and its tile."""
+
+    kernel: Any
+    dtype: torch.dtype
+    constants: Mapping[str, Any]
+    tile: Tile
+
+
+def use_triton(implementation: Implementation, *tensors: Tensor) -> bool:
+    """Decide whether these tensors go to the Triton kernels; an explicit choice is served or refused, never replaced.
+
+    Args:
+        implementation: "auto" takes Triton exactly when the tensors are on CUDA.
+        tensors: the operation's tensors.
+
+    Returns:
+        True for Triton, False for plain PyTorch.
+
+    Raises:
+        ValueError: if the tensors lie on different devices, Triton is asked for with a dtype other than float32,
+            float16 or bfloat16, or for tensors that are not on CUDA (in the interpreter they
+            are on the CPU: TRITON_INTERPRET=1).
+        RuntimeError: if Triton is asked for, or meant by "auto", and is not installed.
+    """
+    if implementation not in ("auto", "torch", "triton"):
+        raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'torch' or 'triton'")
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"tensors lie on {sorted(map(str, devices))}; expected one device")
+    on_cuda = tensors[0].is_cuda
+    if implementation == "torch" or (implementation == "auto" and not on_cuda):
+        return False
+    if not on_cuda and not _interprets():
+        raise ValueError(f"implementation='triton' needs tensors on CUDA, got {tensors[0].device}")
+    if on_cuda:
+        _interprets()  # raises where Triton is missing
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"Triton kernels take float32, float16 or bfloat16, got {tensor.dtype}; use 'torch'")
+    return True
+
+
+def architecture(device: torch.device) -> int:
+    """Return the config table's key for a device: 80 (A100 and its kin) or 90 (H100 and later).
+
+    Raises:
+        RuntimeError: on a device older than compute capability 8.0, for which no table was made.
+    """
+    if device.type != "cuda":
+        return 80  # the interpreter; any table will do
+    if torch.version.hip is not None:
+        return 80  # AMD: the smaller tiles
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(f"the Triton kernels need compute capability 8.0 or later, got {major}.{minor}")
+    return 80 if major == 8 else 90
+
+
+def interpreted(tensor: Tensor) -> bool:
+    """Tell whether a launch on this tensor is interpreted on the CPU (where a bfloat16 `tl.dot` must be widened)."""
+    return not tensor.is_cuda
+
+
+def unit_last(tensor: Tensor) -> Tensor:
+    """Return the tensor with stride 1 along its last axis, copied only if it has another."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _interprets() -> bool:
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise RuntimeError("the Triton kernels were asked for, but triton is not installed") from error
+    return bool(knobs.runtime.interpret)

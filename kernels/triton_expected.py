@@ -1,0 +1,165 @@
+"""Triton kernels of the head for a few candidates: expected values and their VJP; see `head.head_expected_value`."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cepo.kernels.launch import Tile, Variant, architecture
+
+TILES = {80: Tile(1, 128, 4, 1), 90: Tile(1, 128, 4, 1)}
+
+
+def expected_and_slopes(
+    hidden_PD: Tensor, weight_VD: Tensor, candidate_ids_PN: Tensor, values_PN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Launch the expected value's kernel.
+
+    Returns:
+        The expected values (P,) and their derivatives by the candidates' logits (P, N), float32.
+    """
+    rows, size = hidden_PD.shape
+    candidates = candidate_ids_PN.shape[1]
+    expected_P = torch.empty((rows,), dtype=torch.float32, device=hidden_PD.device)
+    slopes_PN = torch.empty((rows, candidates), dtype=torch.float32, device=hidden_PD.device)
+    tile = TILES[architecture(hidden_PD.device)]
+    head_expected_kernel[(rows,)](
+        hidden_PD,
+        weight_VD,
+        candidate_ids_PN,
+        values_PN,
+        expected_P,
+        slopes_PN,
+        hidden_PD.stride(0),
+        weight_VD.stride(0),
+        size,
+        weight_VD.shape[0],
+        candidates,
+        BLOCK_N=max(2, triton.next_power_of_2(candidates)),
+        BLOCK_K=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return expected_P, slopes_PN
+
+
+def expected_vjp(cotangent_CP: Tensor, weight_VD: Tensor, candidate_ids_PN: Tensor, slopes_PN: Tensor) -> Tensor:
+    """Launch the expected value's VJP kernel: (C, P, D) of the weight's dtype from C cotangents (C, P)."""
+    count, rows = cotangent_CP.shape
+    size, candidates = weight_VD.shape[1], candidate_ids_PN.shape[1]
+    gradient_CPD = torch.empty((count, rows, size), dtype=weight_VD.dtype, device=weight_VD.device)
+    tile = TILES[architecture(weight_VD.device)]
+    head_expected_vjp_kernel[rows, triton.cdiv(size, tile.columns)](
+        cotangent_CP.contiguous(),
+        weight_VD,
+        candidate_ids_PN,
+        slopes_PN,
+        gradient_CPD,
+        weight_VD.stride(0),
+        count,
+        rows,
+        size,
+        weight_VD.shape[0],
+        candidates,
+        BLOCK_N=max(2, triton.next_power_of_2(candidates)),
+        BLOCK_K=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return gradient_CPD
+
+
+@triton.jit
+def head_expected_kernel(
+    hidden_ptr,
+    weight_ptr,
+    candidates_i64_ptr,
+    values_f32_ptr,
+    expected_f32_ptr,
+    slopes_f32_ptr,
+    hidden_stride_p,
+    weight_stride_v,
+    size,
+    vocabulary,
+    candidates,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Form one row's expected value over its N candidates, and its derivative by their logits.
+
+    Bytes, e per element: P D e + P N D e (from L2 where rows share candidates), 16 P N of ids, values, slopes.
+    FLOPs: 2 P N D.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    slot_N = tl.arange(0, BLOCK_N)
+    real_N = slot_N < candidates
+    id_N = tl.load(candidates_i64_ptr + row * candidates + slot_N, mask=real_N, other=0)
+    known_N = (id_N >= 0) & (id_N < vocabulary)
+    logits_N = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, size, BLOCK_K):
+        inner_K = start + tl.arange(0, BLOCK_K)
+        hidden_K = tl.load(hidden_ptr + row * hidden_stride_p + inner_K, mask=inner_K < size, other=0.0).to(tl.float32)
+        place_NK = id_N[:, None] * weight_stride_v + inner_K[None, :]
+        mask_NK = (real_N & known_N)[:, None] & (inner_K < size)[None, :]
+        weight_NK = tl.load(weight_ptr + place_NK, mask=mask_NK, other=0.0).to(tl.float32)
+        logits_N += tl.sum(weight_NK * hidden_K[None, :], 1)
+    logits_N = tl.where(known_N, logits_N, float("nan"))
+    logits_N = tl.where(real_N, logits_N, float("-inf"))
+    shares_N = tl.exp(logits_N - tl.max(logits_N, 0))
+    shares_N = shares_N / tl.sum(shares_N, 0)
+    values_N = tl.load(values_f32_ptr + row * candidates + slot_N, mask=real_N, other=0.0)
+    expected = tl.sum(shares_N * values_N, 0)
+    tl.store(expected_f32_ptr + row, expected)
+    tl.store(slopes_f32_ptr + row * candidates + slot_N, shares_N * (values_N - expected), mask=real_N)
+
+
+@triton.jit
+def head_expected_vjp_kernel(
+    cotangent_f32_ptr,
+    weight_ptr,
+    candidates_i64_ptr,
+    slopes_f32_ptr,
+    gradient_ptr,
+    weight_stride_v,
+    count,
+    rows,
+    size,
+    vocabulary,
+    candidates,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Form one tile of one row's direction sum_n slope_n W_n and write it times every cotangent.
+
+    Bytes, e per element: P N D e read once for all cotangents (from L2 where rows share candidates), C P D e written.
+    FLOPs: (2 N + C) P D.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    inner_K = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    slot_N = tl.arange(0, BLOCK_N)
+    real_N = slot_N < candidates
+    id_N = tl.load(candidates_i64_ptr + row * candidates + slot_N, mask=real_N, other=0)
+    slopes_N = tl.load(slopes_f32_ptr + row * candidates + slot_N, mask=real_N, other=0.0)
+    known_N = real_N & (id_N >= 0) & (id_N < vocabulary)
+    place_NK = id_N[:, None] * weight_stride_v + inner_K[None, :]
+    weight_NK = tl.load(weight_ptr + place_NK, mask=known_N[:, None] & (inner_K < size)[None, :], other=0.0)
+    direction_K = tl.sum(slopes_N[:, None] * weight_NK.to(tl.float32), 0)
+    for which in range(0, count):
+        pull = tl.load(cotangent_f32_ptr + which * rows + row)
+        place_K = (which * rows + row) * size + inner_K
+        tl.store(gradient_ptr + place_K, (pull * direction_K).to(gradient_ptr.dtype.element_ty), mask=inner_K < size)
+
+
+def expected_variants(arch: int) -> Iterator[Variant]:
+    """Yield every form in which these kernels are launched on an architecture, by the number of candidates."""
+    tile = TILES[arch]
+    for dtype in (torch.float32, torch.bfloat16):
+        for slots in (2, 16, 64):
+            meta = {"BLOCK_N": slots, "BLOCK_K": tile.columns}
+            yield Variant(head_expected_kernel, dtype, meta, tile)
+            yield Variant(head_expected_vjp_kernel, dtype, meta, tile)
