@@ -16,7 +16,7 @@ from cepo.benchmarks.ablate_figures import draw_figures
 from cepo.benchmarks.ablate_group import REFERENCE, Hardening, LinkSet, Sweep, sweep_group
 from cepo.benchmarks.ablate_summary import AblateSummary, read_measures, summarise
 from cepo.counterfactual.permute import Permutation
-from cepo.eval.score import _is_text, _read_input, _task_reward, read_row
+from cepo.eval.score import is_text, read_input, read_row, task_reward
 from cepo.fusion.engine import PAPER_LINKS, Pool, RewardConfig
 from cepo.fusion.scores import Score
 from cepo.jacobian.group import GroupEngine
@@ -105,7 +105,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     """
     started = time.perf_counter()
     sweep, config = _check(job), _config(job, REFERENCE)
-    lines, _ = _read_input(job.input)
+    lines, _ = read_input(job.input)
     source = resolve_model(job.model)
     width = embedding_width(source)
     for hardening in sweep.hardenings:
@@ -114,7 +114,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     check_device(job.device)
     _check_output(job)
     tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
-    if not job.raw and not getattr(tokenizer, "chat_template", None) and any(_is_text(line) for line in lines):
+    if not job.raw and not getattr(tokenizer, "chat_template", None) and any(is_text(line) for line in lines):
         raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; sweep with raw")
     groups, malformed = _read_groups(job, lines, SpanReader(tokenizer, job.layout))
     _claim(job)
@@ -129,7 +129,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
         assert engine is not None
         if progress is not None:
             progress(done, len(groups))
-        tasks = {row: _task_reward(lines[row]) for row in groups[number]}  # type: ignore[arg-type]
+        tasks = {row: task_reward(lines[row]) for row in groups[number]}  # type: ignore[arg-type]
         swept = sweep_group(number, groups[number], tasks, sweep, config.parsed_links(job.layout), config, engine)
         _write_group(_folder(job, number), *swept)
     if progress is not None:
@@ -292,8 +292,8 @@ def _folder(job: AblateJob, number: int) -> Path:
 def _write_group(
     folder: Path, link_rows: list[dict[str, Any]], reward_rows: list[dict[str, Any]], facts: Mapping[str, Any]
 ) -> None:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     integer, number, text = pa.int64(), pa.float64(), pa.string()
     setting = {"row": integer, "group": integer, "counterfactuals": integer, "rank": integer, "tau": number}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
@@ -15,7 +14,7 @@ from torch import Tensor
 from cepo.counterfactual.nuisance import nuisance_basis, remove_nuisance
 from cepo.fusion.engine import Pool, RewardConfig, fuse
 from cepo.fusion.requests import GroupRequests, reward_requests
-from cepo.fusion.scores import LinkScore, Score, score_link
+from cepo.fusion.scores import LinkScore, Score, named_scores, score_link
 from cepo.jacobian.group import GroupEngine
 from cepo.jacobian.records import Link, LinkJacobian, Request, Rollout
 from cepo.jacobian.vjp import Answer, combine
@@ -114,7 +113,7 @@ def sweep_group(
                 for score in sweep.scores:
                     link_rows.append(_link_row(row, number, hardening, score, record, angles))
         for hardening in sweep.hardenings:
-            named = {name: _named_scores(scored[row, name, hardening][0]) for name in sweep.links}
+            named = {name: _named(scored[row, name, hardening][0]) for name in sweep.links}
             for score in sweep.scores:
                 values = {name: named[name][score] for name in sweep.links}
                 setting = {"row": row, "group": number, **asdict(hardening), "score": score}
@@ -219,16 +218,8 @@ def _angles(pooled_RD: Tensor, exact_RD: Tensor) -> list[float]:
     return sorted(float(angle) for angle in np.rad2deg(subspace_angles(pooled_RD.cpu().T, exact_RD.cpu().T)))
 
 
-def _named_scores(record: LinkScore) -> dict[Score, float]:
-    """Return every named score of a record; see `cepo.fusion.scores.score_link`."""
-    assert record.influence is not None
-    return {
-        "phi": record.phi,
-        "phi_retained": math.sqrt(record.phi * record.retained),
-        "influence": record.influence,
-        "phi_influence": math.sqrt(record.phi * record.influence),
-        "influence_retained": record.influence * record.retained,
-    }
+def _named(record: LinkScore) -> dict[Score, float]:
+    return named_scores(record.phi, record.retained, record.influence)
 
 
 def _link_row(
@@ -241,7 +232,7 @@ def _link_row(
         "link": record.link,
         **asdict(hardening),
         "score": score,
-        "S": _named_scores(record)[score],
+        "S": _named(record)[score],
         "phi": record.phi,
         "retained": record.retained,
         "influence": record.influence,

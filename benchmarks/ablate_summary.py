@@ -108,7 +108,7 @@ class AblateSummary:
 
 def read_measures(folders: Sequence[Path], sweep: Sweep) -> Measures:
     """Read the tables of all groups; their rows stand in the order of the sweep, rollout by rollout."""
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     values, nuisance, rewards, numbers = [], [], [], []
     pool_angles: dict[tuple[str, Hardening], list[list[float]]] = {

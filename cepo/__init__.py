@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cepo.fusion.engine import PAPER_LINKS, RewardConfig, RolloutScore, score_rollouts
     from cepo.fusion.power_mean import power_mean
     from cepo.fusion.scores import LinkScore
+    from cepo.jacobian.group import GroupEngine
     from cepo.jacobian.layouts import JudgeLayout, ReasonerLayout
     from cepo.jacobian.loading import load_model, resolve_model
     from cepo.jacobian.records import Group, LinkJacobian, Rollout, Span, parse_link
@@ -33,6 +34,7 @@ _HOMES = {
     "Rollout": "jacobian.records",
     "Span": "jacobian.records",
     "parse_link": "jacobian.records",
+    "GroupEngine": "jacobian.group",
     "JudgeLayout": "jacobian.layouts",
     "ReasonerLayout": "jacobian.layouts",
     "SpanReader": "jacobian.spans",
@@ -47,6 +49,7 @@ __all__ = [
     "PAPER_LINKS",
     "CausalReward",
     "Group",
+    "GroupEngine",
     "JacobianEngine",
     "JudgeLayout",
     "LinkJacobian",

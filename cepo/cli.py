@@ -1,4 +1,4 @@
-"""The command line: demo, train, score, bench."""
+"""The command line: demo, train, score, ablate, bench."""
 
 from __future__ import annotations
 
@@ -125,6 +125,8 @@ def score(
     batch_size: Annotated[int, typer.Option(help="Rows read and written at once; changes no result.")] = 8,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    engine: Annotated[str, typer.Option(help="group, or autograd (the oracle, slower).")] = "group",
+    memory_gib: Annotated[float, typer.Option(help="What the group engine may add to the model's memory, GiB.")] = 4.0,
     no_adapters: Annotated[bool, typer.Option("--no-adapters", help="Score with the adapters switched off.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
@@ -177,6 +179,8 @@ def score(
         dtype=dtype,
         device=device,
         adapters=not no_adapters,
+        engine=engine,  # type: ignore[arg-type]
+        memory_gib=memory_gib,
         trust_remote_code=trust_remote_code,
     )
     with _progress() as progress:
@@ -200,15 +204,116 @@ def score(
 
 
 @app.command()
-def bench(
-    output: Annotated[Path, typer.Option(help="Folder for results.jsonl.")] = Path("runs/bench"),
-    size: Annotated[str, typer.Option(help="tiny (seconds, for correctness) or small (SmolLM2's shape).")] = "tiny",
-    seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,
+def ablate(
+    output: Annotated[Path, typer.Option(help="Folder for tables, plots and the groups that are done.")],
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL of rollouts, as for cepo score.")] = None,
+    testbed: Annotated[
+        int | None,
+        typer.Option(help="Instead of both: so many rollouts of the testbed judge, 8 a prompt."),
+    ] = None,
+    counterfactuals: Annotated[str, typer.Option("--counterfactuals", "-K", help="The K to sweep.")] = "0,1,2,4,8",
+    rank: Annotated[str, typer.Option(help="Ranks r to sweep, or energies as tau=0.5.")] = "0,1,2,4,8,tau=0.5,tau=0.9",
+    p: Annotated[str, typer.Option("-p", "--p", help="Exponents of the power mean to sweep.")] = "-2,0,0.2,1,10",
+    link: Annotated[
+        list[str] | None, typer.Option(help="As for cepo score; repeat it. Default: Z->X, X->Y, Z->Y, 0.1 each.")
+    ] = None,
+    score_name: Annotated[
+        str, typer.Option("--score", help="Named scores to sweep.")
+    ] = "phi,phi_retained,influence,phi_influence,influence_retained",
+    pool: Annotated[str, typer.Option(help="none, or none,group to measure what pooling loses.")] = "none",
+    permutation: Annotated[str, typer.Option(help="uniform, sentence or block.")] = "uniform",
+    target: Annotated[str, typer.Option(help="log_likelihood, log_odds, expected_score or margin.")] = "log_likelihood",
+    seed: Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompt text as it is, without the chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
+    ] = False,
 ) -> None:
-    """Throughput and memory of the VJP engine, with its values compared to a dense Jacobian first."""
+    """Sweep K, rank, p, links and scores over a file of rollouts: tables, plots with intervals, parquet.
+
+    Every Jacobian is computed once and used by all settings. The reference (K = 4, rank 2, exact) is always among them,
+    and rank correlations are against it. Killed and started again with the same arguments, it goes on.
+    """
+    from cepo.benchmarks.ablate import AblateJob, run_ablation
+    from cepo.fusion.engine import PAPER_LINKS
+
+    if (testbed is None) == (model is None) or (testbed is None) == (input is None):
+        raise ValueError("ablate needs --model and --input, or --testbed N alone")
+    if testbed is not None:
+        from cepo.benchmarks.testbed_rollouts import write_testbed_rollouts
+
+        if testbed < 8 or testbed % 8:
+            raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
+        folder, input = write_testbed_rollouts(output / "testbed", prompts=testbed // 8)
+        model, output = str(folder), output / "sweep"
+    assert model is not None
+    assert input is not None
+    job = AblateJob(
+        model=model,
+        input=input,
+        output=output,
+        links=_weighted_links(link) if link else dict(PAPER_LINKS),
+        counterfactuals=tuple(int(_number("--counterfactuals", part)) for part in counterfactuals.split(",")),
+        ranks=tuple(part.strip() for part in rank.split(",")),
+        powers=tuple(_number("--p", part) for part in p.split(",")),
+        scores=tuple(part.strip() for part in score_name.split(",")),  # type: ignore[misc]
+        pools=tuple(part.strip() for part in pool.split(",")),  # type: ignore[misc]
+        permutation=permutation,  # type: ignore[arg-type]
+        target=target,
+        seed=seed,
+        raw=raw,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    with _progress() as progress:
+        task = progress.add_task("prompts", total=None)
+        summary = run_ablation(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    console.print(summary.table())
+    fidelity = summary.fidelity_table()
+    if fidelity is not None:
+        console.print(fidelity)
+    console.print(f"tables and plots: {output}")
+
+
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl, bench.txt and the plots.")] = Path(
+        "runs/bench"
+    ),
+    size: Annotated[
+        str, typer.Option(help="tiny (seconds), small (SmolLM2's shape, 2 cores), a100 or h100 (Qwen3 shapes).")
+    ] = "tiny",
+    peer: Annotated[list[str] | None, typer.Option(help="Only these peers; repeat it. Default: all.")] = None,
+    scaling: Annotated[bool, typer.Option(help="Also how cost grows with G, Lz, Lx and K.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: what the size is for.")] = None,
+) -> None:
+    """Throughput and memory of the group engine beside its peers, timed only where the values agree."""
     from cepo.benchmarks.throughput import run_benchmark
 
-    console.print(run_benchmark(size, output, seed=seed))
+    with _progress() as progress:
+        task = progress.add_task("bench", total=None)
+        table = run_benchmark(
+            size,
+            output,
+            seed=seed,
+            peers=peer,
+            scaling=scaling,
+            device=device,
+            progress=lambda what: progress.update(task, description=what),
+        )
+    console.print(table)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} holds {text.strip()!r}; expected numbers with commas between them") from None
 
 
 def _weighted_links(texts: list[str]) -> dict[str, float]:

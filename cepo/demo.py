@@ -18,9 +18,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 import cepo
 from cepo.eval.report import Curve, HeatMap, write_demo_report
 from cepo.fusion.engine import RewardConfig, score_rollouts
+from cepo.jacobian.group import GroupEngine
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.spans import SpanReader
-from cepo.jacobian.vjp import JacobianEngine
 from cepo.train import testbed
 from cepo.train.causal import JUDGE
 from cepo.train.grpo import load_config, train
@@ -164,7 +164,7 @@ def _measure(model: Any, tokenizer: Any, seed: int) -> tuple[Measures, list[Heat
         ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
         rollouts.append(reader.read(prompt["input_ids"], [*ids, tokenizer.eos_token_id], messages))
     config = RewardConfig(links=dict.fromkeys(_LINKS, 1.0))
-    scores = score_rollouts(rollouts, JacobianEngine(model), config, JUDGE, keep_jacobians=True)
+    scores = score_rollouts(rollouts, GroupEngine(model), config, JUDGE, keep_jacobians=True)
     sound = [score for score in scores if score.malformed is None]
     links = {
         name: {

@@ -9,15 +9,15 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from cepo.kernels.spectral import project_out
+from cepo.kernels.spectral import project_out, top_right_vectors
 
 
 def nuisance_basis(jacs_SD: Sequence[Tensor], *, rank: int | None = None, energy: float | None = None) -> Tensor:
     """Return the top right singular vectors of the stacked counterfactual Jacobians.
 
     With the K matrices stacked to (K S, D): V holds the first `rank` right singular vectors, or the fewest that hold
-    the fraction `energy` of the squared Frobenius norm. Found by the eigenvectors of the smaller Gram matrix in
-    float64, and orthonormalised; directions below its rounding are never included, so fewer can come back than asked.
+    the fraction `energy` of the squared Frobenius norm. Found on the smaller Gram matrix in float64; directions below
+    its rounding are never included, so fewer can come back than asked.
 
     Args:
         jacs_SD: K matrices (S, D); K may be 0.
@@ -30,22 +30,30 @@ def nuisance_basis(jacs_SD: Sequence[Tensor], *, rank: int | None = None, energy
     Raises:
         ValueError: for both or neither of rank and energy, or one out of range.
     """
+    return nuisance_bases([jacs_SD], rank=rank, energy=energy)[0]
+
+
+def nuisance_bases(
+    stacks: Sequence[Sequence[Tensor]], *, rank: int | None = None, energy: float | None = None
+) -> list[Tensor]:
+    """Return `nuisance_basis` of each list of matrices; those of one rank are found in one batch."""
     check_rank(rank, energy)
-    if not jacs_SD:
-        return torch.zeros(0, 0, dtype=torch.float64)
-    stack_ND = torch.cat([jac_SD.double() for jac_SD in jacs_SD])
-    wide = stack_ND.shape[0] < stack_ND.shape[1]
-    gram_NN = stack_ND @ stack_ND.T if wide else stack_ND.T @ stack_ND
-    energies_N, vectors_NN = torch.linalg.eigh(gram_NN)
-    energies_N, vectors_NN = energies_N.flip(0).clamp_min(0.0), vectors_NN.flip(1)
-    rounding = max(stack_ND.shape) * torch.finfo(torch.float64).eps * float(energies_N[0])
-    available = int((energies_N > rounding).sum())
-    if energy is not None:
+    found = [torch.zeros(0, 0, dtype=torch.float64) for _ in stacks]
+    stacked = {
+        index: torch.cat([jac_SD.double() for jac_SD in jacs_SD]) for index, jacs_SD in enumerate(stacks) if jacs_SD
+    }
+    if rank is not None:
+        for index, basis_RD in zip(stacked, top_right_vectors(list(stacked.values()), rank), strict=True):
+            found[index] = basis_RD
+        return found
+    for index, stack_ND in stacked.items():
+        wide = stack_ND.shape[0] < stack_ND.shape[1]
+        energies_N = torch.linalg.eigvalsh(stack_ND @ stack_ND.T if wide else stack_ND.T @ stack_ND).flip(0)
+        energies_N = energies_N.clamp_min(0.0)
         held_N = energies_N.cumsum(0) / energies_N.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        rank = int((held_N < energy - 1e-12).sum()) + 1
-    count = min(rank or 0, available)
-    basis_RD = vectors_NN[:, :count].T @ stack_ND if wide else vectors_NN[:, :count].T
-    return torch.linalg.qr(basis_RD.T).Q.T if count else stack_ND.new_zeros(0, stack_ND.shape[1])
+        fewest = int((held_N < float(energy or 0.0) - 1e-12).sum()) + 1
+        found[index] = top_right_vectors([stack_ND], min(fewest, len(energies_N)))[0]
+    return found
 
 
 def remove_nuisance(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
@@ -84,10 +92,14 @@ def principal_angles(basis_RD: Tensor, jac_SD: Tensor) -> list[float]:
     Returns:
         Angles in degrees, ascending, min(R, rank of J) of them.
     """
-    own_RD = nuisance_basis([jac_SD], rank=len(basis_RD))
-    if not len(own_RD):
+    return angles_between(basis_RD, nuisance_basis([jac_SD], rank=len(basis_RD)))
+
+
+def angles_between(one_RD: Tensor, other_RD: Tensor) -> list[float]:
+    """Return the principal angles between two subspaces with orthonormal rows, in degrees, ascending."""
+    if not len(one_RD) or not len(other_RD):
         return []
-    angles = np.rad2deg(subspace_angles(basis_RD.cpu().double().numpy().T, own_RD.cpu().numpy().T))
+    angles = np.rad2deg(subspace_angles(one_RD.cpu().double().numpy().T, other_RD.cpu().numpy().T))
     return sorted(float(angle) for angle in angles)
 
 

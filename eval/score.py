@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 
 from cepo.eval.report import HeatMap, write_score_report
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
+from cepo.jacobian.group import EngineName, check_engine, new_engine
 from cepo.jacobian.layouts import Layout
 from cepo.jacobian.loading import check_device, embedding_width, load_model, load_tokenizer, resolve_model
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.spans import SpanReader
-from cepo.jacobian.vjp import JacobianEngine
+from cepo.jacobian.vjp import Engine
 from cepo.train.data import read_jsonl
 from cepo.train.prompts import judge_prompt
 
@@ -47,12 +48,15 @@ class ScoreJob:
         config: links, hardening, score, fusion.
         layout: what completions look like.
         raw: take prompt text as it is, without the chat template.
-        batch_size: rows handed to the engine at once, and written at once; changes no result.
+        batch_size: rows read and written at once; changes no result.
         jacobians: safetensors file for the matrices, or None.
         html: file for the heat maps, or None.
         dtype: dtype of the weights.
         device: where to run.
         adapters: False switches the adapters of a PEFT model off.
+        engine: "group" or "autograd" (the oracle).
+        memory_gib: what the group engine may add to the model's memory, in GiB. A figure, not what happens to be free:
+            the chunks that follow from it decide the last bit of a result.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -68,6 +72,8 @@ class ScoreJob:
     dtype: str = "float32"
     device: str = "cpu"
     adapters: bool = True
+    engine: EngineName = "group"
+    memory_gib: float = 4.0
     trust_remote_code: bool = False
 
 
@@ -98,7 +104,7 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         ValueError: for input, settings or a model that cannot be used.
     """
     started = time.perf_counter()
-    lines, broken = _read_input(job.input)
+    lines, broken = read_input(job.input)
     job.config.parsed_links(job.layout)
     if job.batch_size < 1:
         raise ValueError(f"batch_size is {job.batch_size}; expected at least 1")
@@ -108,6 +114,9 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         job.config.check_width(width)
     _check_paths(job)
     check_device(job.device)
+    check_engine(job.engine)
+    if not job.memory_gib > 0:
+        raise ValueError(f"memory_gib is {job.memory_gib}; expected a positive number of GiB")
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
     settings = _fingerprint(job)
     done = _done_records(job, partial, shards, lines, settings)
@@ -121,9 +130,12 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         model, tokenizer = load_model(
             source, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
         )
-        if not job.raw and not getattr(tokenizer, "chat_template", None) and any(_is_text(line) for line in lines):
+        if not job.raw and not getattr(tokenizer, "chat_template", None) and any(is_text(line) for line in lines):
             raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; score with --raw")
-        reader, engine = SpanReader(tokenizer, job.layout), JacobianEngine(model, adapters=job.adapters)
+        reader, engine = (
+            SpanReader(tokenizer, job.layout),
+            new_engine(job.engine, model, adapters=job.adapters, memory_budget=job.memory_gib * 2**30),
+        )
     elif job.html is not None:
         reader = SpanReader(load_tokenizer(source, trust_remote_code=job.trust_remote_code), job.layout)
     for start in range(0, len(pending), job.batch_size):
@@ -200,12 +212,15 @@ def _read(
 
 
 def _score_rows(
-    job: ScoreJob, rows: Sequence[tuple[int, dict[str, Any]]], reader: SpanReader, engine: JacobianEngine, shards: Path
+    job: ScoreJob, rows: Sequence[tuple[int, dict[str, Any]]], reader: SpanReader, engine: Engine, shards: Path
 ) -> list[dict[str, Any]]:
     read = [read_row(row, reader.tokenizer, reader, raw=job.raw) for _, row in rows]
     rollouts = [rollout for rollout, _ in read if rollout is not None]
-    tasks = [_task_reward(row) for (_, row), (rollout, _) in zip(rows, read, strict=True) if rollout is not None]
-    scores = iter(score_rollouts(rollouts, engine, job.config, job.layout, task_rewards=tasks, keep_jacobians=True))
+    tasks = [task_reward(row) for (_, row), (rollout, _) in zip(rows, read, strict=True) if rollout is not None]
+    scores = (  # one by one: then a row's record is the same to the last bit, whatever rows stand beside it
+        score_rollouts([rollout], engine, job.config, job.layout, task_rewards=[task], keep_jacobians=True)[0]
+        for rollout, task in zip(rollouts, tasks, strict=True)
+    )
     records: list[dict[str, Any]] = []
     for (index, row), (rollout, reason) in zip(rows, read, strict=True):
         if rollout is None:
@@ -239,7 +254,7 @@ def _record(index: int, row: Mapping[str, Any], rollout: Rollout, score: Rollout
         "id": row.get("id"),
         "reward": score.reward,
         "malformed": score.malformed,
-        "task_reward": _task_reward(row),
+        "task_reward": task_reward(row),
         "found_by": rollout.found_by if score.malformed is None else None,
         "prompt_tokens": len(rollout.prompt_ids),
         "completion_tokens": len(rollout.completion_ids),
@@ -312,7 +327,7 @@ def _write_html(
     write_score_report(job.html, maps, title="cepo score", summary=summary)
 
 
-def _read_input(path: Path) -> tuple[list[dict[str, Any] | str], list[tuple[int, str]]]:
+def read_input(path: Path) -> tuple[list[dict[str, Any] | str], list[tuple[int, str]]]:
     """Return the input's lines in order, good ones as rows, broken ones as their reason, and the broken ones again."""
     rows, broken = read_jsonl(path)
     if not rows and not broken:
@@ -386,12 +401,12 @@ def _broken_record(index: int, reason: str, name: Any = None) -> dict[str, Any]:
     return {**record, "found_by": None, "prompt_tokens": 0, "completion_tokens": 0, "spans": {}, "links": {}}
 
 
-def _task_reward(row: Mapping[str, Any]) -> float | None:
+def task_reward(row: Mapping[str, Any]) -> float | None:
     task = row.get("task_reward")
     return None if task is None else float(task)
 
 
-def _is_text(line: Any) -> bool:
+def is_text(line: Any) -> bool:
     return isinstance(line, dict) and "prompt_ids" not in line
 
 
@@ -420,7 +435,16 @@ def _done_records(
 
 
 def _fingerprint(job: ScoreJob) -> str:
-    parts = [job.model, job.dtype, job.raw, job.adapters, asdict(job.config), repr(job.layout)]
+    parts = [
+        job.model,
+        job.dtype,
+        job.raw,
+        job.adapters,
+        job.engine,
+        job.memory_gib,
+        asdict(job.config),
+        repr(job.layout),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -9,14 +9,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cepo.counterfactual.nuisance import check_rank, nuisance_basis, remove_mean, remove_nuisance
+from cepo.counterfactual.nuisance import check_rank, nuisance_bases, remove_mean, remove_nuisance
 from cepo.counterfactual.permute import Permutation, check_permutation
 from cepo.fusion.power_mean import check_power, check_weights, power_mean
 from cepo.fusion.requests import GroupRequests, reward_requests
-from cepo.fusion.scores import INFLUENCE_SCORES, LinkScore, Score, check_score, score_link
+from cepo.fusion.scores import INFLUENCE_SCORES, LinkScore, Score, check_score, score_links
 from cepo.jacobian.layouts import Layout
 from cepo.jacobian.records import NUMERIC_TARGETS, Link, LinkJacobian, Rollout, parse_link
-from cepo.jacobian.vjp import Engine
+from cepo.jacobian.vjp import Answer, Engine
 
 Pool = Literal["none", "group"]
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}
@@ -162,38 +162,65 @@ def score_rollouts(
     answers = engine.compute([request for group in groups for request in group.requests])
     for group in groups:
         base, *permuted = [next(answers) for _ in group.requests]
-        counterfactual = {link.name: group.counterfactuals(permuted, link.name) for link in links}
-        for index, of_rollout in zip(group.members, base, strict=True):
-            jacs_SD = {
-                name: owned.get(None if config.pool == "group" else index, []) for name, owned in counterfactual.items()
-            }
-            task_reward = task_rewards[index] if task_rewards is not None else None
-            scores[index] = _score_rollout(of_rollout, jacs_SD, config, task_reward, keep_jacobians)
+        found = _score_group(group, base, permuted, config)
+        for index, (records, jacobians, problem) in zip(group.members, found, strict=True):
+            if problem is not None:
+                scores[index] = RolloutScore({}, 0.0, problem)
+                continue
+            values = {name: record.value for name, record in records.items()}
+            reward = fuse(values, config, task_rewards[index] if task_rewards is not None else None)
+            scores[index] = RolloutScore(records, reward, None, jacobians if keep_jacobians else {})
     return scores
 
 
-def _score_rollout(
-    base: Mapping[str, LinkJacobian],
-    counterfactual: Mapping[str, Sequence[Tensor]],
-    config: RewardConfig,
-    task_reward: float | None,
-    keep_jacobians: bool,
-) -> RolloutScore:
-    records, kept = {}, {}
-    for name, jacobian in base.items():
-        jacs_SD = counterfactual[name]
-        if not all(bool(torch.isfinite(jac_SD).all()) for jac_SD in (jacobian.jac_SD, *jacs_SD)):
-            return RolloutScore({}, 0.0, f"non-finite gradient on {name}")
-        if config.nuisance == "mean":
-            basis_RD = jacobian.jac_SD.new_zeros(0, jacobian.jac_SD.shape[1])
-            residual_SD = remove_mean(jacobian.jac_SD, jacs_SD)
-        else:
-            basis_RD = nuisance_basis(jacs_SD, rank=config.rank, energy=config.energy)
-            residual_SD = remove_nuisance(jacobian.jac_SD, basis_RD)
-        records[name] = score_link(jacobian, residual_SD, basis_RD, counterfactuals=len(jacs_SD), score=config.score)
-        kept[name] = (jacobian, residual_SD)
-    reward = fuse({name: record.value for name, record in records.items()}, config, task_reward)
-    return RolloutScore(records, reward, None, kept if keep_jacobians else {})
+_Found = tuple[dict[str, LinkScore], dict[str, tuple[LinkJacobian, Tensor]], str | None]
+
+
+def _score_group(group: GroupRequests, base: Answer, permuted: Sequence[Answer], config: RewardConfig) -> list[_Found]:
+    """Return link records and matrices of each rollout of a group, or why there are none; spectra in one batch."""
+    found: list[_Found] = [({}, {}, None) for _ in group.members]
+    cells: list[tuple[int, str, LinkJacobian, list[Tensor]]] = []
+    for name in base[0]:
+        owned = group.counterfactuals(permuted, name)
+        for place, index in enumerate(group.members):
+            # A pooled subspace leaves out what is not finite: it would cost every rollout of the group its reward.
+            pooled = config.pool == "group"
+            jacs_SD = owned.get(None if pooled else index, [])
+            finite = [bool(torch.isfinite(jac_SD).all()) for jac_SD in jacs_SD]
+            jacobian = base[place][name]
+            if not bool(torch.isfinite(jacobian.jac_SD).all()) or not (pooled or all(finite)):
+                found[place] = ({}, {}, found[place][2] or f"non-finite gradient on {name}")
+            kept = [jac_SD for jac_SD, sound in zip(jacs_SD, finite, strict=True) if sound]
+            cells.append((place, name, jacobian, kept))
+    cells = [cell for cell in cells if found[cell[0]][2] is None]
+    for (place, name, jacobian, _), record, residual_SD in zip(cells, *_harden(cells, config), strict=True):
+        records, jacobians, _ = found[place]
+        records[name] = record
+        jacobians[name] = (jacobian, residual_SD)
+    return found
+
+
+def _harden(
+    cells: Sequence[tuple[int, str, LinkJacobian, list[Tensor]]], config: RewardConfig
+) -> tuple[list[LinkScore], list[Tensor]]:
+    """Return the record and the residual of each cell."""
+    jacobians = [jacobian for _, _, jacobian, _ in cells]
+    if config.nuisance == "mean":
+        bases = [jacobian.jac_SD.new_zeros(0, jacobian.jac_SD.shape[1]) for jacobian in jacobians]
+        residuals = [remove_mean(jacobian.jac_SD, jacs_SD) for _, _, jacobian, jacs_SD in cells]
+    else:
+        stacks = {id(jacs_SD[0]): jacs_SD for _, _, _, jacs_SD in cells if jacs_SD}  # a pooled stack is decomposed once
+        of_stack = dict(
+            zip(stacks, nuisance_bases(list(stacks.values()), rank=config.rank, energy=config.energy), strict=True)
+        )
+        nothing = torch.zeros(0, 0, dtype=torch.float64)
+        bases = [of_stack[id(jacs_SD[0])] if jacs_SD else nothing for _, _, _, jacs_SD in cells]
+        residuals = [
+            remove_nuisance(jacobian.jac_SD, basis_RD) for jacobian, basis_RD in zip(jacobians, bases, strict=True)
+        ]
+    counts = [len(jacs_SD) for _, _, _, jacs_SD in cells]
+    links = list(zip(jacobians, residuals, bases, counts, strict=True))
+    return score_links(links, score=config.score), residuals
 
 
 def fuse(values: Mapping[str, float], config: RewardConfig, task_reward: float | None = None) -> float:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,14 +20,35 @@ from cepo.jacobian.cost import CostModel, Plan, free_memory, measured_cost, plan
 from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, Span, parse_link
 from cepo.jacobian.segments import Job, Prompt, Stage, Stem, cut_all, enters_stem, kinds, stages
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term, sum_of_terms
-from cepo.jacobian.vjp import Answer, JacobianEngine, Pass, link_jacobians
-from cepo.kernels.attention import prefix_attention
+from cepo.jacobian.vjp import Answer, Engine, JacobianEngine, Pass, link_jacobians
+from cepo.kernels.attention import attend
 
 logger = logging.getLogger("cepo")
 
 # Keys and values, layer by layer: key of layer 0, value of layer 0, key of layer 1 ... each (B, J, L, E).
 KeyValues = list[Tensor]
 _ATTENTION = "cepo_prefix"
+
+
+EngineName = Literal["group", "autograd"]
+
+
+def new_engine(name: EngineName, model: Any, *, adapters: bool = True, memory_budget: float | None = None) -> Engine:
+    """Return the group engine, or the oracle, for a model.
+
+    Raises:
+        ValueError: for another name, or as the engine.
+    """
+    check_engine(name)
+    if name == "autograd":
+        return JacobianEngine(model, adapters=adapters)
+    return GroupEngine(model, adapters=adapters, memory_budget=memory_budget)
+
+
+def check_engine(name: str) -> None:
+    """Raise ValueError unless `name` is an engine's."""
+    if name not in get_args(EngineName):
+        raise ValueError(f"engine is {name!r}; expected one of {', '.join(get_args(EngineName))}")
 
 
 class GroupEngine:
@@ -519,7 +540,7 @@ def _attend(
         if options.get(name) is not None:
             raise ValueError(f"its attention asks for {name}")
     cache = _CACHE.get()
-    output_BHTE = prefix_attention(
+    output_BHTE = attend(
         query_BHTE,
         *cache.past_of_layer(key_BJTE),
         key_BJTE,

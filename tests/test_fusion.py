@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from cepo.fusion.engine import RewardConfig, RolloutScore, fuse, score_rollouts
 from cepo.fusion.power_mean import power_mean
 from cepo.fusion.scores import check_score, score_link
 from cepo.jacobian.layouts import JudgeLayout, ReasonerLayout
-from cepo.jacobian.records import Group, Link, LinkJacobian, Rollout, group_rollouts, parse_link
-from cepo.jacobian.vjp import JacobianEngine
+from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, group_rollouts, parse_link
+from cepo.jacobian.vjp import Answer, JacobianEngine
 from tests.models import WIDTH, judge_rollout, span, tiny_model
 
 LAYOUT = JudgeLayout()
@@ -166,13 +166,13 @@ class Poisoned:
         """Refuse nothing more than the engine does."""
         return self.engine.refusal(rollout)
 
-    def jacobians(self, group: Group, links: Sequence[Link]) -> list[dict[str, LinkJacobian]]:
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Poison the victim's matrix."""
-        found = self.engine.jacobians(group, links)
-        for rollout, of_links in zip(group.rollouts, found, strict=True):
-            if rollout.completion_ids == self.victim and self.name in of_links:
-                of_links[self.name].jac_SD[0, 0] = math.nan
-        return found
+        for request, found in zip(requests, self.engine.compute(requests), strict=True):
+            for rollout, of_links in zip(request.group.rollouts, found, strict=True):
+                if rollout.completion_ids == self.victim and self.name in of_links:
+                    of_links[self.name].jac_SD[0, 0] = math.nan
+            yield found
 
 
 @pytest.mark.parametrize("permuted", [False, True])
@@ -324,7 +324,7 @@ def test_bad_task_reward(engine: JacobianEngine, task: float) -> None:
 class Unused(Poisoned):
     """An engine that must not be asked for anything."""
 
-    def jacobians(self, group: Group, links: Sequence[Link]) -> list[dict[str, LinkJacobian]]:
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Fail."""
         raise AssertionError("work had begun")
 

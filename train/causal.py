@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
+from cepo.jacobian.group import EngineName, check_engine, new_engine
 from cepo.jacobian.layouts import JudgeLayout, Layout, ReasonerLayout
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.spans import SpanReader
-from cepo.jacobian.vjp import JacobianEngine
+from cepo.jacobian.vjp import Engine
 from cepo.train.prompts import JUDGE_LITERALS, REASONING_LITERALS
 
 TaskReward = Callable[..., Sequence[float | None]]
@@ -48,6 +49,12 @@ class CausalReward:
         score: named score of a link.
         target: default target function.
         seed: seed of the permutations.
+        influence: whether to compute and log `influence` where the score does not need it; costs one backward pass
+            through the whole prompt for each completion.
+        pool: "none", or "group": one nuisance subspace for all completions of a prompt that the process holds. Cheaper,
+            and less exact: see the README before using it.
+        engine: "group", or "autograd", the oracle.
+        memory_gib: what the group engine may add to the model's memory, in GiB; None for half of what is free.
         layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
         scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
         name: the name in TRL's logs.
@@ -71,6 +78,10 @@ class CausalReward:
         score: str = "phi",
         target: str = "log_likelihood",
         seed: int = 0,
+        influence: bool = True,
+        pool: str = "none",
+        engine: EngineName = "group",
+        memory_gib: float | None = None,
         layout: Layout = JUDGE,
         scorer: Any = None,
         name: str = "causal",
@@ -87,14 +98,21 @@ class CausalReward:
             score=score,  # type: ignore[arg-type]
             target=target,
             seed=seed,
+            influence=influence,
+            pool=pool,  # type: ignore[arg-type]
         )
-        self.config.parsed_links(layout)
+        check_engine(engine)
+        if memory_gib is not None and not memory_gib > 0:
+            raise ValueError(f"memory_gib is {memory_gib!r}; expected a positive number of GiB, or None")
+        self.engine: EngineName = engine
+        self.memory_gib = memory_gib
+        self._links = [link.name for link in self.config.parsed_links(layout)]
         self.task = task
         self.layout = layout
         self.scorer = scorer
         self.__name__ = name
         self._trainer: Any = None
-        self._engine: JacobianEngine | None = None
+        self._engine: Engine | None = None
         self._reader: SpanReader | None = None
 
     def bind(self, trainer: Any) -> CausalReward:
@@ -118,7 +136,7 @@ class CausalReward:
         model = trainer.model if self.scorer is None else self.scorer
         if isinstance(model, str):
             model, _ = load_model(resolve_model(model), device=str(trainer.accelerator.device))
-        self._engine = JacobianEngine(model)
+        self._engine = new_engine(self.engine, model, memory_budget=self.memory_gib and self.memory_gib * 2**30)
         self.config.check_width(self._engine.width)
         self._reader = SpanReader(_tokenizer(trainer), self.layout)
         self._trainer = trainer
@@ -155,11 +173,9 @@ class CausalReward:
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
         if log_metric is not None:
-            _log_means(
-                log_metric, self.__name__, self.config.links, scores, task_rewards, time.perf_counter() - started
-            )
+            _log_means(log_metric, self.__name__, self._links, scores, task_rewards, time.perf_counter() - started)
         if log_extra is not None:
-            for link in self.config.links:
+            for link in self._links:
                 log_extra(
                     f"{self.__name__} S {link}", [s.links[link].value if link in s.links else None for s in scores]
                 )
@@ -189,8 +205,9 @@ def _log_means(
     for link in links:
         log_metric(f"{name}/{link}/value", sum(score.links[link].value for score in sound) / len(scores))
         for field in _LOGGED if sound else ():
-            mean = sum(getattr(score.links[link], field) for score in sound) / len(sound)
-            log_metric(f"{name}/{link}/{field}", mean)
+            values = [getattr(score.links[link], field) for score in sound]
+            if None not in values:  # influence, where it was not asked for
+                log_metric(f"{name}/{link}/{field}", sum(values) / len(values))
 
 
 def _prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
