@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from cepo.jacobian.layouts import Layout
 from cepo.jacobian.records import NUMERIC_TARGETS, Link, LinkJacobian, Rollout, parse_link
 from cepo.jacobian.vjp import Answer, Engine
 
+T = TypeVar("T")
 Pool = Literal["none", "group"]
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}
 
@@ -134,6 +136,7 @@ def score_rollouts(
     *,
     task_rewards: Sequence[float | None] | None = None,
     keep_jacobians: bool = False,
+    seconds: dict[str, float] | None = None,
 ) -> list[RolloutScore]:
     """Return the score of each rollout, in order.
 
@@ -146,6 +149,8 @@ def score_rollouts(
         layout: the layout that the rollouts were read with.
         task_rewards: the task reward r_base in [0, 1] of each rollout, or None for none (then only links are fused).
         keep_jacobians: whether to return the matrices.
+        seconds: where to add the time taken by "links" (base Jacobians, and what they share with the others),
+            "counterfactuals" and "spectral".
 
     Raises:
         ValueError: for links that the layout does not have, a rank above the model's width, or task rewards that are
@@ -161,8 +166,9 @@ def score_rollouts(
     groups = config.requests(sound, links)
     answers = engine.compute([request for group in groups for request in group.requests])
     for group in groups:
-        base, *permuted = [next(answers) for _ in group.requests]
-        found = _score_group(group, base, permuted, config)
+        base = _timed("links", seconds, lambda: next(answers))
+        permuted = [_timed("counterfactuals", seconds, lambda: next(answers)) for _ in group.requests[1:]]
+        found = _timed("spectral", seconds, lambda: _score_group(group, base, permuted, config))  # noqa: B023
         for index, (records, jacobians, problem) in zip(group.members, found, strict=True):
             if problem is not None:
                 scores[index] = RolloutScore({}, 0.0, problem)
@@ -171,6 +177,18 @@ def score_rollouts(
             reward = fuse(values, config, task_rewards[index] if task_rewards is not None else None)
             scores[index] = RolloutScore(records, reward, None, jacobians if keep_jacobians else {})
     return scores
+
+
+def _timed(what: str, seconds: dict[str, float] | None, work: Callable[[], T]) -> T:
+    """Do the work, and add the time it took."""
+    if seconds is None:
+        return work()
+    started = time.perf_counter()
+    done = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
+    return done
 
 
 _Found = tuple[dict[str, LinkScore], dict[str, tuple[LinkJacobian, Tensor]], str | None]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cepo.jacobian.records import Request
-from cepo.jacobian.segments import HeadRow, Job, Stage, Stem, cut_all, enters_stem, kinds, stages
+from cepo.jacobian.segments import HeadRow, Job, Stage, Stem, cut_all, enters_stem, stages
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
 # Beyond this many rows a matrix product gains nothing, and memory grows: 512 and 2048 took the same time on a CPU.
@@ -209,19 +209,21 @@ def plan_requests(requests: Sequence[Request], cost: CostModel, budget: float) -
         tokens, context = stem.end - stem.start, (stem.start + stem.end) / 2
         backward = 0
         peak_here = 0.0
-        for members in kinds(requests, jobs):
-            of_kind = [jobs[index] for index in members]
-            request = requests[of_kind[0].request]
-            entering = len(enters_stem(of_kind, stem))
-            backward += entering * (len(request.signs) or len(of_kind)) * tokens
-            size = cost.chunk(of_kind, stem, budget)
-            for start in range(0, len(of_kind), size):
-                batch = of_kind[start : start + size]
+        for number in prompt.requests:
+            of_request = [jobs[index] for index in prompt.members(number)]
+            if not of_request:
+                continue
+            request = requests[number]
+            entering = len(enters_stem(of_request, stem))
+            backward += entering * (len(request.signs) or len(of_request)) * tokens
+            size = cost.chunk(of_request, stem, budget)
+            for start in range(0, len(of_request), size):
+                batch = of_request[start : start + size]
                 chunks.append(len(batch))
                 for stage in stages(batch, stem.end):
                     stage_rows, more = _with_stage(stage_rows, stage, len(batch), cost)
                     flops += more
-            peak_here = max(peak_here, cost.stages(of_kind[:size], stem))
+            peak_here = max(peak_here, cost.stages(of_request[:size], stem))
             if entering:
                 held = min(cost.cotangents(stem, budget), entering * size)
                 asked = 2 * entering * cost.cache(size, tokens)

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from cepo.jacobian.cost import CostModel, Plan, free_memory, measured_cost, plan_requests
+from cepo.jacobian.cotangents import add, append_stage, mix, slice_of_stage, stacked
 from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, Span, parse_link
-from cepo.jacobian.segments import Job, Prompt, Stage, Stem, cut_all, enters_stem, kinds, stages
-from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term, sum_of_terms
+from cepo.jacobian.segment import (
+    Cotangents,
+    KeyValues,
+    Segment,
+    backward,
+    leaves_of,
+    run_segment,
+    through_prefix_attention,
+)
+from cepo.jacobian.segments import Job, Stem, cut_all, enters_stem, stages
+from cepo.jacobian.targets import Term
 from cepo.jacobian.vjp import Answer, Engine, JacobianEngine, Pass, link_jacobians
-from cepo.kernels.attention import attend
 
 logger = logging.getLogger("cepo")
-
-# Keys and values, layer by layer: key of layer 0, value of layer 0, key of layer 1 ... each (B, J, L, E).
-KeyValues = list[Tensor]
-_ATTENTION = "cepo_prefix"
 
 
 EngineName = Literal["group", "autograd"]
@@ -137,7 +140,7 @@ class GroupEngine:
         """Yield the answer to each request, in order; see `cepo.jacobian.records.Request`.
 
         Consecutive requests of one prompt share its stem, and prompts that begin alike share that beginning where no
-        link differentiates it. Each prompt's answers are yielded before the next is run.
+        link differentiates it. Each answer is yielded before the next is computed.
 
         Raises:
             ValueError: if a rollout is malformed or refused, before the first is run.
@@ -148,23 +151,21 @@ class GroupEngine:
             return
         opening: KeyValues = []
         for prompt in cut_all(requests):
-            answers: dict[int, Answer] = {}
-            if prompt.stem is not None:
-                with self._oracle.prepared(), self._through_prefix_attention():
-                    if prompt.stem.opening and not opening:
-                        opening = self._run_plain(prompt.stem.ids[: prompt.stem.opening], 0, [])
-                    answers = self._run_prompt(requests, prompt, prompt.stem, opening if prompt.stem.opening else [])
+            trunk: _Trunk | None = None
             for index in prompt.requests:
                 if index in prompt.unserved:
                     logger.warning("the group engine hands a request to the oracle: %s", prompt.unserved[index])
                     yield from self._oracle.compute([requests[index]])
-                else:
-                    yield answers.pop(index)
+                    continue
+                with self._oracle.prepared(), through_prefix_attention(self._model):
+                    if trunk is None and prompt.stem is not None:
+                        if prompt.stem.opening and not opening:
+                            opening = self._run_plain(prompt.stem.ids[: prompt.stem.opening], 0, [])
+                        trunk = self._run_trunk(prompt.stem, opening if prompt.stem.opening else [])
+                    answer = self._answer(requests[index], prompt.jobs, prompt.members(index), trunk)  # type: ignore[arg-type]
+                yield answer
 
-    def _run_prompt(
-        self, requests: Sequence[Request], prompt: Prompt, stem: Stem, opening: KeyValues
-    ) -> dict[int, Answer]:
-        """Return the answers to the requests of one prompt."""
+    def _run_trunk(self, stem: Stem, opening: KeyValues) -> _Trunk:
         constant = opening
         if stem.start > stem.opening:  # more of this prompt that nothing differentiates
             constant = self._run_plain(stem.ids[stem.opening : stem.start], stem.opening, opening)
@@ -176,23 +177,18 @@ class GroupEngine:
             [(0, row.row, row.term) for row in stem.head],
             differentiated=stem.differentiated,
         )
-        trunk = _Trunk(stem, segment, constant, [tensor.detach() for tensor in segment.keys_values])
+        return _Trunk(stem, segment, constant, [tensor.detach() for tensor in segment.keys_values])
+
+    def _answer(self, request: Request, jobs: Sequence[Job], members: Sequence[int], trunk: _Trunk) -> Answer:
+        """Return the answer to one request, whose jobs are `members`, longest first."""
+        own = [jobs[index] for index in members]
+        if request.signs:
+            return self._run_mixed(request, own, members, trunk)
         records: dict[int, dict[str, LinkJacobian]] = {}
-        mixed: dict[int, Answer] = {}
-        for members in kinds(requests, prompt.jobs):
-            jobs = [prompt.jobs[index] for index in members]
-            request = requests[jobs[0].request]
-            if request.signs:
-                mixed[jobs[0].request] = self._run_mixed(request, jobs, members, trunk)
-                continue
-            for batch, run in self._run_chunks(jobs, members, trunk, with_stem=True):
-                for index, gradients in zip(batch, run.gradients, strict=True):
-                    rollout = prompt.jobs[index].rollout
-                    records[index] = link_jacobians(rollout, request.links, gradients, request.context_energy)
-        answers: dict[int, Answer] = {index: [] for index in prompt.requests} | mixed
-        for index in sorted(records):
-            answers[prompt.jobs[index].request].append(records[index])
-        return answers
+        for batch, run in self._run_chunks(own, members, trunk, with_stem=True):
+            for index, gradients in zip(batch, run.gradients, strict=True):
+                records[index] = link_jacobians(jobs[index].rollout, request.links, gradients, request.context_energy)
+        return [records[index] for index in sorted(records)]
 
     def _run_mixed(self, request: Request, jobs: Sequence[Job], members: Sequence[int], trunk: _Trunk) -> Answer:
         """Return the combined Jacobians of one request, whose rollouts' cotangents are mixed before the stem."""
@@ -201,8 +197,8 @@ class GroupEngine:
         for batch, run in self._run_chunks(jobs, members, trunk, with_stem=False):
             signs_NB = torch.tensor([[row[place_of[index]] for index in batch] for row in request.signs])
             for key, cotangents in run.asked.items():
-                mixed = [None if asked is None else _mix(signs_NB, asked) for asked in cotangents]
-                total[key] = _add(total[key], mixed) if key in total else mixed
+                mixed = [None if asked is None else mix(signs_NB, asked) for asked in cotangents]
+                total[key] = add(total[key], mixed) if key in total else mixed
         run = self._new_run([jobs[0]] * len(request.signs))
         run.asked.update(total)
         self._run_stem(run, trunk)
@@ -241,13 +237,13 @@ class GroupEngine:
         """Run the stages of a chunk forward, and their cotangents back to the stem's door."""
         stem, plan = trunk.stem, stages(jobs, trunk.stem.end)
         to_stem = set(enters_stem(jobs, stem))
-        segments: list[_Segment] = []
+        segments: list[Segment] = []
         middle: KeyValues = []
         lengths = [0] * len(jobs)
         behind: set[int] = set()  # passes with cotangents for an earlier stage
         for stage in plan:
-            trunk_kv = _leaves(trunk.keys_values, len(jobs), bool(to_stem & set(stage.active)))
-            middle_kv = _leaves(middle, len(jobs), bool(behind & set(stage.active)))
+            trunk_kv = leaves_of(trunk.keys_values, len(jobs), bool(to_stem & set(stage.active)))
+            middle_kv = leaves_of(middle, len(jobs), bool(behind & set(stage.active)))
             segments.append(
                 self._forward(
                     [job.rollout.token_ids[a:b] for job, a, b in zip(jobs, stage.starts, stage.ends, strict=True)],
@@ -260,7 +256,7 @@ class GroupEngine:
             )
             behind |= set(stage.active)
             if stage is not plan[-1]:
-                middle, lengths = _append(middle, lengths, segments[-1].keys_values, stage)
+                middle, lengths = append_stage(middle, lengths, segments[-1].keys_values, stage)
         run = self._new_run(jobs)
         asked: list[dict[int, Cotangents]] = [{} for _ in plan]
         for place in reversed(range(len(plan))):
@@ -268,21 +264,24 @@ class GroupEngine:
             if not stage.active:
                 continue
             _, trunk_leaves, middle_leaves = segment.past
-            cotangents = _stacked(stage, segment, wanted)
+            cotangents = stacked(stage, segment, wanted)
             trunk_leaves = [leaf for leaf in trunk_leaves if leaf.requires_grad]
             middle_leaves = [leaf for leaf in middle_leaves if leaf.requires_grad]
-            leaf_CBTD, *rest = _backward(segment, cotangents, [segment.leaf_BTD, *trunk_leaves, *middle_leaves])
+            leaf_CBTD, *rest = backward(segment, cotangents, [segment.leaf_BTD, *trunk_leaves, *middle_leaves])
             to_trunk, to_middle = rest[: len(trunk_leaves)], rest[len(trunk_leaves) :]
             for index, key in enumerate(stage.active):
                 run.write(key, leaf_CBTD[index], stage.starts, stage.ends)
                 if to_trunk and key in to_stem:
                     given: Cotangents = [None, *(tensor_C[index] for tensor_C in to_trunk)]
-                    run.asked[key] = _add(run.asked[key], given) if key in run.asked else given
+                    run.asked[key] = add(run.asked[key], given) if key in run.asked else given
                 for earlier in range(place) if to_middle else ():
                     if key in plan[earlier].active:
-                        given = [None, *(_slice(tensor_C[index], plan[earlier], stem.end) for tensor_C in to_middle)]
+                        given = [
+                            None,
+                            *(slice_of_stage(tensor_C[index], plan[earlier], stem.end) for tensor_C in to_middle),
+                        ]
                         of = asked[earlier]
-                        of[key] = _add(of[key], given) if key in of else given
+                        of[key] = add(of[key], given) if key in of else given
         for key in to_stem:
             rows = [(row, at) for at, row in enumerate(stem.head) if row.pass_index == key and row.owner in members]
             if rows:
@@ -290,7 +289,7 @@ class GroupEngine:
                 for row, at in rows:
                     hidden_BTD[members.index(row.owner), row.row] += trunk.segment.head_PD[at]
                 given = [hidden_BTD, *[None] * len(trunk.keys_values)]
-                run.asked[key] = _add(run.asked[key], given) if key in run.asked else given
+                run.asked[key] = add(run.asked[key], given) if key in run.asked else given
         return run
 
     def _run_stem(self, run: _Run, trunk: _Trunk) -> None:
@@ -314,7 +313,7 @@ class GroupEngine:
                     for part, (_, place) in zip(parts, chunk, strict=True)
                 ]
                 cotangents.append(torch.stack(stacked)[:, None])
-            (leaf_CBTD,) = _backward(trunk.segment, cotangents, [trunk.segment.leaf_BTD], keep=True)
+            (leaf_CBTD,) = backward(trunk.segment, cotangents, [trunk.segment.leaf_BTD], keep=True)
             for (key, place), leaf_BTD in zip(chunk, leaf_CBTD, strict=True):
                 run.gradients[place][run.jobs[place].passes[key]][stem.start : stem.end] = leaf_BTD[0]
 
@@ -334,67 +333,10 @@ class GroupEngine:
         head: Sequence[tuple[int, int, Term]],
         *,
         differentiated: bool,
-    ) -> _Segment:
-        """Run one segment of a batch.
-
-        Args:
-            ids: the tokens of each rollout, ragged.
-            starts: position of the first of each.
-            past: keys and values before the segment, in pieces along their length; the last may be ragged.
-            past_lengths: real length of each rollout's past.
-            head: (rollout, row, term) of each row that the head is wanted for.
-            differentiated: whether to keep a graph from a leaf in the embeddings' place.
-        """
-        tokens = max(map(len, ids))
-        ids_BT = torch.tensor([[*row, *[0] * (tokens - len(row))] for row in ids], device=self._device)
-        positions_BT = torch.tensor(
-            [
-                [start + min(at, max(len(row) - 1, 0)) for at in range(tokens)]
-                for row, start in zip(ids, starts, strict=True)
-            ],
-            device=self._device,
+    ) -> Segment:
+        return run_segment(
+            self._model, self._oracle.forward, ids, starts, past, past_lengths, head, differentiated=differentiated
         )
-        cache = _SegmentCache(
-            [piece for piece in past if piece], torch.tensor(past_lengths, device=self._device), max(past_lengths)
-        )
-        segment = _Segment(cache.keys_values, past)
-        read = [(rollout, row) for rollout, row, _ in head]
-        rows = torch.tensor(read + read[-1:] * (FEWEST_HEAD_ROWS - len(read)), dtype=torch.long, device=self._device)
-
-        def embed(module: Any, inputs: Any, output_BTD: Tensor) -> Tensor:
-            segment.leaf_BTD = output_BTD.detach().clone().requires_grad_(differentiated)
-            return segment.leaf_BTD
-
-        def enter_head(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            segment.hidden_BTD = inputs[0]
-            rows_PD = inputs[0][rows[:, 0], rows[:, 1]] if head else inputs[0][0, :0]
-            captured.append(rows_PD)
-            return (rows_PD[None], *inputs[1:])
-
-        captured: list[Tensor] = []
-        handles = [
-            self._model.get_input_embeddings().register_forward_hook(embed),
-            self._model.get_output_embeddings().register_forward_pre_hook(enter_head),
-        ]
-        token = _CACHE.set(cache)
-        try:
-            with torch.set_grad_enabled(differentiated):
-                output = self._oracle.forward(
-                    self._model,
-                    input_ids=ids_BT,
-                    position_ids=positions_BT,
-                    past_key_values=cache,
-                    use_cache=True,
-                    return_dict=True,
-                )
-        finally:
-            _CACHE.reset(token)
-            for handle in handles:
-                handle.remove()
-        if head:
-            score = sum_of_terms(output.logits[0], [term for _, _, term in head])
-            (segment.head_PD,) = torch.autograd.grad(score, captured)
-        return segment
 
     def _new_run(self, jobs: Sequence[Job]) -> _Run:
         dtype = torch.promote_types(self._model.get_input_embeddings().weight.dtype, torch.float32)
@@ -414,19 +356,6 @@ class GroupEngine:
     def _budget_left(self) -> float:
         return self._budget if self._budget is not None else free_memory(self._device) / 2
 
-    @contextlib.contextmanager
-    def _through_prefix_attention(self) -> Iterator[None]:
-        """Have the model's layers call our attention, by the name under which transformers knows it."""
-        configs = {id(module.config): module.config for module in self._model.modules() if hasattr(module, "config")}
-        names = [(config, config._attn_implementation) for config in configs.values()]
-        try:
-            for config, _ in names:
-                config._attn_implementation = _ATTENTION
-            yield
-        finally:
-            for config, name in names:
-                config._attn_implementation = name
-
     def _why_unserved(self) -> str | None:
         """Return why the model cannot be run in segments, or None, with the cost model measured on the way."""
         if self._model.get_output_embeddings() is None:
@@ -443,11 +372,12 @@ class GroupEngine:
         request = Request(Group((rollout,)), links)
         try:
             wanted = next(self._oracle.compute([request]))[0]
-            with self._through_prefix_attention():
+            with through_prefix_attention(self._model):
                 self._cost = self._measured_cost(rollout.token_ids)
                 (prompt,) = cut_all([request])
                 assert prompt.stem is not None
-                found = self._run_prompt([request], prompt, prompt.stem, [])[0][0]
+                trunk = self._run_trunk(prompt.stem, [])
+                (found,) = self._answer(request, prompt.jobs, prompt.members(0), trunk)
         except Exception as error:  # whatever a foreign forward raises, the oracle is there
             self._cost = None
             return f"a trial in segments failed with {type(error).__name__}: {error}"
@@ -476,7 +406,12 @@ class GroupEngine:
             kept: list[Tensor] = []
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 segment = self._forward(
-                    [ids[start : start + tokens]], [start], [_leaves(before, 1, True)], [start], [], differentiated=True
+                    [ids[start : start + tokens]],
+                    [start],
+                    [leaves_of(before, 1, True)],
+                    [start],
+                    [],
+                    differentiated=True,
                 )
             del segment
             return sum(sizes.values())
@@ -491,87 +426,13 @@ class GroupEngine:
 
 # --- what a run holds -------------------------------------------------------------------------------------------------
 
-Cotangents = list[Tensor | None]  # of a segment's outputs: its hidden states, then its keys and values
-
-
-class _SegmentCache(Cache):
-    """Takes the keys and values of a segment as its layers make them, and gives our attention what came before."""
-
-    def __init__(self, past: list[KeyValues], past_lengths_B: Tensor, length: int) -> None:
-        super().__init__(layers=[])
-        self.past, self.past_lengths_B, self.length = past, past_lengths_B, length
-        self.keys_values: KeyValues = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if 2 * layer_idx != len(self.keys_values):
-            raise ValueError(f"layer {layer_idx} came out of turn; expected each layer once, in order")
-        self.keys_values += [key_states, value_states]
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def past_of_layer(self, like_BJTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values before the segment, of the layer that was updated last."""
-        layer = len(self.keys_values) - 2
-        both = []
-        for which in (layer, layer + 1):
-            pieces = [piece[which].expand(like_BJTE.shape[0], -1, -1, -1) for piece in self.past]
-            both.append(torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0] if pieces else like_BJTE[:, :, :0])
-        return both[0], both[1]
-
-
-_CACHE: ContextVar[_SegmentCache] = ContextVar("cepo_segment_cache")
-
-
-def _attend(
-    module: Any,
-    query_BHTE: Tensor,
-    key_BJTE: Tensor,
-    value_BJTE: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Our attention behind transformers' interface."""
-    for name in ("s_aux", "position_bias", "head_mask"):
-        if options.get(name) is not None:
-            raise ValueError(f"its attention asks for {name}")
-    cache = _CACHE.get()
-    output_BHTE = attend(
-        query_BHTE,
-        *cache.past_of_layer(key_BJTE),
-        key_BJTE,
-        value_BJTE,
-        cache.past_lengths_B,
-        scale=query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-    )
-    return output_BHTE.transpose(1, 2), None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
-
-
-@dataclass
-class _Segment:
-    """One forward of a batch: its outputs, its leaves, and the cotangents of the rows that the head read."""
-
-    keys_values: KeyValues
-    past: list[KeyValues]
-    leaf_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
-    hidden_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
-    head_PD: Tensor = field(default_factory=lambda: torch.empty(0))
-
 
 @dataclass(frozen=True)
 class _Trunk:
     """The stem, run: its segment with a graph, and the keys and values of everything before a stage."""
 
     stem: Stem
-    segment: _Segment
+    segment: Segment
     constant: KeyValues
     keys_values: KeyValues
 
@@ -587,100 +448,6 @@ class _Run:
     def write(self, key: int, leaf_BTD: Tensor, starts: Sequence[int], ends: Sequence[int]) -> None:
         for place, (job, start, end) in enumerate(zip(self.jobs, starts, ends, strict=True)):
             self.gradients[place][job.passes[key]][start:end] = leaf_BTD[place, : end - start]
-
-
-def _backward(
-    segment: _Segment, cotangents: Cotangents, inputs: Sequence[Tensor], *, keep: bool = False
-) -> list[Tensor]:
-    """Return what C cotangents of a segment's outputs become at the inputs, each (C, *shape), in one batched pass."""
-    outputs = [segment.hidden_BTD, *segment.keys_values]
-    given = [
-        (output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if cotangent is not None
-    ]
-    count = len(given[0][1])
-    found = torch.autograd.grad(
-        [output for output, _ in given],
-        list(inputs),
-        [cotangent if count > 1 else cotangent[0] for _, cotangent in given],
-        retain_graph=keep,
-        allow_unused=True,
-        is_grads_batched=count > 1,
-    )
-    return [
-        like.new_zeros(count, *like.shape) if gradient is None else gradient if count > 1 else gradient[None]
-        for gradient, like in zip(found, inputs, strict=True)
-    ]
-
-
-def _stacked(stage: Stage, segment: _Segment, asked: dict[int, Cotangents]) -> Cotangents:
-    """Return the cotangents of the stage's active passes, (C, *shape) each: what its head rows and later stages ask."""
-    stacked: Cotangents = [None] * (1 + len(segment.keys_values))
-    if stage.head:
-        hidden_CBTD = segment.hidden_BTD.new_zeros(len(stage.active), *segment.hidden_BTD.shape)
-        place_of = {key: place for place, key in enumerate(stage.active)}
-        at = torch.tensor([[place_of[row.pass_index], row.owner, row.row] for row in stage.head]).to(hidden_CBTD.device)
-        stacked[0] = hidden_CBTD.index_put((at[:, 0], at[:, 1], at[:, 2]), segment.head_PD[: len(at)], accumulate=True)
-    if asked:
-        for output, like in enumerate(segment.keys_values):
-            parts = [asked[key][output + 1] if key in asked else None for key in stage.active]
-            stacked[output + 1] = torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
-    return stacked
-
-
-def _leaves(keys_values: KeyValues, rollouts: int, differentiated: bool) -> KeyValues:
-    """Return the keys and values as leaves of their own for each rollout; expanded, not copied."""
-    return [tensor.detach().expand(rollouts, -1, -1, -1).requires_grad_(differentiated) for tensor in keys_values]
-
-
-def _append(middle: KeyValues, lengths: Sequence[int], new: KeyValues, stage: Stage) -> tuple[KeyValues, list[int]]:
-    """Return keys and values with a ragged stage behind the ragged ones before it, and their lengths."""
-    added = [end - start for start, end in zip(stage.starts, stage.ends, strict=True)]
-    total = [length + more for length, more in zip(lengths, added, strict=True)]
-    if not middle:
-        return [tensor.detach() for tensor in new], total
-    width = middle[0].shape[2]
-    index_BL = torch.tensor(
-        [
-            [at if at < length else min(width + at - length, width + new[0].shape[2] - 1) for at in range(max(total))]
-            for length in lengths
-        ],
-        device=new[0].device,
-    )
-    return [
-        _gather(torch.cat([old, more.detach()], dim=2), index_BL) for old, more in zip(middle, new, strict=True)
-    ], total
-
-
-def _slice(cotangent_BJLE: Tensor, stage: Stage, stem_end: int) -> Tensor:
-    """Return a stage's part of the cotangents of everything between the stem and a later stage; 0 at its padding."""
-    length = stage.length
-    offsets = [start - stem_end for start in stage.starts]
-    if not any(offsets) and length == cotangent_BJLE.shape[2]:
-        return cotangent_BJLE
-    index_BT = torch.tensor(
-        [[min(offset + at, cotangent_BJLE.shape[2] - 1) for at in range(length)] for offset in offsets],
-        device=cotangent_BJLE.device,
-    )
-    real_BT = torch.tensor(
-        [[at < end - start for at in range(length)] for start, end in zip(stage.starts, stage.ends, strict=True)],
-        device=cotangent_BJLE.device,
-    )
-    return _gather(cotangent_BJLE, index_BT) * real_BT[:, None, :, None]
-
-
-def _gather(tensor_BJLE: Tensor, index_BT: Tensor) -> Tensor:
-    rollouts, heads, _, size = tensor_BJLE.shape
-    return tensor_BJLE.gather(2, index_BT[:, None, :, None].expand(rollouts, heads, -1, size))
-
-
-def _add(left: Cotangents, right: Cotangents) -> Cotangents:
-    return [
-        one if other is None else other if one is None else one + other for one, other in zip(left, right, strict=True)
-    ]
-
-
-def _mix(signs_NB: Tensor, tensor_B: Tensor) -> Tensor:
-    return torch.tensordot(signs_NB.to(tensor_B), tensor_B, dims=1)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from cepo.jacobian.records import Request, Rollout, Span
 from cepo.jacobian.targets import Term, target_terms
@@ -117,6 +116,11 @@ class Prompt:
     stem: Stem | None
     unserved: Mapping[int, str]
 
+    def members(self, request: int) -> list[int]:
+        """Return the indices of a request's jobs, longest first: equal lengths side by side pad least."""
+        own = [index for index, job in enumerate(self.jobs) if job.request == request]
+        return sorted(own, key=lambda index: -self.jobs[index].edges[-1])
+
 
 def cut_all(requests: Sequence[Request]) -> list[Prompt]:
     """Return the requests by prompt, with every rollout cut."""
@@ -136,19 +140,6 @@ def cut_all(requests: Sequence[Request]) -> list[Prompt]:
     for place, stem in zip(cut, _stems([found[place].jobs for place in cut]), strict=True):
         found[place] = replace(found[place], stem=stem)
     return found
-
-
-def kinds(requests: Sequence[Request], jobs: Sequence[Job]) -> list[list[int]]:
-    """Return the indices of jobs that can run as one batch, longest first (equal lengths side by side pad least).
-
-    Jobs of one kind have the same passes and as many edges. Combined requests keep to themselves.
-    """
-    members: dict[Any, list[int]] = {}
-    for index, job in enumerate(jobs):
-        request = requests[job.request]
-        alone = job.request if request.signs else None
-        members.setdefault((request.links, request.context_energy, len(job.edges), alone), []).append(index)
-    return [sorted(of_kind, key=lambda index: -jobs[index].edges[-1]) for of_kind in members.values()]
 
 
 def stages(jobs: Sequence[Job], stem_end: int) -> list[Stage]:

@@ -187,7 +187,7 @@ def test_plan_counts_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
                 with monkeypatch.context() as patched:
                     import cepo.jacobian.group as module
 
-                    patched.setattr(module, "_backward", counting(module._backward))
+                    patched.setattr(module, "backward", counting(module.backward))
                     list(engine.compute(requests))
                 for handle in handles:
                     handle.remove()
@@ -271,7 +271,7 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
     group = Group(tuple(ragged_rollout(seed) for seed in range(6)))
     engine = GroupEngine(model, memory_budget=1e9)
     wanted = JacobianEngine(model).jacobians(group, PAPER)
-    original = module._backward
+    original = module.backward
     limit = 2
 
     def tight(segment: Any, cotangents: Any, inputs: Any, **options: Any) -> Any:
@@ -280,7 +280,7 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
         return original(segment, cotangents, inputs, **options)
 
     assert engine.unserved is None
-    monkeypatch.setattr(module, "_backward", tight)
+    monkeypatch.setattr(module, "backward", tight)
     with caplog.at_level(logging.WARNING, logger="cepo"):
         assert_same(engine.jacobians(group, PAPER), wanted, 1e-10)
     assert [record.getMessage() for record in caplog.records] == [

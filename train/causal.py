@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from transformers import TrainerCallback
+
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
 from cepo.jacobian.group import EngineName, check_engine, new_engine
 from cepo.jacobian.layouts import JudgeLayout, Layout, ReasonerLayout
@@ -168,12 +170,18 @@ class CausalReward:
                 _prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
             )
         ]
-        scores = score_rollouts(rollouts, self._engine, self.config, self.layout, task_rewards=task_rewards)
+        parts: dict[str, float] = {}
+        scores = score_rollouts(
+            rollouts, self._engine, self.config, self.layout, task_rewards=task_rewards, seconds=parts
+        )
         rewards: list[float | None] = [score.reward for score in scores]
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
         if log_metric is not None:
-            _log_means(log_metric, self.__name__, self._links, scores, task_rewards, time.perf_counter() - started)
+            _log_means(log_metric, self.__name__, self._links, scores, task_rewards)
+            log_metric(f"{self.__name__}/seconds", time.perf_counter() - started)
+            for part in ("links", "counterfactuals", "spectral"):
+                log_metric(f"{self.__name__}/seconds/{part}", parts.get(part, 0.0))
         if log_extra is not None:
             for link in self._links:
                 log_extra(
@@ -187,18 +195,55 @@ class CausalReward:
         return {**self.__dict__, "_trainer": None, "_engine": None, "_reader": None}
 
 
+def time_steps(trainer: Any) -> None:
+    """Have a TRL trainer log where each optimiser step's seconds go.
+
+    `time/step` in all; `time/generation` sampling; `time/rewards` all reward functions; `time/policy_update` forward,
+    backward and optimiser; the rest is TRL's own (old and reference log-probabilities, padding, logging).
+    """
+    spent: dict[str, float] = {}
+
+    def timing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+
+        return timed
+
+    for name in ("_generate", "_calculate_rewards", "_prepare_inputs"):
+        setattr(trainer, name, timing(name, getattr(trainer, name)))
+
+    class StepTimes(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            spent.clear()
+            spent["began"] = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            step = time.perf_counter() - spent["began"]
+            for name, seconds in {
+                "step": step,
+                "generation": spent.get("_generate", 0.0),
+                "rewards": spent.get("_calculate_rewards", 0.0),
+                "policy_update": step - spent.get("_prepare_inputs", 0.0),
+            }.items():
+                trainer._metrics["train"][f"time/{name}"].append(seconds)
+
+    trainer.add_callback(StepTimes())
+
+
 def _log_means(
     log_metric: Callable[[str, float], None],
     name: str,
     links: Iterable[str],
     scores: Sequence[RolloutScore],
     task_rewards: Sequence[float | None] | None,
-    seconds: float,
 ) -> None:
     """Log S over all completions, a malformed one as the 0 that it earns, and the other fields over the sound ones."""
     sound = [score for score in scores if score.malformed is None]
     log_metric(f"{name}/malformed", 1.0 - len(sound) / len(scores))
-    log_metric(f"{name}/seconds", seconds)
     known = [task for task in task_rewards or () if task is not None]
     if known:
         log_metric(f"{name}/task", sum(known) / len(known))

@@ -121,6 +121,8 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     import torch
     from trl import GRPOTrainer
 
+    from cepo.train.causal import time_steps
+
     output = Path(config.output)
     arguments = grpo_arguments(config)
     functions, weights = build_rewards(config)
@@ -166,6 +168,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     for function in functions:
         if hasattr(function, "bind"):
             function.bind(trainer)
+    time_steps(trainer)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         _write_text(output / _RUN, json.dumps(_settings(config), indent=2) + "\n")
