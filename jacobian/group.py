@@ -29,6 +29,7 @@ from cepo.jacobian.segment import (
 from cepo.jacobian.segments import Job, Stem, cut_all, enters_stem, stages
 from cepo.jacobian.targets import Term
 from cepo.jacobian.vjp import Answer, Engine, JacobianEngine, Pass, link_jacobians
+from cepo.kernels.launch import Implementation
 
 logger = logging.getLogger("cepo")
 
@@ -71,12 +72,22 @@ class GroupEngine:
         model: a causal LM, PEFT-wrapped or not.
         adapters: False runs the base model with its adapters disabled (PEFT models only).
         memory_budget: bytes that one call may add to what the model holds. None: half of what is free.
+        kernels: "torch" for plain PyTorch attention, "auto" for the Triton kernel where tensors are on CUDA, "triton" for
+            nothing else.
 
     Raises:
         ValueError: as `JacobianEngine`, or for a budget that is not positive.
     """
 
-    def __init__(self, model: Any, *, adapters: bool = True, memory_budget: float | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        adapters: bool = True,
+        memory_budget: float | None = None,
+        kernels: Implementation = "torch",
+    ) -> None:
+        self._kernels = kernels
         self._oracle = JacobianEngine(model, adapters=adapters)
         if memory_budget is not None and not memory_budget > 0:
             raise ValueError(f"memory_budget is {memory_budget!r}; expected a positive number of bytes, or None")
@@ -335,7 +346,15 @@ class GroupEngine:
         differentiated: bool,
     ) -> Segment:
         return run_segment(
-            self._model, self._oracle.forward, ids, starts, past, past_lengths, head, differentiated=differentiated
+            self._model,
+            self._oracle.forward,
+            ids,
+            starts,
+            past,
+            past_lengths,
+            head,
+            differentiated=differentiated,
+            kernels=self._kernels,
         )
 
     def _new_run(self, jobs: Sequence[Job]) -> _Run:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term, sum_of_terms
 from cepo.kernels.attention import attend
+from cepo.kernels.launch import Implementation
 
 # Keys and values, layer by layer: key of layer 0, value of layer 0, key of layer 1 ... each (B, J, L, E).
 KeyValues = list[Tensor]
@@ -44,6 +45,7 @@ def run_segment(
     head: Sequence[tuple[int, int, Term]],
     *,
     differentiated: bool,
+    kernels: Implementation = "torch",
 ) -> Segment:
     """Run one segment of a batch.
 
@@ -56,6 +58,7 @@ def run_segment(
         past_lengths: real length of each rollout's past.
         head: (rollout, row, term) of each row that the head is wanted for.
         differentiated: whether to keep a graph from a leaf in the embeddings' place.
+        kernels: which attention, see `cepo.kernels.attention.attend`.
     """
     device = model.get_input_embeddings().weight.device
     tokens = max(map(len, ids))
@@ -68,7 +71,7 @@ def run_segment(
         device=device,
     )
     cache = _SegmentCache(
-        [piece for piece in past if piece], torch.tensor(past_lengths, device=device), max(past_lengths)
+        [piece for piece in past if piece], torch.tensor(past_lengths, device=device), max(past_lengths), kernels
     )
     segment = Segment(cache.keys_values, past)
     read = [(rollout, row) for rollout, row, _ in head]
@@ -153,9 +156,9 @@ def through_prefix_attention(model: Any) -> Iterator[None]:
 class _SegmentCache(Cache):
     """Takes the keys and values of a segment as its layers make them, and gives our attention what came before."""
 
-    def __init__(self, past: list[KeyValues], past_lengths_B: Tensor, length: int) -> None:
+    def __init__(self, past: list[KeyValues], past_lengths_B: Tensor, length: int, kernels: Implementation) -> None:
         super().__init__(layers=[])
-        self.past, self.past_lengths_B, self.length = past, past_lengths_B, length
+        self.past, self.past_lengths_B, self.length, self.kernels = past, past_lengths_B, length, kernels
         self.keys_values: KeyValues = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -204,6 +207,7 @@ def _attend(
         cache.past_lengths_B,
         scale=query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
+        implementation=cache.kernels,
     )
     return output_BHTE.transpose(1, 2), None
 
