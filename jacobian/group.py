@@ -72,8 +72,8 @@ class GroupEngine:
         model: a causal LM, PEFT-wrapped or not.
         adapters: False runs the base model with its adapters disabled (PEFT models only).
         memory_budget: bytes that one call may add to what the model holds. None: half of what is free.
-        kernels: "torch" for plain PyTorch attention, "auto" for the Triton kernel where tensors are on CUDA, "triton" for
-            nothing else.
+        kernels: "torch" for plain PyTorch attention, "auto" for the Triton kernel where tensors are on CUDA, "triton"
+            for nothing else.
 
     Raises:
         ValueError: as `JacobianEngine`, or for a budget that is not positive.

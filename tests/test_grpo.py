@@ -88,6 +88,12 @@ def test_killed_and_started_again_ends_with_the_same_weights(judge: Path, tmp_pa
     logs = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     steps = [log["step"] for log in logs if "rewards/causal/mean" in log]
     assert steps == [1, 2, 3, 4, 5, 6]  # each step once, none lost, none doubled
+    for log in (log for log in logs if "time/step" in log):  # where the seconds of a step go
+        parts = [log[f"time/{part}"] for part in ("generation", "rewards", "policy_update")]
+        assert all(part > 0.0 for part in parts)
+        assert sum(parts) <= log["time/step"]
+        spent = [log[f"causal/seconds/{part}"] for part in ("links", "counterfactuals", "spectral")]
+        assert sum(spent) <= log["causal/seconds"] <= log["time/rewards"]
     assert "causal/X->Y/phi" in logs[0] or logs[0]["causal/malformed"] == 1.0
 
 

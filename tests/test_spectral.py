@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cepo.kernels.selected import expected_value, selected_log_likelihood, selected_log_odds
-from cepo.kernels.spectral import frobenius_energy, project_out, spectral_share
+from cepo.kernels.spectral import frobenius_energy, project_out, spectral_share, spectral_shares, top_right_vectors
 
 ROUNDING = 1e-12
 
@@ -232,3 +232,41 @@ def test_expected_value() -> None:
     assert float(expected_value(logits_V, torch.tensor([1]), torch.tensor([4.0]))) == 4.0
     sure = expected_value(1e4 * logits_V, torch.tensor([0, 3]), torch.tensor([2.0, 7.0]))
     assert float(sure) == 7.0
+
+
+def test_a_batch_equals_its_members() -> None:
+    """Matrices of several sizes and orientations in one call give what each gives alone; zeros stay zeros."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(5, 9), (9, 5), (5, 5), (1, 9), (5, 9), (12, 12), (5, 9)]
+    jacs_SD = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    jacs_SD[4] = torch.zeros(5, 9, dtype=torch.float64)
+    assert spectral_shares(jacs_SD) == [spectral_share(jac_SD) for jac_SD in jacs_SD]
+    assert spectral_shares([]) == []
+    for rank in (0, 1, 3):
+        for jac_SD, basis_RD in zip(jacs_SD, top_right_vectors(jacs_SD, rank), strict=True):
+            alone_RD = top_right_vectors([jac_SD], rank)[0]
+            assert torch.equal(basis_RD, alone_RD)
+            assert len(basis_RD) == min(rank, int(torch.linalg.matrix_rank(jac_SD)))
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "steep", "gap", "pairs"])
+def test_top_vectors_of_hard_spectra(spectrum: str) -> None:
+    """Where the block iteration does not converge, the full decomposition answers; the residual tells."""
+    generator = torch.Generator().manual_seed(0)
+    size = 40
+    sigma_N = {
+        "flat": torch.linspace(1.0, 0.97, size),
+        "steep": torch.logspace(0, -7, size),
+        "gap": torch.cat([torch.tensor([1.0, 1e-5]), torch.full((size - 2,), 1e-7)]),
+        "pairs": torch.linspace(1.0, 0.1, size // 2).repeat_interleave(2),
+    }[spectrum].double()
+    left_NN = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    right_ND = torch.linalg.qr(torch.randn(60, size, generator=generator, dtype=torch.float64)).Q.T
+    matrix_ND = left_NN @ (sigma_N[:, None] * right_ND)
+    (basis_RD,) = top_right_vectors([matrix_ND], 2)
+    assert basis_RD.shape == (2, 60)
+    assert torch.allclose(basis_RD @ basis_RD.T, torch.eye(2, dtype=torch.float64), atol=1e-12)
+    held = float((matrix_ND @ basis_RD.T).square().sum() / matrix_ND.square().sum())
+    assert held == pytest.approx(float(sigma_N[:2].square().sum() / sigma_N.square().sum()), rel=1e-10)
+    wanted_DD = right_ND[:2].T @ right_ND[:2]
+    assert torch.allclose(basis_RD.T @ basis_RD, wanted_DD, atol=1e-6)
