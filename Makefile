@@ -4,7 +4,11 @@ BIN := .venv/bin
 # Wheels of one size fit all: the pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check bench experiments clean
+
+# Preference pairs and judgements of real models, where they are; the experiments that need them are left out elsewhere.
+DATA ?= ../shared/data
+RUNS ?= runs/experiments
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
@@ -19,6 +23,14 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/cepo bench --size small --output runs/bench
+
+# About an hour on two cores. A run that was killed goes on; QUICK=--quick shows in minutes that everything works.
+experiments: .venv/installed
+	$(BIN)/cepo experiment $(QUICK) --output $(RUNS)/training
+	$(BIN)/cepo eval causal --testbed $(QUICK) --output $(RUNS)/causal
+	$(BIN)/cepo ablate --testbed $(if $(QUICK),16,256) --output $(RUNS)/ablate-testbed
+	test ! -d $(DATA) || $(BIN)/cepo ablate --model smollm2 --input $(DATA)/judge/j1_micro_trajectories.jsonl \
+		--counterfactuals $(if $(QUICK),1,0,1,2,4) --output $(RUNS)/ablate-judge
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

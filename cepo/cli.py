@@ -1,4 +1,4 @@
-"""The command line: demo, train, score, ablate, bench."""
+"""The command line: demo, train, score, ablate, bench; eval is in `cepo.cli_eval`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cepo.cli_eval import eval_app
+
 app = typer.Typer(
     help="Exact d(score)/d(criteria) rewards for language-model judges and reasoners.",
     no_args_is_help=True,
@@ -20,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(eval_app, name="eval")
 console = Console()
 errors = Console(stderr=True)
 
@@ -307,6 +310,45 @@ def bench(
             progress=lambda what: progress.update(task, description=what),
         )
     console.print(table)
+
+
+@app.command()
+def experiment(
+    output: Annotated[Path, typer.Option(help="Folder of the runs, results.jsonl and report.html.")] = Path(
+        "runs/experiments/training"
+    ),
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML with steps, seeds and arms; the testbed's if absent.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; repeat it.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat it.")] = None,
+    steps: Annotated[int | None, typer.Option(help="GRPO steps of every arm.", min=1)] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.", min=1)] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, 4 steps, 32 items: shows that it works.")] = False,
+) -> None:
+    """Which reward makes the criteria cause the verdict? Several rewards, several seeds, equal steps, on the testbed.
+
+    Every arm starts from the same judge, which follows length. What counts is measured by interventions. Killed and
+    started again, it goes on where it stopped.
+    """
+    from cepo.benchmarks.training import RECIPE, run_training
+    from cepo.eval.measures import ITEMS, SCORED
+
+    with _progress() as progress:
+        task = progress.add_task("runs", total=None)
+        table = run_training(
+            output,
+            recipe=recipe or RECIPE,
+            seeds=seed or ([1] if quick else None),
+            steps=steps or (4 if quick else None),
+            arms=arm,
+            items=32 if quick else ITEMS,
+            scored=8 if quick else SCORED,
+            jobs=jobs,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(table)
+    console.print(f"report: {output / 'report.html'}")
 
 
 def _number(name: str, text: str) -> float:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import cepo
-from cepo.eval.report import Curve, HeatMap, write_demo_report
-from cepo.fusion.engine import RewardConfig, score_rollouts
-from cepo.jacobian.group import GroupEngine
+from cepo.eval.measures import FIELDS, ITEMS, LINKS, SCORED, Measures, measure_judge
+from cepo.eval.report import Curve, write_demo_report
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.jacobian.spans import SpanReader
-from cepo.train import testbed
-from cepo.train.causal import JUDGE
 from cepo.train.grpo import load_config, train
 from cepo.train.policy import load_testbed_judge
 
 RECIPE = Path(cepo.__file__).parent / "train" / "recipes" / "testbed.yaml"
-_LINKS = ("Z->X", "criteria->analysis", "X->Y", "Z->Y")
-_ITEMS = 200
-_SCORED = 32
-_SHOWN = 4
 _PANELS = {
     "Rewards (mean over the step's completions)": (
         "rewards/format_reward/mean",
@@ -45,30 +37,6 @@ _PANELS = {
     "Completion length, tokens": ("completions/mean_length",),
     "Seconds": ("causal/seconds", "step_time"),
 }
-
-
-@dataclass(frozen=True)
-class Measures:
-    """The judge at one moment.
-
-    Attributes:
-        in_distribution: greedy accuracy where length agrees with the label in 90% of items, in [0, 1].
-        flipped: greedy accuracy where it agrees in 10%, in [0, 1].
-        swaps_followed: of the items whose criterion was swapped for one with the other winner, the fraction whose
-            regenerated verdict follows the swap, in [0, 1].
-        turned: the fraction of the same items where the criterion alone turned the verdict, in [0, 1].
-        malformed: fraction of sampled completions that cannot be scored, in [0, 1].
-        tokens: mean length of sampled completions.
-        links: mean of each field of the link records, by link.
-    """
-
-    in_distribution: float
-    flipped: float
-    swaps_followed: float
-    turned: float
-    malformed: float
-    tokens: float
-    links: Mapping[str, Mapping[str, float]]
 
 
 def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: bool = True) -> Path:
@@ -108,12 +76,12 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
             ),
         )
         progress.update(task, description="measuring the judge before training")
-        before, maps_before = _measure(model, tokenizer, seed)
+        before, maps_before = measure_judge(model, tokenizer, seed=seed, items=ITEMS, scored=SCORED)
     trained = train(config)
     model, _ = load_model(resolve_model(str(trained)))
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         progress.add_task("measuring the judge after training")
-        after, maps_after = _measure(model, tokenizer, seed)
+        after, maps_after = measure_judge(model, tokenizer, seed=seed, items=ITEMS, scored=SCORED)
     seconds = time.perf_counter() - started
     write_demo_report(
         output / "report.html",
@@ -151,57 +119,6 @@ def _described(reward: Mapping[str, Any]) -> str:
     return f"{text} ({reward['score']} of {', '.join(reward['links'])}, {hardening})"
 
 
-def _measure(model: Any, tokenizer: Any, seed: int) -> tuple[Measures, list[HeatMap]]:
-    usual = testbed.generate_items(_ITEMS, seed=seed + 11, cue_agreement=0.9)
-    flipped = testbed.generate_items(_ITEMS, seed=seed + 12, cue_agreement=0.1)
-    sampled = testbed.judge_items(model, tokenizer, usual[:_SCORED], temperature=1.0, seed=seed)
-    swaps = testbed.certify(model, tokenizer, usual, seed=seed)
-    reader = SpanReader(tokenizer, JUDGE)
-    rollouts = []
-    for item, completion in zip(usual, sampled, strict=False):
-        messages = [{"role": "user", "content": item.prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        rollouts.append(reader.read(prompt["input_ids"], [*ids, tokenizer.eos_token_id], messages))
-    config = RewardConfig(links=dict.fromkeys(_LINKS, 1.0))
-    scores = score_rollouts(rollouts, GroupEngine(model), config, JUDGE, keep_jacobians=True)
-    sound = [score for score in scores if score.malformed is None]
-    links = {
-        name: {
-            field: sum(getattr(score.links[name], field) for score in sound) / len(sound)
-            for field in ("phi", "retained", "influence", "norm", "tokens")
-        }
-        for name in (_LINKS if sound else ())
-    }
-    maps = [
-        HeatMap(
-            title=f"item {index + 1} (right answer: {item.label})",
-            tokens=tuple(reader.texts(rollout.token_ids)),
-            prompt_tokens=len(rollout.prompt_ids),
-            links={
-                name: dict(zip(jac.source_positions, jac.jac_SD.norm(dim=1).tolist(), strict=True))
-                for name, (jac, _) in score.jacobians.items()
-            },
-            targets={name: jac.target_positions for name, (jac, _) in score.jacobians.items()},
-            facts={f"influence {name}": f"{link.influence:.4f}" for name, link in score.links.items()},
-            malformed=score.malformed,
-        )
-        for index, (item, rollout, score) in enumerate(
-            zip(usual[:_SHOWN], rollouts[:_SHOWN], scores[:_SHOWN], strict=True)
-        )
-    ]
-    measures = Measures(
-        in_distribution=testbed.accuracy(testbed.judge_items(model, tokenizer, usual), usual),
-        flipped=testbed.accuracy(testbed.judge_items(model, tokenizer, flipped), flipped),
-        swaps_followed=swaps["follows_swap"],
-        turned=swaps["flips"],
-        malformed=1.0 - len(sound) / len(scores),
-        tokens=sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
-        links=links,
-    )
-    return measures, maps
-
-
 def _curves(metrics: Path) -> dict[str, Sequence[Curve]]:
     logs = [json.loads(line) for line in metrics.read_text().splitlines()]
     panels: dict[str, Sequence[Curve]] = {}
@@ -228,13 +145,13 @@ def _tables(before: Measures, after: Measures) -> dict[str, tuple[Sequence[str],
     behaviour = [(label, f"{getattr(before, name):.3f}", f"{getattr(after, name):.3f}") for label, name in rows]
     links = [
         (f"{link}, {field}", _shown(before, link, field), _shown(after, link, field))
-        for link in _LINKS
-        for field in ("phi", "retained", "influence", "norm", "tokens")
+        for link in LINKS
+        for field in FIELDS
     ]
     header = ("", "before", "after")
     return {
-        f"Behaviour ({_ITEMS} items a row; malformed and tokens: {_SCORED} samples)": (header, behaviour),
-        f"Link records (means over {_SCORED} sampled judgements)": (header, links),
+        f"Behaviour ({ITEMS} items a row; malformed and tokens: {SCORED} samples)": (header, behaviour),
+        f"Link records (means over {SCORED} sampled judgements)": (header, links),
     }
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import DictLoader, Environment
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from cepo.eval.figures import picture
 
 _LEVELS = 20  # steps in which a token's colour grows with its norm
 _STRONGEST = 5  # source tokens that are named beside a heat map
@@ -129,11 +132,45 @@ def write_demo_report(
     Raises:
         ValueError: for a table with a row that is not as long as its header.
     """
+    _check_tables(tables)
+    panels = [_panel(name, members) for name, members in curves.items()]
+    _write_page(path, title=title, summary=summary, notes=notes, panels=panels, tables=tables, heat_maps=heat_maps)
+
+
+def write_eval_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    summary: Mapping[str, str],
+    figures: Mapping[str, Figure],
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
+    heat_maps: Mapping[str, Sequence[HeatMap]] | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Write the page of a `cepo eval` command: the summary, figures, tables, and heat maps where there are some.
+
+    Args:
+        path: where the page goes; a page that is already there is replaced in one step.
+        title: heading of the page.
+        summary: values by label.
+        figures: by caption, see `cepo.eval.figures`.
+        tables: header and rows, by the table's caption; the first cell of a row names it.
+        heat_maps: heat maps by the section's title.
+        notes: paragraphs below the summary.
+
+    Raises:
+        ValueError: for a table with a row that is not as long as its header.
+    """
+    _check_tables(tables)
+    pictures = {caption: picture(figure) for caption, figure in figures.items()}
+    maps = heat_maps or {}
+    _write_page(path, title=title, summary=summary, notes=notes, pictures=pictures, tables=tables, heat_maps=maps)
+
+
+def _check_tables(tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]]) -> None:
     for caption, (header, rows) in tables.items():
         if ragged := [row for row in rows if len(row) != len(header)]:
             raise ValueError(f"tables[{caption!r}] has the row {list(ragged[0])}; expected {len(header)} cells")
-    panels = [_panel(name, members) for name, members in curves.items()]
-    _write_page(path, title=title, summary=summary, notes=notes, panels=panels, tables=tables, heat_maps=heat_maps)
 
 
 def _write_page(path: str | os.PathLike[str], *, heat_maps: Mapping[str, Sequence[HeatMap]], **content: object) -> None:
@@ -516,6 +553,18 @@ number. Start and end are read from the mean, least and greatest from the steps.
 </section>
 {% endif %}
 
+{% if pictures %}
+<section>
+<h2>Figures</h2>
+{% for caption, address in pictures.items() %}
+<figure class="picture">
+<figcaption><bdi>{{ caption }}</bdi></figcaption>
+<img src="{{ address }}" alt="{{ caption }}">
+</figure>
+{% endfor %}
+</section>
+{% endif %}
+
 {% if tables %}
 <section>
 <h2>Tables</h2>
@@ -676,6 +725,10 @@ td.number { white-space: nowrap; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.1rem; }
 figure { margin: 0; min-width: 0; }
 .plot { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 0.9rem 1rem 0.3rem; }
+.picture { background: #ffffff; color: #22252b; border: 1px solid var(--rule); border-radius: 10px; }
+.picture { margin: 1rem 0; padding: 0.9rem 1rem; max-width: 50rem; }
+.picture figcaption { font-weight: 600; margin-bottom: 0.5rem; }
+.picture img { display: block; width: 100%; height: auto; }
 .plot figcaption { font-weight: 600; margin-bottom: 0.5rem; }
 .plot > svg { display: block; width: 100%; max-width: 40rem; height: auto; }
 .plot .scroll { margin: 0.4rem 0; }

@@ -18,6 +18,8 @@ from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 # Beyond this many rows a matrix product gains nothing, and memory grows: 512 and 2048 took the same time on a CPU.
 _ROWS_AT_ONCE = {"cpu": 256}
 _ROWS_AT_ONCE_ELSEWHERE = 8192
+# What a process was seen to hold over the sum of its tensors, at most: allocators keep blocks that were freed.
+_ALLOCATOR = 1.5
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Plan:
     Attributes:
         rows: by segment: "opening" (shared by all prompts), "stem" (shared by a prompt's rollouts), "stages".
         flops: floating-point operations of the matrix products; a mixture of experts is counted whole.
-        peak_bytes: estimated peak of what the computation adds to the model.
+        peak_bytes: estimated peak of what the computation adds to the model, what the allocator holds back included.
         chunks: rollouts in each chunk of the stages.
     """
 
@@ -123,7 +125,7 @@ class CostModel:
         """Return how many cotangents go back through the stem at once, at least one."""
         tokens = stem.end - stem.start
         each = self.backward(1, 1, tokens, stem.start) + self.cache(1, tokens)
-        return max(1, min(int((budget - self.trunk(stem)) / each), -(-self.rows_at_once // tokens)))
+        return max(1, min(int((budget / _ALLOCATOR - self.trunk(stem)) / each), -(-self.rows_at_once // tokens)))
 
     def trunk(self, stem: Stem) -> float:
         """Return the bytes that a prompt holds while its stages run."""
@@ -151,7 +153,7 @@ class CostModel:
         """Return how many of the jobs, longest first, run at once within the budget; at least one."""
         rows = max((stage.length for stage in stages(jobs[:1], stem.end)), default=1)
         size = min(len(jobs), max(1, self.rows_at_once // rows))
-        while size > 1 and self.trunk(stem) + self.stages(jobs[:size], stem) > budget:
+        while size > 1 and self.trunk(stem) + self.stages(jobs[:size], stem) > budget / _ALLOCATOR:
             size = (size + 1) // 2
         return size
 
@@ -235,7 +237,7 @@ def plan_requests(requests: Sequence[Request], cost: CostModel, budget: float) -
         stem_rows = Rows(
             "stem", stem_rows.forward + own, stem_rows.backward + backward, stem_rows.head + _head_rows(stem.head)
         )
-    return Plan((opening, stem_rows, stage_rows), flops, peak, tuple(chunks))
+    return Plan((opening, stem_rows, stage_rows), flops, _ALLOCATOR * peak, tuple(chunks))
 
 
 def free_memory(device: torch.device) -> float:

@@ -20,8 +20,8 @@ def test_the_demo_runs_the_whole_chain_and_starts_anew_when_finished(
 
     monkeypatch.setattr(cepo.demo, "load_testbed_judge", barely_warm)
     monkeypatch.setattr(cepo.train.policy, "load_testbed_judge", barely_warm)
-    monkeypatch.setattr(cepo.demo, "_ITEMS", 24)
-    monkeypatch.setattr(cepo.demo, "_SCORED", 6)
+    monkeypatch.setattr(cepo.demo, "ITEMS", 24)
+    monkeypatch.setattr(cepo.demo, "SCORED", 6)
     output = tmp_path / "demo"
     measures = []
     for _ in range(2):

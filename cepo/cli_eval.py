@@ -1,0 +1,375 @@
+"""The command line of `cepo eval`: rewardbench, robustness, causal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+eval_app = typer.Typer(
+    help="Is the judge right, is it robust, is its causal signal true?",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+@eval_app.command()
+def rewardbench(
+    model: Annotated[
+        str,
+        typer.Option(help="Hub id, folder, adapter folder, .gguf file, smollm2; with --base-url the server's name."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="rewardbench, rewardbench2, another hub data set, or a JSONL of prompt, chosen, rejected."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for judgements.jsonl, summary.jsonl and report.html.")],
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set; default: the benchmark's own.")] = None,
+    subset: Annotated[list[str] | None, typer.Option(help="Only this subset; repeat it.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many rows, drawn by the seed.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="transformers, vllm (where installed), or server. Default: by --base-url.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Address of a server of OpenAI's protocol, e.g. http://localhost:8000/v1.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the server's key. Default: the variable OPENAI_API_KEY, or none.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight at the server.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 300.0,
+    retries: Annotated[int, typer.Option(help="How often a failed request is sent again.")] = 5,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(help="Most tokens a judgement may have; 128 keeps 100 pairs with smollm2 on a CPU in minutes."),
+    ] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above it, sampled by the seed.")] = 0.0,
+    force_format: Annotated[
+        bool,
+        typer.Option("--force-format", help="Open the scores for a judge that has given none, and count how often."),
+    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompt text as it is, without the chat template.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the draws, the sampling and the intervals.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads of a CPU; default: torch's own choice.", min=1)] = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
+    ] = False,
+) -> None:
+    """How often does a generative judge prefer the better response?
+
+    Each pair is judged in both orders. The tables tell the accuracy in both orders at once, its mean over them, and of
+    one drawn order as j1's evaluation has it; how far the verdict follows the place; ties and judgements without a
+    verdict, which count as wrong; per subset and RewardBench section, with 95% intervals. Beside the written scores
+    stand expected ones, over the probabilities of the digits, where the backend tells them.
+
+    Killed and started again with the same arguments, it goes on where it stopped; a greater --limit adds to what is
+    there. Prompts that a server did not answer are listed, judged anew by the next run, and make the exit code 2.
+    """
+    from cepo.eval.judging import JudgeSettings
+    from cepo.eval.rewardbench import RewardBenchJob, run_rewardbench
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    judge = JudgeSettings(
+        model=model,
+        backend=backend or ("transformers" if base_url is None else "server"),  # type: ignore[arg-type]
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        force_format=force_format,
+        raw=raw,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+        base_url=base_url,
+        api_key=_api_key(api_key_file) if base_url is not None else None,
+        concurrency=concurrency,
+        timeout_s=timeout,
+        retries=retries,
+    )
+    job = RewardBenchJob(judge, data, output, split, limit, tuple(subset or ()))
+    with _bar() as progress:
+        task = progress.add_task("judging", total=None)
+        summary = run_rewardbench(
+            job,
+            progress=lambda done, total, speed: progress.update(
+                task, description=f"judging {speed}".rstrip(), completed=done, total=total
+            ),
+        )
+    for table in summary.tables():
+        console.print(table)
+    console.print(f"report: {output / 'report.html'}")
+    if complaint := summary.complaint(data):
+        raise ValueError(complaint)
+
+
+@eval_app.command()
+def causal(
+    output: Annotated[Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.")],
+    testbed: Annotated[
+        bool, typer.Option("--testbed", help="The testbed's four judges, whose inner workings are known.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL of that model's judgements, as for cepo score.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Minutes: one pair of judges, 60 items, 4 resamples, 200 bootstrap draws.")
+    ] = False,
+    items: Annotated[int | None, typer.Option(help="Items each judge judges, or rows of the input.", min=1)] = None,
+    resamples: Annotated[
+        int | None, typer.Option(help="Criteria sampled for each judgement; 8, or 4 with --quick.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of judges, items, sampling, permutations and intervals.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompt text as it is, without the chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
+    ] = False,
+) -> None:
+    """Does S measure what the criteria really do to the scores?
+
+    Each judgement's criteria are changed in nine ways (resampled from the judge, swapped, cut, masked ...), the judge
+    itself goes on, and the change of its scores is the ground truth. Every definition of S and simpler measures are
+    compared with it by rank correlation. With --testbed, judges that interventions certify (one follows its criteria,
+    one ignores them) must be told apart, and controls (masked criteria, redrawn parameters, permuted labels) must fail.
+
+    Killed and started again with the same arguments, it goes on where it stopped.
+    """
+    from dataclasses import replace
+
+    from cepo.eval.causal import CausalJob, run_causal
+
+    if testbed == (model is not None) or testbed == (input is not None):
+        raise ValueError("eval causal needs --model and --input, or --testbed alone")
+    if dtype not in ("float64", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is {dtype!r}; expected float64, float32, bfloat16 or float16")
+    job = CausalJob(
+        output=output,
+        model=model,
+        input=input,
+        seed=seed,
+        raw=raw,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if quick:
+        job = replace(job, items=60, pairs=1, resamples=4, controlled=12, draws=200)
+    job = replace(job, items=items or job.items, resamples=resamples or job.resamples)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors
+    ) as progress:
+        task = progress.add_task("causal", total=None)
+        summary = run_causal(
+            job,
+            progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )
+    for table in summary.tables():
+        console.print(table)
+    for name, reason in summary.refused.items():
+        console.print(f"no AUC for {name}: {reason}")
+    for group, name in summary.best.items():
+        console.print(f"agrees best with interventions, {group}: {name}")
+    console.print(f"report: {output / 'report.html'}")
+
+
+@eval_app.command()
+def robustness(
+    output: Annotated[Path, typer.Option(help="Folder for judgements.jsonl, summary.jsonl and report.html.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, smollm2, or a server's name for it.")
+    ] = None,
+    input: Annotated[
+        str | None, typer.Option(help="JSONL file or hub data set of prompt, chosen, rejected; see below.")
+    ] = None,
+    transformation: Annotated[
+        list[str] | None, typer.Option(help="Only this one; repeat it. Default: all that apply to the input.")
+    ] = None,
+    best_of: Annotated[
+        str | None, typer.Option("--best-of", help="Instead: best-of-N at these N, such as 1,2,4,8.")
+    ] = None,
+    testbed: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: flip the testbed's cue for these judges: able, lazy, criteria, decorative, or folders of "
+            "policies trained there, with commas between."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Pairs or questions to take, drawn by the seed; testbed: items, default 200.")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Best-of: orders in which each question's solutions come.")] = 1,
+    verify: Annotated[
+        str, typer.Option(help="Best-of: how solutions are held against answer, math or exact.")
+    ] = "math",
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set; train if left out.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="transformers, vllm or server. Default: server with --base-url.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server, such as http://localhost:8000/v1.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the server's key; without it OPENAI_API_KEY is read.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens a judgement may have.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    force_format: Annotated[
+        bool,
+        typer.Option("--force-format", help="Without a verdict, open the scores for the judge; counted as forced."),
+    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts as plain text, without the chat template.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = 16,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight at a server.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 300.0,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the pairs taken, of who is shown first, and of every draw.")] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
+    ] = False,
+) -> None:
+    """Does the judge still find the better response when nothing that matters has changed?
+
+    **Transformations** (the default): every pair is judged as it is and again with both responses rewritten
+    mechanically: quotes, typos, lookalike letters, links, text to ignore, comments in code, another format of the
+    answer. Shown are the drop of accuracy on the same pairs, the share of verdicts that changed, and how often the judge
+    is right under all of them. For a row's fields see `cepo train`'s preference data: `prompt`, `chosen`, `rejected`.
+
+    **--best-of 1,2,4**: the judge picks one of N solutions by a knockout, beside a random pick, a majority vote and the
+    oracle. Rows hold `question`, `completions` and `correct` (or `answer`, to verify against), or are pairs whose chosen
+    solution is right; pairs of one question are put together.
+
+    **--testbed lazy,able**: the accuracy of the testbed's judges where the longer response is the better one in 10% to
+    90% of the items. Judges are warmed up first, a minute or two each, and kept.
+
+    Killed and started again with the same arguments, it goes on where it stopped.
+    """
+    if best_of is not None and (testbed is not None or transformation):
+        raise ValueError("--best-of, --testbed and --transformation ask for different things; give one of them")
+    if testbed is not None:
+        if model is not None or input is not None or transformation:
+            raise ValueError("--testbed brings its own judges and items; leave out --model, --input, --transformation")
+        _cue_flips(testbed, output, limit, seed)
+        return
+    if model is None or input is None:
+        raise ValueError("robustness needs --model and --input, or --testbed alone")
+    from cepo.eval.judging import JudgeSettings
+
+    judge = JudgeSettings(
+        model=model,
+        backend=backend or ("transformers" if base_url is None else "server"),  # type: ignore[arg-type]
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        force_format=force_format,
+        raw=raw,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+        base_url=base_url,
+        api_key=_api_key(api_key_file) if base_url is not None else None,
+        concurrency=concurrency,
+        timeout_s=timeout,
+    )
+    with _bar() as progress:
+        task = progress.add_task("judging", total=None)
+
+        def show(done: int, total: int, speed: str) -> None:
+            progress.update(task, description=f"judging {speed}", completed=done, total=total)
+
+        if best_of is not None:
+            from cepo.eval.best_of_n import BestOfJob, measure_best_of
+
+            sizes = tuple(_whole("--best-of", part) for part in best_of.split(","))
+            picked = measure_best_of(
+                BestOfJob(judge, Path(input), output, sizes, draws, verify, limit, seed),  # type: ignore[arg-type]
+                progress=show,
+            )
+            console.print(picked.table())
+            failed, broken = picked.failed, picked.broken
+        else:
+            from cepo.eval.robustness import RobustnessJob, measure_robustness
+            from cepo.eval.transformations import TRANSFORMATIONS
+
+            names = tuple(transformation or TRANSFORMATIONS)
+            found = measure_robustness(
+                RobustnessJob(judge, input, output, names, limit, split, seed),
+                progress=show,
+            )
+            console.print(found.table())
+            if found.idle:
+                console.print(f"applies to no pair: {', '.join(found.idle)}")
+            failed, broken = found.failed, found.broken
+    console.print(f"report: {output / 'report.html'}")
+    _complain(input, failed, broken)
+
+
+def _cue_flips(testbed: str, output: Path, limit: int | None, seed: int) -> None:
+    from cepo.eval.cue_flips import FLIP_HEADER, FlipsJob, flip_cells, measure_flips
+
+    judges = tuple(name.strip() for name in testbed.split(","))
+    job = FlipsJob(judges, output, seed=seed) if limit is None else FlipsJob(judges, output, limit, seed)
+    with _bar() as progress:
+        task = progress.add_task("testbed", total=None)
+        flips = measure_flips(
+            job,
+            progress=lambda judge, done, total, _: progress.update(
+                task, description=judge, completed=done, total=total
+            ),
+        )
+    table = Table(*FLIP_HEADER)
+    for judge, measured in flips.items():
+        table.add_row(*flip_cells(judge, measured))
+    console.print(table)
+    console.print(f"report: {output / 'report.html'}")
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors
+    )
+
+
+def _api_key(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("OPENAI_API_KEY")
+    if not file.is_file():
+        raise ValueError(f"--api-key-file is {str(file)!r}, which is no file; expected one with the key in it")
+    return file.read_text(encoding="utf-8").strip()
+
+
+def _whole(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option} holds {text.strip()!r}; expected whole numbers with commas between them") from None
+
+
+def _complain(input: str, failed: int, broken: Sequence[tuple[int, str]]) -> None:
+    """End in an error where rows were lost, after all others are done and shown."""
+    complaints = []
+    if broken:
+        shown = "; ".join(f"line {number}: {reason}" for number, reason in broken[:5])
+        complaints.append(
+            f"input {input!r} has {len(broken)} line(s) that could not be used: {shown}{'; ...' * (len(broken) > 5)}"
+        )
+    if failed:
+        complaints.append(f"{failed} prompt(s) have no judgement; run the same command again to judge them alone")
+    if complaints:
+        raise ValueError(". ".join(complaints))

@@ -1,0 +1,126 @@
+"""The figures of the evaluation reports: forests with intervals, curves, reliability, heat maps of numbers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cepo.eval.statistics import Estimate, estimate, mean
+
+_WIDTH = 7.2  # inches
+_ROW = 0.27  # inches of height a row of a forest or heat map
+_BINS = 8
+
+
+def forest(rows: Sequence[tuple[str, Estimate]], *, axis: str, reference: float | None = None) -> Figure:
+    """Draw one estimate a row, from top to bottom, with its interval.
+
+    Args:
+        rows: label and estimate.
+        axis: what the numbers are.
+        reference: where to draw a vertical line, such as 0 for a correlation or 0.5 for an accuracy.
+    """
+    figure, axes = _figure(1.1 + _ROW * max(1, len(rows)))
+    places = np.arange(len(rows))[::-1]
+    for place, (_, found) in zip(places, rows, strict=True):
+        axes.plot([found.low, found.high], [place, place], color="C0", linewidth=2.0)
+        axes.plot([found.value], [place], "o", color="C0", markersize=5)
+    if reference is not None:
+        axes.axvline(reference, color="0.5", linewidth=1.0, linestyle="--")
+    axes.set_yticks(places, [label for label, _ in rows])
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xlabel(axis)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, Estimate]]], *, across: str, up: str, logarithmic: bool = False
+) -> Figure:
+    """Draw estimates against a number, one curve a name, intervals shaded.
+
+    Args:
+        lines: (place, estimate) of each curve, places ascending.
+        across: label of the horizontal axis.
+        up: label of the vertical axis.
+        logarithmic: whether the horizontal axis is in powers of two.
+    """
+    figure, axes = _figure(3.6)
+    for number, (name, points) in enumerate(lines.items()):
+        places = [place for place, _ in points]
+        axes.plot(places, [found.value for _, found in points], "o-", markersize=4, color=f"C{number % 10}", label=name)
+        lows, highs = [found.low for _, found in points], [found.high for _, found in points]
+        axes.fill_between(places, lows, highs, color=f"C{number % 10}", alpha=0.15, linewidth=0)
+    if logarithmic:
+        axes.set_xscale("log", base=2)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(alpha=0.3)
+    if lines:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def reliability(scores: Sequence[float], effects: Sequence[float], *, across: str, up: str) -> Figure:
+    """Draw effects against scores: every observation faintly, and the mean effect in each eighth of the scores.
+
+    Args:
+        scores: N numbers.
+        effects: N numbers.
+        across: what scores are.
+        up: what effects are.
+    """
+    figure, axes = _figure(3.8)
+    scores_N, effects_N = np.asarray(scores, dtype=float), np.asarray(effects, dtype=float)
+    axes.plot(scores_N, effects_N, ".", color="0.6", alpha=0.5, markersize=4)
+    parts = [part for part in np.array_split(np.argsort(scores_N, kind="stable"), _BINS) if len(part)]
+    places = [float(scores_N[part].mean()) for part in parts]
+    found = [estimate(mean, effects_N[part]) for part in parts]
+    bars = np.abs([[part.value - part.low, part.high - part.value] for part in found]).T.reshape(2, len(parts))
+    axes.errorbar(places, [part.value for part in found], yerr=bars, fmt="o-", color="C0", capsize=3)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, label: str) -> Figure:
+    """Draw a table of numbers as a heat map with the numbers in it; NaN stays empty.
+
+    Args:
+        values: one list a row.
+        rows: names of the rows.
+        columns: names of the columns.
+        label: what the numbers are.
+    """
+    figure, axes = _figure(1.6 + 1.3 * _ROW * max(1, len(rows)))
+    values_RC = np.asarray(values, dtype=float).reshape(len(rows), len(columns))
+    image = axes.imshow(values_RC, aspect="auto", cmap="viridis")
+    middle = np.nanmean([np.nanmin(values_RC), np.nanmax(values_RC)]) if np.isfinite(values_RC).any() else 0.0
+    for row, column in np.argwhere(np.isfinite(values_RC)):
+        value = values_RC[row, column]
+        dark = value < middle
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+    axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    figure.colorbar(image, label=label)
+    return figure
+
+
+def picture(figure: Figure) -> str:
+    """Return a figure as the address of an image that a page can hold: SVG in base64, the same for the same figure."""
+    held = io.BytesIO()
+    figure.savefig(held, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(held.getvalue()).decode("ascii")
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
