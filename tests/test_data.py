@@ -212,6 +212,17 @@ def test_arguments_out_of_range_are_named(tmp_path: Path, arguments: dict[str, A
         load_preferences(write_lines(tmp_path / "rows.jsonl", pairs(3)), **arguments)
 
 
+def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
+    """A CPU trains on short prompts only; the whole prompt counts, and nothing vanishes unseen."""
+    path = write_lines(tmp_path / "q.jsonl", [{"question": "q" * n, "answer": "1"} for n in (1, 50)])
+    whole = len(load_reasoning(path, test_fraction=0.0).train[0]["prompt"][0]["content"])
+    split = load_reasoning(path, test_fraction=0.0, max_characters=whole)
+    assert [len(row["question"]) for row in split.train] == [1]
+    assert split.skipped == ((2, f"the prompt has over {whole} characters"),)
+    with pytest.raises(ValueError, match="max_characters is 0"):
+        load_reasoning(path, max_characters=0)
+
+
 def test_conversations_are_reduced_to_a_query_and_two_responses(tmp_path: Path) -> None:
     """Protects the shapes in which the hub publishes preferences."""
     single = {

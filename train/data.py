@@ -54,6 +54,7 @@ def load_preferences(
     seed: int = 0,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
+    max_characters: int | None = None,
 ) -> DataSplit:
     """Load preference pairs as prompts for a judge.
 
@@ -69,6 +70,7 @@ def load_preferences(
         seed: Of the positions and of the split.
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls prompt, chosen or rejected, e.g. {"prompt": "instruction"}.
+        max_characters: Leave out rows whose whole prompt, instructions and all, is longer; None for no limit.
 
     Returns:
         Data sets with the columns prompt (messages), label ("A" or "B", where the chosen one stands), query,
@@ -78,8 +80,8 @@ def load_preferences(
         ValueError: If an argument is out of range, the source can't be read, a column is missing or no row is usable.
     """
     names = _rename(("prompt", "chosen", "rejected"), columns)
-    _check_ranges(test_fraction, limit)
-    rows, skipped = _collect(source, split, limit, lambda row: _preference(row, names, seed))
+    _check_ranges(test_fraction, limit, max_characters)
+    rows, skipped = _collect(source, split, limit, lambda row: _short(_preference(row, names, seed), max_characters))
     return _divide(rows, skipped, "query", _PREFERENCE_FEATURES, test_fraction, seed)
 
 
@@ -91,6 +93,7 @@ def load_reasoning(
     seed: int = 0,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
+    max_characters: int | None = None,
 ) -> DataSplit:
     """Load questions with reference answers as prompts for a reasoner.
 
@@ -103,6 +106,7 @@ def load_reasoning(
         seed: Of the split.
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls question or answer, e.g. {"question": "problem"}.
+        max_characters: Leave out rows whose whole prompt, instructions and all, is longer; None for no limit.
 
     Returns:
         Data sets with the columns prompt (messages), answer (text), question and id, and the rows that were skipped.
@@ -111,8 +115,8 @@ def load_reasoning(
         ValueError: If an argument is out of range, the source can't be read, a column is missing or no row is usable.
     """
     names = _rename(("question", "answer"), columns)
-    _check_ranges(test_fraction, limit)
-    rows, skipped = _collect(source, split, limit, lambda row: _reasoning(row, names))
+    _check_ranges(test_fraction, limit, max_characters)
+    rows, skipped = _collect(source, split, limit, lambda row: _short(_reasoning(row, names), max_characters))
     return _divide(rows, skipped, "question", _REASONING_FEATURES, test_fraction, seed)
 
 
@@ -153,11 +157,21 @@ def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[Problem]]:
     return rows, problems
 
 
-def _check_ranges(test_fraction: float, limit: int | None) -> None:
+def _check_ranges(test_fraction: float, limit: int | None, max_characters: int | None) -> None:
     if not 0.0 <= test_fraction <= 1.0:
         raise ValueError(f"test_fraction is {test_fraction}; expected a fraction in [0, 1]")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1, or None for all rows")
+    if max_characters is not None and max_characters < 1:
+        raise ValueError(f"max_characters is {max_characters}; expected at least 1, or None for no limit")
+
+
+def _short(row: Row, max_characters: int | None) -> Row:
+    """Return the row; ValueError if its prompt is too long."""
+    length = sum(len(message["content"]) for message in row["prompt"])
+    if max_characters is not None and length > max_characters:
+        raise ValueError(f"the prompt has over {max_characters} characters")
+    return row
 
 
 def _rename(needed: tuple[str, ...], columns: Mapping[str, str] | None) -> dict[str, str]:
