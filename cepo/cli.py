@@ -294,8 +294,15 @@ def bench(
     scaling: Annotated[bool, typer.Option(help="Also how cost grows with G, Lz, Lx and K.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: what the size is for.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="The Triton kernels and the engine on them instead; one GPU, 9 minutes.")
+    ] = False,
 ) -> None:
     """Throughput and memory of the group engine beside its peers, timed only where the values agree."""
+    if kernels:
+        from cepo.benchmarks.kernels import main as run_kernels
+
+        return run_kernels(output, "tiny" if device == "cpu" else "qwen3", device or "cuda", seed=seed)
     from cepo.benchmarks.throughput import run_benchmark
 
     with _progress() as progress:

@@ -27,9 +27,10 @@ from cepo.jacobian.segment import (
     through_prefix_attention,
 )
 from cepo.jacobian.segments import Job, Stem, cut_all, enters_stem, stages
+from cepo.jacobian.swaps import Swaps, find_swaps, swapped
 from cepo.jacobian.targets import Term
 from cepo.jacobian.vjp import Answer, Engine, JacobianEngine, Pass, link_jacobians
-from cepo.kernels.launch import Implementation
+from cepo.kernels.launch import Implementation, takes_over
 
 logger = logging.getLogger("cepo")
 
@@ -37,7 +38,14 @@ logger = logging.getLogger("cepo")
 EngineName = Literal["group", "autograd"]
 
 
-def new_engine(name: EngineName, model: Any, *, adapters: bool = True, memory_budget: float | None = None) -> Engine:
+def new_engine(
+    name: EngineName,
+    model: Any,
+    *,
+    adapters: bool = True,
+    memory_budget: float | None = None,
+    kernels: Implementation = "torch",
+) -> Engine:
     """Return the group engine, or the oracle, for a model.
 
     Raises:
@@ -46,7 +54,7 @@ def new_engine(name: EngineName, model: Any, *, adapters: bool = True, memory_bu
     check_engine(name)
     if name == "autograd":
         return JacobianEngine(model, adapters=adapters)
-    return GroupEngine(model, adapters=adapters, memory_budget=memory_budget)
+    return GroupEngine(model, adapters=adapters, memory_budget=memory_budget, kernels=kernels)
 
 
 def check_engine(name: str) -> None:
@@ -72,11 +80,11 @@ class GroupEngine:
         model: a causal LM, PEFT-wrapped or not.
         adapters: False runs the base model with its adapters disabled (PEFT models only).
         memory_budget: bytes that one call may add to what the model holds. None: half of what is free.
-        kernels: "torch" for plain PyTorch attention, "auto" for the Triton kernel where tensors are on CUDA, "triton"
-            for nothing else.
+        kernels: "torch" for plain PyTorch; "auto" for the Triton kernels where the model is on CUDA and they agree with
+            the oracle in a trial; "triton" for them, refused where they cannot run. See `cepo.jacobian.swaps`.
 
     Raises:
-        ValueError: as `JacobianEngine`, or for a budget that is not positive.
+        ValueError: as `JacobianEngine`, or for a budget that is not positive, or kernels that cannot be had.
     """
 
     def __init__(
@@ -87,7 +95,7 @@ class GroupEngine:
         memory_budget: float | None = None,
         kernels: Implementation = "torch",
     ) -> None:
-        self._kernels = kernels
+        self.kernels = kernels
         self._oracle = JacobianEngine(model, adapters=adapters)
         if memory_budget is not None and not memory_budget > 0:
             raise ValueError(f"memory_budget is {memory_budget!r}; expected a positive number of bytes, or None")
@@ -95,6 +103,8 @@ class GroupEngine:
         self._budget = memory_budget
         self._cost: CostModel | None = None
         self._unserved: str | None = None
+        self._swaps = Swaps()
+        takes_over(kernels, self._model.get_input_embeddings().weight)  # refuses what cannot be
 
     @property
     def width(self) -> int:
@@ -103,15 +113,23 @@ class GroupEngine:
 
     @property
     def unserved(self) -> str | None:
-        """Why the model is handed to the oracle, or None. Found by a look at its layers and a six-token trial."""
+        """Why the model is handed to the oracle, or None; by a look at its layers and a trial of twelve tokens."""
         if self._cost is None and self._unserved is None:
             with self._oracle.prepared():
-                self._unserved = self._why_unserved()
+                self._unserved = self._why_unserved(self.kernels)
+                if self._unserved is not None and self.kernels == "auto" and self._swaps != Swaps():
+                    logger.warning("the group engine goes on without kernels: %s", self._unserved)
+                    self._unserved = self._why_unserved("torch")
             if self._unserved is not None:
                 logger.warning(
                     "the group engine hands %s to the oracle: %s", type(self._model).__name__, self._unserved
                 )
         return self._unserved
+
+    @property
+    def swaps(self) -> Swaps:
+        """What the kernels take over of the model; nothing where the oracle serves it."""
+        return self._swaps if self.unserved is None else Swaps()
 
     def refusal(self, rollout: Rollout) -> str | None:
         """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
@@ -168,7 +186,7 @@ class GroupEngine:
                     logger.warning("the group engine hands a request to the oracle: %s", prompt.unserved[index])
                     yield from self._oracle.compute([requests[index]])
                     continue
-                with self._oracle.prepared(), through_prefix_attention(self._model):
+                with self._oracle.prepared(), through_prefix_attention(self._model), swapped(self._swaps):
                     if trunk is None and prompt.stem is not None:
                         if prompt.stem.opening and not opening:
                             opening = self._run_plain(prompt.stem.ids[: prompt.stem.opening], 0, [])
@@ -354,7 +372,7 @@ class GroupEngine:
             past_lengths,
             head,
             differentiated=differentiated,
-            kernels=self._kernels,
+            swaps=self._swaps,
         )
 
     def _new_run(self, jobs: Sequence[Job]) -> _Run:
@@ -375,7 +393,7 @@ class GroupEngine:
     def _budget_left(self) -> float:
         return self._budget if self._budget is not None else free_memory(self._device) / 2
 
-    def _why_unserved(self) -> str | None:
+    def _why_unserved(self, kernels: Implementation) -> str | None:
         """Return why the model cannot be run in segments, or None, with the cost model measured on the way."""
         if self._model.get_output_embeddings() is None:
             return "it has no output embeddings"
@@ -391,7 +409,8 @@ class GroupEngine:
         request = Request(Group((rollout,)), links)
         try:
             wanted = next(self._oracle.compute([request]))[0]
-            with through_prefix_attention(self._model):
+            self._swaps = find_swaps(self._model, self._oracle.forward, kernels)
+            with through_prefix_attention(self._model), swapped(self._swaps):
                 self._cost = self._measured_cost(rollout.token_ids)
                 (prompt,) = cut_all([request])
                 assert prompt.stem is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from cepo.jacobian.swaps import Swaps, sum_of_terms_through_head
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term, sum_of_terms
 from cepo.kernels.attention import attend
 from cepo.kernels.launch import Implementation
@@ -45,7 +46,7 @@ def run_segment(
     head: Sequence[tuple[int, int, Term]],
     *,
     differentiated: bool,
-    kernels: Implementation = "torch",
+    swaps: Swaps,
 ) -> Segment:
     """Run one segment of a batch.
 
@@ -58,7 +59,7 @@ def run_segment(
         past_lengths: real length of each rollout's past.
         head: (rollout, row, term) of each row that the head is wanted for.
         differentiated: whether to keep a graph from a leaf in the embeddings' place.
-        kernels: which attention, see `cepo.kernels.attention.attend`.
+        swaps: what the kernels take over; its forwards are in place already.
     """
     device = model.get_input_embeddings().weight.device
     tokens = max(map(len, ids))
@@ -71,7 +72,10 @@ def run_segment(
         device=device,
     )
     cache = _SegmentCache(
-        [piece for piece in past if piece], torch.tensor(past_lengths, device=device), max(past_lengths), kernels
+        [piece for piece in past if piece],
+        torch.tensor(past_lengths, device=device),
+        max(past_lengths),
+        swaps.attention,
     )
     segment = Segment(cache.keys_values, past)
     read = [(rollout, row) for rollout, row, _ in head]
@@ -85,7 +89,9 @@ def run_segment(
         segment.hidden_BTD = inputs[0]
         rows_PD = inputs[0][rows[:, 0], rows[:, 1]] if head else inputs[0][0, :0]
         captured.append(rows_PD)
-        return (rows_PD[None], *inputs[1:])
+        # Where the kernels form the targets, the model's own logits are of no rows.
+        put_in_PD = rows_PD if swaps.head == "torch" else rows_PD[:0]
+        return (put_in_PD[None], *inputs[1:])
 
     captured: list[Tensor] = []
     handles = [
@@ -108,7 +114,12 @@ def run_segment(
         for handle in handles:
             handle.remove()
     if head:
-        score = sum_of_terms(output.logits[0], [term for _, _, term in head])
+        terms = [term for _, _, term in head]
+        if swaps.head == "torch":
+            score = sum_of_terms(output.logits[0], terms)
+        else:
+            weight_VD = model.get_output_embeddings().weight
+            score = sum_of_terms_through_head(captured[0], weight_VD, terms, implementation=swaps.head)
         (segment.head_PD,) = torch.autograd.grad(score, captured)
     return segment
 
@@ -119,19 +130,23 @@ def backward(segment: Segment, cotangents: Cotangents, inputs: Sequence[Tensor],
     given = [
         (output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if cotangent is not None
     ]
-    count = len(given[0][1])
-    found = torch.autograd.grad(
-        [output for output, _ in given],
-        list(inputs),
-        [cotangent if count > 1 else cotangent[0] for _, cotangent in given],
-        retain_graph=keep,
-        allow_unused=True,
-        is_grads_batched=count > 1,
-    )
-    return [
-        like.new_zeros(count, *like.shape) if gradient is None else gradient if count > 1 else gradient[None]
-        for gradient, like in zip(found, inputs, strict=True)
-    ]
+
+    def pull(*cotangent: Tensor) -> tuple[Tensor, ...]:
+        # An input that nothing reaches has a gradient of zeros.
+        return torch.autograd.grad(
+            [output for output, _ in given],
+            list(inputs),
+            cotangent,
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    of_each = [cotangent_C for _, cotangent_C in given]
+    if len(of_each[0]) == 1:  # a batch of one would only cost the batching
+        return [gradient[None] for gradient in pull(*(cotangent_C[0] for cotangent_C in of_each))]
+    # Not is_grads_batched: that is PyTorch's older vmap, which knows no rule of a custom function, ours included.
+    return list(torch.func.vmap(pull)(*of_each))
 
 
 def leaves_of(keys_values: KeyValues, rollouts: int, differentiated: bool) -> KeyValues:

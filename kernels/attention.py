@@ -10,6 +10,8 @@ from torch import Tensor
 from cepo.kernels.cotangents import fold_cotangents, run_vjp
 from cepo.kernels.launch import Implementation, unit_last, use_triton
 
+HEAD_SIZES = (16, 128)  # smallest and largest that the kernels take
+
 
 def prefix_attention(
     query_BHTE: Tensor,
@@ -77,9 +79,9 @@ def attend(
 ) -> Tensor:
     """Return `prefix_attention` of the same arguments, by the Triton kernels where they apply: the door to both.
 
-    In Triton no score is ever in memory, and a batch of cotangents (`torch.func.vmap` over `torch.autograd.grad`, or
-    `is_grads_batched=True`) goes through each VJP kernel once. Gradients of the past are per rollout, and formed only
-    if the past requires grad: detach it where nobody asks. There is no second derivative.
+    In Triton no score is ever in memory, and a batch of cotangents (`torch.func.vmap` over `torch.autograd.grad`) goes
+    through each VJP kernel once. Gradients of the past are per rollout, and formed only if the past requires grad:
+    detach it where nobody asks. There is no second derivative.
 
     Args:
         query_BHTE: as in `prefix_attention`, and so all tensors; any strides.
@@ -182,5 +184,5 @@ def _check_shapes(
         raise ValueError(
             f"past_lengths_B must be int64 of shape ({rollouts},), got {past_lengths_B.dtype} of {past_lengths_B.shape}"
         )
-    if not 16 <= size <= 128:
+    if not HEAD_SIZES[0] <= size <= HEAD_SIZES[1]:
         raise ValueError(f"the Triton attention takes head sizes 16 to 128, got {size}; use implementation='torch'")

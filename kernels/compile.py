@@ -77,6 +77,7 @@ def all_variants(arch: int) -> Iterator[Variant]:
     from cepo.kernels.triton_attention import forward_variants
     from cepo.kernels.triton_attention_vjp import vjp_variants
     from cepo.kernels.triton_expected import expected_variants
+    from cepo.kernels.triton_gram import gram_variants
     from cepo.kernels.triton_head import head_variants
     from cepo.kernels.triton_layers import layer_variants
     from cepo.kernels.triton_projection import projection_variants
@@ -87,6 +88,7 @@ def all_variants(arch: int) -> Iterator[Variant]:
     yield from expected_variants(arch)
     yield from layer_variants(arch)
     yield from projection_variants(arch)
+    yield from gram_variants(arch)
 
 
 def compile_variant(variant: Variant, target: str) -> Compiled:

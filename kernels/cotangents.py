@@ -1,11 +1,9 @@
 """Batched backward: a batch of cotangents goes through a kernel once, as its C axis, instead of once each.
 
 A custom function's `backward` calls `run_vjp`, and its VJP is a second autograd function whose first arguments are the
-cotangents, with a leading C axis. Two kinds of vmap reach a backward pass, and both end in one launch:
-
-- `torch.func.vmap` over `torch.autograd.grad` asks the VJP function for its `vmap` rule, which is `fold_cotangents`;
-- `torch.autograd.grad(..., is_grads_batched=True)` still uses PyTorch's older vmap, which knows no rules for custom
-  functions and would hand them wrapped tensors without storage. `run_vjp` unwraps those and wraps the gradients again.
+cotangents, with a leading C axis. `torch.func.vmap` over `torch.autograd.grad` asks that second function for its `vmap`
+rule, which is `fold_cotangents`: one launch, whatever the batch. `torch.autograd.grad(..., is_grads_batched=True)` is
+PyTorch's older vmap: it knows no rules of custom functions, hands them tensors without storage, and is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-
-# is_grads_batched cannot be nested (a vmapped backward has no graph), so its vmap is the outermost: level 1.
-_LEVEL = 1
 
 
 def run_vjp(
@@ -35,22 +29,10 @@ def run_vjp(
         The gradients without the C axis (under a vmap: one logical gradient each).
 
     Raises:
-        RuntimeError: if a saved tensor is batched, or a cotangent is batched more than once.
+        RuntimeError: if a saved tensor is batched, or the batch is one of `is_grads_batched`.
     """
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    if any(isinstance(value, Tensor) and is_batched(value) for value in saved):
-        raise RuntimeError("batched backward through batched activations is not supported; batch the cotangents only")
-    batched = [cotangent is not None and is_batched(cotangent) for cotangent in cotangents]
-    if not any(batched):
-        gradients = vjp(*(None if cotangent is None else cotangent[None] for cotangent in cotangents), *saved)
-        return tuple(gradient[0] for gradient in gradients)
-    # A cotangent that is not batched comes out expanded to the batch: the size is read off one that is.
-    first = cotangents[batched.index(True)]
-    count = torch._remove_batch_dim(first, _LEVEL, 1, 0).shape[0]  # type: ignore[arg-type]
-    folded = [None if one is None else torch._remove_batch_dim(one, _LEVEL, count, 0) for one in cotangents]
-    if any(tensor is not None and is_batched(tensor) for tensor in folded):
-        raise RuntimeError("nested batched backward is not supported; fold the cotangents into one batch axis")
-    return tuple(torch._add_batch_dim(gradient, 0, _LEVEL) for gradient in vjp(*folded, *saved))
+    gradients = vjp(*(None if cotangent is None else cotangent[None] for cotangent in cotangents), *saved)
+    return tuple(gradient[0] for gradient in gradients)
 
 
 def fold_cotangents(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Implementation = Literal["auto", "torch", "triton"]
+SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,23 @@ def use_triton(implementation: Implementation, *tensors: Tensor) -> bool:
     if on_cuda:
         _interprets()  # raises where Triton is missing
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if tensor.is_floating_point() and tensor.dtype not in SERVED_DTYPES:
             raise ValueError(f"Triton kernels take float32, float16 or bfloat16, got {tensor.dtype}; use 'torch'")
     return True
+
+
+def takes_over(implementation: Implementation, tensor: Tensor) -> bool:
+    """Tell whether the kernels take over operations on tensors such as this one, for whom plain PyTorch is no error.
+
+    "auto" asks for CUDA, a dtype that they take and a GPU that is not too old, and is plain PyTorch otherwise.
+
+    Raises:
+        ValueError: as `use_triton`, but never for "auto".
+        RuntimeError: as `use_triton`.
+    """
+    if implementation == "auto" and (tensor.dtype not in SERVED_DTYPES or is_too_old(tensor.device)):
+        return False
+    return use_triton(implementation, tensor)
 
 
 def architecture(device: torch.device) -> int:
@@ -76,10 +91,15 @@ def architecture(device: torch.device) -> int:
         return 80  # the interpreter; any table will do
     if torch.version.hip is not None:
         return 80  # AMD: the smaller tiles
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise RuntimeError(f"the Triton kernels need compute capability 8.0 or later, got {major}.{minor}")
-    return 80 if major == 8 else 90
+    if is_too_old(device):
+        raise RuntimeError(f"the Triton kernels need compute capability 8.0 or later, {device} has an older one")
+    return 80 if torch.cuda.get_device_capability(device)[0] == 8 else 90
+
+
+def is_too_old(device: torch.device) -> bool:
+    """Tell whether a device is an NVIDIA GPU before compute capability 8.0."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] < 8
 
 
 def interpreted(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,9 +71,9 @@ def assert_close(got: Tensor, expected: Tensor, name: str = "") -> None:
     assert error <= bound, f"{name}: error {error:.3e} over the bound {bound:.3e}, {got.dtype}"  # NaN fails too
 
 
-def batched_gradients(output: Tensor, inputs: list[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients for a batch of cotangents by `is_grads_batched`."""
-    return torch.autograd.grad(output, inputs, cotangents, is_grads_batched=True, retain_graph=True)
+def batched_gradients(output: Any, inputs: list[Tensor], *cotangents: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients for a batch of cotangents as the engine asks for them."""
+    return torch.func.vmap(lambda *rows: torch.autograd.grad(output, inputs, rows, retain_graph=True))(*cotangents)
 
 
 def assert_gradients(operation: Callable[..., Tensor], inputs: list[Tensor], count: int) -> None:

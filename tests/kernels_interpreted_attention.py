@@ -159,3 +159,13 @@ def test_attention_refuses_what_it_would_read_wrongly(change: dict[int, tuple[in
         attend(*arguments, scale=0.125, implementation="triton")
     with pytest.raises(ValueError, match="float64"):
         attend(*(tensor.double() for tensor in tensors), lengths_B, scale=0.125, implementation="triton")
+
+
+def test_the_older_vmap_is_refused_not_read_wrongly() -> None:
+    """`is_grads_batched` would hand the kernels tensors without storage: an error, never numbers."""
+    from cepo.kernels.attention import attend
+
+    tensors, lengths_B = attention_inputs(1, 1, 1, 0, 5, 64, torch.float32)
+    output = attend(*tensors, lengths_B, scale=0.125, implementation="triton")
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(output, tensors[0], normal(9, 2, *output.shape), is_grads_batched=True)

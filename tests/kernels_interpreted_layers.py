@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels_checks import DTYPES, assert_close, assert_gradients, normal
+from tests.kernels_checks import DTYPES, assert_close, assert_gradients, batched_gradients, normal
 
 LAYER_CASES = [
     (dtype, shape, count)
@@ -45,13 +45,7 @@ def test_rms_norm_equals_the_definition(
     assert_close(outputs[0].detach(), normed.detach(), "normed")
     cotangents = [normal(3 + i, count, *shape, dtype=dtype) for i in range(2)]
     for used in ([0], [1], [0, 1]):
-        got = torch.autograd.grad(
-            [outputs[i] for i in used],
-            [hidden, residual],
-            [cotangents[i] for i in used],
-            is_grads_batched=True,
-            retain_graph=True,
-        )
+        got = batched_gradients([outputs[i] for i in used], [hidden, residual], *(cotangents[i] for i in used))
         true = torch.zeros(count, *shape, dtype=torch.float64)
         if 0 in used:
             rows = [torch.autograd.grad(normed, leaf, row.double(), retain_graph=True)[0] for row in cotangents[0]]
@@ -193,3 +187,64 @@ def test_projection_of_what_lies_in_the_subspace_and_strides() -> None:
         project_out_batch(jac, shared[:1], implementation="triton")
     with pytest.raises(ValueError, match="ranks up to 64"):
         project_out_batch(jac, torch.zeros(2, 65, 64), implementation="triton")
+
+
+BOUND_CASES = [
+    *((dtype, 20, 100) for dtype in DTYPES),
+    (torch.float32, 100, 20),
+    (torch.float32, 1, 64),
+    (torch.float32, 70, 90),  # several tiles of the Gram matrix, the last ones ragged
+]
+
+
+@pytest.mark.parametrize(("dtype", "rows", "size"), BOUND_CASES, ids=str)
+def test_spectral_bounds_are_those_of_the_definition(
+    dtype: torch.dtype, rows: int, size: int, launches: Counter[str]
+) -> None:
+    """Against float64: a flat spectrum, one direction, two nearly equal ones, tiny entries, a zero matrix."""
+    from cepo.kernels.projection import spectral_bounds
+
+    flat = normal(0, rows, size, dtype=torch.float64)
+    left, right = normal(1, rows, 1, dtype=torch.float64), normal(2, 1, size, dtype=torch.float64)
+    pair = left @ right + 0.99 * left.flip(0) @ right.roll(size // 2, 1)
+    scale = 1e-3 if dtype == torch.float16 else 1e-25
+    matrices = torch.stack([flat, left @ right, pair, flat * scale, 0 * flat]).to(dtype)
+    lower, upper = spectral_bounds(matrices, implementation="triton")
+    for place, matrix in enumerate(matrices):
+        exact = torch.linalg.svdvals(matrix.double()).square()
+        phi = float(exact[0] / exact.sum().clamp_min(1e-300))
+        assert 0.0 <= float(lower[place]) <= float(upper[place]) <= 1.0
+        assert float(upper[place] - lower[place]) <= 1e-5 * float(upper[place])
+        assert float(lower[place]) * (1 - 2e-6) <= phi <= float(upper[place]) * (1 + 2e-6)
+    true = spectral_bounds(matrices.double(), implementation="torch")
+    for mine, theirs in zip((lower, upper), true, strict=True):
+        assert float(((mine - theirs).abs() / theirs.clamp_min(1e-300)).max()) <= 1.2e-5
+    alone = [spectral_bounds(matrix[None], implementation="triton") for matrix in matrices]
+    assert torch.equal(torch.cat([one for one, _ in alone]), lower)  # whatever stands beside it
+    assert set(launches) == {"gram_kernel"}
+
+
+def test_bounds_of_residuals_and_refusals(launches: Counter[str]) -> None:
+    """Projection and bounds in one call equal the plain path's; strides; a matrix that is not finite says so."""
+    from cepo.kernels.projection import project_out_bounded, spectral_bounds
+
+    jac = normal(0, 3, 40, 130)[..., ::2]
+    basis = torch.linalg.qr(normal(1, 3, 65, 4, dtype=torch.float64)).Q.mT.float()
+    got = project_out_bounded(jac, basis, implementation="triton")
+    true = project_out_bounded(jac.double(), basis.double(), implementation="torch")
+    assert_close(got.residual_NSD, true.residual_NSD, "residual")
+    for name in ("energy_N", "residual_energy_N", "lower_N", "upper_N"):
+        mine, theirs = getattr(got, name), getattr(true, name)
+        assert mine.dtype == torch.float64
+        assert float(((mine - theirs) / theirs).abs().max()) < 1.2e-5, name
+    assert launches["project_out_kernel"] == 1
+    assert launches["gram_kernel"] >= 2
+    broken = jac.clone()
+    broken[1, 0, 0] = float("inf")
+    lower, upper = spectral_bounds(broken, implementation="triton")
+    assert lower.isnan().tolist() == upper.isnan().tolist() == [False, True, False]
+    for wrong in (jac[0], jac[:, :0]):
+        with pytest.raises(ValueError, match=r"matrices \(N, S, D\)"):
+            spectral_bounds(wrong, implementation="triton")
+    with pytest.raises(ValueError, match="tolerance is 0"):
+        spectral_bounds(jac, tolerance=0.0, implementation="triton")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainerCallback
 
@@ -14,6 +14,7 @@ from cepo.jacobian.layouts import JudgeLayout, Layout, ReasonerLayout
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.spans import SpanReader
 from cepo.jacobian.vjp import Engine
+from cepo.kernels.launch import Implementation
 from cepo.train.prompts import JUDGE_LITERALS, REASONING_LITERALS
 
 TaskReward = Callable[..., Sequence[float | None]]
@@ -56,6 +57,7 @@ class CausalReward:
         pool: "none", or "group": one nuisance subspace for all completions of a prompt that the process holds. Cheaper,
             and less exact: see the README before using it.
         engine: "group", or "autograd", the oracle.
+        kernels: of the group engine: "torch", "auto" (Triton where the policy is on CUDA) or "triton".
         memory_gib: what the group engine may add to the model's memory, in GiB; None for half of what is free.
         layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
         scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
@@ -83,6 +85,7 @@ class CausalReward:
         influence: bool = True,
         pool: str = "none",
         engine: EngineName = "group",
+        kernels: Implementation = "torch",
         memory_gib: float | None = None,
         layout: Layout = JUDGE,
         scorer: Any = None,
@@ -106,7 +109,10 @@ class CausalReward:
         check_engine(engine)
         if memory_gib is not None and not memory_gib > 0:
             raise ValueError(f"memory_gib is {memory_gib!r}; expected a positive number of GiB, or None")
+        if kernels not in get_args(Implementation):
+            raise ValueError(f"kernels is {kernels!r}; expected one of {', '.join(get_args(Implementation))}")
         self.engine: EngineName = engine
+        self.kernels = kernels
         self.memory_gib = memory_gib
         self._links = [link.name for link in self.config.parsed_links(layout)]
         self.task = task
@@ -138,7 +144,9 @@ class CausalReward:
         model = trainer.model if self.scorer is None else self.scorer
         if isinstance(model, str):
             model, _ = load_model(resolve_model(model), device=str(trainer.accelerator.device))
-        self._engine = new_engine(self.engine, model, memory_budget=self.memory_gib and self.memory_gib * 2**30)
+        self._engine = new_engine(
+            self.engine, model, memory_budget=self.memory_gib and self.memory_gib * 2**30, kernels=self.kernels
+        )
         self.config.check_width(self._engine.width)
         self._reader = SpanReader(_tokenizer(trainer), self.layout)
         self._trainer = trainer
