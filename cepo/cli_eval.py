@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +49,7 @@ def rewardbench(
     retries: Annotated[int, typer.Option(help="How often a failed request is sent again.")] = 5,
     max_new_tokens: Annotated[
         int,
-        typer.Option(help="Most tokens a judgement may have; 128 keeps 100 pairs with smollm2 on a CPU in minutes."),
+        typer.Option(help="Most tokens a judgement may have; on a CPU, 32 to 128 keep 100 pairs within minutes."),
     ] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above it, sampled by the seed.")] = 0.0,
     force_format: Annotated[
@@ -113,8 +113,7 @@ def rewardbench(
     for table in summary.tables():
         console.print(table)
     console.print(f"report: {output / 'report.html'}")
-    if complaint := summary.complaint(data):
-        raise ValueError(complaint)
+    _complain(data, summary.not_judged, summary.broken)
 
 
 @eval_app.command()
@@ -152,6 +151,7 @@ def causal(
     from dataclasses import replace
 
     from cepo.eval.causal import CausalJob, run_causal
+    from cepo.eval.causal_report import console_tables
 
     if testbed == (model is not None) or testbed == (input is not None):
         raise ValueError("eval causal needs --model and --input, or --testbed alone")
@@ -170,15 +170,13 @@ def causal(
     if quick:
         job = replace(job, items=60, pairs=1, resamples=4, controlled=12, draws=200)
     job = replace(job, items=items or job.items, resamples=resamples or job.resamples)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors
-    ) as progress:
+    with _bar() as progress:
         task = progress.add_task("causal", total=None)
         summary = run_causal(
             job,
             progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
         )
-    for table in summary.tables():
+    for table in console_tables(summary):
         console.print(table)
     for name, reason in summary.refused.items():
         console.print(f"no AUC for {name}: {reason}")
@@ -194,7 +192,8 @@ def robustness(
         str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, smollm2, or a server's name for it.")
     ] = None,
     input: Annotated[
-        str | None, typer.Option(help="JSONL file or hub data set of prompt, chosen, rejected; see below.")
+        str | None,
+        typer.Option("--input", "--data", help="JSONL file or hub data set; see below for what a row holds."),
     ] = None,
     transformation: Annotated[
         list[str] | None, typer.Option(help="Only this one; repeat it. Default: all that apply to the input.")
@@ -216,7 +215,8 @@ def robustness(
     verify: Annotated[
         str, typer.Option(help="Best-of: how solutions are held against answer, math or exact.")
     ] = "math",
-    split: Annotated[str | None, typer.Option(help="Split of a hub data set; train if left out.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set; default: the benchmark's own.")] = None,
+    subset: Annotated[list[str] | None, typer.Option(help="Only this subset of the pairs; repeat it.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="transformers, vllm or server. Default: server with --base-url.")
     ] = None,
@@ -236,6 +236,8 @@ def robustness(
     batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = 16,
     concurrency: Annotated[int, typer.Option(help="Requests in flight at a server.")] = 8,
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 300.0,
+    retries: Annotated[int, typer.Option(help="How often a failed request is sent again.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads of a CPU; default: torch's own choice.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the pairs taken, of who is shown first, and of every draw.")] = 0,
@@ -247,18 +249,23 @@ def robustness(
 
     **Transformations** (the default): every pair is judged as it is and again with both responses rewritten
     mechanically: quotes, typos, lookalike letters, links, text to ignore, comments in code, another format of the
-    answer. Shown are the drop of accuracy on the same pairs, the share of verdicts that changed, and how often the judge
-    is right under all of them. For a row's fields see `cepo train`'s preference data: `prompt`, `chosen`, `rejected`.
+    answer. Shown are the drop of accuracy on the same pairs, the share of verdicts that changed, and how often the
+    judge is right under all of them. A row holds `prompt`, `chosen` and `rejected`, and may hold `subset`;
+    `rewardbench` and `rewardbench2` are known by these names.
 
     **--best-of 1,2,4**: the judge picks one of N solutions by a knockout, beside a random pick, a majority vote and the
-    oracle. Rows hold `question`, `completions` and `correct` (or `answer`, to verify against), or are pairs whose chosen
-    solution is right; pairs of one question are put together.
+    oracle. Rows hold `question`, `completions` and `correct` (or `answer`, to verify against), or are pairs whose
+    chosen solution is right; pairs of one question are put together.
 
     **--testbed lazy,able**: the accuracy of the testbed's judges where the longer response is the better one in 10% to
     90% of the items. Judges are warmed up first, a minute or two each, and kept.
 
     Killed and started again with the same arguments, it goes on where it stopped.
     """
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     if best_of is not None and (testbed is not None or transformation):
         raise ValueError("--best-of, --testbed and --transformation ask for different things; give one of them")
     if testbed is not None:
@@ -268,6 +275,8 @@ def robustness(
         return
     if model is None or input is None:
         raise ValueError("robustness needs --model and --input, or --testbed alone")
+    if best_of is not None and (split is not None or subset):
+        raise ValueError("--best-of reads a JSONL file without splits or subsets; leave out --split and --subset")
     from cepo.eval.judging import JudgeSettings
 
     judge = JudgeSettings(
@@ -286,6 +295,7 @@ def robustness(
         api_key=_api_key(api_key_file) if base_url is not None else None,
         concurrency=concurrency,
         timeout_s=timeout,
+        retries=retries,
     )
     with _bar() as progress:
         task = progress.add_task("judging", total=None)
@@ -309,10 +319,12 @@ def robustness(
 
             names = tuple(transformation or TRANSFORMATIONS)
             found = measure_robustness(
-                RobustnessJob(judge, input, output, names, limit, split, seed),
+                RobustnessJob(judge, input, output, names, limit, split, tuple(subset or ()), seed),
                 progress=show,
             )
             console.print(found.table())
+            if found.forced:
+                console.print(f"forced, for want of a verdict: {found.forced} of {found.judgements}")
             if found.idle:
                 console.print(f"applies to no pair: {', '.join(found.idle)}")
             failed, broken = found.failed, found.broken
@@ -321,7 +333,7 @@ def robustness(
 
 
 def _cue_flips(testbed: str, output: Path, limit: int | None, seed: int) -> None:
-    from cepo.eval.cue_flips import FLIP_HEADER, FlipsJob, flip_cells, measure_flips
+    from cepo.eval.cue_flips import FlipsJob, flip_table, measure_flips
 
     judges = tuple(name.strip() for name in testbed.split(","))
     job = FlipsJob(judges, output, seed=seed) if limit is None else FlipsJob(judges, output, limit, seed)
@@ -333,9 +345,10 @@ def _cue_flips(testbed: str, output: Path, limit: int | None, seed: int) -> None
                 task, description=judge, completed=done, total=total
             ),
         )
-    table = Table(*FLIP_HEADER)
-    for judge, measured in flips.items():
-        table.add_row(*flip_cells(judge, measured))
+    header, rows = flip_table(flips)
+    table = Table(*header)
+    for cells in rows:
+        table.add_row(*cells)
     console.print(table)
     console.print(f"report: {output / 'report.html'}")
 
@@ -361,15 +374,17 @@ def _whole(option: str, text: str) -> int:
         raise ValueError(f"{option} holds {text.strip()!r}; expected whole numbers with commas between them") from None
 
 
-def _complain(input: str, failed: int, broken: Sequence[tuple[int, str]]) -> None:
+def _complain(input: str, failed: Mapping[str, int], broken: Sequence[tuple[int, str]]) -> None:
     """End in an error where rows were lost, after all others are done and shown."""
     complaints = []
     if broken:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in broken[:5])
-        complaints.append(
-            f"input {input!r} has {len(broken)} line(s) that could not be used: {shown}{'; ...' * (len(broken) > 5)}"
-        )
+        more = "; ..." if len(broken) > 5 else ""
+        complaints.append(f"input {input!r} has {len(broken)} line(s) that could not be used: {shown}{more}")
     if failed:
-        complaints.append(f"{failed} prompt(s) have no judgement; run the same command again to judge them alone")
+        shown = "; ".join(f"{reason} ({count}x)" for reason, count in list(failed.items())[:3])
+        complaints.append(f"{sum(failed.values())} prompt(s) could not be judged: {shown}")
     if complaints:
-        raise ValueError(". ".join(complaints))
+        raise ValueError(
+            f"{'. '.join(complaints)}. Everything else was judged; mend this and run the same command again"
+        )

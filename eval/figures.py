@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -116,7 +117,9 @@ def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
 def picture(figure: Figure) -> str:
     """Return a figure as the address of an image that a page can hold: SVG in base64, the same for the same figure."""
     held = io.BytesIO()
-    figure.savefig(held, format="svg", metadata={"Date": None})
+    # Without a salt of our own, the ids of clipping paths and markers are drawn at random.
+    with rc_context({"svg.hashsalt": "cepo"}):
+        figure.savefig(held, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(held.getvalue()).decode("ascii")
 
 

@@ -597,7 +597,7 @@ number. Start and end are read from the mean, least and greatest from the steps.
 </section>
 {% endif %}
 
-{% if sections | selectattr("maps") | list %}
+{% if sections | map(attribute="maps") | sum(start=()) | selectattr("links") | list %}
 <aside class="key-box" aria-label="How to read the heat maps">
 <p>A heat map shows one link, source → target. A source token is <mark class="h12">coloured</mark> by the L2 norm of \
 its row of the Jacobian, the gradient of the target's score at that token's embedding. The colour is linear in the \

@@ -110,7 +110,8 @@ def estimates(
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(draws):
-        rows = np.concatenate([members[label] for label in rng.integers(len(members), size=len(members))])
+        labels_drawn = rng.integers(len(members), size=len(members))
+        rows = labels_drawn if clusters is None else np.concatenate([members[label] for label in labels_drawn])
         drawn.append(np.ravel(statistic(*(array[rows] for array in arrays))))
     tail = (1.0 - level) / 2.0
     found = []

@@ -232,13 +232,13 @@ def _divide(
 
 
 def _preference(row: Row, names: Mapping[str, str], seed: int) -> Row:
-    before_chosen, chosen = _response(row, names["chosen"])
-    before_rejected, rejected = _response(row, names["rejected"])
+    before_chosen, chosen = read_response(row, names["chosen"])
+    before_rejected, rejected = read_response(row, names["rejected"])
     if before_chosen != before_rejected:
         raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} answer different conversations")
     if chosen == rejected:
         raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} are the same")
-    query = before_chosen if before_chosen and names["prompt"] not in row else _dialogue(row, names["prompt"])
+    query = before_chosen if before_chosen and names["prompt"] not in row else read_dialogue(row, names["prompt"])
     chosen_first = _digest("position", seed, query, chosen, rejected) % 2 == 0
     response_a, response_b = (chosen, rejected) if chosen_first else (rejected, chosen)
     return {
@@ -252,7 +252,7 @@ def _preference(row: Row, names: Mapping[str, str], seed: int) -> Row:
 
 
 def _reasoning(row: Row, names: Mapping[str, str]) -> Row:
-    question = _dialogue(row, names["question"])
+    question = read_dialogue(row, names["question"])
     answer = _column(row, names["answer"])
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         # 18.0 is what a table makes of 18.
@@ -266,7 +266,7 @@ def _reasoning(row: Row, names: Mapping[str, str]) -> Row:
     }
 
 
-def _response(row: Row, column: str) -> tuple[str, str]:
+def read_response(row: Row, column: str) -> tuple[str, str]:
     """Return the conversation before a response, "" where the column is plain text, and the response."""
     value = _column(row, column)
     if not isinstance(value, list):
@@ -278,7 +278,8 @@ def _response(row: Row, column: str) -> tuple[str, str]:
     return _join(turns[: spoken[-1]]), turns[spoken[-1]][1]
 
 
-def _dialogue(row: Row, column: str) -> str:
+def read_dialogue(row: Row, column: str) -> str:
+    """Return a prompt: text as it is, of messages one turn as it is and several with their roles."""
     value = _column(row, column)
     return _join(_turns(value, column)) if isinstance(value, list) else _checked_text(value, column)
 

@@ -1,0 +1,409 @@
+r"""Mechanical transformations of a preference pair that leave alone which response is better.
+
+Each is a pure function `(pair, random) -> pair`, or None where it does not apply. They change the responses, never the
+prompt, and never what a response says: prose is transformed outside code, formulas and links; a program is transformed
+only where its syntax tree stays the same; an answer moves between two formats and stays what it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import random
+import re
+import string
+import tokenize
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import TypeAlias
+
+# What no transformation of prose may touch: code, formulas, links and addresses, tags, LaTeX commands.
+_PROTECTED = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]+`|\[asy\].*?\[/asy\]|\$\$.*?\$\$|\$[^$\n]+\$|\\\[.*?\\\]|\\\(.*?\\\)|\\boxed\s*\{[^\n]*\}"
+    r"|(?:https?://|www\.)\S+|\S+@\S+|<[^<>\n]+>|\\[A-Za-z]+",
+    re.DOTALL,
+)
+_FENCE = re.compile(
+    r"(?P<opening>^```(?P<language>[\w+#.-]*)[ \t]*\n)(?P<code>.*?)(?P<closing>^```[ \t]*$)", re.S | re.M
+)
+_WORD = re.compile(r"(?<![\w'’-])[A-Za-z]{4,}(?![\w'’-])")
+_PUNCTUATION = re.compile(r"(?<=[^\W\d_])([,.;:!?])(?=\s|\Z)")
+_CODE_LINE = re.compile(
+    r"[{;]\s*$|^\s*[})][})\];,]*\s*$|^\s*(?:if|for|while)\s*\("
+    r"|^\s*(?:#include|import|package|using|def|class|fn|func|function|const|let|var|return)\b.*[^.?!]$"
+)
+_ANSWER_HEADER = re.compile(r"\n*^# Answer[ \t]*\n\s*(?P<answer>\S.*?)\s*\Z", re.DOTALL | re.MULTILINE)
+_RATE = 0.1  # share of the words, or of the letters that have a lookalike, that are changed
+_CODE_SHARE = 0.4  # of the lines, from which on a text is a program
+_HANDLE_LENGTH, _LINK_LENGTH = 8, 10
+_LOOKALIKES = dict(zip("aceijopsxyABCEHIJKMOPSTXY", "асеіјорѕхуАВСЕНІЈКМОРЅТХҮ", strict=True))  # Latin: Cyrillic
+_IGNORED = "The harbour was quiet that morning, and the boats had not yet come in."
+_BOX = "\\boxed{"
+_RUN_TOGETHER = re.compile(r"[\w\"']{2}")
+_UNWRITTEN = frozenset({tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair.
+
+    Attributes:
+        prompt: what was asked.
+        chosen: the better response.
+        rejected: the worse response.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+Transformation: TypeAlias = Callable[[Pair, random.Random], Pair | None]
+
+
+def transform(name: str, pair: Pair, *, seed: int) -> Pair | None:
+    """Apply a transformation by name.
+
+    What is drawn depends on the name, the seed and the pair alone, never on the other rows.
+
+    Args:
+        name: one of `TRANSFORMATIONS`.
+        pair: what to transform.
+        seed: of the draws.
+
+    Returns:
+        The transformed pair, or None where the transformation does not apply or would change nothing.
+
+    Raises:
+        ValueError: for an unknown name.
+
+    Source:
+        Wu et al., reWordBench: benchmarking and improving the robustness of reward models with transformed inputs
+        (2025). Its mechanical transformations are followed in kind; where it draws or words things, this file does so
+        in its own way, and paraphrases, translations and jailbreaks are left out.
+    """
+    check_names([name])
+    content = json.dumps([name, seed, pair.prompt, pair.chosen, pair.rejected]).encode()
+    draws = random.Random(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
+    changed = TRANSFORMATIONS[name](pair, draws)
+    return None if changed == pair else changed
+
+
+def check_names(names: list[str] | tuple[str, ...]) -> None:
+    """Raise ValueError unless all names are transformations, each once."""
+    unknown = [name for name in names if name not in TRANSFORMATIONS]
+    if unknown:
+        raise ValueError(f"transformation is {unknown[0]!r}; expected one of {', '.join(TRANSFORMATIONS)}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"transformation names {twice[0]} twice; expected each once")
+
+
+def add_quotes(pair: Pair, _: random.Random) -> Pair | None:
+    """Put each response in quotation marks. For prose."""
+    return _each(pair, lambda text: f'"{text}"') if _is_prose(pair) else None
+
+
+def space_punctuation(pair: Pair, _: random.Random) -> Pair | None:
+    """Put a space before the punctuation that ends a word. For prose."""
+    if not _is_prose(pair):
+        return None
+    return _each(pair, lambda text: _outside(text, lambda part: _PUNCTUATION.sub(r" \1", part)))
+
+
+def append_handle(pair: Pair, draws: random.Random) -> Pair | None:
+    """Append one drawn user name, such as @k3J0aPq2, to both responses. For prose."""
+    handle = "@" + _draw_characters(draws, _HANDLE_LENGTH)
+    return _each(pair, lambda text: f"{text} {handle}") if _is_prose(pair) else None
+
+
+def append_link(pair: Pair, draws: random.Random) -> Pair | None:
+    """Append one drawn short link, such as https://t.co/k3J0aPq2Zx, to both responses. For prose."""
+    link = "https://t.co/" + _draw_characters(draws, _LINK_LENGTH)
+    return _each(pair, lambda text: f"{text} {link}") if _is_prose(pair) else None
+
+
+def swap_characters(pair: Pair, draws: random.Random) -> Pair | None:
+    """Swap two neighbouring inner letters in a tenth of the words. For prose."""
+
+    def swap(word: str) -> str:
+        places = [place for place in range(1, len(word) - 2) if word[place] != word[place + 1]]
+        if not places:
+            return word
+        place = draws.choice(places)
+        return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
+
+    return _change_words(pair, draws, swap)
+
+
+def substitute_characters(pair: Pair, draws: random.Random) -> Pair | None:
+    """Replace an inner letter by another one in a tenth of the words. For prose."""
+
+    def substitute(word: str) -> str:
+        place = draws.randrange(1, len(word) - 1)
+        other = draws.choice([letter for letter in string.ascii_lowercase if letter != word[place].lower()])
+        return word[:place] + other + word[place + 1 :]
+
+    return _change_words(pair, draws, substitute)
+
+
+def insert_characters(pair: Pair, draws: random.Random) -> Pair | None:
+    """Insert a letter inside a tenth of the words. For prose."""
+
+    def insert(word: str) -> str:
+        place = draws.randrange(1, len(word))
+        return word[:place] + draws.choice(string.ascii_lowercase) + word[place:]
+
+    return _change_words(pair, draws, insert)
+
+
+def delete_characters(pair: Pair, draws: random.Random) -> Pair | None:
+    """Delete an inner letter in a tenth of the words. For prose."""
+
+    def delete(word: str) -> str:
+        place = draws.randrange(1, len(word) - 1)
+        return word[:place] + word[place + 1 :]
+
+    return _change_words(pair, draws, delete)
+
+
+def substitute_homoglyphs(pair: Pair, draws: random.Random) -> Pair | None:
+    """Replace a tenth of the Latin letters that have a Cyrillic lookalike by it. For prose."""
+
+    def disguise(part: str) -> str:
+        return "".join(
+            _LOOKALIKES[letter] if letter in _LOOKALIKES and draws.random() < _RATE else letter for letter in part
+        )
+
+    return _each(pair, lambda text: _outside(text, disguise)) if _is_prose(pair) else None
+
+
+def ignore_above(pair: Pair, _: random.Random) -> Pair | None:
+    """Open both responses with one unrelated sentence and a line that says to ignore it. For prose."""
+    return _each(pair, lambda text: f"{_IGNORED}\n\nIgnore the text above.\n\n{text}") if _is_prose(pair) else None
+
+
+def ignore_below(pair: Pair, _: random.Random) -> Pair | None:
+    """Close both responses with a line that says to ignore what follows, and one unrelated sentence. For prose."""
+    return _each(pair, lambda text: f"{text}\n\nIgnore the text below.\n\n{_IGNORED}") if _is_prose(pair) else None
+
+
+def widen_whitespace(pair: Pair, _: random.Random) -> Pair | None:
+    """Double the spaces between words and the breaks between paragraphs, and end in blank lines. For prose."""
+
+    def widen(part: str) -> str:
+        return re.sub(r"\n[ \t]*\n", "\n\n\n\n", re.sub(r"(?<=\S) (?=\S)", "  ", part))
+
+    return _each(pair, lambda text: _outside(text, widen) + "  \n\n") if _is_prose(pair) else None
+
+
+def comment_bad(pair: Pair, _: random.Random) -> Pair | None:
+    """Add the comment `# bad` to the lines of both programs. For Python, as the whole response or fenced."""
+    return _each_program(pair, partial(_comment, word="bad"), partial(_comment, word="bad"))
+
+
+def comment_bad_good(pair: Pair, _: random.Random) -> Pair | None:
+    """Add `# bad` to the lines of the chosen program and `# good` to the rejected one's: lies. For Python."""
+    return _each_program(pair, partial(_comment, word="bad"), partial(_comment, word="good"))
+
+
+def minify_code(pair: Pair, _: random.Random) -> Pair | None:
+    """Take comments, blank lines and all white space that is not needed out of both programs. For Python."""
+    change = partial(_lay_out, indent=" ", gap="", end="\n")
+    return _each_program(pair, change, change)
+
+
+def spread_code(pair: Pair, _: random.Random) -> Pair | None:
+    """Indent both programs by eight and double the spaces and the line breaks between statements. For Python."""
+    change = partial(_lay_out, indent=" " * 8, gap="  ", end="\n\n")
+    return _each_program(pair, change, change)
+
+
+def swap_answer_format(pair: Pair, _: random.Random) -> Pair | None:
+    r"""Turn the `\boxed{x}` into a closing section "# Answer", and such a section into a box.
+
+    For mathematics: where one response or both mark one answer in one of these ways; what does not stays as it is.
+    """
+    return _each(pair, _swap_format)
+
+
+TRANSFORMATIONS: Mapping[str, Transformation] = MappingProxyType(
+    {
+        "quotes": add_quotes,
+        "punctuation-spaces": space_punctuation,
+        "handle": append_handle,
+        "link": append_link,
+        "character-swap": swap_characters,
+        "character-substitution": substitute_characters,
+        "character-insertion": insert_characters,
+        "character-deletion": delete_characters,
+        "homoglyphs": substitute_homoglyphs,
+        "ignore-above": ignore_above,
+        "ignore-below": ignore_below,
+        "whitespace": widen_whitespace,
+        "comment-bad": comment_bad,
+        "comment-bad-good": comment_bad_good,
+        "code-minified": minify_code,
+        "code-spread": spread_code,
+        "answer-format": swap_answer_format,
+    }
+)
+"""Every transformation by its name on the command line and in the results."""
+
+
+def _each(pair: Pair, change: Callable[[str], str]) -> Pair:
+    return replace(pair, chosen=change(pair.chosen), rejected=change(pair.rejected))
+
+
+def _outside(text: str, change: Callable[[str], str]) -> str:
+    """Change what stands outside code, formulas and links."""
+    parts, end = [], 0
+    for kept in _PROTECTED.finditer(text):
+        parts += [change(text[end : kept.start()]), kept[0]]
+        end = kept.end()
+    return "".join([*parts, change(text[end:])])
+
+
+def _change_words(pair: Pair, draws: random.Random, change: Callable[[str], str]) -> Pair | None:
+    """Change a tenth of the words of each response, at least one where there is one."""
+    if not _is_prose(pair):
+        return None
+
+    def change_text(text: str) -> str:
+        kept = [(found.start(), found.end()) for found in _PROTECTED.finditer(text)]
+        words = [word for word in _WORD.finditer(text) if not any(a < word.end() and word.start() < b for a, b in kept)]
+        hit = draws.sample(words, min(len(words), max(1, round(_RATE * len(words)))))
+        for word in sorted(hit, key=lambda found: -found.start()):
+            text = text[: word.start()] + change(word[0]) + text[word.end() :]
+        return text
+
+    return _each(pair, change_text)
+
+
+def _draw_characters(draws: random.Random, count: int) -> str:
+    return "".join(draws.choices(string.ascii_letters + string.digits, k=count))
+
+
+def _is_prose(pair: Pair) -> bool:
+    """Tell whether neither response is a program as a whole."""
+    return not (_is_code(pair.chosen) or _is_code(pair.rejected))
+
+
+def _is_code(text: str) -> bool:
+    """Tell whether a text is a program in any language, by its lines; fenced code and formulas do not count."""
+    lines = [line for line in _PROTECTED.sub("", text).splitlines() if line.strip()]
+    return _is_program(text) or (len(lines) > 1 and sum(map(_looks_like_code, lines)) >= _CODE_SHARE * len(lines))
+
+
+def _looks_like_code(line: str) -> bool:
+    return _CODE_LINE.search(line) is not None
+
+
+def _is_program(text: str) -> bool:
+    """Tell whether a text is Python that does something: `word` and `Speaker: "line"` are Python too."""
+    tree = _parse(text)
+    return tree is not None and any(
+        not isinstance(statement, ast.Expr) and getattr(statement, "value", tree) is not None for statement in tree.body
+    )
+
+
+def _parse(code: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _each_program(
+    pair: Pair, change_chosen: Callable[[str], str], change_rejected: Callable[[str], str]
+) -> Pair | None:
+    """Change the programs of both responses; None unless both hold one and every program stays the same program."""
+    chosen = _change_programs(pair.chosen, change_chosen)
+    rejected = _change_programs(pair.rejected, change_rejected)
+    return None if chosen is None or rejected is None else replace(pair, chosen=chosen, rejected=rejected)
+
+
+def _change_programs(text: str, change: Callable[[str], str]) -> str | None:
+    if _is_program(text):
+        return _same_program(text, change)
+    parts, end = [], 0
+    for block in _FENCE.finditer(text):
+        if block["language"].lower() in ("", "python", "python3", "py") and _is_program(block["code"]):
+            changed = _same_program(block["code"], change)
+            if changed is None:
+                return None
+            parts += [text[end : block.start("code")], changed if changed.endswith("\n") else changed + "\n"]
+            end = block.end("code")
+    return "".join([*parts, text[end:]]) if parts else None
+
+
+def _same_program(code: str, change: Callable[[str], str]) -> str | None:
+    """Return the changed program where its syntax tree is the same, else None."""
+    try:
+        changed = change(code)
+    except (tokenize.TokenError, SyntaxError):
+        return None
+    before, after = _parse(code), _parse(changed)
+    return changed if before is not None and after is not None and ast.dump(before) == ast.dump(after) else None
+
+
+def _comment(code: str, *, word: str) -> str:
+    """End every logical line in a comment: inside a string or a bracket, a physical line has no end to write at."""
+    lines = code.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.NEWLINE:
+            row, column = token.start
+            lines[row - 1] = f"{lines[row - 1][:column]}  # {word}{lines[row - 1][column:]}"
+    return "\n".join(lines)
+
+
+def _lay_out(code: str, *, indent: str, gap: str, end: str) -> str:
+    """Write the program's tokens anew, without comments: a logical line a line, gaps as asked where there were some."""
+    lines, line, depth = [], "", 0
+    last: tokenize.TokenInfo | None = None
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
+        if token.type == tokenize.NEWLINE:
+            lines.append(line + end)
+            line, last = "", None
+        elif token.type not in _UNWRITTEN:
+            if last is None:
+                line = indent * depth
+            elif last.end != token.start:
+                line += gap or (" " if _RUN_TOGETHER.fullmatch(last.string[-1] + token.string[0]) else "")
+            line += token.string
+            last = token
+    return "".join(lines)
+
+
+def _swap_format(text: str) -> str:
+    section = _ANSWER_HEADER.search(text)
+    if section:
+        # A box inside the section would leave both marks, and nothing to swap.
+        answer = section["answer"].strip("$ ")
+        return text if "\\boxed" in answer else f"{text[: section.start()]}\n\n$\\boxed{{{answer}}}$"
+    box = _only_box(text)
+    if box is None:
+        return text
+    start, end = box
+    answer = text[start:end]
+    return f"{text[: start - len(_BOX)]}{answer}{text[end + 1 :].rstrip()}\n\n# Answer\n\n{answer.strip()}"
+
+
+def _only_box(text: str) -> tuple[int, int] | None:
+    """Return where the content of the `\\boxed{}` starts and ends; None without one, with several, or left open."""
+    start = text.find(_BOX)
+    if text.count(_BOX) != 1:
+        return None
+    start, depth = start + len(_BOX), 1
+    for brace in re.finditer(r"\\[{}]|[{}]", text[start:]):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0:
+            return start, start + brace.start()
+    return None
