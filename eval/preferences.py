@@ -10,7 +10,7 @@ from typing import Any
 
 from cepo.eval.judgements import Request, content_key
 from cepo.eval.judging import Place
-from cepo.train.data import Problem, Row, read_dialogue, read_response, read_jsonl
+from cepo.train.data import Problem, Row, read_dialogue, read_jsonl, read_response
 from cepo.train.prompts import judge_prompt
 
 REWARDBENCH = "allenai/reward-bench"
