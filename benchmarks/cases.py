@@ -244,7 +244,9 @@ def _group_case(subject: Subject, name: str, links: Mapping[str, float], **optio
 
 def _requests(workload: Workload, links: Mapping[str, float], **options: Any) -> list[Request]:
     """Return what the reward would ask an engine for."""
-    config = RewardConfig(links=links, influence=False, counterfactuals=workload.counterfactuals, seed=workload.seed)
+    config = RewardConfig.paper(
+        links=links, influence=False, counterfactuals=workload.counterfactuals, seed=workload.seed
+    )
     config = replace(config, **options)
     groups = config.requests(dict(enumerate(workload.rollouts)), config.parsed_links(LAYOUT))
     return [request for group in groups for request in group.requests]

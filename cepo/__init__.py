@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cepo.fusion.engine import PAPER_LINKS, RewardConfig, RolloutScore, score_rollouts
+    from cepo.fusion.engine import PAPER, PAPER_LINKS, RewardConfig, RolloutScore, score_rollouts
     from cepo.fusion.power_mean import power_mean
     from cepo.fusion.scores import LinkScore
     from cepo.jacobian.group import GroupEngine
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use, so that `cepo --help` and a refused argument do not wait for torch.
 _HOMES = {
+    "PAPER": "fusion.engine",
     "PAPER_LINKS": "fusion.engine",
     "RewardConfig": "fusion.engine",
     "RolloutScore": "fusion.engine",
@@ -46,6 +47,7 @@ _HOMES = {
     "format_reward": "train.rewards",
 }
 __all__ = [
+    "PAPER",
     "PAPER_LINKS",
     "CausalReward",
     "Group",

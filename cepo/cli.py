@@ -114,8 +114,11 @@ def score(
     permutation: Annotated[str, typer.Option(help="uniform, sentence or block.")] = "uniform",
     nuisance: Annotated[str, typer.Option(help="svd, or mean (the reference implementation's).")] = "svd",
     score_name: Annotated[
-        str, typer.Option("--score", help="phi, phi_retained, influence, phi_influence or influence_retained.")
-    ] = "phi",
+        str,
+        typer.Option(
+            "--score", help="influence, phi (the paper's), phi_retained, phi_influence or influence_retained."
+        ),
+    ] = "influence",
     target: Annotated[
         str, typer.Option(help="log_likelihood, log_odds, expected_score or margin (the last two: links to scores).")
     ] = "log_likelihood",

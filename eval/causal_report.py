@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from cepo.eval.causal_summary import PRIMARY, SWEPT_ALONE, CausalSummary, Population, effect_of
-from cepo.eval.evidence import BASELINES, DEFAULT_LINK, PAPER, RECIPE, SWEPT, definition
+from cepo.eval.evidence import BASELINES, DEFAULT, DEFAULT_LINK, PAPER, REWARD, SWEPT, definition
 from cepo.eval.figures import curves, forest, grid, reliability
 from cepo.eval.report import HeatMap, write_eval_report
 from cepo.eval.statistics import Estimate
@@ -113,7 +113,7 @@ def write_report(
         figures[f"Rank correlation with {PRIMARY}: {group}"] = forest(
             [(name, found[name]) for name in chosen], axis="Spearman's rank correlation", reference=0.0
         )
-        for name in dict.fromkeys((PAPER, RECIPE, summary.best[group])):
+        for name in dict.fromkeys((PAPER, DEFAULT, REWARD, summary.best[group])):
             kept = [
                 (row["evidence"][name], effect) for row in pooled if (effect := effect_of(row, PRIMARY)) is not None
             ]
@@ -207,7 +207,7 @@ def _heat_map(row: Mapping[str, Any]) -> HeatMap:
     links = {}
     for name, norms in row["saliency"].items():
         links[name] = dict(zip(row["positions"][name.split("->")[0]], norms, strict=True))
-    facts = {PAPER: f"{row['evidence'][PAPER]:.4f}", RECIPE: f"{row['evidence'][RECIPE]:.4f}"}
+    facts = {PAPER: f"{row['evidence'][PAPER]:.4f}", DEFAULT: f"{row['evidence'][DEFAULT]:.4f}"}
     effect = effect_of(row, PRIMARY)
     if effect is not None:
         facts[PRIMARY] = f"{effect:.4f}"
@@ -227,7 +227,7 @@ def _ranked(found: Mapping[str, Estimate]) -> list[str]:
 def _worth(ranked: Sequence[str], summary: CausalSummary, group: str) -> list[str]:
     """Return the best definitions, the defaults and the baselines, in order."""
     plain = [name for name in ranked if name not in SWEPT_ALONE]
-    kept = {*plain[:_SHOWN], PAPER, RECIPE, summary.best.get(group, ""), *BASELINES}
+    kept = {*plain[:_SHOWN], PAPER, DEFAULT, REWARD, summary.best.get(group, ""), *BASELINES}
     return [name for name in ranked if name in kept]
 
 

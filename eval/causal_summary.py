@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cepo.eval.controls import SHARES, Pair, certificate
-from cepo.eval.evidence import BASELINES, DEFAULT_LINK, HARDENED, PAPER, RECIPE, SWEPT, definition
+from cepo.eval.evidence import BASELINES, DEFAULT, DEFAULT_LINK, HARDENED, PAPER, REWARD, SWEPT, definition
 from cepo.eval.interventions import INTERVENTIONS
 from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, rank_correlations, spearman
 
@@ -103,7 +103,7 @@ def summarise(populations: Sequence[Population], *, pairs: Sequence[Pair], draws
             if (at, effect) == (group, PRIMARY) and math.isfinite(one.value) and name not in BASELINES
         }
         best[group] = max(scored, key=lambda name: scored[name]) if scored else PAPER
-        for name in dict.fromkeys((PAPER, RECIPE, best[group])):
+        for name in dict.fromkeys((PAPER, DEFAULT, REWARD, best[group])):
             records.append(
                 {
                     "what": "permuted",

@@ -46,9 +46,11 @@ HARDENED = (4, 2)
 SWEPT = (1, 2, 4, 8)
 """K and r that are swept for the default link, each with each; 0 of either is the definition without hardening."""
 PAPER = f"phi {DEFAULT_LINK} K=4 r=2"
-"""What `RewardConfig` scores by default on X->Y, the paper's."""
-RECIPE = f"influence {DEFAULT_LINK}"
-"""What the testbed's recipe and the demo score X->Y with."""
+"""The paper's S on X->Y."""
+DEFAULT = "influence criteria->analysis@log_likelihood"
+"""What a judge is measured by: what the criteria do goes through the analysis."""
+REWARD = f"influence {DEFAULT_LINK}"
+"""What `CausalReward` scores by default."""
 
 # Hardening leaves the influence as it is, and what it retained is nothing of its own without it.
 _BARE = ("phi", "influence", "phi_influence", "norm")

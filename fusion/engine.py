@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -22,11 +22,20 @@ from cepo.jacobian.vjp import Answer, Engine
 T = TypeVar("T")
 Pool = Literal["none", "group"]
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}
+PAPER: Mapping[str, Any] = {
+    "links": PAPER_LINKS,
+    "task_weight": 0.7,
+    "p": 0.2,
+    "counterfactuals": 4,
+    "rank": 2,
+    "score": "phi",
+}
+"""The preset `paper`, CE-PO's own values (arXiv 2509.23095). The paper names no rank; 2 is ours."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What to compute and how to fuse it. The defaults are the preset `paper` (CE-PO, arXiv 2509.23095).
+    """What to compute and how to fuse it. Weights, p and K are CE-PO's; the score is the one that interventions chose.
 
     Attributes:
         links: weight of each link, >= 0; a link of weight 0 is not computed. See `parse_link`.
@@ -34,10 +43,11 @@ class RewardConfig:
         p: exponent of the power mean; any real, inf or -inf.
         counterfactuals: K >= 0; 0 leaves the Jacobians as they are.
         permutation: "uniform", "sentence" or "block".
-        rank: nuisance rank r >= 0. The paper names none; 2 is ours.
+        rank: nuisance rank r >= 0.
         energy: tau in (0, 1], instead of rank: the smallest rank that holds this share of the energy.
         nuisance: "svd" projects the subspace out, "mean" only the mean counterfactual (the reference implementation).
-        score: the named score S of a link, see `cepo.fusion.scores`.
+        score: the named score S of a link, see `cepo.fusion.scores`. `influence` tells a judge whose criteria cause
+            its verdict from one whose criteria are decoration; the paper's `phi` does not (see the README).
         target: default target function of the links.
         seed: seed of the permutations.
         influence: whether to compute `influence` where the score does not need it; it costs one backward pass through
@@ -54,7 +64,7 @@ class RewardConfig:
     rank: int | None = 2
     energy: float | None = None
     nuisance: str = "svd"
-    score: Score = "phi"
+    score: Score = "influence"
     target: str = "log_likelihood"
     seed: int = 0
     influence: bool = True
@@ -79,6 +89,11 @@ class RewardConfig:
             raise ValueError(
                 "pool is 'group' with the nuisance 'mean'; expected 'svd', the only one that can be shared"
             )
+
+    @classmethod
+    def paper(cls, **changes: Any) -> RewardConfig:
+        """Return the preset `paper`, with changes by name."""
+        return cls(**{**PAPER, **changes})
 
     def parsed_links(self, layout: Layout) -> list[Link]:
         """Return the links of positive weight against a layout's spans; ValueError for one that it does not have."""

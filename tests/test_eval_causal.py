@@ -19,7 +19,7 @@ from cepo.eval.causal import CausalJob, run_causal
 from cepo.eval.causal_report import console_tables, text_tables, write_report
 from cepo.eval.causal_summary import PRIMARY, Population, effect_of, summarise
 from cepo.eval.controls import PAIRS
-from cepo.eval.evidence import BASELINES, DEFAULT_LINK, PAPER, RECIPE, SWEPT, definition
+from cepo.eval.evidence import BASELINES, DEFAULT, DEFAULT_LINK, PAPER, REWARD, SWEPT, definition
 from cepo.eval.interventions import INTERVENTIONS
 from cepo.eval.statistics import auc, aucs, estimate, estimates, rank_correlations, spearman
 from tests.judges import ITEMS, TOKENIZER, tiny_judge
@@ -76,7 +76,8 @@ def invented(name: str, follows: bool, count: int = 30) -> Population:
             for k in (0, *SWEPT)
             for r in (0, *SWEPT)
         }
-        evidence = {**swept, **dict.fromkeys(BASELINES, 1.0), RECIPE: effect**2, PAPER: -effect}
+        fixed = {DEFAULT: effect**2, PAPER: -effect, REWARD: float(rng.random())}
+        evidence = {**swept, **dict.fromkeys(BASELINES, 1.0), **fixed}
         effects: dict[str, Any] = {what: {"direct": found, "total": found} for what in INTERVENTIONS}
         effects["swap"] = {"direct": None if row == 0 else found, "total": None}
         shown = {"tokens": ["a", "b"], "prompt_tokens": 1, "positions": {"criteria": [0], "scores": [1]}}
@@ -92,11 +93,11 @@ def test_correlations_and_areas_are_the_rows_own() -> None:
     populations = [invented("criteria", True), invented("decorative", False)]
     summary = summarise(populations, pairs=PAIRS, draws=30, seed=0)
     group = PAIRS[0].name
-    assert summary.correlations[group, RECIPE, PRIMARY].value == pytest.approx(1.0)
+    assert summary.correlations[group, DEFAULT, PRIMARY].value == pytest.approx(1.0)
     assert summary.correlations["criteria", PAPER, PRIMARY].value == pytest.approx(-1.0)
-    assert summary.aucs[group, RECIPE].value == 1.0
+    assert summary.aucs[group, DEFAULT].value == 1.0
     assert summary.aucs[group, PAPER].value == 0.0
-    assert summary.best[group] == RECIPE
+    assert summary.best[group] == DEFAULT
     assert np.isnan(summary.correlations[group, "span length", PRIMARY].value)
     rows = [row for population in populations for row in population.sound]
     name = definition("phi", DEFAULT_LINK)
@@ -113,7 +114,7 @@ def test_permuted_labels_leave_nothing() -> None:
     summary = summarise(
         [invented("criteria", True, 80), invented("decorative", False, 80)], pairs=PAIRS, draws=50, seed=0
     )
-    (found,) = [one for one in summary.records if one["what"] == "permuted" and one["definition"] == RECIPE]
+    (found,) = [one for one in summary.records if one["what"] == "permuted" and one["definition"] == DEFAULT]
     assert found["low"] < 0.0 < found["high"]
 
 
@@ -133,7 +134,7 @@ def test_the_page_shows_every_definition_and_the_console_the_ones_worth_a_look(t
     short, long = text_tables(summary), text_tables(summary, every=True)
     caption = next(caption for caption in short if caption.startswith("Rank correlation"))
     shown = [row[0] for row in short[caption][1]]
-    assert {PAPER, RECIPE, *BASELINES} <= set(shown)
+    assert {PAPER, DEFAULT, *BASELINES} <= set(shown)
     assert len(shown) < len(long[caption][1])
     assert all(name.replace(">", "&gt;") in page for name in (PAPER, definition("phi", DEFAULT_LINK, 8, 8)))
     assert len(console_tables(summary)) == len(short)

@@ -25,11 +25,11 @@ from cepo.eval.controls import (
 from cepo.eval.evidence import (
     BASELINES,
     CHAINS,
+    DEFAULT,
     DEFAULT_LINK,
     HARDENED,
     LINKS,
     PAPER,
-    RECIPE,
     SWEPT,
     Evidence,
     attention_to_criteria,
@@ -75,9 +75,9 @@ def test_definitions_are_the_numbers_of_score_rollouts(evidence: list[Evidence],
 
 def test_the_sweep_and_the_defaults_are_there(evidence: list[Evidence]) -> None:
     values = evidence[0].values
-    config = RewardConfig(links={"X->Y": 1.0})
+    config = RewardConfig.paper(links={"X->Y": 1.0})
     assert definition(config.score, DEFAULT_LINK, config.counterfactuals, config.rank or 0) == PAPER
-    assert {PAPER, RECIPE, *BASELINES} <= set(values)
+    assert {PAPER, DEFAULT, *BASELINES} <= set(values)
     assert all(definition("phi", DEFAULT_LINK, count, rank) in values for count in (0, *SWEPT) for rank in (0, *SWEPT))
     assert all(math.isfinite(value) for value in values.values())
 

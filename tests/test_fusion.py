@@ -114,7 +114,8 @@ def test_hardening_matters(engine: JacobianEngine) -> None:
     """Four counterfactuals take something away from the Jacobian, and another seed takes something else."""
     rollout = judge_rollout()
     one, other = (
-        score_rollouts([rollout], engine, RewardConfig(links={"X->Y": 1.0}, seed=seed), LAYOUT)[0] for seed in (0, 1)
+        score_rollouts([rollout], engine, RewardConfig.paper(links={"X->Y": 1.0}, seed=seed), LAYOUT)[0]
+        for seed in (0, 1)
     )
     assert one.links["X->Y"].retained < 0.9
     assert one.links["X->Y"].phi != one.links["X->Y"].phi_base
@@ -202,7 +203,7 @@ def test_span_without_another_order_is_not_hardened(engine: JacobianEngine) -> N
     """A one-token source has no counterfactual, keeps its Jacobian, and has phi = 1."""
     rollout = judge_rollout()
     rollout = replace(rollout, spans={**rollout.spans, "criteria": span("criteria", (11,))})
-    (found,) = score_rollouts([rollout], engine, RewardConfig(links={"X->Y": 1.0}), LAYOUT)
+    (found,) = score_rollouts([rollout], engine, RewardConfig.paper(links={"X->Y": 1.0}), LAYOUT)
     record = found.links["X->Y"]
     assert (record.counterfactuals, record.tokens, record.retained) == (0, 1, 1.0)
     assert found.reward == pytest.approx(1.0, abs=1e-12)

@@ -101,7 +101,7 @@ def test_records_and_matrices_agree_with_each_other(judge: Path, tmp_path: Path,
             assert facts["phi"] == pytest.approx(float(singular[0] ** 2 / (singular**2).sum()), rel=1e-6)
             assert facts["retained"] == pytest.approx(float(residual.square().sum() / base.square().sum()), rel=1e-6)
             assert facts["norm"] == pytest.approx(float(base.norm()), rel=1e-6)
-            assert facts["S"] == facts["phi"]
+            assert facts["S"] == facts["influence"]
             assert 0.0 < facts["influence"] < 1.0
             assert facts["tokens"] == len(base) == len(saved[f"{row}/{link}/source_positions"])
             removed = torch.linalg.svdvals(base - residual)

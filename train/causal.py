@@ -29,11 +29,12 @@ class CausalReward:
 
     Additive form, a reward function of its own beside the others:
 
-        reward = CausalReward(links={"X->Y": 1.0}, counterfactuals=4, rank=2)
+        reward = CausalReward(links={"X->Y": 1.0})
         trainer = GRPOTrainer(model, reward_funcs=[format_reward, argmax_reward, reward], ...)
         reward.bind(trainer)
 
-    CE-PO form, fused with a task reward by the power mean: `CausalReward(PAPER_LINKS, task=exact_match)`.
+    CE-PO form, fused with a task reward by the power mean: `CausalReward(PAPER_LINKS, task=exact_match)`; with the
+    paper's own score and K, `CausalReward(**PAPER, task=exact_match)`.
 
     The policy is differentiated in eval mode and outside of autocast, on the very ids that were sampled, with
     untempered logits. Malformed completions score 0 and are counted. Every component is logged: means through
@@ -44,12 +45,12 @@ class CausalReward:
         task: task reward with TRL's signature and values in [0, 1]; where it gives None, so does this.
         task_weight: w_0 of the task reward, >= 0.
         p: exponent of the power mean.
-        counterfactuals: K >= 0.
+        counterfactuals: K >= 0; None for 4 where the score reads what hardening leaves, else for 0.
         rank: nuisance rank r >= 0, unless energy is given.
         energy: tau in (0, 1], instead of rank.
         permutation: "uniform", "sentence" or "block".
         nuisance: "svd" or "mean".
-        score: named score of a link.
+        score: named score of a link; "phi" is the paper's.
         target: default target function.
         seed: seed of the permutations.
         influence: whether to compute and log `influence` where the score does not need it; costs one backward pass
@@ -74,12 +75,12 @@ class CausalReward:
         task: TaskReward | None = None,
         task_weight: float = 0.7,
         p: float = 0.2,
-        counterfactuals: int = 4,
+        counterfactuals: int | None = None,
         rank: int | None = 2,
         energy: float | None = None,
         permutation: str = "uniform",
         nuisance: str = "svd",
-        score: str = "phi",
+        score: str = "influence",
         target: str = "log_likelihood",
         seed: int = 0,
         influence: bool = True,
@@ -95,7 +96,7 @@ class CausalReward:
             links=dict(links) if links is not None else {"X->Y": 1.0},
             task_weight=task_weight,
             p=p,
-            counterfactuals=counterfactuals,
+            counterfactuals=_counterfactuals(score) if counterfactuals is None else counterfactuals,
             permutation=permutation,  # type: ignore[arg-type]
             rank=None if energy is not None else rank,
             energy=energy,
@@ -201,6 +202,11 @@ class CausalReward:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer behind: a copy must be bound anew."""
         return {**self.__dict__, "_trainer": None, "_engine": None, "_reader": None}
+
+
+def _counterfactuals(score: str) -> int:
+    """Return K: `influence` alone does not read what hardening leaves."""
+    return 0 if score == "influence" else 4
 
 
 def time_steps(trainer: Any) -> None:

@@ -34,8 +34,8 @@ class TrainConfig:
         kind: "judge" (preference pairs) or "reasoning" (questions with answers).
         data: `source` and the loader's options, see `cepo.train.policy.load_data`.
         rewards: mappings with `name`, `weight` (default 1) and, for causal, CausalReward's settings; its `task` names a
-            task reward and makes it the CE-PO form. Names: format, argmax, exact_match, math_verify, bertscore, proxy,
-            causal.
+            task reward and makes it the CE-PO form, `preset: paper` fills in the paper's values. Names: format, argmax,
+            exact_match, math_verify, bertscore, proxy, causal.
         output: folder of the run: checkpoints, metrics.jsonl, final/.
         grpo: any field of TRL's GRPOConfig.
         lora: any field of peft's LoraConfig, or None to train all weights.
@@ -311,6 +311,7 @@ def run_callbacks(output: Path) -> list[Any]:
 
 
 def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
+    from cepo.fusion.engine import PAPER
     from cepo.train import rewards as task_rewards
     from cepo.train.causal import JUDGE, REASONER, CausalReward, TaskReward
     from cepo.train.proxy import ProxyReward
@@ -329,6 +330,10 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
             task = settings.pop("task", None)
             if task is not None and task not in _TASKS:
                 raise ValueError(f"task is {task!r}; expected one of {', '.join(_TASKS)}")
+            preset = settings.pop("preset", None)
+            if preset not in (None, "paper"):
+                raise ValueError(f"preset is {preset!r}; expected paper, or none")
+            settings = {**(PAPER if preset else {}), **settings}
             settings.setdefault("layout", JUDGE if kind == "judge" else REASONER)
             return CausalReward(task=plain[task] if task else None, **settings)
     except (TypeError, ValueError) as error:
