@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Wheels of one size fit all: the pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench experiments clean
+.PHONY: demo test check bench experiments experiments-smollm2 clean
 
 # Preference pairs and judgements of real models, where they are; the experiments that need them are left out elsewhere.
 DATA ?= ../shared/data
@@ -31,6 +31,18 @@ experiments: .venv/installed
 	$(BIN)/cepo ablate --testbed $(if $(QUICK),16,256) --output $(RUNS)/ablate-testbed
 	test ! -d $(DATA) || $(BIN)/cepo ablate --model smollm2 --input $(DATA)/judge/j1_micro_trajectories.jsonl \
 		--counterfactuals $(if $(QUICK),1,0,1,2,4) --output $(RUNS)/ablate-judge
+
+# A small real run: SmolLM2 judged, trained with both rewards, and judged again. PAIRS: pairs of each evaluation.
+PAIRS ?= $(if $(QUICK),4,40)
+JUDGE = $(BIN)/cepo eval rewardbench --limit $(PAIRS) --max-new-tokens 32 --batch-size 8 --force-format --dtype bfloat16
+experiments-smollm2: .venv/installed
+	for data in llmbar rmb_helpful_dev; do \
+		$(JUDGE) --model smollm2 --data $(DATA)/pref/$$data.jsonl --output $(RUNS)/smollm2/before-$$data || exit 1; done
+	$(BIN)/cepo train benchmarks/recipes/smollm2-pairs.yaml --data $(DATA)/pref/rmb_helpful_train.jsonl \
+		$(if $(QUICK),--max-steps 1) --output $(RUNS)/smollm2/train
+	for data in llmbar rmb_helpful_dev; do \
+		$(JUDGE) --model $(RUNS)/smollm2/train/final --data $(DATA)/pref/$$data.jsonl \
+			--output $(RUNS)/smollm2/after-$$data || exit 1; done
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
