@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,47 +159,69 @@ def test_a_swap_follows_the_live_weights() -> None:
         assert "forward" not in norm.__dict__
 
 
-def test_the_reward_of_a_policy_with_lora_runs_on_the_kernels(
-    launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+def test_a_grpo_step_with_lora_is_rewarded_on_the_kernels(
+    launches: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """CausalReward as GRPO calls it, bound to a trainer whose policy is in train mode: the rewards of plain PyTorch."""
-    from cepo.train import causal, testbed
+    """A real step of TRL's trainer: the rewards of plain PyTorch, and the live policy is left as it was.
+
+    An untrained policy writes no judgement, so that generation is made to end in one; all else is TRL's.
+    """
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from cepo.train import testbed
+    from cepo.train.causal import CausalReward
 
     tokenizer = testbed.build_tokenizer()
     shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "num_hidden_layers": 1}
-    policy = with_lora(tiny_model("qwen3", dtype=torch.float32, **shape, **SIZE))
+    model = tiny_model("qwen3", dtype=torch.float32, **shape, **SIZE)
     item = testbed.generate_items(1, seed=5, cue_agreement=0.5)[0]
-    messages = [{"role": "user", "content": item.prompt}]
-    prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-    trainer = SimpleNamespace(
-        model=policy,
-        processing_class=tokenizer,
-        accelerator=SimpleNamespace(state=SimpleNamespace()),
-        _tokenize_prompts=lambda prompts: ([prompt_ids for _ in prompts], None, None),
+    written = torch.tensor([*tokenizer(item.completion)["input_ids"], tokenizer.eos_token_id])
+
+    def generate(self: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat([input_ids, written.expand(len(input_ids), -1)], dim=1)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    settings = {"counterfactuals": 1, "rank": 1, "score": "phi", "influence": False}
+    plain, on_kernels = (CausalReward(kernels=kernels, name=kernels, **settings) for kernels in ("torch", "triton"))  # type: ignore[arg-type]
+    found: dict[str, list[float | None]] = {}
+
+    def watched(reward: CausalReward) -> Any:
+        def call(**given: Any) -> list[float | None]:
+            before, launched = state_of(trainer.model), sum(launches.values())
+            found[reward.__name__] = reward(**given)
+            assert state_of(trainer.model) == before
+            assert trainer.model.training
+            assert (sum(launches.values()) > launched) == (reward is on_kernels)
+            return found[reward.__name__]
+
+        return call
+
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
     )
-    gold = tokenizer(item.completion)["input_ids"]
-    arguments = {
-        "prompts": [messages] * 2,
-        "completions": [[{"role": "assistant", "content": item.completion}]] * 2,
-        "completion_ids": [gold, [*gold, tokenizer.eos_token_id]],
-    }
-    rewards = []
-    for kernels in ("torch", "triton"):
-
-        def engine_of(name: str, model: Any, kernels: Any = kernels, **options: Any) -> Any:
-            return GroupEngine(model, kernels=kernels, **options)
-
-        monkeypatch.setattr(causal, "new_engine", engine_of)
-        reward = causal.CausalReward(counterfactuals=1, rank=1, influence=False).bind(trainer)
-        before = state_of(policy)
-        rewards.append(reward(**arguments))
-        assert state_of(policy) == before
-        assert policy.training
-        assert bool(launches) == (kernels == "triton")
-    assert all(value is not None and value > 0.0 for value in rewards[0])
-    assert rewards[1] == pytest.approx(rewards[0], rel=1e-4)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[watched(plain), watched(on_kernels)],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": item.prompt}]}]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    plain.bind(trainer)
+    on_kernels.bind(trainer)
+    trainer.train()
+    assert all(value is not None and value > 0.0 for value in found["torch"])
+    assert found["triton"] == pytest.approx(found["torch"], rel=1e-4)
     assert set(launches) == LAYERS | ATTENTION | HEAD
 
 
