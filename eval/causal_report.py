@@ -113,7 +113,7 @@ def write_report(
         figures[f"Rank correlation with {PRIMARY}: {group}"] = forest(
             [(name, found[name]) for name in chosen], axis="Spearman's rank correlation", reference=0.0
         )
-        for name in dict.fromkeys((PAPER, DEFAULT, REWARD, summary.best[group])):
+        for name in dict.fromkeys((PAPER, DEFAULT, REWARD, summary.best.get(group, PAPER))):
             kept = [
                 (row["evidence"][name], effect) for row in pooled if (effect := effect_of(row, PRIMARY)) is not None
             ]

@@ -58,7 +58,7 @@ class CausalSummary:
         correlations: (population or group, definition, effect) -> estimate.
         aucs: (pair, definition) -> estimate, for certified pairs alone.
         refused: groups without an AUC or without figures, with the reason.
-        best: the definition that agrees best with the primary effect, by group.
+        best: the definition that agrees best with the primary effect, by group; none where the effect never varies.
         groups: names of the populations that were pooled, by group.
     """
 
@@ -102,8 +102,9 @@ def summarise(populations: Sequence[Population], *, pairs: Sequence[Pair], draws
             for (at, name, effect), one in correlations.items()
             if (at, effect) == (group, PRIMARY) and math.isfinite(one.value) and name not in BASELINES
         }
-        best[group] = max(scored, key=lambda name: scored[name]) if scored else PAPER
-        for name in dict.fromkeys((PAPER, DEFAULT, REWARD, best[group])):
+        if scored:
+            best[group] = max(scored, key=lambda name: scored[name])
+        for name in dict.fromkeys((PAPER, DEFAULT, REWARD, best.get(group, PAPER))):
             records.append(
                 {
                     "what": "permuted",
