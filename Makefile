@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # Preference pairs and judgements of real models, where they are; the experiments that need them are left out elsewhere.
 DATA ?= ../shared/data
-RUNS ?= runs/experiments
+RUNS ?= runs/experiments$(if $(QUICK),-quick)
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo

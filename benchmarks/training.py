@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -81,7 +80,8 @@ def run_training(
 ) -> Table:
     """Train every arm from every seed, measure it, and write `results.jsonl` and `report.html`.
 
-    A run that is finished is not repeated; one that was killed goes on from its checkpoint.
+    A run that is finished is not repeated; one that was killed goes on from its checkpoint. Runs of other arms and
+    seeds that the output holds stay among the results.
 
     Args:
         output: folder of the runs and the results.
@@ -103,6 +103,8 @@ def run_training(
     plan = _read_plan(output, recipe, seeds, steps, arms, items, scored)
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; expected at least 1")
+    for arm in plan:
+        _check_same_run(arm)
     done = 0
     # The judges before training first: they fill the cache that all other runs of their seed read.
     for stage in ([arm for arm in plan if not arm.rewards], [arm for arm in plan if arm.rewards]):
@@ -112,7 +114,10 @@ def run_training(
                 done += 1
                 if progress is not None:
                     progress(done, len(plan))
-    rows = [json.loads((arm.folder / "measures.json").read_text()) for arm in plan]
+    # With the runs of earlier calls: a call for one arm leaves the others' results in place.
+    rows = [json.loads(path.read_text()) for path in output.glob("*/measures.json")]
+    order = {name: place for place, name in enumerate(dict.fromkeys(arm.name for arm in plan))}
+    rows.sort(key=lambda row: (row["seed"], order.get(row["arm"], len(order)), row["arm"]))
     about = environment(torch.device("cpu"))
     _write(output / "results.jsonl", "".join(json.dumps({**row, **about}) + "\n" for row in rows))
     _write_report(output / "report.html", rows, about)
@@ -122,10 +127,8 @@ def run_training(
 def run_arm(arm: Arm) -> None:
     """Train and measure one arm in this process, on one thread, unless it is done; TRL's chatter goes to `log.txt`."""
     done = arm.folder / "measures.json"
-    if done.is_file() and json.loads(done.read_text())["settings"] == _settings(arm):
-        return
     if done.is_file():
-        shutil.rmtree(arm.folder)
+        return
     arm.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -152,6 +155,19 @@ def run_arm(arm: Arm) -> None:
         "settings": _settings(arm),
     }
     _write(done, json.dumps(row) + "\n")
+
+
+def _check_same_run(arm: Arm) -> None:
+    done = arm.folder / "measures.json"
+    if not done.is_file():
+        return
+    before, now = json.loads(done.read_text())["settings"], _settings(arm)
+    changed = [f"{key} {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"output {str(arm.folder.parent)!r} holds a run of {arm.name!r}, seed {arm.seed}, with other settings "
+            f"({'; '.join(changed)}); name another output, or move it away"
+        )
 
 
 def _read_plan(
@@ -216,15 +232,18 @@ def _by_arm(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, dict[i
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("arm", *MEASURES.values(), title=f"mean over {len({row['seed'] for row in rows})} seeds (range)")
-    for cells in _cells(rows):
+    shown = ("flipped", "turned", "in_distribution")
+    title = f"mean over {len({row['seed'] for row in rows})} seeds (range); the other measures are in the report"
+    table = Table("arm", *(measure.replace("_", " ") for measure in shown), title=title)
+    for cells in _cells(rows, shown):
         table.add_row(*cells)
     return table
 
 
-def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    columns = {measure: _by_arm(rows, measure) for measure in MEASURES}
-    return [[arm, *(_range(list(columns[measure][arm].values())) for measure in MEASURES)] for arm in columns["tokens"]]
+def _cells(rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> list[list[str]]:
+    columns = {measure: _by_arm(rows, measure) for measure in measures}
+    arms = columns[measures[0]]
+    return [[arm, *(_range(list(columns[measure][arm].values())) for measure in measures)] for arm in arms]
 
 
 def _range(values: Sequence[float]) -> str:
@@ -269,7 +288,7 @@ def _write_report(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[
         },
         figures=figures,
         tables={
-            "Means over seeds (range)": (["arm", *MEASURES.values()], _cells(rows)),
+            "Means over seeds (range)": (["arm", *MEASURES.values()], _cells(rows, list(MEASURES))),
             "Every run": (["run", *MEASURES.values()], each),
         },
         notes=[

@@ -65,7 +65,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Hub id, folder, .gguf file, smollm2 or testbed.")] = None,
     data: Annotated[str | None, typer.Option(help="JSONL file or hub data set id.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="GRPO steps.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="GRPO steps.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other key, e.g. --set grpo.learning_rate=1e-5; YAML values.")
@@ -76,6 +76,10 @@ def train(
     ] = False,
 ) -> None:
     """GRPO with exact causal rewards on a real model and a preference or reasoning data set.
+
+    Data: rows of `prompt`, `chosen`, `rejected` for a judge; of `question`, `answer` for a reasoner.
+    Rewards: a list of `name`, `weight` and settings; names: format, argmax, exact_match, math_verify, bertscore, proxy,
+    causal. `--set rewards='[{name: format}, ...]'` replaces the list whole.
 
     Started again with the same output, it goes on from the last complete checkpoint.
     """
@@ -97,7 +101,7 @@ def train(
 @app.command()
 def score(
     model: Annotated[str, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")],
-    input: Annotated[Path, typer.Option(help="JSONL of rollouts; see below for what a row holds.")],
+    input: Annotated[Path, typer.Option(help="JSONL of rollouts; what a row holds is told above.")],
     output: Annotated[Path, typer.Option(help="JSONL to write, one record for each line of the input.")],
     link: Annotated[
         list[str] | None,
@@ -253,7 +257,8 @@ def ablate(
 
         if testbed < 8 or testbed % 8:
             raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
-        folder, input = write_testbed_rollouts(output / "testbed", prompts=testbed // 8)
+        # Resolved, so that the folder spelled another way is the same sweep.
+        folder, input = write_testbed_rollouts((output / "testbed").resolve(), prompts=testbed // 8)
         model, output = str(folder), output / "sweep"
     assert model is not None
     assert input is not None

@@ -441,7 +441,7 @@ _PAGE = """\
 {%- macro text(parts, about) %}
 {% for part in parts if part.tokens %}
 <details class="part"{% if part.unfolded %} open{% endif %}>
-<summary>{{ part.name }}, {{ part.tokens }} tokens</summary>
+<summary>{{ part.name }}{% if part.tokens > 1 %}, {{ part.tokens }} tokens{% endif %}</summary>
 {# No line break may stand inside this element: white space in it is the model's. #}
 <div class="text" dir="auto" translate="no" role="group" aria-label="{{ part.name }}{{ about }}">
 {%- for piece in part.pieces -%}

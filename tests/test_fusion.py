@@ -273,7 +273,7 @@ def test_task_reward_goes_in(engine: JacobianEngine) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"links": {}}, "links is empty"),
+        ({"links": {}}, "links is {}; expected weights by link"),
         ({"links": {"X->Y": -1.0}}, "weights"),
         ({"links": {"X->Y": 0.0}}, "weights"),
         ({"links": {"X->Y": math.nan}}, "weights"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import cepo.benchmarks.training as training
-from cepo.benchmarks.training import RECIPE, Arm, _gains, _read_plan, run_arm
+from cepo.benchmarks.training import RECIPE, Arm, _gains, _read_plan, run_arm, run_training
 from cepo.train.grpo import TrainConfig, build_rewards
 from cepo.train.policy import load_testbed_judge
 
@@ -23,7 +23,7 @@ def barely_warm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_an_arm_is_trained_and_measured_once(barely_warm: None, tmp_path: Path) -> None:
-    """A finished run is kept, one with other settings is done anew, and an untrained arm takes no step."""
+    """A finished run is kept, and an untrained arm takes no step."""
     rewards = ({"name": "format"}, {"name": "proxy", "encoder": "testbed"})
     arm = Arm("proxy", rewards, seed=0, steps=1, folder=tmp_path / "proxy-0", items=24, scored=4)
     run_arm(arm)
@@ -37,8 +37,19 @@ def test_an_arm_is_trained_and_measured_once(barely_warm: None, tmp_path: Path) 
     untrained = replace(arm, name="untrained", rewards=(), folder=tmp_path / "untrained-0")
     run_arm(untrained)
     assert json.loads((untrained.folder / "measures.json").read_text())["steps"] == 0
-    run_arm(replace(untrained, items=25))
-    assert json.loads((untrained.folder / "measures.json").read_text())["settings"]["items"] == 25
+
+
+def test_results_are_added_to_and_never_replaced(barely_warm: None, tmp_path: Path) -> None:
+    """A later call for one seed keeps the other's rows; other settings in the same folder are refused by name."""
+    for seed in (0, 1):
+        run_arm(Arm("untrained", (), seed=seed, steps=1, folder=tmp_path / f"untrained-{seed}", items=24, scored=4))
+    run_training(tmp_path, seeds=[1], steps=1, arms=["untrained"], items=24, scored=4, jobs=1)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert "untrained, seed 0" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match="holds a run of 'untrained', seed 1, with other settings .steps 1, now 2"):
+        run_training(tmp_path, seeds=[1], steps=2, arms=["untrained"], items=24, scored=4, jobs=1)
+    assert (tmp_path / "untrained-1" / "measures.json").is_file()
 
 
 def test_every_arm_of_the_recipe_can_be_built(tmp_path: Path) -> None:

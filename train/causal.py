@@ -93,7 +93,7 @@ class CausalReward:
         name: str = "causal",
     ) -> None:
         self.config = RewardConfig(
-            links=dict(links) if links is not None else {"X->Y": 1.0},
+            links={"X->Y": 1.0} if links is None else links,
             task_weight=task_weight,
             p=p,
             counterfactuals=_counterfactuals(score) if counterfactuals is None else counterfactuals,
@@ -107,6 +107,8 @@ class CausalReward:
             influence=influence,
             pool=pool,  # type: ignore[arg-type]
         )
+        if task is not None and not callable(task):
+            raise ValueError(f"task is {task!r}; expected a task reward with TRL's signature, or None")
         check_engine(engine)
         if memory_gib is not None and not memory_gib > 0:
             raise ValueError(f"memory_gib is {memory_gib!r}; expected a positive number of GiB, or None")

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+import cepo
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.train.policy import TESTBED, load_data, load_policy
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 _REWARDS = ("format", "causal", "proxy", *_TASKS)
 _RUN = "run.json"  # the settings that a resumed run must share
+_RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
 _COMPLETE = "cepo_complete"  # written into a checkpoint when all of it is on disk
 
 
@@ -79,13 +81,19 @@ def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
     """
     try:
         loaded = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        recipes = ", ".join(f"train/recipes/{name.name}" for name in sorted(_RECIPES.glob("*.yaml")))
+        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; recipes: {recipes}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read as YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"config {str(path)!r} holds a {type(loaded).__name__}; expected a mapping")
     for key, value in overrides.items():
         place, *rest = key.split(".")
         if rest:
+            if not isinstance(loaded.get(place) or {}, Mapping):
+                came = type(loaded[place]).__name__
+                raise ValueError(f"{key} cannot be set: {place} is a {came}; expected a mapping, or {place} set whole")
             inner = dict(loaded.get(place) or {})
             inner[".".join(rest)] = value
             loaded[place] = inner
