@@ -71,8 +71,10 @@ class RewardConfig:
     pool: Pool = "none"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.links, Mapping) or not self.links:
+        if not isinstance(self.links, Mapping):
             raise ValueError(f"links is {self.links!r}; expected weights by link, such as {{'X->Y': 1.0}}")
+        if not self.links:
+            raise ValueError("links is empty; expected at least one, such as {'X->Y': 1.0}")
         for weight in self.links.values():
             if not isinstance(weight, int | float):
                 raise ValueError(f"links holds the weight {weight!r}; expected a number >= 0")

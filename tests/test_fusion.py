@@ -273,7 +273,9 @@ def test_task_reward_goes_in(engine: JacobianEngine) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"links": {}}, "links is {}; expected weights by link"),
+        ({"links": {}}, "links is empty"),
+        ({"links": "X->Y"}, "links is 'X->Y'; expected weights by link"),
+        ({"links": {"X->Y": "a"}}, "links holds the weight 'a'"),
         ({"links": {"X->Y": -1.0}}, "weights"),
         ({"links": {"X->Y": 0.0}}, "weights"),
         ({"links": {"X->Y": math.nan}}, "weights"),
