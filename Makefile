@@ -29,8 +29,10 @@ experiments: .venv/installed
 	$(BIN)/cepo experiment $(QUICK) --output $(RUNS)/training
 	$(BIN)/cepo eval causal --testbed $(QUICK) --output $(RUNS)/causal
 	$(BIN)/cepo ablate --testbed $(if $(QUICK),16,256) --output $(RUNS)/ablate-testbed
-	test ! -d $(DATA) || $(BIN)/cepo ablate --model smollm2 --input $(DATA)/judge/j1_micro_trajectories.jsonl \
-		--counterfactuals $(if $(QUICK),1,0,1,2,4) --output $(RUNS)/ablate-judge
+	if test -d $(DATA); then \
+		head -n $(if $(QUICK),1,4) $(DATA)/judge/j1_micro_trajectories.jsonl > $(RUNS)/judgements.jsonl && \
+		$(BIN)/cepo ablate --model smollm2 --input $(RUNS)/judgements.jsonl \
+			--counterfactuals $(if $(QUICK),1,0,1,2,4) --output $(RUNS)/ablate-judge; fi
 
 # A small real run: SmolLM2 judged, trained with both rewards, and judged again. PAIRS: pairs of each evaluation.
 PAIRS ?= $(if $(QUICK),4,40)
