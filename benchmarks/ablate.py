@@ -17,6 +17,7 @@ from cepo.benchmarks.ablate_group import REFERENCE, Hardening, LinkSet, Sweep, s
 from cepo.benchmarks.ablate_summary import AblateSummary, read_measures, summarise
 from cepo.counterfactual.permute import Permutation
 from cepo.eval.score import is_text, read_input, read_row, task_reward
+from cepo.eval.summaries import write_text
 from cepo.fusion.engine import PAPER_LINKS, Pool, RewardConfig
 from cepo.fusion.scores import Score
 from cepo.jacobian.group import GroupEngine
@@ -258,7 +259,7 @@ def _claim(job: AblateJob) -> None:
     (job.output / "groups").mkdir(parents=True, exist_ok=True)
     for unfinished in (job.output / "groups").glob("*.tmp"):
         shutil.rmtree(unfinished)
-    _write_text(job.output / "settings.json", json.dumps(_settings(job), indent=2) + "\n")
+    write_text(job.output / "settings.json", json.dumps(_settings(job), indent=2) + "\n")
 
 
 # Rollouts
@@ -325,10 +326,4 @@ def _merge(target: Path, parts: Sequence[Path]) -> None:
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    _write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

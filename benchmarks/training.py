@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from cepo.eval.figures import forest
 from cepo.eval.measures import ITEMS, SCORED, measure_judge
 from cepo.eval.report import write_eval_report
 from cepo.eval.statistics import Estimate, estimate, mean, mean_difference
+from cepo.eval.summaries import write_text
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.grpo import load_config, train
 from cepo.train.policy import CACHE, load_testbed_judge
@@ -119,7 +119,7 @@ def run_training(
     order = {name: place for place, name in enumerate(dict.fromkeys(arm.name for arm in plan))}
     rows.sort(key=lambda row: (row["seed"], order.get(row["arm"], len(order)), row["arm"]))
     about = environment(torch.device("cpu"))
-    _write(output / "results.jsonl", "".join(json.dumps({**row, **about}) + "\n" for row in rows))
+    write_text(output / "results.jsonl", "".join(json.dumps({**row, **about}) + "\n" for row in rows))
     _write_report(output / "report.html", rows, about)
     return _table(rows)
 
@@ -154,7 +154,7 @@ def run_arm(arm: Arm) -> None:
         **asdict(measures),
         "settings": _settings(arm),
     }
-    _write(done, json.dumps(row) + "\n")
+    write_text(done, json.dumps(row) + "\n")
 
 
 def _check_same_run(arm: Arm) -> None:
@@ -298,9 +298,3 @@ def _write_report(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[
             f"Intervals are over {len(seeds)} seeds only: read them as a range, not as a test.",
         ],
     )
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -9,11 +9,9 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cepo.cli_eval import eval_app
+from cepo.cli_eval import console, errors, eval_app, progress_bar
 
 app = typer.Typer(
     help="Exact d(score)/d(criteria) rewards for language-model judges and reasoners.",
@@ -23,8 +21,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(eval_app, name="eval")
-console = Console()
-errors = Console(stderr=True)
 
 
 def main() -> None:
@@ -193,7 +189,7 @@ def score(
         memory_gib=memory_gib,
         trust_remote_code=trust_remote_code,
     )
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("scoring", total=None)
         summary = score_file(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
     table = Table("what", "value", title=str(output))
@@ -280,7 +276,7 @@ def ablate(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("prompts", total=None)
         summary = run_ablation(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
     console.print(summary.table())
@@ -313,7 +309,7 @@ def bench(
         return run_kernels(output, "tiny" if device == "cpu" else "qwen3", device or "cuda", seed=seed)
     from cepo.benchmarks.throughput import run_benchmark
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("bench", total=None)
         table = run_benchmark(
             size,
@@ -349,7 +345,7 @@ def experiment(
     from cepo.benchmarks.training import RECIPE, run_training
     from cepo.eval.measures import ITEMS, SCORED
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("runs", total=None)
         table = run_training(
             output,
@@ -396,9 +392,3 @@ def _yaml_value(text: str) -> Any:
         return float(value) if isinstance(value, str) else value  # YAML reads 1e-5 as text
     except ValueError:
         return value
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors
-    )

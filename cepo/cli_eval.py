@@ -102,7 +102,7 @@ def rewardbench(
         retries=retries,
     )
     job = RewardBenchJob(judge, data, output, split, limit, tuple(subset or ()))
-    with _bar() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("judging", total=None)
         summary = run_rewardbench(
             job,
@@ -170,7 +170,7 @@ def causal(
     if quick:
         job = replace(job, items=60, pairs=1, resamples=4, controlled=12, draws=200)
     job = replace(job, items=items or job.items, resamples=resamples or job.resamples)
-    with _bar() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("causal", total=None)
         summary = run_causal(
             job,
@@ -297,7 +297,7 @@ def robustness(
         timeout_s=timeout,
         retries=retries,
     )
-    with _bar() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("judging", total=None)
 
         def show(done: int, total: int, speed: str) -> None:
@@ -337,7 +337,7 @@ def _cue_flips(testbed: str, output: Path, limit: int | None, seed: int) -> None
 
     judges = tuple(name.strip() for name in testbed.split(","))
     job = FlipsJob(judges, output, seed=seed) if limit is None else FlipsJob(judges, output, limit, seed)
-    with _bar() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("testbed", total=None)
         flips = measure_flips(
             job,
@@ -353,7 +353,8 @@ def _cue_flips(testbed: str, output: Path, limit: int | None, seed: int) -> None
     console.print(f"report: {output / 'report.html'}")
 
 
-def _bar() -> Progress:
+def progress_bar() -> Progress:
+    """Return the progress bar of all commands, on stderr."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors
     )

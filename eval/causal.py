@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from cepo.eval.evidence import DEFAULT_LINK, gather_evidence, nuisance_angles, r
 from cepo.eval.interventions import Plan, intervene
 from cepo.eval.judge_model import JudgeModel
 from cepo.eval.score import read_input, read_row
+from cepo.eval.summaries import write_text
 from cepo.jacobian.group import GroupEngine
 from cepo.jacobian.loading import check_device, load_model, resolve_model
 from cepo.jacobian.records import Rollout
@@ -173,7 +173,7 @@ class _Parts:
                 )
             return held["value"]
         value = json.loads(json.dumps(work()))
-        _write_text(path, json.dumps({"settings": self._settings, "value": value}))
+        write_text(path, json.dumps({"settings": self._settings, "value": value}))
         return value
 
 
@@ -346,10 +346,4 @@ def _controls(job: CausalJob, subject: _Subject) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, records: Sequence[Any]) -> None:
-    _write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cepo.eval.judging import Judge, Judgement, Messages, winner
+from cepo.eval.summaries import write_text
 from cepo.train.data import read_jsonl
 from cepo.train.rewards import read_scores
 
@@ -90,8 +91,8 @@ def collect_judgements(
     kept = _kept_records(path, settings, mark)
     records = {request.key: kept[request.key] for request in requests if request.key in kept}
     pending = [request for request in requests if request.key not in records]
-    _replace(path.with_name("settings.json"), json.dumps(settings, sort_keys=True, indent=1) + "\n")
-    _replace(path, "".join(_line(record) for record in kept.values()))
+    write_text(path.with_name("settings.json"), json.dumps(settings, sort_keys=True, indent=1) + "\n")
+    write_text(path, "".join(_line(record) for record in kept.values()))
     resumed, tokens, started = len(records), 0, time.perf_counter()
     if progress is not None:
         progress(resumed, len(requests), "loading" if pending else "")
@@ -167,12 +168,6 @@ def _other_settings(path: Path, settings: Mapping[str, Any]) -> str:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _speed(judged: int, tokens: int, seconds: float) -> str:

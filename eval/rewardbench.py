@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from cepo.eval.judging import JudgeSettings, check_judge, open_judge
 from cepo.eval.preference_metrics import Measure, outcome, summarise
 from cepo.eval.preferences import PLACES, Item, load_items, requests
 from cepo.eval.report import HeatMap, write_eval_report
+from cepo.eval.summaries import summary_row, write_summary
 from cepo.train.data import Problem
 
 _SHOWN = 3  # judgements of each kind that the page holds in full
@@ -138,17 +137,7 @@ def run_rewardbench(
 
 
 def _write_summary(path: Path, measures: Sequence[Measure]) -> None:
-    lines = []
-    for measure in measures:
-        found = measure.estimate
-        numbers = {"value": found.value, "low": found.low, "high": found.high}
-        # JSON has no NaN, which an interval is where no resample determines it.
-        sound = {name: value if value == value else None for name, value in numbers.items()}
-        row = {"metric": measure.metric, "subset": measure.scope, **sound, "count": found.count}
-        lines.append(json.dumps(row) + "\n")
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_summary(path, [summary_row({"metric": one.metric, "subset": one.scope}, one.estimate) for one in measures])
 
 
 def _scope_rows(measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:

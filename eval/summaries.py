@@ -1,4 +1,4 @@
-"""summary.jsonl: what an evaluation found, one metric a line."""
+"""Results on disk, each written in one step; summary.jsonl: what an evaluation found, one metric a line."""
 
 from __future__ import annotations
 
@@ -33,8 +33,13 @@ def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
         for row in rows
     ]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in sound))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there, so that a kill leaves the old one or the new one, whole."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in sound), encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
