@@ -32,7 +32,7 @@ experiments: .venv/installed
 	if test -d $(DATA); then \
 		head -n $(if $(QUICK),1,4) $(DATA)/judge/j1_micro_trajectories.jsonl > $(RUNS)/judgements.jsonl && \
 		$(BIN)/cepo ablate --model smollm2 --input $(RUNS)/judgements.jsonl \
-			--counterfactuals $(if $(QUICK),1,0,1,2,4) --output $(RUNS)/ablate-judge; fi
+			$(if $(QUICK),--counterfactuals 1) --output $(RUNS)/ablate-judge; fi
 
 # A small real run: SmolLM2 judged, trained with both rewards, and judged again. PAIRS: pairs of each evaluation.
 PAIRS ?= $(if $(QUICK),4,40)
