@@ -21,7 +21,7 @@ import cepo
 from cepo.benchmarks.measure import environment
 from cepo.eval.figures import forest
 from cepo.eval.measures import ITEMS, SCORED, measure_judge
-from cepo.eval.report import write_eval_report
+from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate, estimate, mean, mean_difference
 from cepo.eval.summaries import write_text
 from cepo.jacobian.loading import load_model, resolve_model
@@ -277,7 +277,7 @@ def _write_report(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[
     each = [
         [f"{row['arm']}, seed {row['seed']}", *(f"{_value(row, measure):.3f}" for measure in MEASURES)] for row in rows
     ]
-    write_eval_report(
+    write_report(
         path,
         title="Which reward makes the criteria cause the verdict?",
         summary={

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import cepo
+from cepo.eval.figures import history
 from cepo.eval.measures import FIELDS, ITEMS, LINKS, SCORED, Measures, measure_judge
-from cepo.eval.report import Curve, write_demo_report
+from cepo.eval.report import write_report
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.grpo import load_config, train
 from cepo.train.policy import load_testbed_judge
@@ -83,7 +85,7 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
         progress.add_task("measuring the judge after training")
         after, maps_after = measure_judge(model, tokenizer, seed=seed, items=ITEMS, scored=SCORED)
     seconds = time.perf_counter() - started
-    write_demo_report(
+    write_report(
         output / "report.html",
         title="cepo demo: a judge rewarded for criteria that cause its scores",
         summary={
@@ -93,7 +95,7 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
             "seed": str(seed),
             "time": f"{seconds:.0f} s",
         },
-        curves=_curves(run / "metrics.jsonl"),
+        figures=_figures(run / "metrics.jsonl"),
         tables=_tables(before, after),
         heat_maps={"Before training": maps_before, "After training": maps_after},
         notes=[
@@ -119,18 +121,13 @@ def _described(reward: Mapping[str, Any]) -> str:
     return f"{text} ({reward['score']} of {', '.join(reward['links'])}, {hardening})"
 
 
-def _curves(metrics: Path) -> dict[str, Sequence[Curve]]:
+def _figures(metrics: Path) -> dict[str, Figure]:
     logs = [json.loads(line) for line in metrics.read_text().splitlines()]
-    panels: dict[str, Sequence[Curve]] = {}
+    found = {}
     for panel, names in _PANELS.items():
-        curves = []
-        for name in names:
-            points = [(float(log["step"]), float(log[name])) for log in logs if name in log]
-            if points:
-                steps, values = zip(*points, strict=True)
-                curves.append(Curve(name, steps, values))
-        panels[panel] = curves
-    return panels
+        lines = {name: [(float(log["step"]), float(log[name])) for log in logs if name in log] for name in names}
+        found[panel] = history({name: points for name, points in lines.items() if points})
+    return found
 
 
 def _tables(before: Measures, after: Measures) -> dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]]:

@@ -20,7 +20,7 @@ from cepo.eval.candidates import Problem, Verifier, answer_groups, read_problems
 from cepo.eval.figures import curves
 from cepo.eval.judgements import Request, collect_judgements, content_key
 from cepo.eval.judging import Judge, JudgeSettings, check_judge, open_judge
-from cepo.eval.report import write_eval_report
+from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate, estimate, mean, mean_difference
 from cepo.eval.summaries import make_folder, summary_row, write_summary
 from cepo.train.data import Problem as BrokenLine
@@ -368,7 +368,7 @@ def _summary_rows(summary: BestOfSummary) -> list[dict[str, Any]]:
 def _write_report(job: BestOfJob, summary: BestOfSummary) -> None:
     lines = {way: points for way, points in summary.lines.items() if way in WAYS}
     gain = {way: points for way, points in summary.lines.items() if way not in WAYS}
-    write_eval_report(
+    write_report(
         job.output / "report.html",
         title="cepo eval robustness: best of N",
         summary={

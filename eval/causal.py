@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cepo.eval.causal_report import write_report
+from cepo.eval.causal_report import write_causal_report
 from cepo.eval.causal_summary import CausalSummary, Population, summarise
 from cepo.eval.controls import (
     PAIRS,
@@ -125,7 +125,7 @@ def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSum
         "resamples": str(job.resamples),
         "seed": str(job.seed),
     }
-    write_report(job.output / "report.html", populations, summary, facts)
+    write_causal_report(job.output / "report.html", populations, summary, facts)
     return summary
 
 

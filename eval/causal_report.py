@@ -13,7 +13,8 @@ from rich.table import Table
 from cepo.eval.causal_summary import PRIMARY, SWEPT_ALONE, CausalSummary, Population, effect_of
 from cepo.eval.evidence import BASELINES, DEFAULT, DEFAULT_LINK, PAPER, REWARD, SWEPT, definition
 from cepo.eval.figures import curves, forest, grid, reliability
-from cepo.eval.report import HeatMap, write_eval_report
+from cepo.eval.heat_maps import HeatMap
+from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate
 
 _SHOWN = 14  # definitions in a table for the console, beside the ones always shown
@@ -91,7 +92,7 @@ def text_tables(summary: CausalSummary, *, every: bool = False) -> dict[str, tup
     return found
 
 
-def write_report(
+def write_causal_report(
     path: Path, populations: Sequence[Population], summary: CausalSummary, facts: Mapping[str, str]
 ) -> None:
     """Write the page: forests, reliability, randomisation and angle figures, every table, and heat maps.
@@ -147,7 +148,7 @@ def write_report(
     ]
     facts = {**facts, **{f"best by {PRIMARY}, {group}": name for group, name in summary.best.items()}}
     heat_maps = {population.name: [_heat_map(row) for row in population.sound[:4]] for population in populations}
-    write_eval_report(
+    write_report(
         path,
         title="cepo eval causal",
         summary=facts,

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from cepo.eval.figures import curves
 from cepo.eval.judgements import Request, collect_judgements, content_key
 from cepo.eval.judging import Judgement, Messages, OnDone
-from cepo.eval.report import write_eval_report
+from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate, estimate, mean, mean_difference
 from cepo.eval.summaries import make_folder, share, summary_row, write_summary
 from cepo.jacobian.loading import load_model, resolve_model
@@ -208,7 +208,7 @@ def flip_table(found: Mapping[str, JudgeFlips]) -> tuple[list[str], list[list[st
 
 def _write_report(job: FlipsJob, found: Mapping[str, JudgeFlips], seconds: float) -> None:
     lines = {judge: list(flips.accuracy.items()) for judge, flips in found.items()}
-    write_eval_report(
+    write_report(
         job.output / "report.html",
         title="cepo eval robustness: accuracy when the cue flips",
         summary={

@@ -1,4 +1,4 @@
-"""The figures of the evaluation reports: forests with intervals, curves, reliability, heat maps of numbers."""
+"""The figures of the reports: forests with intervals, curves, histories, reliability, heat maps of numbers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from cepo.eval.statistics import Estimate, estimate, mean
 _WIDTH = 7.2  # inches
 _ROW = 0.27  # inches of height a row of a forest or heat map
 _BINS = 8
+_PLAIN = {"text.parse_math": False}  # names come from data, where a dollar sign opens no formula
 
 
+@rc_context(_PLAIN)
 def forest(rows: Sequence[tuple[str, Estimate]], *, axis: str, reference: float | None = None) -> Figure:
     """Draw one estimate a row, from top to bottom, with its interval.
 
@@ -41,6 +43,7 @@ def forest(rows: Sequence[tuple[str, Estimate]], *, axis: str, reference: float 
     return figure
 
 
+@rc_context(_PLAIN)
 def curves(
     lines: Mapping[str, Sequence[tuple[float, Estimate]]], *, across: str, up: str, logarithmic: bool = False
 ) -> Figure:
@@ -68,6 +71,27 @@ def curves(
     return figure
 
 
+@rc_context(_PLAIN)
+def history(lines: Mapping[str, Sequence[tuple[float, float]]], *, across: str = "step") -> Figure:
+    """Draw what was logged: every value faintly, and the centred mean over a tenth of the values; NaN is a gap.
+
+    Args:
+        lines: (step, value) of each curve, steps ascending.
+        across: label of the horizontal axis.
+    """
+    figure, axes = _figure(3.0)
+    for number, (name, points) in enumerate(lines.items()):
+        steps_N, values_N = np.asarray(points, dtype=float).reshape(-1, 2).T
+        axes.plot(steps_N, values_N, ".-", color=f"C{number % 10}", alpha=0.3, linewidth=1.0, markersize=3)
+        axes.plot(steps_N, _smooth(values_N), color=f"C{number % 10}", linewidth=2.0, label=name)
+    axes.set_xlabel(across)
+    axes.grid(alpha=0.3)
+    if lines:
+        axes.legend(fontsize=8)
+    return figure
+
+
+@rc_context(_PLAIN)
 def reliability(scores: Sequence[float], effects: Sequence[float], *, across: str, up: str) -> Figure:
     """Draw effects against scores: every observation faintly, and the mean effect in each eighth of the scores.
 
@@ -91,6 +115,7 @@ def reliability(scores: Sequence[float], effects: Sequence[float], *, across: st
     return figure
 
 
+@rc_context(_PLAIN)
 def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, label: str) -> Figure:
     """Draw a table of numbers as a heat map with the numbers in it; NaN stays empty.
 
@@ -118,9 +143,20 @@ def picture(figure: Figure) -> str:
     """Return a figure as the address of an image that a page can hold: SVG in base64, the same for the same figure."""
     held = io.BytesIO()
     # Without a salt of our own, the ids of clipping paths and markers are drawn at random.
-    with rc_context({"svg.hashsalt": "cepo"}):
+    with rc_context({"svg.hashsalt": "cepo", **_PLAIN}):
         figure.savefig(held, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(held.getvalue()).decode("ascii")
+
+
+def _smooth(values_N: np.ndarray) -> np.ndarray:
+    """Return the centred mean over a tenth of the values, of finite ones only; NaN where the value is none."""
+    finite_N = np.isfinite(values_N)
+    if not finite_N.any():
+        return np.full_like(values_N, np.nan)
+    window = np.ones(len(values_N) // 20 * 2 + 1)
+    totals_N = np.convolve(np.where(finite_N, values_N, 0.0), window, mode="same")
+    counts_N = np.convolve(finite_N.astype(float), window, mode="same")
+    return np.where(finite_N, totals_N / np.maximum(counts_N, 1.0), np.nan)
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cepo.eval.report import HeatMap
+from cepo.eval.heat_maps import HeatMap
 from cepo.fusion.engine import RewardConfig, score_rollouts
 from cepo.jacobian.group import GroupEngine
 from cepo.jacobian.spans import SpanReader

@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from cepo.eval.figures import forest, reliability
+from cepo.eval.heat_maps import HeatMap
 from cepo.eval.judgements import Collected, Record, collect_judgements, content_key
 from cepo.eval.judging import JudgeSettings, check_judge, open_judge
 from cepo.eval.preference_metrics import Measure, outcome, summarise
 from cepo.eval.preferences import PLACES, Item, load_items, requests
-from cepo.eval.report import HeatMap, write_eval_report
+from cepo.eval.report import write_report
 from cepo.eval.summaries import summary_row, write_summary
 from cepo.train.data import Problem
 
@@ -198,7 +199,7 @@ def _write_report(job: RewardBenchJob, items: Sequence[Item], summary: RewardBen
             ["line", "reason"],
             [[str(number), reason] for number, reason in summary.broken],
         )
-    write_eval_report(
+    write_report(
         job.output / "report.html",
         title="cepo eval rewardbench",
         summary=facts,

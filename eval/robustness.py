@@ -18,7 +18,7 @@ from cepo.eval.figures import forest, grid
 from cepo.eval.judgements import Request, collect_judgements, content_key
 from cepo.eval.judging import Judge, JudgeSettings, check_judge, open_judge
 from cepo.eval.preferences import PLACES, Item, load_items
-from cepo.eval.report import write_eval_report
+from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate, estimate, estimates, mean
 from cepo.eval.summaries import make_folder, share, summary_row, write_summary
 from cepo.eval.transformations import TRANSFORMATIONS, Pair, check_names, transform
@@ -328,7 +328,7 @@ def _write_report(
     subsets = list(dict.fromkeys(record["subset"] for record in records))
     if len(subsets) > 1:
         figures["Drop by subset"] = grid(_subset_drops(records, subsets), list(_paired(records)), subsets, label="drop")
-    write_eval_report(
+    write_report(
         job.output / "report.html",
         title="cepo eval robustness: transformed responses",
         summary={

@@ -19,7 +19,8 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cepo.eval.report import HeatMap, write_score_report
+from cepo.eval.heat_maps import HeatMap
+from cepo.eval.report import write_report
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
 from cepo.jacobian.group import EngineName, check_engine, new_engine
 from cepo.jacobian.layouts import Layout
@@ -324,7 +325,7 @@ def _write_html(
         + (f"rank = {config.rank}" if config.energy is None else f"energy = {config.energy}"),
     }
     assert job.html is not None
-    write_score_report(job.html, maps, title="cepo score", summary=summary)
+    write_report(job.html, title="cepo score", summary=summary, heat_maps={"Rollouts": maps})
 
 
 def read_input(path: Path) -> tuple[list[dict[str, Any] | str], list[tuple[int, str]]]:

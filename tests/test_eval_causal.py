@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from cepo.cli import app
 from cepo.eval import causal as causal_module
 from cepo.eval.causal import CausalJob, run_causal
-from cepo.eval.causal_report import console_tables, text_tables, write_report
+from cepo.eval.causal_report import console_tables, text_tables, write_causal_report
 from cepo.eval.causal_summary import PRIMARY, Population, effect_of, summarise
 from cepo.eval.controls import PAIRS
 from cepo.eval.evidence import BASELINES, DEFAULT, DEFAULT_LINK, PAPER, REWARD, SWEPT, definition
@@ -129,7 +129,7 @@ def test_an_uncertified_pair_gets_no_area() -> None:
 def test_the_page_shows_every_definition_and_the_console_the_ones_worth_a_look(tmp_path: Path) -> None:
     populations = [invented("criteria", True), invented("decorative", False)]
     summary = summarise(populations, pairs=PAIRS, draws=10, seed=0)
-    write_report(tmp_path / "report.html", populations, summary, {"seed": "0"})
+    write_causal_report(tmp_path / "report.html", populations, summary, {"seed": "0"})
     page = (tmp_path / "report.html").read_text()
     short, long = text_tables(summary), text_tables(summary, every=True)
     caption = next(caption for caption in short if caption.startswith("Rank correlation"))

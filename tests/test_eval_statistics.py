@@ -10,7 +10,8 @@ import pytest
 import scipy.stats
 
 from cepo.eval.figures import curves, forest, grid, picture, reliability
-from cepo.eval.report import HeatMap, write_eval_report
+from cepo.eval.heat_maps import HeatMap
+from cepo.eval.report import write_report
 from cepo.eval.statistics import (
     Estimate,
     auc,
@@ -205,7 +206,7 @@ def test_a_picture_is_an_image_in_the_page_and_the_same_each_time() -> None:
 
 
 def write_page(path: Path) -> str:
-    write_eval_report(
+    write_report(
         path,
         title="a <b>title</b>",
         summary={"rows": "3"},
@@ -236,7 +237,7 @@ def test_the_page_is_the_same_each_time_and_replaces_the_one_that_is_there(tmp_p
 
 def test_a_table_with_a_row_that_is_too_short_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="By subset"):
-        write_eval_report(
+        write_report(
             tmp_path / "page.html", title="t", summary={}, figures={}, tables={"By subset": (["a", "b"], [["x"]])}
         )
     assert not list(tmp_path.iterdir())

@@ -6,8 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from cepo.eval.report import Curve, HeatMap, write_demo_report, write_score_report
+from cepo.eval.figures import curves, forest, grid, history, picture
+from cepo.eval.heat_maps import HeatMap
+from cepo.eval.report import write_report
+from cepo.eval.statistics import Estimate
 
 SCRIPT = "</div></title></style><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
 VOID = {"meta", "br", "img", "hr", "input"}
@@ -89,23 +93,22 @@ def heat_map(title: str = "row 0", **changes: object) -> HeatMap:
 
 
 def score_page(folder: Path, *maps: HeatMap, title: str = "Scores", notes: tuple[str, ...] = ()) -> Page:
-    """Write and read the page of `cepo score`."""
+    """Write and read a page of heat maps, as `cepo score` does."""
     path = folder / "score.html"
-    write_score_report(path, maps, title=title, summary={"rollouts": str(len(maps))}, notes=notes)
+    summary = {"rollouts": str(len(maps))}
+    write_report(path, title=title, summary=summary, notes=notes, heat_maps={"Rollouts": maps})
     return Page(path)
 
 
 def demo_page(
     folder: Path,
-    curves: dict[str, list[Curve]] | None = None,
+    figures: dict[str, Figure] | None = None,
     tables: dict[str, tuple[list[str], list[list[str]]]] | None = None,
     maps: dict[str, list[HeatMap]] | None = None,
 ) -> Page:
-    """Write and read the page of `cepo demo`."""
+    """Write and read a page of figures, tables and heat maps, as `cepo demo` does."""
     path = folder / "demo.html"
-    write_demo_report(
-        path, title="Demo", summary={"seed": "0"}, curves=curves or {}, tables=tables or {}, heat_maps=maps or {}
-    )
+    write_report(path, title="Demo", summary={"seed": "0"}, figures=figures, tables=tables, heat_maps=maps)
     return Page(path)
 
 
@@ -120,13 +123,15 @@ def test_markup_from_a_model_stays_text(tmp_path: Path) -> None:
         facts={SCRIPT: SCRIPT},
         malformed=SCRIPT,
     )
-    curves = {SCRIPT: [Curve(SCRIPT, (0.0, 1.0), (0.0, 1.0))]}
+    figures = {SCRIPT: history({SCRIPT: [(0.0, 0.0), (1.0, 1.0)]})}
     pages = [
         score_page(tmp_path, hostile, *[heat_map()] * 5, title=SCRIPT, notes=(SCRIPT,)),
-        demo_page(tmp_path, curves, {SCRIPT: ([SCRIPT], [[SCRIPT]])}, {SCRIPT: [hostile]}),
+        demo_page(tmp_path, figures, {SCRIPT: ([SCRIPT], [[SCRIPT]])}, {SCRIPT: [hostile]}),
     ]
     for page in pages:
-        assert not {"script", "img"} & set(page.tags)
+        assert "script" not in page.tags
+        sources = [str(value) for tag, name, value in page.attributes if tag == "img" and name == "src"]
+        assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
         assert not [name for _, name, _ in page.attributes if name.startswith("on")]
         assert page.words.count("<script>alert('x')</script>") >= 9
 
@@ -173,7 +178,9 @@ def test_broken_text_is_replaced(tmp_path: Path) -> None:
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     """Protects privacy: no address outside the page, and a policy that would block one."""
-    demo_page(tmp_path, {"reward": [Curve("a", (0.0, 1.0), (0.0, 1.0))]}, {"t": (["a"], [["b"]])}, {"s": [heat_map()]})
+    demo_page(
+        tmp_path, {"reward": history({"a": [(0.0, 0.0), (1.0, 1.0)]})}, {"t": (["a"], [["b"]])}, {"s": [heat_map()]}
+    )
     score_page(tmp_path, heat_map())
     for path in tmp_path.glob("*.html"):
         page, text = Page(path), path.read_text(encoding="utf-8")
@@ -201,24 +208,43 @@ def test_malformed_rollouts_are_counted_with_their_reason(tmp_path: Path) -> Non
 def test_empty_reports_are_whole_pages(tmp_path: Path) -> None:
     """Protects the edge: no heat maps, no curves, no tables, no tokens, no source."""
     assert "There is none." in score_page(tmp_path).words
-    assert demo_page(tmp_path, {"p": [], "q": [Curve("c", (), ())]}, {"t": (["a"], [])}, {"s": []}).texts == []
+    assert demo_page(tmp_path, {"p": history({}), "q": history({"c": []})}, {"t": (["a"], [])}, {"s": []}).texts == []
     assert score_page(tmp_path, heat_map(tokens=(), prompt_tokens=0, links={}, targets={})).texts == []
     assert "no norm above 0" in score_page(tmp_path, heat_map(links={"X->Y": {}}, targets={})).words
 
 
-def test_curves_break_where_there_is_no_number(tmp_path: Path) -> None:
-    """Protects the plot: NaN and infinities are gaps, not zeros, and no such word reaches a path."""
+def test_histories_break_where_there_is_no_number() -> None:
+    """Protects the plot: NaN and infinities are gaps, not zeros, and do not spread into the mean beside them."""
     values = (0.1, math.nan, 0.3, math.inf, -math.inf, 0.5, 0.5)
-    curves = [Curve("reward", tuple(map(float, range(7))), values), Curve("none", (0.0, 1.0), (math.nan, 1e308))]
-    page = demo_page(tmp_path, {"Reward": curves, "Flat": [Curve("flat", (3.0,), (2.0,))]})
-    paths = [str(value) for tag, name, value in page.attributes if (tag, name) == ("path", "d")]
-    assert not [path for path in paths if "nan" in path or "inf" in path]
-    assert [path.count("M") for path in paths if "," in path and "h0" in path] == [3, 3, 1, 1]
-    labels = [str(value) for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
-    assert labels[0].startswith(
-        "Reward: 2 curves over steps 0 to 6. reward, start 0.1, end 0.5, least 0.1, greatest 0.5"
-    )
-    assert "none, start –" in labels[0]
+    figure = history({"reward": list(enumerate(values)), "none": [(0.0, math.nan)]})
+    raw, smooth, *none = figure.axes[0].lines
+    finite = [math.isfinite(value) for value in values]
+    for line in (raw, smooth):
+        shown = [float(value) for value in line.get_ydata()]  # type: ignore[union-attr]
+        assert [value for value, sound in zip(shown, finite, strict=True) if sound] == [0.1, 0.3, 0.5, 0.5]
+        assert not any(math.isfinite(value) for value, sound in zip(shown, finite, strict=True) if not sound)
+    assert all(math.isnan(float(line.get_ydata()[0])) for line in none)  # type: ignore[index, arg-type]
+    picture(figure)
+
+
+def test_histories_are_smoothed_over_a_tenth() -> None:
+    """Protects the strong line: of 40 values, the mean of the five around each; fewer at the ends."""
+    figure = history({"a": [(float(step), float(step == 20)) for step in range(40)]})
+    smooth = [float(value) for value in figure.axes[0].lines[1].get_ydata()]  # type: ignore[union-attr]
+    assert smooth[17:24] == pytest.approx([0.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.0])
+
+
+def test_names_from_data_are_no_formulas() -> None:
+    """Protects a finished evaluation: a subset called "$\\frac $" is drawn as it is and does not stop the page."""
+    name, one = "cost $\\frac $", Estimate(0.5, 0.4, 0.6, 9)
+    figures = [
+        forest([(name, one)], axis=name),
+        curves({name: [(1.0, one)]}, across=name, up=name),
+        history({name: [(0.0, 1.0)]}, across=name),
+        grid([[1.0]], [name], [name], label=name),
+    ]
+    for figure in figures:
+        assert picture(figure).startswith("data:image/svg+xml;base64,")
 
 
 def test_a_norm_that_is_no_number_is_shown_as_such(tmp_path: Path) -> None:
@@ -233,7 +259,7 @@ def test_the_page_takes_its_place_in_one_step(tmp_path: Path, monkeypatch: pytes
     score_page(tmp_path / "new folder", heat_map())
     path = tmp_path / "new folder" / "score.html"
     before = path.read_bytes()
-    monkeypatch.setattr("cepo.eval.report._link_view", lambda heat_map, name: 1 / 0)
+    monkeypatch.setattr("cepo.eval.report.link_view", lambda heat_map, name: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score_page(tmp_path / "new folder", heat_map())
     assert path.read_bytes() == before
@@ -265,11 +291,8 @@ def test_a_heat_map_refuses_what_it_cannot_show(changes: dict[str, object], matc
         heat_map(**changes)  # type: ignore[arg-type]
 
 
-def test_curves_and_tables_refuse_what_does_not_fit(tmp_path: Path) -> None:
-    """Protects callers: uneven curves, steps that go back and ragged tables are named."""
-    with pytest.raises(ValueError, match="values has 1 numbers, steps 2"):
-        Curve("a", (0.0, 1.0), (0.0,))
-    with pytest.raises(ValueError, match="'a' are not all finite and ascending"):
-        Curve("a", (1.0, 0.0), (0.0, 0.0))
+def test_tables_refuse_what_does_not_fit(tmp_path: Path) -> None:
+    """Protects callers: ragged tables are named, before anything is written."""
     with pytest.raises(ValueError, match="expected 2 cells"):
         demo_page(tmp_path, tables={"t": (["a", "b"], [["c"]])})
+    assert not list(tmp_path.iterdir())
