@@ -21,7 +21,7 @@ from cepo.eval.figures import curves
 from cepo.eval.judgements import Request, collect_judgements, content_key
 from cepo.eval.judging import Judge, JudgeSettings, check_judge, open_judge
 from cepo.eval.report import write_report
-from cepo.eval.statistics import Estimate, estimate, mean, mean_difference
+from cepo.eval.statistics import Estimate, estimate, mean_difference, proportion, warning_of_few
 from cepo.eval.summaries import make_folder, summary_row, write_summary
 from cepo.train.data import Problem as BrokenLine
 from cepo.train.prompts import judge_prompt
@@ -313,7 +313,7 @@ def majority_share(groups: Sequence[int | None], correct: Sequence[bool]) -> flo
 def estimate_curves(ways: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, list[tuple[float, Estimate]]]:
     """Return the accuracy of each way of picking at each N, and the judge's gain over random."""
     lines = {
-        way: [(float(size), estimate(mean, values)) for size, values in sorted(by_size.items())]
+        way: [(float(size), proportion(values)) for size, values in sorted(by_size.items())]
         for way, by_size in ways.items()
     }
     lines[GAIN] = [
@@ -386,6 +386,7 @@ def _write_report(job: BestOfJob, summary: BestOfSummary) -> None:
         notes=[
             "The judge picks by a knockout: the solutions come in a drawn order, and each further one meets the winner "
             "so far. A match without a readable winner leaves the earlier one in place, which is a random choice. "
-            "Random, majority and oracle are over the very same solutions."
+            "Random, majority and oracle are over the very same solutions.",
+            *warning_of_few(summary.problems, "problems"),
         ],
     )

@@ -14,7 +14,7 @@ from cepo.eval.figures import curves
 from cepo.eval.judgements import Request, collect_judgements, content_key
 from cepo.eval.judging import Judgement, Messages, OnDone
 from cepo.eval.report import write_report
-from cepo.eval.statistics import Estimate, estimate, mean, mean_difference
+from cepo.eval.statistics import Estimate, estimate, mean_difference, proportion
 from cepo.eval.summaries import make_folder, share, summary_row, write_summary
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import testbed
@@ -169,7 +169,7 @@ def _summarise(judged: Sequence[tuple[_Case, Mapping[str, Any]]]) -> JudgeFlips:
     correct = {agreement: [grade for case, grade in graded if case.agreement == agreement] for agreement in AGREEMENTS}
     sides = {agrees: [grade for case, grade in graded if case.item.cue_agrees is agrees] for agrees in (True, False)}
     return JudgeFlips(
-        accuracy={agreement: estimate(mean, values) for agreement, values in correct.items()},
+        accuracy={agreement: proportion(values) for agreement, values in correct.items()},
         # The two samples are independent and equally large: drawn in pairs or apart, their difference varies alike.
         drop=estimate(mean_difference, correct[max(AGREEMENTS)], correct[min(AGREEMENTS)]),
         with_cue=_estimate_mean(sides[True]),
@@ -180,7 +180,7 @@ def _summarise(judged: Sequence[tuple[_Case, Mapping[str, Any]]]) -> JudgeFlips:
 
 
 def _estimate_mean(values: Sequence[float]) -> Estimate:
-    return estimate(mean, values) if values else Estimate(float("nan"), float("nan"), float("nan"), 0)
+    return proportion(values) if values else Estimate(float("nan"), float("nan"), float("nan"), 0)
 
 
 def _summary_rows(found: Mapping[str, JudgeFlips]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from cepo.eval.judgements import content_key
 from cepo.eval.preferences import PLACES, Item
-from cepo.eval.statistics import Estimate, estimate, estimates
+from cepo.eval.statistics import Estimate, estimate, estimates, widened
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {
@@ -211,10 +211,13 @@ def _rates(scope: str, tallies: Sequence[Mapping[str, Sequence[float]]], seed: i
     sums_NM = np.array([[sum(tally.get(metric, ())) for metric in there] for tally in tallies])
     counts_NM = np.array([[len(tally.get(metric, ())) for metric in there] for tally in tallies])
     found = estimates(_ratios, sums_NM, counts_NM, seed=seed)
-    return [
-        Measure(metric, scope, replace(one, count=int(count)))
-        for metric, one, count in zip(there, found, counts_NM.sum(axis=0), strict=True)
-    ]
+    measures = []
+    for metric, one, counts_N in zip(there, found, counts_NM.T, strict=True):
+        if metric != "expected_margin":
+            items = int((counts_N > 0).sum())
+            one = widened(one, items, ends=(-1.0, 1.0) if metric == "position_bias" else (0.0, 1.0))
+        measures.append(Measure(metric, scope, replace(one, count=int(counts_N.sum()))))
+    return measures
 
 
 def _ratios(sums_NM: np.ndarray, counts_NM: np.ndarray) -> np.ndarray:

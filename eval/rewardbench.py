@@ -16,6 +16,7 @@ from cepo.eval.judging import JudgeSettings, check_judge, open_judge
 from cepo.eval.preference_metrics import Measure, outcome, summarise
 from cepo.eval.preferences import PLACES, Item, load_items, requests
 from cepo.eval.report import write_report
+from cepo.eval.statistics import warning_of_few
 from cepo.eval.summaries import summary_row, write_summary
 from cepo.train.data import Problem
 
@@ -210,6 +211,7 @@ def _write_report(job: RewardBenchJob, items: Sequence[Item], summary: RewardBen
             "Every pair is judged in both orders. Ties and judgements without a verdict count as wrong; an item with a "
             "judgement that failed is left out of the accuracies. Chance is 0.25 for both orders and 0.5 for their "
             "mean, for a judge that always gives a verdict.",
+            *warning_of_few(len(items), "pairs"),
         ],
     )
 

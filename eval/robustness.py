@@ -19,7 +19,7 @@ from cepo.eval.judgements import Request, collect_judgements, content_key
 from cepo.eval.judging import Judge, JudgeSettings, check_judge, open_judge
 from cepo.eval.preferences import PLACES, Item, load_items
 from cepo.eval.report import write_report
-from cepo.eval.statistics import Estimate, estimate, estimates, mean
+from cepo.eval.statistics import Estimate, estimates, proportion, warning_of_few, widened
 from cepo.eval.summaries import make_folder, share, summary_row, write_summary
 from cepo.eval.transformations import TRANSFORMATIONS, Pair, check_names, transform
 from cepo.train.data import Problem
@@ -242,7 +242,7 @@ def worst_case(records: Sequence[Mapping[str, Any]]) -> tuple[Estimate, Estimate
         nothing = Estimate(float("nan"), float("nan"), float("nan"), 0)
         return nothing, nothing
     originals = [_right(record) for group in complete for record in group if record["transformation"] == ORIGINAL]
-    return estimate(mean, originals), estimate(mean, [min(map(_right, group)) for group in complete])
+    return proportion(originals), proportion([min(map(_right, group)) for group in complete])
 
 
 def _effect(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Effect:
@@ -256,11 +256,11 @@ def _effect(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Eff
     )
     return Effect(
         pairs=len(pairs),
-        before=right_before,
-        after=right_after,
+        before=widened(right_before, len(set(rows))),
+        after=widened(right_after, len(set(rows))),
         drop=drop,
         ratio=ratio,
-        changed=turned,
+        changed=widened(turned, len(set(rows))),
         unreadable_before=float(np.mean([original["winner"] is None for original, _ in pairs])),
         unreadable_after=float(np.mean([transformed["winner"] is None for _, transformed in pairs])),
         forced_before=float(np.mean([original["forced"] for original, _ in pairs])),
@@ -358,6 +358,7 @@ def _write_report(
             "had given none, and whose scores were opened for it.",
             "Beside the drop, read the share of verdicts that changed: where as many turn right as turn wrong, the "
             "drop is zero and the judge is not robust.",
+            *warning_of_few(pairs, "pairs"),
         ],
     )
 

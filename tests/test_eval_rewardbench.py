@@ -241,6 +241,10 @@ def test_a_judge_that_always_names_a_is_right_half_the_time_and_fully_biased() -
     assert value(measures, "verdicts_only") == 0.5
     assert value(measures, "position_bias") == 1.0
     assert value(measures, "follows_position") == 1.0
+    intervals = {one.metric: (one.estimate.low, one.estimate.high) for one in measures if one.scope == "all"}
+    wilson = 6.0 / (6.0 + 1.959964**2)  # of six items, not of their twelve judgements
+    assert intervals["follows_position"] == (pytest.approx(wilson), 1.0)
+    assert intervals["position_bias"] == (pytest.approx(2.0 * wilson - 1.0), 1.0)
     assert 0.0 <= value(measures, "single_swap") <= 1.0
 
 
@@ -488,6 +492,8 @@ def test_the_whole_job_agrees_with_itself(tmp_path: Path, monkeypatch: pytest.Mo
     assert told["consistent", "y"]["value"] == float(right[2])
     assert set(lines[0]) == {"metric", "subset", "value", "low", "high", "count"}
     page = (tmp_path / "out" / "report.html").read_text()
+    assert "Only " in page
+    assert "too narrow" in page
     assert "wordy" in page
     assert "Lines that could not be used" in page
     assert "http-equiv" in page

@@ -20,8 +20,10 @@ from cepo.eval.statistics import (
     estimates,
     mean,
     mean_difference,
+    proportion,
     rank_correlations,
     spearman,
+    widened,
     within,
 )
 
@@ -34,6 +36,22 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan, 1)
 
 
 # Statistics
+
+
+def test_proportions_of_nothing_or_all_get_wilsons_interval() -> None:
+    """Protects small samples: ten right of ten do not prove a judge that is always right.
+
+    By hand: with z = 1.95996, the lower bound for n of n is n / (n + z^2).
+    """
+    assert proportion([1.0] * 10).low == pytest.approx(10.0 / (10.0 + 1.959964**2), abs=1e-6)
+    assert proportion([1.0] * 10).high == 1.0
+    none = proportion([0.0] * 4)
+    assert (none.value, none.low, none.count) == (0.0, 0.0, 4)
+    assert none.high == pytest.approx(1.959964**2 / (4.0 + 1.959964**2), abs=1e-6)
+    assert proportion([0.0, 1.0, 1.0]) == estimate(mean, [0.0, 1.0, 1.0])
+    assert proportion([0.5] * 5) == Estimate(0.5, 0.5, 0.5, 5)
+    biased = widened(Estimate(-1.0, -1.0, -1.0, 8), 4, ends=(-1.0, 1.0))
+    assert (biased.low, biased.high) == (-1.0, pytest.approx(2.0 * none.high - 1.0))
 
 
 def test_the_interval_of_a_mean_is_scipys_percentile_bootstrap() -> None:
