@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +15,35 @@ from rich.table import Table
 from cepo.cli_eval import console, errors, eval_app, progress_bar
 
 app = typer.Typer(
-    help="Exact d(score)/d(criteria) rewards for language-model judges and reasoners.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 app.add_typer(eval_app, name="eval")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        names = ("cepo", "torch", "transformers", "trl", "peft", "triton")
+        console.print(", ".join(f"{name} {_installed(name)}" for name in names), highlight=False, soft_wrap=True)
+        raise typer.Exit
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Exact d(score)/d(criteria) rewards for language-model judges and reasoners."""
 
 
 def main() -> None:
@@ -196,6 +219,7 @@ def score(
     table.add_row("rows", str(summary.rows))
     table.add_row("from an earlier run", str(summary.resumed))
     table.add_row("malformed", str(summary.malformed))
+    table.add_row("lines that could not be used", str(len(summary.broken)))
     for name, mean in summary.means.items():
         table.add_row(f"mean {name}", f"{mean:.6f}")
     table.add_row("time", f"{summary.seconds:.1f} s")

@@ -127,7 +127,10 @@ def causal(
     quick: Annotated[
         bool, typer.Option("--quick", help="Minutes: one pair of judges, 60 items, 4 resamples, 200 bootstrap draws.")
     ] = False,
-    items: Annotated[int | None, typer.Option(help="Items each judge judges, or rows of the input.", min=1)] = None,
+    items: Annotated[
+        int | None,
+        typer.Option(help="Testbed items each judge judges, at least 8; or rows of the input that are read.", min=1),
+    ] = None,
     resamples: Annotated[
         int | None, typer.Option(help="Criteria sampled for each judgement; 8, or 4 with --quick.", min=1)
     ] = None,

@@ -165,37 +165,25 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
 def read_row(
     row: Mapping[str, Any], tokenizer: Any, reader: SpanReader, *, raw: bool = False
 ) -> tuple[Rollout | None, str | None]:
-    """Return the rollout of an input row, or None and the reason why there is none; never raises on a row's content.
+    """Return the rollout of a row that `read_input` let pass, or None and the reason why there is none.
 
     Text is encoded once, here, and the spans are found on the ids that came of it. Lone surrogates, which no tokenizer
     encodes, become U+FFFD.
     """
     if "completion_ids" in row and "prompt_ids" in row:
-        ids = [row["prompt_ids"], row["completion_ids"]]
-        if not all(isinstance(part, list) and all(type(token) is int for token in part) for part in ids):
-            return None, "prompt_ids and completion_ids must be lists of integers"
-        return _read(reader, ids[0], ids[1], None)
+        return _read(reader, row["prompt_ids"], row["completion_ids"], None)
     messages: Any = row.get("messages", row.get("prompt"))
     completion = row.get("completion", row.get("judge_output"))
-    if "judge_output" in row and "chosen" in row:
+    if "completion" not in row and "chosen" in row:
         shown = [row["chosen"], row["rejected"]] if row.get("label") != "B" else [row["rejected"], row["chosen"]]
-        if not all(isinstance(text, str) for text in (row.get("prompt"), *shown)):
-            return None, "prompt, chosen and rejected must be text"
         messages = judge_prompt(row["prompt"], *shown)
-    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
-        completion = completion[-1].get("content")
-    if not isinstance(completion, str):
-        return None, f"completion is a {type(completion).__name__}; expected text or messages"
+    if isinstance(completion, list):
+        completion = completion[-1]["content"]
     if raw and isinstance(messages, str):
         prompt_ids = tokenizer(_encodable(messages))["input_ids"]
         return _read(reader, prompt_ids, _encode(tokenizer, completion), None)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
-        for message in messages
-    ):
-        return None, "prompt is neither text nor a list of messages with role and content"
     messages = [{**message, "content": _encodable(message["content"])} for message in messages]
     try:
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -375,14 +363,17 @@ def _check_paths(job: ScoreJob) -> None:
             ) from error
 
 
-def _missing(row: Mapping[str, Any]) -> str | None:
+def _columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the columns that a row of its form has."""
     if "prompt_ids" in row or "completion_ids" in row:
-        needed: tuple[str, ...] = ("prompt_ids", "completion_ids")
-    elif "completion" not in row and ("chosen" in row or "rejected" in row):
-        needed = ("prompt", "chosen", "rejected", "judge_output")
-    else:
-        needed = ("messages" if "messages" in row else "prompt", "completion")
-    return next((name for name in needed if name not in row), None)
+        return "prompt_ids", "completion_ids"
+    if "completion" not in row and ("chosen" in row or "rejected" in row):
+        return "prompt", "chosen", "rejected", "judge_output"
+    return "messages" if "messages" in row else "prompt", "completion"
+
+
+def _missing(row: Mapping[str, Any]) -> str | None:
+    return next((name for name in _columns(row) if name not in row), None)
 
 
 def _bad_value(row: Mapping[str, Any]) -> str | None:
@@ -393,7 +384,37 @@ def _bad_value(row: Mapping[str, Any]) -> str | None:
         return f"has the task_reward {task!r}; expected a number in [0, 1]"
     if row.get("label") not in ("A", "B", None):
         return f"has the label {row['label']!r}; expected 'A' or 'B'"
-    return None
+    names = _columns(row)
+    if "prompt_ids" in names:
+        fits, expected = _is_ids, "a list of integers"
+    elif "judge_output" in names:
+        fits, expected = _is_text, "text"
+    else:
+        fits, expected = _is_text_or_messages, "text, or messages with role and content"
+    bad = next((name for name in names if not fits(row[name])), None)
+    return None if bad is None else f"has the {bad} {_shortened(row[bad])}; expected {expected}"
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_messages(value: Any) -> bool:
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    return bool(value) and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
+        for message in value
+    )
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _broken_record(index: int, reason: str, name: Any = None) -> dict[str, Any]:
@@ -487,4 +508,5 @@ def _summarise(
     if sound:
         means["reward"] = sum(record["reward"] for record in sound) / len(sound)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return ScoreSummary(len(records), resumed, len(records) - len(sound), tuple(broken), means, seconds, peak)
+    malformed = len(records) - len(sound) - len(broken)
+    return ScoreSummary(len(records), resumed, malformed, tuple(broken), means, seconds, peak)

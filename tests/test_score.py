@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cepo.cli import main
 from cepo.eval import score as score_module
+from cepo.fusion.engine import RewardConfig
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.spans import SpanReader
 from cepo.train import testbed
@@ -236,6 +237,13 @@ def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path:
     assert [record["malformed"] is None for record in records] == [True, False, True, False, False, True]
 
 
+def test_broken_lines_are_not_counted_as_malformed_output(judge: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in", [gold_rows()[0], {"prompt": "x", "completion": "no tags"}, "{", {"x": 1}])
+    config = RewardConfig(links={"X->Y": 1.0}, counterfactuals=0)
+    done = score_module.score_file(score_module.ScoreJob(str(judge), source, tmp_path / "out", config, JUDGE))
+    assert (done.rows, done.malformed, [number for number, _ in done.broken]) == (4, 1, [3, 4])
+
+
 def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
     item = ITEMS[0]
     wild = [
@@ -251,10 +259,6 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
     rows += [
         {"prompt_ids": [], "completion_ids": [1]},
         {"prompt_ids": [10**6], "completion_ids": [1, 2]},
-        {"prompt_ids": "abc", "completion_ids": [1]},
-        {"prompt": 5, "completion": "x"},
-        {"prompt": "x", "completion": None},
-        {"prompt": [{"role": "user"}], "completion": "x"},
     ]
     out, page = tmp_path / "out.jsonl", tmp_path / "o.html"
     code, _ = cepo(
@@ -265,6 +269,36 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
     assert [record["row"] for record in records] == list(range(len(rows)))
     assert all(record["reward"] == 0.0 and record["malformed"] for record in records if record["row"] != 3)
     assert "<script>alert" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"prompt_ids": "abc", "completion_ids": [1]}, 'has the prompt_ids "abc"; expected a list of integers'),
+        ({"prompt_ids": [1], "completion_ids": [True]}, "has the completion_ids [true]; expected a list of integers"),
+        ({"prompt": 5, "completion": "x"}, "has the prompt 5; expected text, or messages with role and content"),
+        ({"prompt": "x", "completion": None}, "has the completion null; expected text, or messages"),
+        ({"prompt": [{"role": "user"}], "completion": "x"}, 'has the prompt [{"role": "user"}]; expected text'),
+        ({"prompt": "x", "completion": []}, "has the completion []; expected text"),
+        (
+            {"prompt": "x", "chosen": "a", "rejected": "b", "judge_output": None},
+            "has the judge_output null; expected text",
+        ),
+        ({"prompt": "x", "chosen": 7, "rejected": "b", "judge_output": "z"}, "has the chosen 7; expected text"),
+    ],
+)
+def test_values_of_a_wrong_type_are_broken_lines_not_malformed_output(
+    judge: Path, tmp_path: Path, cepo: Cepo, row: dict[str, Any], complaint: str
+) -> None:
+    """Protects the count of malformed output, which is the model's: a mistake in the data is the data's."""
+    out = tmp_path / "out.jsonl"
+    source = write_jsonl(tmp_path / "in", [row, gold_rows()[0]])
+    code, message = cepo("--model", judge, "--input", source, "--output", out, "-K", 0)
+    assert code == 2
+    assert f"line 1 {complaint}" in message
+    broken, scored = read_jsonl(out)
+    assert complaint in broken["malformed"]
+    assert scored["malformed"] is None
 
 
 def test_task_rewards_are_fused(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
