@@ -153,9 +153,13 @@ class CostModel:
         """Return how many of the jobs, longest first, run at once within the budget; at least one."""
         rows = max((stage.length for stage in stages(jobs[:1], stem.end)), default=1)
         size = min(len(jobs), max(1, self.rows_at_once // rows))
-        while size > 1 and self.trunk(stem) + self.stages(jobs[:size], stem) > budget / _ALLOCATOR:
+        while size > 1 and self.needed(jobs[:size], stem) > budget:
             size = (size + 1) // 2
         return size
+
+    def needed(self, jobs: Sequence[Job], stem: Stem) -> float:
+        """Return the bytes that jobs take which run at once, the stem's and what the allocator holds back included."""
+        return _ALLOCATOR * (self.trunk(stem) + self.stages(jobs, stem))
 
 
 def measured_cost(model: Any, four: int, eight: int, four_on_eight: int) -> CostModel:

@@ -100,7 +100,7 @@ class GroupEngine:
         if memory_budget is not None and not memory_budget > 0:
             raise ValueError(f"memory_budget is {memory_budget!r}; expected a positive number of bytes, or None")
         self._model = self._oracle.model
-        self._budget = memory_budget
+        self._budget, self._over_budget = memory_budget, False
         self._cost: CostModel | None = None
         self._unserved: str | None = None
         self._swaps = Swaps()
@@ -243,6 +243,13 @@ class GroupEngine:
         """Run jobs of one kind in chunks that fit the budget; a chunk that does not fit after all is halved."""
         assert self._cost is not None
         size = self._cost.chunk(jobs, trunk.stem, self._budget_left())
+        least = self._cost.needed(jobs[:1], trunk.stem)
+        if self._budget is not None and least > self._budget and not self._over_budget:
+            self._over_budget = True  # said once
+            logger.warning(
+                "memory_budget is %.0f MiB, and one rollout alone takes about %.0f MiB: going on above the budget",
+                *(self._budget / 2**20, least / 2**20),
+            )
         done = 0
         while done < len(jobs):
             batch, indices = jobs[done : done + size], list(members[done : done + size])

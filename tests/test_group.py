@@ -247,8 +247,8 @@ def test_rows_are_shared_and_dropped() -> None:
 
 @pytest.mark.usefixtures("_in_double")
 @pytest.mark.parametrize("budget", [1.0, 3e5, 1e6])
-def test_any_budget_gives_the_same(budget: float) -> None:
-    """Chunks of one rollout and one cotangent, or more, change nothing."""
+def test_any_budget_gives_the_same(budget: float, caplog: pytest.LogCaptureFixture) -> None:
+    """Chunks of one rollout and one cotangent, or more, change nothing; a budget that one exceeds is named, once."""
     model = tiny_model("qwen2")
     rollouts = {index: ragged_rollout(index) for index in range(5)}
     groups = reward_requests(
@@ -258,6 +258,8 @@ def test_any_budget_gives_the_same(budget: float) -> None:
     engine = GroupEngine(model, memory_budget=budget)
     for found, wanted in zip(engine.compute(requests), JacobianEngine(model).compute(requests), strict=True):
         assert_same(found, wanted, 1e-10)
+    exceeded = [record.getMessage() for record in caplog.records if "above the budget" in record.getMessage()]
+    assert len(exceeded) == (1 if budget == 1.0 else 0)
     if budget == 1.0:
         assert set(engine.plan(requests).chunks) == {1}
 
