@@ -100,7 +100,7 @@ def _draw(path: Path, points: Sequence[tuple[Mapping[str, Any], tuple[str, str],
         panel.set_title(f"score {score}", fontsize=10)
         panel.set_xlabel(axis)
         panel.set_ylabel(f"mean {value}")
-        panel.set_ylim(0.0, 1.0)
+        panel.set_ylim(bottom=0.0)  # each its own top: influences are small, shapes are not
         panel.grid(alpha=0.3)
     figure.suptitle("95% bootstrap intervals over prompts", fontsize=9)
     panels[0].legend(fontsize=8)

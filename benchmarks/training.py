@@ -295,6 +295,8 @@ def _write_report(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[
             "All arms start from the testbed's lazy judge, which follows length, and train on items where length is "
             "right 90% of the time. 'Turned' forces another criterion and lets the judge go on: the fraction of items "
             "whose verdict the criterion alone turned. It is an intervention: no reward reads it.",
-            f"Intervals are over {len(seeds)} seeds only: read them as a range, not as a test.",
+            f"Intervals are over {len(seeds)} seeds only: read them as a range, not as a test."
+            if len(seeds) > 1
+            else "One seed: there are no intervals.",
         ],
     )
