@@ -12,7 +12,8 @@ import typer
 import yaml
 from rich.table import Table
 
-from cepo.cli_eval import console, errors, eval_app, progress_bar
+from cepo.cli_eval import eval_app
+from cepo.cli_shared import Device, Dtype, Raw, Threads, TrustRemoteCode, console, errors, progress_bar, use_threads
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,9 +91,7 @@ def train(
         list[str] | None, typer.Option("--set", help="Any other key, e.g. --set grpo.learning_rate=1e-5; YAML values.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on from checkpoints in the output.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """GRPO with exact causal rewards on a real model and a preference or reasoning data set.
 
@@ -148,18 +147,17 @@ def score(
     p: Annotated[float, typer.Option("-p", "--p", help="Exponent of the power mean; inf and -inf too.")] = 0.2,
     task_weight: Annotated[float, typer.Option(help="Weight of a row's task_reward.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the permutations.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Take prompt text as it is, without the chat template.")] = False,
+    raw: Raw = False,
     save_jacobians: Annotated[Path | None, typer.Option(help="safetensors file for the matrices.")] = None,
     html: Annotated[Path | None, typer.Option(help="File for the token heat maps.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows read and written at once; changes no result.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = None,
     engine: Annotated[str, typer.Option(help="group, or autograd (the oracle, slower).")] = "group",
     memory_gib: Annotated[float, typer.Option(help="What the group engine may add to the model's memory, GiB.")] = 4.0,
     no_adapters: Annotated[bool, typer.Option("--no-adapters", help="Score with the adapters switched off.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Link scores of rollouts; token heat maps with --html, the matrices with --save-jacobians.
 
@@ -170,6 +168,7 @@ def score(
 
     Killed and started again with the same arguments, it goes on where it stopped.
     """
+    use_threads(threads)
     from cepo.fusion.engine import PAPER_LINKS, RewardConfig
     from cepo.jacobian.layouts import ReasonerLayout
     from cepo.train.causal import JUDGE
@@ -255,18 +254,18 @@ def ablate(
     permutation: Annotated[str, typer.Option(help="uniform, sentence or block.")] = "uniform",
     target: Annotated[str, typer.Option(help="log_likelihood, log_odds, expected_score or margin.")] = "log_likelihood",
     seed: Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Take prompt text as it is, without the chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
-    ] = False,
+    raw: Raw = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Sweep K, rank, p, links and scores over a file of rollouts: tables, plots with intervals, parquet.
 
     Every Jacobian is computed once and used by all settings. The reference (K = 4, rank 2, exact) is always among them,
     and rank correlations are against it. Killed and started again with the same arguments, it goes on.
     """
+    use_threads(threads)
     from cepo.benchmarks.ablate import AblateJob, run_ablation
     from cepo.fusion.engine import PAPER_LINKS
 

@@ -8,17 +8,34 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from cepo.cli_shared import (
+    ApiKeyFile,
+    Backend,
+    BaseUrl,
+    BatchSize,
+    Concurrency,
+    Device,
+    Dtype,
+    ForceFormat,
+    MaxNewTokens,
+    Raw,
+    Retries,
+    Temperature,
+    Threads,
+    Timeout,
+    TrustRemoteCode,
+    console,
+    progress_bar,
+    use_threads,
+)
 
 eval_app = typer.Typer(
     help="Is the judge right, is it robust, is its causal signal true?",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-console = Console()
-errors = Console(stderr=True)
 
 
 @eval_app.command()
@@ -35,36 +52,22 @@ def rewardbench(
     split: Annotated[str | None, typer.Option(help="Split of a hub data set; default: the benchmark's own.")] = None,
     subset: Annotated[list[str] | None, typer.Option(help="Only this subset; repeat it.")] = None,
     limit: Annotated[int | None, typer.Option(help="So many rows, drawn by the seed.")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="transformers, vllm (where installed), or server. Default: by --base-url.")
-    ] = None,
-    base_url: Annotated[
-        str | None, typer.Option(help="Address of a server of OpenAI's protocol, e.g. http://localhost:8000/v1.")
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the server's key. Default: the variable OPENAI_API_KEY, or none.")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight at the server.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 300.0,
-    retries: Annotated[int, typer.Option(help="How often a failed request is sent again.")] = 5,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(help="Most tokens a judgement may have; on a CPU, 32 to 128 keep 100 pairs within minutes."),
-    ] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above it, sampled by the seed.")] = 0.0,
-    force_format: Annotated[
-        bool,
-        typer.Option("--force-format", help="Open the scores for a judge that has given none, and count how often."),
-    ] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Take prompt text as it is, without the chat template.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = 16,
+    backend: Backend = None,
+    base_url: BaseUrl = None,
+    api_key_file: ApiKeyFile = None,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 300.0,
+    retries: Retries = 5,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    force_format: ForceFormat = False,
+    raw: Raw = False,
+    batch_size: BatchSize = 16,
     seed: Annotated[int, typer.Option(help="Seed of the draws, the sampling and the intervals.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="Threads of a CPU; default: torch's own choice.", min=1)] = None,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
-    ] = False,
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How often does a generative judge prefer the better response?
 
@@ -79,10 +82,7 @@ def rewardbench(
     from cepo.eval.judging import JudgeSettings
     from cepo.eval.rewardbench import RewardBenchJob, run_rewardbench
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    use_threads(threads)
     judge = JudgeSettings(
         model=model,
         backend=backend or ("transformers" if base_url is None else "server"),  # type: ignore[arg-type]
@@ -135,12 +135,11 @@ def causal(
         int | None, typer.Option(help="Criteria sampled for each judgement; 8, or 4 with --quick.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of judges, items, sampling, permutations and intervals.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Take prompt text as it is, without the chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
-    ] = False,
+    raw: Raw = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Does S measure what the criteria really do to the scores?
 
@@ -151,6 +150,7 @@ def causal(
 
     Killed and started again with the same arguments, it goes on where it stopped.
     """
+    use_threads(threads)
     from dataclasses import replace
 
     from cepo.eval.causal import CausalJob, run_causal
@@ -220,33 +220,22 @@ def robustness(
     ] = "math",
     split: Annotated[str | None, typer.Option(help="Split of a hub data set; default: the benchmark's own.")] = None,
     subset: Annotated[list[str] | None, typer.Option(help="Only this subset of the pairs; repeat it.")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="transformers, vllm or server. Default: server with --base-url.")
-    ] = None,
-    base_url: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible server, such as http://localhost:8000/v1.")
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the server's key; without it OPENAI_API_KEY is read.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens a judgement may have.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    force_format: Annotated[
-        bool,
-        typer.Option("--force-format", help="Without a verdict, open the scores for the judge; counted as forced."),
-    ] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Prompts as plain text, without the chat template.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = 16,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight at a server.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 300.0,
-    retries: Annotated[int, typer.Option(help="How often a failed request is sent again.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads of a CPU; default: torch's own choice.", min=1)] = None,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    backend: Backend = None,
+    base_url: BaseUrl = None,
+    api_key_file: ApiKeyFile = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    force_format: ForceFormat = False,
+    raw: Raw = False,
+    batch_size: BatchSize = 16,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 300.0,
+    retries: Retries = 5,
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the pairs taken, of who is shown first, and of every draw.")] = 0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository's own code run.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Does the judge still find the better response when nothing that matters has changed?
 
@@ -265,10 +254,7 @@ def robustness(
 
     Killed and started again with the same arguments, it goes on where it stopped.
     """
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    use_threads(threads)
     if best_of is not None and (testbed is not None or transformation):
         raise ValueError("--best-of, --testbed and --transformation ask for different things; give one of them")
     if testbed is not None:
@@ -354,13 +340,6 @@ def _cue_flips(testbed: str, output: Path, limit: int | None, seed: int) -> None
         table.add_row(*cells)
     console.print(table)
     console.print(f"report: {output / 'report.html'}")
-
-
-def progress_bar() -> Progress:
-    """Return the progress bar of all commands, on stderr."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors
-    )
 
 
 def _api_key(file: Path | None) -> str | None:
