@@ -24,13 +24,15 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/cepo bench --size small --output runs/bench
 
-# About an hour on two cores. A run that was killed goes on; QUICK=--quick shows in minutes that everything works.
+# Within an hour on two cores. A run that was killed goes on; QUICK=--quick shows in minutes that everything works.
+# JUDGEMENTS: real ones to sweep over, three to five minutes each.
+JUDGEMENTS ?= $(if $(QUICK),1,4)
 experiments: .venv/installed
 	$(BIN)/cepo experiment $(QUICK) --output $(RUNS)/training
 	$(BIN)/cepo eval causal --testbed $(QUICK) --output $(RUNS)/causal
 	$(BIN)/cepo ablate --testbed $(if $(QUICK),16,256) --output $(RUNS)/ablate-testbed
 	if test -d $(DATA); then \
-		head -n $(if $(QUICK),1,4) $(DATA)/judge/j1_micro_trajectories.jsonl > $(RUNS)/judgements.jsonl && \
+		head -n $(JUDGEMENTS) $(DATA)/judge/j1_micro_trajectories.jsonl > $(RUNS)/judgements.jsonl && \
 		$(BIN)/cepo ablate --model smollm2 --input $(RUNS)/judgements.jsonl \
 			$(if $(QUICK),--counterfactuals 1) --output $(RUNS)/ablate-judge; fi
 
