@@ -36,14 +36,18 @@ experiments: .venv/installed
 		$(BIN)/cepo ablate --model smollm2 --input $(RUNS)/judgements.jsonl \
 			$(if $(QUICK),--counterfactuals 1) --output $(RUNS)/ablate-judge; fi
 
-# A small real run: SmolLM2 judged, trained with both rewards, and judged again. PAIRS: pairs of each evaluation.
-PAIRS ?= $(if $(QUICK),4,40)
-JUDGE = $(BIN)/cepo eval rewardbench --limit $(PAIRS) --max-new-tokens 32 --batch-size 8 --force-format --dtype bfloat16
+# A small real run: SmolLM2 learns the format, is judged, trained with both rewards, and judged again.
+# PAIRS: of each evaluation.
+PAIRS ?= $(if $(QUICK),2,24)
+JUDGE = $(BIN)/cepo eval rewardbench --limit $(PAIRS) --max-new-tokens 144 --batch-size 8 --force-format --dtype bfloat16
 experiments-smollm2: .venv/installed
+	test -f $(RUNS)/smollm2/warm/config.json || $(BIN)/cepo warm-start --data $(DATA)/pref/rmb_helpful_train.jsonl \
+		--max-characters 2200 --steps $(if $(QUICK),1,24) --output $(RUNS)/smollm2/warm
 	for data in llmbar rmb_helpful_dev; do \
-		$(JUDGE) --model smollm2 --data $(DATA)/pref/$$data.jsonl --output $(RUNS)/smollm2/before-$$data || exit 1; done
-	$(BIN)/cepo train benchmarks/recipes/smollm2-pairs.yaml --data $(DATA)/pref/rmb_helpful_train.jsonl \
-		$(if $(QUICK),--max-steps 1) --output $(RUNS)/smollm2/train
+		$(JUDGE) --model $(RUNS)/smollm2/warm --data $(DATA)/pref/$$data.jsonl \
+			--output $(RUNS)/smollm2/before-$$data || exit 1; done
+	$(BIN)/cepo train benchmarks/recipes/smollm2-pairs.yaml --model $(RUNS)/smollm2/warm \
+		--data $(DATA)/pref/rmb_helpful_train.jsonl $(if $(QUICK),--max-steps 1) --output $(RUNS)/smollm2/train
 	for data in llmbar rmb_helpful_dev; do \
 		$(JUDGE) --model $(RUNS)/smollm2/train/final --data $(DATA)/pref/$$data.jsonl \
 			--output $(RUNS)/smollm2/after-$$data || exit 1; done

@@ -116,6 +116,49 @@ def train(
     console.print(f"trained model: {run(load_config(config, overrides), fresh=fresh)}")
 
 
+@app.command("warm-start")
+def warm_start(
+    data: Annotated[str, typer.Option(help="JSONL file or hub data set of prompt, chosen, rejected.")],
+    output: Annotated[Path, typer.Option(help="Folder of the model, for --model of the other commands.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file or smollm2.")] = "smollm2",
+    steps: Annotated[int, typer.Option(help="Steps of training.", min=1)] = 40,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 2,
+    learning_rate: Annotated[float, typer.Option(help="Of the LoRA layers that are trained and then merged.")] = 5e-4,
+    rank: Annotated[int, typer.Option(help="Of these layers.", min=1)] = 16,
+    max_characters: Annotated[int | None, typer.Option(help="Leave out longer prompts, instructions and all.")] = None,
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Of positions, order and LoRA.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Supervised examples of the judge's format, for a model that does not write it; then `cepo train`.
+
+    A row's own `judge_output` is learned where it has one (with `label`, A or B: where the chosen response stood; A if
+    absent). Else a short judgement is made by rule: it quotes the pair and scores the chosen response higher. That
+    teaches the form alone.
+
+    Killed and started again with the same arguments, it goes on from the last checkpoint.
+    """
+    from cepo.train.warm_start import WarmStartJob
+    from cepo.train.warm_start import warm_start as run
+
+    use_threads(threads)
+    job = WarmStartJob(
+        model=model,
+        data=data,
+        output=output,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        rank=rank,
+        max_characters=max_characters,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    console.print(f"model: {run(job)}")
+
+
 @app.command()
 def score(
     model: Annotated[str, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")],

@@ -142,7 +142,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     if fresh and checkpoint is not None:
         raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or go on without --fresh")
     _check_same_run(config, output, checkpoint)
-    if checkpoint is not None and _is_finished(checkpoint, arguments.max_steps):
+    if checkpoint is not None and is_finished(checkpoint, arguments.max_steps):
         # Resumed at its last step, the trainer would take one step more.
         logger.warning("the run in %s is finished; nothing is trained", output)
         return _final_from(checkpoint, output)
@@ -266,7 +266,8 @@ def _check_same_run(config: TrainConfig, output: Path, checkpoint: Path | None) 
         )
 
 
-def _is_finished(checkpoint: Path, max_steps: int) -> bool:
+def is_finished(checkpoint: Path, max_steps: int) -> bool:
+    """Return whether a checkpoint is that of the last step; max_steps <= 0: the step that its trainer planned."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return bool(state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"]))
 
