@@ -9,6 +9,7 @@ import torch
 
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import testbed, warm_start
+from cepo.train.causal import JUDGE
 from cepo.train.data import load_preferences
 from cepo.train.rewards import argmax_reward, format_reward
 from cepo.train.warm_start import WarmStartJob, judgement_by_rule, read_examples
@@ -55,6 +56,7 @@ def test_a_judgement_by_rule_is_well_formed_and_right(tmp_path: Path) -> None:
     assert argmax_reward(completions, label=pairs["label"]) == [1.0] * len(rows)
     assert {pair["label"] for pair in pairs} == {"A", "B"}
     assert "What is 0 plus 0" in texts[0]
+    assert all(len(JUDGE.find(text.encode()).numbers) == 2 for text in texts)  # raises where a text is malformed
 
 
 def test_own_judgements_are_learned_where_there_are_some(tmp_path: Path) -> None:
