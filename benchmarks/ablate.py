@@ -17,7 +17,7 @@ from cepo.benchmarks.ablate_group import REFERENCE, Hardening, LinkSet, Sweep, s
 from cepo.benchmarks.ablate_summary import AblateSummary, read_measures, summarise
 from cepo.counterfactual.permute import Permutation
 from cepo.eval.score import is_text, read_input, read_row, task_reward
-from cepo.eval.summaries import write_text
+from cepo.eval.summaries import make_folder, write_text
 from cepo.fusion.engine import PAPER_LINKS, Pool, RewardConfig
 from cepo.fusion.scores import Score
 from cepo.jacobian.group import GroupEngine
@@ -105,7 +105,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
             that does not load before the model is loaded.
     """
     started = time.perf_counter()
-    sweep, config = _check(job), _config(job, REFERENCE)
+    sweep, config = check_sweep(job), _config(job, REFERENCE)
     lines, _ = read_input(job.input)
     source = resolve_model(job.model)
     width = embedding_width(source)
@@ -164,8 +164,8 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
 # Arguments
 
 
-def _check(job: AblateJob) -> Sweep:
-    """Return the sweep, or raise ValueError for the first argument that cannot be used."""
+def check_sweep(job: AblateJob) -> Sweep:
+    """Return the sweep, or raise ValueError for the first argument that cannot be used; reads no file."""
     for name in ("counterfactuals", "ranks", "powers", "scores", "pools"):
         values = getattr(job, name)
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
@@ -256,7 +256,7 @@ def _check_output(job: AblateJob) -> None:
 
 def _claim(job: AblateJob) -> None:
     """Make the output folder this sweep's, and clear what a killed run left half done."""
-    (job.output / "groups").mkdir(parents=True, exist_ok=True)
+    make_folder(job.output / "groups")
     for unfinished in (job.output / "groups").glob("*.tmp"):
         shutil.rmtree(unfinished)
     write_text(job.output / "settings.json", json.dumps(_settings(job), indent=2) + "\n")

@@ -14,6 +14,7 @@ from rich.table import Table
 from scipy.stats import DegenerateDataWarning, bootstrap
 
 from cepo.benchmarks.ablate_group import REFERENCE, Hardening, Sweep
+from cepo.eval.summaries import console_table
 
 _BATCH = 100  # resamples held at once: bounds memory for inputs of many thousands of rollouts
 _PAPER_SCORE = "phi"
@@ -65,7 +66,9 @@ class AblateSummary:
     def table(self) -> Table:
         """Return all settings, or of many those that differ from the reference in one respect at most."""
         title = f"{self.output}: {self.rollouts} rollouts of {self.groups} prompts, {len(self.malformed)} malformed"
-        table = Table("link", "K", "rank", "pool", "score", "mean S", "Spearman to paper's", "angle", title=title)
+        table = console_table(
+            "link", "K", "rank", "pool", "score", "mean S", "Spearman to paper's", "angle", title=title
+        )
         rows = [row for row in self.rows if row["kind"] == "link"]
         if len(rows) > _SHOWN:
             rows = [row for row in rows if _steps_from_reference(row) <= 1]
@@ -90,7 +93,9 @@ class AblateSummary:
             return None
         header = ["link", "K", "rank", "score", "median angle", "largest", "Spearman to exact", "within prompts"]
         header += ["rows exact", "pooled"]
-        table = Table(*header, title=f'pool="group" against exact, {self.rollouts} rollouts of {self.groups} prompts')
+        table = console_table(
+            *header, title=f'pool="group" against exact, {self.rollouts} rollouts of {self.groups} prompts'
+        )
         for row in rows:
             angles = [row["pool_angle_median"], row["pool_angle_largest_median"]]
             table.add_row(

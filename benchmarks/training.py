@@ -23,7 +23,7 @@ from cepo.eval.figures import forest
 from cepo.eval.measures import ITEMS, SCORED, measure_judge
 from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate, estimate, mean, mean_difference
-from cepo.eval.summaries import write_text
+from cepo.eval.summaries import console_table, make_folder, write_text
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.grpo import load_config, train
 from cepo.train.policy import CACHE, load_testbed_judge
@@ -103,6 +103,7 @@ def run_training(
     plan = _read_plan(output, recipe, seeds, steps, arms, items, scored)
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; expected at least 1")
+    make_folder(output)
     for arm in plan:
         _check_same_run(arm)
     done = 0
@@ -234,7 +235,7 @@ def _by_arm(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, dict[i
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     shown = ("flipped", "turned", "in_distribution")
     title = f"mean over {len({row['seed'] for row in rows})} seeds (range); the other measures are in the report"
-    table = Table("arm", *(measure.replace("_", " ") for measure in shown), title=title)
+    table = console_table("arm", *(measure.replace("_", " ") for measure in shown), title=title)
     for cells in _cells(rows, shown):
         table.add_row(*cells)
     return table

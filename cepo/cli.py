@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.table import Table
 
 from cepo.cli_eval import eval_app
 from cepo.cli_shared import Device, Dtype, Raw, Threads, TrustRemoteCode, console, errors, progress_bar, use_threads
@@ -167,7 +167,8 @@ def score(
     link: Annotated[
         list[str] | None,
         typer.Option(
-            help="SOURCE->TARGET[:EFFECT][@SCORE][=WEIGHT or 1]; repeat it. Default: Z->X, X->Y, Z->Y, 0.1 each."
+            help="A link, such as X->Y, Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat it. "
+            "Default: Z->X, X->Y, Z->Y, 0.1 each."
         ),
     ] = None,
     kind: Annotated[str, typer.Option(help="judge or reasoning.")] = "judge",
@@ -257,7 +258,9 @@ def score(
     with progress_bar() as progress:
         task = progress.add_task("scoring", total=None)
         summary = score_file(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
-    table = Table("what", "value", title=str(output))
+    from cepo.eval.summaries import console_table
+
+    table = console_table("what", "value", title=str(output))
     table.add_row("rows", str(summary.rows))
     table.add_row("from an earlier run", str(summary.resumed))
     table.add_row("malformed", str(summary.malformed))
@@ -267,6 +270,8 @@ def score(
     table.add_row("time", f"{summary.seconds:.1f} s")
     table.add_row("peak memory", f"{summary.peak_gib:.2f} GiB")
     console.print(table)
+    for reason, count in summary.reasons.items():
+        console.print(f"malformed: {reason} ({count}x)", markup=False, highlight=False)
     if summary.broken:
         shown = "; ".join(reason for _, reason in summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
         raise ValueError(
@@ -309,24 +314,16 @@ def ablate(
     and rank correlations are against it. Killed and started again with the same arguments, it goes on.
     """
     use_threads(threads)
-    from cepo.benchmarks.ablate import AblateJob, run_ablation
+    from cepo.benchmarks.ablate import AblateJob, check_sweep, run_ablation
     from cepo.fusion.engine import PAPER_LINKS
 
     if (testbed is None) == (model is None) or (testbed is None) == (input is None):
         raise ValueError("ablate needs --model and --input, or --testbed N alone")
-    if testbed is not None:
-        from cepo.benchmarks.testbed_rollouts import write_testbed_rollouts
-
-        if testbed < 8 or testbed % 8:
-            raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
-        # Resolved, so that the folder spelled another way is the same sweep.
-        folder, input = write_testbed_rollouts((output / "testbed").resolve(), prompts=testbed // 8)
-        model, output = str(folder), output / "sweep"
-    assert model is not None
-    assert input is not None
+    if testbed is not None and (testbed < 8 or testbed % 8):
+        raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
     job = AblateJob(
-        model=model,
-        input=input,
+        model=model or "",
+        input=input or Path(),
         output=output,
         links=_weighted_links(link) if link else dict(PAPER_LINKS),
         counterfactuals=tuple(int(_number("--counterfactuals", part)) for part in counterfactuals.split(",")),
@@ -342,6 +339,13 @@ def ablate(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    check_sweep(job)
+    if testbed is not None:
+        from cepo.benchmarks.testbed_rollouts import write_testbed_rollouts
+
+        # Resolved, so that the folder spelled another way is the same sweep.
+        folder, rollouts = write_testbed_rollouts((output / "testbed").resolve(), prompts=testbed // 8)
+        job = replace(job, model=str(folder), input=rollouts, output=output / "sweep")
     with progress_bar() as progress:
         task = progress.add_task("prompts", total=None)
         summary = run_ablation(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
@@ -349,7 +353,7 @@ def ablate(
     fidelity = summary.fidelity_table()
     if fidelity is not None:
         console.print(fidelity)
-    console.print(f"tables and plots: {output}")
+    console.print(f"tables and plots: {job.output}")
 
 
 @app.command()
@@ -397,8 +401,10 @@ def experiment(
     recipe: Annotated[
         Path | None, typer.Option(help="YAML with steps, seeds and arms; the testbed's if absent.")
     ] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; repeat it.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat it.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Only this arm of the recipe, such as task or 'X->Y influence'; repeat it.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat it.", min=0)] = None,
     steps: Annotated[int | None, typer.Option(help="GRPO steps of every arm.", min=1)] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.", min=1)] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, 4 steps, 32 items: shows that it works.")] = False,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from cepo.cli_shared import (
     ApiKeyFile,
@@ -112,6 +111,10 @@ def rewardbench(
         )
     for table in summary.tables():
         console.print(table)
+    if summary.unread > 0.5:
+        console.print(
+            f"{summary.unread:.0%} of the judgements have no verdict: try a greater --max-new-tokens, or --force-format"
+        )
     console.print(f"report: {output / 'report.html'}")
     _complain(data, summary.not_judged, summary.broken)
 
@@ -183,6 +186,8 @@ def causal(
         console.print(table)
     for name, reason in summary.refused.items():
         console.print(f"no AUC for {name}: {reason}")
+    for warning in summary.warnings:
+        console.print(warning)
     for group, name in summary.best.items():
         console.print(f"agrees best with interventions, {group}: {name}")
     console.print(f"report: {output / 'report.html'}")
@@ -334,8 +339,10 @@ def _cue_flips(testbed: str, output: Path, limit: int | None, seed: int) -> None
                 task, description=judge, completed=done, total=total
             ),
         )
+    from cepo.eval.summaries import console_table
+
     header, rows = flip_table(flips)
-    table = Table(*header)
+    table = console_table(*header)
     for cells in rows:
         table.add_row(*cells)
     console.print(table)

@@ -22,7 +22,7 @@ from cepo.eval.judgements import Request, collect_judgements, content_key
 from cepo.eval.judging import Judge, JudgeSettings, check_judge, open_judge
 from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate, estimate, mean_difference, proportion, warning_of_few
-from cepo.eval.summaries import make_folder, summary_row, write_summary
+from cepo.eval.summaries import console_table, make_folder, summary_row, write_summary
 from cepo.train.data import Problem as BrokenLine
 from cepo.train.prompts import judge_prompt
 
@@ -106,7 +106,9 @@ class BestOfSummary:
 
     def table(self) -> Table:
         """Return the accuracies as a table for the console."""
-        table = Table(*_HEADER, title=f"{self.problems} problems, {self.matches} matches, {self.undecided} undecided")
+        table = console_table(
+            *_HEADER, title=f"{self.problems} problems, {self.matches} matches, {self.undecided} undecided"
+        )
         for place, (size, judged) in enumerate(self.lines["judge"]):
             others = [f"{self.lines[way][place][1].value:.3f}" for way in WAYS[1:]]
             table.add_row(f"{size:g}", str(judged), *others, str(self.lines[GAIN][place][1]))

@@ -26,7 +26,7 @@ from cepo.eval.evidence import DEFAULT_LINK, gather_evidence, nuisance_angles, r
 from cepo.eval.interventions import Plan, intervene
 from cepo.eval.judge_model import JudgeModel
 from cepo.eval.score import read_input, read_row
-from cepo.eval.summaries import write_text
+from cepo.eval.summaries import make_folder, write_text
 from cepo.jacobian.group import GroupEngine
 from cepo.jacobian.loading import check_device, load_model, resolve_model
 from cepo.jacobian.records import Rollout
@@ -150,30 +150,30 @@ class _Parts:
 
     def __init__(self, job: CausalJob) -> None:
         self._folder = job.output / "parts"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         # What changes no part: more pairs or draws go on from the parts that are there.
         settings = {name: value for name, value in asdict(job).items() if name not in ("output", "draws", "pairs")}
         if job.input is not None:
             settings["input"] = hashlib.sha256(job.input.read_bytes()).hexdigest()
-        self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        now, path = json.loads(json.dumps(settings, default=str)), self._folder / "settings.json"
+        before = json.loads(path.read_text()) if path.is_file() else now
+        changed = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"output {str(job.output)!r} comes from other settings ({', '.join(changed)}); choose another "
+                "--output, or delete it"
+            )
+        write_text(path, json.dumps(now, indent=1) + "\n")
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """Return what the work gives, from its file where it was done before.
-
-        Raises:
-            ValueError: if the file comes from other settings.
-        """
+        """Return what the work gives, from its file where it was done before."""
         path = self._folder / f"{name}.json"
         if path.is_file():
-            held = json.loads(path.read_text())
-            if held["settings"] != self._settings:
-                raise ValueError(
-                    f"output {str(self._folder.parent)!r} comes from other settings or another input; "
-                    "choose another --output, or delete it"
-                )
-            return held["value"]
+            return json.loads(path.read_text())
         value = json.loads(json.dumps(work()))
-        write_text(path, json.dumps({"settings": self._settings, "value": value}))
+        write_text(path, json.dumps(value))
         return value
 
 

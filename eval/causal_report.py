@@ -16,6 +16,7 @@ from cepo.eval.figures import curves, forest, grid, reliability
 from cepo.eval.heat_maps import HeatMap
 from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate
+from cepo.eval.summaries import console_table
 
 _SHOWN = 14  # definitions in a table for the console, beside the ones always shown
 # Caption, kind of record, the keys that name a row, and the key that names a column.
@@ -47,7 +48,7 @@ def console_tables(summary: CausalSummary) -> list[Table]:
     """Return the tables for the console."""
     found = []
     for caption, (header, rows) in text_tables(summary).items():
-        table = Table(*header, title=caption)
+        table = console_table(*header, title=caption)
         for row in rows:
             table.add_row(*row)
         found.append(table)
@@ -144,6 +145,7 @@ def write_causal_report(
         "and scores anew, greedily, and reads the digits there.",
         f"Definitions are compared by {PRIMARY}. Intervals are 95% bootstrap intervals over prompts. Choose on one "
         "seed and confirm on another: the best of many is flattered on the data that chose it.",
+        *summary.warnings,
         *(f"No AUC for {name}: {reason}." for name, reason in summary.refused.items()),
     ]
     facts = {**facts, **{f"best by {PRIMARY}, {group}": name for group, name in summary.best.items()}}

@@ -13,7 +13,7 @@ import numpy as np
 from cepo.eval.controls import SHARES, Pair, certificate
 from cepo.eval.evidence import BASELINES, DEFAULT, DEFAULT_LINK, HARDENED, PAPER, REWARD, SWEPT, definition
 from cepo.eval.interventions import INTERVENTIONS
-from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, rank_correlations, spearman
+from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, rank_correlations, spearman, warning_of_few
 
 PRIMARY = "resample total tv"
 """The effect that definitions are chosen by: criteria resampled from the judge, everything after them written anew."""
@@ -60,6 +60,7 @@ class CausalSummary:
         refused: groups without an AUC or without figures, with the reason.
         best: the definition that agrees best with the primary effect, by group; none where the effect never varies.
         groups: names of the populations that were pooled, by group.
+        warnings: paragraphs for readers, where there is too little to go by.
     """
 
     records: tuple[dict[str, Any], ...]
@@ -68,6 +69,7 @@ class CausalSummary:
     refused: Mapping[str, str]
     best: Mapping[str, str]
     groups: Mapping[str, tuple[str, ...]]
+    warnings: tuple[str, ...]
 
 
 def summarise(populations: Sequence[Population], *, pairs: Sequence[Pair], draws: int, seed: int) -> CausalSummary:
@@ -138,7 +140,9 @@ def summarise(populations: Sequence[Population], *, pairs: Sequence[Pair], draws
     records += [{"what": "refused", "population": name, "reason": reason} for name, reason in refused.items()]
     for population in populations:
         records += _population_records(population, draws, seed)
-    return CausalSummary(tuple(records), correlations, areas, refused, best, groups)
+    prompts = min((len(set(_prompts(population.sound))) for population in populations), default=0)
+    warnings = tuple(warning_of_few(prompts, "prompts"))
+    return CausalSummary(tuple(records), correlations, areas, refused, best, groups, warnings)
 
 
 def effect_of(row: Mapping[str, Any], effect: str) -> float | None:

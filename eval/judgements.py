@@ -19,6 +19,9 @@ from cepo.train.rewards import read_scores
 Record: TypeAlias = dict[str, Any]
 
 
+_RESULTS = ("summary.jsonl", "report.html")  # what commands write beside the judgements
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to be judged.
@@ -83,10 +86,11 @@ def collect_judgements(
         progress: called with (done, in all, speed in words).
 
     Raises:
-        ValueError: for a file that other settings wrote, or requests that share a key.
+        ValueError: for a folder that other settings or another program wrote, or requests that share a key.
     """
     if len({request.key for request in requests}) < len(requests):
         raise ValueError("requests share a key; expected a key of its own for each")
+    _check_folder(path, settings)
     mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     kept = _kept_records(path, settings, mark)
     records = {request.key: kept[request.key] for request in requests if request.key in kept}
@@ -150,6 +154,21 @@ def _kept_records(path: Path, settings: Mapping[str, Any], mark: str) -> dict[st
         if not record.get("error"):
             kept.setdefault(str(record.get("key")), record)
     return kept
+
+
+def _check_folder(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to replace files that no run of ours wrote: ours stand beside settings of the same names."""
+    beside = path.with_name("settings.json")
+    there = [file.name for file in (path, beside, *map(path.with_name, _RESULTS)) if file.exists()]
+    try:
+        ours = json.loads(beside.read_text(encoding="utf-8")).keys() == settings.keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if there and not ours:
+        raise ValueError(
+            f"output {str(path.parent)!r} holds {', '.join(there)}, which no earlier run of this command wrote; "
+            "name another folder"
+        )
 
 
 def _other_settings(path: Path, settings: Mapping[str, Any]) -> str:

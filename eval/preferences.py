@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -172,6 +173,8 @@ def _open(source: str, split: str | None) -> tuple[Iterable[tuple[int, Row]], li
         return read_jsonl(source)
     import datasets
 
+    if source not in HUB_NAMES and "/" not in source and (near := difflib.get_close_matches(source, HUB_NAMES)):
+        raise ValueError(f"data is {source!r}; did you mean {near[0]}?")
     name, _, configuration = HUB_NAMES.get(source, source).partition(":")
     try:
         rows: Any = datasets.load_dataset(name, configuration or None, split=split or _SPLITS.get(name, "train"))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Column, Table
+from rich.table import Table
 
 from cepo.eval.figures import forest, reliability
 from cepo.eval.heat_maps import HeatMap
@@ -17,7 +17,7 @@ from cepo.eval.preference_metrics import Measure, outcome, summarise
 from cepo.eval.preferences import PLACES, Item, load_items, requests
 from cepo.eval.report import write_report
 from cepo.eval.statistics import warning_of_few
-from cepo.eval.summaries import summary_row, write_summary
+from cepo.eval.summaries import console_table, make_folder, summary_row, write_summary
 from cepo.train.data import Problem
 
 _SHOWN = 3  # judgements of each kind that the page holds in full
@@ -86,9 +86,15 @@ class RewardBenchSummary:
     broken: tuple[Problem, ...]
     not_judged: Mapping[str, int]
 
+    @property
+    def unread(self) -> float:
+        """The share of judgements in which no verdict could be read, in [0, 1]."""
+        shares = [one.estimate.value for one in self.measures if (one.metric, one.scope) == ("parse_failures", "all")]
+        return shares[0] if shares else 0.0
+
     def tables(self) -> list[Table]:
         """Return what the console shows: all measures, then the accuracies by subset and section."""
-        whole = Table("measure", "value", "95% interval", "count", title="all")
+        whole = console_table("measure", "value", "95% interval", "count", title="all")
         for measure in self.measures:
             if measure.scope == "all":
                 found = measure.estimate
@@ -100,7 +106,7 @@ class RewardBenchSummary:
         if speed := self.collected.speed():
             whole.add_row("speed", speed, "", "")
         header, rows = _scope_rows(self.measures)
-        parts = Table(Column(header[0], min_width=18, overflow="fold"), *header[1:], title="by subset and section")
+        parts = console_table(*header, title="by subset and section")
         for row in rows:
             parts.add_row(*row)
         return [whole, parts] if rows else [whole]
@@ -122,7 +128,7 @@ def run_rewardbench(
     if job.output.exists() and not job.output.is_dir():
         raise ValueError(f"output is {str(job.output)!r}, which is a file; expected a folder, which may be new")
     items, broken = load_items(job.data, split=job.split, limit=job.limit, subsets=job.subsets, seed=job.judge.seed)
-    job.output.mkdir(parents=True, exist_ok=True)
+    make_folder(job.output)
     collected = collect_judgements(
         requests(items),
         job.output / "judgements.jsonl",

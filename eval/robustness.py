@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Column, Table
+from rich.table import Table
 
 from cepo.eval.figures import forest, grid
 from cepo.eval.judgements import Request, collect_judgements, content_key
@@ -20,7 +20,7 @@ from cepo.eval.judging import Judge, JudgeSettings, check_judge, open_judge
 from cepo.eval.preferences import PLACES, Item, load_items
 from cepo.eval.report import write_report
 from cepo.eval.statistics import Estimate, estimates, proportion, warning_of_few, widened
-from cepo.eval.summaries import make_folder, share, summary_row, write_summary
+from cepo.eval.summaries import console_table, make_folder, share, summary_row, write_summary
 from cepo.eval.transformations import TRANSFORMATIONS, Pair, check_names, transform
 from cepo.train.data import Problem
 from cepo.train.prompts import judge_prompt
@@ -120,12 +120,10 @@ class RobustnessSummary:
     def table(self) -> Table:
         """Return the effects as a table for the console."""
         title = f"right on the originals {self.original}\nunder all transformations too {self.worst}"
-        table = Table(
-            Column("transformation", no_wrap=True), "pairs", "right", "drop", "changed", "unreadable", title=title
-        )
+        table = console_table("transformation", "pairs", "right", "drop", "changed", "unreadable", title=title)
         for name, effect in self.effects.items():
-            right = f"{effect.before.value:.3f}→{effect.after.value:.3f}"
-            unreadable = f"{effect.unreadable_before:.0%}→{effect.unreadable_after:.0%}"
+            right = f"{effect.before.value:.3f} → {effect.after.value:.3f}"
+            unreadable = f"{effect.unreadable_before:.0%} → {effect.unreadable_after:.0%}"
             table.add_row(name, str(effect.pairs), right, str(effect.drop), f"{effect.changed.value:.3f}", unreadable)
         return table
 

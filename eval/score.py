@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from cepo.eval.heat_maps import HeatMap
 from cepo.eval.report import write_report
+from cepo.eval.summaries import make_folder
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
 from cepo.jacobian.group import EngineName, check_engine, new_engine
 from cepo.jacobian.layouts import Layout
@@ -35,6 +37,7 @@ FORMS = (
     "prompt_ids and completion_ids; or prompt (text, or a list of messages) and completion; "
     "or prompt, chosen, rejected and judge_output"
 )
+_REASONS = 3  # that the summary tells
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,15 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """What came of it: rows written, rows taken from an earlier run, malformed ones, broken lines, seconds, memory."""
+    """What came of it: rows written, rows taken from an earlier run, malformed ones, broken lines, seconds, memory.
+
+    `reasons` holds the most frequent reasons why output is malformed, with their counts.
+    """
 
     rows: int
     resumed: int
     malformed: int
+    reasons: Mapping[str, int]
     broken: tuple[tuple[int, str], ...]
     means: Mapping[str, float]
     seconds: float
@@ -348,10 +355,10 @@ def _check_paths(job: ScoreJob) -> None:
         if path.resolve() in taken:
             raise ValueError(f"{option} is {str(path)!r}, the same file as {taken[path.resolve()]}; name another")
         taken[path.resolve()] = option
-        folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            what = "is a folder" if path.is_dir() else "lies in a folder that does not exist or cannot be written to"
-            raise ValueError(f"{option} is {str(path)!r}, which {what}; expected a file in an existing folder")
+        make_folder(path.absolute().parent)
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            what = "is a folder" if path.is_dir() else "lies in a folder that cannot be written to"
+            raise ValueError(f"{option} is {str(path)!r}, which {what}; expected a file")
     if job.jacobians is not None and job.jacobians.is_file():
         try:
             with safe_open(job.jacobians, framework="pt"):
@@ -508,5 +515,15 @@ def _summarise(
     if sound:
         means["reward"] = sum(record["reward"] for record in sound) / len(sound)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    malformed = len(records) - len(sound) - len(broken)
-    return ScoreSummary(len(records), resumed, malformed, tuple(broken), means, seconds, peak)
+    unusable = {reason for _, reason in broken}
+    reasons = Counter(str(record["malformed"]) for record in records if record["malformed"] not in (None, *unusable))
+    return ScoreSummary(
+        rows=len(records),
+        resumed=resumed,
+        malformed=reasons.total(),
+        reasons=dict(reasons.most_common(_REASONS)),
+        broken=tuple(broken),
+        means=means,
+        seconds=seconds,
+        peak_gib=peak,
+    )

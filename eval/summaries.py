@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Column, Table
+
 from cepo.eval.statistics import Estimate
 
 
@@ -20,6 +22,11 @@ def summary_row(labels: Mapping[str, Any], found: Estimate) -> dict[str, Any]:
 def share(part: int, whole: int) -> Estimate:
     """Return a share as an estimate without an interval; NaN of nothing."""
     return Estimate(part / whole if whole else math.nan, math.nan, math.nan, whole)
+
+
+def console_table(*header: str, title: str | None = None) -> Table:
+    """Return an empty table whose cells are wrapped, never cut: on 80 columns, or in a log, every digit stays."""
+    return Table(*(Column(name, overflow="fold") for name in header), title=title)
 
 
 def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -44,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of the results where it is not there.
+    """Make a folder for results where it is not there.
 
     Raises:
         ValueError: if it cannot be made, or is a file.
@@ -53,5 +60,5 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"output is {str(path)!r}, which cannot be made: {error.strerror}; expected a folder"
+            f"output is {str(path)!r}, which cannot be made: {error.strerror or error}; expected a folder"
         ) from error

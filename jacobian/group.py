@@ -247,7 +247,7 @@ class GroupEngine:
         if self._budget is not None and least > self._budget and not self._over_budget:
             self._over_budget = True  # said once
             logger.warning(
-                "memory_budget is %.0f MiB, and one rollout alone takes about %.0f MiB: going on above the budget",
+                "memory_budget is %.0f MiB, and one rollout alone may take %.0f MiB: going on above the budget",
                 *(self._budget / 2**20, least / 2**20),
             )
         done = 0

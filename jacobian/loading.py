@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import re
@@ -63,6 +64,8 @@ def resolve_model(name: str) -> ModelSource:
         raise ValueError(
             f"model is {name!r}, which is not there; expected a folder, a .gguf file, a hub id, or smollm2"
         )
+    if "/" not in name and difflib.get_close_matches(name, ("smollm2",), cutoff=0.8):
+        raise ValueError(f"model is {name!r}; did you mean smollm2?")
     return ModelSource(name, name)
 
 

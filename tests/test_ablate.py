@@ -18,6 +18,7 @@ from cepo.benchmarks import ablate as ablate_module
 from cepo.benchmarks.ablate import AblateJob, run_ablation
 from cepo.benchmarks.ablate_summary import interval, spearman, weighted_mean
 from cepo.benchmarks.testbed_rollouts import write_testbed_rollouts
+from cepo.cli import main
 from cepo.counterfactual.nuisance import nuisance_basis
 from cepo.eval.score import read_row
 from cepo.fusion.engine import RewardConfig, score_rollouts
@@ -398,3 +399,17 @@ def test_testbed_rollouts_are_ids_that_a_sweep_reads(tmp_path: Path, monkeypatch
     assert model.config.vocab_size == len(saved) == len(tokenizer)
     with pytest.raises(ValueError, match="completions is 0"):
         write_testbed_rollouts(tmp_path, completions=0)
+
+
+@pytest.mark.parametrize("arguments", [["--score", "foo"], ["-K", "-1"], ["-p", "nan"], ["--rank", "x"]])
+def test_a_sweep_that_cannot_work_leaves_nothing_behind(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The testbed's judge is made and written only once every option has been read."""
+    output = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["cepo", "ablate", "--testbed", "16", "--output", str(output), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert arguments[1].lower() in capsys.readouterr().err.lower()
+    assert not output.exists()

@@ -544,6 +544,27 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_files_of_another_program_are_refused_and_left_alone(tmp_path: Path, cepo: Cepo) -> None:
+    data, output = write_jsonl(tmp_path / "in.jsonl", [row(0)]), tmp_path / "out"
+    for name, content in {"judgements.jsonl": "hi\n", "settings.json": '{"a": 1}', "report.html": "mine"}.items():
+        output.mkdir()
+        (output / name).write_text(content)
+        code, _, err = cepo("--model", "smollm2", "--data", data, "--output", output)
+        assert code == 2
+        assert f"holds {name}, which no earlier run of this command wrote" in " ".join(err.split())
+        assert [(file.name, file.read_text()) for file in output.iterdir()] == [(name, content)]
+        (output / name).unlink()
+        output.rmdir()
+
+
+def test_a_verdict_that_is_seldom_read_is_told_with_a_way_out(judge_folder: Path, tmp_path: Path, cepo: Cepo) -> None:
+    data = write_jsonl(tmp_path / "in.jsonl", [row(0)])
+    arguments = ["--model", judge_folder, "--data", data, "--output", tmp_path / "out", "--max-new-tokens", 2]
+    code, out, _ = cepo(*arguments, "--threads", 1)
+    assert code == 0
+    assert "100% of the judgements have no verdict: try a greater --max-new-tokens, or --force-format" in out
+
+
 def test_the_command_judges_resumes_and_complains_of_broken_lines(
     judge_folder: Path, tmp_path: Path, cepo: Cepo
 ) -> None:
@@ -577,6 +598,8 @@ def test_the_command_judges_resumes_and_complains_of_broken_lines(
         (["--model", "smollm2", "--limit", 0], "limit is 0"),
         (["--model", "smollm2", "--data", "none.jsonl"], "none.jsonl"),
         (["--model", "smollm2", "--subset", "z"], "'z'"),
+        (["--model", "smolm2"], "did you mean smollm2?"),
+        (["--model", "smollm2", "--data", "rewardbnch"], "did you mean rewardbench?"),
     ],
 )
 def test_arguments_that_cannot_work_end_in_one_paragraph(
