@@ -347,7 +347,7 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
         (["--batch-size", "0"], "batch_size is 0"),
         (["--model", "./nowhere"], "is not there"),
         (["--model", "nowhere.gguf"], "is not there"),
-        (["--output", "/nowhere/at/all.jsonl"], "does not exist"),
+        (["--output", "/proc/no/out.jsonl"], "cannot be made"),
         (["--input", "/nowhere.jsonl"], "/nowhere.jsonl"),
     ],
 )
