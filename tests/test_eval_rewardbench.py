@@ -562,7 +562,7 @@ def test_a_verdict_that_is_seldom_read_is_told_with_a_way_out(judge_folder: Path
     arguments = ["--model", judge_folder, "--data", data, "--output", tmp_path / "out", "--max-new-tokens", 2]
     code, out, _ = cepo(*arguments, "--threads", 1)
     assert code == 0
-    assert "100% of the judgements have no verdict: try a greater --max-new-tokens, or --force-format" in out
+    assert "100% of the judgements have no verdict: try a greater --max-new-tokens" in " ".join(out.split())
 
 
 def test_the_command_judges_resumes_and_complains_of_broken_lines(
