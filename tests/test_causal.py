@@ -142,6 +142,20 @@ def test_rewards_do_not_depend_on_batch_or_order(tokenizer: Any, tmp_path: Path)
     assert together == backwards[::-1] == alone
 
 
+def test_the_shuffled_control_gives_a_prompts_rewards_to_its_other_completions(tokenizer: Any, tmp_path: Path) -> None:
+    """The same rewards in each group, by a fixed draw, and some at another completion: nothing else may differ."""
+    batch = rows(tokenizer, ITEMS[:8])
+    batch["prompts"] = [batch["prompts"][0]] * 6 + [batch["prompts"][6]] * 2
+    plain, control = CausalReward(), CausalReward(shuffle=True)
+    trainer = make_trainer("grpo", tokenizer, [plain, control], tmp_path)
+    honest, shuffled = plain.bind(trainer)(**batch), control.bind(trainer)(**batch)
+    assert len(set(honest)) == 8
+    assert sorted(map(float, honest[:6])) == sorted(map(float, shuffled[:6]))
+    assert sorted(map(float, honest[6:])) == sorted(map(float, shuffled[6:]))
+    assert honest[:6] != shuffled[:6]
+    assert control(**batch) == shuffled
+
+
 def test_it_pickles_and_a_copy_must_be_bound_anew(tokenizer: Any, tmp_path: Path) -> None:
     reward = CausalReward(counterfactuals=1)
     trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)

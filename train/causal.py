@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
 from cepo.jacobian.group import EngineName, check_engine, new_engine
 from cepo.jacobian.layouts import JudgeLayout, Layout, ReasonerLayout
 from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.records import Rollout
 from cepo.jacobian.spans import SpanReader
 from cepo.jacobian.vjp import Engine
 from cepo.kernels.launch import Implementation
@@ -62,6 +64,8 @@ class CausalReward:
         memory_gib: what the group engine may add to the model's memory, in GiB; None for half of what is free.
         layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
         scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
+        shuffle: a control for experiments: the rewards of a prompt's completions are given to each other, drawn from
+            the seed and their ids. What the reward does beyond this, it does by telling completions apart.
         name: the name in TRL's logs.
 
     Raises:
@@ -90,6 +94,7 @@ class CausalReward:
         memory_gib: float | None = None,
         layout: Layout = JUDGE,
         scorer: Any = None,
+        shuffle: bool = False,
         name: str = "causal",
     ) -> None:
         self.config = RewardConfig(
@@ -121,6 +126,7 @@ class CausalReward:
         self.task = task
         self.layout = layout
         self.scorer = scorer
+        self.shuffle = shuffle
         self.__name__ = name
         self._trainer: Any = None
         self._engine: Engine | None = None
@@ -188,6 +194,8 @@ class CausalReward:
         rewards: list[float | None] = [score.reward for score in scores]
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
+        if self.shuffle:
+            rewards = _shuffled(rewards, rollouts, self.config.seed)
         if log_metric is not None:
             _log_means(log_metric, self.__name__, self._links, scores, task_rewards)
             log_metric(f"{self.__name__}/seconds", time.perf_counter() - started)
@@ -204,6 +212,19 @@ class CausalReward:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer behind: a copy must be bound anew."""
         return {**self.__dict__, "_trainer": None, "_engine": None, "_reader": None}
+
+
+def _shuffled(rewards: Sequence[float | None], rollouts: Sequence[Rollout], seed: int) -> list[float | None]:
+    """Return the rewards with those of each prompt's rollouts in another order."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.prompt_ids, []).append(place)
+    shuffled = list(rewards)
+    for places in groups.values():
+        drawn = random.Random(f"{seed} {[rollouts[place].completion_ids for place in places]}")
+        for place, other in zip(places, drawn.sample(places, len(places)), strict=True):
+            shuffled[place] = rewards[other]
+    return shuffled
 
 
 def _counterfactuals(score: str) -> int:
