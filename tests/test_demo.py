@@ -29,8 +29,9 @@ def test_the_demo_runs_the_whole_chain_and_starts_anew_when_finished(
         assert report == output / "report.html"
         measures.append(json.loads((output / "measures.json").read_text()))
     page = report.read_text()
-    for shown in ("Before training", "After training", "swaps followed", "rewards/causal/mean"):
+    for shown in ("Before training", "After training", "swaps followed", "Rewards (mean over"):
         assert shown in page
+    assert page.count("data:image/svg+xml;base64,") == 4  # rewards, links, length, seconds
     assert (output / "grpo" / "final" / "model.safetensors").is_file()
     for moment in ("before", "after"):
         for name in ("in_distribution", "flipped", "swaps_followed", "turned", "malformed"):

@@ -242,7 +242,7 @@ def test_broken_lines_are_not_counted_as_malformed_output(judge: Path, tmp_path:
     config = RewardConfig(links={"X->Y": 1.0}, counterfactuals=0)
     done = score_module.score_file(score_module.ScoreJob(str(judge), source, tmp_path / "out", config, JUDGE))
     assert (done.rows, done.malformed, [number for number, _ in done.broken]) == (4, 1, [3, 4])
-    assert done.reasons == {"missing <specific_criteria>": 1}
+    assert done.reasons == {"empty completion": 1}  # the testbed has no such words
 
 
 def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path: Path, cepo: Cepo) -> None:

@@ -86,4 +86,4 @@ def test_plans_that_cannot_work_are_refused(tmp_path: Path) -> None:
         _read_plan(tmp_path, RECIPE, None, None, ["X->Z"], 24, 4)
     plan = _read_plan(tmp_path, RECIPE, [7], 3, ["task"], 24, 4)
     assert [(arm.name, arm.seed, arm.steps) for arm in plan] == [("untrained", 7, 3), ("task", 7, 3)]
-    assert len({arm.folder for arm in _read_plan(tmp_path, RECIPE, None, None, None, 24, 4)}) == 50
+    assert len({arm.folder for arm in _read_plan(tmp_path, RECIPE, None, None, None, 24, 4)}) == 55
