@@ -16,7 +16,7 @@ from cepo.benchmarks.ablate_figures import draw_figures
 from cepo.benchmarks.ablate_group import REFERENCE, Hardening, LinkSet, Sweep, sweep_group
 from cepo.benchmarks.ablate_summary import AblateSummary, read_measures, summarise
 from cepo.counterfactual.permute import Permutation
-from cepo.eval.score import is_text, read_input, read_row, task_reward
+from cepo.eval.rollout_rows import is_text, read_input, read_row, task_reward
 from cepo.eval.summaries import make_folder, write_text
 from cepo.fusion.engine import PAPER_LINKS, Pool, RewardConfig
 from cepo.fusion.scores import Score

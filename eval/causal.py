@@ -25,7 +25,7 @@ from cepo.eval.controls import (
 from cepo.eval.evidence import DEFAULT_LINK, gather_evidence, nuisance_angles, random_angle
 from cepo.eval.interventions import Plan, intervene
 from cepo.eval.judge_model import JudgeModel
-from cepo.eval.score import read_input, read_row
+from cepo.eval.rollout_rows import read_input, read_row
 from cepo.eval.summaries import make_folder, write_text
 from cepo.jacobian.group import GroupEngine
 from cepo.jacobian.loading import check_device, load_model, resolve_model

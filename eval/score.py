@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cepo.eval.heat_maps import HeatMap
 from cepo.eval.report import write_report
-from cepo.eval.summaries import make_folder
+from cepo.eval.rollout_rows import is_text, read_input, read_row, task_reward
+from cepo.eval.summaries import make_folder, write_text
 from cepo.fusion.engine import RewardConfig, RolloutScore, score_rollouts
 from cepo.jacobian.group import EngineName, check_engine, new_engine
 from cepo.jacobian.layouts import Layout
@@ -31,12 +30,7 @@ from cepo.jacobian.records import Rollout
 from cepo.jacobian.spans import SpanReader
 from cepo.jacobian.vjp import Engine
 from cepo.train.data import read_jsonl
-from cepo.train.prompts import judge_prompt
 
-FORMS = (
-    "prompt_ids and completion_ids; or prompt (text, or a list of messages) and completion; "
-    "or prompt, chosen, rejected and judge_output"
-)
 _REASONS = 3  # that the summary tells
 
 
@@ -169,44 +163,6 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     return _summarise(ordered, len(resumed), broken, time.perf_counter() - started)
 
 
-def read_row(
-    row: Mapping[str, Any], tokenizer: Any, reader: SpanReader, *, raw: bool = False
-) -> tuple[Rollout | None, str | None]:
-    """Return the rollout of a row that `read_input` let pass, or None and the reason why there is none.
-
-    Text is encoded once, here, and the spans are found on the ids that came of it. Lone surrogates, which no tokenizer
-    encodes, become U+FFFD.
-    """
-    if "completion_ids" in row and "prompt_ids" in row:
-        return _read(reader, row["prompt_ids"], row["completion_ids"], None)
-    messages: Any = row.get("messages", row.get("prompt"))
-    completion = row.get("completion", row.get("judge_output"))
-    if "completion" not in row and "chosen" in row:
-        shown = [row["chosen"], row["rejected"]] if row.get("label") != "B" else [row["rejected"], row["chosen"]]
-        messages = judge_prompt(row["prompt"], *shown)
-    if isinstance(completion, list):
-        completion = completion[-1]["content"]
-    if raw and isinstance(messages, str):
-        prompt_ids = tokenizer(_encodable(messages))["input_ids"]
-        return _read(reader, prompt_ids, _encode(tokenizer, completion), None)
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    messages = [{**message, "content": _encodable(message["content"])} for message in messages]
-    try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except (TemplateError, ValueError, TypeError) as error:
-        return None, f"the chat template refuses the messages: {error}"
-    return _read(reader, encoded["input_ids"], _encode(tokenizer, completion), messages)
-
-
-def _read(
-    reader: SpanReader, prompt_ids: Sequence[int], completion_ids: Sequence[int], messages: Any
-) -> tuple[Rollout | None, str | None]:
-    if not prompt_ids:
-        return None, "the prompt has no tokens"
-    return reader.read(prompt_ids, completion_ids, messages), None
-
-
 def _score_rows(
     job: ScoreJob, rows: Sequence[tuple[int, dict[str, Any]]], reader: SpanReader, engine: Engine, shards: Path
 ) -> list[dict[str, Any]]:
@@ -323,29 +279,6 @@ def _write_html(
     write_report(job.html, title="cepo score", summary=summary, heat_maps={"Rollouts": maps})
 
 
-def read_input(path: Path) -> tuple[list[dict[str, Any] | str], list[tuple[int, str]]]:
-    """Return the input's lines in order, good ones as rows, broken ones as their reason, and the broken ones again."""
-    rows, broken = read_jsonl(path)
-    if not rows and not broken:
-        raise ValueError(f"input {str(path)!r} is empty; expected JSON objects, one a line, with {FORMS}")
-    if not rows:
-        raise ValueError(f"input {str(path)!r} has no usable line; line {broken[0][0]} is broken: {broken[0][1]}")
-    complaints = [_missing(row) for _, row in rows]
-    if all(complaints):
-        raise ValueError(
-            f"input {str(path)!r} lacks the column {complaints[0]}; expected rows with {FORMS}. "
-            f"Its first row has {', '.join(sorted(map(str, rows[0][1]))) or 'no columns'}"
-        )
-    merged: list[tuple[int, dict[str, Any] | str]] = []
-    for (number, row), complaint in zip(rows, complaints, strict=True):
-        problem = f"lacks the column {complaint}" if complaint else _bad_value(row)
-        merged.append((number, f"line {number} {problem}" if problem else row))
-    merged += [(number, f"line {number} is broken: {reason}") for number, reason in broken]
-    ordered = [line for _, line in sorted(merged, key=lambda pair: pair[0])]
-    problems = [(number, line) for number, line in sorted(merged, key=lambda pair: pair[0]) if isinstance(line, str)]
-    return ordered, problems
-
-
 def _check_paths(job: ScoreJob) -> None:
     """Refuse files that cannot be written, or that are one another's or the input, before anything is computed."""
     taken = {job.input.resolve(): "--input"}
@@ -370,73 +303,10 @@ def _check_paths(job: ScoreJob) -> None:
             ) from error
 
 
-def _columns(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the columns that a row of its form has."""
-    if "prompt_ids" in row or "completion_ids" in row:
-        return "prompt_ids", "completion_ids"
-    if "completion" not in row and ("chosen" in row or "rejected" in row):
-        return "prompt", "chosen", "rejected", "judge_output"
-    return "messages" if "messages" in row else "prompt", "completion"
-
-
-def _missing(row: Mapping[str, Any]) -> str | None:
-    return next((name for name in _columns(row) if name not in row), None)
-
-
-def _bad_value(row: Mapping[str, Any]) -> str | None:
-    task = row.get("task_reward")
-    number = isinstance(task, int | float) and not isinstance(task, bool)
-    sound = task is None or (number and math.isfinite(task) and 0.0 <= task <= 1.0)
-    if not sound:
-        return f"has the task_reward {task!r}; expected a number in [0, 1]"
-    if row.get("label") not in ("A", "B", None):
-        return f"has the label {row['label']!r}; expected 'A' or 'B'"
-    names = _columns(row)
-    if "prompt_ids" in names:
-        fits, expected = _is_ids, "a list of integers"
-    elif "judge_output" in names:
-        fits, expected = _is_text, "text"
-    else:
-        fits, expected = _is_text_or_messages, "text, or messages with role and content"
-    bad = next((name for name in names if not fits(row[name])), None)
-    return None if bad is None else f"has the {bad} {_shortened(row[bad])}; expected {expected}"
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_text_or_messages(value: Any) -> bool:
-    if not isinstance(value, list):
-        return isinstance(value, str)
-    return bool(value) and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
-        for message in value
-    )
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _broken_record(index: int, reason: str, name: Any = None) -> dict[str, Any]:
     """Return the record of a line that gave no rollout, with the keys of any other."""
     record: dict[str, Any] = {"row": index, "id": name, "reward": 0.0, "malformed": reason, "task_reward": None}
     return {**record, "found_by": None, "prompt_tokens": 0, "completion_tokens": 0, "spans": {}, "links": {}}
-
-
-def task_reward(row: Mapping[str, Any]) -> float | None:
-    task = row.get("task_reward")
-    return None if task is None else float(task)
-
-
-def is_text(line: Any) -> bool:
-    return isinstance(line, dict) and "prompt_ids" not in line
 
 
 def _done_records(
@@ -482,9 +352,7 @@ def _content_hash(line: Any) -> str:
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    unfinished = _beside(path, ".tmp")
-    unfinished.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(unfinished, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -496,14 +364,6 @@ def _append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", errors="replace").decode() if not text.isascii() else text
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(_encodable(text), add_special_tokens=False)["input_ids"])
 
 
 def _summarise(

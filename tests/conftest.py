@@ -4,6 +4,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,3 +13,15 @@ import torch
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an untrained testbed judge; tests only read it."""
+    from cepo.train import testbed
+
+    folder = tmp_path_factory.mktemp("judge")
+    tokenizer = testbed.build_tokenizer()
+    testbed.build_model(tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

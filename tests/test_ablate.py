@@ -20,7 +20,7 @@ from cepo.benchmarks.ablate_summary import interval, spearman, weighted_mean
 from cepo.benchmarks.testbed_rollouts import write_testbed_rollouts
 from cepo.cli import main
 from cepo.counterfactual.nuisance import nuisance_basis
-from cepo.eval.score import read_row
+from cepo.eval.rollout_rows import read_row
 from cepo.fusion.engine import RewardConfig, score_rollouts
 from cepo.fusion.scores import Score
 from cepo.jacobian.group import GroupEngine

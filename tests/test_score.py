@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cepo.cli import main
 from cepo.eval import score as score_module
+from cepo.eval.rollout_rows import read_row
 from cepo.fusion.engine import RewardConfig
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.spans import SpanReader
@@ -23,15 +24,6 @@ from cepo.train.prompts import judge_prompt
 ITEMS = testbed.generate_items(5, seed=9, cue_agreement=0.5)
 LINKS = ["Z->X", "X->Y", "Z->Y"]
 PARTS = ("base", "residual", "source_positions", "target_positions")
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judge")
-    tokenizer = testbed.build_tokenizer()
-    testbed.build_model(tokenizer, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
@@ -168,7 +160,7 @@ def test_a_preference_row_gets_the_judge_prompt_with_the_chosen_response_where_t
         "judge_output": ITEMS[0].completion,
     }
     for label, shown in (("A", (row["chosen"], "rude")), ("B", ("rude", row["chosen"]))):
-        rollout, reason = score_module.read_row({**row, "label": label}, tokenizer, reader)
+        rollout, reason = read_row({**row, "label": label}, tokenizer, reader)
         assert reason is None
         assert rollout is not None
         wanted = tokenizer.apply_chat_template(

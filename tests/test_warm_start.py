@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.train import testbed, warm_start
+from cepo.train import warm_start
 from cepo.train.causal import JUDGE
 from cepo.train.data import load_preferences
 from cepo.train.rewards import argmax_reward, format_reward
@@ -24,15 +24,6 @@ ROWS: list[dict[str, Any]] = [
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judge")
-    tokenizer = testbed.build_tokenizer()
-    testbed.build_model(tokenizer, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def job(judge: Path, folder: Path, **changes: Any) -> WarmStartJob:

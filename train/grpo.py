@@ -135,13 +135,13 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     arguments = grpo_arguments(config)
     functions, weights = build_rewards(config)
     arguments.reward_weights = weights
-    lora = _lora_config(config.lora)
+    lora = lora_config(config.lora)
     source = resolve_model(config.model) if config.model != TESTBED else None
     _check_rank(source, functions)
     checkpoint = last_complete_checkpoint(output)
     if fresh and checkpoint is not None:
         raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or go on without --fresh")
-    _check_same_run(config, output, checkpoint)
+    check_same_run(_settings(config), output, checkpoint)
     if checkpoint is not None and is_finished(checkpoint, arguments.max_steps):
         # Resumed at its last step, the trainer would take one step more.
         logger.warning("the run in %s is finished; nothing is trained", output)
@@ -178,8 +178,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
             function.bind(trainer)
     time_steps(trainer)
     if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        _write_text(output / _RUN, json.dumps(_settings(config), indent=2) + "\n")
+        keep_settings(_settings(config), output)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = output / "final"
     unfinished = output / "final.tmp"
@@ -194,7 +193,6 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
 
 def grpo_arguments(config: TrainConfig) -> Any:
     """Return TRL's GRPOConfig for the run; raises ValueError for a field it does not have or refuses."""
-    import torch
     from trl import GRPOConfig
 
     known = {item.name for item in dataclasses.fields(GRPOConfig)}
@@ -206,9 +204,23 @@ def grpo_arguments(config: TrainConfig) -> Any:
         is_number = isinstance(item.default, int | float) and not isinstance(item.default, bool)
         if is_number and value is not None and not isinstance(value, int | float):
             raise ValueError(f"grpo.{item.name} is {value!r}; expected a number")
+    try:
+        arguments = GRPOConfig(output_dir=config.output, **{**trainer_defaults(config.seed), **config.grpo})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"grpo is not a valid GRPOConfig: {error}") from error
+    if arguments.save_total_limit is not None and arguments.save_total_limit < 2:
+        raise ValueError("grpo.save_total_limit is 1; expected at least 2, or a kill during a save loses both")
+    return arguments
+
+
+def trainer_defaults(seed: int) -> dict[str, Any]:
+    """Return what our runs set for any trainer of TRL; its own defaults suit a GPU: bf16 and checkpointing only cost
+    time on a CPU.
+    """
+    import torch
+
     cuda = torch.cuda.is_available()
-    # TRL's own defaults suit a GPU: bf16 and checkpointing only cost time on a CPU.
-    defaults = {
+    return {
         "use_cpu": not cuda,
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "gradient_checkpointing": cuda,
@@ -216,15 +228,8 @@ def grpo_arguments(config: TrainConfig) -> Any:
         "report_to": "tensorboard",
         "save_steps": 50,
         "save_total_limit": 2,
-        "seed": config.seed,
+        "seed": seed,
     }
-    try:
-        arguments = GRPOConfig(output_dir=config.output, **{**defaults, **config.grpo})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"grpo is not a valid GRPOConfig: {error}") from error
-    if arguments.save_total_limit is not None and arguments.save_total_limit < 2:
-        raise ValueError("grpo.save_total_limit is 1; expected at least 2, or a kill during a save loses both")
-    return arguments
 
 
 def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
@@ -254,16 +259,23 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {**settings, "grpo": grpo, "output": None}
 
 
-def _check_same_run(config: TrainConfig, output: Path, checkpoint: Path | None) -> None:
+def check_same_run(settings: Mapping[str, Any], output: Path, checkpoint: Path | None) -> None:
+    """Refuse to go on from a checkpoint of other settings, by the names of those that differ; see `keep_settings`."""
     if checkpoint is None or not (output / _RUN).is_file():
         return
-    before, now = json.loads((output / _RUN).read_text()), _settings(config)
-    changed = [key for key in now if now[key] != before.get(key)]
+    before = json.loads((output / _RUN).read_text())
+    changed = [key for key in settings if settings[key] != before.get(key)]
     if changed:
         raise ValueError(
             f"output {str(output)!r} holds a run with another {', '.join(changed)}; "
             "choose another output, or move it away"
         )
+
+
+def keep_settings(settings: Mapping[str, Any], output: Path) -> None:
+    """Write the settings that a run in this folder must share when it goes on."""
+    output.mkdir(parents=True, exist_ok=True)
+    _write_text(output / _RUN, json.dumps(settings, indent=2) + "\n")
 
 
 def is_finished(checkpoint: Path, max_steps: int) -> bool:
@@ -352,7 +364,8 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     return plain[name]
 
 
-def _lora_config(settings: Mapping[str, Any] | None) -> Any:
+def lora_config(settings: Mapping[str, Any] | None) -> Any:
+    """Return peft's LoraConfig over all linear layers unless the settings say otherwise; None of None."""
     if settings is None:
         return None
     from peft import LoraConfig

@@ -5,6 +5,9 @@ The instructions open every prompt, so that their keys and values serve a whole 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 JUDGE_SECTIONS: tuple[str, ...] = ("specific_criteria", "analysis", "scores")
 """Names of the judge's output tags, in the order in which they are written."""
 
@@ -66,6 +69,19 @@ def judge_prompt(query: str, response_a: str, response_b: str) -> list[dict[str,
         Haize Labs, j1: tiny generalist reward models via inference-time rubric proposal (2025), for the output format.
     """
     return _user_message(JUDGE_LITERALS, {"query": query, "response_a": response_a, "response_b": response_b})
+
+
+def judged_prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the prompt that a judgement answered.
+
+    Args:
+        row: `prompt`, `chosen` and `rejected` as text; `label` "B" where the chosen response was shown second.
+
+    Returns:
+        One user message.
+    """
+    shown = (row["rejected"], row["chosen"]) if row.get("label") == "B" else (row["chosen"], row["rejected"])
+    return judge_prompt(row["prompt"], *shown)
 
 
 def reasoning_prompt(question: str) -> list[dict[str, str]]:

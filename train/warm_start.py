@@ -13,8 +13,8 @@ from typing import Any
 
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.data import load_preferences, read_jsonl
-from cepo.train.grpo import is_finished, last_complete_checkpoint, run_callbacks
-from cepo.train.prompts import judge_prompt
+from cepo.train.grpo import is_finished, last_complete_checkpoint, lora_config, run_callbacks, trainer_defaults
+from cepo.train.prompts import judged_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +85,9 @@ def warm_start(job: WarmStartJob) -> Path:
 def _train(
     job: WarmStartJob, model: Any, tokenizer: Any, examples: list[dict[str, Any]], checkpoint: Path | None
 ) -> None:
-    import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    cuda = torch.cuda.is_available()
     run = job.output / "sft"
     trainer = SFTTrainer(
         model=model,
@@ -102,20 +99,11 @@ def _train(
             lr_scheduler_type="cosine",
             completion_only_loss=True,
             max_length=None,
-            use_cpu=not cuda,
-            bf16=cuda and torch.cuda.is_bf16_supported(),
-            gradient_checkpointing=cuda,
-            logging_steps=1,
-            report_to="tensorboard",
-            save_steps=10,
-            save_total_limit=2,
-            seed=job.seed,
+            **{**trainer_defaults(job.seed), "save_steps": 10},
         ),
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", target_modules="all-linear", r=job.rank, lora_alpha=2 * job.rank, lora_dropout=0.0
-        ),
+        peft_config=lora_config({"r": job.rank, "lora_alpha": 2 * job.rank}),
         callbacks=run_callbacks(run),
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -151,17 +139,20 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
     Raises:
         ValueError: for data of which no row can be used.
     """
-    written = read_jsonl(source)[0] if Path(source).is_file() else []
-    pairs = [(_prompt_of(row), row["judge_output"]) for _, row in written if _is_example(row)]
-    if not pairs:
+    rows = read_jsonl(source)[0] if Path(source).is_file() else []
+    pairs = [(judged_prompt(row), row["judge_output"]) for _, row in rows if _is_example(row)]
+    if pairs and max_characters is not None:
+        pairs = [pair for pair in pairs if len(pair[0][0]["content"]) <= max_characters]
+        if not pairs:
+            raise ValueError(
+                f"data {str(source)!r} has no judgement to learn from within max_characters {max_characters}"
+            )
+    elif not pairs:
         found = load_preferences(source, seed=seed, test_fraction=0.0, max_characters=max_characters)
         if found.skipped:
             logger.warning("%d row(s) of %s are left out", len(found.skipped), source)
         pairs = [(row["prompt"], judgement_by_rule(row)) for row in found.train]
-    short = [pair for pair in pairs if max_characters is None or len(pair[0][0]["content"]) <= max_characters]
-    if not short:
-        raise ValueError(f"data {str(source)!r} has no judgement to learn from within max_characters {max_characters}")
-    return [{"prompt": prompt, "completion": [{"role": "assistant", "content": text}]} for prompt, text in short]
+    return [{"prompt": prompt, "completion": [{"role": "assistant", "content": text}]} for prompt, text in pairs]
 
 
 def judgement_by_rule(row: Mapping[str, Any]) -> str:
@@ -185,11 +176,6 @@ def judgement_by_rule(row: Mapping[str, Any]) -> str:
 
 def _is_example(row: Mapping[str, Any]) -> bool:
     return all(isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected", "judge_output"))
-
-
-def _prompt_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    shown = (row["rejected"], row["chosen"]) if row.get("label") == "B" else (row["chosen"], row["rejected"])
-    return judge_prompt(row["prompt"], *shown)
 
 
 def _quote(text: str) -> str:
