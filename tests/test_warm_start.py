@@ -1,6 +1,7 @@
 """Protects the supervised start: what is taught, that it is learned, and that a killed run goes on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def test_the_model_learns_goes_on_after_a_kill_and_loads(
         with pytest.raises(ZeroDivisionError):
             warm_start.warm_start(wanted)
     assert not (wanted.output / "config.json").exists()
+    with pytest.raises(ValueError, match="holds a run with another learning_rate, rank"):
+        warm_start.warm_start(replace(wanted, learning_rate=1e-3, rank=4))
     losses = [json.loads(line) for line in (wanted.output / "sft" / "metrics.jsonl").read_text().splitlines()]
     monkeypatch.setattr(warm_start, "_train", lambda *_: 1 / 0)
     assert warm_start.warm_start(wanted) == wanted.output

@@ -7,13 +7,21 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.data import load_preferences, read_jsonl
-from cepo.train.grpo import is_finished, last_complete_checkpoint, lora_config, run_callbacks, trainer_defaults
+from cepo.train.grpo import (
+    check_same_run,
+    is_finished,
+    keep_settings,
+    last_complete_checkpoint,
+    lora_config,
+    run_callbacks,
+    trainer_defaults,
+)
 from cepo.train.prompts import judged_prompt
 
 logger = logging.getLogger(__name__)
@@ -67,15 +75,18 @@ def warm_start(job: WarmStartJob) -> Path:
             raise ValueError(f"{name} is {getattr(job, name)}; expected a positive number")
     if (job.output / "config.json").is_file():
         raise ValueError(f"output {str(job.output)!r} holds a model already; name another folder, or delete it")
+    run = job.output / "sft"
+    checkpoint = last_complete_checkpoint(run)
+    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "steps")}
+    check_same_run(settings, run, checkpoint)
     source = resolve_model(job.model)
     examples = read_examples(job.data, seed=job.seed, max_characters=job.max_characters)
     model, tokenizer = load_model(source, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    run = job.output / "sft"
-    checkpoint = last_complete_checkpoint(run)
     # Resumed at its last step, the trainer would take one step more.
     if checkpoint is None or not is_finished(checkpoint, job.steps):
+        keep_settings(settings, run)
         _train(job, model, tokenizer, examples, checkpoint)
         model, _ = load_model(source, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     _write_merged(model, tokenizer, last_complete_checkpoint(run), job.output)
