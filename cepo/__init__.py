@@ -6,28 +6,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cepo.fusion.engine import PAPER, PAPER_LINKS, RewardConfig, RolloutScore, score_rollouts
+    from cepo.fusion.config import PAPER, PAPER_LINKS, RewardConfig
     from cepo.fusion.power_mean import power_mean
-    from cepo.fusion.scores import LinkScore
-    from cepo.jacobian.group import GroupEngine
-    from cepo.jacobian.layouts import JudgeLayout, ReasonerLayout
+    from cepo.fusion.records import LinkScore
+    from cepo.fusion.score import RolloutScore, score_rollouts
+    from cepo.jacobian.autograd import JacobianEngine
+    from cepo.jacobian.group.engine import GroupEngine
     from cepo.jacobian.loading import load_model, resolve_model
+    from cepo.jacobian.reading.judge import JudgeLayout
+    from cepo.jacobian.reading.reasoner import ReasonerLayout
+    from cepo.jacobian.reading.spans import SpanReader
     from cepo.jacobian.records import Group, LinkJacobian, Rollout, Span, parse_link
-    from cepo.jacobian.spans import SpanReader
-    from cepo.jacobian.vjp import JacobianEngine
-    from cepo.train.causal import CausalReward
-    from cepo.train.proxy import ProxyReward
-    from cepo.train.rewards import argmax_reward, exact_match, format_reward
+    from cepo.train.rewards.causal import CausalReward
+    from cepo.train.rewards.proxy import ProxyReward
+    from cepo.train.rewards.task import argmax_reward, exact_match, format_reward
 
 # Loaded on first use, so that `cepo --help` and a refused argument do not wait for torch.
 _HOMES = {
-    "PAPER": "fusion.engine",
-    "PAPER_LINKS": "fusion.engine",
-    "RewardConfig": "fusion.engine",
-    "RolloutScore": "fusion.engine",
-    "score_rollouts": "fusion.engine",
+    "PAPER": "fusion.config",
+    "PAPER_LINKS": "fusion.config",
+    "RewardConfig": "fusion.config",
+    "RolloutScore": "fusion.score",
+    "score_rollouts": "fusion.score",
     "power_mean": "fusion.power_mean",
-    "LinkScore": "fusion.scores",
+    "LinkScore": "fusion.records",
     "load_model": "jacobian.loading",
     "resolve_model": "jacobian.loading",
     "Group": "jacobian.records",
@@ -35,16 +37,16 @@ _HOMES = {
     "Rollout": "jacobian.records",
     "Span": "jacobian.records",
     "parse_link": "jacobian.records",
-    "GroupEngine": "jacobian.group",
-    "JudgeLayout": "jacobian.layouts",
-    "ReasonerLayout": "jacobian.layouts",
-    "SpanReader": "jacobian.spans",
-    "JacobianEngine": "jacobian.vjp",
-    "CausalReward": "train.causal",
-    "ProxyReward": "train.proxy",
-    "argmax_reward": "train.rewards",
-    "exact_match": "train.rewards",
-    "format_reward": "train.rewards",
+    "GroupEngine": "jacobian.group.engine",
+    "JudgeLayout": "jacobian.reading.judge",
+    "ReasonerLayout": "jacobian.reading.reasoner",
+    "SpanReader": "jacobian.reading.spans",
+    "JacobianEngine": "jacobian.autograd",
+    "CausalReward": "train.rewards.causal",
+    "ProxyReward": "train.rewards.proxy",
+    "argmax_reward": "train.rewards.task",
+    "exact_match": "train.rewards.task",
+    "format_reward": "train.rewards.task",
 }
 __all__ = [
     "PAPER",

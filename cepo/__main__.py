@@ -1,5 +1,5 @@
 """`python -m cepo` is `cepo`."""
 
-from cepo.cli import main
+from cepo.cli.app import main
 
 main()

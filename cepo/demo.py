@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import cepo
-from cepo.eval.figures import history
-from cepo.eval.measures import FIELDS, ITEMS, LINKS, SCORED, Measures, measure_judge
-from cepo.eval.report import write_report
+from cepo.eval.report.figures import history
+from cepo.eval.report.page import write_report
+from cepo.eval.testbed_measures import FIELDS, ITEMS, LINKS, SCORED, Measures, measure_judge
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.grpo import load_config, train
 from cepo.train.policy import load_testbed_judge

@@ -10,7 +10,7 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from cepo.kernels.launch import Implementation, takes_over
-from cepo.kernels.projection import MAX_RANK, project_out_batch
+from cepo.kernels.projection.door import MAX_RANK, project_out_batch
 from cepo.kernels.spectral import project_out, top_right_vectors
 
 

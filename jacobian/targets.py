@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cepo.jacobian.records import NUMERIC_TARGETS, Rollout, Target
-from cepo.kernels.selected import expected_value, selected_log_likelihood, selected_log_odds
+from cepo.kernels.head.definition import expected_value, selected_log_likelihood, selected_log_odds
 
 # A matrix product of one to three rows runs as vector products whose sum over the vocabulary is taken term by term: a
 # gradient through the head comes out with a tenth of the accuracy. Fewer rows are filled up with copies.

@@ -74,13 +74,13 @@ def compile_all(target: str, *, one_form: bool = False) -> Iterator[Compiled]:
 
 def all_variants(arch: int) -> Iterator[Variant]:
     """Yield every form in which the package launches a kernel on an architecture (80 or 90)."""
-    from cepo.kernels.triton_attention import forward_variants
-    from cepo.kernels.triton_attention_vjp import vjp_variants
-    from cepo.kernels.triton_expected import expected_variants
-    from cepo.kernels.triton_gram import gram_variants
-    from cepo.kernels.triton_head import head_variants
-    from cepo.kernels.triton_layers import layer_variants
-    from cepo.kernels.triton_projection import projection_variants
+    from cepo.kernels.attention.forward import forward_variants
+    from cepo.kernels.attention.vjp import vjp_variants
+    from cepo.kernels.head.expected import expected_variants
+    from cepo.kernels.head.log_odds import head_variants
+    from cepo.kernels.layers.triton import layer_variants
+    from cepo.kernels.projection.gram import gram_variants
+    from cepo.kernels.projection.triton import projection_variants
 
     yield from forward_variants(arch)
     yield from vjp_variants(arch)

@@ -13,15 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 from datasets import Dataset, Features, Value
 
+from cepo.files import BrokenLine, Row, read_jsonl
 from cepo.train.prompts import judge_prompt, reasoning_prompt
-
-Row: TypeAlias = dict[str, Any]
-Problem: TypeAlias = tuple[int, str]
 
 _TEXT = Value("string")
 _MESSAGES = [{"role": _TEXT, "content": _TEXT}]
@@ -43,7 +41,7 @@ class DataSplit:
 
     train: Dataset
     test: Dataset
-    skipped: tuple[Problem, ...]
+    skipped: tuple[BrokenLine, ...]
 
 
 def load_preferences(
@@ -120,43 +118,6 @@ def load_reasoning(
     return _divide(rows, skipped, "question", _REASONING_FEATURES, test_fraction, seed)
 
 
-def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[Problem]]:
-    """Read a file of JSON objects, one a line, and keep the good lines whatever the others are.
-
-    Blank lines, CRLF, a byte order mark and NaN are accepted.
-
-    Args:
-        path: A UTF-8 file.
-
-    Returns:
-        Pairs (line number from 1, object) of the good lines, and pairs (line number, reason) of the others.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} is no file; expected a .jsonl file, one JSON object a line")
-    rows: list[tuple[int, Row]] = []
-    problems: list[Problem] = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
-            except UnicodeDecodeError as error:
-                problems.append((number, f"not UTF-8 at byte {error.start + 1} of the line"))
-            except json.JSONDecodeError as error:
-                problems.append((number, f"not JSON at character {error.pos + 1}: {error.msg}"))
-            except (ValueError, RecursionError) as error:
-                problems.append((number, f"JSON that can't be held: {error}"))
-            else:
-                if isinstance(row, dict):
-                    rows.append((number, row))
-                elif text:
-                    problems.append((number, f"a JSON {type(row).__name__}, not an object"))
-    return rows, problems
-
-
 def _check_ranges(test_fraction: float, limit: int | None, max_characters: int | None) -> None:
     if not 0.0 <= test_fraction <= 1.0:
         raise ValueError(f"test_fraction is {test_fraction}; expected a fraction in [0, 1]")
@@ -183,7 +144,7 @@ def _rename(needed: tuple[str, ...], columns: Mapping[str, str] | None) -> dict[
 
 def _collect(
     source: str | Path, split: str | None, limit: int | None, convert: Callable[[Row], Row]
-) -> tuple[list[Row], list[Problem]]:
+) -> tuple[list[Row], list[BrokenLine]]:
     """Convert rows until there are enough; those that raise a ValueError are skipped with its message as the reason."""
     rows, skipped = _open(source, split)
     collected: list[Row] = []
@@ -205,7 +166,7 @@ def _collect(
     return collected, skipped
 
 
-def _open(source: str | Path, split: str | None) -> tuple[Iterable[tuple[int, Row]], list[Problem]]:
+def _open(source: str | Path, split: str | None) -> tuple[Iterable[tuple[int, Row]], list[BrokenLine]]:
     if Path(source).is_file() or Path(source).suffix == ".jsonl":
         if split is not None:
             raise ValueError(f"split is {split!r}, but source {source} is a file, which has none")
@@ -219,7 +180,7 @@ def _open(source: str | Path, split: str | None) -> tuple[Iterable[tuple[int, Ro
 
 
 def _divide(
-    rows: list[Row], skipped: list[Problem], key: str, features: Features, test_fraction: float, seed: int
+    rows: list[Row], skipped: list[BrokenLine], key: str, features: Features, test_fraction: float, seed: int
 ) -> DataSplit:
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:

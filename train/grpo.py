@@ -129,7 +129,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     import torch
     from trl import GRPOTrainer
 
-    from cepo.train.causal import time_steps
+    from cepo.train.timing import time_steps
 
     output = Path(config.output)
     arguments = grpo_arguments(config)
@@ -332,10 +332,11 @@ def run_callbacks(output: Path) -> list[Any]:
 
 
 def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
-    from cepo.fusion.engine import PAPER
-    from cepo.train import rewards as task_rewards
-    from cepo.train.causal import JUDGE, REASONER, CausalReward, TaskReward
-    from cepo.train.proxy import ProxyReward
+    from cepo.fusion.config import PAPER
+    from cepo.train.prompts import JUDGE, REASONER
+    from cepo.train.rewards import task as task_rewards
+    from cepo.train.rewards.causal import CausalReward, TaskReward
+    from cepo.train.rewards.proxy import ProxyReward
 
     plain: dict[str, TaskReward] = {
         "format": task_rewards.format_reward,

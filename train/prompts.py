@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cepo.jacobian.reading.judge import JudgeLayout
+from cepo.jacobian.reading.reasoner import ReasonerLayout
+
 JUDGE_SECTIONS: tuple[str, ...] = ("specific_criteria", "analysis", "scores")
 """Names of the judge's output tags, in the order in which they are written."""
 
@@ -45,6 +48,9 @@ REASONING_LITERALS: tuple[str, ...] = (
     "\n[End of question]\n\nThink, then answer.",
 )
 """What is fixed in the reasoner's message: the text before the question and after it."""
+
+JUDGE = JudgeLayout(instructions=JUDGE_LITERALS)
+REASONER = ReasonerLayout(instructions=REASONING_LITERALS)
 
 
 def judge_prompt(query: str, response_a: str, response_b: str) -> list[dict[str, str]]:

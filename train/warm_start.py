@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cepo.files import read_jsonl
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.train.data import load_preferences, read_jsonl
+from cepo.train.data import load_preferences
 from cepo.train.grpo import (
     check_same_run,
     is_finished,

@@ -1,0 +1,260 @@
+"""One group of the ablation: its Jacobians computed once, and every setting worked out from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from scipy.linalg import subspace_angles
+from torch import Tensor
+
+from cepo.counterfactual.nuisance import nuisance_basis, remove_nuisance
+from cepo.fusion.config import Pool, RewardConfig
+from cepo.fusion.records import LinkScore, Score, named_scores, score_link
+from cepo.fusion.requests import GroupRequests, reward_requests
+from cepo.fusion.score import fuse
+from cepo.jacobian.autograd import Answer, combine
+from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.records import Link, LinkJacobian, Request, Rollout
+
+# A Jacobian's name: prompt, completion, where the spans stand, link. Rollouts that agree in these share it.
+_Key = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...], str]
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """What is removed from a Jacobian: K counterfactuals, a rank or else an energy tau, and whose subspace it is."""
+
+    counterfactuals: int
+    rank: int | None
+    tau: float | None
+    pool: Pool
+
+    @property
+    def order(self) -> tuple[bool, int, bool, float]:
+        """Exact before pooled, then by K, ranks before energies."""
+        size = self.tau if self.rank is None else self.rank
+        assert size is not None
+        return self.pool == "group", self.counterfactuals, self.rank is None, size
+
+    @property
+    def rank_label(self) -> str:
+        """The rank as the user wrote it."""
+        return f"tau={self.tau:g}" if self.rank is None else str(self.rank)
+
+
+REFERENCE = Hardening(counterfactuals=4, rank=2, tau=None, pool="none")
+
+
+@dataclass(frozen=True)
+class LinkSet:
+    """Links whose scores are fused into one reward."""
+
+    name: str
+    links: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything that is swept; rows of the tables stand in the order of these.
+
+    Attributes:
+        hardenings: exact ones first; every pooled one has its exact twin.
+        links: names of the links.
+        scores: named scores.
+        link_sets: what is fused; the first is all links.
+        powers: exponents of the power mean.
+    """
+
+    hardenings: tuple[Hardening, ...]
+    links: tuple[str, ...]
+    scores: tuple[Score, ...]
+    link_sets: tuple[LinkSet, ...]
+    powers: tuple[float, ...]
+
+
+def sweep_group(
+    number: int,
+    members: Mapping[int, Rollout],
+    tasks: Mapping[int, float | None],
+    sweep: Sweep,
+    links: Sequence[Link],
+    config: RewardConfig,
+    engine: GroupEngine,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Return the link rows and the reward rows of one group, and its malformed rollouts and planned token rows.
+
+    Args:
+        number: of the group.
+        members: well-formed rollouts of one prompt, by row of the input.
+        tasks: the task reward in [0, 1] of each, or None.
+        sweep: what to sweep.
+        links: the sweep's links, parsed.
+        config: weights, permutation and seed; what the sweep varies is taken from the sweep.
+        engine: what computes Jacobians and plans.
+    """
+    malformed = {row: reason for row, rollout in members.items() if (reason := engine.refusal(rollout))}
+    sound = {row: rollout for row, rollout in members.items() if row not in malformed}
+    known, not_finite = _jacobians(sound, sweep, links, config, engine)
+    malformed |= not_finite
+    sound = {row: rollout for row, rollout in sound.items() if row not in malformed}
+    scored = dict(_score_settings(sound, sweep, links, config, known))
+    link_rows, reward_rows = [], []
+    weights = {chosen: {name: config.links[name] for name in chosen.links} for chosen in sweep.link_sets}
+    fusions = {
+        (chosen, p): replace(config, links=weights[chosen], p=p) for chosen in sweep.link_sets for p in sweep.powers
+    }
+    for row in sound:
+        for name in sweep.links:
+            for hardening in sweep.hardenings:
+                record, angles = scored[row, name, hardening]
+                for score in sweep.scores:
+                    link_rows.append(_link_row(row, number, hardening, score, record, angles))
+        for hardening in sweep.hardenings:
+            named = {name: _named(scored[row, name, hardening][0]) for name in sweep.links}
+            for score in sweep.scores:
+                values = {name: named[name][score] for name in sweep.links}
+                setting = {"row": row, "group": number, **asdict(hardening), "score": score}
+                for (chosen, p), fusion in fusions.items():
+                    reward = fuse(values, fusion, tasks[row])
+                    reward_rows.append({**setting, "links": chosen.name, "p": p, "reward": reward})
+    facts = {"malformed": malformed, "plans": _plans(sound, sweep, links, config, engine) if sound else {}}
+    return link_rows, reward_rows, facts
+
+
+def _jacobians(
+    rollouts: Mapping[int, Rollout], sweep: Sweep, links: Sequence[Link], config: RewardConfig, engine: GroupEngine
+) -> tuple[dict[_Key, LinkJacobian], dict[int, str]]:
+    """Return every Jacobian of the group that any setting needs, each computed once, and the rollouts without one."""
+    if not rollouts:
+        return {}, {}
+    most = max(hardening.counterfactuals for hardening in sweep.hardenings)
+    group = _requests(rollouts, links, config, most, "none")
+    answers = list(engine.compute(group.requests))
+    known: dict[_Key, LinkJacobian] = {}
+    for request, answer in zip(group.requests, answers, strict=True):
+        for rollout, jacobians in zip(request.group.rollouts, answer, strict=True):
+            for name, jacobian in jacobians.items():
+                # A permuted rollout can be another one as sampled, whose base came first and knows its context energy.
+                known.setdefault(_key(rollout, name), jacobian)
+    not_finite: dict[int, str] = {}
+    for link in links:
+        owned = group.counterfactuals(answers[1:], link.name)
+        for row, base in zip(group.members, answers[0], strict=True):
+            jacs_SD = [base[link.name].jac_SD, *owned.get(row, [])]
+            if not all(bool(torch.isfinite(jac_SD).all()) for jac_SD in jacs_SD):
+                not_finite.setdefault(row, f"non-finite gradient on {link.name}")
+    return known, not_finite
+
+
+def _score_settings(
+    rollouts: Mapping[int, Rollout],
+    sweep: Sweep,
+    links: Sequence[Link],
+    config: RewardConfig,
+    known: Mapping[_Key, LinkJacobian],
+) -> Iterator[tuple[tuple[int, str, Hardening], tuple[LinkScore, list[float] | None]]]:
+    """Yield the record of each rollout, link and hardening, with the angles from the exact subspace where pooled."""
+    exact: dict[tuple[int | None, str, Hardening], Tensor] = {}
+    shapes = dict.fromkeys((hardening.counterfactuals, hardening.pool) for hardening in sweep.hardenings)
+    for counterfactuals, pool in shapes if rollouts else ():
+        group = _requests(rollouts, links, config, counterfactuals, pool)
+        base, *permuted = [_recall(request, known) for request in group.requests]
+        chosen = [one for one in sweep.hardenings if (one.counterfactuals, one.pool) == (counterfactuals, pool)]
+        for name in sweep.links:
+            owned = group.counterfactuals(permuted, name)
+            for hardening in chosen:
+                bases = {
+                    owner: nuisance_basis(owned.get(owner, []), rank=hardening.rank, energy=hardening.tau)
+                    for owner in ((None,) if pool == "group" else group.members)
+                }
+                for row, of_rollout in zip(group.members, base, strict=True):
+                    owner = None if pool == "group" else row
+                    basis_RD, jacobian, angles = bases[owner], of_rollout[name], None
+                    if pool == "group":
+                        angles = _angles(basis_RD, exact[row, name, replace(hardening, pool="none")])
+                    else:
+                        exact[row, name, hardening] = basis_RD
+                    residual_SD = remove_nuisance(jacobian.jac_SD, basis_RD)
+                    count = len(owned.get(owner, []))
+                    record = score_link(jacobian, residual_SD, basis_RD, counterfactuals=count, score="phi")
+                    yield (row, name, hardening), (record, angles)
+
+
+def _requests(
+    rollouts: Mapping[int, Rollout], links: Sequence[Link], config: RewardConfig, counterfactuals: int, pool: Pool
+) -> GroupRequests:
+    (group,) = reward_requests(
+        rollouts,
+        links,
+        counterfactuals=counterfactuals,
+        permutation=config.permutation,
+        seed=config.seed,
+        context_energy=True,
+        pool=pool == "group",
+    )
+    return group
+
+
+def _key(rollout: Rollout, name: str) -> _Key:
+    where = tuple(span.positions for span in rollout.spans.values())
+    return rollout.prompt_ids, rollout.completion_ids, where, name
+
+
+def _recall(request: Request, known: Mapping[_Key, LinkJacobian]) -> Answer:
+    """Return what the engine would answer to a request, from Jacobians that are known."""
+    answers = [
+        {link.name: known[_key(rollout, link.name)] for link in request.links} for rollout in request.group.rollouts
+    ]
+    return combine(answers, request.signs)
+
+
+def _angles(pooled_RD: Tensor, exact_RD: Tensor) -> list[float]:
+    """Return the principal angles between two subspaces in degrees, ascending; none where one of them is empty."""
+    if not len(pooled_RD) or not len(exact_RD):
+        return []
+    return sorted(float(angle) for angle in np.rad2deg(subspace_angles(pooled_RD.cpu().T, exact_RD.cpu().T)))
+
+
+def _named(record: LinkScore) -> dict[Score, float]:
+    return named_scores(record.phi, record.retained, record.influence)
+
+
+def _link_row(
+    row: int, group: int, hardening: Hardening, score: Score, record: LinkScore, pool_angles: list[float] | None
+) -> dict[str, Any]:
+    angles = record.nuisance_angles
+    return {
+        "row": row,
+        "group": group,
+        "link": record.link,
+        **asdict(hardening),
+        "score": score,
+        "S": _named(record)[score],
+        "phi": record.phi,
+        "retained": record.retained,
+        "influence": record.influence,
+        "norm": record.norm,
+        "tokens": record.tokens,
+        "removed_rank": record.rank,
+        "nuisance_angle": sum(angles) / len(angles) if angles else None,
+        "pool_angles": pool_angles,
+    }
+
+
+def _plans(
+    rollouts: Mapping[int, Rollout], sweep: Sweep, links: Sequence[Link], config: RewardConfig, engine: GroupEngine
+) -> dict[str, dict[str, list[int]]]:
+    """Return, for each K that is pooled, forward and backward token rows of the exact and of the pooled computation."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for counterfactuals in dict.fromkeys(one.counterfactuals for one in sweep.hardenings if one.pool == "group"):
+        if engine.unserved is not None:  # the oracle has no plan
+            break
+        found[str(counterfactuals)] = {}
+        for pool in get_args(Pool):
+            plan = engine.plan(_requests(rollouts, links, config, counterfactuals, pool).requests)
+            found[str(counterfactuals)][pool] = [plan.forward_rows, plan.backward_rows]
+    return found

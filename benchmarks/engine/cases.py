@@ -1,0 +1,252 @@
+"""The contenders: each schedule as something that can be run on a workload, counted, and compared with the oracle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cepo.benchmarks.engine.peers import (
+    ALL_LINKS,
+    LAYOUT,
+    ONLY_XY,
+    Counts,
+    Jacobians,
+    Key,
+    Workload,
+    captum_jacobians,
+    count_rows,
+    functional_jacobians,
+    padded_jacobians,
+    reference_jacobians,
+)
+from cepo.benchmarks.measure import matmul_rate
+from cepo.fusion.config import PAPER_LINKS, RewardConfig
+from cepo.jacobian.autograd import Engine, JacobianEngine
+from cepo.jacobian.group.cost import CostModel, measured_cost
+from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.records import Request
+
+PEERS = ("reference", "padded", "functional", "captum")
+EXACT, ONLY, POOLED = "group: all links, exact", "group: X->Y", "group: all links, pooled"
+REFERENCE, PADDED = "reference schedule", "padded autograd"
+
+# Relative Frobenius error of a Jacobian. Two orders above what rounding was seen to do.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
+# In half precision rounding is what plain autograd in that precision does to the same Jacobians: twice that, for
+# sums taken in another order, and never so much that a wrong formula could hide in it (a wrong sign is 2, a row
+# that is one token off 1.4).
+_NARROW_FACTOR, _NARROW_LIMIT = 2.0, 0.25
+
+
+@dataclass(frozen=True)
+class Case:
+    """One schedule.
+
+    Attributes:
+        name: what the row is called.
+        links: what it answers for every rollout of the base.
+        run: workload and rollouts at once -> Jacobians; ours choose their chunks by themselves.
+        count: workload -> its cost.
+        peer: which of PEERS it is; None for the group engine.
+        alone: whether it runs one rollout at a time, so that its time is proportional to their number.
+        batched: whether it heeds the number of rollouts at once, so that fewer need less memory.
+    """
+
+    name: str
+    links: tuple[str, ...]
+    run: Callable[[Workload, int], Jacobians]
+    count: Callable[[Workload], Counts]
+    peer: str | None = None
+    alone: bool = False
+    batched: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured on, and what the Jacobians of a small workload must be.
+
+    Attributes:
+        name: of the model.
+        model: frozen, in eval mode.
+        engine: the group engine on it.
+        cost: its cost model.
+        check: the small workload.
+        wanted: its Jacobians by the oracle, in float32 or wider.
+        tolerance: largest relative error that is rounding.
+        oracle_error: of the oracle in the model's own precision.
+        matmul: the machine's rate at the shape of its MLP, operations a second.
+        device: where it is.
+    """
+
+    name: str
+    model: Any
+    engine: GroupEngine
+    cost: CostModel
+    check: Workload
+    wanted: Jacobians
+    tolerance: float
+    oracle_error: float
+    matmul: float
+    device: torch.device
+
+    def matmul_rate(self, seconds: float) -> float:
+        """Measure the rate once more, for some seconds."""
+        config = self.model.config
+        return matmul_rate(self.model.dtype, self.device, config.hidden_size, config.intermediate_size, seconds)
+
+
+def new_subject(
+    name: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    check: Workload,
+    seed: int,
+) -> Subject:
+    """Build a model with random weights and find out what its Jacobians are.
+
+    Args:
+        name: of the model.
+        config: its transformers configuration.
+        dtype: of its weights.
+        device: where to put it.
+        check: the small workload.
+        seed: of the weights.
+    """
+    torch.manual_seed(seed)
+    with device:
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    model.eval().requires_grad_(False)
+    requests = _requests(check, {**PAPER_LINKS, "Z->Y:total": 1.0})
+    requests += [request for request in _requests(check, PAPER_LINKS, pool="group") if request.signs]
+    wanted = engine_jacobians(JacobianEngine(model), requests)
+    tolerance, oracle_error = _TOLERANCES.get(dtype, 0.0), 0.0
+    if dtype not in _TOLERANCES:
+        narrow, wide = wanted, copy.deepcopy(model).float()
+        wanted = engine_jacobians(JacobianEngine(wide), requests)
+        oracle_error = worst_error(narrow, wanted, [])
+        tolerance = min(_NARROW_LIMIT, _NARROW_FACTOR * oracle_error)
+    rate = matmul_rate(dtype, device, config.hidden_size, config.intermediate_size, seconds=0.3)
+    # The plan's cost model, by the shapes alone: peers need no memory estimate.
+    cost = measured_cost(model, 0, 0, 0)
+    return Subject(name, model, GroupEngine(model), cost, check, wanted, tolerance, oracle_error, rate, device)
+
+
+def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
+    """Return the reference schedule, where it is asked for, then the group engine's cases, then the other peers.
+
+    Args:
+        subject: the model.
+        peers: some of PEERS.
+    """
+    model, cost = subject.model, subject.cost
+    xy = {"X->Y": 1.0}
+    cases = [
+        Case(
+            REFERENCE,
+            ALL_LINKS,
+            lambda workload, batch: reference_jacobians(model, workload),
+            lambda workload: count_rows(cost, workload, ALL_LINKS, whole_head=True, always_both=True),
+            peer="reference",
+            alone=True,
+        ),
+        _group_case(subject, EXACT, PAPER_LINKS),
+        _group_case(subject, "group: all links, base only", PAPER_LINKS, counterfactuals=0),
+        _group_case(subject, ONLY, xy),
+        _group_case(subject, "group: X->Y, with influence", xy, influence=True),
+        _group_case(subject, POOLED, PAPER_LINKS, pool="group"),
+        Case(
+            PADDED,
+            ALL_LINKS,
+            lambda workload, batch: padded_jacobians(model, workload, links=ALL_LINKS, batch=batch),
+            lambda workload: count_rows(cost, workload, ALL_LINKS),
+            peer="padded",
+            batched=True,
+        ),
+        Case(
+            "padded autograd: X->Y",
+            ONLY_XY,
+            lambda workload, batch: padded_jacobians(model, workload, links=ONLY_XY, batch=batch),
+            lambda workload: count_rows(cost, workload, ONLY_XY),
+            peer="padded",
+            batched=True,
+        ),
+        Case(
+            "torch.func vmap of vjp",
+            ALL_LINKS,
+            lambda workload, batch: functional_jacobians(model, workload),
+            lambda workload: count_rows(cost, workload, ALL_LINKS, always_both=True),
+            peer="functional",
+            alone=True,
+        ),
+        Case(
+            "captum: X->Y",
+            ONLY_XY,
+            lambda workload, batch: captum_jacobians(model, workload, batch=batch),
+            lambda workload: count_rows(cost, workload, ONLY_XY),
+            peer="captum",
+            batched=True,
+        ),
+    ]
+    return [case for case in cases if case.peer is None or case.peer in peers]
+
+
+def engine_jacobians(engine: Engine, requests: Sequence[Request]) -> Jacobians:
+    """Return an engine's answers, each under what it is the Jacobian of."""
+    found: Jacobians = {}
+    for request, answer in zip(requests, engine.compute(requests), strict=True):
+        ids = tuple(rollout.token_ids for rollout in request.group.rollouts)
+        for place, records in enumerate(answer):
+            for name, record in records.items():
+                key: Key = (name, ids, request.signs[place]) if request.signs else (name, (ids[place],), ())
+                found[key] = record.jac_SD
+    return found
+
+
+def worst_error(found: Jacobians, wanted: Jacobians, expected: Sequence[Key]) -> float:
+    """Return the largest ||J - J*|| / ||J*|| over what both hold; infinity where something expected is missing."""
+    if any(key not in found for key in expected):
+        return float("inf")
+    worst = 0.0
+    for key in found.keys() & wanted.keys():
+        right = wanted[key].double()
+        difference = float((found[key].double() - right).norm())
+        # A direct effect can be zero: of a prompt on a one-token answer that the blocked rationale predicts.
+        error = difference / max(float(right.norm()), 1e-300) if difference else 0.0
+        worst = error if not error <= worst else worst  # a NaN stays
+        if worst != worst:
+            return worst
+    return worst
+
+
+def base_keys(case: Case, workload: Workload) -> list[Key]:
+    """Return what a case must answer, whichever counterfactuals it asks for."""
+    return [(link, (rollout.token_ids,), ()) for link in case.links for rollout in workload.rollouts]
+
+
+def _group_case(subject: Subject, name: str, links: Mapping[str, float], **options: Any) -> Case:
+    def count(workload: Workload) -> Counts:
+        plan = subject.engine.plan(_requests(workload, links, **options))
+        return Counts(plan.forward_rows, plan.backward_rows, plan.head_rows, plan.flops, plan.peak_bytes)
+
+    return Case(
+        name,
+        tuple(links),
+        lambda workload, batch: engine_jacobians(subject.engine, _requests(workload, links, **options)),
+        count,
+    )
+
+
+def _requests(workload: Workload, links: Mapping[str, float], **options: Any) -> list[Request]:
+    """Return what the reward would ask an engine for."""
+    config = RewardConfig.paper(
+        links=links, influence=False, counterfactuals=workload.counterfactuals, seed=workload.seed
+    )
+    config = replace(config, **options)
+    groups = config.requests(dict(enumerate(workload.rollouts)), config.parsed_links(LAYOUT))
+    return [request for group in groups for request in group.requests]

@@ -1,0 +1,333 @@
+"""`cepo bench`: the group engine against its peers, timed in one process once the values agree with the oracle."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cepo.benchmarks.engine.cases import (
+    EXACT,
+    ONLY,
+    PADDED,
+    PEERS,
+    POOLED,
+    REFERENCE,
+    Case,
+    Subject,
+    base_keys,
+    contenders,
+    new_subject,
+    worst_error,
+)
+from cepo.benchmarks.engine.figures import draw_scaling
+from cepo.benchmarks.engine.peers import Jacobians, Workload
+from cepo.benchmarks.engine.sizes import SIZES, Shapes, Size, random_workload
+from cepo.benchmarks.measure import environment, measure
+
+_SCALED = (PADDED, ONLY, EXACT, POOLED)
+_RATIOS = ("speedup", "speedup_by_rows", "speedup_by_flops")
+Row = dict[str, Any]
+
+
+def run_benchmark(
+    size: str,
+    output: Path,
+    *,
+    seed: int = 0,
+    peers: Sequence[str] | None = None,
+    scaling: bool = True,
+    device: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Table:
+    """Compare values, then time the group engine and its peers on the same rollouts, and record what came of it.
+
+    Every case first runs on a small workload whose Jacobians the oracle has computed (in half precision: a float32 copy
+    of the model), which also warms it up; then it is timed, and those of its answers that the oracle knows are compared
+    again. A case whose values differ is not given a time.
+
+    `output` gets one line a case in results.jsonl (appended), the table in bench.txt, and one PNG for each axis of the
+    scaling (replaced).
+
+    Args:
+        size: "tiny", "small", "a100" or "h100".
+        output: folder of the results.
+        seed: of weights, ids and permutations.
+        peers: some of "reference", "padded", "functional" and "captum"; None for all. The group engine always runs.
+        scaling: whether to measure how cost grows with G, Lz, Lx and K, and what a static opening of the prompt saves.
+        device: "cpu" or "cuda"; None: "cuda" for a100 and h100, else "cpu".
+        progress: told what is run next.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: for an unknown size, peer or device, or a size that needs a GPU where there is none.
+    """
+    chosen, place, named_peers = _checked(size, peers, device)
+    output.mkdir(parents=True, exist_ok=True)
+    facts = {"size": size, "seed": seed, **environment(place)}
+    log = _Log(output / "results.jsonl", facts, [], progress or (lambda text: None))
+    for index, (name, config) in enumerate(chosen.models.items()):
+        log.progress(f"{name}: what the oracle says")
+        check = random_workload(config.vocab_size, chosen.check, seed)
+        subject = new_subject(name, config, chosen.dtype, place, check, seed)
+        cases = contenders(subject, named_peers)
+        agreed = _run_shapes(subject, cases, chosen, config.vocab_size, log)
+        if scaling and index == 0:
+            _run_static(subject, agreed, chosen, config.vocab_size, log)
+            _run_scaling(subject, agreed, chosen, config.vocab_size, log)
+            for axis in chosen.scaling:
+                points = [row for row in log.rows if row["section"] == "scaling" and axis in row["axes"]]
+                draw_scaling(points, axis, f"{name}, {facts['device']}", output / f"scaling_{axis}.png")
+        del subject, cases, agreed
+        _write_text(output / "bench.txt", _as_text(_table(size, log.rows), log.rows))
+    return _table(size, log.rows)
+
+
+def _checked(size: str, peers: Sequence[str] | None, device: str | None) -> tuple[Size, torch.device, tuple[str, ...]]:
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
+    named = PEERS if peers is None else tuple(peers)
+    if unknown := [peer for peer in named if peer not in PEERS]:
+        raise ValueError(f"peers holds {unknown[0]!r}; expected some of {', '.join(PEERS)}")
+    chosen = SIZES[size]
+    wanted = device or ("cuda" if chosen.cuda else "cpu")
+    if wanted not in ("cpu", "cuda"):
+        raise ValueError(f"device is {wanted!r}; expected cpu or cuda")
+    if chosen.cuda and (wanted != "cuda" or not torch.cuda.is_available()):
+        raise ValueError(f"size is {size!r}, which needs a CUDA device, and there is none; expected tiny or small here")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but there is no CUDA device; expected cpu")
+    return chosen, torch.device(wanted), named
+
+
+@dataclass(frozen=True)
+class _Log:
+    """Where rows go: the file, at once, so that a killed run keeps them, and the list."""
+
+    path: Path
+    facts: Row
+    rows: list[Row]
+    progress: Callable[[str], None]
+
+    def add(self, row: Row) -> None:
+        self.rows.append({**self.facts, **row})
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+
+def _run_shapes(subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log) -> list[Case]:
+    """Measure every case on every workload of the size; return those that agreed everywhere."""
+    wrong: set[str] = set()
+    for shapes in size.shapes:
+        workload = random_workload(vocabulary, shapes, subject.check.seed)
+        baseline: Row | None = None
+        for number, case in enumerate(cases):
+            log.progress(f"{subject.name}, G {shapes.G}: {case.name} ({number + 1} of {len(cases)})")
+            row = _measured(subject, case, workload, subject.wanted, checked=True, alone=size.alone)[0]
+            baseline = row if case.name == REFERENCE else baseline
+            log.add({"section": "peers", **_shapes_of(subject, shapes), **row, **_ratios(row, baseline)})
+            if row["status"] not in ("ok", "out of memory"):
+                wrong.add(case.name)
+    return [case for case in cases if case.name not in wrong]
+
+
+def _run_static(subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log) -> None:
+    """Measure several prompts that share an opening which no link differentiates, and the same prompts without one."""
+    shapes, whole = size.static, replace(size.static, opening=0)
+    seed = subject.check.seed
+    workload = random_workload(vocabulary, shapes, seed)
+    spans = random_workload(vocabulary, whole, seed).rollouts[0].spans
+    differentiated = replace(workload, rollouts=tuple(replace(rollout, spans=spans) for rollout in workload.rollouts))
+    wanted: Jacobians = {}
+    baseline: Row | None = None
+    by_name = {case.name: case for case in cases}
+    plan = [(REFERENCE, shapes, workload), (EXACT, shapes, workload), (ONLY, shapes, workload)]
+    plan += [(POOLED, shapes, workload), (EXACT, whole, differentiated)]
+    for name, of, given in plan:
+        if name not in by_name:
+            continue
+        log.progress(f"{subject.name}, static opening of {of.opening} of {of.Lz} tokens: {name}")
+        # The prompt's rows are others where its span begins elsewhere.
+        known = wanted if of is shapes else {key: jac_SD for key, jac_SD in wanted.items() if key[0] == "X->Y"}
+        # One rollout is enough for a schedule that runs them one at a time.
+        row, found = _measured(subject, by_name[name], given, known, checked=False, alone=1)
+        if name == REFERENCE:
+            baseline, wanted = row, found
+        log.add({"section": "static", **_shapes_of(subject, of), **row, **_ratios(row, baseline)})
+
+
+def _run_scaling(subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log) -> None:
+    """Measure how the cost of some cases grows along each axis."""
+    points: dict[Shapes, list[str]] = {}
+    for axis, values in size.scaling.items():
+        for value in values:
+            points.setdefault(replace(size.scaling_base, **{axis: value}), []).append(axis)
+    chosen = sorted((case for case in cases if case.name in _SCALED), key=lambda case: _SCALED.index(case.name))
+    for number, (shapes, axes) in enumerate(points.items()):
+        workload = random_workload(vocabulary, shapes, subject.check.seed)
+        wanted: Jacobians = {}  # of whoever runs first: all agreed with the oracle before
+        for case in chosen:
+            log.progress(f"{subject.name}, scaling: {case.name} (point {number + 1} of {len(points)})")
+            row, found = _measured(subject, case, workload, wanted, checked=False, alone=None)
+            wanted = wanted or found
+            log.add({"section": "scaling", "axes": axes, **_shapes_of(subject, shapes), **row})
+
+
+def _measured(
+    subject: Subject, case: Case, workload: Workload, wanted: Jacobians, *, checked: bool, alone: int | None
+) -> tuple[Row, Jacobians]:
+    """Return the row of a case, its time only if its values agree, and its Jacobians.
+
+    Args:
+        subject: the model.
+        case: what to run.
+        workload: on what.
+        wanted: Jacobians to compare with, of this workload or another.
+        checked: whether to run the small workload first.
+        alone: how many rollouts to time a schedule on that runs them one at a time.
+    """
+    # Where two that agree with the oracle are compared with each other, each may err by the tolerance.
+    tolerance = subject.tolerance if checked else 2 * subject.tolerance
+    row: Row = {"case": case.name, "status": "ok", "error": None, "tolerance": tolerance, "seconds": None}
+    # Measured beside each case as well: other work on the machine comes and goes.
+    rate = max(subject.matmul, subject.matmul_rate(seconds=0.05))
+    row |= {"oracle_error": subject.oracle_error, "matmul_flops_per_s": rate}
+    if case.peer == "captum" and importlib.util.find_spec("captum") is None:
+        return {**row, "status": "not installed"}, {}
+    measured_on = replace(workload, rollouts=workload.rollouts[: alone if case.alone else None])
+    batch = len(measured_on.rollouts)
+    error = 0.0
+    while True:
+        try:
+            if checked:
+                error = worst_error(case.run(subject.check, batch), wanted, base_keys(case, subject.check))
+            if not error <= tolerance:
+                return {**row, **_disagreement(error)}, {}
+            found, took = measure(lambda batch=batch: case.run(measured_on, batch), subject.device)  # type: ignore[misc]
+            break
+        except torch.OutOfMemoryError:
+            if not case.batched or batch == 1:
+                return {**row, "status": "out of memory"}, {}
+        except Exception as failure:
+            if case.peer is None:  # ours must not fail; a peer that cannot is no reason to lose the others' figures
+                raise
+            return {**row, "status": f"failed with {type(failure).__name__}: {failure}"[:200]}, {}
+        batch = (batch + 1) // 2
+    later = worst_error(found, wanted, base_keys(case, measured_on))
+    if not later <= tolerance:
+        return {**row, **_disagreement(later)}, {}
+    counts = case.count(workload)
+    seconds = took.seconds * len(workload.rollouts) / len(measured_on.rollouts)
+    return row | {
+        "error": max(error, later) if wanted else None,
+        "seconds": seconds,
+        "runs": took.runs,
+        "measured_rollouts": len(measured_on.rollouts),
+        "batch": batch if case.batched else None,
+        "peak_bytes": took.peak_bytes,
+        "planned_peak_bytes": counts.peak_bytes,
+        "forward_rows": counts.forward,
+        "backward_rows": counts.backward,
+        "head_rows": counts.head,
+        "rows_per_s": counts.rows / seconds,
+        "rollouts_per_s": len(workload.rollouts) / seconds,
+        "flops": counts.flops,
+        "matmul_fraction": counts.flops / seconds / rate,
+    }, found
+
+
+def _disagreement(error: float) -> Row:
+    return {"status": f"disagrees by {error:.1e}", "error": error if math.isfinite(error) else None}
+
+
+def _ratios(row: Row, baseline: Row | None) -> Row:
+    """Return how many times faster than the reference schedule, as measured and as rows and operations predict."""
+    if baseline is None or baseline["seconds"] is None or row["seconds"] is None:
+        return dict.fromkeys(_RATIOS)
+    rows, baseline_rows = (each["forward_rows"] + each["backward_rows"] for each in (row, baseline))
+    ratios = (baseline["seconds"] / row["seconds"], baseline_rows / rows, baseline["flops"] / row["flops"])
+    return dict(zip(_RATIOS, ratios, strict=True))
+
+
+def _shapes_of(subject: Subject, shapes: Shapes) -> Row:
+    return {"model": subject.name, "dtype": str(subject.model.dtype).removeprefix("torch."), "shapes": asdict(shapes)}
+
+
+def _table(size: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=f"cepo bench, {size}: seconds only where J agrees with the oracle")
+    table.add_column("case")
+    for name in ("error of J", "seconds", "rollouts/s", "token rows/s", "peak MiB", "TFLOP", "of matmul"):
+        table.add_column(name, justify="right")
+    for name in ("× reference", "by rows", "by FLOPs"):
+        table.add_column(name, justify="right")
+    heading = ""
+    for row in rows:
+        if row["section"] == "scaling":
+            continue
+        shapes = row["shapes"]
+        opening = f"the first {shapes['opening']}" if shapes["opening"] else "none"
+        static = f"; {shapes['prompts']} prompts, {opening} static" if row["section"] == "static" else ""
+        lengths = " ".join(f"{name} {shapes[name]}" for name in ("G", "Lz", "Lx", "Ly", "K"))
+        if (title := f"{row['model']} {row['dtype']}, {lengths}{static}") != heading:
+            table.add_section()
+            table.add_row(f"[bold]{title}[/bold]")
+            heading = title
+        error = "" if row["error"] is None else f"{row['error']:.0e}"
+        if row["seconds"] is None:
+            table.add_row(row["case"], error, f"[red]{escape(row['status'])}[/red]")
+            continue
+        everything = shapes["G"] * shapes["prompts"]
+        partly = row["measured_rollouts"] < everything
+        note = f" (scaled from {row['measured_rollouts']} of {everything} rollouts)" if partly else ""
+        halved = row["batch"] is not None and row["batch"] < row["measured_rollouts"]
+        note += f" (batches of {row['batch']})" if halved else ""
+        table.add_row(
+            row["case"] + note,
+            error,
+            f"{row['seconds']:.3g}",
+            f"{row['rollouts_per_s']:.3g}",
+            f"{row['rows_per_s']:,.0f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
+            f"{row['flops'] / 1e12:.3g}",
+            f"{row['matmul_fraction']:.0%}",
+            *("" if row[name] is None else f"{row[name]:.2f}" for name in _RATIOS),
+        )
+    return table
+
+
+def _as_text(table: Table, rows: Sequence[Row]) -> str:
+    """Return the table with what it was measured on."""
+    first = rows[0]
+    versions = ", ".join(f"{name} {first[name]}" for name in ("driver", "torch", "triton", "transformers", "python"))
+    lines = [
+        f"{first['device']}, {first['threads']} threads, {versions}, commit {first['commit']}, seed {first['seed']}"
+    ]
+    for row in {row["model"]: row for row in reversed(rows) if row["section"] == "peers"}.values():
+        rate = max(other["matmul_flops_per_s"] for other in rows if other["model"] == row["model"])
+        lines.append(
+            f"{row['model']}: matrix products of its MLP run at {rate / 1e12:.3g} TFLOP/s; "
+            f"an error of J up to {row['tolerance']:.1e} passes"
+            + (f" (the oracle's own in {row['dtype']}: {row['oracle_error']:.1e})" if row["oracle_error"] else "")
+        )
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(table)
+    return "\n".join(lines) + "\n" + stream.getvalue()
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)

@@ -1,0 +1,165 @@
+"""The benchmark's sizes by name: which models, which rollouts, and where on each axis the scaling is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, Qwen3Config
+
+from cepo.benchmarks.engine.peers import Workload
+from cepo.jacobian.records import Rollout, Span
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The lengths of a workload, in tokens.
+
+    Attributes:
+        G: rollouts of each prompt.
+        Lz: prompt.
+        Lx: rationale.
+        Ly: answer.
+        K: counterfactuals.
+        opening: leading tokens of the prompt that belong to no span: no link differentiates them.
+        prompts: how many prompts, which share their opening.
+    """
+
+    G: int
+    Lz: int
+    Lx: int
+    Ly: int
+    K: int
+    opening: int = 0
+    prompts: int = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one name stands for.
+
+    Attributes:
+        models: configuration of each model by name; weights are random.
+        dtype: of the weights.
+        shapes: the workloads.
+        check: the smaller workload on which values are compared before anything is timed, and every case warmed up. Its
+            rollouts and permutations are among those of `shapes`.
+        static: workload with a static opening.
+        scaling_base: the workload that the scaling departs from.
+        scaling: axis of `Shapes` -> its points. Measured on the first model.
+        alone: rollouts that a schedule of one rollout at a time is timed on, its seconds scaled to all; None: all.
+        cuda: whether a GPU is needed.
+    """
+
+    models: Mapping[str, Any]
+    dtype: torch.dtype
+    shapes: tuple[Shapes, ...]
+    check: Shapes
+    static: Shapes
+    scaling_base: Shapes
+    scaling: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    alone: int | None = None
+    cuda: bool = False
+
+
+def random_workload(vocabulary: int, shapes: Shapes, seed: int) -> Workload:
+    """Return rollouts of random ids. A smaller G gives the first of them, the same ids.
+
+    Args:
+        vocabulary: V.
+        shapes: lengths.
+        seed: of the ids, and of the permutations to come.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, vocabulary, (length,), generator=generator).tolist())
+
+    opening = draw(shapes.opening)
+    prompts = [opening + draw(shapes.Lz - shapes.opening) for _ in range(shapes.prompts)]
+    spans = {
+        "prompt": _span("prompt", shapes.opening, shapes.Lz),
+        "rationale": _span("rationale", shapes.Lz, shapes.Lz + shapes.Lx),
+        "answer": _span("answer", shapes.Lz + shapes.Lx, shapes.Lz + shapes.Lx + shapes.Ly),
+    }
+    rollouts = [Rollout(prompt, draw(shapes.Lx + shapes.Ly), spans) for prompt in prompts for _ in range(shapes.G)]
+    return Workload(tuple(rollouts), shapes.K, seed)
+
+
+def _span(name: str, start: int, end: int) -> Span:
+    positions = tuple(range(start, end))
+    return Span(name, positions, positions, (0,) * len(positions), "")
+
+
+_TINY = LlamaConfig(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+)
+_SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    rope_theta=100000.0,
+    tie_word_embeddings=True,
+)
+
+
+def _qwen3(width: int, inner: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    )
+
+
+_GPU = Size(
+    models={"Qwen3-0.6B": _qwen3(1024, 3072), "Qwen3-1.7B": _qwen3(2048, 6144)},
+    dtype=torch.bfloat16,
+    shapes=(Shapes(8, 1024, 256, 9, 4), Shapes(16, 1024, 256, 9, 4)),
+    check=Shapes(2, 1024, 256, 9, 1),
+    static=Shapes(8, 1024, 64, 9, 4, opening=700, prompts=4),
+    scaling_base=Shapes(8, 1024, 256, 9, 1),
+    scaling={"G": (2, 4, 8, 16), "Lz": (256, 512, 1024, 2048), "Lx": (64, 128, 256, 512), "K": (1, 2, 4)},
+    alone=2,
+    cuda=True,
+)
+
+SIZES: dict[str, Size] = {
+    "tiny": Size(
+        models={"tiny": _TINY},
+        dtype=torch.float32,
+        shapes=(Shapes(3, 24, 8, 3, 2),),
+        check=Shapes(3, 24, 8, 3, 2),
+        static=Shapes(2, 48, 8, 3, 1, opening=32, prompts=2),
+        scaling_base=Shapes(2, 16, 8, 3, 1),
+        scaling={"G": (2, 4), "Lz": (16, 32), "Lx": (8, 16), "K": (1, 2)},
+    ),
+    "small": Size(
+        models={"SmolLM2-135M": _SMOLLM2},
+        dtype=torch.float32,
+        shapes=(Shapes(8, 256, 64, 9, 4),),
+        check=Shapes(2, 256, 64, 9, 1),
+        static=Shapes(2, 1024, 64, 9, 1, opening=700, prompts=2),
+        scaling_base=Shapes(4, 128, 32, 9, 1),
+        scaling={"G": (2, 4, 8), "Lz": (64, 128, 256), "Lx": (16, 32, 64), "K": (1, 2)},
+    ),
+    "a100": _GPU,
+    "h100": _GPU,
+}

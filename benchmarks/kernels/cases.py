@@ -1,0 +1,446 @@
+"""The operations that have a kernel, each with the roads that others take to the same values and gradients."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from cepo.kernels.attention.door import attend
+from cepo.kernels.head.door import head_expected_value, head_log_likelihood
+from cepo.kernels.launch import Implementation
+from cepo.kernels.layers.door import add_rms_norm, rms_norm, rotate, swiglu
+from cepo.kernels.projection.door import project_out_batch, spectral_bounds
+
+# What a road puts out, in order: the values, then for each input its gradients, stacked or a list of one a cotangent;
+# None for what it does not form.
+Output = tuple[Tensor | list[Tensor] | None, ...]
+Function = Callable[..., Tensor]
+EAGER = "eager PyTorch"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The shapes of a model and of one group's work on it, see `sizes.Shapes` for G, Lz and Lx."""
+
+    width: int
+    inner: int
+    heads: int
+    key_heads: int
+    head: int
+    vocabulary: int
+    G: int
+    Lz: int
+    Lx: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One road to an operation's values.
+
+    Attributes:
+        name: what the row is called.
+        computes: what exactly it computes.
+        run: computes it once.
+        needs: "cuda", or a package, without which it cannot run.
+        compiled: whether torch.compile is on the road, which takes its time before the first run.
+    """
+
+    name: str
+    computes: str
+    run: Callable[[], Output]
+    needs: str | None = None
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation at one shape.
+
+    Attributes:
+        name: what it is, forward or with its VJP.
+        shapes: its sizes in words.
+        truth: its values in float32 or wider, from the same inputs.
+        contenders: ours first.
+        inputs: tensors that it must read.
+        written: bytes that it must write.
+        flops: operations that it cannot do without.
+        dtype: of the matrix products among them.
+    """
+
+    name: str
+    shapes: str
+    truth: Callable[[], Output]
+    contenders: tuple[Contender, ...]
+    inputs: tuple[Tensor, ...]
+    written: float
+    flops: float
+    dtype: torch.dtype
+
+
+def operations(widths: Widths, device: torch.device, ours: Implementation, seed: int) -> Iterator[Operation]:
+    """Yield every operation with a kernel, one at a time, since their inputs are large.
+
+    The stem of a prompt is one sequence under 2 G cotangents (each rollout's s_X and s_Y); a stage is G rollouts
+    behind it under 2.
+
+    Args:
+        widths: shapes.
+        device: where to put the inputs.
+        ours: "auto", or "triton" to run the kernels in the interpreter.
+        seed: of the inputs.
+    """
+    w = widths
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = w.dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+    stem, stage = 2 * w.G, 2
+    for name, rows, size in (("RMS norm", w.Lz, w.width), ("RMS norm of heads", w.Lz * w.heads, w.head)):
+        weight_D = 1.0 + 0.1 * draw(size)
+        yield from _with_vjp(
+            name,
+            f"{rows:,} rows of {size}",
+            lambda hidden, how, weight_D=weight_D: rms_norm(hidden, weight_D, epsilon=1e-6, implementation=how),
+            [draw(rows, size)],
+            draw(stem, rows, size),
+            (4.0 * rows * size, 6.0 * stem * rows * size),
+            ours,
+            {"Liger-Kernel": (_liger_norm(weight_D), "a loop over cotangents; forms the frozen weight's gradient too")},
+        )
+    weight_D = 1.0 + 0.1 * draw(w.width)
+    yield from _with_vjp(
+        "residual add and RMS norm",
+        f"{w.Lz:,} rows of {w.width}",
+        lambda hidden, residual, how: add_rms_norm(hidden, residual, weight_D, epsilon=1e-6, implementation=how)[0],
+        [draw(w.Lz, w.width), draw(w.Lz, w.width)],
+        draw(stem, w.Lz, w.width),
+        (5.0 * w.Lz * w.width, 6.0 * stem * w.Lz * w.width),
+        ours,
+        {},
+    )
+    yield from _with_vjp(
+        "SwiGLU",
+        f"{w.Lz:,} rows of {w.inner}",
+        lambda gate, up, how: swiglu(gate, up, implementation=how),
+        [draw(w.Lz, w.inner), draw(w.Lz, w.inner)],
+        draw(stem, w.Lz, w.inner),
+        (5.0 * w.Lz * w.inner, (9.0 + 2.0 * stem) * w.Lz * w.inner),
+        ours,
+        {"Liger-Kernel": (_liger_swiglu, "a loop over cotangents, forward each time: its VJP overwrites its inputs")},
+        once=False,
+    )
+    angle_TE = draw(w.Lz, w.head // 2, dtype=torch.float32).repeat(1, 2)
+    cos_TE, sin_TE = angle_TE.cos().to(w.dtype), angle_TE.sin().to(w.dtype)
+    turned = w.heads * w.Lz * w.head
+    yield from _with_vjp(
+        "rotary positions",
+        f"{w.heads} heads of {w.Lz:,} x {w.head}",
+        lambda heads, how: rotate(heads, cos_TE, sin_TE, implementation=how),
+        [draw(1, w.Lz, w.heads, w.head).transpose(1, 2)],
+        draw(stem, 1, w.heads, w.Lz, w.head),
+        (3.0 * turned, 3.0 * stem * turned),
+        ours,
+        {"Liger-Kernel": (_liger_rotate(cos_TE, sin_TE), "a loop over cotangents, on copies: it works in place")},
+    )
+    yield from _head(w, draw, device, ours)
+    for name, rollouts, past, tokens, count in (
+        ("attention of a stage", w.G, w.Lz, w.Lx, stage),
+        ("attention of the stem", 1, 0, w.Lz, stem),
+    ):
+        yield from _attention(name, w, draw, device, ours, (rollouts, past, tokens, count))
+    yield from _spectra(w, draw, ours)
+
+
+def _with_vjp(
+    name: str,
+    shapes: str,
+    door: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    cotangent_C: Tensor,
+    flops: tuple[float, float],
+    ours: Implementation,
+    peers: dict[str, tuple[Function, str]],
+    *,
+    once: bool = True,
+    compiled_peers: Sequence[str] = (),
+) -> Iterator[Operation]:
+    """Yield an operation forward, and forward with the gradients of all inputs under C cotangents.
+
+    Args:
+        name: of the operation.
+        shapes: in words.
+        door: inputs and implementation -> values.
+        inputs: all of them get gradients.
+        cotangent_C: the cotangents.
+        flops: of the forward, of the VJP.
+        ours: which implementation is measured.
+        peers: name -> inputs -> values, and what it computes with its VJP.
+        once: whether the peers' graphs bear several backward passes.
+        compiled_peers: which of them go through torch.compile.
+    """
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+
+    def definition(*tensors: Tensor) -> Tensor:
+        return door(*tensors, "torch")
+
+    compiled = torch.compile(definition, dynamic=False)
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    functions: list[tuple[str, Function, str, bool, str | None, bool]] = [
+        ("cepo", lambda *tensors: door(*tensors, ours), "all cotangents in one launch a kernel", True, None, False),
+        (EAGER, definition, "all cotangents by vmap", True, None, False),
+        ("torch.compile", compiled, "forward and backward compiled, a loop over cotangents", False, "cuda", True),
+    ]
+    for peer, (function, computes) in peers.items():
+        package = "liger_kernel" if peer == "Liger-Kernel" else "cuda" if peer in compiled_peers else None
+        functions.append((peer, function, computes, False, package, peer in compiled_peers))
+    yield Operation(
+        f"{name}, forward",
+        shapes,
+        _values(definition, wide),
+        tuple(
+            Contender(who, "values", _values(function, inputs), needs, slow)
+            for who, function, _, _, needs, slow in functions
+        ),
+        tuple(inputs),
+        float(cotangent_C[0].nbytes),
+        flops[0],
+        inputs[0].dtype,
+    )
+    yield Operation(
+        f"{name}, forward and VJP",
+        f"{shapes}, {len(cotangent_C)} cotangents",
+        _loop(definition, wide, cotangent_C.float(), once=True),
+        tuple(
+            Contender(
+                who,
+                computes,
+                _batched(function, leaves, cotangent_C)
+                if batched
+                else _loop(function, leaves, cotangent_C, once=once or who == "torch.compile"),
+                needs,
+                slow,
+            )
+            for who, function, computes, batched, needs, slow in functions
+        ),
+        (*inputs, cotangent_C),
+        float(cotangent_C[0].nbytes + len(cotangent_C) * sum(tensor.nbytes for tensor in inputs)),
+        sum(flops),
+        inputs[0].dtype,
+    )
+
+
+def _values(function: Function, inputs: Sequence[Tensor]) -> Callable[[], Output]:
+    def run() -> Output:
+        with torch.no_grad():
+            return (function(*inputs),)
+
+    return run
+
+
+def _batched(function: Function, leaves: Sequence[Tensor], cotangent_C: Tensor) -> Callable[[], Output]:
+    def run() -> Output:
+        output = function(*leaves)
+        used = [leaf for leaf in leaves if leaf.numel()]
+        pulled = torch.func.vmap(lambda row: torch.autograd.grad(output, used, row, retain_graph=True))(cotangent_C)
+        return (output.detach(), *pulled)
+
+    return run
+
+
+def _loop(function: Function, leaves: Sequence[Tensor], cotangent_C: Tensor, *, once: bool) -> Callable[[], Output]:
+    """Return one backward pass a cotangent, from one forward pass or, where the graph bears no second, from as many."""
+
+    def run() -> Output:
+        output = function(*leaves)
+        used = [leaf for leaf in leaves if leaf.numel()]
+        pulled: list[list[Tensor]] = [[] for _ in used]
+        for place, row in enumerate(cotangent_C):
+            output = output if once or not place else function(*leaves)
+            gradients = torch.autograd.grad(output, used, row.clone() if not once else row, retain_graph=once)
+            for rows, gradient in zip(pulled, gradients, strict=True):
+                rows.append(gradient)
+        return (output.detach(), *pulled)
+
+    return run
+
+
+def _head(w: Widths, draw: Callable[..., Tensor], device: torch.device, ours: Implementation) -> Iterator[Operation]:
+    rows = w.G * w.Lx
+    weight_VD = draw(w.vocabulary, w.width, scale=w.width**-0.5)
+    ids_P = torch.arange(rows, device=device) * 7919 % w.vocabulary
+    hidden_PD = draw(rows, w.width)
+    products = 2.0 * rows * w.vocabulary * w.width
+    forward, both = _with_vjp(
+        "log-likelihood through the head",
+        f"{rows:,} rows, vocabulary {w.vocabulary:,}",
+        lambda hidden, how: head_log_likelihood(hidden, weight_VD, ids_P, implementation=how),
+        [hidden_PD],
+        torch.ones(1, rows, device=device),
+        (products, 2.0 * products),
+        ours,
+        {},
+    )
+
+    def liger() -> Output:
+        leaf_PD = hidden_PD.detach().requires_grad_()
+        loss = _liger().liger_fused_linear_cross_entropy(leaf_PD, weight_VD, ids_P, reduction="sum")
+        return None, [-torch.autograd.grad(loss, leaf_PD)[0]]
+
+    peer = Contender("Liger-Kernel", "the gradient of the sum alone, logits in chunks of rows", liger, "liger_kernel")
+    for operation, more in ((forward, ()), (both, (peer,))):
+        yield Operation(
+            operation.name,
+            operation.shapes,
+            operation.truth,
+            (*operation.contenders, *more),
+            (*operation.inputs, weight_VD),
+            operation.written,
+            operation.flops,
+            operation.dtype,
+        )
+    candidates = torch.arange(min(10, w.vocabulary), device=device)
+    few_PD = hidden_PD[: 2 * w.G]
+    yield from _with_vjp(
+        "expected score through the head",
+        f"{len(few_PD)} rows, {len(candidates)} candidates",
+        lambda hidden, how: head_expected_value(hidden, weight_VD, candidates, candidates.float(), implementation=how),
+        [few_PD],
+        torch.ones(1, len(few_PD), device=device),
+        (2.0 * few_PD.numel() * len(candidates),) * 2,
+        ours,
+        {},
+    )
+
+
+def _attention(
+    name: str,
+    w: Widths,
+    draw: Callable[..., Tensor],
+    device: torch.device,
+    ours: Implementation,
+    sizes: tuple[int, int, int, int],
+) -> Iterator[Operation]:
+    rollouts, past, tokens, count = sizes
+    lengths_B = torch.full((rollouts,), past, device=device)
+    scale = w.head**-0.5
+    shapes = [(w.heads, tokens), (w.key_heads, past), (w.key_heads, past), (w.key_heads, tokens), (w.key_heads, tokens)]
+    inputs = [draw(rollouts, *shape, w.head) for shape in shapes]
+
+    def door(
+        query: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor, value: Tensor, how: Implementation
+    ) -> Tensor:
+        return attend(query, past_key, past_value, key, value, lengths_B, scale=scale, implementation=how)
+
+    def sdpa(query: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+        bias: Any = causal_lower_right(tokens, past + tokens)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(query, keys, values, attn_mask=bias, scale=scale, enable_gqa=w.heads != w.key_heads)
+
+    flexible: list[Any] = []  # the mask and the compiled function, made when first run
+
+    def flex(query: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not flexible:
+            module = importlib.import_module("torch.nn.attention.flex_attention")
+            mask = module.create_block_mask(
+                lambda b, h, row, place: place <= row + past, None, None, tokens, past + tokens, device=str(device)
+            )
+            flexible.extend([mask, torch.compile(module.flex_attention, dynamic=False)])
+        keys, values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+        mask, attention = flexible
+        found: Tensor = attention(query, keys, values, block_mask=mask, scale=scale, enable_gqa=True)
+        return found
+
+    products = 4.0 * rollouts * w.heads * w.head * tokens * (past + tokens / 2)
+    yield from _with_vjp(
+        name,
+        f"{rollouts} x {w.heads} heads ({w.key_heads} of keys) of {w.head}, {tokens} tokens behind {past}",
+        door,
+        inputs,
+        draw(count, rollouts, w.heads, tokens, w.head),
+        (products, (0.5 + 2.0 * count) * products),  # scores again once; for each cotangent dP, dQ, dK and dV
+        ours,
+        {
+            "SDPA": (sdpa, "a loop over cotangents, keys put behind one another"),
+            "FlexAttention": (flex, "compiled, a loop over cotangents, keys put behind one another"),
+        },
+        compiled_peers=("FlexAttention",),
+    )
+
+
+def _spectra(w: Widths, draw: Callable[..., Tensor], ours: Implementation) -> Iterator[Operation]:
+    number, rank = 3 * w.G, 2
+    jac_NSD = draw(number, w.Lz, w.width, dtype=torch.float32)
+    basis_NRD = torch.linalg.qr(draw(number, w.width, rank, dtype=torch.float32)).Q.mT.contiguous()
+    shapes = f"{number} matrices of {w.Lz:,} x {w.width}"
+
+    def projected(how: Implementation, jac: Tensor, basis: Tensor) -> Output:
+        found = project_out_batch(jac, basis, implementation=how)
+        return found.residual_NSD, found.energy_N.float(), found.residual_energy_N.float()
+
+    compiled = torch.compile(lambda: projected("torch", jac_NSD, basis_NRD), dynamic=False)
+    yield Operation(
+        "project-out with energies",
+        f"{shapes}, rank {rank}",
+        lambda: projected("torch", jac_NSD.double(), basis_NRD.double()),
+        (
+            Contender("cepo", "residual and both energies in one launch", lambda: projected(ours, jac_NSD, basis_NRD)),
+            Contender(EAGER, "two passes of batched products", lambda: projected("torch", jac_NSD, basis_NRD)),
+            Contender("torch.compile", "the same, compiled", compiled, "cuda", True),
+        ),
+        (jac_NSD, basis_NRD),
+        float(jac_NSD.nbytes),
+        8.0 * number * w.Lz * w.width * rank,
+        torch.float32,
+    )
+    side = min(w.Lz, w.width)
+    tall_NSD = jac_NSD * torch.linspace(1, 30, w.width, device=jac_NSD.device) ** 2 / 900  # no flat spectrum
+
+    def bounds(how: Implementation) -> Output:
+        return spectral_bounds(tall_NSD, implementation=how)
+
+    yield Operation(
+        "spectral bounds",
+        shapes,
+        lambda: bounds("torch"),
+        (
+            Contender("cepo", "float32 products, half of each symmetric one", lambda: bounds(ours)),
+            Contender(EAGER, "float64 products, as the engine does today", lambda: bounds("torch")),
+        ),
+        (tall_NSD,),
+        4.0 * number * side * side,
+        # The Gram matrix alone, half of it: how often it must be squared depends on the spectrum.
+        float(number) * side * side * max(w.Lz, w.width),
+        torch.float32,
+    )
+
+
+def _liger_norm(weight_D: Tensor) -> Function:
+    return lambda hidden_ND: _liger().liger_rms_norm(hidden_ND, weight_D, 1e-6, in_place=False)
+
+
+def _liger_swiglu(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
+    gated_ND: Tensor = _liger().liger_swiglu(gate_ND.clone(), up_ND.clone())
+    return gated_ND
+
+
+def _liger_rotate(cos_TE: Tensor, sin_TE: Tensor) -> Function:
+    def turned(heads_BHTE: Tensor) -> Tensor:
+        # It turns queries and keys together: one head of keys is the least it takes.
+        pair = _liger().liger_rope(heads_BHTE.clone(), heads_BHTE[:, :1].clone(), cos_TE[None], sin_TE[None])
+        turned_BHTE: Tensor = pair[0]
+        return turned_BHTE
+
+    return turned
+
+
+def _liger() -> Any:
+    return importlib.import_module("liger_kernel.transformers.functional")

@@ -1,0 +1,288 @@
+"""`cepo bench --kernels`: every kernel, and the engine on all of them, beside their peers, on one GPU.
+
+Values first: what does not agree with the float32 definition gets no time. Floors are measured on the same device: a
+copy for bytes, a large product for operations. Parts are boxed in time, so that the whole ends when it should.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import LlamaConfig
+
+from cepo.benchmarks.engine.cases import EXACT, ONLY, Case, Subject, contenders, new_subject
+from cepo.benchmarks.engine.peers import Jacobians, Workload, padded_jacobians
+from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
+from cepo.benchmarks.kernels.cases import EAGER, Operation, Widths, operations
+from cepo.benchmarks.kernels.rows import Recorder, Row, case_row, measured_floors, missing_reason, operation_row
+from cepo.benchmarks.measure import environment
+from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.group.swaps import Swaps
+from cepo.kernels.launch import Implementation, use_triton
+
+# By when each part ends, as a share of all the time.
+_UNTIL = {"kernels": 0.4, "engine": 0.7, "compiled kernels": 0.88, "compiled engine": 1.0}
+
+
+@dataclass(frozen=True)
+class KernelSize:
+    """What one name stands for: the operations' shapes, and the engine's model and workloads (see `sizes.Size`)."""
+
+    widths: Widths
+    model: str
+    config: Any
+    shapes: Shapes
+    check: Shapes
+
+
+KERNEL_SIZES = {
+    "qwen3": KernelSize(
+        Widths(1024, 3072, 16, 8, 128, 151936, G=8, Lz=1024, Lx=256, dtype=torch.bfloat16),
+        "Qwen3-0.6B",
+        SIZES["h100"].models["Qwen3-0.6B"],
+        Shapes(8, 1024, 256, 9, 4),
+        Shapes(2, 1024, 256, 9, 1),
+    ),
+    "tiny": KernelSize(
+        Widths(32, 48, 4, 2, 16, 100, G=2, Lz=24, Lx=8, dtype=torch.float32),
+        "tiny",
+        LlamaConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=64,
+        ),
+        Shapes(2, 12, 6, 3, 1),
+        Shapes(2, 12, 6, 3, 1),
+    ),
+}
+
+
+def run_kernel_benchmark(
+    size: str,
+    output: Path,
+    *,
+    device: str = "cuda",
+    minutes: float = 9.0,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Table, bool]:
+    """Compare the values of every road, time those that agree, and record what came of it.
+
+    `output` gets one line a contender in kernels.jsonl (appended) and the table in kernels.txt (replaced). On a CPU
+    nothing is timed: the pass shows that the command works and the values agree, by the kernels themselves where Triton
+    interprets (TRITON_INTERPRET=1), else by plain PyTorch.
+
+    Args:
+        size: "qwen3" (Qwen3-0.6B's shapes, bfloat16) or "tiny".
+        output: folder of the results.
+        device: "cuda" or "cpu"; a CPU takes "tiny" alone.
+        minutes: when to be done, > 0; what is left then is recorded as out of time.
+        seed: of inputs, weights and rollouts.
+        progress: told what is run next.
+
+    Returns:
+        The table, and whether all of ours agreed.
+
+    Raises:
+        ValueError: for an unknown size or device, a device that is not there, or no time.
+    """
+    if size not in KERNEL_SIZES:
+        raise ValueError(f"size is {size!r}; expected one of {', '.join(KERNEL_SIZES)}")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device is {device!r}; expected cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but there is no CUDA device; expected --size tiny --device cpu here")
+    if device == "cpu" and size != "tiny":
+        raise ValueError(f"size is {size!r}, which needs a CUDA device; expected --size tiny on a CPU")
+    if not minutes > 0:
+        raise ValueError(f"minutes is {minutes}; expected more than 0")
+    output.mkdir(parents=True, exist_ok=True)
+    chosen, place, ours = KERNEL_SIZES[size], torch.device(device), _our_implementation(device)
+    floors = measured_floors(place, chosen.widths)
+    how = "interpreted" if ours == "triton" else "compiled" if place.type == "cuda" else "plain PyTorch"
+    facts = {"size": size, "seed": seed, "kernels": how, **floors, **environment(place)}
+    started = time.perf_counter()
+    deadlines = {part: started + 60 * minutes * share for part, share in _UNTIL.items()}
+    run = Recorder(output / "kernels.jsonl", facts, place, deadlines, [], progress or (lambda text: None))
+    _run_operations(run, "kernels", operations(chosen.widths, place, ours, seed), compiled=False)
+    subject, workload = _run_engine(run, chosen, ours, seed)
+    _run_operations(run, "compiled kernels", operations(chosen.widths, place, ours, seed), compiled=True)
+    _write(output / "kernels.txt", _table(run.rows), facts)  # compilers keep no hours: what there is is safe
+    _run_compiled_engine(run, subject, workload)
+    table = _table(run.rows)
+    _write(output / "kernels.txt", table, facts)
+    sound = all(row["status"] == "ok" for row in run.rows if row["contender"].startswith("cepo"))
+    return table, sound
+
+
+def _our_implementation(device: str) -> Implementation:
+    if device == "cuda":
+        return "auto"
+    try:
+        use_triton("triton", torch.empty(0))
+    except (ValueError, RuntimeError):  # no interpreter: plain PyTorch stands in
+        return "auto"
+    return "triton"
+
+
+# --- the operations ---------------------------------------------------------------------------------------------------
+
+
+def _run_operations(
+    run: Recorder, part: Literal["kernels", "compiled kernels"], found: Iterator[Operation], *, compiled: bool
+) -> None:
+    """Run the contenders that are compiled by PyTorch, or those that are not."""
+    for operation in found:
+        torch.compiler.reset()
+        those = [contender for contender in operation.contenders if contender.compiled == compiled]
+        truth = operation.truth() if those and run.left(part) > 0 else None
+        for contender in those:
+            run.progress(f"{operation.name}: {contender.name}")
+            run.add(operation_row(run, part, operation, contender, truth))
+        del truth
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+def _run_engine(run: Recorder, size: KernelSize, ours: Implementation, seed: int) -> tuple[Subject, Workload]:
+    """Measure the engine on the kernels, the engine on plain PyTorch, and the peers as they come."""
+    run.progress(f"{size.model}: what the oracle says")
+    vocabulary = size.config.vocab_size
+    check = random_workload(vocabulary, size.check, seed)
+    workload = random_workload(vocabulary, size.shapes, seed)
+    subject = new_subject(size.model, size.config, size.widths.dtype, run.device, check, seed)
+    on_kernels = replace(subject, engine=GroupEngine(subject.model, kernels=ours))
+    problem = on_kernels.engine.unserved
+    if problem is None and on_kernels.engine.swaps == Swaps() and run.facts["kernels"] != "plain PyTorch":
+        problem = "the engine went on without kernels; its log says why"
+    cases = [
+        replace(case, name=f"cepo, {how}, {case.name.removeprefix('group: ')}")
+        for how, own in (("kernels", on_kernels), ("plain", subject))
+        for case in contenders(own, ())
+        if case.name in (EXACT, ONLY)
+    ]
+    peers = [case for case in contenders(subject, ("reference", "padded", "functional")) if case.peer is not None]
+    for case in (*cases, *peers):
+        run.progress(f"{size.model}: {case.name}")
+        taken = on_kernels.engine.swaps if case.name.startswith("cepo, kernels") else Swaps()
+        computes = f"attention: {taken.attention}, head: {taken.head}, {len(taken.forwards)} modules by kernels"
+        refused = problem if case.name.startswith("cepo, kernels") else None
+        run.add(case_row(run, "engine", subject, case, workload, computes if case.peer is None else "", refused))
+    return subject, workload
+
+
+def _run_compiled_engine(run: Recorder, subject: Subject, workload: Workload) -> None:
+    """Measure padded autograd on a compiled model, and last of all on Liger's, which changes transformers' classes."""
+    everything, only = (case for case in contenders(subject, ("padded",)) if case.peer is not None)
+    models: dict[str, Any] = {}
+    liger = "its norms, which form weight gradients, and its SwiGLU, whose graph bears one backward pass"
+    for base, name, needs, computes in (
+        (everything, "torch.compile", "cuda", "the model compiled"),
+        (only, "torch.compile", "cuda", "the model compiled"),
+        (only, "Liger-Kernel", "liger_kernel", liger),
+    ):
+
+        def jacobians(given: Workload, batch: int, base: Case = base, name: str = name) -> Jacobians:
+            if name not in models:
+                models[name] = _liger(subject) if name == "Liger-Kernel" else torch.compile(subject.model)
+            return padded_jacobians(models[name], given, links=base.links, batch=batch)
+
+        case = replace(base, name=f"{base.name}, {name}", run=jacobians)
+        run.progress(f"{subject.name}: {case.name}")
+        missing = missing_reason(needs, run.device)
+        run.add(case_row(run, "compiled engine", subject, case, workload, computes, missing))
+
+
+def _liger(subject: Subject) -> Any:
+    apply = importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_qwen3
+    apply(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, model=subject.model)
+    return subject.model
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="cepo kernels: times only where values agree; × eager and share of the floor")
+    table.add_column("contender")
+    for name in ("error", "ms", "× eager", "of floor"):
+        table.add_column(name, justify="right")
+    table.add_column("computes")
+    headings = list(dict.fromkeys((row["operation"], row["shapes"]) for row in rows))
+    for heading in headings:
+        members = [row for row in rows if (row["operation"], row["shapes"]) == heading]
+        bound = next((row["bound"] for row in members if row.get("bound")), None)
+        table.add_section()
+        table.add_row(
+            f"[bold]{escape(heading[0])}[/bold]", "", "", "", "", escape(heading[1]) + (f"; {bound}" if bound else "")
+        )
+        eager = next((row["seconds"] for row in members if row["contender"] == EAGER), None)
+        for row in members:
+            error = "" if row["error"] is None else f"{row['error']:.0e}"
+            if row["status"] != "ok":
+                table.add_row(row["contender"], error, f"[red]{escape(row['status'])}[/red]", "", "", row["computes"])
+                continue
+            seconds, share = row["seconds"], row.get("of_floor")
+            table.add_row(
+                row["contender"],
+                error,
+                "" if seconds is None else f"{1e3 * seconds:.4g}",
+                f"{eager / seconds:.2f}" if eager and seconds else "",
+                "" if share is None else f"{share:.0%}",
+                row["computes"],
+            )
+    return table
+
+
+def _write(path: Path, table: Table, facts: Row) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(console.file.getvalue())  # type: ignore[attr-defined]
+    unfinished.replace(path)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for kernels.jsonl and kernels.txt.")] = Path("runs/kernels"),
+    size: Annotated[str, typer.Option(help="qwen3 (Qwen3-0.6B's shapes, bfloat16) or tiny.")] = "qwen3",
+    device: Annotated[str, typer.Option(help="cuda; or cpu, which compares values and times nothing.")] = "cuda",
+    minutes: Annotated[float, typer.Option(help="When to be done; what is left then is left out.")] = 9.0,
+    seed: Annotated[int, typer.Option(help="Seed of inputs, weights and rollouts.")] = 0,
+) -> None:
+    """Every Triton kernel and the engine on all of them, beside their peers, on one GPU in one call."""
+    errors = Console(stderr=True)
+    try:
+        table, sound = run_kernel_benchmark(
+            size, output, device=device, minutes=minutes, seed=seed, progress=lambda text: errors.print(text)
+        )
+    except ValueError as error:
+        errors.print(f"error: {error}", markup=False)
+        raise typer.Exit(2) from None
+    Console().print(table)
+    if not sound:
+        errors.print("error: a kernel failed, disagreed or had no time; see the table", markup=False)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,210 @@
+"""How one contender of the kernels' benchmark becomes a row: values first, then a time, beside the device's floors."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cepo.benchmarks.engine.cases import Case, Subject, base_keys, worst_error
+from cepo.benchmarks.engine.peers import Workload
+from cepo.benchmarks.kernels.cases import Contender, Operation, Output, Widths
+from cepo.benchmarks.measure import matmul_rate, measure
+
+Row = dict[str, Any]
+# Largest error over the largest true value. bfloat16: roads round what they hand on at different places.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+_LENGTHS = {"Lz": "prompt", "Lx": "rationale", "Ly": "answer"}
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Where rows go (the file at once, so that a killed run keeps them), on what device, and by when."""
+
+    path: Path
+    facts: Row
+    device: torch.device
+    deadlines: Mapping[str, float]
+    rows: list[Row]
+    progress: Callable[[str], None]
+
+    def add(self, row: Row) -> Row:
+        self.rows.append({**self.facts, **row})
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        return self.rows[-1]
+
+    def left(self, part: str) -> float:
+        return self.deadlines[part] - time.perf_counter()
+
+
+def operation_row(run: Recorder, part: str, operation: Operation, contender: Contender, truth: Output | None) -> Row:
+    row: Row = {
+        "section": "kernel",
+        "operation": operation.name,
+        "shapes": operation.shapes,
+        "contender": contender.name,
+        "computes": contender.computes,
+        "dtype": str(operation.dtype).removeprefix("torch."),
+        "tolerance": _TOLERANCES[operation.dtype],
+        "error": None,
+        "seconds": None,
+        **_floor_of(run, operation),
+    }
+    if missing := missing_reason(contender.needs, run.device):
+        return {**row, "status": missing}
+    if truth is None or run.left(part) <= 0:
+        return {**row, "status": "out of time"}
+    try:
+        with _several_backward_passes():
+            error = _error(contender.run(), truth)
+            if not error <= row["tolerance"]:
+                return {**row, "status": f"disagrees by {error:.1e}", "error": error if error < float("inf") else None}
+            seconds = _seconds(contender.run) if run.device.type == "cuda" else None
+    except Exception as failure:  # a road that fails is a row, and no reason to lose the others'
+        return {**row, "status": _failure(failure)}
+    of_floor = row["floor_seconds"] / seconds if seconds and row["floor_seconds"] else None
+    return {**row, "status": "ok", "error": error, "seconds": seconds, "of_floor": of_floor}
+
+
+def _floor_of(run: Recorder, operation: Operation) -> Row:
+    """Return the least time for reading the inputs once, writing the values once, and the operations."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in operation.inputs}
+    moved = operation.written + sum(storages.values())
+    copy, product = run.facts["copy_bytes_per_s"], run.facts["matmul_flops_per_s"]
+    if operation.dtype == torch.float32:
+        product = run.facts["float32_flops_per_s"]
+    row: Row = {"bytes": moved, "flops": operation.flops, "floor_seconds": None, "bound": None, "of_floor": None}
+    if copy is None or product is None:
+        return row
+    by_bytes, by_flops = moved / copy, operation.flops / product
+    return {
+        **row,
+        "floor_seconds": max(by_bytes, by_flops),
+        "bound": "bytes" if by_bytes > by_flops else "operations",
+    }
+
+
+def _error(found: Output, truth: Output) -> float:
+    """Return the largest error over the largest true value, of what the road puts out at all."""
+    worst = 0.0
+    for mine, true in zip(found, truth, strict=True):
+        if mine is None or true is None:
+            continue
+        got, right = (torch.stack(each) if isinstance(each, list) else each for each in (mine, true))
+        if got.shape != right.shape:
+            return float("inf")
+        if got.numel():
+            largest = float(right.abs().max())
+            error = float((got.to(right.dtype) - right).abs().max()) / max(largest, 1e-30)
+            worst = error if not error <= worst else worst  # a NaN stays
+    return worst if worst == worst else float("inf")
+
+
+def missing_reason(needs: str | None, device: torch.device) -> str | None:
+    if needs == "cuda":
+        return None if device.type == "cuda" else "needs CUDA"
+    if needs is None:
+        return None
+    if importlib.util.find_spec(needs) is None:
+        return "not installed"
+    return None if device.type == "cuda" else "needs CUDA"
+
+
+def _several_backward_passes() -> Any:
+    """Have graphs that torch.compile makes bear several backward passes, by the setting that its own error names."""
+    return importlib.import_module("torch._functorch.config").patch(donated_buffer=False)
+
+
+def _failure(failure: Exception) -> str:
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "out of memory"
+    return " ".join(f"failed with {type(failure).__name__}: {failure}".split())[:200]
+
+
+def case_row(
+    run: Recorder,
+    part: str,
+    subject: Subject,
+    case: Case,
+    workload: Workload,
+    computes: str,
+    missing: str | None = None,
+) -> Row:
+    """Compare a schedule on the small workload, then time it on the whole one if the time that it will take is left."""
+    row: Row = {
+        "section": "engine",
+        "operation": f"the Jacobians of {len(workload.rollouts)} rollouts",
+        "shapes": _shapes_of(workload),
+        "contender": case.name,
+        "computes": computes,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "tolerance": subject.tolerance,
+        "error": None,
+        "seconds": None,
+        "flops": case.count(workload).flops,
+    }
+    if missing:
+        return {**row, "status": missing}
+    if run.left(part) <= 0:
+        return {**row, "status": "out of time"}
+    try:
+        with _several_backward_passes():
+            batch = len(subject.check.rollouts)
+            found = case.run(subject.check, batch)
+            error = worst_error(found, subject.wanted, base_keys(case, subject.check))
+            if not error <= row["tolerance"]:
+                return {**row, "status": f"disagrees by {error:.1e}", "error": error if error < float("inf") else None}
+            row["error"] = error
+            if run.device.type != "cuda":
+                return {**row, "status": "ok"}
+            _, small = measure(lambda: case.run(subject.check, batch), run.device)
+            measured_on = replace(workload, rollouts=workload.rollouts[: 2 if case.alone else None])
+            expected = small.seconds * case.count(measured_on).flops / case.count(subject.check).flops
+            if expected > run.left(part):
+                return {**row, "status": f"out of time: about {expected:.0f} s"}
+            _, took = measure(lambda: case.run(measured_on, len(measured_on.rollouts)), run.device)
+    except Exception as failure:
+        return {**row, "status": _failure(failure)}
+    seconds = took.seconds * len(workload.rollouts) / len(measured_on.rollouts)
+    rate = row["flops"] / seconds / run.facts["matmul_flops_per_s"]
+    return {
+        **row,
+        "status": "ok",
+        "seconds": seconds,
+        "measured_rollouts": len(measured_on.rollouts),
+        "runs": took.runs,
+        "peak_bytes": took.peak_bytes,
+        "of_floor": rate,
+        "bound": "operations",
+    }
+
+
+def _shapes_of(workload: Workload) -> str:
+    spans = workload.rollouts[0].spans
+    lengths = [f"{axis} {len(spans[name].positions)}" for axis, name in _LENGTHS.items()]
+    return ", ".join([f"G {len(workload.rollouts)}", *lengths, f"K {workload.counterfactuals}"])
+
+
+def measured_floors(device: torch.device, widths: Widths) -> Row:
+    """Return the device's rates: of a copy, bytes read and written, and of large products in both dtypes."""
+    if device.type != "cuda":
+        return {"copy_bytes_per_s": None, "matmul_flops_per_s": None, "float32_flops_per_s": None}
+    source = torch.empty(2**28, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copied = 2.0 * source.nbytes / _seconds(lambda: target.copy_(source))
+    rates = [matmul_rate(dtype, device, 4096, 4096, 0.5) for dtype in (widths.dtype, torch.float32)]
+    return {"copy_bytes_per_s": copied, "matmul_flops_per_s": rates[0], "float32_flops_per_s": rates[1]}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Return the median time of a run on the GPU, its L2 cache cold."""
+    do_bench = importlib.import_module("triton.testing").do_bench
+    return float(do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3

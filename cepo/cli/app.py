@@ -1,0 +1,65 @@
+"""The command line, grouped by what a user comes for: train, score, evaluate; then what researchers sweep and time."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from cepo.cli.evaluate import eval_app
+from cepo.cli.research import ablate, bench, experiment
+from cepo.cli.score import score
+from cepo.cli.shared import console, errors
+from cepo.cli.train import demo, train, warm_start
+
+TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Ablate, bench, experiment"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command(rich_help_panel=TRAIN)(demo)
+app.command(rich_help_panel=TRAIN)(train)
+app.command("warm-start", rich_help_panel=TRAIN)(warm_start)
+app.command(rich_help_panel=SCORE)(score)
+app.add_typer(eval_app, name="eval", rich_help_panel=EVALUATE)
+for _command in (ablate, bench, experiment):
+    app.command(rich_help_panel=RESEARCH)(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        names = ("cepo", "torch", "transformers", "trl", "peft", "triton")
+        console.print(", ".join(f"{name} {_installed(name)}" for name in names), highlight=False, soft_wrap=True)
+        raise typer.Exit
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Exact d(score)/d(criteria) rewards for language-model judges and reasoners."""
+
+
+def main() -> None:
+    """Run the command line; an argument that cannot work ends in one paragraph on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ValueError as error:
+        errors.print(f"cepo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,179 @@
+"""The commands that sweep, time and compare: ablate, bench, experiment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cepo.cli.shared import (
+    Device,
+    Dtype,
+    Raw,
+    Threads,
+    TrustRemoteCode,
+    console,
+    progress_bar,
+    use_threads,
+    weighted_links,
+)
+
+
+def ablate(
+    output: Annotated[Path, typer.Option(help="Folder for tables, plots and the groups that are done.")],
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL of rollouts, as for cepo score.")] = None,
+    testbed: Annotated[
+        int | None,
+        typer.Option(help="Instead of both: so many rollouts of the testbed judge, 8 a prompt."),
+    ] = None,
+    counterfactuals: Annotated[str, typer.Option("--counterfactuals", "-K", help="The K to sweep.")] = "0,1,2,4,8",
+    rank: Annotated[str, typer.Option(help="Ranks r to sweep, or energies as tau=0.5.")] = "0,1,2,4,8,tau=0.5,tau=0.9",
+    p: Annotated[str, typer.Option("-p", "--p", help="Exponents of the power mean to sweep.")] = "-2,0,0.2,1,10",
+    link: Annotated[
+        list[str] | None, typer.Option(help="As for cepo score; repeat it. Default: Z->X, X->Y, Z->Y, 0.1 each.")
+    ] = None,
+    score_name: Annotated[
+        str, typer.Option("--score", help="Named scores to sweep.")
+    ] = "phi,phi_retained,influence,phi_influence,influence_retained",
+    pool: Annotated[str, typer.Option(help="none, or none,group to measure what pooling loses.")] = "none",
+    permutation: Annotated[str, typer.Option(help="uniform, sentence or block.")] = "uniform",
+    target: Annotated[str, typer.Option(help="log_likelihood, log_odds, expected_score or margin.")] = "log_likelihood",
+    seed: Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")] = 0,
+    raw: Raw = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Sweep K, rank, p, links and scores over a file of rollouts: tables, plots with intervals, parquet.
+
+    Every Jacobian is computed once and used by all settings. The reference (K = 4, rank 2, exact) is always among them,
+    and rank correlations are against it. Killed and started again with the same arguments, it goes on.
+    """
+    use_threads(threads)
+    from cepo.benchmarks.ablation.command import AblateJob, check_sweep, run_ablation
+    from cepo.fusion.config import PAPER_LINKS
+
+    if (testbed is None) == (model is None) or (testbed is None) == (input is None):
+        raise ValueError("ablate needs --model and --input, or --testbed N alone")
+    if testbed is not None and (testbed < 8 or testbed % 8):
+        raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
+    job = AblateJob(
+        model=model or "",
+        input=input or Path(),
+        output=output,
+        links=weighted_links(link) if link else dict(PAPER_LINKS),
+        counterfactuals=tuple(int(_number("--counterfactuals", part)) for part in counterfactuals.split(",")),
+        ranks=tuple(part.strip() for part in rank.split(",")),
+        powers=tuple(_number("--p", part) for part in p.split(",")),
+        scores=tuple(part.strip() for part in score_name.split(",")),  # type: ignore[misc]
+        pools=tuple(part.strip() for part in pool.split(",")),  # type: ignore[misc]
+        permutation=permutation,  # type: ignore[arg-type]
+        target=target,
+        seed=seed,
+        raw=raw,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    check_sweep(job)
+    if testbed is not None:
+        from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
+
+        # Resolved, so that the folder spelled another way is the same sweep.
+        folder, rollouts = write_testbed_rollouts((output / "testbed").resolve(), prompts=testbed // 8)
+        job = replace(job, model=str(folder), input=rollouts, output=output / "sweep")
+    with progress_bar() as progress:
+        task = progress.add_task("prompts", total=None)
+        summary = run_ablation(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    console.print(summary.table())
+    fidelity = summary.fidelity_table()
+    if fidelity is not None:
+        console.print(fidelity)
+    console.print(f"tables and plots: {job.output}")
+
+
+def bench(
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl, bench.txt and the plots.")] = Path(
+        "runs/bench"
+    ),
+    size: Annotated[
+        str, typer.Option(help="tiny (seconds), small (SmolLM2's shape, 2 cores), a100 or h100 (Qwen3 shapes).")
+    ] = "tiny",
+    peer: Annotated[list[str] | None, typer.Option(help="Only these peers; repeat it. Default: all.")] = None,
+    scaling: Annotated[bool, typer.Option(help="Also how cost grows with G, Lz, Lx and K.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: what the size is for.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="The Triton kernels and the engine on them instead; one GPU, 9 minutes.")
+    ] = False,
+) -> None:
+    """Throughput and memory of the group engine beside its peers, timed only where the values agree."""
+    if kernels:
+        from cepo.benchmarks.kernels.command import main as run_kernels
+
+        return run_kernels(output, "tiny" if device == "cpu" else "qwen3", device or "cuda", seed=seed)
+    from cepo.benchmarks.engine.command import run_benchmark
+
+    with progress_bar() as progress:
+        task = progress.add_task("bench", total=None)
+        table = run_benchmark(
+            size,
+            output,
+            seed=seed,
+            peers=peer,
+            scaling=scaling,
+            device=device,
+            progress=lambda what: progress.update(task, description=what),
+        )
+    console.print(table)
+
+
+def experiment(
+    output: Annotated[Path, typer.Option(help="Folder of the runs, results.jsonl and report.html.")] = Path(
+        "runs/experiments/training"
+    ),
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML with steps, seeds and arms; the testbed's if absent.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Only this arm of the recipe, such as task or 'X->Y influence'; repeat it.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat it.", min=0)] = None,
+    steps: Annotated[int | None, typer.Option(help="GRPO steps of every arm.", min=1)] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.", min=1)] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, 4 steps, 32 items: shows that it works.")] = False,
+) -> None:
+    """Which reward makes the criteria cause the verdict? Several rewards, several seeds, equal steps, on the testbed.
+
+    Every arm starts from the same judge, which follows length. What counts is measured by interventions. Killed and
+    started again, it goes on where it stopped.
+    """
+    from cepo.benchmarks.experiment.command import RECIPE, run_training
+    from cepo.eval.testbed_measures import ITEMS, SCORED
+
+    with progress_bar() as progress:
+        task = progress.add_task("runs", total=None)
+        table = run_training(
+            output,
+            recipe=recipe or RECIPE,
+            seeds=seed or ([1] if quick else None),
+            steps=steps or (4 if quick else None),
+            arms=arm,
+            items=32 if quick else ITEMS,
+            scored=8 if quick else SCORED,
+            jobs=jobs,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(table)
+    console.print(f"report: {output / 'report.html'}")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} holds {text.strip()!r}; expected numbers with commas between them") from None

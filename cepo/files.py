@@ -1,0 +1,231 @@
+"""Files that commands write: whole or not at all, and resumed only with the settings and content that they began with.
+
+Standard library only, so that every folder may import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+BrokenLine: TypeAlias = tuple[int, str]
+"""Number of a line, counted from 1, and why it cannot be used."""
+
+SETTINGS = "settings.json"
+_SHOWN = 60  # characters of a setting in an error
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a free path beside `path`, and move what the block writes there into its place.
+
+    A killed process leaves the old file or folder, or the new one, never a mixture. A block that raises changes
+    nothing.
+
+    Args:
+        path: a file or a folder; its parent exists.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    _remove(unfinished)
+    try:
+        yield unfinished
+        if path.is_dir():  # only an empty folder can be replaced by renaming
+            shutil.rmtree(path)
+        os.replace(unfinished, path)
+    finally:
+        _remove(unfinished)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file in one step, see `replacing`."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records in one step, one JSON object per line; NaN becomes null, infinities become "inf" and "-inf"."""
+    write_text(path, "".join(map(_line, records)))
+
+
+def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records to a JSONL file; they are on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(map(_line, records)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results unless it is there.
+
+    Raises:
+        ValueError: if it cannot be made, or is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output is {str(path)!r}, which cannot be made: {error.strerror or error}; expected a folder"
+        ) from error
+
+
+# Reading
+
+
+def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[BrokenLine]]:
+    """Read a file of JSON objects, one per line, and keep the good lines whatever the others are.
+
+    Blank lines, CRLF, a byte order mark and NaN are accepted.
+
+    Args:
+        path: a UTF-8 file.
+
+    Returns:
+        Pairs (line number from 1, object) of the good lines, and pairs (line number, reason) of the others.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; expected a .jsonl file with one JSON object per line")
+    rows: list[tuple[int, Row]] = []
+    broken: list[BrokenLine] = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(text) if text else None
+            except UnicodeDecodeError as error:
+                broken.append((number, f"not UTF-8 at byte {error.start + 1} of the line"))
+            except json.JSONDecodeError as error:
+                broken.append((number, f"not JSON at character {error.pos + 1}: {error.msg}"))
+            except (ValueError, RecursionError) as error:
+                broken.append((number, f"JSON that can't be held: {error}"))
+            else:
+                if isinstance(row, dict):
+                    rows.append((number, row))
+                elif text:
+                    broken.append((number, f"a JSON {type(row).__name__}, not an object"))
+    return rows, broken
+
+
+# Resuming
+
+
+def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence[Path]) -> bool:
+    """Make an output this run's own, or refuse it; every command that resumes calls this before its first result.
+
+    The output is refused where results are there and the settings that made them are not these. Settings hold what
+    decides the results, data and weights by their content (see `content_hash` and `fingerprint`), never by a path or
+    a name alone. Half-written files of a killed run are removed.
+
+    Args:
+        settings_file: where the output keeps its settings, e.g. OUTPUT/settings.json; its folder is made.
+        settings: values by name, nested or not; "command" names what writes the output.
+        results: files and folders that hold work of an earlier run where they exist.
+
+    Returns:
+        Whether there are results to go on from.
+
+    Raises:
+        ValueError: for results of other settings, by the name of each that differs, or results without settings,
+            which another program wrote.
+    """
+    make_folder(settings_file.parent)
+    there = [path.name for path in results if path.exists()]
+    now = _flat(json.loads(json.dumps(_plain(settings), default=str)))
+    before = _read_settings(settings_file)
+    if there and before is None:
+        raise ValueError(
+            f"output {str(settings_file.parent)!r} holds {', '.join(there)}, which no earlier run of this command "
+            "wrote; name another output"
+        )
+    if there and before is not None and before.get("command") != now.get("command"):
+        raise ValueError(
+            f"output {str(settings_file.parent)!r} holds results of {before.get('command')!r}; name another output"
+        )
+    differing = [name for name in {**(before or {}), **now} if (before or {}).get(name) != now.get(name)]
+    if there and differing:
+        told = ", ".join(f"{name} was {_shown(before, name)} and is {_shown(now, name)}" for name in differing)
+        raise ValueError(
+            f"output {str(settings_file.parent)!r} holds {', '.join(there)}, made with other settings: {told}; name "
+            "another output, or move this one away"
+        )
+    for path in (settings_file, *results):
+        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            _remove(unfinished)
+    write_text(settings_file, json.dumps(now, indent=1) + "\n")
+    return bool(there)
+
+
+def content_hash(*parts: Any) -> str:
+    """Return 16 hexadecimal digits that stand for what JSON can hold, the same on every machine."""
+    return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(path: Path) -> str:
+    """Return 16 hexadecimal digits that stand for the content of a file, or of the files that lie in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest.update(f"{file.name if path.is_dir() else ''} {file.stat().st_size}\n".encode())
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(record)) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with tuples as lists and floats that JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Row:
+    """Return nested settings as one level of dotted names."""
+    flat: Row = {}
+    for name, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
+
+
+def _read_settings(path: Path) -> Row | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "command" in found else None
+
+
+def _shown(settings: Mapping[str, Any] | None, name: str) -> str:
+    if name not in (settings or {}):
+        return "absent"
+    text = json.dumps((settings or {})[name])
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

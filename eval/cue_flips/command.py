@@ -1,0 +1,231 @@
+"""How a testbed judge's accuracy moves when a spurious cue, the longer response, stops agreeing with the label."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from cepo.eval.judges.journal import Request, collect_judgements, content_key
+from cepo.eval.judges.settings import Judgement, Messages, OnDone
+from cepo.eval.report.figures import curves
+from cepo.eval.report.page import write_report
+from cepo.eval.report.tables import share, summary_row
+from cepo.eval.statistics import Estimate, estimate, mean_difference, proportion
+from cepo.files import make_folder, write_jsonl
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.train import testbed
+from cepo.train.policy import CACHE, load_testbed_judge
+
+AGREEMENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Shares of items whose longer response is the better one."""
+
+_STEPS = 300  # of a judge's warm-up: what `warm_start` says makes any of the four
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class FlipsJob:
+    """What to measure.
+
+    Attributes:
+        judges: testbed judges (able, lazy, criteria, decorative), or folders of policies trained on the testbed.
+        output: folder to write.
+        count: items at each agreement, at least 1.
+        seed: of the items and of the judges' warm-up.
+        cache: where warmed-up judges are kept.
+    """
+
+    judges: tuple[str, ...]
+    output: Path
+    count: int = 200
+    seed: int = 0
+    cache: Path = CACHE
+
+
+@dataclass(frozen=True)
+class JudgeFlips:
+    """One judge's accuracies.
+
+    Attributes:
+        accuracy: greedy accuracy by the cue's agreement.
+        drop: accuracy at the greatest agreement minus accuracy at the least.
+        with_cue: accuracy over all items whose longer response is the better one.
+        against_cue: accuracy over all others.
+        unreadable: verdicts that could not be read, of all.
+        judgements: number of items judged.
+    """
+
+    accuracy: Mapping[float, Estimate]
+    drop: Estimate
+    with_cue: Estimate
+    against_cue: Estimate
+    unreadable: int
+    judgements: int
+
+
+def measure_flips(
+    job: FlipsJob, *, progress: Callable[[str, int, int, str], None] | None = None
+) -> dict[str, JudgeFlips]:
+    """Let each judge decide items under each agreement of the cue, greedily, and write records, summary and report.
+
+    Items are drawn anew for every agreement. Records are appended as they come; started again with the same arguments,
+    it goes on where it stopped.
+
+    Args:
+        job: what to measure.
+        progress: called with (judge, items judged, items in all, speed in words).
+
+    Returns:
+        What came of it, by judge.
+
+    Raises:
+        ValueError: for a judge that is neither known nor a folder of a testbed policy, or a number out of range.
+    """
+    _check(job)
+    started = time.perf_counter()
+    make_folder(job.output)
+    found = {}
+    for judge in job.judges:
+        cases = _draw_cases(judge, job)
+        collected = collect_judgements(
+            [case.request for case in cases],
+            job.output / "judgements.jsonl",
+            {"what": "cue flips", "world": hashlib.sha256(Path(testbed.__file__).read_bytes()).hexdigest()[:12]},
+            functools.partial(_open, judge, job),
+            progress=None if progress is None else functools.partial(progress, judge),
+        )
+        found[judge] = _summarise([(case, collected.records[case.request.key]) for case in cases])
+    write_jsonl(job.output / "summary.jsonl", _summary_rows(found))
+    _write_report(job, found, time.perf_counter() - started)
+    return found
+
+
+def _check(job: FlipsJob) -> None:
+    if job.count < 1:
+        raise ValueError(f"count is {job.count}; expected at least 1")
+    if not job.judges or len(set(job.judges)) < len(job.judges):
+        raise ValueError(f"testbed is {', '.join(job.judges) or 'empty'}; expected judges, each once")
+    for judge in job.judges:
+        if judge not in get_args(testbed.Judge) and not (Path(judge) / "config.json").is_file():
+            known = ", ".join(get_args(testbed.Judge))
+            raise ValueError(f"testbed names {judge!r}; expected {known}, or the folder of a policy trained there")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An item under one agreement of the cue, and the request to judge it."""
+
+    agreement: float
+    item: testbed.Item
+    request: Request
+
+
+class _TestbedJudge:
+    """A testbed policy behind the protocol of judges: it sees the items' own prompts, in the world's few words."""
+
+    def __init__(self, model: Any, tokenizer: Any, items: Mapping[str, testbed.Item]) -> None:
+        self._model, self._tokenizer, self._items = model, tokenizer, items
+
+    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
+        """Judge greedily, a batch at a time."""
+        judgements: list[Judgement] = []
+        for start in range(0, len(prompts), _BATCH):
+            items = [self._items[messages[0]["content"]] for messages in prompts[start : start + _BATCH]]
+            for text in testbed.judge_items(self._model, self._tokenizer, items):
+                judgements.append(Judgement(text))
+                if on_done is not None:
+                    on_done(len(judgements) - 1, judgements[-1])
+        return judgements
+
+
+def _draw_cases(judge: str, job: FlipsJob) -> list[_Case]:
+    cases = []
+    for place, agreement in enumerate(AGREEMENTS):
+        # Far from the seeds of warm-ups and demos, whose items must not come back here.
+        items = testbed.generate_items(job.count, seed=10_007 * (job.seed + 1) + place, cue_agreement=agreement)
+        for number, item in enumerate(items):
+            facts = {"judge": judge, "agreement": agreement, "label": item.label, "cue_agrees": item.cue_agrees}
+            key = content_key(judge, job.seed, agreement, number, item.prompt)
+            cases.append(_Case(agreement, item, Request(key, [{"role": "user", "content": item.prompt}], facts)))
+    return cases
+
+
+def _open(judge: str, job: FlipsJob) -> _TestbedJudge:
+    if judge in get_args(testbed.Judge):
+        model, tokenizer = load_testbed_judge(judge, steps=_STEPS, seed=job.seed, cache=job.cache)  # type: ignore[arg-type]
+    else:
+        model, tokenizer = load_model(resolve_model(judge))
+        if tokenizer.get_vocab() != testbed.build_tokenizer().get_vocab():
+            raise ValueError(f"testbed names the folder {judge!r}, whose tokenizer is not the testbed's")
+    return _TestbedJudge(model, tokenizer, {case.item.prompt: case.item for case in _draw_cases(judge, job)})
+
+
+def _summarise(judged: Sequence[tuple[_Case, Mapping[str, Any]]]) -> JudgeFlips:
+    graded = [(case, testbed.accuracy([record["text"]], [case.item])) for case, record in judged]
+    correct = {agreement: [grade for case, grade in graded if case.agreement == agreement] for agreement in AGREEMENTS}
+    sides = {agrees: [grade for case, grade in graded if case.item.cue_agrees is agrees] for agrees in (True, False)}
+    return JudgeFlips(
+        accuracy={agreement: proportion(values) for agreement, values in correct.items()},
+        # The two samples are independent and equally large: drawn in pairs or apart, their difference varies alike.
+        drop=estimate(mean_difference, correct[max(AGREEMENTS)], correct[min(AGREEMENTS)]),
+        with_cue=_estimate_mean(sides[True]),
+        against_cue=_estimate_mean(sides[False]),
+        unreadable=sum(record["winner"] is None for _, record in judged),
+        judgements=len(judged),
+    )
+
+
+def _estimate_mean(values: Sequence[float]) -> Estimate:
+    return proportion(values) if values else Estimate(float("nan"), float("nan"), float("nan"), 0)
+
+
+def _summary_rows(found: Mapping[str, JudgeFlips]) -> list[dict[str, Any]]:
+    rows = []
+    for judge, flips in found.items():
+        measures = {f"accuracy at {agreement:g}": value for agreement, value in flips.accuracy.items()}
+        measures |= {"drop": flips.drop, "accuracy with cue": flips.with_cue, "accuracy against cue": flips.against_cue}
+        measures["unreadable"] = share(flips.unreadable, flips.judgements)
+        rows += [summary_row({"judge": judge, "metric": metric}, value) for metric, value in measures.items()]
+    return rows
+
+
+def flip_table(found: Mapping[str, JudgeFlips]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a table: one row an agreement, one column a judge."""
+    rows = [
+        [f"cue right {agreement:.0%}", *(str(flips.accuracy[agreement]) for flips in found.values())]
+        for agreement in AGREEMENTS
+    ]
+    rows.append(["drop, 90% to 10%", *(str(flips.drop) for flips in found.values())])
+    rows.append(["where the cue agrees", *(str(flips.with_cue) for flips in found.values())])
+    rows.append(["where it disagrees", *(str(flips.against_cue) for flips in found.values())])
+    rows.append(["unreadable", *(f"{flips.unreadable} of {flips.judgements}" for flips in found.values())])
+    return ["accuracy", *found], rows
+
+
+def _write_report(job: FlipsJob, found: Mapping[str, JudgeFlips], seconds: float) -> None:
+    lines = {judge: list(flips.accuracy.items()) for judge, flips in found.items()}
+    write_report(
+        job.output / "report.html",
+        title="cepo eval robustness: accuracy when the cue flips",
+        summary={
+            "judges": ", ".join(job.judges),
+            "items": f"{job.count} at each agreement",
+            "seed": str(job.seed),
+            "time": f"{seconds:.0f} s",
+        },
+        figures={
+            "Greedy accuracy against the share of items whose longer response is the better one": curves(
+                lines, across="agreement of the cue with the label", up="accuracy"
+            )
+        },
+        tables={"Accuracy with 95% bootstrap intervals": flip_table(found)},
+        notes=[
+            "A judge that decides by what the responses say has a flat curve. One that follows length has the accuracy "
+            "of length itself: the agreement. A verdict that cannot be read, and a tie, count as wrong."
+        ],
+    )

@@ -1,0 +1,350 @@
+"""Judgements generated with transformers: batches that share the instructions' keys and values, digits read on the way.
+
+Nothing is run twice. The probabilities of the digits are kept while the text is generated, so that expected scores need
+no second pass; and a forced verdict goes on from the keys and values of the text before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from cepo.eval.judges.encoding import PromptEncoder, TextReader
+from cepo.eval.judges.settings import (
+    FORCED_TOKENS,
+    SCORES_CLOSING,
+    Judgement,
+    JudgeSettings,
+    Messages,
+    OnDone,
+    forced_opening,
+    row_seed,
+)
+from cepo.train.rewards.task import read_scores
+
+_WORTH_SHARING = 16  # tokens of a common beginning
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was generated for one prompt.
+
+    Attributes:
+        token_ids: as sampled, up to the end of the verdict or the end-of-sequence, which is kept.
+        likely: of the index of a token, the probabilities of the numbers that could have stood there, by their bytes.
+    """
+
+    token_ids: tuple[int, ...]
+    likely: Callable[[int], Mapping[bytes, float]]
+
+
+class TransformersJudge:
+    """Owns a model, its tokenizer, and how prompts become judgements.
+
+    Args:
+        model: any causal language model that generates.
+        tokenizer: its tokenizer.
+        settings: how to generate.
+
+    Raises:
+        ValueError: for a tokenizer without a chat template where `settings.raw` is not set.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: JudgeSettings) -> None:
+        self.prompts = PromptEncoder(tokenizer, settings)
+        self.texts = TextReader(tokenizer, self.prompts.opened)
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self._ends = _end_ids(model, tokenizer)
+        self._pad = next(
+            (token for token in (tokenizer.pad_token_id, *sorted(self._ends)) if token is not None and token >= 0), 0
+        )
+        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
+        """Return one judgement a prompt, in their order; prompts of like length are generated together."""
+        encoded: dict[int, list[int]] = {}
+        found: dict[int, Judgement] = {}
+
+        def finish(rows: Sequence[int], judgements: Sequence[Judgement]) -> None:
+            for row, judgement in zip(rows, judgements, strict=True):
+                found[row] = judgement
+                if on_done is not None:
+                    on_done(row, judgement)
+
+        for row, messages in enumerate(prompts):
+            ids = self.prompts.encode(messages)
+            reason = ids if isinstance(ids, str) else self._too_long(len(ids))
+            if isinstance(ids, str) or reason:
+                finish([row], [Judgement("", error=reason)])
+            else:
+                encoded[row] = ids
+        prefix = _common_prefix(list(encoded.values()))
+        cache = self._shared_cache(prefix) if len(prefix) >= _WORTH_SHARING else None
+        # The longest first: a batch that does not fit shows at once.
+        runnable = sorted(encoded, key=lambda row: -len(encoded[row]))
+        for start in range(0, len(runnable), self._settings.batch_size):
+            rows = runnable[start : start + self._settings.batch_size]
+            ids_rows = [encoded[row] for row in rows]
+            seeds = [row_seed(self._settings.seed, prompts[row]) for row in rows]
+            finish(rows, self._judge_batch(ids_rows, seeds, len(prefix), cache))
+        return [found[row] for row in range(len(prompts))]
+
+    def _too_long(self, tokens: int) -> str | None:
+        if self._context is None or tokens + self._settings.max_new_tokens <= self._context:
+            return None
+        return (
+            f"the prompt has {tokens} tokens; with {self._settings.max_new_tokens} to generate that is more than the "
+            f"model's {self._context}"
+        )
+
+    def _judge_batch(
+        self, ids_rows: list[list[int]], seeds: list[int], shared: int, cache: DynamicCache | None
+    ) -> list[Judgement]:
+        """Generate for prompts whose first `shared` tokens are the cache's; out of memory halves the batch."""
+        started = time.perf_counter()
+        try:
+            drafts = self._write(ids_rows, seeds, shared, cache)
+        except torch.OutOfMemoryError:
+            if len(ids_rows) == 1:
+                raise
+            half = len(ids_rows) // 2
+            return self._judge_batch(ids_rows[:half], seeds[:half], shared, cache) + self._judge_batch(
+                ids_rows[half:], seeds[half:], shared, cache
+            )
+        seconds = (time.perf_counter() - started) / len(ids_rows)
+        return [Judgement(**{**draft.__dict__, "seconds": seconds}) for draft in drafts]
+
+    def _write(
+        self, ids_rows: list[list[int]], seeds: list[int], shared: int, cache: DynamicCache | None
+    ) -> list[Judgement]:
+        shared = shared if cache is not None else 0
+        padded = [_padded(ids, max(map(len, ids_rows)), shared, self._pad) for ids in ids_rows]
+        ids_BT, mask_BT = (torch.tensor([row[part] for row in padded]) for part in (0, 1))
+        batch_cache = None
+        if cache is not None:
+            batch_cache = copy.deepcopy(cache)
+            batch_cache.batch_repeat_interleave(len(ids_rows))
+        sequences_BT, probabilities, left = self._generate(ids_BT, mask_BT, batch_cache, seeds)
+        width = ids_BT.shape[1]
+        drafts = [self._cut(sequences_BT[row, width:].tolist(), probabilities[:, row]) for row in range(len(ids_rows))]
+        texts = [self.texts.text(draft.token_ids) for draft in drafts]
+        unread = [read_scores(text) is None for text in texts]
+        forced: dict[int, tuple[list[int], Generated]] = {}
+        if self._settings.force_format and any(unread):
+            forced = self._force(ids_rows, drafts, texts, sequences_BT, mask_BT, left, seeds)
+        return [
+            self._forced_judgement(drafts[row], *forced[row])
+            if row in forced and unread[row]
+            else Judgement(
+                texts[row],
+                drafts[row].token_ids,
+                self.texts.expected(self.texts.pieces(drafts[row].token_ids), drafts[row].likely),
+                len(drafts[row].token_ids),
+            )
+            for row in range(len(ids_rows))
+        ]
+
+    def _generate(
+        self, ids_BT: Tensor, mask_BT: Tensor, cache: Any, seeds: list[int], *, forced: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Return the sequences (B, T + new), the probabilities of the numbers (new, B, N), and the cache."""
+        device, width = self._model.device, ids_BT.shape[1]
+        allowed = self.texts.forced_ids if forced else None
+        watcher = _Watcher(self.texts.number_ids, allowed, self._settings.temperature, seeds, width)
+        stop = _StopWhere(self.texts.is_boxed if forced else self.texts.is_judged, width)
+        config = GenerationConfig(
+            max_new_tokens=FORCED_TOKENS if forced else self._settings.max_new_tokens,
+            do_sample=False,  # the watcher's noise makes the greedy choice a draw, one row's apart from another's
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=sorted(self._ends) or None,
+            pad_token_id=self._pad,
+            return_dict_in_generate=True,
+        )
+        with torch.no_grad():
+            out = self._model.generate(
+                input_ids=ids_BT.to(device),
+                attention_mask=mask_BT.to(device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([watcher]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                past_key_values=cache,
+            )
+        return out.sequences.cpu(), torch.stack(watcher.steps).cpu(), getattr(out, "past_key_values", None)
+
+    def _cut(self, token_ids: list[int], probabilities_TN: Tensor) -> Generated:
+        """Take the padding away that `generate` puts behind a row that has ended before others."""
+        length = next((at + 1 for at, token in enumerate(token_ids) if token in self._ends), len(token_ids))
+        length = min(length, self.texts.verdict_length(token_ids[:length]) or length)
+        return Generated(tuple(token_ids[:length]), self.texts.likely_numbers(probabilities_TN))
+
+    def _force(
+        self,
+        ids_rows: list[list[int]],
+        drafts: list[Generated],
+        texts: list[str],
+        sequences_BT: Tensor,
+        mask_BT: Tensor,
+        cache: Any,
+        seeds: list[int],
+    ) -> dict[int, tuple[list[int], Generated]]:
+        """Append the opening of the scores to every row and generate on, from the cache where there is one.
+
+        Returns:
+            By row: the ids of what was appended, and what came after.
+        """
+        openings = [self._encode_plain(forced_opening(text)) for text in texts]
+        kept = [len(_without_end(draft.token_ids, self._ends)) for draft in drafts]
+        reach = max(map(len, openings))
+        rows = range(len(ids_rows))
+        if cache is not None and _is_plain(cache):
+            width = mask_BT.shape[1]
+            new = sequences_BT.shape[1] - width
+            ids_BT = torch.full((len(ids_rows), sequences_BT.shape[1] + reach), self._pad)
+            mask = torch.zeros_like(ids_BT)
+            ids_BT[:, : width + new], mask[:, :width] = sequences_BT, mask_BT
+            for row in rows:
+                mask[row, width : width + kept[row]] = 1
+                ids_BT[row, -len(openings[row]) :] = torch.tensor(openings[row])
+                mask[row, -len(openings[row]) :] = 1
+        else:
+            cache = None
+            whole = [ids_rows[row] + list(drafts[row].token_ids[: kept[row]]) + openings[row] for row in rows]
+            padded = [_padded(ids, max(map(len, whole)), 0, self._pad) for ids in whole]
+            ids_BT, mask = (torch.tensor([row[part] for row in padded]) for part in (0, 1))
+        sequences, probabilities, _ = self._generate(ids_BT, mask, cache, [seed + 1 for seed in seeds], forced=True)
+        return {
+            row: (openings[row], self._cut(sequences[row, ids_BT.shape[1] :].tolist(), probabilities[:, row]))
+            for row in rows
+        }
+
+    def _forced_judgement(self, draft: Generated, opening: list[int], rest: Generated) -> Judgement:
+        before = (*_without_end(draft.token_ids, self._ends), *opening)
+        pieces = self.texts.pieces(rest.token_ids)
+        count = next((at + 1 for at, piece in enumerate(pieces) if b"}" in piece), len(pieces))
+        token_ids = (*before, *rest.token_ids[:count])
+        closed = [*self.texts.pieces(token_ids), SCORES_CLOSING.encode()]
+        return Judgement(
+            self.texts.text_of(closed),
+            token_ids,
+            self.texts.expected(closed, lambda at: rest.likely(at - len(before))),
+            len(draft.token_ids) + count,
+            forced=True,
+        )
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _shared_cache(self, prefix: list[int]) -> DynamicCache | None:
+        """Run the common beginning once; None for models whose caches hold more than keys and values a token."""
+        cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        if not _is_plain(cache):
+            return None
+        with torch.no_grad():
+            self._model(
+                input_ids=torch.tensor([prefix], device=self._model.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return cache if cache.get_seq_length() == len(prefix) else None
+
+
+class _Watcher(LogitsProcessor):
+    """Keeps the probabilities of the numbers at each step, before any temperature; then restricts and draws.
+
+    The greatest of the logits over the temperature plus Gumbel noise is a draw from their softmax. Each row has its own
+    generator, so that a row's draw does not depend on its neighbours.
+
+    Args:
+        number_ids: the tokens whose probabilities are kept.
+        allowed: of the ids that a row has generated, which ids may follow; all where there are none.
+        temperature: 0 is greedy.
+        seeds: one a row.
+        width: tokens of the prompts, padding included.
+    """
+
+    def __init__(
+        self,
+        number_ids: Sequence[int],
+        allowed: Callable[[Sequence[int]], Sequence[int]] | None,
+        temperature: float,
+        seeds: Sequence[int],
+        width: int,
+    ) -> None:
+        self.steps: list[Tensor] = []
+        self._number_ids, self._allowed, self._temperature, self._width = list(number_ids), allowed, temperature, width
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature else []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits_BV = scores.float()
+        normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
+        self.steps.append((logits_BV[:, self._number_ids] - normaliser_B1).exp())
+        if self._temperature:
+            width = logits_BV.shape[1]
+            noise_BV = torch.stack([torch.empty(width).exponential_(generator=draw) for draw in self._generators])
+            logits_BV = logits_BV / self._temperature - noise_BV.log().to(logits_BV)
+        if self._allowed is None:
+            return logits_BV
+        restricted_BV = torch.full_like(logits_BV, -torch.inf)
+        for row, written in enumerate(input_ids[:, self._width :].tolist()):
+            ids = list(self._allowed(written)) or slice(None)
+            restricted_BV[row, ids] = logits_BV[row, ids]
+        return restricted_BV
+
+
+class _StopWhere(StoppingCriteria):
+    """Ends a row where the ids that it has generated say so; nothing after them counts."""
+
+    def __init__(self, ended: Callable[[Sequence[int]], bool], width: int) -> None:
+        self._ended, self._width = ended, width
+        self._done: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        for row, written in enumerate(input_ids[:, self._width :].tolist()):
+            if row not in self._done and self._ended(written):
+                self._done.add(row)
+        return torch.tensor([row in self._done for row in range(len(input_ids))], device=input_ids.device)
+
+
+def _padded(ids: list[int], width: int, shared: int, pad: int) -> tuple[list[int], list[int]]:
+    """Fill a prompt up to the width, behind its shared beginning; return the ids and the mask."""
+    missing = width - len(ids)
+    return (
+        [*ids[:shared], *[pad] * missing, *ids[shared:]],
+        [*[1] * shared, *[0] * missing, *[1] * (len(ids) - shared)],
+    )
+
+
+def _is_plain(cache: Any) -> bool:
+    """Tell whether the cache holds keys and values of every token and nothing else, so that padding can be masked."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _common_prefix(ids_rows: Sequence[Sequence[int]]) -> list[int]:
+    """Return the longest beginning that all rows share and that leaves each of them a token."""
+    if len(ids_rows) < 2:
+        return []
+    shared = 0
+    for tokens in zip(*ids_rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared += 1
+    return list(ids_rows[0][: min(shared, min(map(len, ids_rows)) - 1)])
+
+
+def _without_end(token_ids: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
+    return tuple(token_ids[:-1]) if token_ids and token_ids[-1] in ends else tuple(token_ids)
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
+    return frozenset(int(token) for token in ids if token is not None)

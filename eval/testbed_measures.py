@@ -1,0 +1,107 @@
+"""A testbed judge at one moment: accuracy, interventions on its criteria, and the links of what it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cepo.eval.report.heat_maps import HeatMap
+from cepo.fusion.config import RewardConfig
+from cepo.fusion.score import score_rollouts
+from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.reading.spans import SpanReader
+from cepo.train import testbed
+from cepo.train.prompts import JUDGE
+
+LINKS = ("Z->X", "criteria->analysis", "X->Y", "Z->Y")
+FIELDS = ("phi", "retained", "influence", "norm", "tokens")
+ITEMS = 200  # behind each accuracy and intervention
+SCORED = 32  # sampled judgements whose links are scored
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The judge at one moment.
+
+    Attributes:
+        in_distribution: greedy accuracy where length agrees with the label in 90% of items, in [0, 1].
+        flipped: greedy accuracy where it agrees in 10%, in [0, 1].
+        swaps_followed: of the items whose criterion was swapped for one with the other winner, the fraction whose
+            regenerated verdict follows the swap, in [0, 1].
+        turned: the fraction of the same items where the criterion alone turned the verdict, in [0, 1].
+        malformed: fraction of sampled completions that cannot be scored, in [0, 1].
+        tokens: mean length of sampled completions.
+        links: mean of each field of the link records, by link.
+    """
+
+    in_distribution: float
+    flipped: float
+    swaps_followed: float
+    turned: float
+    malformed: float
+    tokens: float
+    links: Mapping[str, Mapping[str, float]]
+
+
+def measure_judge(
+    model: Any, tokenizer: Any, *, seed: int, items: int = ITEMS, scored: int = SCORED
+) -> tuple[Measures, list[HeatMap]]:
+    """Return the measures of a testbed judge, and heat maps of its first sampled judgements.
+
+    Args:
+        model: the judge, in eval mode.
+        tokenizer: the world's tokenizer.
+        seed: of items, swaps and sampling; the same seed gives the same items to every judge.
+        items: items behind each accuracy and intervention, at least 1.
+        scored: sampled judgements whose links are scored, at most `items`.
+
+    Raises:
+        ValueError: if no item allows one of the two swaps of `cepo.train.testbed.certify`.
+    """
+    usual = testbed.generate_items(items, seed=seed + 11, cue_agreement=0.9)
+    flipped = testbed.generate_items(items, seed=seed + 12, cue_agreement=0.1)
+    sampled = testbed.judge_items(model, tokenizer, usual[:scored], temperature=1.0, seed=seed)
+    swaps = testbed.certify(model, tokenizer, usual, seed=seed)
+    reader = SpanReader(tokenizer, JUDGE)
+    rollouts = []
+    for item, completion in zip(usual, sampled, strict=False):
+        messages = [{"role": "user", "content": item.prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        rollouts.append(reader.read(prompt["input_ids"], [*ids, tokenizer.eos_token_id], messages))
+    config = RewardConfig(links=dict.fromkeys(LINKS, 1.0))
+    scores = score_rollouts(rollouts, GroupEngine(model), config, JUDGE, keep_jacobians=True)
+    sound = [score for score in scores if score.malformed is None]
+    links = {
+        name: {field: sum(getattr(score.links[name], field) for score in sound) / len(sound) for field in FIELDS}
+        for name in (LINKS if sound else ())
+    }
+    maps = [
+        HeatMap(
+            title=f"item {index + 1} (right answer: {item.label})",
+            tokens=tuple(reader.texts(rollout.token_ids)),
+            prompt_tokens=len(rollout.prompt_ids),
+            links={
+                name: dict(zip(jac.source_positions, jac.jac_SD.norm(dim=1).tolist(), strict=True))
+                for name, (jac, _) in score.jacobians.items()
+            },
+            targets={name: jac.target_positions for name, (jac, _) in score.jacobians.items()},
+            facts={f"influence {name}": f"{link.influence:.4f}" for name, link in score.links.items()},
+            malformed=score.malformed,
+        )
+        for index, (item, rollout, score) in enumerate(
+            zip(usual[:_SHOWN], rollouts[:_SHOWN], scores[:_SHOWN], strict=True)
+        )
+    ]
+    measures = Measures(
+        in_distribution=testbed.accuracy(testbed.judge_items(model, tokenizer, usual), usual),
+        flipped=testbed.accuracy(testbed.judge_items(model, tokenizer, flipped), flipped),
+        swaps_followed=swaps["follows_swap"],
+        turned=swaps["flips"],
+        malformed=1.0 - len(sound) / len(scores),
+        tokens=sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
+        links=links,
+    )
+    return measures, maps

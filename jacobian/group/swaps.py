@@ -1,0 +1,232 @@
+"""What of a live model the kernels take over while the group engine runs it, and how it gets everything back.
+
+| operation | taken over where | otherwise |
+| --- | --- | --- |
+| attention | the head size is 16 to 128 | plain PyTorch, batched all the same |
+| RMS norm, of heads too | its name ends in RMSNorm, and a trial finds h / rms(h) * w, or (1 + w) | its own forward |
+| gated MLP | it has gate_proj, up_proj and down_proj, and a trial finds down(silu(gate) * up) | its own forward |
+| head | a plain nn.Linear without bias whose output is the model's, untouched, in a trial | logits and autograd |
+
+In an MLP only silu(gate) * up is replaced: its linear layers are called as modules, so adapters and hooks stay theirs.
+Rotary positions stay the model's own: its layers call a function of their source file, which is no module's to swap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cepo.jacobian.targets import Term
+from cepo.kernels.attention.door import HEAD_SIZES
+from cepo.kernels.head.door import MAX_CANDIDATES, head_expected_value, head_log_likelihood, head_log_odds
+from cepo.kernels.launch import Implementation, takes_over
+from cepo.kernels.layers.door import MAX_NORM_SIZE, rms_norm, swiglu
+
+logger = logging.getLogger("cepo")
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """What the kernels take over of one model; by default nothing.
+
+    Attributes:
+        attention: which attention the layers call.
+        head: which implementation forms the targets at the head; "torch" goes through the model's logits.
+        forwards: modules, each with what stands in for its forward.
+    """
+
+    attention: Implementation = "torch"
+    head: Implementation = "torch"
+    forwards: tuple[tuple[nn.Module, Forward], ...] = ()
+
+
+def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implementation) -> Swaps:
+    """Return what the kernels can take over, found out by trials on the model's own modules.
+
+    Run with the model in eval mode. A trial compares values: a norm of another formula is left alone.
+
+    Args:
+        model: a causal LM, without PEFT's wrapper around it.
+        forward: its class's forward, called with the model.
+        implementation: "torch" takes nothing over, and neither does "auto" where the model is not on CUDA or is in
+            float64, or the GPU is older than they need. With "triton" what they can serve is served by them.
+
+    Raises:
+        ValueError: if Triton is asked for by name and the model is in float64, or not on CUDA and not interpreted.
+        RuntimeError: if Triton is needed and is missing.
+    """
+    embedding_VD = model.get_input_embeddings().weight
+    if not takes_over(implementation, embedding_VD):
+        return Swaps()
+    with torch.no_grad():
+        modules = list(model.modules())
+        norms = [(module, _norm_forward(module, embedding_VD.dtype, implementation)) for module in modules]
+        mlps = [(module, _mlp_forward(module, embedding_VD.dtype, implementation)) for module in modules]
+        plain_head = _head_is_plain(model, forward)
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # "triton" goes to the door as it is, which refuses what it can't serve.
+    fits = implementation == "triton" or HEAD_SIZES[0] <= size <= HEAD_SIZES[1]
+    swaps = Swaps(
+        implementation if fits else "torch",
+        implementation if plain_head else "torch",
+        tuple((module, found) for module, found in [*norms, *mlps] if found is not None),
+    )
+    logger.info(
+        "kernels take over %s, %s, %d norms, %d MLPs of %s",
+        "attention" if fits else "no attention",
+        "the head" if plain_head else "no head",
+        sum(found is not None for _, found in norms),
+        sum(found is not None for _, found in mlps),
+        type(model).__name__,
+    )
+    return swaps
+
+
+@contextlib.contextmanager
+def swapped(swaps: Swaps) -> Iterator[None]:
+    """Put the stand-ins in the modules' place, on the instances alone, and take them out again whatever happens.
+
+    A module whose instance already carries a forward (an offloading hook's, say) keeps that one.
+    """
+    taken = []
+    try:
+        for module, forward in swaps.forwards:
+            if "forward" not in module.__dict__:
+                module.__dict__["forward"] = forward
+                taken.append(module)
+        yield
+    finally:
+        for module in taken:
+            del module.__dict__["forward"]
+
+
+def sum_of_terms_through_head(
+    hidden_PD: Tensor, weight_VD: Tensor, terms: Sequence[Term], *, implementation: Implementation
+) -> Tensor:
+    """Return `targets.sum_of_terms` of the logits W h, without the logits.
+
+    Args:
+        hidden_PD: the rows that enter the head; row i predicts the token of terms[i], further rows are ignored.
+        weight_VD: the head's weight.
+        terms: at most P of them, of any rollouts and kinds.
+        implementation: of the kernels' head.
+
+    Returns:
+        Scalar tensor, in float32 or wider; 0 for no terms.
+    """
+    device = hidden_PD.device
+    total = hidden_PD.new_zeros((), dtype=torch.promote_types(hidden_PD.dtype, torch.float32))
+    # Terms of one kind, and expectations over equally many candidates, make one launch.
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for row, term in enumerate(terms):
+        kinds.setdefault((term.kind, len(term.candidates)), []).append(row)
+    for (kind, candidates), rows in kinds.items():
+        rows_PD = hidden_PD[rows]
+        weights_P = total.new_tensor([terms[row].weight for row in rows])
+        if kind == "expected_value":
+            pairs = torch.tensor([terms[row].candidates for row in rows], dtype=torch.float64, device=device)
+            ids_PN, values_PN = pairs[..., 0].long(), pairs[..., 1].to(total.dtype)
+            serving = implementation if candidates <= MAX_CANDIDATES else "torch"
+            values_P = head_expected_value(rows_PD, weight_VD, ids_PN, values_PN, implementation=serving)
+        else:
+            ids_P = torch.tensor([terms[row].token for row in rows], device=device)
+            log_p = head_log_likelihood if kind == "log_likelihood" else head_log_odds
+            values_P = log_p(rows_PD, weight_VD, ids_P, implementation=implementation)
+        total = total + (weights_P * values_P).sum()
+    return total
+
+
+def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:
+    """Return the kernels' forward of a norm, or None if the module is none that they know."""
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight_D = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float):
+        return None
+    if not isinstance(weight_D, Tensor) or weight_D.ndim != 1 or len(weight_D) > MAX_NORM_SIZE:
+        return None
+    # Small rows, in which epsilon shows, and large ones.
+    sizes = torch.tensor([1.0, epsilon**0.5, 100.0], device=weight_D.device)
+    trial_PD = (_noise(3, len(weight_D), weight_D.device) * sizes[:, None]).to(dtype)
+    for offset in (0.0, 1.0):  # Gemma's norms scale by 1 + w
+
+        def plain(hidden_ND: Tensor, offset: float = offset) -> Tensor:
+            return rms_norm(hidden_ND, weight_D, epsilon=epsilon, offset=offset, implementation="torch")
+
+        if _agree(module, plain, trial_PD):
+
+            def forward(hidden_ND: Tensor, offset: float = offset) -> Tensor:
+                # The live weight: training goes on between two calls.
+                weight: Any = module.weight
+                return rms_norm(hidden_ND, weight, epsilon=epsilon, offset=offset, implementation=implementation)
+
+            return forward
+    return None
+
+
+def _mlp_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:
+    """Return the kernels' forward of a gated MLP, or None if the module is none that they know."""
+    gate, up, down = (getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down"))
+    width = getattr(gate, "in_features", None)
+    if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
+        return None
+    if not isinstance(width, int):
+        return None
+
+    def forward(hidden_ND: Tensor, implementation: Implementation = implementation) -> Tensor:
+        projections: Any = module
+        gate_ND, up_ND = projections.gate_proj(hidden_ND), projections.up_proj(hidden_ND)
+        out_ND: Tensor = projections.down_proj(swiglu(gate_ND, up_ND, implementation=implementation))
+        return out_ND
+
+    device = next(module.parameters()).device
+    trial_BTD = _noise(3, width, device).to(dtype)[None]
+    # Near zero all activations are alike: gates of a few units tell them apart.
+    gates = float(gate(trial_BTD).float().std())
+    trial_BTD = trial_BTD * (3.0 / gates if gates > 0 else 1.0)
+    return forward if _agree(module, lambda hidden_ND: forward(hidden_ND, "torch"), trial_BTD) else None
+
+
+def _head_is_plain(model: Any, forward: Callable[..., Any]) -> bool:
+    """Tell whether the model's logits are W h and nothing else."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in head.__dict__:
+        return False
+    put_out: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, inputs, logits: put_out.append(logits))
+    try:
+        ids_BT = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+        logits = forward(model, input_ids=ids_BT, use_cache=False, return_dict=True).logits
+    except Exception:  # whatever a foreign forward raises: such a model is served as it is, or by the oracle
+        return False
+    finally:
+        handle.remove()
+    return len(put_out) == 1 and torch.equal(logits.to(put_out[0].dtype), put_out[0])
+
+
+def _agree(module: nn.Module, stand_in: Forward, trial: Tensor) -> bool:
+    """Tell whether a module's own forward and a plain stand-in give the same, to a narrow dtype's rounding."""
+    if "forward" in module.__dict__:
+        return False
+    try:
+        own = type(module).forward(module, trial)
+        other = stand_in(trial)
+    except Exception:  # more arguments, other shapes: not what we take it for
+        return False
+    if not isinstance(own, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
+        return False
+    largest = own.float().abs().amax(-1, keepdim=True)
+    tolerance = 1e-5 if trial.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool(((own.float() - other.float()).abs() <= tolerance * largest).all())
+
+
+def _noise(rows: int, size: int, device: torch.device) -> Tensor:
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(0)).to(device)

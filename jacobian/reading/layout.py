@@ -1,0 +1,71 @@
+"""What completions look like: the protocol that a layout fulfils, and the byte ranges that layouts are built of.
+
+A layout looks at bytes alone; `cepo.jacobian.reading.spans` maps what it finds to tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+ByteRange = tuple[int, int]
+WHITE_SPACE = b" \t\r\n\f\v"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a layout found its spans in a completion: byte ranges by span name, and those of the scores' numbers."""
+
+    ranges: Mapping[str, tuple[ByteRange, ...]]
+    numbers: tuple[ByteRange, ...] = ()
+    found_by: str = "tags"
+
+
+class MalformedError(ValueError):
+    """A completion in which the layout's spans cannot be found; the message is the reason that users see."""
+
+
+class Layout(Protocol):
+    """What a completion looks like: its spans' names in order, the roles Z, X, Y, its tags, and how to find them."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def roles(self) -> Mapping[str, str]: ...
+
+    @property
+    def tags(self) -> tuple[str, ...]: ...
+
+    @property
+    def instructions(self) -> tuple[str, ...]: ...
+
+    def find(self, completion: bytes) -> Found: ...
+
+
+def tagged(text: bytes, tag: str, start: int) -> ByteRange:
+    """Return the content range of a tag that must stand exactly once after `start`."""
+    opened, closed = f"<{tag}>".encode(), f"</{tag}>".encode()
+    opens, closes = text.count(opened, start), text.count(closed, start)
+    if opens == 0 and closes == 0:
+        raise MalformedError(f"missing <{tag}>")
+    if opens > 1 or closes > 1:
+        raise MalformedError(f"doubled <{tag}>")
+    if closes == 0:
+        raise MalformedError(f"unclosed <{tag}>")
+    if opens == 0:
+        raise MalformedError(f"</{tag}> without <{tag}>")
+    begin, end = text.index(opened, start) + len(opened), text.index(closed, start)
+    if end < begin:
+        raise MalformedError(f"out of order: </{tag}> comes before <{tag}>")
+    return begin, end
+
+
+def trim_range(text: bytes, wanted: ByteRange) -> ByteRange | None:
+    """Return the range without the white space at its ends, or None where nothing else is in it."""
+    start, end = wanted
+    core = text[start:end]
+    left = len(core) - len(core.lstrip(WHITE_SPACE))
+    core = core.strip(WHITE_SPACE)
+    return (start + left, start + left + len(core)) if core else None

@@ -1,0 +1,271 @@
+"""From sampled ids to spans: which tokens are the prompt's content, the criteria or rationale, the scores or answer.
+
+Everything is found on the bytes of the ids themselves. A token belongs to a span when it carries a byte of the content
+(surrounding white space is not content); where tags or digits straddle tokens, the straddling token is in, but it never
+moves in a counterfactual. Special tokens are never content.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from jinja2 import TemplateError
+
+from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, Layout, MalformedError, trim_range
+from cepo.jacobian.reading.token_bytes import TokenBytes
+from cepo.jacobian.records import Digit, Rollout, Span
+
+_SENTENCE_END = re.compile(rb"[.!?;:]\s*$|\n")
+_PROBE = "cepo-content-probe"
+
+
+class SpanReader:
+    """Reads rollouts out of token ids for one tokenizer and one layout.
+
+    Args:
+        tokenizer: the policy's Hugging Face tokenizer.
+        layout: JudgeLayout, ReasonerLayout, or anything with their face.
+    """
+
+    def __init__(self, tokenizer: Any, layout: Layout) -> None:
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self._bytes = TokenBytes(tokenizer)
+        self._short_numbers: list[tuple[int, bytes]] | None = None
+
+    def read(
+        self,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Rollout:
+        """Return the rollout with its spans, or marked malformed with the reason; never raises on model output.
+
+        Args:
+            prompt_ids: ids of the prompt as the policy saw it.
+            completion_ids: sampled ids without padding.
+            messages: the conversation that the prompt was rendered from, where known: the text of its user messages is
+                the content. Without it, the tokenizer's chat template is asked where content stands, and a prompt that
+                the template does not explain is content but for its special tokens.
+
+        Raises:
+            ValueError: if prompt_ids is empty (the first token of a text is predicted by nothing).
+        """
+        prompt_ids, completion_ids = tuple(map(int, prompt_ids)), tuple(map(int, completion_ids))
+        if not prompt_ids:
+            raise ValueError("prompt_ids is empty; a rollout needs at least one prompt token to be predicted from")
+        blank = Rollout(prompt_ids, completion_ids)
+        prompt = self._bytes.of(prompt_ids)
+        completion = self._without_specials(completion_ids, self._bytes.of(completion_ids))
+        prompt_text, completion_text = b"".join(prompt), b"".join(completion)
+        ids = prompt_ids + completion_ids
+        ends = list(accumulate(len(piece) for piece in prompt + completion))
+        shift = len(prompt_text)
+        try:
+            if not completion_text.strip(WHITE_SPACE):
+                raise MalformedError("empty completion")
+            found = self.layout.find(completion_text)
+            ranges = {
+                "prompt": self._prompt_ranges(prompt_text, messages),
+                **{name: tuple((a + shift, b + shift) for a, b in spans) for name, spans in found.ranges.items()},
+            }
+            text = prompt_text + completion_text
+            spans = {name: self._span(name, ranges[name], text, ids, ends) for name in self.layout.names}
+        except MalformedError as reason:
+            return Rollout(**{**blank.__dict__, "malformed": str(reason)})
+        numbers = tuple(self._number((a + shift, b + shift), text, ids, ends) for a, b in found.numbers)
+        return Rollout(prompt_ids, completion_ids, spans, numbers, None, found.found_by)
+
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each token, for people: together they are the text, and a character that spans tokens
+        stands with the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = self._bytes.of(tuple(token_ids))
+        return [decoder.decode(piece, final=index + 1 == len(pieces)) for index, piece in enumerate(pieces)]
+
+    def _without_specials(self, token_ids: Sequence[int], pieces: Sequence[bytes]) -> list[bytes]:
+        """Blank the special tokens (end of turn, padding) but for those that are the layout's own tags."""
+        tags = {mark for tag in self.layout.tags for mark in (f"<{tag}>".encode(), f"</{tag}>".encode())}
+        special = self._bytes.special_ids
+        return [
+            b" " * len(piece) if token in special and piece.strip() not in tags else piece
+            for token, piece in zip(token_ids, pieces, strict=True)
+        ]
+
+    def _span(
+        self, name: str, ranges: Sequence[ByteRange], text: bytes, ids: Sequence[int], ends: Sequence[int]
+    ) -> Span:
+        positions, movable, sentences, sentence = [], [], [], 0
+        trimmed = [(whole, core) for whole in ranges if (core := trim_range(text, whole)) is not None]
+        for whole, core in trimmed:
+            for position, (start, end) in _overlapping(ends, core):
+                if ids[position] in self._bytes.special_ids:
+                    continue
+                positions.append(position)
+                if whole[0] <= start and end <= whole[1]:
+                    movable.append(position)
+                    sentences.append(sentence)
+                    sentence += bool(_SENTENCE_END.search(text[start:end]))
+            sentence += 1
+        if not positions:
+            raise MalformedError(f"empty {name}: no token of content")
+        shown = " … ".join(text[core[0] : core[1]].decode("utf-8", errors="replace") for _, core in trimmed)
+        unique = dict.fromkeys(positions)  # one token can carry the ends of two ranges
+        kept = dict(zip(movable, sentences, strict=True))
+        return Span(name, tuple(unique), tuple(kept), tuple(kept.values()), shown)
+
+    def _number(self, number: ByteRange, text: bytes, ids: Sequence[int], ends: Sequence[int]) -> tuple[Digit, ...]:
+        """Return the digit tokens of a score. A token that mixes digits with the decimal point counts as a constant."""
+        if self._short_numbers is None:
+            self._short_numbers = self._bytes.short_numbers()
+        whole = text[number[0] : number[1]]
+        point = number[0] + (whole.index(b".") if b"." in whole else len(whole))
+        digits = []
+        for position, (start, end) in _overlapping(ends, number):
+            run = (max(start, number[0]), min(end, number[1]))
+            written = text[run[0] : run[1]]
+            if written == b".":
+                continue
+            if not written.isdigit():
+                digits.append(Digit(position, 1.0, ((ids[position], _lenient_float(written)),)))
+                continue
+            place = 10.0 ** (point - run[1] if run[1] <= point else point + 1 - run[1])
+            before, after = text[start : run[0]], text[run[1] : end]
+            ceiling = max(10, int(written))
+            candidates = {ids[position]: float(int(written))}
+            for token_id, piece in self._short_numbers:
+                middle = piece[len(before) : len(piece) - len(after)]
+                if piece == before + middle + after and middle.isdigit() and int(middle) <= ceiling:
+                    candidates.setdefault(token_id, float(int(middle)))
+            digits.append(Digit(position, place, tuple(sorted(candidates.items()))))
+        return tuple(digits)
+
+    def _prompt_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]] | None) -> tuple[ByteRange, ...]:
+        contents = self._message_ranges(prompt, messages) if messages else self._lone_message_range(prompt)
+        pieces = [_utf8(piece) for piece in self.layout.instructions]
+        return tuple(gap for content in contents for gap in _without_instructions(prompt, content, pieces))
+
+    def _message_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]]) -> tuple[ByteRange, ...]:
+        """Return where the text of each user message stands in the rendered prompt.
+
+        The template is rendered with a probe for every text, so that a short text is never found in the template's own
+        words. A prompt that starts otherwise (tools, a template of the trainer's own) is searched for the texts.
+        """
+        texts = [(message.get("role"), text) for message in messages for text in _texts(message)]
+        if all(isinstance(message.get("content"), str) for message in messages):
+            frame = self._frame([{**message, "content": _PROBE} for message in messages])
+            if frame and prompt.startswith(frame[0]):
+                return _framed_ranges(prompt, texts, frame)
+        return _searched_ranges(prompt, texts)
+
+    def _lone_message_range(self, prompt: bytes) -> tuple[ByteRange, ...]:
+        """Return where the chat template puts a lone user message, or the whole prompt if it does not explain it."""
+        frame = self._frame([{"role": "user", "content": _PROBE}])
+        if frame:
+            before, after = frame
+            if len(prompt) > len(before) + len(after) and prompt.startswith(before) and prompt.endswith(after):
+                return ((len(before), len(prompt) - len(after)),)
+        return ((0, len(prompt)),)
+
+    def _frame(self, probes: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        """Return what the chat template puts around the probes, as bytes; [] without a template that explains them.
+
+        The bytes of the template's own tokens are asked first (some tokenizers put a space behind a special token),
+        then its text (some vocabularies cannot write the probe).
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            return []
+        try:
+            text = self.tokenizer.apply_chat_template(list(probes), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError, TypeError):  # a template that refuses such a conversation
+            return []
+        tokens = b"".join(self._bytes.of(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        for rendered in (tokens, text.encode()):
+            frame = rendered.split(_PROBE.encode())
+            if len(frame) == len(probes) + 1:
+                return frame
+        return []
+
+
+def _overlapping(ends: Sequence[int], wanted: ByteRange) -> list[tuple[int, ByteRange]]:
+    """Return (position, byte range) of each token that carries a byte of the wanted range, given all tokens' ends."""
+    found = []
+    start = 0
+    for position, end in enumerate(ends):
+        if start >= wanted[1]:
+            break
+        if end > wanted[0] and end > start:
+            found.append((position, (start, end)))
+        start = end
+    return found
+
+
+def _framed_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]], frame: Sequence[bytes]) -> tuple[ByteRange, ...]:
+    """Return the user's ranges by walking the template's own words, which stand before, between and after the texts."""
+    ranges, cursor = [], len(frame[0])
+    for (role, text), after in zip(texts, frame[1:], strict=True):
+        encoded = _utf8(text)
+        written = next((w for w in (encoded, encoded.strip(WHITE_SPACE)) if prompt.startswith(w, cursor)), None)
+        if written is not None:
+            end = cursor + len(written)
+        else:  # the template changed the text: it reaches to the template's next words
+            found = prompt.find(after, cursor)
+            end = found if after and found >= 0 else len(prompt)
+        if role == "user":
+            ranges.append((cursor, end))
+        cursor = end + len(after)
+    return tuple(ranges)
+
+
+def _searched_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]]) -> tuple[ByteRange, ...]:
+    """Return the user's ranges by searching for each text behind the one before."""
+    ranges, cursor = [], 0
+    for role, text in texts:
+        wanted = _utf8(text).strip(WHITE_SPACE)  # templates strip
+        start = prompt.find(wanted, cursor) if wanted else -1
+        if start >= 0:
+            cursor = start + len(wanted)
+            if role == "user":
+                ranges.append((start, cursor))
+    return tuple(ranges)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    content = message.get("content")
+    return [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
+
+
+def _without_instructions(prompt: bytes, content: ByteRange, pieces: Sequence[bytes]) -> tuple[ByteRange, ...]:
+    """Return the gaps between the fixed pieces: first and last at the ends, the others where they first come."""
+    if not pieces:
+        return (content,)
+    first, *middle = [pieces[0].lstrip(WHITE_SPACE), *pieces[1:]]
+    last = middle.pop().rstrip(WHITE_SPACE) if middle else b""
+    start, end = content
+    core = trim_range(prompt, content) or content
+    if not prompt.startswith(first, core[0]) or not prompt.endswith(last, 0, core[1]):
+        return (content,)
+    start, end = core[0] + len(first), core[1] - len(last)
+    gaps, cursor = [], start
+    for piece in middle:
+        at = prompt.find(piece, cursor, end)
+        if at < 0:
+            return (content,)
+        gaps.append((cursor, at))
+        cursor = at + len(piece)
+    return (*gaps, (cursor, end)) if cursor <= end else (content,)
+
+
+def _lenient_float(written: bytes) -> float:
+    try:
+        return float(written)
+    except ValueError:
+        return 0.0

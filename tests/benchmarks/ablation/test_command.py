@@ -1,0 +1,418 @@
+"""Protects `cepo ablate`: numbers are score_rollouts', each Jacobian is computed once, a killed sweep goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.linalg import subspace_angles
+from scipy.stats import spearmanr
+
+from cepo.benchmarks.ablation import command as ablate_module
+from cepo.benchmarks.ablation.command import AblateJob, run_ablation
+from cepo.benchmarks.ablation.summary import interval, spearman, weighted_mean
+from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
+from cepo.cli.app import main
+from cepo.counterfactual.nuisance import nuisance_basis
+from cepo.eval.score.rows import read_row
+from cepo.fusion.config import RewardConfig
+from cepo.fusion.records import Score
+from cepo.fusion.score import score_rollouts
+from cepo.jacobian.autograd import Answer
+from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.records import Request, Rollout
+from cepo.train import testbed
+from cepo.train.prompts import JUDGE
+from tests.models import randomise
+
+ITEMS = testbed.generate_items(2, seed=9, cue_agreement=0.5)
+LINKS = {"Z->X": 0.2, "X->Y": 0.5, "Z->Y": 0.3}
+WIDTH = 16
+BAD_ROWS = 2
+FILES = ("ablation.parquet", "rewards.parquet", "summary.jsonl", "malformed.jsonl")
+PLOTS = ("s_against_k.png", "s_against_rank.png", "reward_against_p.png")
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a two-layer judge, 16 wide, far from linear."""
+    folder = tmp_path_factory.mktemp("judge")
+    tokenizer = testbed.build_tokenizer()
+    config = testbed.build_model(tokenizer, seed=0).config
+    config.update({"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 6})
+    config.layer_types = config.layer_types[:2]
+    model = type(testbed.build_model(tokenizer, seed=0))(config)
+    randomise(model, 0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write two prompts with three and two completions, interleaved, some with a task reward, and two bad rows."""
+    first, second = ITEMS
+    aspects = [aspect for aspect in testbed.ASPECTS if aspect != first.aspect]
+    rows: list[dict[str, Any]] = [
+        {"prompt": first.prompt, "completion": first.completion, "task_reward": 1.0},
+        {"prompt": second.prompt, "completion": second.completion},
+        {"prompt": first.prompt, "completion": "no tags at all"},
+        {"prompt": first.prompt, "completion": first.completion.replace(first.aspect, aspects[0])},
+        {"prompt": second.prompt, "completion": second.completion.replace("judge by", "judge"), "task_reward": 0.25},
+        {"prompt": first.prompt, "completion": first.completion.replace(first.aspect, aspects[1])},
+    ]
+    path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    return path
+
+
+@pytest.fixture
+def job(judge: Path, rollouts: Path, tmp_path: Path) -> AblateJob:
+    return AblateJob(
+        model=str(judge),
+        input=rollouts,
+        output=tmp_path / "sweep",
+        links=LINKS,
+        counterfactuals=(0, 1, 3),
+        ranks=("1", "tau=0.7"),
+        powers=(-2.0, 0.2, float("inf")),
+        scores=("phi", "influence_retained"),
+        pools=("none", "group"),
+        resamples=100,
+        dtype="float64",
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def well_formed(job: AblateJob) -> tuple[GroupEngine, dict[int, Rollout], dict[int, float | None]]:
+    """Return an engine on the job's model, and its rollouts and task rewards by row."""
+    model, tokenizer = load_model(resolve_model(job.model), dtype=job.dtype)
+    reader = SpanReader(tokenizer, JUDGE)
+    found, tasks = {}, {}
+    for number, line in enumerate(job.input.read_text().splitlines()):
+        if line.startswith("{broken"):
+            continue
+        rollout, _ = read_row(json.loads(line), tokenizer, reader)
+        if rollout is not None and rollout.malformed is None:
+            found[number], tasks[number] = rollout, json.loads(line).get("task_reward")
+    return GroupEngine(model), found, tasks
+
+
+def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
+    """Exact and pooled, K below the largest, ranks and energies, all scores: as if that setting were run alone."""
+    job = replace(job, scores=get_args(Score))
+    run_ablation(job)
+    engine, found, tasks = well_formed(job)
+    links = pq.read_table(job.output / "ablation.parquet").to_pylist()
+    rewards = pq.read_table(job.output / "rewards.parquet").to_pylist()
+    hardenings = 3 * 2 * 2 + 1  # the grid and the reference
+    assert len(links) == len(found) * len(LINKS) * hardenings * len(job.scores)
+    assert len(rewards) == len(found) * hardenings * len(job.scores) * 7 * len(job.powers)
+    by_setting = {
+        tuple(row[name] for name in ("row", "link", "counterfactuals", "rank", "tau", "pool", "score")): row
+        for row in links
+    }
+    by_reward = {
+        tuple(row[name] for name in ("row", "links", "counterfactuals", "rank", "tau", "pool", "score", "p")): row
+        for row in rewards
+    }
+    assert len(by_setting) == len(links)
+    assert len(by_reward) == len(rewards)
+    cases: list[tuple[int, int | None, float | None, str, str, float, str]] = [
+        (4, 2, None, "none", "phi", 0.2, "all"),
+        (1, 1, None, "none", "phi_retained", -2.0, "only X->Y"),
+        (0, None, 0.7, "none", "influence", float("inf"), "all"),
+        (3, None, 0.7, "none", "phi_influence", 0.2, "without Z->X"),
+        (3, 1, None, "group", "influence_retained", -2.0, "all"),
+        (1, None, 0.7, "group", "phi", 0.2, "without Z->Y"),
+    ]
+    for counterfactuals, rank, tau, pool, score, p, chosen in cases:
+        kept = {"all": list(LINKS), "only X->Y": ["X->Y"]}.get(chosen)
+        kept = kept or [name for name in LINKS if chosen != f"without {name}"]
+        config = RewardConfig(
+            links={name: LINKS[name] for name in kept},
+            counterfactuals=counterfactuals,
+            rank=rank,
+            energy=tau,
+            p=p,
+            score=score,  # type: ignore[arg-type]
+            pool=pool,  # type: ignore[arg-type]
+        )
+        wanted = score_rollouts(
+            list(found.values()), engine, config, JUDGE, task_rewards=list(tasks.values()), keep_jacobians=True
+        )
+        for row, of_rollout in zip(found, wanted, strict=True):
+            setting = (counterfactuals, rank, tau, pool, score)
+            assert by_reward[row, chosen, *setting, p]["reward"] == pytest.approx(of_rollout.reward, rel=1e-6)
+            for name, record in of_rollout.links.items():
+                ours = by_setting[row, name, *setting]
+                assert ours["S"] == pytest.approx(record.value, rel=1e-6)
+                for field in ("phi", "retained", "influence", "norm", "tokens"):
+                    assert ours[field] == pytest.approx(getattr(record, field), rel=1e-6), field
+                assert ours["removed_rank"] == record.rank
+                if record.nuisance_angles:
+                    assert ours["nuisance_angle"] == pytest.approx(np.mean(record.nuisance_angles), rel=1e-6)
+                else:
+                    assert ours["nuisance_angle"] is None
+
+
+def test_pool_angles_lie_between_the_pooled_and_the_exact_subspace(job: AblateJob) -> None:
+    """Principal angles from the engine's own pooled and exact counterfactuals, and the plan's rows beside them."""
+    run_ablation(job)
+    engine, found, _ = well_formed(job)
+    rows = pq.read_table(job.output / "ablation.parquet").to_pylist()
+    config = RewardConfig(links=LINKS, counterfactuals=3)
+    links = config.parsed_links(JUDGE)
+    bases: dict[tuple[int, str, str], Any] = {}
+    for pool in ("none", "group"):
+        for group in replace(config, pool=pool).requests(found, links):
+            _, *permuted = engine.compute(group.requests)
+            for name in LINKS:
+                owned = group.counterfactuals(permuted, name)
+                for row in group.members:
+                    basis_RD = nuisance_basis(owned[None if pool == "group" else row], rank=1)
+                    bases[row, name, pool] = basis_RD.numpy().T
+    compared = 0
+    for row in rows:
+        if row["pool"] != "group" or row["counterfactuals"] != 3 or row["rank"] != 1:
+            assert row["pool_angles"] is None or row["pool"] == "group"
+            continue
+        pair = (bases[row["row"], row["link"], pool] for pool in ("none", "group"))
+        assert row["pool_angles"] == pytest.approx(np.rad2deg(subspace_angles(*pair)), abs=1e-5)
+        compared += 1
+    assert compared == len(found) * len(LINKS) * len(job.scores)
+    (summary,) = [
+        row
+        for row in read_lines(job.output / "summary.jsonl")
+        if row["kind"] == "link"
+        and (row["link"], row["counterfactuals"], row["rank"], row["pool"]) == ("Z->Y", 3, 1, "group")
+        and row["score"] == "phi"
+    ]
+    for pool, planned in (("none", summary["rows_exact"]), ("group", summary["rows_pooled"])):
+        plans = [engine.plan(group.requests) for group in replace(config, pool=pool).requests(found, links)]
+        assert planned == [sum(plan.forward_rows for plan in plans), sum(plan.backward_rows for plan in plans)]
+    assert sum(summary["rows_pooled"]) < sum(summary["rows_exact"])
+    pooled = [row["S"] for row in rows if _is(row, "group")]
+    exact = [row["S"] for row in rows if _is(row, "none")]
+    assert summary["spearman_exact"] == pytest.approx(spearmanr(pooled, exact).statistic)
+    assert summary["S"] == pytest.approx(np.mean(pooled))
+    prompts = [row["group"] for row in rows if _is(row, "group")]
+    means = [[np.mean(values, where=np.equal(prompts, one)) for one in prompts] for values in (pooled, exact)]
+    less = np.array([pooled, exact]) - means
+    assert summary["within_exact"] == pytest.approx(spearmanr(*np.round(less, 6)).statistic)
+    angles = [row["pool_angles"][0] for row in rows if _is(row, "group")]
+    assert summary["pool_angle_median"] == summary["pool_angle_largest_median"] == pytest.approx(np.median(angles))
+
+
+def _is(row: dict[str, Any], pool: str) -> bool:
+    setting = (row["link"], row["counterfactuals"], row["rank"], row["score"], row["pool"])
+    return setting == ("Z->Y", 3, 1, "phi", pool)
+
+
+def test_each_jacobian_is_computed_once(job: AblateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One base and max(K) counterfactuals of each source for each rollout, whatever is swept over them."""
+    asked: list[tuple[tuple[int, ...], str]] = []
+    calls = []
+    compute = GroupEngine.compute
+
+    def counted(self: GroupEngine, requests: Sequence[Request]) -> Iterator[Answer]:
+        calls.append(len(requests))
+        for request in requests:
+            asked.extend((one.token_ids, link.name) for one in request.group.rollouts for link in request.links)
+        return compute(self, requests)
+
+    monkeypatch.setattr(GroupEngine, "compute", counted)
+    summary = run_ablation(job)
+    assert len(calls) == summary.groups == 2
+    # K = 4 of the reference; Z's permutations carry two links, X's one.
+    assert len(asked) == summary.rollouts * (3 + 4 * 2 + 4 * 1)
+
+
+def test_a_killed_sweep_goes_on_to_identical_files(job: AblateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = replace(job, counterfactuals=(1,), ranks=("1",), powers=(0.2,))
+    whole = replace(job, output=job.output.with_name("whole"))
+    run_ablation(whole)
+    write_group = ablate_module._write_group
+    swept: list[str] = []
+
+    def killed(folder: Path, *content: Any) -> None:
+        swept.append(folder.name)
+        if len(swept) == 2:
+            folder.with_name(folder.name + ".tmp").mkdir()  # what a kill in the middle leaves
+            raise KeyboardInterrupt
+        write_group(folder, *content)
+
+    monkeypatch.setattr(ablate_module, "_write_group", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_ablation(job)
+    assert not (job.output / "ablation.parquet").exists()
+    summary = run_ablation(job)
+    assert swept == ["000000", "000001", "000001"]
+    assert (summary.resumed, summary.groups) == (1, 2)
+    for name in (*FILES, *PLOTS):
+        assert (job.output / name).read_bytes() == (whole.output / name).read_bytes(), name
+    assert not list(job.output.rglob("*.tmp"))
+    monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("nothing is left to compute"))
+    assert run_ablation(job).resumed == 2
+
+
+def test_other_arguments_and_other_files_are_refused(
+    job: AblateJob, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(job, counterfactuals=(1,), ranks=("1",), pools=("none",), scores=("phi",))
+    summary = run_ablation(job)
+    assert len(summary.malformed) == BAD_ROWS
+    assert [row["row"] for row in read_lines(job.output / "malformed.jsonl")] == [2, 6]
+    assert summary.fidelity_table() is None
+    assert summary.table().row_count == 3 * 2  # the reference beside the one setting
+    monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("the model is not needed"))
+    with pytest.raises(ValueError, match="holds a sweep with other seed"):
+        run_ablation(replace(job, seed=1))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(rollouts.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(ValueError, match="holds a sweep with other rollouts"):
+        run_ablation(replace(job, input=other))
+    with pytest.raises(ValueError, match="holds other files"):
+        run_ablation(replace(job, output=tmp_path))
+    with pytest.raises(ValueError, match="is a file"):
+        run_ablation(replace(job, output=other))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"counterfactuals": ()}, r"counterfactuals is \(\); expected a sequence of at least one"),
+        ({"counterfactuals": (1, 1)}, "counterfactuals is 1, 1; expected each value once"),
+        ({"counterfactuals": (-1,)}, r"counterfactuals \(K\) is -1"),
+        ({"ranks": ("two",)}, "ranks holds 'two'"),
+        ({"ranks": ("tau=high",)}, "ranks holds 'tau=high'"),
+        ({"ranks": ("1", "01")}, "ranks is 1, 01; expected each value once"),
+        ({"ranks": ("tau=1.5",)}, "energy is 1.5"),
+        ({"ranks": ("-1",)}, "rank is -1"),
+        ({"ranks": ("100",)}, "rank is 100, but"),
+        ({"powers": (float("nan"),)}, "p is NaN"),
+        ({"scores": ("size",)}, "score is 'size'"),
+        ({"pools": ("all",)}, "pool is 'all'"),
+        ({"pools": "none"}, "pools is 'none'; expected a sequence"),
+        ({"links": {"Y->X": 1.0}}, "by causality"),
+        ({"links": {}}, "links is empty"),
+        ({"permutation": "shuffle"}, "permutation is 'shuffle'"),
+        ({"task_weight": -1.0}, "weights"),
+        ({"seed": -1}, "seed is -1"),
+        ({"resamples": 5}, "resamples is 5"),
+        ({"dtype": "int3"}, "dtype is 'int3'"),
+        ({"device": "warp:1"}, "device is 'warp:1'"),
+        ({"memory_budget": 0.0}, "memory_budget is 0.0"),
+        ({"model": "./nowhere"}, "is not there"),
+        ({"input": Path("nowhere.jsonl")}, "nowhere.jsonl is no file"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named_before_anything_is_loaded(
+    job: AblateJob, options: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    with pytest.raises(ValueError, match=complaint):
+        run_ablation(replace(job, **options))
+    assert not job.output.exists()
+
+
+def test_rollouts_without_jacobians_are_left_out_with_their_reason(
+    job: AblateJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too long for the model (its prompt's group is then empty), or a gradient that is not finite."""
+    job = replace(job, counterfactuals=(1,), ranks=("1",), powers=(0.2,), scores=("phi",), input=tmp_path / "in.jsonl")
+    tokenizer = testbed.build_tokenizer()
+    ids = tokenizer(ITEMS[0].completion)["input_ids"]
+    prompts = [[3, *[27] * 600, 4], *[[3, 27, 13, 38, 39, 4, word] for word in (28, 28, 46)]]
+    completions = [ids, ids, [*ids, tokenizer.eos_token_id], ids]
+    rows = [{"prompt_ids": one, "completion_ids": other} for one, other in zip(prompts, completions, strict=True)]
+    job.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compute = GroupEngine.compute
+
+    def broken(self: GroupEngine, requests: Sequence[Request]) -> Iterator[Answer]:
+        for request, answer in zip(requests, compute(self, requests), strict=True):
+            for rollout, records in zip(request.group.rollouts, answer, strict=True):
+                if rollout.completion_ids[-1] == tokenizer.eos_token_id and "X->Y" in records:
+                    records["X->Y"].jac_SD[0, 0] = float("nan")
+            yield answer
+
+    monkeypatch.setattr(GroupEngine, "compute", broken)
+    summary = run_ablation(job)
+    assert (summary.rollouts, summary.groups) == (2, 3)
+    assert summary.malformed[0].startswith("too long")
+    assert summary.malformed[2] == "non-finite gradient on X->Y"
+    assert set(pq.read_table(job.output / "rewards.parquet")["row"].to_pylist()) == {1, 3}
+
+
+def test_rollouts_that_are_all_malformed_end_in_their_reason(job: AblateJob, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "completion": "no tags"}) + "\n")
+    with pytest.raises(ValueError, match="no rollout that can be scored; the first is malformed: "):
+        run_ablation(replace(job, input=path))
+
+
+def test_spearman_by_hand_and_on_resamples() -> None:
+    """Ranks (1, 2.5, 2.5, 4) against (2, 1, 3, 4): covariance 3, variances 4.5 and 5. Weights stand for copies."""
+    x_N, y_N = np.array([10.0, 20.0, 20.0, 30.0]), np.array([0.2, 0.1, 0.3, 0.9])
+    once_BN = np.ones((1, 4))
+    assert spearman(x_N, y_N, once_BN)[0] == pytest.approx(3.0 / np.sqrt(4.5 * 5.0))
+    assert np.isnan(spearman(x_N, np.ones(4), once_BN)[0])
+    drawn_BN = np.array([[2.0, 0.0, 1.0, 3.0], [1.0, 1.0, 5.0, 0.0]])
+    for weights_N, ours in zip(drawn_BN, spearman(x_N, y_N, drawn_BN), strict=True):
+        copies = np.repeat(np.arange(4), weights_N.astype(int))
+        assert ours == pytest.approx(spearmanr(x_N[copies], y_N[copies]).statistic)
+
+
+def test_intervals_are_over_prompts() -> None:
+    """Two prompts, one of 0s and one of 1s: a resampled mean is 0, 1/2 or 1, however many rollouts there are."""
+    group_N, x_N = np.repeat([0, 1], 50), np.repeat([0.0, 1.0], 50)
+
+    def mean(weights_BN: np.ndarray) -> np.ndarray:
+        return weighted_mean(x_N, weights_BN)
+
+    assert interval(mean, group_N, resamples=200, seed=0) == (0.5, 0.0, 1.0)
+    assert interval(mean, np.zeros(100, int), resamples=200, seed=0) == (0.5, None, None)
+
+
+def test_testbed_rollouts_are_ids_that_a_sweep_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = testbed.build_tokenizer()
+    untrained = testbed.build_model(tokenizer, seed=0)
+    monkeypatch.setattr(
+        "cepo.benchmarks.ablation.testbed_rollouts.load_testbed_judge", lambda *_, **__: (untrained, tokenizer)
+    )
+    folder, path = write_testbed_rollouts(tmp_path, prompts=2, completions=3, max_new_tokens=6)
+    rows = read_lines(path)
+    assert [row["id"] for row in rows] == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]
+    assert len({tuple(row["prompt_ids"]) for row in rows}) == 2
+    assert all(0 < len(row["completion_ids"]) <= 6 and row["task_reward"] in (0.0, 1.0) for row in rows)
+    assert all(row["completion_ids"].count(tokenizer.eos_token_id) <= 1 for row in rows)
+    model, saved = load_model(resolve_model(str(folder)))
+    assert model.config.vocab_size == len(saved) == len(tokenizer)
+    with pytest.raises(ValueError, match="completions is 0"):
+        write_testbed_rollouts(tmp_path, completions=0)
+
+
+@pytest.mark.parametrize("arguments", [["--score", "foo"], ["-K", "-1"], ["-p", "nan"], ["--rank", "x"]])
+def test_a_sweep_that_cannot_work_leaves_nothing_behind(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The testbed's judge is made and written only once every option has been read."""
+    output = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["cepo", "ablate", "--testbed", "16", "--output", str(output), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert arguments[1].lower() in capsys.readouterr().err.lower()
+    assert not output.exists()

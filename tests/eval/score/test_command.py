@@ -1,0 +1,402 @@
+"""Protects `cepo score`: every input form, honest records, matrices that check, resume, and helpful errors."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cepo.cli.app import main
+from cepo.eval.score import command as score_module
+from cepo.eval.score.rows import read_row
+from cepo.fusion.config import RewardConfig
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.reading.spans import SpanReader
+from cepo.train import testbed
+from cepo.train.prompts import JUDGE, judge_prompt
+
+ITEMS = testbed.generate_items(5, seed=9, cue_agreement=0.5)
+LINKS = ["Z->X", "X->Y", "Z->Y"]
+PARTS = ("base", "residual", "source_positions", "target_positions")
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def gold_rows() -> list[dict[str, Any]]:
+    return [{"id": str(n), "prompt": item.prompt, "completion": item.completion} for n, item in enumerate(ITEMS)]
+
+
+class Cepo:
+    """Runs `cepo score` as a user would and returns its exit code and what it said on stderr."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str]:
+        self.monkeypatch.setattr(sys, "argv", ["cepo", "score", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return int(exit_.value.code or 0), self.capsys.readouterr().err
+
+
+@pytest.fixture
+def cepo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cepo:
+    return Cepo(monkeypatch, capsys)
+
+
+def test_records_and_matrices_agree_with_each_other(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
+    out, matrices, page = tmp_path / "out.jsonl", tmp_path / "j.safetensors", tmp_path / "o.html"
+    code, _ = cepo(
+        "--model", judge, "--input", source, "--output", out, "--save-jacobians", matrices, "--html", page, "-K", 2
+    )
+    assert code == 0
+    saved = load_file(matrices)
+    tokenizer = testbed.build_tokenizer()
+    records = read_jsonl(out)
+    assert [record["row"] for record in records] == list(range(len(ITEMS)))
+    assert set(saved) == {
+        f"{row}/{key}"
+        for row in range(len(ITEMS))
+        for key in (
+            "token_ids",
+            *(
+                f"{link}/{part}"
+                for link in LINKS
+                for part in ("base", "residual", "source_positions", "target_positions")
+            ),
+        )
+    }
+    for record, item in zip(records, ITEMS, strict=True):
+        row = record["row"]
+        token_ids = saved[f"{row}/token_ids"].tolist()
+        completion = tokenizer(item.completion)["input_ids"]
+        assert token_ids[-len(completion) :] == completion
+        assert record["malformed"] is None
+        assert record["spans"]["criteria"]["text"] == item.criteria
+        for link in LINKS:
+            facts = record["links"][link]
+            base, residual = saved[f"{row}/{link}/base"].double(), saved[f"{row}/{link}/residual"].double()
+            singular = torch.linalg.svdvals(residual)
+            assert facts["phi"] == pytest.approx(float(singular[0] ** 2 / (singular**2).sum()), rel=1e-6)
+            assert facts["retained"] == pytest.approx(float(residual.square().sum() / base.square().sum()), rel=1e-6)
+            assert facts["norm"] == pytest.approx(float(base.norm()), rel=1e-6)
+            assert facts["S"] == facts["influence"]
+            assert 0.0 < facts["influence"] < 1.0
+            assert facts["tokens"] == len(base) == len(saved[f"{row}/{link}/source_positions"])
+            removed = torch.linalg.svdvals(base - residual)
+            assert float(removed[2]) < 1e-5 * float(removed[0])  # rank 2, to float32 rounding
+        digits = [token_ids[position] for position in saved[f"{row}/X->Y/target_positions"].tolist()]
+        assert tokenizer.convert_ids_to_tokens(digits) == [str(score) for score in item.scores]
+    assert "<script" not in page.read_text()
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.jacobians"))
+
+
+def test_batch_size_order_and_repetition_change_nothing(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    rows = gold_rows()
+    outputs = []
+    for name, order, batch in (("a", rows, 1), ("b", rows, 4), ("c", rows[::-1], 3), ("d", rows, 4)):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", order)
+        out = tmp_path / f"{name}.out"
+        assert cepo("--model", judge, "--input", source, "--output", out, "--batch-size", batch, "-K", 1)[0] == 0
+        outputs.append({record["id"]: (record["reward"], record["links"]) for record in read_jsonl(out)})
+    assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
+
+
+def test_all_forms_of_input_give_the_same_rollout(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    tokenizer = testbed.build_tokenizer()
+    item = ITEMS[0]
+    messages = [{"role": "user", "content": item.prompt}]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    rows = [
+        {"prompt": item.prompt, "completion": item.completion},
+        {"prompt": messages, "completion": [{"role": "assistant", "content": item.completion}]},
+        {"messages": messages, "completion": item.completion},
+        {"prompt_ids": ids["input_ids"], "completion_ids": tokenizer(item.completion)["input_ids"]},
+    ]
+    out = tmp_path / "out.jsonl"
+    assert cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, "-K", 1)[0] == 0
+    first, *others = read_jsonl(out)
+    assert first["malformed"] is None
+    assert all(other["links"] == first["links"] and other["spans"] == first["spans"] for other in others)
+    raw = tmp_path / "raw.jsonl"
+    source = write_jsonl(tmp_path / "raw", [{"prompt": rendered, "completion": item.completion}])
+    assert cepo("--model", judge, "--input", source, "--output", raw, "-K", 1, "--raw")[0] == 0
+    assert read_jsonl(raw)[0]["links"] == first["links"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: it can write any text."""
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    template = testbed.build_tokenizer().chat_template
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+
+
+def test_a_preference_row_gets_the_judge_prompt_with_the_chosen_response_where_the_label_says() -> None:
+    tokenizer = byte_tokenizer()
+    reader = SpanReader(tokenizer, JUDGE)
+    row = {
+        "prompt": "write a poem",
+        "chosen": "lucid, [Response B]",
+        "rejected": "rude",
+        "judge_output": ITEMS[0].completion,
+    }
+    for label, shown in (("A", (row["chosen"], "rude")), ("B", ("rude", row["chosen"]))):
+        rollout, reason = read_row({**row, "label": label}, tokenizer, reader)
+        assert reason is None
+        assert rollout is not None
+        wanted = tokenizer.apply_chat_template(
+            judge_prompt("write a poem", *shown), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        assert list(rollout.prompt_ids) == wanted["input_ids"]
+        # Only the query and the responses are content; the judge's instructions are not.
+        assert rollout.spans["prompt"].text == " … ".join(("write a poem", *shown))
+
+
+def test_a_killed_run_goes_on_where_it_stopped(
+    judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    arguments = ("--model", judge, "--input", source, "--batch-size", 1, "-K", 1)
+    matrices = {name: tmp_path / f"{name}.safetensors" for name in ("whole", "broken")}
+    assert cepo(*arguments, "--output", whole, "--save-jacobians", matrices["whole"])[0] == 0
+    scored: list[int] = []
+    score_rows = score_module._score_rows
+
+    def counted(job: Any, rows: Any, *rest: Any) -> Any:
+        if len(scored) == 3:
+            raise KeyboardInterrupt  # what a kill leaves: three rows on disk
+        scored.append(rows[0][0])
+        return score_rows(job, rows, *rest)
+
+    monkeypatch.setattr(score_module, "_score_rows", counted)
+    assert cepo(*arguments, "--output", broken, "--save-jacobians", matrices["broken"])[0] != 0
+    assert not broken.exists()
+    with (tmp_path / "broken.jsonl.partial").open("a") as file:
+        file.write('{"row": 3, "cut')  # a line that the kill cut short
+    scored.clear()
+    scored.append(-1)
+    assert cepo(*arguments, "--output", broken, "--save-jacobians", matrices["broken"])[0] == 0
+    assert scored == [-1, 3, 4]
+    assert read_jsonl(broken) == read_jsonl(whole)
+    first, second = load_file(matrices["whole"]), load_file(matrices["broken"])
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_finished_output_is_not_computed_again_nor_mixed_with_other_settings(
+    judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
+    arguments = ("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
+    assert cepo(*arguments, "-K", 1)[0] == 0
+    monkeypatch.setattr(score_module, "load_model", lambda *_, **__: pytest.fail("nothing is left to score"))
+    assert cepo(*arguments, "-K", 1)[0] == 0
+    code, message = cepo(*arguments, "-K", 2)
+    assert code == 2
+    assert "other settings" in message
+
+
+def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    good = gold_rows()
+    rows = [good[0], '{"prompt": "cut', good[1], {"prompt": "no completion"}, {**good[2], "task_reward": 7}, good[3]]
+    out = tmp_path / "out.jsonl"
+    code, message = cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, "-K", 1)
+    assert code == 2
+    assert "line 2 is broken" in message
+    assert "line 4 lacks the column completion" in message
+    assert "line 5" in message
+    records = read_jsonl(out)
+    assert [record["malformed"] is None for record in records] == [True, False, True, False, False, True]
+
+
+def test_broken_lines_are_not_counted_as_malformed_output(judge: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in", [gold_rows()[0], {"prompt": "x", "completion": "no tags"}, "{", {"x": 1}])
+    config = RewardConfig(links={"X->Y": 1.0}, counterfactuals=0)
+    done = score_module.score_file(score_module.ScoreJob(str(judge), source, tmp_path / "out", config, JUDGE))
+    assert (done.rows, done.malformed, [number for number, _ in done.broken]) == (4, 1, [3, 4])
+    assert done.reasons == {"empty completion": 1}  # the testbed has no such words
+
+
+def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    item = ITEMS[0]
+    wild = [
+        "",
+        item.completion[:-30],
+        item.completion * 2,
+        "\ud800" + item.completion,
+        item.completion.replace("<analysis>", ""),
+        "<script>alert(1)</script>\0 ‮ no tags <|end|>",
+        "\\boxed{" + "9" * 10_000 + ", 1}",
+    ]
+    rows: list[Any] = [{"prompt": item.prompt, "completion": text} for text in wild]
+    rows += [
+        {"prompt_ids": [], "completion_ids": [1]},
+        {"prompt_ids": [10**6], "completion_ids": [1, 2]},
+    ]
+    out, page = tmp_path / "out.jsonl", tmp_path / "o.html"
+    code, _ = cepo(
+        "--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, "-K", 1, "--html", page
+    )
+    assert code == 0
+    records = read_jsonl(out)
+    assert [record["row"] for record in records] == list(range(len(rows)))
+    assert all(record["reward"] == 0.0 and record["malformed"] for record in records if record["row"] != 3)
+    assert "<script>alert" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"prompt_ids": "abc", "completion_ids": [1]}, 'has the prompt_ids "abc"; expected a list of integers'),
+        ({"prompt_ids": [1], "completion_ids": [True]}, "has the completion_ids [true]; expected a list of integers"),
+        ({"prompt": 5, "completion": "x"}, "has the prompt 5; expected text, or messages with role and content"),
+        ({"prompt": "x", "completion": None}, "has the completion null; expected text, or messages"),
+        ({"prompt": [{"role": "user"}], "completion": "x"}, 'has the prompt [{"role": "user"}]; expected text'),
+        ({"prompt": "x", "completion": []}, "has the completion []; expected text"),
+        (
+            {"prompt": "x", "chosen": "a", "rejected": "b", "judge_output": None},
+            "has the judge_output null; expected text",
+        ),
+        ({"prompt": "x", "chosen": 7, "rejected": "b", "judge_output": "z"}, "has the chosen 7; expected text"),
+    ],
+)
+def test_values_of_a_wrong_type_are_broken_lines_not_malformed_output(
+    judge: Path, tmp_path: Path, cepo: Cepo, row: dict[str, Any], complaint: str
+) -> None:
+    """Protects the count of malformed output, which is the model's: a mistake in the data is the data's."""
+    out = tmp_path / "out.jsonl"
+    source = write_jsonl(tmp_path / "in", [row, gold_rows()[0]])
+    code, message = cepo("--model", judge, "--input", source, "--output", out, "-K", 0)
+    assert code == 2
+    assert f"line 1 {complaint}" in message
+    broken, scored = read_jsonl(out)
+    assert complaint in broken["malformed"]
+    assert scored["malformed"] is None
+
+
+def test_task_rewards_are_fused(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    rows = [{**gold_rows()[0], "task_reward": task} for task in (0.0, 1.0)]
+    out = tmp_path / "out.jsonl"
+    source = write_jsonl(tmp_path / "in", rows)
+    assert cepo("--model", judge, "--input", source, "--output", out, "-K", 0, "-p", 1)[0] == 0
+    lose, win = (record["reward"] for record in read_jsonl(out))
+    assert win - lose == pytest.approx(0.7)
+
+
+def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    row = {"prompt": ITEMS[0].prompt, "completion": "<analysis>judge by clarity</analysis>\n<scores> lucid</scores>"}
+    out = tmp_path / "out.jsonl"
+    arguments = ("--kind", "reasoning", "--rationale-tag", "analysis", "--answer-tag", "scores")
+    source = write_jsonl(tmp_path / "in", [row])
+    assert cepo("--model", judge, "--input", source, "--output", out, "-K", 1, *arguments)[0] == 0
+    (record,) = read_jsonl(out)
+    assert record["spans"]["rationale"]["text"] == "judge by clarity"
+    assert record["spans"]["answer"]["text"] == "lucid"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--link", "X->Q"], "unknown span 'Q'"),
+        (["--link", "Y->X"], "by causality"),
+        (["--link", "X->Y=heavy"], "weight is no number"),
+        (["--link", "X->Y=-1"], "weights"),
+        (["--link", "X->Y=1", "--link", "X->Y=2"], "'X->Y' twice"),
+        (["--link", "X->Y", "--link", "criteria->scores"], "names one link twice"),
+        (["--link", "Z->X", "--target", "margin"], "no link ends in the scores"),
+        (["--device", "warp:1"], "device is 'warp:1'"),
+        (["-K", "-1"], "counterfactuals (K) is -1"),
+        (["--rank", "100000"], "rank is 100000"),
+        (["--rank", "-2"], "rank is -2"),
+        (["--energy", "1.5"], "energy is 1.5"),
+        (["-p", "nan"], "p is NaN"),
+        (["--task-weight", "-1"], "weights"),
+        (["--permutation", "shuffle"], "permutation is 'shuffle'"),
+        (["--score", "size"], "score is 'size'"),
+        (["--target", "size"], "target is 'size'"),
+        (["--kind", "poet"], "--kind is 'poet'"),
+        (["--dtype", "int3"], "--dtype is 'int3'"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--model", "./nowhere"], "is not there"),
+        (["--model", "nowhere.gguf"], "is not there"),
+        (["--output", "/proc/no/out.jsonl"], "cannot be made"),
+        (["--input", "/nowhere.jsonl"], "/nowhere.jsonl"),
+    ],
+)
+def test_bad_arguments_end_in_one_paragraph_before_a_model_is_loaded(
+    arguments: list[str], complaint: str, judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
+    defaults = ["--model", str(judge), "--input", str(source), "--output", str(tmp_path / "out.jsonl")]
+    code, message = cepo(*defaults, *arguments)  # a repeated option wins over the one before
+    assert code == 2
+    assert complaint in message
+    assert message.count("\n") <= 2
+    assert "Traceback" not in message
+
+
+def test_files_that_would_be_lost_are_refused(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
+    content = source.read_bytes()
+    out, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    (tmp_path / "alias").symlink_to(source)
+    for arguments in (
+        ("--output", out, "--html", source),
+        ("--output", out, "--html", tmp_path / "alias"),
+        ("--output", source),
+        ("--output", out, "--save-jacobians", out),
+        ("--output", out, "--save-jacobians", page, "--html", page),
+        ("--output", tmp_path),
+        ("--output", out, "--html", tmp_path),
+        ("--output", out, "--save-jacobians", write_jsonl(tmp_path / "other.txt", [{}])),
+    ):
+        code, message = cepo("--model", judge, "--input", source, *arguments)
+        assert code == 2, arguments
+        assert "name another" in message or "is a folder" in message
+    assert source.read_bytes() == content
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("", "is empty"), ("{broken\n", "no usable line"), ('{"question": "x"}\n', "lacks the column prompt")],
+)
+def test_unusable_input_is_refused(content: str, complaint: str, judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(content)
+    code, message = cepo("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
+    assert code == 2
+    assert complaint in message
+
+
+def test_models_resolve_by_kind(judge: Path, tmp_path: Path) -> None:
+    assert resolve_model(str(judge)).location == str(judge)
+    assert resolve_model("Qwen/Qwen3-0.6B").location == "Qwen/Qwen3-0.6B"
+    smollm2 = resolve_model("smollm2")
+    assert smollm2.gguf_file is None or (Path(smollm2.location) / smollm2.gguf_file).is_file()
+    for name in ("./absent", "/absent", "absent.gguf", "a/b/c", "", str(tmp_path)):
+        with pytest.raises(ValueError, match="model is"):
+            resolve_model(name)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_model(resolve_model(str(tmp_path)))

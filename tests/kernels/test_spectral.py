@@ -1,0 +1,272 @@
+"""Spectral share, projection and the selected log-probability, against their definitions in float64."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cepo.kernels.head.definition import expected_value, selected_log_likelihood, selected_log_odds
+from cepo.kernels.spectral import frobenius_energy, project_out, spectral_share, spectral_shares, top_right_vectors
+
+ROUNDING = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Return a float64 matrix of standard normals."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_singular_values(values: list[float], rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Return a matrix that has these singular values and random directions."""
+    left, right = (torch.linalg.qr(random_matrix(n, len(values), seed + n)).Q for n in (rows, columns))
+    return left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right.T
+
+
+def share_by_svd(jac_SD: Tensor) -> float:
+    """Return sigma_1^2 over the sum of all sigma^2."""
+    sigma_N = torch.linalg.svdvals(jac_SD.double() / jac_SD.double().abs().max())
+    return float(sigma_N[0] ** 2 / (sigma_N**2).sum())
+
+
+MATRICES = {
+    "random": random_matrix(7, 11),
+    "tall": random_matrix(300, 5),
+    "wide": random_matrix(5, 300),
+    "one row": random_matrix(1, 16),
+    "one column": random_matrix(16, 1),
+    "one number": torch.tensor([[-3.0]], dtype=torch.float64),
+    "rank 1": random_matrix(6, 1) @ random_matrix(1, 9),
+    "rank 2 of 20": random_matrix(20, 2) @ random_matrix(2, 30),
+    "identity": torch.eye(12, dtype=torch.float64),
+    "two equal": with_singular_values([2.0, 2.0, 1.0], 5, 6),
+    "1% apart": with_singular_values([1.0, 0.99, 0.5, 0.1], 8, 9),
+    "1e-6 apart": with_singular_values([1.0, 1.0 - 1e-6, 0.9, 0.1], 8, 9),
+    "1e-13 apart": with_singular_values([1.0, 1.0 - 1e-13, 0.3], 8, 9),
+    "one of many": with_singular_values([1.0, *[0.999] * 30], 40, 35),
+    "tiny": 1e-150 * random_matrix(4, 6),
+    "huge": 1e150 * random_matrix(4, 6),
+    "at the end of the range": 1e300 * random_matrix(4, 6),
+    "subnormal": torch.tensor([[5e-324, 0.0], [0.0, 5e-324]], dtype=torch.float64),
+    "one entry": 7.0 * torch.eye(3, 4, dtype=torch.float64) * torch.tensor([0.0, 1.0, 0.0, 0.0]),
+    "float32": random_matrix(6, 8).float(),
+    "bfloat16": random_matrix(6, 8).bfloat16(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_share_equals_svd(name: str) -> None:
+    """phi is sigma_1^2 / ||J||_F^2, inside a certified interval that is as narrow as was asked for."""
+    jac_SD = MATRICES[name]
+    exact = share_by_svd(jac_SD)
+    found = spectral_share(jac_SD)
+    assert found.value == pytest.approx(exact, rel=1e-9)
+    assert found.lower - ROUNDING <= exact <= found.upper + ROUNDING
+    assert found.lower <= found.value <= found.upper <= 1.0
+    assert found.upper - found.lower <= 1e-9 * found.upper
+    assert 0 <= found.squarings <= 40
+
+
+@pytest.mark.parametrize("name", ["random", "1% apart", "1e-6 apart", "identity", "wide", "one of many"])
+def test_bounds_hold_at_every_stop(name: str) -> None:
+    """Stopped after any number of squarings, the interval still holds the truth, and each squaring narrows it."""
+    jac_SD = MATRICES[name]
+    exact, widths = share_by_svd(jac_SD), []
+    for limit in range(12):
+        found = spectral_share(jac_SD, max_squarings=limit, tolerance=1e-15)
+        assert found.squarings <= limit
+        assert found.lower - ROUNDING <= exact <= found.upper + ROUNDING
+        widths.append(found.upper - found.lower)
+    assert widths[0] > 0.05
+    assert all(after <= before + ROUNDING for before, after in pairwise(widths))
+    assert widths[-1] < 0.01
+    loose = spectral_share(jac_SD, tolerance=0.1)
+    assert loose.upper - loose.lower <= 0.1 * loose.upper
+    assert loose.squarings < spectral_share(jac_SD).squarings
+
+
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    seed=st.integers(0, 10**6),
+    decay=st.floats(0.0, 3.0),
+    exponent=st.integers(-150, 150),
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_share_equals_svd_on_any_shape(rows: int, columns: int, seed: int, decay: float, exponent: int) -> None:
+    """Shape, spectrum and scale are free."""
+    scales_D = torch.arange(1, columns + 1, dtype=torch.float64) ** -decay
+    jac_SD = random_matrix(rows, columns, seed) * scales_D * 10.0**exponent
+    exact, found = share_by_svd(jac_SD), spectral_share(jac_SD)
+    assert found.value == pytest.approx(exact, rel=1e-9)
+    assert found.lower - ROUNDING <= exact <= found.upper + ROUNDING
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1), (0, 4), (3, 0)])
+def test_zero_matrix_has_no_share(shape: tuple[int, int]) -> None:
+    """phi of a zero or empty matrix is 0 by definition."""
+    found = spectral_share(torch.zeros(*shape))
+    assert (found.value, found.lower, found.upper) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_is_refused(bad: float) -> None:
+    """A NaN never becomes a score."""
+    jac_SD = random_matrix(3, 4)
+    jac_SD[1, 2] = bad
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        spectral_share(jac_SD)
+
+
+def test_share_ignores_scale_rotation_and_transpose() -> None:
+    """phi is a shape: it does not change with size, with a rotation of either side, nor with the sides swapped."""
+    jac_SD = random_matrix(6, 9)
+    rotation_DD = torch.linalg.qr(random_matrix(9, 9, 4)).Q
+    value = spectral_share(jac_SD).value
+    for other in (-17.0 * jac_SD, jac_SD.T, jac_SD @ rotation_DD, jac_SD.flip(0)):
+        assert spectral_share(other).value == pytest.approx(value, rel=2e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("rank", [0, 1, 3, 8])
+def test_project_out(dtype: torch.dtype, tolerance: float, rank: int) -> None:
+    """The residual is orthogonal to the basis to working precision, even where nearly all of J lies in its span."""
+    basis_RD = torch.linalg.qr(random_matrix(10, 10, 3)).Q[:rank]
+    for inside in (0.0, 1e4):
+        jac_SD = (random_matrix(5, 10) + inside * random_matrix(5, rank, 7) @ basis_RD).to(dtype)
+        residual_SD = project_out(jac_SD, basis_RD)
+        assert residual_SD.dtype == dtype
+        assert float((residual_SD.double() @ basis_RD.T).abs().sum()) < tolerance * 100 ** (dtype == torch.float64)
+        expected_SD = jac_SD.double() - jac_SD.double() @ basis_RD.T @ basis_RD
+        assert torch.allclose(residual_SD.double(), expected_SD, rtol=0, atol=tolerance * (1 + inside) * 10)
+    if rank == 0:
+        assert torch.equal(residual_SD, jac_SD)
+
+
+def test_energy_is_summed_in_float64() -> None:
+    """A million equal float32 squares add up exactly."""
+    assert frobenius_energy(torch.full((1000, 1001), 0.1)) == pytest.approx(
+        1001000 * float(np.float32(0.1)) ** 2, rel=1e-12
+    )
+    assert frobenius_energy(torch.full((2, 2), 1e30)) == pytest.approx(4e60, rel=1e-6)  # overflows in float32
+
+
+def logits(scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return float64 logits (6, 9) and the sampled ids, first and last of the vocabulary among them."""
+    return scale * random_matrix(6, 9, 5), torch.tensor([0, 8, 3, 3, 7, 1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_selected_equals_log_softmax(scale: float) -> None:
+    """log p and log p / (1 - p) of the sampled tokens, and their gradients, from the full softmax in float64."""
+    logits_PV, ids_P = logits(scale)
+    for function in (selected_log_likelihood, selected_log_odds):
+        leaf_PV, other_PV = (logits_PV.clone().requires_grad_() for _ in range(2))
+        log_p_P = torch.log_softmax(other_PV, -1)[range(6), ids_P]
+        mask_PV = torch.nn.functional.one_hot(ids_P, 9).bool()
+        log_rest_P = torch.log_softmax(other_PV, -1).masked_fill(mask_PV, -torch.inf).logsumexp(-1)
+        expected_P = log_p_P - log_rest_P if function is selected_log_odds else log_p_P
+        found_P = function(leaf_PV, ids_P)
+        assert found_P.dtype == torch.float64
+        assert torch.allclose(found_P, expected_P, rtol=1e-12, atol=1e-12)
+        found_P.sum().backward()
+        expected_P.sum().backward()
+        assert torch.allclose(leaf_PV.grad, other_PV.grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_log_odds_stay_alive_where_the_model_is_sure(dtype: torch.dtype) -> None:
+    """At p = 1 - e^-200 the log-likelihood has no gradient left; the log-odds keep a unit one and every digit."""
+    row_PV = torch.zeros(1, 5, dtype=dtype)
+    row_PV[0, 2] = 200.0
+    ids_P = torch.tensor([2])
+    leaf_PV = row_PV.clone().requires_grad_()
+    odds_P = selected_log_odds(leaf_PV, ids_P)
+    assert float(odds_P.detach()) == pytest.approx(200.0 - math.log(4.0), rel=1e-6)
+    odds_P.sum().backward()
+    assert leaf_PV.grad[0].float().tolist() == pytest.approx([-0.25, -0.25, 1.0, -0.25, -0.25])
+    flat_PV = row_PV.clone().requires_grad_()
+    selected_log_likelihood(flat_PV, ids_P).sum().backward()
+    assert float(flat_PV.grad.abs().max()) < 1e-30
+
+
+def test_log_odds_are_the_logit_of_p() -> None:
+    """The masked form equals log p - log(1 - p) where that can be computed, on both sides of a half."""
+    logits_PV, ids_P = logits(4.0)
+    ids_P[:3] = logits_PV[:3].argmax(-1)
+    p_P = logits_PV.softmax(-1)[range(6), ids_P]
+    assert torch.allclose(selected_log_odds(logits_PV, ids_P), torch.logit(p_P), rtol=1e-12, atol=1e-12)
+    assert p_P.min() < 0.02
+    assert p_P.max() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened(dtype: torch.dtype) -> None:
+    """The sums run in float32: half precision costs the rounding of the logits, not that of the logsumexp."""
+    logits_PV, ids_P = logits(5.0)
+    half_PV = logits_PV.to(dtype)
+    for function in (selected_log_likelihood, selected_log_odds):
+        found_P = function(half_PV, ids_P)
+        assert found_P.dtype == torch.float32
+        assert torch.allclose(found_P.double(), function(half_PV.double(), ids_P), rtol=1e-5, atol=1e-5)
+    value = expected_value(half_PV[0], torch.tensor([1, 4]), torch.tensor([3.0, 9.0]))
+    assert value.dtype == torch.float32
+
+
+def test_expected_value() -> None:
+    """The expectation runs over the candidates alone, renormalised, in any order, up to any confidence."""
+    logits_V = torch.tensor([5.0, 0.0, math.log(3.0), 80.0], dtype=torch.float64)
+    found = expected_value(logits_V, torch.tensor([2, 1]), torch.tensor([9.0, 1.0]))
+    assert float(found) == pytest.approx(0.75 * 9 + 0.25 * 1, rel=1e-14)
+    assert float(expected_value(logits_V, torch.tensor([1]), torch.tensor([4.0]))) == 4.0
+    sure = expected_value(1e4 * logits_V, torch.tensor([0, 3]), torch.tensor([2.0, 7.0]))
+    assert float(sure) == 7.0
+
+
+def test_a_batch_equals_its_members() -> None:
+    """Matrices of several sizes and orientations in one call give what each gives alone; zeros stay zeros."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(5, 9), (9, 5), (5, 5), (1, 9), (5, 9), (12, 12), (5, 9)]
+    jacs_SD = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    jacs_SD[4] = torch.zeros(5, 9, dtype=torch.float64)
+    assert spectral_shares(jacs_SD) == [spectral_share(jac_SD) for jac_SD in jacs_SD]
+    assert spectral_shares([]) == []
+    for rank in (0, 1, 3):
+        for jac_SD, basis_RD in zip(jacs_SD, top_right_vectors(jacs_SD, rank), strict=True):
+            alone_RD = top_right_vectors([jac_SD], rank)[0]
+            assert torch.equal(basis_RD, alone_RD)
+            assert len(basis_RD) == min(rank, int(torch.linalg.matrix_rank(jac_SD)))
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "steep", "gap", "pairs"])
+def test_top_vectors_of_hard_spectra(spectrum: str) -> None:
+    """Where the block iteration does not converge, the full decomposition answers; the residual tells."""
+    generator = torch.Generator().manual_seed(0)
+    size = 40
+    sigma_N = {
+        "flat": torch.linspace(1.0, 0.97, size),
+        "steep": torch.logspace(0, -7, size),
+        "gap": torch.cat([torch.tensor([1.0, 1e-5]), torch.full((size - 2,), 1e-7)]),
+        "pairs": torch.linspace(1.0, 0.1, size // 2).repeat_interleave(2),
+    }[spectrum].double()
+    left_NN = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    right_ND = torch.linalg.qr(torch.randn(60, size, generator=generator, dtype=torch.float64)).Q.T
+    matrix_ND = left_NN @ (sigma_N[:, None] * right_ND)
+    (basis_RD,) = top_right_vectors([matrix_ND], 2)
+    assert basis_RD.shape == (2, 60)
+    assert torch.allclose(basis_RD @ basis_RD.T, torch.eye(2, dtype=torch.float64), atol=1e-12)
+    held = float((matrix_ND @ basis_RD.T).square().sum() / matrix_ND.square().sum())
+    assert held == pytest.approx(float(sigma_N[:2].square().sum() / sigma_N.square().sum()), rel=1e-10)
+    wanted_DD = right_ND[:2].T @ right_ND[:2]
+    assert torch.allclose(basis_RD.T @ basis_RD, wanted_DD, atol=1e-6)

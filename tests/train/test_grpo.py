@@ -1,0 +1,215 @@
+"""Protects `cepo train`: settings are checked early, and a killed run ends with an uninterrupted run's weights."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cepo.cli.app import main
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.train import testbed
+from cepo.train.grpo import build_rewards, grpo_arguments, last_complete_checkpoint, load_config, train
+from cepo.train.policy import load_testbed_judge
+from tests.paths import ROOT
+
+RECIPES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge warmed up just enough to write partly right forms, so that rewards differ and gradients flow."""
+    folder = tmp_path_factory.mktemp("judge")
+    torch.set_num_threads(1)
+    tokenizer = testbed.build_tokenizer()
+    model = testbed.build_model(tokenizer, seed=0)
+    testbed.warm_start(model, tokenizer, judge="lazy", steps=40, batch_size=32, seed=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_config(path: Path, judge: Path, **changes: Any) -> Path:
+    config = {
+        "model": str(judge),
+        "output": str(path.parent / "run"),
+        "threads": 1,
+        "data": {"source": "testbed", "count": 16, "test_count": 4},
+        "rewards": [{"name": "format"}, {"name": "argmax"}, {"name": "causal", "counterfactuals": 1}],
+        "grpo": {
+            "max_steps": 6,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 40,
+            "learning_rate": 1e-3,
+            "save_steps": 1,
+            "report_to": [],
+        },
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(config: Path, output: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "cepo", "train", str(config), "--output", str(output)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_killed_and_started_again_ends_with_the_same_weights(judge: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", judge)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    victim = start(config, broken)
+    deadline = time.monotonic() + 300
+    while last_complete_checkpoint(broken) is None and victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    reached = last_complete_checkpoint(broken)
+    assert reached is not None
+    assert int(reached.name.split("-")[1]) < 6, "the run was over before it could be killed"
+    for output in (broken, whole):
+        run = start(config, output)
+        _, stderr = run.communicate()
+        assert run.returncode == 0, stderr.decode()[-2000:]
+    trained = load_file(whole / "final" / "model.safetensors")
+    resumed = load_file(broken / "final" / "model.safetensors")
+    untrained = load_file(judge / "model.safetensors")
+    assert all(torch.equal(trained[name], resumed[name]) for name in trained)
+    assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
+    logs = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    steps = [log["step"] for log in logs if "rewards/causal/mean" in log]
+    assert steps == [1, 2, 3, 4, 5, 6]  # each step once, none lost, none doubled
+    for log in (log for log in logs if "time/step" in log):  # where the seconds of a step go
+        parts = [log[f"time/{part}"] for part in ("generation", "rewards", "policy_update")]
+        assert all(part > 0.0 for part in parts)
+        assert sum(parts) <= log["time/step"]
+        spent = [log[f"causal/seconds/{part}"] for part in ("links", "counterfactuals", "spectral")]
+        assert sum(spent) <= log["causal/seconds"] <= log["time/rewards"]
+    assert "causal/X->Y/phi" in logs[0] or logs[0]["causal/malformed"] == 1.0
+
+
+def test_lora_saves_an_adapter_that_loads_again(judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"lora": {"r": 4, "lora_alpha": 8}}
+    config = write_config(tmp_path / "config.yaml", judge, **settings)
+    monkeypatch.setattr(sys, "argv", ["cepo", "train", str(config), "--max-steps", "2"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    final = tmp_path / "run" / "final"
+    model, tokenizer = load_model(resolve_model(str(final)))
+    assert model.peft_config["default"].r == 4
+    assert any(bool(value.abs().sum() > 0) for name, value in model.named_parameters() if "lora_B" in name)
+    text = "judge by clarity of the answer"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_finished_run_is_not_trained_on_and_another_run_is_not_mixed_in(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config(tmp_path / "config.yaml", judge), {"grpo.max_steps": 1})
+    final = train(config)
+    weights = (final / "model.safetensors").read_bytes()
+    monkeypatch.setattr("cepo.train.grpo.load_policy", lambda *_, **__: pytest.fail("nothing is left to train"))
+    assert train(config) == final
+    assert (final / "model.safetensors").read_bytes() == weights
+    for file in final.iterdir():
+        file.unlink()
+    final.rmdir()  # as a kill between the last checkpoint and final/ leaves it
+    assert (train(config) / "model.safetensors").read_bytes() == weights
+    assert not (final / "optimizer.pt").exists()
+    with pytest.raises(ValueError, match="another seed"):
+        train(replace(config, seed=5))
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        train(config, fresh=True)
+
+
+def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "pairs.jsonl"
+    good = json.dumps({"prompt": "about my poem", "chosen": "lucid", "rejected": "rude"})
+    source.write_text(f"{good}\n{{broken\n{good}\n")
+    monkeypatch.setattr("cepo.train.grpo.load_policy", lambda *_, **__: pytest.fail("as far as it should come"))
+    config = load_config(write_config(tmp_path / "c.yaml", judge, data={"source": str(source)}), {})
+    with pytest.raises(pytest.fail.Exception):
+        train(replace(config, data={"source": str(source), "test_fraction": 0.0}))
+    assert "1 row(s)" in caplog.text
+    assert "line 2" in caplog.text
+    with pytest.raises(ValueError, match="no row to train on"):
+        train(replace(config, data={"source": str(source), "test_fraction": 1.0}))
+
+
+def test_a_partial_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step, complete in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "cepo_complete").touch()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
+    config = load_config(recipe, {})
+    grpo_arguments(config)
+    functions, weights = build_rewards(config)
+    assert len(functions) == len(weights) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"optimiser": 1}, "unknown key optimiser"),
+        ({"model": None}, "lacks model"),
+        ({"kind": "poet"}, "kind is 'poet'"),
+        ({"rewards": [{"name": "beauty"}]}, "rewards holds"),
+        ({"rewards": [{"name": "causal", "links": {"X->Q": 1.0}}]}, "unknown span 'Q'"),
+        ({"rewards": [{"name": "causal", "counterfactuals": -1}]}, "counterfactuals"),
+        ({"rewards": [{"name": "causal", "p": float("nan")}]}, "p is NaN"),
+        ({"rewards": [{"name": "causal", "rank": 100000}]}, "rank is 100000"),
+        ({"rewards": [{"name": "causal", "colour": "red"}]}, "colour"),
+        ({"rewards": [{"name": "format", "weight": -1.0}]}, "weight of format"),
+        ({"rewards": [{"name": "format", "links": {}}]}, "no settings"),
+        ({"grpo": {"warp": 9}}, "warp"),
+        ({"grpo": {"learning_rate": "fast"}}, "grpo.learning_rate is 'fast'"),
+        ({"lora": {"rank": 4}}, "LoraConfig"),
+        ({"model": "./nowhere"}, "which is not there"),
+        ({"data": {"limit": 1}}, "data.source"),
+        ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"data": {"source": "testbed", "colour": 1}}, "unknown option colour"),
+    ],
+)
+def test_bad_settings_end_in_one_paragraph_and_exit_code_2(
+    changes: dict[str, Any],
+    complaint: str,
+    judge: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path / "config.yaml", judge, **changes)
+    monkeypatch.setattr(sys, "argv", ["cepo", "train", str(config)])
+    monkeypatch.setattr("cepo.train.grpo.load_policy", lambda *_, **__: pytest.fail("a model was loaded first"))
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert complaint in message
+    assert message.startswith("cepo: ")
+    assert "Traceback" not in message
+
+
+def test_the_testbed_judge_is_cached_and_served_unchanged(tmp_path: Path) -> None:
+    first, _ = load_testbed_judge("able", steps=2, seed=3, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    second, _ = load_testbed_judge("able", steps=2, seed=3, cache=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
