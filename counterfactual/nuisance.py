@@ -9,8 +9,6 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from cepo.kernels.launch import Implementation, takes_over
-from cepo.kernels.projection.door import MAX_RANK, project_out_batch
 from cepo.kernels.spectral import project_out, top_right_vectors
 
 
@@ -58,22 +56,14 @@ def nuisance_bases(
     return found
 
 
-def remove_nuisance(jac_SD: Tensor, basis_RD: Tensor, *, implementation: Implementation = "torch") -> Tensor:
+def remove_nuisance(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
     """Return the residual J - (J V) V^T, in J's dtype; J itself for an empty basis.
 
     Args:
         jac_SD: (S, D).
         basis_RD: orthonormal rows.
-        implementation: of the projection; "auto" takes the Triton kernel where it serves matrices such as these.
     """
-    if not len(basis_RD):
-        return jac_SD
-    if len(basis_RD) > MAX_RANK or not takes_over(implementation, jac_SD):
-        return project_out(jac_SD, basis_RD)
-    basis_RD = basis_RD.to(jac_SD.dtype)
-    return (
-        project_out_batch(jac_SD[None], basis_RD[None], implementation=implementation).residual_NSD[0].to(jac_SD.dtype)
-    )
+    return project_out(jac_SD, basis_RD) if len(basis_RD) else jac_SD
 
 
 def remove_mean(jac_SD: Tensor, jacs_SD: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from cepo.counterfactual.nuisance import remove_nuisance
 from cepo.fusion.requests import reward_requests
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.engine import GroupEngine
@@ -223,20 +222,3 @@ def test_a_grpo_step_with_lora_is_rewarded_on_the_kernels(
     assert all(value is not None and value > 0.0 for value in found["torch"])
     assert found["triton"] == pytest.approx(found["torch"], rel=1e-4)
     assert set(launches) == LAYERS | ATTENTION | HEAD
-
-
-def test_the_nuisance_is_removed_by_the_kernel_when_asked(launches: Counter[str]) -> None:
-    """With a float64 basis, as it is found; by plain PyTorch where the kernel does not serve."""
-    generator = torch.Generator().manual_seed(0)
-    jac_SD = torch.randn(9, 40, generator=generator)
-    basis_RD = torch.linalg.qr(torch.randn(40, 3, generator=generator, dtype=torch.float64)).Q.mT
-    wanted = remove_nuisance(jac_SD.double(), basis_RD)
-    found = remove_nuisance(jac_SD, basis_RD, implementation="triton")
-    assert launches == {"project_out_kernel": 1}
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), wanted, atol=1e-6)
-    assert torch.equal(remove_nuisance(jac_SD, basis_RD, implementation="auto"), remove_nuisance(jac_SD, basis_RD))
-    assert remove_nuisance(jac_SD, basis_RD[:0], implementation="triton") is jac_SD
-    with pytest.raises(ValueError, match="float64"):
-        remove_nuisance(jac_SD.double(), basis_RD, implementation="triton")
-    assert launches == {"project_out_kernel": 1}
