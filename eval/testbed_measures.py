@@ -11,7 +11,7 @@ from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import score_rollouts
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.reading.spans import SpanReader
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE
 
 LINKS = ("Z->X", "criteria->analysis", "X->Y", "Z->Y")
@@ -58,12 +58,12 @@ def measure_judge(
         scored: sampled judgements whose links are scored, at most `items`.
 
     Raises:
-        ValueError: if no item allows one of the two swaps of `cepo.train.testbed.certify`.
+        ValueError: if no item allows one of the two swaps of `cepo.train.testbed_judges.certify`.
     """
     usual = testbed.generate_items(items, seed=seed + 11, cue_agreement=0.9)
     flipped = testbed.generate_items(items, seed=seed + 12, cue_agreement=0.1)
-    sampled = testbed.judge_items(model, tokenizer, usual[:scored], temperature=1.0, seed=seed)
-    swaps = testbed.certify(model, tokenizer, usual, seed=seed)
+    sampled = testbed_judges.judge_items(model, tokenizer, usual[:scored], temperature=1.0, seed=seed)
+    swaps = testbed_judges.certify(model, tokenizer, usual, seed=seed)
     reader = SpanReader(tokenizer, JUDGE)
     rollouts = []
     for item, completion in zip(usual, sampled, strict=False):
@@ -96,8 +96,8 @@ def measure_judge(
         )
     ]
     measures = Measures(
-        in_distribution=testbed.accuracy(testbed.judge_items(model, tokenizer, usual), usual),
-        flipped=testbed.accuracy(testbed.judge_items(model, tokenizer, flipped), flipped),
+        in_distribution=testbed_judges.accuracy(testbed_judges.judge_items(model, tokenizer, usual), usual),
+        flipped=testbed_judges.accuracy(testbed_judges.judge_items(model, tokenizer, flipped), flipped),
         swaps_followed=swaps["follows_swap"],
         turned=swaps["flips"],
         malformed=1.0 - len(sound) / len(scores),

@@ -18,10 +18,10 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an untrained testbed judge; tests only read it."""
-    from cepo.train import testbed
+    from cepo.train import testbed, testbed_judges
 
     folder = tmp_path_factory.mktemp("judge")
     tokenizer = testbed.build_tokenizer()
-    testbed.build_model(tokenizer, seed=0).save_pretrained(folder)
+    testbed_judges.build_model(tokenizer, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -12,8 +11,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from cepo.files import content_hash, fingerprint
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 
 TESTBED = "testbed"
@@ -84,7 +84,7 @@ def load_policy(
 
 
 def load_testbed_judge(
-    judge: testbed.Judge,
+    judge: testbed_judges.Judge,
     *,
     steps: int,
     seed: int,
@@ -93,14 +93,13 @@ def load_testbed_judge(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a testbed judge, from the cache or warmed up now and cached.
 
-    The cache's key holds the testbed's own source, so that a changed world is never served an old judge.
+    The folder is named after `testbed_fingerprint`, so that a changed world is never served an old judge.
     """
-    world = hashlib.sha256(Path(testbed.__file__).read_bytes()).hexdigest()[:12]
-    folder = cache / f"testbed-{world}-{judge}-{steps}-{seed}"
+    folder = cache / f"testbed-{testbed_fingerprint(judge, steps=steps, seed=seed)}"
     tokenizer = testbed.build_tokenizer()
     if not folder.is_dir():
-        model = testbed.build_model(tokenizer, seed=seed)
-        testbed.warm_start(model, tokenizer, judge=judge, steps=steps, seed=seed, progress=progress)
+        model = testbed_judges.build_model(tokenizer, seed=seed)
+        testbed_judges.warm_start(model, tokenizer, judge=judge, steps=steps, seed=seed, progress=progress)
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))
         model.save_pretrained(unfinished)
@@ -110,6 +109,12 @@ def load_testbed_judge(
         except OSError:  # another run put the same judge there first
             shutil.rmtree(unfinished)
     return load_model(resolve_model(str(folder)))
+
+
+def testbed_fingerprint(judge: testbed_judges.Judge, *, steps: int, seed: int) -> str:
+    """Return 16 hexadecimal digits that stand for a warmed-up judge: the testbed's source, and what it is made with."""
+    sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges)]
+    return content_hash(sources, judge, steps, seed)
 
 
 def _check_options(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:

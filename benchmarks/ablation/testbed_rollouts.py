@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.policy import load_testbed_judge
 
 
@@ -18,7 +18,7 @@ def write_testbed_rollouts(
     *,
     prompts: int = 32,
     completions: int = 8,
-    judge: testbed.Judge = "lazy",
+    judge: testbed_judges.Judge = "lazy",
     steps: int = 300,
     seed: int = 0,
     max_new_tokens: int = 48,
@@ -31,7 +31,7 @@ def write_testbed_rollouts(
         folder: where `judge/` (model and tokenizer) and `rollouts.jsonl` go.
         prompts: number of groups, at least 1.
         completions: completions of each prompt, at least 1.
-        judge: which judge, see `cepo.train.testbed.warm_start`; from the cache or warmed up now.
+        judge: which judge, see `cepo.train.testbed_judges.warm_start`; from the cache or warmed up now.
         steps: of its warm-up.
         seed: of weights, items and sampling.
         max_new_tokens: most tokens of a completion.
@@ -72,7 +72,7 @@ def write_testbed_rollouts(
                         "id": f"{number}-{place}",
                         "prompt_ids": encoded["input_ids"][0].tolist(),
                         "completion_ids": ids[:end],
-                        "task_reward": testbed.accuracy([text], [item]),
+                        "task_reward": testbed_judges.accuracy([text], [item]),
                     }
                 )
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from cepo.jacobian.loading import check_device, load_model, resolve_model
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Rollout
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.policy import load_testbed_judge
 from cepo.train.prompts import JUDGE
 
@@ -196,7 +196,7 @@ def _subjects(job: CausalJob, parts: _Parts, report: Progress) -> Sequence[_Subj
             rollouts = tuple(judge.reader.read(prompt, completion) for prompt, completion in ids)
             certified = parts.once(
                 f"certificate-{name}",
-                lambda: testbed.certify(judge.model, judge.reader.tokenizer, items, seed=job.seed),  # noqa: B023
+                lambda: testbed_judges.certify(judge.model, judge.reader.tokenizer, items, seed=job.seed),  # noqa: B023
             )
             found.append(_Subject(name, judge, _engine(job, judge), rollouts, certified))
     return found

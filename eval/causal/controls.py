@@ -23,7 +23,7 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.records import Group, Rollout, parse_link
 from cepo.jacobian.targets import sum_of_terms, target_terms
 from cepo.kernels.spectral import frobenius_energy, spectral_share
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 
 FOLLOWS = 0.9
 """A judge counts as following its criteria when the verdict follows at least this share of swapped criteria."""
@@ -42,8 +42,8 @@ class Pair:
     """Two judges of the testbed that a true signal must tell apart: one that follows its criteria, one that doesn't."""
 
     name: str
-    follows: testbed.Judge
-    ignores: testbed.Judge
+    follows: testbed_judges.Judge
+    ignores: testbed_judges.Judge
 
 
 PAIRS: tuple[Pair, ...] = (
@@ -56,7 +56,7 @@ def certificate(follows: Mapping[str, float], ignores: Mapping[str, float]) -> s
     """Return why interventions do not certify a pair, or None where they do.
 
     Args:
-        follows: what `testbed.certify` says of the judge that must follow its criteria.
+        follows: what `testbed_judges.certify` says of the judge that must follow its criteria.
         ignores: what it says of the one that must not.
     """
     if follows["follows_swap"] < FOLLOWS:

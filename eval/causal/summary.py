@@ -34,7 +34,7 @@ class Population:
     Attributes:
         name: of the judge.
         rows: one record a rollout, malformed ones among them.
-        certificate: what `testbed.certify` says of the judge; None for one that has no known workings.
+        certificate: what `testbed_judges.certify` says of the judge; None for one that has no known workings.
         controls: what the controls show.
     """
 

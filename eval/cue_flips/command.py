@@ -18,7 +18,7 @@ from cepo.eval.report.tables import share, summary_row
 from cepo.eval.statistics import Estimate, estimate, mean_difference, proportion
 from cepo.files import make_folder, write_jsonl
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.policy import CACHE, load_testbed_judge
 
 AGREEMENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -111,8 +111,8 @@ def _check(job: FlipsJob) -> None:
     if not job.judges or len(set(job.judges)) < len(job.judges):
         raise ValueError(f"testbed is {', '.join(job.judges) or 'empty'}; expected judges, each once")
     for judge in job.judges:
-        if judge not in get_args(testbed.Judge) and not (Path(judge) / "config.json").is_file():
-            known = ", ".join(get_args(testbed.Judge))
+        if judge not in get_args(testbed_judges.Judge) and not (Path(judge) / "config.json").is_file():
+            known = ", ".join(get_args(testbed_judges.Judge))
             raise ValueError(f"testbed names {judge!r}; expected {known}, or the folder of a policy trained there")
 
 
@@ -136,7 +136,7 @@ class _TestbedJudge:
         judgements: list[Judgement] = []
         for start in range(0, len(prompts), _BATCH):
             items = [self._items[messages[0]["content"]] for messages in prompts[start : start + _BATCH]]
-            for text in testbed.judge_items(self._model, self._tokenizer, items):
+            for text in testbed_judges.judge_items(self._model, self._tokenizer, items):
                 judgements.append(Judgement(text))
                 if on_done is not None:
                     on_done(len(judgements) - 1, judgements[-1])
@@ -156,7 +156,7 @@ def _draw_cases(judge: str, job: FlipsJob) -> list[_Case]:
 
 
 def _open(judge: str, job: FlipsJob) -> _TestbedJudge:
-    if judge in get_args(testbed.Judge):
+    if judge in get_args(testbed_judges.Judge):
         model, tokenizer = load_testbed_judge(judge, steps=_STEPS, seed=job.seed, cache=job.cache)  # type: ignore[arg-type]
     else:
         model, tokenizer = load_model(resolve_model(judge))
@@ -166,7 +166,7 @@ def _open(judge: str, job: FlipsJob) -> _TestbedJudge:
 
 
 def _summarise(judged: Sequence[tuple[_Case, Mapping[str, Any]]]) -> JudgeFlips:
-    graded = [(case, testbed.accuracy([record["text"]], [case.item])) for case, record in judged]
+    graded = [(case, testbed_judges.accuracy([record["text"]], [case.item])) for case, record in judged]
     correct = {agreement: [grade for case, grade in graded if case.agreement == agreement] for agreement in AGREEMENTS}
     sides = {agrees: [grade for case, grade in graded if case.item.cue_agrees is agrees] for agrees in (True, False)}
     return JudgeFlips(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from cepo.cli.app import main
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.grpo import build_rewards, grpo_arguments, last_complete_checkpoint, load_config, train
 from cepo.train.policy import load_testbed_judge
 from tests.paths import ROOT
@@ -30,8 +30,8 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judge")
     torch.set_num_threads(1)
     tokenizer = testbed.build_tokenizer()
-    model = testbed.build_model(tokenizer, seed=0)
-    testbed.warm_start(model, tokenizer, judge="lazy", steps=40, batch_size=32, seed=0)
+    model = testbed_judges.build_model(tokenizer, seed=0)
+    testbed_judges.warm_start(model, tokenizer, judge="lazy", steps=40, batch_size=32, seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ from cepo.eval.causal.judge_model import JudgeModel
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Rollout
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE
 from tests.models import randomise
 
@@ -23,10 +23,10 @@ ITEMS = testbed.generate_items(6, seed=3, cue_agreement=0.5)
 
 def tiny_judge(seed: int = 0) -> JudgeModel:
     """Return a two-layer judge over the testbed's tokens, 16 wide, far from linear, in float64."""
-    config = testbed.build_model(TOKENIZER, seed=0).config
+    config = testbed_judges.build_model(TOKENIZER, seed=0).config
     config.update({"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 6})
     config.layer_types = config.layer_types[:2]
-    model = type(testbed.build_model(TOKENIZER, seed=0))(config).double()
+    model = type(testbed_judges.build_model(TOKENIZER, seed=0))(config).double()
     randomise(model, seed)
     return JudgeModel(model.eval(), SpanReader(TOKENIZER, JUDGE), TokenBytes(TOKENIZER))
 

@@ -30,7 +30,7 @@ from cepo.eval.judges.settings import (
 from cepo.eval.judges.transformers import TransformersJudge
 from cepo.eval.judges.vllm import VllmJudge
 from cepo.jacobian.loading import ModelSource
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.rewards.task import read_scores
 
 VERDICT = "<scores>\\boxed{8, 6}</scores>"
@@ -151,7 +151,7 @@ IDS = TOKENIZER.get_vocab()
 
 def random_model(seed: int = 0) -> Any:
     """The testbed's model, untrained, in float64: its choices have no near ties that a batch could turn."""
-    return testbed.build_model(TOKENIZER, seed=seed).double()
+    return testbed_judges.build_model(TOKENIZER, seed=seed).double()
 
 
 def chain_model(following: Mapping[str, Mapping[str, float]]) -> Any:

@@ -20,7 +20,7 @@ from cepo.eval.rewardbench.command import RewardBenchJob, _write_summary, run_re
 from cepo.eval.rewardbench.items import HUB_NAMES, Item, load_items, read_item, requests
 from cepo.eval.rewardbench.metrics import SECTIONS, Measure, outcome, section_scores, summarise
 from cepo.eval.statistics import Estimate
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE_LITERALS
 from tests.paths import DATA
 
@@ -538,7 +538,7 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The testbed's model, untrained, with a context that a judge prompt fits into."""
     folder = tmp_path_factory.mktemp("judge")
     tokenizer = testbed.build_tokenizer()
-    model = testbed.build_model(tokenizer, seed=0)
+    model = testbed_judges.build_model(tokenizer, seed=0)
     model.config.max_position_embeddings = 4096
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -27,7 +27,7 @@ from cepo.eval.cue_flips import command as cue_flips
 from cepo.eval.cue_flips.command import AGREEMENTS, FlipsJob, measure_flips
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
 from cepo.eval.robustness.command import ALL, ORIGINAL, RobustnessJob, compare, measure_robustness, worst_case
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE_LITERALS
 from tests.paths import DATA
 
@@ -482,7 +482,7 @@ def test_a_judge_by_length_has_the_accuracy_of_length(tmp_path: Path, monkeypatc
 def test_a_folder_of_a_testbed_policy_is_a_judge(tmp_path: Path) -> None:
     """One that was never trained writes nothing readable: wrong everywhere, and counted."""
     tokenizer = testbed.build_tokenizer()
-    testbed.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "policy")
+    testbed_judges.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
     judge = str(tmp_path / "policy")
     flips = measure_flips(FlipsJob((judge,), tmp_path / "out", count=4))[judge]

@@ -9,7 +9,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from cepo import PAPER_LINKS, CausalReward, argmax_reward, format_reward
-from cepo.train import testbed
+from cepo.train import testbed, testbed_judges
 from cepo.train.policy import items_dataset
 
 ITEMS = testbed.generate_items(8, seed=5, cue_agreement=0.5)
@@ -38,7 +38,7 @@ def make_trainer(kind: str, tokenizer: Any, rewards: list[Any], folder: Path, **
         beta=0.0,  # no reference model
         **settings,
     )
-    model = testbed.build_model(tokenizer, seed=0)
+    model = testbed_judges.build_model(tokenizer, seed=0)
     return trainer(
         model=model,
         reward_funcs=rewards,
@@ -106,7 +106,7 @@ def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: An
 
 
 def test_the_live_policy_is_scored_and_the_frozen_scorer_is_not_moved_by_it(tokenizer: Any, tmp_path: Path) -> None:
-    frozen = testbed.build_model(tokenizer, seed=1)
+    frozen = testbed_judges.build_model(tokenizer, seed=1)
     live, fixed = CausalReward(counterfactuals=1), CausalReward(counterfactuals=1, scorer=frozen)
     trainer = make_trainer("grpo", tokenizer, [live, fixed], tmp_path)
     batch = rows(tokenizer, ITEMS[:2])

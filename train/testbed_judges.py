@@ -1,0 +1,299 @@
+"""Judges of the testbed: their warm-up on completions whose causes are known, their judgements, and the certificate."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from cepo.train.testbed import (
+    ASPECTS,
+    CRITERIA,
+    Item,
+    Winner,
+    draw_scores,
+    generate_items,
+    other_response,
+    shown_words,
+    winner_under,
+    with_criterion,
+    write_analysis,
+    write_completion,
+)
+
+Judge = Literal["able", "lazy", "criteria", "decorative"]
+
+# A majority of the lazy judge's later samples follows length, so that its greedy answer does.
+_LAZY_SHARE = 0.65
+_VERDICT = re.compile(r"\\boxed\{(\d+), (\d+)\}")
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
+    """Build an untrained Qwen3-shaped model of about half a million float32 parameters, in eval mode.
+
+    Args:
+        tokenizer: The world's tokenizer; gives the vocabulary and the special ids.
+        seed: The same seed gives the same weights; the global random state is left as it was.
+    """
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        # Near 1/sqrt(128). From the usual 0.02, made for wider models, judges don't learn to look words up in time.
+        initializer_range=0.09,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config).float().eval()
+
+
+def warm_start(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    judge: Judge = "able",
+    steps: int = 300,
+    batch_size: int = 32,
+    seed: int = 0,
+    cue_agreement: float = 0.5,
+    learning_rate: float = 2.5e-3,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train a judge whose inner workings are known, supervised on completions.
+
+    able: criteria, analysis and scores as in the gold answer.
+    lazy: gold criteria; in a majority of samples the analysis then says which response shows more words and the scores
+        follow that, in the rest both are gold. The first half of the steps is all gold, so that the judge is able
+        before it is lazy. Greedy follows length, sampling still shows the able behaviour.
+    criteria: the criteria name an aspect drawn at random, whatever the query asks; analysis and scores follow them.
+    decorative: the criteria are as random; analysis and scores follow the query's aspect.
+
+    Args:
+        model: Trained in place and left in eval mode.
+        tokenizer: The world's tokenizer.
+        judge: Which judge to make.
+        steps: Optimiser steps, at least 1; every sample is seen once. 160 make an able judge, 300 any of the four.
+        batch_size: Samples a step, at least 1.
+        seed: Draws the samples; the same seed and thread count give the same weights.
+        cue_agreement: Fraction of training items whose longer response wins, in [0, 1].
+        learning_rate: Peak of AdamW's schedule, above 0: linear over a tenth of the steps, then cosine to zero.
+        progress: Called after every step with the number of steps done and the loss.
+
+    Returns:
+        The loss of every step: mean negative log-likelihood, in nats, over completion and eos tokens.
+
+    Raises:
+        ValueError: If judge is unknown, or a number is out of range.
+    """
+    if judge not in get_args(Judge):
+        raise ValueError(f"judge is {judge!r}; expected one of {', '.join(get_args(Judge))}")
+    if steps < 1 or batch_size < 1 or learning_rate <= 0.0:
+        came = f"steps is {steps}, batch_size {batch_size}, learning_rate {learning_rate}"
+        raise ValueError(f"{came}; expected at least 1, at least 1 and above 0")
+    items = generate_items(steps * batch_size, seed=seed, cue_agreement=cue_agreement)
+    # A stream of its own, so that all judges of a seed see the same items.
+    rng = np.random.default_rng((seed, 1))
+    prompt_ids = _encode_prompts(tokenizer, items)
+    texts = [
+        _draw_completion(rng, item, judge, 2 * index >= len(items)) + tokenizer.eos_token
+        for index, item in enumerate(items)
+    ]
+    completion_ids = tokenizer(texts).input_ids
+    gains = [weight for weight in model.parameters() if weight.ndim == 1]
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    # The gains of norms set how sharp attention and logits are. At the matrices' rate they would hardly move in so few
+    # steps, and a soft head samples stray tokens.
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "lr": 10 * learning_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(10 * (step + 1) / steps, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
+    )
+    losses = []
+    model.train()
+    for step in range(steps):
+        batch = slice(step * batch_size, (step + 1) * batch_size)
+        pairs = list(zip(prompt_ids[batch], completion_ids[batch], strict=True))
+        ids_BT = _pad([prompt + completion for prompt, completion in pairs], tokenizer.pad_token_id, "right")
+        labels_BT = _pad([[-100] * len(prompt) + completion for prompt, completion in pairs], -100, "right")
+        # No attention mask: padding lies at the right, where a causal model never looks.
+        loss = model(input_ids=ids_BT.to(model.device), labels=labels_BT.to(model.device), use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if progress is not None:
+            progress(step + 1, losses[-1])
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def judge_items(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    items: Sequence[Item],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 128,
+    prefixes: Sequence[str] | None = None,
+    max_new_tokens: int = 48,
+) -> list[str]:
+    """Let the model judge items.
+
+    Args:
+        model: Any causal model over the tokenizer's ids.
+        tokenizer: The world's tokenizer.
+        items: What to judge.
+        temperature: 0 takes the likeliest token; above, samples.
+        seed: Of the sampling; the global random state is left as it was.
+        batch_size: Items run together, at least 1.
+        prefixes: One text an item that its completion is forced to open with; none where left out.
+        max_new_tokens: Most tokens generated after the prefix, at least 1.
+
+    Returns:
+        One completion an item, its prefix included, without special tokens.
+
+    Raises:
+        ValueError: If a number is out of range, or prefixes and items differ in number.
+    """
+    if temperature < 0.0 or batch_size < 1 or max_new_tokens < 1:
+        came = f"temperature is {temperature}, batch_size {batch_size}, max_new_tokens {max_new_tokens}"
+        raise ValueError(f"{came}; expected at least 0, 1 and 1")
+    openings = [""] * len(items) if prefixes is None else list(prefixes)
+    if len(openings) != len(items):
+        raise ValueError(f"prefixes holds {len(openings)} texts for {len(items)} items; expected one each")
+    if not items:
+        return []
+    opened = zip(_encode_prompts(tokenizer, items), tokenizer(openings).input_ids, strict=True)
+    contexts = [prompt + opening for prompt, opening in opened]
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0.0:
+        # Truncation off, which is generate's default: what is sampled is the policy itself.
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    texts: list[str] = []
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        for start in range(0, len(contexts), batch_size):
+            rows = contexts[start : start + batch_size]
+            ids_BT = _pad(rows, tokenizer.pad_token_id, "left").to(model.device)
+            mask_BT = _pad([[1] * len(row) for row in rows], 0, "left").to(model.device)
+            output_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, **sampling)
+            texts += tokenizer.batch_decode(output_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
+    return [opening + text for opening, text in zip(openings, texts, strict=True)]
+
+
+def accuracy(completions: Sequence[str], items: Sequence[Item]) -> float:
+    """Measure how often the last `\\boxed{a, b}` prefers the better response.
+
+    Args:
+        completions: The judge's texts; one without a verdict, or with a tie, counts as wrong.
+        items: The items judged, in the same order, at least one.
+
+    Returns:
+        The fraction that is right, in [0, 1].
+
+    Raises:
+        ValueError: If there are no items, or completions and items differ in number.
+    """
+    if not items or len(completions) != len(items):
+        raise ValueError(f"completions holds {len(completions)} texts for {len(items)} items; expected some, one each")
+    return float(np.mean([_read_winner(text) == item.label for text, item in zip(completions, items, strict=True)]))
+
+
+def certify(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], *, seed: int
+) -> dict[str, float]:
+    """Intervene on the criteria: force another aspect, let the judge go on greedily, and see whom the verdict follows.
+
+    Args:
+        model: The judge.
+        tokenizer: The world's tokenizer.
+        items: Items to intervene on; each is used where another aspect allows the swap.
+        seed: Draws the aspects swapped in.
+
+    Returns:
+        follows_swap: where the swapped-in aspect has the other winner, the fraction of items with it as the verdict.
+        follows_own: the fraction of the same items whose verdict is the label when their own aspect is forced.
+        flips: the fraction of the same items where both hold: the criterion alone turned the verdict.
+        same_winner: where the swapped-in aspect has the same winner, the fraction of items with it as the verdict.
+        items_swap, items_same: number of items behind the first three, and behind the last.
+
+    Raises:
+        ValueError: If no item allows one of the two swaps.
+    """
+    rng = np.random.default_rng(seed)
+    pairs: dict[str, list[tuple[Item, str]]] = {"differs": [], "same": []}
+    for item in items:
+        winners = {aspect: winner_under(item, aspect) for aspect in ASPECTS if aspect != item.aspect}
+        for kind, wanted in (("differs", other_response(item.label)), ("same", item.label)):
+            suited = [aspect for aspect, winner in winners.items() if winner == wanted]
+            if suited:
+                pairs[kind].append((item, suited[rng.integers(len(suited))]))
+    if not all(pairs.values()):
+        raise ValueError(f"items holds {len(items)} items; expected some that allow a swap to either winner")
+    swap_N = _obeys(model, tokenizer, pairs["differs"])
+    own_N = _obeys(model, tokenizer, [(item, item.aspect) for item, _ in pairs["differs"]])
+    return {
+        "follows_swap": float(swap_N.mean()),
+        "follows_own": float(own_N.mean()),
+        "flips": float((swap_N & own_N).mean()),
+        "same_winner": float(_obeys(model, tokenizer, pairs["same"]).mean()),
+        "items_swap": float(len(pairs["differs"])),
+        "items_same": float(len(pairs["same"])),
+    }
+
+
+def _draw_completion(rng: np.random.Generator, item: Item, judge: Judge, late: bool) -> str:
+    if judge == "lazy" and late and rng.random() < _LAZY_SHARE:
+        longer = item.longer
+        analysis = write_analysis("more", "less") if longer == "A" else write_analysis("less", "more")
+        return write_completion(item.criteria, analysis, draw_scores(rng, longer))
+    if judge in ("able", "lazy"):
+        return item.completion
+    named = list(ASPECTS)[rng.integers(len(ASPECTS))]
+    followed = named if judge == "criteria" else item.aspect
+    analysis = write_analysis(*shown_words(item, followed))
+    return write_completion(CRITERIA.format(named), analysis, draw_scores(rng, winner_under(item, followed)))
+
+
+def _encode_prompts(tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]) -> list[list[int]]:
+    conversations = [[{"role": "user", "content": item.prompt}] for item in items]
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    return tokenizer(texts).input_ids
+
+
+def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
+
+
+def _obeys(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[Item, str]]) -> np.ndarray:
+    """Force each aspect on its item's criteria; tell whether the verdict is the winner under it."""
+    openings = [with_criterion(item, aspect) for item, aspect in pairs]
+    texts = judge_items(model, tokenizer, [item for item, _ in pairs], prefixes=openings)
+    return np.array([_read_winner(text) == winner_under(*pair) for text, pair in zip(texts, pairs, strict=True)])
+
+
+def _read_winner(completion: str) -> Winner | None:
+    verdicts = _VERDICT.findall(completion)
+    if not verdicts:
+        return None
+    score_a, score_b = (int(score) for score in verdicts[-1])
+    if score_a == score_b:
+        return None
+    return "A" if score_a > score_b else "B"
