@@ -48,6 +48,12 @@ def test_folders_import_only_what_the_table_allows(folder: str) -> None:
             assert not any(module.startswith("cepo.train.grpo") for module in imported_modules(path))
 
 
+def test_files_needs_the_standard_library_alone() -> None:
+    """Every folder may import it, so it may import none of them, and start-up stays quick."""
+    modules = {module.split(".")[0] for module in imported_modules(ROOT / "cepo" / "files.py")}
+    assert modules <= sys.stdlib_module_names
+
+
 def test_the_table_in_contributing_is_the_one_enforced() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = dict(re.findall(r"^\| (\w+)/ \| .*? \| (.*?) \|$", text, flags=re.MULTILINE))

@@ -1,0 +1,147 @@
+"""Protects what every command's output rests on: whole files, nothing lost by a kill, and no mixture of two runs."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cepo.files import append_jsonl, claim, content_hash, fingerprint, read_jsonl, replacing, write_jsonl, write_text
+from tests.paths import ROOT
+
+SETTINGS = {"command": "cepo score", "model": "abc", "config": {"p": 0.2, "links": {"X->Y": 1.0}}, "ranks": (1, 2)}
+
+
+def claimed(folder: Path, settings: dict, *names: str) -> bool:
+    return claim(folder / "settings.json", settings, results=[folder / name for name in names or ("rows.jsonl",)])
+
+
+def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fail_half_way() -> None:
+        with replacing(path) as unfinished:
+            unfinished.write_text("half")
+            raise RuntimeError("torn")
+
+    with pytest.raises(RuntimeError, match="torn"):
+        fail_half_way()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_replaces_a_folder_that_is_not_empty(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        with replacing(tmp_path / "final") as unfinished:
+            unfinished.mkdir()
+            (unfinished / f"{text}.txt").write_text(text)
+    assert [path.name for path in tmp_path.rglob("*.txt")] == ["two.txt"]
+    assert os.listdir(tmp_path) == ["final"]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from cepo.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as unfinished:\n"
+        "    unfinished.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    assert len(os.listdir(tmp_path)) == 2
+    path.unlink()
+    claim(tmp_path / "settings.json", SETTINGS, results=[path])
+    assert os.listdir(tmp_path) == ["settings.json"], "the half-written file of the killed run is cleared"
+
+
+def test_records_come_back_as_strict_json(tmp_path: Path) -> None:
+    """NaN and infinities, which JSON does not have, would make the file unreadable to other tools."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"value": math.nan, "inner": [{"p": math.inf}, (1, -math.inf)]}])
+    append_jsonl(path, [{"row": 1}, {"row": 2}])
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    rows = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert rows == [{"value": None, "inner": [{"p": "inf"}, [1, "-inf"]]}, {"row": 1}, {"row": 2}]
+
+
+def test_a_torn_last_line_is_told_and_the_others_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"row": 0}, {"row": 1}])
+    with path.open("a") as file:
+        file.write('{"row": 2, "te')
+    rows, broken = read_jsonl(path)
+    assert rows == [(1, {"row": 0}), (2, {"row": 1})]
+    assert [number for number, _ in broken] == [3]
+    with pytest.raises(ValueError, match="not a file"):
+        read_jsonl(tmp_path / "absent.jsonl")
+
+
+def test_the_same_settings_go_on(tmp_path: Path) -> None:
+    assert not claimed(tmp_path, SETTINGS)
+    (tmp_path / "rows.jsonl").touch()
+    assert claimed(tmp_path, json.loads(json.dumps(SETTINGS))), "tuples and lists are the same settings"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": "xyz"}, 'model was "abc" and is "xyz"'),
+        ({"config": {"p": 1.0, "links": {"X->Y": 1.0}}}, "config.p was 0.2 and is 1.0"),
+        ({"config": {"p": 0.2, "links": {"X->Y": 1.0, "Z->X": 0.5}}}, "config.links.Z->X was absent and is 0.5"),
+        ({"config": {"p": math.inf, "links": {"X->Y": 1.0}}}, 'config.p was 0.2 and is "inf"'),
+        ({"ranks": [2, 1]}, r"ranks was \[1, 2\] and is \[2, 1\]"),
+    ],
+)
+def test_other_settings_are_refused_by_name_where_there_are_results(changes: dict, told: str, tmp_path: Path) -> None:
+    claimed(tmp_path, SETTINGS)
+    claimed(tmp_path, {**SETTINGS, **changes})  # nothing was made with the first settings
+    claimed(tmp_path, SETTINGS)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ValueError, match=told):
+        claimed(tmp_path, {**SETTINGS, **changes})
+    assert claimed(tmp_path, SETTINGS), "a refusal leaves the settings as they were"
+
+
+def test_results_of_others_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("mine")
+    for foreign in (None, "not JSON", '{"model": "abc"}'):
+        if foreign is not None:
+            (tmp_path / "settings.json").write_text(foreign)
+        with pytest.raises(ValueError, match=r"holds rows.jsonl, which no earlier run of this command wrote"):
+            claimed(tmp_path, SETTINGS)
+    (tmp_path / "settings.json").write_text(json.dumps({**SETTINGS, "command": "cepo bench"}))
+    with pytest.raises(ValueError, match="holds results of 'cepo bench'"):
+        claimed(tmp_path, SETTINGS)
+    assert (tmp_path / "rows.jsonl").read_text() == "mine"
+
+
+def test_half_written_files_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "theirs.tmp").touch()
+    claimed(tmp_path, SETTINGS)
+    assert (tmp_path / "theirs.tmp").is_file()
+
+
+def test_fingerprints_hold_content_and_not_place(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"\0" * 4096)
+        (folder / "config").write_text("{}")
+    assert fingerprint(first) == fingerprint(second)
+    assert fingerprint(first / "weights") == fingerprint(second / "weights")
+    (second / "weights").write_bytes(b"\0" * 4095 + b"\1")
+    assert fingerprint(first) != fingerprint(second)
+    (first / "weights").rename(first / "renamed")
+    (second / "weights").write_bytes(b"\0" * 4096)
+    assert fingerprint(first) != fingerprint(second)
+    assert content_hash({"a": 1, "b": (2,)}) == content_hash({"b": [2], "a": 1}) != content_hash({"a": 1, "b": 2})
