@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
@@ -13,8 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cepo.eval.statistics import Estimate, estimate, mean
+from cepo.files import replacing
 
 _WIDTH = 7.2  # inches
+_DOTS_PER_INCH = 120  # of PNG files
 _ROW = 0.27  # inches of height a row of a forest or heat map
 _BINS = 8
 _PLAIN = {"text.parse_math": False}  # names come from data, where a dollar sign opens no formula
@@ -146,6 +149,12 @@ def picture(figure: Figure) -> str:
     with rc_context({"svg.hashsalt": "cepo", **_PLAIN}):
         figure.savefig(held, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(held.getvalue()).decode("ascii")
+
+
+def write_png(path: Path, figure: Figure) -> None:
+    """Write a figure as a PNG file in one step; the same figure gives the same bytes."""
+    with replacing(path) as unfinished, rc_context(_PLAIN):
+        figure.savefig(unfinished, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
 
 
 def _smooth(values_N: np.ndarray) -> np.ndarray:
