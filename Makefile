@@ -1,14 +1,10 @@
 # Each target sets up .venv by itself on a fresh machine. `make demo` is the main job, `make test` is every check.
 PYTHON ?= python3
 BIN := .venv/bin
-# Wheels of one size fit all: the pins resolve on a machine with a GPU and on one without.
+# The pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench experiments experiments-smollm2 clean
-
-# Preference pairs and judgements of real models, where they are; the experiments that need them are left out elsewhere.
-DATA ?= ../shared/data
-RUNS ?= runs/experiments$(if $(QUICK),-quick)
+.PHONY: demo test check bench figures experiments experiments-smollm2 clean
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
@@ -24,9 +20,18 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/cepo bench --size small --output runs/bench
 
-# Within an hour on two cores. A run that was killed goes on; QUICK=--quick shows in minutes that everything works.
-# JUDGEMENTS: real ones to sweep over, three to five minutes each.
+# Draws the pictures of the documentation from benchmarks/results.
+figures: .venv/installed
+	$(BIN)/python -m cepo.benchmarks.figures docs/figures
+
+# Experiments: start a killed one again and it goes on. QUICK=--quick shows in minutes that everything works.
+RUNS ?= runs/experiments$(if $(QUICK),-quick)
+# Folder of preference pairs and judgements of real models. Without it, the sweep over real judgements is left out.
+DATA ?= ../shared/data
+# Real judgements to sweep over, three to five minutes each.
 JUDGEMENTS ?= $(if $(QUICK),1,4)
+
+# Within an hour on two cores.
 experiments: .venv/installed
 	$(BIN)/cepo experiment $(QUICK) --output $(RUNS)/training
 	$(BIN)/cepo eval causal --testbed $(QUICK) --output $(RUNS)/causal
@@ -36,21 +41,28 @@ experiments: .venv/installed
 		$(BIN)/cepo ablate --model smollm2 --input $(RUNS)/judgements.jsonl \
 			$(if $(QUICK),--counterfactuals 1) --output $(RUNS)/ablate-judge; fi
 
-# A small real run: SmolLM2 learns the format, is judged, trained with both rewards, and judged again.
-# PAIRS: of each evaluation.
+# A small real run: SmolLM2 learns the format, is judged, is trained with both rewards, and is judged again.
+SMOLLM2 := $(RUNS)/smollm2
+TRAIN_PAIRS := $(DATA)/pref/rmb_helpful_train.jsonl
+# Preference pairs of each evaluation.
 PAIRS ?= $(if $(QUICK),2,24)
-JUDGE = $(BIN)/cepo eval rewardbench --limit $(PAIRS) --max-new-tokens 144 --batch-size 8 --force-format --dtype bfloat16
+# Judges with the model $(1) into folders named $(2), the data set and the content of the weights: a model that is
+# trained again is judged again.
+define evaluate
+	weights=$$($(BIN)/python -c 'import pathlib, sys; from cepo.files import fingerprint; \
+		print(fingerprint(pathlib.Path(sys.argv[1])))' $(1)) && \
+	for data in llmbar rmb_helpful_dev; do \
+		$(BIN)/cepo eval rewardbench --model $(1) --data $(DATA)/pref/$$data.jsonl --limit $(PAIRS) \
+			--max-new-tokens 144 --batch-size 8 --force-format --dtype bfloat16 \
+			--output $(SMOLLM2)/$(2)-$$data-$$weights || exit 1; done
+endef
 experiments-smollm2: .venv/installed
-	test -f $(RUNS)/smollm2/warm/config.json || $(BIN)/cepo warm-start --data $(DATA)/pref/rmb_helpful_train.jsonl \
-		--max-characters 2200 --steps $(if $(QUICK),1,24) --output $(RUNS)/smollm2/warm
-	for data in llmbar rmb_helpful_dev; do \
-		$(JUDGE) --model $(RUNS)/smollm2/warm --data $(DATA)/pref/$$data.jsonl \
-			--output $(RUNS)/smollm2/before-$$data || exit 1; done
-	$(BIN)/cepo train benchmarks/recipes/smollm2-pairs.yaml --model $(RUNS)/smollm2/warm \
-		--data $(DATA)/pref/rmb_helpful_train.jsonl $(if $(QUICK),--max-steps 1) --output $(RUNS)/smollm2/train
-	for data in llmbar rmb_helpful_dev; do \
-		$(JUDGE) --model $(RUNS)/smollm2/train/final --data $(DATA)/pref/$$data.jsonl \
-			--output $(RUNS)/smollm2/after-$$data || exit 1; done
+	test -f $(SMOLLM2)/warm/config.json || $(BIN)/cepo warm-start --data $(TRAIN_PAIRS) \
+		--max-characters 2200 --steps $(if $(QUICK),1,24) --output $(SMOLLM2)/warm
+	$(call evaluate,$(SMOLLM2)/warm,before)
+	$(BIN)/cepo train benchmarks/recipes/smollm2-pairs.yaml --model $(SMOLLM2)/warm \
+		--data $(TRAIN_PAIRS) $(if $(QUICK),--max-steps 1) --output $(SMOLLM2)/train
+	$(call evaluate,$(SMOLLM2)/train/final,after)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
