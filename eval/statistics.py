@@ -1,17 +1,24 @@
-"""Estimates with bootstrap intervals: means, rank correlations, areas under the ROC curve."""
+"""Estimates with bootstrap intervals: means, rank correlations, areas under the ROC curve.
+
+A statistic is a function of columns and of weights (B, N): how often each of the N observations counts in each of B
+samples. It returns B values, or B arrays of values. The bootstrap's weights are how often each observation was drawn,
+so all resamples of a batch are computed at once and none is written out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest, rankdata
+from scipy.stats import binomtest
 
 DRAWS = 1000
 LEVEL = 0.95
 _FEW = 30
+_BATCH_NUMBERS = 2**22  # weights times columns held at once, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -20,9 +27,9 @@ class Estimate:
 
     Attributes:
         value: the statistic; NaN where the sample does not determine it (a correlation with a constant, say).
-        low: lower end of the interval; NaN where no resample determines it.
+        low: lower end of the interval; NaN where no resample determines it, or where there is one cluster.
         high: upper end.
-        count: observations, not clusters.
+        count: number of observations, not of clusters.
     """
 
     value: float
@@ -31,45 +38,40 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        if np.isnan(self.value):
+        if math.isnan(self.value):
             return "undetermined"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}" + ("" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]")
+
+
+UNDETERMINED = Estimate(math.nan, math.nan, math.nan, 0)
+"""The estimate from no observations."""
 
 
 def estimate(
-    statistic: Callable[..., float],
+    statistic: Callable[..., np.ndarray],
     *columns: ArrayLike,
     clusters: ArrayLike | None = None,
     draws: int = DRAWS,
     level: float = LEVEL,
     seed: int = 0,
 ) -> Estimate:
-    """Return a statistic with its percentile bootstrap interval.
+    """Return one statistic with its percentile bootstrap interval: `estimates` for columns of one number each.
 
     Args:
-        statistic: of the columns, one array (N,) each; NaN where they do not determine it.
-        columns: N numbers each, at least one column; a resample takes the same observations from all.
-        clusters: N labels; observations with one label are drawn together, such as the rollouts of a prompt. None:
-            each on its own.
-        draws: resamples, at least 1.
+        statistic: of the columns and weights (B, N); returns B values, NaN where they are not determined.
+        columns: N numbers each, at least one column.
+        clusters: see `estimates`.
+        draws: number of resamples, at least 1.
         level: of the interval, within (0, 1).
         seed: of the resamples.
 
     Raises:
-        ValueError: for columns of different lengths, none or empty ones, or a number out of range.
-
-    Source:
-        Efron and Tibshirani, An introduction to the bootstrap (1993), chapter 13 (percentile intervals).
+        ValueError: for columns of different lengths, no columns, empty ones, or a number out of range.
     """
-    arrays = [np.asarray(column, dtype=float) for column in columns]
-    if not arrays or not len(arrays[0]) or any(array.shape != (len(arrays[0]),) for array in arrays):
-        shapes = [array.shape for array in arrays]
-        raise ValueError(f"columns have the shapes {shapes}; expected one-dimensional ones, equally long, not empty")
-
-    def one(*held: np.ndarray) -> np.ndarray:
-        return np.array([statistic(*held)])
-
-    return estimates(one, *arrays, clusters=clusters, draws=draws, level=level, seed=seed)[0]
+    shapes = [np.shape(column) for column in columns]
+    if any(len(shape) != 1 for shape in shapes):
+        raise ValueError(f"columns have the shapes {shapes}; expected one dimension each")
+    return estimates(statistic, *columns, clusters=clusters, draws=draws, level=level, seed=seed)[0]
 
 
 def estimates(
@@ -80,13 +82,15 @@ def estimates(
     level: float = LEVEL,
     seed: int = 0,
 ) -> list[Estimate]:
-    """Return many statistics of one sample with their intervals, all from the same resamples.
+    """Return many statistics of one sample with their percentile bootstrap intervals, all from the same resamples.
 
     Args:
-        statistic: of the columns; an array, NaN where they do not determine an entry.
-        columns: N rows each, (N,) or (N, M), at least one column; a resample takes the same observations from all.
-        clusters: see `estimate`.
-        draws: resamples, at least 1.
+        statistic: of the columns and weights (B, N); returns (B, ...), NaN where an entry is not determined. Resamples
+            that do not determine an entry are left out of its interval.
+        columns: N rows each, (N,) or (N, M), at least one column.
+        clusters: N labels; observations with the same label are drawn together, such as the rollouts of a prompt. None:
+            each observation is drawn on its own.
+        draws: number of resamples, at least 1.
         level: of the interval, within (0, 1).
         seed: of the resamples.
 
@@ -94,31 +98,37 @@ def estimates(
         One estimate for each entry of the statistic, in the order of its flattened array.
 
     Raises:
-        ValueError: for columns of different lengths, none or empty ones, or a number out of range.
+        ValueError: for columns of different lengths, no columns, empty ones, or a number out of range.
+
+    Source:
+        Efron and Tibshirani, An introduction to the bootstrap (1993), chapter 13 (percentile intervals).
     """
     arrays = [np.asarray(column, dtype=float) for column in columns]
     if not arrays or not len(arrays[0]) or any(len(array) != len(arrays[0]) for array in arrays):
-        raise ValueError(
-            f"columns have the shapes {[array.shape for array in arrays]}; expected equally long, not empty"
-        )
+        raise ValueError(f"columns have the shapes {[array.shape for array in arrays]}; expected equal lengths above 0")
     if draws < 1 or not 0.0 < level < 1.0:
         raise ValueError(f"draws is {draws}, level {level}; expected at least 1, and within (0, 1)")
     count = len(arrays[0])
-    labels = np.arange(count) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1].ravel()
-    if labels.shape != (count,):
-        raise ValueError(f"clusters has the shape {labels.shape} for {count} observations; expected one label each")
-    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+    labels_N = np.arange(count) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1].ravel()
+    if labels_N.shape != (count,):
+        raise ValueError(f"clusters has the shape {labels_N.shape} for {count} observations; expected one label each")
+    values = np.ravel(statistic(*arrays, np.ones((1, count))))
+    groups = int(labels_N.max()) + 1
+    if groups == 1:
+        return [Estimate(float(value), math.nan, math.nan, count) for value in values]
     rng = np.random.default_rng(seed)
+    batch = max(1, _BATCH_NUMBERS // sum(array.size for array in arrays))
     drawn = []
-    for _ in range(draws):
-        labels_drawn = rng.integers(len(members), size=len(members))
-        rows = labels_drawn if clusters is None else np.concatenate([members[label] for label in labels_drawn])
-        drawn.append(np.ravel(statistic(*(array[rows] for array in arrays))))
+    for start in range(0, draws, batch):
+        size = min(batch, draws - start)
+        chosen_BG = rng.integers(groups, size=(size, groups)) + groups * np.arange(size)[:, None]
+        counts_BG = np.bincount(chosen_BG.ravel(), minlength=size * groups).reshape(size, groups)
+        drawn.append(np.reshape(statistic(*arrays, counts_BG[:, labels_N].astype(float)), (size, -1)))
     tail = (1.0 - level) / 2.0
     found = []
-    for value, of_draws in zip(np.ravel(statistic(*arrays)), np.stack(drawn, axis=1), strict=True):
+    for value, of_draws in zip(values, np.concatenate(drawn).T, strict=True):
         sound = of_draws[np.isfinite(of_draws)]
-        low, high = np.quantile(sound, [tail, 1.0 - tail]) if len(sound) else (np.nan, np.nan)
+        low, high = np.quantile(sound, [tail, 1.0 - tail]) if len(sound) else (math.nan, math.nan)
         found.append(Estimate(float(value), float(low), float(high), count))
     return found
 
@@ -126,112 +136,115 @@ def estimates(
 def proportion(values: ArrayLike) -> Estimate:
     """Return the mean of numbers in [0, 1], such as verdicts that are right or wrong, with its interval.
 
-    Raises:
-        ValueError: as `estimate`.
+    No numbers give UNDETERMINED.
     """
-    return widened(estimate(mean, values), len(np.asarray(values)))
+    count = len(np.asarray(values))
+    return widened(estimate(mean, values), count) if count else UNDETERMINED
 
 
 def widened(found: Estimate, independent: int, *, ends: tuple[float, float] = (0.0, 1.0)) -> Estimate:
-    """Return a mean whose interval has a width also where every observation stands at an end of their range.
+    """Return a mean whose interval has a width even where all observations are at one end of their range.
 
-    A bootstrap of ten right verdicts out of ten says [1, 1]; Wilson's interval, which is given in its place there, says
-    [0.72, 1]. Elsewhere the estimate is returned as it came.
+    A bootstrap of ten right verdicts out of ten says [1, 1]. Wilson's interval, which replaces it there, says
+    [0.72, 1]. Elsewhere the estimate is returned unchanged.
 
     Args:
         found: a mean of observations within `ends`, with the interval of `estimate` at the usual level.
-        independent: observations, or clusters of them, at least 1.
-        ends: the least and the greatest value that an observation can have.
+        independent: number of observations, or of their clusters, at least 1.
+        ends: the smallest and the largest value that an observation can have.
 
     Source:
         Wilson, Probable inference, the law of succession, and statistical inference (1927).
     """
     low, high = ends
-    if found.value not in ends or not found.low == found.high == found.value:
+    if found.value not in ends or found.low < found.high:
         return found
     wilson = binomtest(independent if found.value == high else 0, independent).proportion_ci(LEVEL, method="wilson")
     return replace(found, low=low + (high - low) * float(wilson.low), high=low + (high - low) * float(wilson.high))
 
 
 def warning_of_few(count: int, what: str) -> list[str]:
-    """Return a paragraph for a page where the intervals rest on few independent observations; nothing elsewhere."""
+    """Return a paragraph for a page whose intervals rest on few independent observations, else nothing."""
     if count >= _FEW:
         return []
     return [
-        f"Only {count} {what}: bootstrap intervals from fewer than {_FEW} are too narrow. Take this as a first look."
+        f"Only {count} {what}: bootstrap intervals from fewer than {_FEW} are too narrow. Treat this as a first look."
     ]
 
 
-def mean(values_N: np.ndarray) -> float:
-    """Return the mean."""
-    return float(np.mean(values_N))
+def mean(values: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    """Return the means (B,) of values (N,), or (B, M) of values (N, M)."""
+    totals_B = weights_BN.sum(1)
+    means: np.ndarray = weights_BN @ values / totals_B.reshape(-1, *[1] * (values.ndim - 1))
+    return means
 
 
-def mean_difference(values_N: np.ndarray, others_N: np.ndarray) -> float:
-    """Return the mean of the paired differences, values - others."""
-    return float(np.mean(values_N - others_N))
+def mean_difference(values: np.ndarray, others: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    """Return the means of the paired differences, values - others."""
+    return mean(values - others, weights_BN)
 
 
-def spearman(values_N: np.ndarray, others_N: np.ndarray) -> float:
+def spearman(values_N: ArrayLike, others_N: ArrayLike) -> float:
     """Return Spearman's rank correlation, ties at their mean rank; NaN where a column is constant."""
-    ranks = [rankdata(column) for column in (values_N, others_N)]
-    centred = [column - column.mean() for column in ranks]
-    scale = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
-    return float(centred[0] @ centred[1] / scale) if scale > 0.0 else float("nan")
+    values, others = np.asarray(values_N, dtype=float), np.asarray(others_N, dtype=float)
+    return float(rank_correlations(values, others, np.ones((1, len(values)))).item())
 
 
-def rank_correlations(values_NM: np.ndarray, others_NM: np.ndarray) -> np.ndarray:
-    """Return `spearman` of each column of the first with each column of the second, one row a column of the first."""
-    ranks = [_unit_ranks(columns) for columns in (values_NM, others_NM)]
-    found: np.ndarray = ranks[0].T @ ranks[1]
-    return found
+def rank_correlations(values: np.ndarray, others: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    """Return Spearman's rank correlation of each column with each of the others, in each of B samples.
 
-
-def auc(values_N: np.ndarray, positive_N: np.ndarray) -> float:
-    """Return the probability that a positive has a greater value than a negative, ties counted half.
+    Copies of an observation share their mean rank, as ties do: this is the correlation of the sample written out.
 
     Args:
-        values_N: the scores.
-        positive_N: above 0.5 where the observation is a positive.
+        values: (N,) or (N, M).
+        others: (N,) or (N, K).
+        weights_BN: how often each observation counts.
 
     Returns:
-        The area under the ROC curve, in [0, 1]; NaN where one of the classes is empty.
+        (B, M, K), M or K being 1 for a single column; NaN where a column is constant.
     """
-    chosen_N = np.asarray(positive_N) > 0.5
-    positives, negatives = int(chosen_N.sum()), int((~chosen_N).sum())
-    if not positives or not negatives:
-        return float("nan")
-    wins = rankdata(values_N)[chosen_N].sum() - positives * (positives + 1) / 2
-    return float(wins / (positives * negatives))
-
-
-def aucs(values_NM: np.ndarray, positive_N: np.ndarray) -> np.ndarray:
-    """Return `auc` of each column of the values."""
-    chosen_N = np.asarray(positive_N) > 0.5
-    positives, negatives = int(chosen_N.sum()), int((~chosen_N).sum())
-    if not positives or not negatives:
-        return np.full(values_NM.shape[1], np.nan)
-    wins_M = rankdata(values_NM, axis=0)[chosen_N].sum(0) - positives * (positives + 1) / 2
-    found: np.ndarray = wins_M / (positives * negatives)
+    units = [_unit_ranks(columns.reshape(len(columns), -1), weights_BN) for columns in (values, others)]
+    found: np.ndarray = units[0] @ units[1].transpose(0, 2, 1)
     return found
 
 
-def within(statistic: Callable[..., float], *columns: Sequence[float], clusters: Sequence[int]) -> float:
-    """Return the mean over clusters of a statistic within each, leaving out clusters that do not determine it.
+def aucs(values: np.ndarray, positive_N: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    """Return the probability that a positive has a larger value than a negative, ties counted half.
 
-    What is left when the differences between prompts are taken away; NaN where no cluster determines it.
+    Args:
+        values: the scores, (N,) or (N, M).
+        positive_N: above 0.5 where the observation is a positive.
+        weights_BN: how often each observation counts.
+
+    Returns:
+        (B, M) areas under the ROC curve, in [0, 1]; NaN where a sample lacks one of the classes.
     """
-    labels_N = np.asarray(clusters)
-    arrays = [np.asarray(column, dtype=float) for column in columns]
-    found = [statistic(*(array[labels_N == label] for array in arrays)) for label in np.unique(labels_N)]
-    sound = [value for value in found if np.isfinite(value)]
-    return float(np.mean(sound)) if sound else float("nan")
+    ranks_BMN = _ranks(values.reshape(len(values), -1), weights_BN)
+    chosen_BN = weights_BN * (positive_N > 0.5)
+    positives_B1 = chosen_BN.sum(1, keepdims=True)
+    pairs_B1 = positives_B1 * (weights_BN.sum(1, keepdims=True) - positives_B1)
+    wins_BM = (ranks_BMN * chosen_BN[:, None]).sum(-1) - positives_B1 * (positives_B1 + 1) / 2
+    found: np.ndarray = wins_BM / np.where(pairs_B1 > 0.0, pairs_B1, np.nan)
+    return found
 
 
-def _unit_ranks(columns_NM: np.ndarray) -> np.ndarray:
-    """Return the ranks of each column, centred and of length 1; NaN where a column is constant."""
-    ranks_NM = rankdata(columns_NM, axis=0)
-    centred_NM = ranks_NM - ranks_NM.mean(0)
-    length_M = np.linalg.norm(centred_NM, axis=0)
-    scaled: np.ndarray = centred_NM / np.where(length_M > 0.0, length_M, np.nan)
+def _unit_ranks(columns_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    """Return the ranks (B, M, N), centred, weighted and of length 1; NaN where a column is constant."""
+    ranks_BMN = _ranks(columns_NM, weights_BN)
+    # Ranks of a sample of n have the mean (n + 1) / 2, whatever its ties.
+    centred_BMN = ranks_BMN - (weights_BN.sum(1)[:, None, None] + 1.0) / 2.0
+    weighted_BMN = centred_BMN * np.sqrt(weights_BN)[:, None]
+    length_BM1 = np.linalg.norm(weighted_BMN, axis=-1, keepdims=True)
+    scaled: np.ndarray = weighted_BMN / np.where(length_BM1 > 0.0, length_BM1, np.nan)
     return scaled
+
+
+def _ranks(columns_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    """Return the ranks (B, M, N) of each column's values in each sample written out, from 1, ties at their mean."""
+    ranks_BMN = np.empty((len(weights_BN), columns_NM.shape[1], len(columns_NM)))
+    for at, values_N in enumerate(columns_NM.T):
+        order_N = np.argsort(values_N, kind="stable")
+        _, starts, tie_N = np.unique(values_N[order_N], return_index=True, return_inverse=True)
+        counts_BU = np.add.reduceat(weights_BN[:, order_N], starts, axis=1)
+        ranks_BMN[:, at, order_N] = (counts_BU.cumsum(1) - counts_BU / 2.0 + 0.5)[:, tie_N]
+    return ranks_BMN

@@ -13,7 +13,7 @@ import numpy as np
 from cepo.eval.causal.controls import SHARES, Pair, certificate
 from cepo.eval.causal.evidence import BASELINES, DEFAULT, DEFAULT_LINK, HARDENED, PAPER, REWARD, SWEPT, definition
 from cepo.eval.causal.interventions import INTERVENTIONS
-from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, rank_correlations, spearman, warning_of_few
+from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, rank_correlations, warning_of_few
 
 PRIMARY = "resample total tv"
 """The effect that definitions are chosen by: criteria resampled from the judge, everything after them written anew."""
@@ -192,7 +192,8 @@ def _permuted(rows: Sequence[dict[str, Any]], name: str, draws: int, seed: int) 
         return Estimate(math.nan, math.nan, math.nan, 0)
     effects_N = np.random.default_rng(seed).permutation([effect for _, effect in kept])
     values = [row["evidence"][name] for row, _ in kept]
-    return estimate(spearman, values, effects_N, clusters=_prompts([row for row, _ in kept]), draws=draws, seed=seed)
+    clusters = _prompts([row for row, _ in kept])
+    return estimate(rank_correlations, values, effects_N, clusters=clusters, draws=draws, seed=seed)
 
 
 def _population_records(population: Population, draws: int, seed: int) -> list[dict[str, Any]]:
@@ -255,8 +256,8 @@ def _population_records(population: Population, draws: int, seed: int) -> list[d
 def _randomised(population: Population, draws: int, seed: int) -> list[dict[str, Any]]:
     """Return what is left of the order of row norms and scores, the mean over redrawn models, at each step."""
 
-    def kept_order(first_N: np.ndarray, *redrawn: np.ndarray) -> float:
-        return float(np.mean([spearman(first_N, other_N) for other_N in redrawn]))
+    def kept_order(first_N: np.ndarray, redrawn_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+        return np.asarray(rank_correlations(first_N, redrawn_NM, weights_BN).mean(axis=-1))
 
     steps = population.controls["randomisation"]
     records = []
@@ -269,7 +270,9 @@ def _randomised(population: Population, draws: int, seed: int) -> list[dict[str,
                 found[f"row norms of {link}, within a rollout"] = estimate(mean, sound, draws=draws, seed=seed)
         for score in ("influence", "phi"):
             columns = [steps[0][score][0], *step[score]]
-            found[f"{score} X->Y, over rollouts"] = estimate(kept_order, *columns, draws=draws, seed=seed)
+            found[f"{score} X->Y, over rollouts"] = estimates(
+                kept_order, columns[0], np.transpose(columns[1:]), draws=draws, seed=seed
+            )[0]
         records += [
             {
                 "what": "randomised",

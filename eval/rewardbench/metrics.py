@@ -220,9 +220,9 @@ def _rates(scope: str, tallies: Sequence[Mapping[str, Sequence[float]]], seed: i
     return measures
 
 
-def _ratios(sums_NM: np.ndarray, counts_NM: np.ndarray) -> np.ndarray:
-    counts_M = counts_NM.sum(axis=0)
-    means: np.ndarray = sums_NM.sum(axis=0) / np.where(counts_M > 0, counts_M, np.nan)
+def _ratios(sums_NM: np.ndarray, counts_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    counts_BM = weights_BN @ counts_NM
+    means: np.ndarray = weights_BN @ sums_NM / np.where(counts_BM > 0.0, counts_BM, np.nan)
     return means
 
 
@@ -252,18 +252,17 @@ def _weighted_measures(metric: str, values: Sequence[float], subsets: Sequence[s
     return measures
 
 
-def _mean_of_weighted(weights: Sequence[Sequence[float]]) -> Callable[[np.ndarray, np.ndarray], float]:
+def _mean_of_weighted(weights: Sequence[Sequence[float]]) -> Callable[..., np.ndarray]:
     """Return the statistic of (value, subset's code): the mean over groups of their subsets' weighted mean."""
     weights_GS = np.asarray(weights)
 
-    def statistic(values_N: np.ndarray, codes_N: np.ndarray) -> float:
-        codes_N = codes_N.astype(int)
-        counts_S = np.bincount(codes_N, minlength=weights_GS.shape[1])
-        sums_S = np.bincount(codes_N, values_N, minlength=weights_GS.shape[1])
-        there_GS = weights_GS * (counts_S > 0)  # a resample may miss a small subset
-        totals_G = there_GS.sum(axis=1)
-        if not (totals_G > 0).all():
-            return float("nan")
-        return float(((there_GS * (sums_S / np.maximum(counts_S, 1))).sum(axis=1) / totals_G).mean())
+    def statistic(values_N: np.ndarray, codes_N: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+        member_NS = codes_N[:, None] == np.arange(weights_GS.shape[1])
+        counts_BS = weights_BN @ member_NS
+        means_BS = (weights_BN * values_N) @ member_NS / np.maximum(counts_BS, 1.0)
+        there_BS = counts_BS > 0.0  # a resample may miss a small subset
+        totals_BG = there_BS @ weights_GS.T
+        scores_BG = (there_BS * means_BS) @ weights_GS.T / np.where(totals_BG > 0.0, totals_BG, np.nan)
+        return np.asarray(scores_BG.mean(axis=1))
 
     return statistic

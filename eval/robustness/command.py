@@ -21,7 +21,7 @@ from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import console_table, share, summary_row
 from cepo.eval.rewardbench.items import PLACES, Item, load_items
 from cepo.eval.robustness.transformations import TRANSFORMATIONS, Pair, check_names, transform
-from cepo.eval.statistics import Estimate, estimates, proportion, warning_of_few, widened
+from cepo.eval.statistics import Estimate, estimates, mean, proportion, warning_of_few, widened
 from cepo.files import BrokenLine, make_folder, write_jsonl
 from cepo.train.prompts import judge_prompt
 
@@ -266,9 +266,13 @@ def _effect(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Eff
     )
 
 
-def _effect_values(before_N: np.ndarray, after_N: np.ndarray, changed_N: np.ndarray) -> np.ndarray:
-    before, after = float(before_N.mean()), float(after_N.mean())
-    return np.array([before, after, before - after, after / before if before > 0.0 else math.nan, changed_N.mean()])
+def _effect_values(
+    before_N: np.ndarray, after_N: np.ndarray, changed_N: np.ndarray, weights_BN: np.ndarray
+) -> np.ndarray:
+    """Return accuracy before and after, drop, ratio and share of changed verdicts, (B, 5)."""
+    before_B, after_B, changed_B = mean(np.stack([before_N, after_N, changed_N], axis=1), weights_BN).T
+    ratio_B = after_B / np.where(before_B > 0.0, before_B, np.nan)
+    return np.stack([before_B, after_B, before_B - after_B, ratio_B, changed_B], axis=1)
 
 
 def _right(record: Mapping[str, Any]) -> float:

@@ -13,8 +13,8 @@ from cepo.eval.report.figures import curves, forest, grid, picture, reliability
 from cepo.eval.report.heat_maps import HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.statistics import (
+    UNDETERMINED,
     Estimate,
-    auc,
     aucs,
     estimate,
     estimates,
@@ -24,7 +24,6 @@ from cepo.eval.statistics import (
     rank_correlations,
     spearman,
     widened,
-    within,
 )
 
 RNG = np.random.default_rng(5)
@@ -94,9 +93,9 @@ def test_clusters_of_unlike_size_and_order_are_kept_together() -> None:
     labels = ["b", "a", "b", "c", "b"]
     sums: list[float] = []
 
-    def record(values_N: np.ndarray) -> float:
-        sums.append(float(values_N.sum()))
-        return float(values_N.mean())
+    def record(values_N: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+        sums.extend((weights_BN @ values_N).tolist())
+        return mean(values_N, weights_BN)
 
     estimate(record, [1.0, 10.0, 1.0, 100.0, 1.0], clusters=labels, draws=50)
     possible = {a + b + c for a in (3, 10, 100) for b in (3, 10, 100) for c in (3, 10, 100)}
@@ -105,10 +104,10 @@ def test_clusters_of_unlike_size_and_order_are_kept_together() -> None:
 
 
 def test_draws_that_do_not_determine_the_statistic_are_left_out() -> None:
-    found = estimate(auc, [0.0, 1.0, 2.0], [0.0, 0.0, 1.0], draws=300)
+    found = estimate(aucs, [0.0, 1.0, 2.0], [0.0, 0.0, 1.0], draws=300)
     assert found.value == 1.0
     assert np.isfinite([found.low, found.high]).all()
-    nothing = estimate(spearman, [1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
+    nothing = estimate(rank_correlations, [1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
     assert np.isnan([nothing.value, nothing.low, nothing.high]).all()
     assert str(nothing) == "undetermined"
     assert str(HALF) == "0.500 [0.400, 0.600]"
@@ -116,7 +115,7 @@ def test_draws_that_do_not_determine_the_statistic_are_left_out() -> None:
 
 def test_many_statistics_of_one_sample_are_those_of_each_alone() -> None:
     columns = np.stack([VALUES, COARSE], axis=1)
-    many = estimates(lambda held_NM: held_NM.mean(axis=0), columns, draws=200, seed=2)
+    many = estimates(mean, columns, draws=200, seed=2)
     for together, column in zip(many, columns.T, strict=True):
         alone = estimate(mean, column, draws=200, seed=2)
         assert (together.low, together.value, together.high) == pytest.approx((alone.low, alone.value, alone.high))
@@ -147,34 +146,57 @@ def test_spearman_is_scipys(others: np.ndarray) -> None:
 def test_rank_correlations_are_spearmans_of_all_pairs() -> None:
     left = np.stack([VALUES, np.ones(60)], axis=1)
     right = np.stack([OTHERS, COARSE, -VALUES], axis=1)
-    found = rank_correlations(left, right)
-    assert found.shape == (2, 3)
-    assert found[0] == pytest.approx([spearman(VALUES, column) for column in right.T])
-    assert np.isnan(found[1]).all()
+    found = rank_correlations(left, right, np.ones((1, 60)))
+    assert found.shape == (1, 2, 3)
+    assert found[0, 0] == pytest.approx([spearman(VALUES, column) for column in right.T])
+    assert np.isnan(found[0, 1]).all()
+
+
+def test_weights_stand_for_copies() -> None:
+    """Every statistic of a weighted sample is that of the sample written out, ties and copies among it."""
+    drawn_BN = RNG.integers(3, size=(5, 60)).astype(float)
+    positive = (OTHERS > 0.3).astype(float)
+    columns = np.stack([VALUES, COARSE], axis=1)
+    means = mean(columns, drawn_BN)
+    correlations, areas = rank_correlations(VALUES, COARSE, drawn_BN), aucs(columns, positive, drawn_BN)
+    for draw, weights_N in enumerate(drawn_BN):
+        copies = np.repeat(np.arange(60), weights_N.astype(int))
+        assert means[draw] == pytest.approx(columns[copies].mean(0))
+        own = scipy.stats.spearmanr(VALUES[copies], COARSE[copies]).statistic
+        assert correlations[draw, 0, 0] == pytest.approx(own)
+        assert areas[draw] == pytest.approx(aucs(columns[copies], positive[copies], np.ones((1, len(copies))))[0])
+
+
+def test_batches_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = estimate(rank_correlations, VALUES, OTHERS, draws=100)
+    monkeypatch.setattr("cepo.eval.statistics._BATCH_NUMBERS", 7 * 120)
+    batched = estimate(rank_correlations, VALUES, OTHERS, draws=100)
+    assert (batched.low, batched.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
+
+
+def test_one_cluster_has_no_interval_and_no_observation_no_estimate() -> None:
+    alone = estimate(mean, VALUES, clusters=np.zeros(60))
+    assert alone.value == pytest.approx(VALUES.mean())
+    assert np.isnan([alone.low, alone.high]).all()
+    assert str(alone) == f"{VALUES.mean():.3f}"
+    assert proportion([]) is UNDETERMINED
+    assert proportion([1.0]).low == pytest.approx(1.0 / (1.0 + 1.959964**2), abs=1e-6)
 
 
 @pytest.mark.parametrize("values", [VALUES, COARSE])
 def test_auc_is_the_mann_whitney_statistic(values: np.ndarray) -> None:
     positive = OTHERS > 0.3
     theirs = scipy.stats.mannwhitneyu(values[positive], values[~positive]).statistic
-    assert auc(values, positive) == pytest.approx(theirs / (positive.sum() * (~positive).sum()))
-    assert aucs(np.stack([values, -values], axis=1), positive) == pytest.approx(
-        [auc(values, positive), 1.0 - auc(values, positive)]
-    )
+    area = theirs / (positive.sum() * (~positive).sum())
+    found = aucs(np.stack([values, -values], axis=1), positive, np.ones((1, 60)))
+    assert found[0] == pytest.approx([area, 1.0 - area])
 
 
 def test_auc_counts_ties_half_and_needs_both_classes() -> None:
-    assert auc(np.array([1.0, 2.0, 2.0, 3.0]), np.array([0, 0, 1, 1])) == (1 + 0.5 + 1 + 1) / 4
-    assert math.isnan(auc(VALUES, np.ones(60)))
-    assert np.isnan(aucs(VALUES[:, None], np.zeros(60))).all()
-
-
-def test_within_takes_the_differences_between_clusters_away() -> None:
-    """Within both clusters the order is reversed, between them it is not; a cluster of one determines nothing."""
-    values, others = [1.0, 2.0, 11.0, 12.0, 50.0], [2.0, 1.0, 12.0, 11.0, 50.0]
-    assert spearman(np.array(values), np.array(others)) > 0.5
-    assert within(spearman, values, others, clusters=[0, 0, 1, 1, 2]) == pytest.approx(-1.0)
-    assert math.isnan(within(spearman, values, others, clusters=[0, 1, 2, 3, 4]))
+    found = aucs(np.array([1.0, 2.0, 2.0, 3.0]), np.array([0, 0, 1, 1]), np.ones((1, 4)))
+    assert found[0, 0] == (1 + 0.5 + 1 + 1) / 4
+    assert np.isnan(aucs(VALUES, np.ones(60), np.ones((1, 60)))).all()
+    assert np.isnan(aucs(VALUES, np.zeros(60), np.ones((1, 60)))).all()
 
 
 # Figures

@@ -21,7 +21,7 @@ from cepo.eval.causal.evidence import BASELINES, DEFAULT, DEFAULT_LINK, PAPER, R
 from cepo.eval.causal.interventions import INTERVENTIONS
 from cepo.eval.causal.report import console_tables, text_tables, write_causal_report
 from cepo.eval.causal.summary import PRIMARY, Population, effect_of, summarise
-from cepo.eval.statistics import auc, aucs, estimate, estimates, rank_correlations, spearman
+from cepo.eval.statistics import aucs, estimate, estimates, rank_correlations, spearman
 from tests.eval.causal.judges import ITEMS, TOKENIZER, tiny_judge
 
 FOLLOWS = {"follows_swap": 1.0, "flips": 1.0}
@@ -208,7 +208,8 @@ def test_many_statistics_are_each_ones_own() -> None:
     rng = np.random.default_rng(0)
     values = np.stack([rng.random(40), rng.integers(3, size=40), np.ones(40)], axis=1).astype(float)
     others = np.stack([rng.random(40), rng.integers(2, size=40)], axis=1).astype(float)
-    found = rank_correlations(values, others)
+    once = np.ones((1, 40))
+    found = rank_correlations(values, others, once)[0]
     for row in range(2):
         for column in range(2):
             own = spearmanr(values[:, row], others[:, column]).statistic
@@ -216,10 +217,10 @@ def test_many_statistics_are_each_ones_own() -> None:
             assert found[row, column] == pytest.approx(spearman(values[:, row], others[:, column]))
     assert np.isnan(found[2]).all()
     positive = others[:, 1]
-    for row, area in enumerate(aucs(values, positive)):
+    for row, area in enumerate(aucs(values, positive, once)[0]):
         assert area == pytest.approx(area_under_roc(positive, values[:, row]))
-        assert area == pytest.approx(auc(values[:, row], positive))
-    assert np.isnan(aucs(values, np.ones(40))).all()
+        assert area == pytest.approx(aucs(values[:, row], positive, once).item())
+    assert np.isnan(aucs(values, np.ones(40), once)).all()
     clusters = np.arange(40) // 4
     together = estimates(aucs, values, positive, clusters=clusters, draws=50, seed=2)
-    assert together[0] == estimate(auc, values[:, 0], positive, clusters=clusters, draws=50, seed=2)
+    assert together[0] == estimate(aucs, values[:, 0], positive, clusters=clusters, draws=50, seed=2)
