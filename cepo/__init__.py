@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from cepo.fusion.score import RolloutScore, score_rollouts
     from cepo.jacobian.autograd import JacobianEngine
     from cepo.jacobian.group.engine import GroupEngine
+    from cepo.jacobian.links import parse_link
     from cepo.jacobian.loading import load_model, resolve_model
     from cepo.jacobian.reading.judge import JudgeLayout
     from cepo.jacobian.reading.reasoner import ReasonerLayout
     from cepo.jacobian.reading.spans import SpanReader
-    from cepo.jacobian.records import Group, LinkJacobian, Rollout, Span, parse_link
+    from cepo.jacobian.records import Group, LinkJacobian, Rollout, Span
     from cepo.train.rewards.causal import CausalReward
     from cepo.train.rewards.proxy import ProxyReward
     from cepo.train.rewards.task import argmax_reward, exact_match, format_reward
@@ -36,7 +37,7 @@ _HOMES = {
     "LinkJacobian": "jacobian.records",
     "Rollout": "jacobian.records",
     "Span": "jacobian.records",
-    "parse_link": "jacobian.records",
+    "parse_link": "jacobian.links",
     "GroupEngine": "jacobian.group.engine",
     "JudgeLayout": "jacobian.reading.judge",
     "ReasonerLayout": "jacobian.reading.reasoner",

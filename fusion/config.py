@@ -11,8 +11,9 @@ from cepo.counterfactual.permute import Permutation, check_permutation
 from cepo.fusion.power_mean import check_power, check_weights
 from cepo.fusion.records import INFLUENCE_SCORES, Score, check_score
 from cepo.fusion.requests import GroupRequests, reward_requests
+from cepo.jacobian.links import NUMERIC_FUNCTIONS, Link, parse_link
 from cepo.jacobian.reading.layout import Layout
-from cepo.jacobian.records import NUMERIC_TARGETS, Link, Rollout, parse_link
+from cepo.jacobian.records import Rollout
 
 Pool = Literal["none", "group"]
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}
@@ -97,13 +98,14 @@ class RewardConfig:
     def parsed_links(self, layout: Layout) -> list[Link]:
         """Return the links of positive weight against a layout's spans; ValueError for one that it does not have."""
         links = [
-            parse_link(text, names=layout.names, roles=layout.roles, default_score=self.target) for text in self.links
+            parse_link(text, names=layout.names, roles=layout.roles, default_function=self.target)
+            for text in self.links
         ]
         for index, link in enumerate(links):
             for other in links[:index]:
                 if replace(link, name="") == replace(other, name=""):
                     raise ValueError(f"links names one link twice, as {other.name!r} and {link.name!r}; expected once")
-        if self.target in NUMERIC_TARGETS and not any(link.score == self.target for link in links):
+        if self.target in NUMERIC_FUNCTIONS and not any(link.function == self.target for link in links):
             raise ValueError(f"target is {self.target!r}, but no link ends in the scores; expected one such as 'X->Y'")
         return [link for link in links if self.links[link.name] > 0.0]
 

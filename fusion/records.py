@@ -103,7 +103,7 @@ def score_links(links: Sequence[tuple[LinkJacobian, Tensor, Tensor, int]], *, sc
         records.append(
             LinkScore(
                 link=jacobian.link.name,
-                target=jacobian.link.score,
+                target=jacobian.link.function,
                 phi=share.value,
                 phi_lower=share.lower,
                 phi_upper=share.upper,

@@ -9,8 +9,9 @@ from hashlib import sha256
 from torch import Tensor
 
 from cepo.counterfactual.permute import Permutation, permute_rollout
-from cepo.jacobian.autograd import Answer
-from cepo.jacobian.records import Group, Link, Request, Rollout
+from cepo.jacobian.links import Link
+from cepo.jacobian.protocol import Answer, Request
+from cepo.jacobian.records import Group, Rollout
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from cepo.fusion.config import RewardConfig
 from cepo.fusion.power_mean import power_mean
 from cepo.fusion.records import LinkScore, score_links
 from cepo.fusion.requests import GroupRequests
-from cepo.jacobian.autograd import Answer, Engine
+from cepo.jacobian.protocol import Answer, Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.records import LinkJacobian, Rollout
 

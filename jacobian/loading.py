@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cepo.files import content_hash, fingerprint
+
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -109,6 +111,23 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def model_fingerprint(source: ModelSource) -> str:
+    """Return 16 hexadecimal digits that stand for the content of a model's weights, config and tokenizer.
+
+    Equal files have equal fingerprints wherever they lie. An adapter's covers its base; a hub model's is that of the
+    commit that would be loaded, the cached one where the hub cannot be reached.
+
+    Args:
+        source: from `resolve_model`.
+
+    Raises:
+        ValueError: for a hub id that is neither on the hub nor in the cache.
+    """
+    path = Path(source.location) / (source.gguf_file or "")
+    content = fingerprint(path) if path.exists() else _hub_commit(source)
+    return content_hash(content, source.base and model_fingerprint(source.base))
+
+
 def check_device(device: str) -> None:
     """Raise ValueError unless torch can run on the device."""
     import torch
@@ -146,3 +165,16 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         raise ValueError(
             f"the tokenizer of model {source.name!r} could not be loaded from {source.location}: {error}"
         ) from error
+
+
+def _hub_commit(source: ModelSource) -> str:
+    """Return the commit that the hub id's snapshot is of."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(source.location, allow_patterns=["config.json", "adapter_config.json"])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {source.name!r} was found neither on the hub nor in its cache as {source.location}: {error}"
+        ) from error
+    return Path(folder).name

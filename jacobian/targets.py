@@ -1,4 +1,4 @@
-"""Target functions: the scalar s_B whose gradient a Jacobian is."""
+"""Target functions: the scalar s_B that a Jacobian differentiates."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cepo.jacobian.records import NUMERIC_TARGETS, Rollout, Target
+from cepo.jacobian.links import NUMERIC_FUNCTIONS, TargetFunction
+from cepo.jacobian.records import Rollout
 from cepo.kernels.head.definition import expected_value, selected_log_likelihood, selected_log_odds
 
-# A matrix product of one to three rows runs as vector products whose sum over the vocabulary is taken term by term: a
+# A matrix product of one to three rows runs as vector products that sum over the vocabulary term by term, and the
 # gradient through the head comes out with a tenth of the accuracy. Fewer rows are filled up with copies.
 FEWEST_HEAD_ROWS = 4
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a score: what it reads off the logits that predict one token.
+    """One summand of a target function, read off the logits that predict one token.
 
     Attributes:
-        position: position of the token in prompt + completion; its logits stand at position - 1.
+        position: position of the token in prompt + completion; the logits that predict it are at position - 1.
         token: the sampled id.
         kind: which function of the logits.
         weight: its coefficient in the sum.
@@ -36,8 +37,8 @@ class Term:
     candidates: tuple[tuple[int, float], ...] = ()
 
 
-def target_terms(rollout: Rollout, span_name: str, score: Target) -> tuple[Term, ...]:
-    """Return s_B as a sum of terms, one a target token, in ascending order.
+def target_terms(rollout: Rollout, span_name: str, function: TargetFunction) -> tuple[Term, ...]:
+    """Return s_B as a sum of terms, one per target token, in ascending order.
 
     - log_likelihood: sum over the span of log p(token | before).
     - log_odds: sum over the span of the token's logit against the logsumexp of all others.
@@ -48,12 +49,12 @@ def target_terms(rollout: Rollout, span_name: str, score: Target) -> tuple[Term,
     Args:
         rollout: a well-formed rollout.
         span_name: the target span.
-        score: which function.
+        function: the target function.
     """
     token_ids = rollout.token_ids
-    if score not in NUMERIC_TARGETS:
-        return tuple(Term(at, token_ids[at], score) for at in rollout.spans[span_name].positions)  # type: ignore[arg-type]
-    signs = (1.0, -1.0) if score == "margin" else (1.0,) * len(rollout.numbers)
+    if function not in NUMERIC_FUNCTIONS:
+        return tuple(Term(at, token_ids[at], function) for at in rollout.spans[span_name].positions)  # type: ignore[arg-type]
+    signs = (1.0, -1.0) if function == "margin" else (1.0,) * len(rollout.numbers)
     terms = [
         Term(digit.position, token_ids[digit.position], "expected_value", sign * digit.place, digit.candidates)
         for sign, number in zip(signs, rollout.numbers, strict=False)
@@ -62,16 +63,16 @@ def target_terms(rollout: Rollout, span_name: str, score: Target) -> tuple[Term,
     return tuple(sorted(terms, key=lambda term: term.position))
 
 
-def target_positions(rollout: Rollout, span_name: str, score: Target) -> tuple[int, ...]:
-    """Return the ascending positions of the tokens that the score reads; the token at t is predicted at t - 1."""
-    return tuple(dict.fromkeys(term.position for term in target_terms(rollout, span_name, score)))
+def target_positions(rollout: Rollout, span_name: str, function: TargetFunction) -> tuple[int, ...]:
+    """Return the ascending positions of the tokens that the function reads; the token at t is predicted at t - 1."""
+    return tuple(dict.fromkeys(term.position for term in target_terms(rollout, span_name, function)))
 
 
 def sum_of_terms(logits_PV: Tensor, terms: Sequence[Term]) -> Tensor:
     """Return the weighted sum of the terms.
 
     Args:
-        logits_PV: row i predicts the token of terms[i], so it was read one position before; further rows are ignored.
+        logits_PV: row i predicts the token of terms[i], so it stands one position earlier; further rows are ignored.
         terms: at most P of them, of any rollouts and kinds.
 
     Returns:

@@ -16,9 +16,11 @@ from cepo.fusion.config import Pool, RewardConfig
 from cepo.fusion.records import LinkScore, Score, named_scores, score_link
 from cepo.fusion.requests import GroupRequests, reward_requests
 from cepo.fusion.score import fuse
-from cepo.jacobian.autograd import Answer, combine
+from cepo.jacobian.autograd import combine
 from cepo.jacobian.group.engine import GroupEngine
-from cepo.jacobian.records import Link, LinkJacobian, Request, Rollout
+from cepo.jacobian.links import Link
+from cepo.jacobian.protocol import Answer, Request
+from cepo.jacobian.records import LinkJacobian, Rollout
 
 # A Jacobian's name: prompt, completion, where the spans stand, link. Rollouts that agree in these share it.
 _Key = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...], str]

@@ -26,10 +26,10 @@ from cepo.benchmarks.engine.peers import (
 )
 from cepo.benchmarks.measure import matmul_rate
 from cepo.fusion.config import PAPER_LINKS, RewardConfig
-from cepo.jacobian.autograd import Engine, JacobianEngine
+from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.cost import CostModel, measured_cost
 from cepo.jacobian.group.engine import GroupEngine
-from cepo.jacobian.records import Request
+from cepo.jacobian.protocol import Engine, Request
 
 PEERS = ("reference", "padded", "functional", "captum")
 EXACT, ONLY, POOLED = "group: all links, exact", "group: X->Y", "group: all links, pooled"

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cepo.counterfactual.permute import permute_rollout
 from cepo.jacobian.group.cost import CostModel
+from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.reading.reasoner import ReasonerLayout
-from cepo.jacobian.records import Link, Rollout, parse_link
+from cepo.jacobian.records import Rollout
 
 LAYOUT = ReasonerLayout()
 # A Jacobian (S, D) by what it is: the link's name, the ids of the rollouts it was taken of, and the signs with which

@@ -20,7 +20,8 @@ from cepo.eval.causal.judge_model import EXTRA_TOKENS, JudgeModel, generate
 from cepo.eval.statistics import spearman
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.engine import GroupEngine
-from cepo.jacobian.records import Group, Rollout, parse_link
+from cepo.jacobian.links import parse_link
+from cepo.jacobian.records import Group, Rollout
 from cepo.jacobian.targets import sum_of_terms, target_terms
 from cepo.kernels.spectral import frobenius_energy, spectral_share
 from cepo.train import testbed, testbed_judges

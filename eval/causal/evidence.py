@@ -18,8 +18,9 @@ from cepo.counterfactual.permute import Permutation
 from cepo.eval.causal.judge_model import JudgeModel
 from cepo.fusion.records import named_scores
 from cepo.fusion.requests import reward_requests
-from cepo.jacobian.autograd import Engine
-from cepo.jacobian.records import Link, LinkJacobian, Rollout, parse_link
+from cepo.jacobian.links import Link, parse_link
+from cepo.jacobian.protocol import Engine
+from cepo.jacobian.records import LinkJacobian, Rollout
 from cepo.kernels.spectral import frobenius_energy, spectral_shares
 from cepo.train.rewards.proxy import measure_sensitivity
 

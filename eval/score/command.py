@@ -24,9 +24,9 @@ from cepo.eval.score.rows import is_text, read_input, read_row, task_reward
 from cepo.files import make_folder, read_jsonl, write_text
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import RolloutScore, score_rollouts
-from cepo.jacobian.autograd import Engine
-from cepo.jacobian.group.engine import EngineName, check_engine, new_engine
+from cepo.jacobian.engines import EngineName, check_engine, new_engine
 from cepo.jacobian.loading import check_device, embedding_width, load_model, load_tokenizer, resolve_model
+from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout

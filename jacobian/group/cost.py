@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cepo.jacobian.group.cuts import HeadRow, Job, Stage, Stem, cut_all, enters_stem, stages
-from cepo.jacobian.records import Request
+from cepo.jacobian.protocol import Request
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
 # Beyond this many rows a matrix product gains nothing, and memory grows: 512 and 2048 took the same time on a CPU.

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from cepo.jacobian.autograd import Pass, passes_of
-from cepo.jacobian.records import Request, Rollout, Span
+from cepo.jacobian.passes import Pass, passes_of
+from cepo.jacobian.protocol import Request
+from cepo.jacobian.records import Rollout, Span
 from cepo.jacobian.targets import Term, target_terms
 
 # Fewer rows than this are carried through the backward pass rather than run as a segment of their own.
@@ -211,7 +212,7 @@ def _stems(jobs_by_prompt: Sequence[Sequence[Job]]) -> list[Stem]:
 
 
 def _cut_rollout(request: Request, index: int, rollout: Rollout, passes: tuple[Pass, ...]) -> Job:
-    terms = tuple(target_terms(rollout, key.target, key.score) for key in passes)
+    terms = tuple(target_terms(rollout, key.target, key.function) for key in passes)
     first_rows = []
     for key in passes:
         sources = [link.source for link in request.links if key in passes_of([link])]

@@ -7,14 +7,14 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from cepo.jacobian.autograd import Answer, Engine, JacobianEngine, Pass, link_jacobians
+from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.cost import CostModel, Plan, free_memory, measured_cost, plan_requests
 from cepo.jacobian.group.cotangents import add, append_stage, mix, slice_of_stage, stacked
 from cepo.jacobian.group.cuts import Job, Stem, cut_all, enters_stem, stages
@@ -28,39 +28,15 @@ from cepo.jacobian.group.run import (
     through_prefix_attention,
 )
 from cepo.jacobian.group.swaps import Swaps, find_swaps, swapped
-from cepo.jacobian.records import Group, Link, LinkJacobian, Request, Rollout, Span, parse_link
+from cepo.jacobian.links import Link, parse_link
+from cepo.jacobian.model import HeldModel
+from cepo.jacobian.passes import Pass, link_jacobians
+from cepo.jacobian.protocol import Answer, Request
+from cepo.jacobian.records import Group, LinkJacobian, Rollout, Span
 from cepo.jacobian.targets import Term
 from cepo.kernels.launch import Implementation, takes_over
 
 logger = logging.getLogger("cepo")
-
-
-EngineName = Literal["group", "autograd"]
-
-
-def new_engine(
-    name: EngineName,
-    model: Any,
-    *,
-    adapters: bool = True,
-    memory_budget: float | None = None,
-    kernels: Implementation = "torch",
-) -> Engine:
-    """Return the group engine, or the oracle, for a model.
-
-    Raises:
-        ValueError: for another name, or as the engine.
-    """
-    check_engine(name)
-    if name == "autograd":
-        return JacobianEngine(model, adapters=adapters)
-    return GroupEngine(model, adapters=adapters, memory_budget=memory_budget, kernels=kernels)
-
-
-def check_engine(name: str) -> None:
-    """Raise ValueError unless `name` is an engine's."""
-    if name not in get_args(EngineName):
-        raise ValueError(f"engine is {name!r}; expected one of {', '.join(get_args(EngineName))}")
 
 
 class GroupEngine:
@@ -96,10 +72,11 @@ class GroupEngine:
         kernels: Implementation = "torch",
     ) -> None:
         self.kernels = kernels
-        self._oracle = JacobianEngine(model, adapters=adapters)
+        self._held = HeldModel(model, adapters=adapters)
         if memory_budget is not None and not memory_budget > 0:
             raise ValueError(f"memory_budget is {memory_budget!r}; expected a positive number of bytes, or None")
-        self._model = self._oracle.model
+        self._model = self._held.causal_lm
+        self._oracle = JacobianEngine(model, adapters=adapters)
         self._budget, self._over_budget = memory_budget, False
         self._cost: CostModel | None = None
         self._unserved: str | None = None
@@ -109,13 +86,13 @@ class GroupEngine:
     @property
     def width(self) -> int:
         """D, the size of the embeddings that enter the first layer."""
-        return self._oracle.width
+        return self._held.width
 
     @property
     def unserved(self) -> str | None:
         """Why the model is handed to the oracle, or None; by a look at its layers and a trial of twelve tokens."""
         if self._cost is None and self._unserved is None:
-            with self._oracle.prepared():
+            with self._held.prepared():
                 self._unserved = self._why_unserved(self.kernels)
                 if self._unserved is not None and self.kernels == "auto" and self._swaps != Swaps():
                     logger.warning("the group engine goes on without kernels: %s", self._unserved)
@@ -133,7 +110,7 @@ class GroupEngine:
 
     def refusal(self, rollout: Rollout) -> str | None:
         """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
-        return self._oracle.refusal(rollout)
+        return self._held.refusal(rollout)
 
     def jacobians(self, group: Group, links: Sequence[Link], *, context_energy: bool = True) -> Answer:
         """Return, for each rollout of the group, the Jacobian of each link by the link's name.
@@ -160,13 +137,13 @@ class GroupEngine:
         """
         if isinstance(requests, Group):
             requests = [Request(requests, tuple(_default_links(requests) if links is None else links))]
-        self._oracle.check(requests)
+        self._held.check(requests)
         if self.unserved is not None or self._cost is None:
             raise ValueError(f"the oracle serves this model, so there is no plan: {self.unserved}")
         return plan_requests(requests, self._cost, self._budget_left())
 
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Yield the answer to each request, in order; see `cepo.jacobian.records.Request`.
+        """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`.
 
         Consecutive requests of one prompt share its stem, and prompts that begin alike share that beginning where no
         link differentiates it. Each answer is yielded before the next is computed.
@@ -174,7 +151,7 @@ class GroupEngine:
         Raises:
             ValueError: if a rollout is malformed or refused, before the first is run.
         """
-        self._oracle.check(requests)
+        self._held.check(requests)
         if self.unserved is not None:
             yield from self._oracle.compute(requests)
             return
@@ -186,7 +163,7 @@ class GroupEngine:
                     logger.warning("the group engine hands a request to the oracle: %s", prompt.unserved[index])
                     yield from self._oracle.compute([requests[index]])
                     continue
-                with self._oracle.prepared(), through_prefix_attention(self._model), swapped(self._swaps):
+                with self._held.prepared(), through_prefix_attention(self._model), swapped(self._swaps):
                     if trunk is None and prompt.stem is not None:
                         if prompt.stem.opening and not opening:
                             opening = self._run_plain(prompt.stem.ids[: prompt.stem.opening], 0, [])
@@ -372,7 +349,7 @@ class GroupEngine:
     ) -> Segment:
         return run_segment(
             self._model,
-            self._oracle.forward,
+            self._held.forward,
             ids,
             starts,
             past,
@@ -404,7 +381,7 @@ class GroupEngine:
         """Return why the model cannot be run in segments, or None, with the cost model measured on the way."""
         if self._model.get_output_embeddings() is None:
             return "it has no output embeddings"
-        parameters = inspect.signature(self._oracle.forward).parameters
+        parameters = inspect.signature(self._held.forward).parameters
         missing = [name for name in ("position_ids", "past_key_values") if name not in parameters]
         if missing:
             return f"its forward takes no {' and no '.join(missing)}"
@@ -416,7 +393,7 @@ class GroupEngine:
         request = Request(Group((rollout,)), links)
         try:
             wanted = next(self._oracle.compute([request]))[0]
-            self._swaps = find_swaps(self._model, self._oracle.forward, kernels)
+            self._swaps = find_swaps(self._model, self._held.forward, kernels)
             with through_prefix_attention(self._model), swapped(self._swaps):
                 self._cost = self._measured_cost(rollout.token_ids)
                 (prompt,) = cut_all([request])

@@ -15,8 +15,9 @@ from torch.func import functional_call, jacfwd, jacrev
 from transformers import AutoModelForSeq2SeqLM, DynamicCache, T5Config
 
 from cepo.jacobian.autograd import JacobianEngine
+from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.reading.judge import JudgeLayout
-from cepo.jacobian.records import Group, Link, LinkJacobian, Rollout, parse_link
+from cepo.jacobian.records import Group, LinkJacobian, Rollout
 from tests.models import FAMILIES, VOCABULARY, WIDTH, InDouble, judge_rollout, span, tiny_model
 
 TARGETS = ("log_likelihood", "log_odds", "expected_score", "margin")
@@ -168,10 +169,10 @@ def check_links(
 ) -> None:
     """Compare every link with `gradient(source span, (target span, score), mediator held fixed)`."""
     for made in LINKS:
-        wanted_SD = gradient(made.source, (made.target, made.score), made.effect == "direct")
+        wanted_SD = gradient(made.source, (made.target, made.function), made.effect == "direct")
         if made.effect == "residual":
             through_SD = gradient(made.source, ("criteria", "log_likelihood"), False)
-            direction_D = gradient("criteria", (made.target, made.score), False).mean(0)
+            direction_D = gradient("criteria", (made.target, made.function), False).mean(0)
             wanted_SD = regressed(wanted_SD, through_SD * direction_D)
         jacobian = found[made.name]
         assert jacobian.source_positions == rollout.spans[made.source].positions
@@ -232,7 +233,7 @@ def test_every_link_and_target_equals_dense_autograd(family: str, tied: bool) ->
     found = jacobians(model, rollout)
     check_links(found, rollout, gradient, 1e-10)
     for text in ("Z->X", "Z->Y:total@margin"):  # the energy of the context is the whole gradient's
-        whole_TD = dense[link(text).target, link(text).score]
+        whole_TD = dense[link(text).target, link(text).function]
         assert found[text].context_energy == pytest.approx(float(whole_TD.square().sum()), rel=1e-10)
     whole_TD = direct["scores", "log_odds"].clone()
     whole_TD[list(rollout.spans["criteria"].positions)] = 0.0

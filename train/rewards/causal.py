@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import RolloutScore, score_rollouts
-from cepo.jacobian.autograd import Engine
-from cepo.jacobian.group.engine import EngineName, check_engine, new_engine
+from cepo.jacobian.engines import EngineName, check_engine, new_engine
 from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
@@ -40,7 +40,7 @@ class CausalReward:
     `log_metric` (`causal/<link>/phi` ...), rows through `log_extra`.
 
     Args:
-        links: weight of each link, >= 0, see `cepo.jacobian.records.parse_link`.
+        links: weight of each link, >= 0, see `cepo.jacobian.links.parse_link`.
         task: task reward with TRL's signature and values in [0, 1]; where it gives None, so does this.
         task_weight: w_0 of the task reward, >= 0.
         p: exponent of the power mean.

@@ -24,11 +24,11 @@ from cepo.eval.score.rows import read_row
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import Score
 from cepo.fusion.score import score_rollouts
-from cepo.jacobian.autograd import Answer
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.protocol import Answer, Request
 from cepo.jacobian.reading.spans import SpanReader
-from cepo.jacobian.records import Request, Rollout
+from cepo.jacobian.records import Rollout
 from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE
 from tests.models import randomise

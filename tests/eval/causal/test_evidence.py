@@ -43,8 +43,10 @@ from cepo.eval.causal.interventions import removal
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import named_scores
 from cepo.fusion.score import score_rollouts
-from cepo.jacobian.autograd import Answer, JacobianEngine
-from cepo.jacobian.records import Group, Request, parse_link
+from cepo.jacobian.autograd import JacobianEngine
+from cepo.jacobian.links import parse_link
+from cepo.jacobian.protocol import Answer, Request
+from cepo.jacobian.records import Group
 from tests.eval.causal.judges import ITEMS, read, tiny_judge
 
 JUDGE_MODEL = tiny_judge()

@@ -32,8 +32,9 @@ from cepo.fusion.score import score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.protocol import Request
 from cepo.jacobian.reading.judge import JudgeLayout
-from cepo.jacobian.records import Group, LinkJacobian, Request, Rollout
+from cepo.jacobian.records import Group, LinkJacobian, Rollout
 from tests.jacobian.test_autograd import LINKS, SCATTERED, link
 from tests.models import FAMILIES, VOCABULARY, InDouble, judge_rollout, randomise, span, tiny_model
 
@@ -104,7 +105,7 @@ def test_equals_the_oracle(family: str, tied: bool) -> None:
     assert engine.unserved is None
     numeric = Group(tuple(judge_rollout(seed) for seed in range(3)))
     plain = Group(tuple(ragged_rollout(seed) for seed in range(4)))
-    of_plain = [one for one in LINKS if one.score in ("log_likelihood", "log_odds")]
+    of_plain = [one for one in LINKS if one.function in ("log_likelihood", "log_odds")]
     for group, links in ((numeric, LINKS), (plain, of_plain)):
         for chosen in (links, *([one] for one in links)):
             for energy in (True, False):

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from cepo.jacobian.engines import new_engine
 from cepo.jacobian.group import engine as group_module
-from cepo.jacobian.group.engine import GroupEngine, new_engine
+from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.run import backward
 from cepo.jacobian.group.swaps import Swaps, find_swaps, swapped
 from cepo.jacobian.records import Group

@@ -1,0 +1,114 @@
+"""A live causal language model as the engines hold it: checked once, prepared for each call, left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from cepo.jacobian.protocol import Request
+from cepo.jacobian.records import Rollout
+
+
+class HeldModel:
+    """Holds a causal language model that goes on living elsewhere, in a trainer for example.
+
+    Args:
+        model: a causal LM, PEFT-wrapped or not.
+        adapters: False runs the base model with its adapters disabled (PEFT models only).
+
+    Attributes:
+        causal_lm: the model without PEFT's wrapper.
+        embedding: its input embedding module.
+        forward: the forward of its class. An instance may carry a wrapper (accelerate's autocast), which is not called.
+        width: D, the size of the embeddings that enter the first layer.
+
+    Raises:
+        ValueError: for an encoder-decoder model, a model without input embeddings, a prompt-learning adapter (its
+            virtual tokens have no position in token_ids), or adapters=False on a model that has none.
+    """
+
+    def __init__(self, model: Any, *, adapters: bool = True) -> None:
+        self._peft = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
+        if self._peft is not None and any(c.is_prompt_learning for c in self._peft.peft_config.values()):
+            raise ValueError("model carries a prompt-learning adapter; expected LoRA or another weight adapter")
+        if not adapters and self._peft is None:
+            raise ValueError("adapters is False, but the model is not a PeftModel and has no adapters to disable")
+        self._adapters = adapters
+        self.causal_lm = self._peft.get_base_model() if self._peft is not None else model
+        config = getattr(self.causal_lm, "config", None)
+        if config is None or not hasattr(self.causal_lm, "get_input_embeddings"):
+            raise ValueError(f"model is a {type(model).__name__}; expected a Hugging Face causal language model")
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("model is an encoder-decoder; expected a decoder-only causal language model")
+        self._text_config = config.get_text_config()
+        self.forward = type(self.causal_lm).forward
+        self.forward_takes = frozenset(inspect.signature(self.forward).parameters)
+
+    @property
+    def embedding(self) -> Any:
+        """The input embedding module."""
+        return self.causal_lm.get_input_embeddings()
+
+    @property
+    def width(self) -> int:
+        """D, the size of the embeddings that enter the first layer."""
+        return int(self.embedding.weight.shape[-1])
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of token ids."""
+        return int(self.embedding.weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embeddings."""
+        return self.embedding.weight.dtype
+
+    def refusal(self, rollout: Rollout) -> str | None:
+        """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
+        limit = getattr(self._text_config, "max_position_embeddings", None) or float("inf")
+        tokens = rollout.token_ids
+        if len(tokens) > limit:
+            return f"too long: {len(tokens)} tokens, and the model takes {limit}"
+        outside = [token for token in tokens if not 0 <= token < self.vocabulary]
+        return f"token id {outside[0]} is outside the model's vocabulary of {self.vocabulary}" if outside else None
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise ValueError if a rollout of the requests has no Jacobians."""
+        for request in requests:
+            for rollout in request.group.rollouts:
+                problem = rollout.malformed or self.refusal(rollout)
+                if problem:
+                    raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Set eval mode, gradients on, autocast off and adapters as asked; restore everything on the way out."""
+        modes = [(module, module.training) for module in self.causal_lm.modules()]
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.causal_lm.parameters()]
+        adapters = contextlib.nullcontext() if self._adapters or not self._peft else self._peft.disable_adapter()
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast(self.device.type, enabled=False),
+                adapters,
+            ):
+                self.causal_lm.eval()
+                for parameter, _ in trainable:  # no weight gradient is wanted, so no activation is kept for one
+                    parameter.requires_grad_(False)
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad in trainable:  # PEFT thaws adapters when it enables them again
+                parameter.requires_grad_(requires_grad)
