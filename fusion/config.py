@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from cepo.counterfactual.nuisance import check_rank
 from cepo.counterfactual.permute import Permutation, check_permutation
@@ -15,7 +15,6 @@ from cepo.jacobian.links import NUMERIC_FUNCTIONS, Link, parse_link
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.records import Rollout
 
-Pool = Literal["none", "group"]
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}
 PAPER: Mapping[str, Any] = {
     "links": PAPER_LINKS,
@@ -47,8 +46,6 @@ class RewardConfig:
         seed: seed of the permutations.
         influence: whether to compute `influence` where the score does not need it; it costs one backward pass through
             the whole prompt for each rollout and target.
-        pool: "none", every rollout has its own nuisance subspace, or "group", the group shares one: cheaper, and then a
-            reward depends on the whole group (the part of it that one process holds).
     """
 
     links: Mapping[str, float] = field(default_factory=lambda: dict(PAPER_LINKS))
@@ -63,7 +60,6 @@ class RewardConfig:
     target: str = "log_likelihood"
     seed: int = 0
     influence: bool = True
-    pool: Pool = "none"
 
     def __post_init__(self) -> None:
         if not isinstance(self.links, Mapping):
@@ -83,12 +79,6 @@ class RewardConfig:
         if self.nuisance not in ("svd", "mean"):
             raise ValueError(f"nuisance is {self.nuisance!r}; expected svd or mean")
         check_score(self.score)
-        if self.pool not in get_args(Pool):
-            raise ValueError(f"pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
-        if self.pool == "group" and self.nuisance == "mean":
-            raise ValueError(
-                "pool is 'group' with the nuisance 'mean'; expected 'svd', the only one that can be shared"
-            )
 
     @classmethod
     def paper(cls, **changes: Any) -> RewardConfig:
@@ -118,7 +108,6 @@ class RewardConfig:
             permutation=self.permutation,
             seed=self.seed,
             context_energy=self.influence or self.score in INFLUENCE_SCORES,
-            pool=self.pool == "group",
         )
 
     def check_width(self, width: int) -> None:

@@ -112,15 +112,10 @@ def _score_group(group: GroupRequests, base: Answer, permuted: Sequence[Answer],
     for name in base[0]:
         owned = group.counterfactuals(permuted, name)
         for place, index in enumerate(group.members):
-            # A pooled subspace leaves out what is not finite: it would cost every rollout of the group its reward.
-            pooled = config.pool == "group"
-            jacs_SD = owned.get(None if pooled else index, [])
-            finite = [bool(torch.isfinite(jac_SD).all()) for jac_SD in jacs_SD]
-            jacobian = base[place][name]
-            if not bool(torch.isfinite(jacobian.jac_SD).all()) or not (pooled or all(finite)):
+            jacobian, jacs_SD = base[place][name], owned[index]
+            if not all(bool(torch.isfinite(jac_SD).all()) for jac_SD in (jacobian.jac_SD, *jacs_SD)):
                 found[place] = ({}, {}, found[place][2] or f"non-finite gradient on {name}")
-            kept = [jac_SD for jac_SD, sound in zip(jacs_SD, finite, strict=True) if sound]
-            cells.append((place, name, jacobian, kept))
+            cells.append((place, name, jacobian, jacs_SD))
     cells = [cell for cell in cells if found[cell[0]][2] is None]
     for (place, name, jacobian, _), record, residual_SD in zip(cells, *_harden(cells, config), strict=True):
         records, jacobians, _ = found[place]
@@ -138,12 +133,7 @@ def _harden(
         bases = [jacobian.jac_SD.new_zeros(0, jacobian.jac_SD.shape[1]) for jacobian in jacobians]
         residuals = [remove_mean(jacobian.jac_SD, jacs_SD) for _, _, jacobian, jacs_SD in cells]
     else:
-        stacks = {id(jacs_SD[0]): jacs_SD for _, _, _, jacs_SD in cells if jacs_SD}  # a pooled stack is decomposed once
-        of_stack = dict(
-            zip(stacks, nuisance_bases(list(stacks.values()), rank=config.rank, energy=config.energy), strict=True)
-        )
-        nothing = torch.zeros(0, 0, dtype=torch.float64)
-        bases = [of_stack[id(jacs_SD[0])] if jacs_SD else nothing for _, _, _, jacs_SD in cells]
+        bases = nuisance_bases([jacs_SD for _, _, _, jacs_SD in cells], rank=config.rank, energy=config.energy)
         residuals = [
             remove_nuisance(jacobian.jac_SD, basis_RD) for jacobian, basis_RD in zip(jacobians, bases, strict=True)
         ]

@@ -18,7 +18,7 @@ from cepo.benchmarks.ablation.summary import AblateSummary, read_measures, summa
 from cepo.counterfactual.permute import Permutation
 from cepo.eval.score.rows import is_text, read_input, read_row, task_reward
 from cepo.files import make_folder, write_text
-from cepo.fusion.config import PAPER_LINKS, Pool, RewardConfig
+from cepo.fusion.config import PAPER_LINKS, RewardConfig
 from cepo.fusion.records import Score
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import check_device, embedding_width, load_model, load_tokenizer, resolve_model
@@ -36,8 +36,8 @@ _NOT_SETTINGS = ("input", "output", "device", "memory_budget")
 class AblateJob:
     """What `cepo ablate` was asked to do.
 
-    The sweep is the grid of counterfactuals, ranks, pools and scores; the reference (K = 4, rank 2, exact: the preset
-    `paper`) is always part of it, and so is the exact twin of every pooled setting.
+    The sweep is the grid of counterfactuals, ranks and scores; the reference (K = 4, rank 2: the preset `paper`) is
+    always part of it.
 
     Attributes:
         model: see `resolve_model`.
@@ -48,7 +48,6 @@ class AblateJob:
         ranks: the nuisance ranks to sweep, integers >= 0 as "2", or energies in (0, 1] as "tau=0.5".
         powers: the exponents p to sweep; any reals, inf or -inf.
         scores: the named scores S to sweep.
-        pools: "none" (exact) and, to measure its fidelity, "group".
         permutation: "uniform", "sentence" or "block".
         task_weight: weight of the task reward, where a row carries one.
         target: default target function of the links.
@@ -71,7 +70,6 @@ class AblateJob:
     ranks: tuple[str, ...] = ("0", "1", "2", "4", "8", "tau=0.5", "tau=0.9")
     powers: tuple[float, ...] = (-2.0, 0.0, 0.2, 1.0, 10.0)
     scores: tuple[Score, ...] = get_args(Score)
-    pools: tuple[Pool, ...] = ("none",)
     permutation: Permutation = "uniform"
     task_weight: float = 0.7
     target: str = "log_likelihood"
@@ -90,8 +88,8 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     """Sweep every setting over every rollout, and write tables and plots.
 
     Group by group: the base Jacobians and those of max(K) counterfactuals are computed, once; every setting is then
-    worked out from them (a smaller K uses the first K; pooled counterfactuals are signed sums of exact ones). A group's
-    results are moved into place when all of them are there, and a later run of the same sweep goes on behind them.
+    worked out from them (a smaller K uses the first K). A group's results are moved into place when all of them are
+    there, and a later run of the same sweep goes on after them.
 
     Writes `ablation.parquet` (a row for each rollout, link and setting), `rewards.parquet` (for each rollout, setting,
     set of links and p), `summary.jsonl`, `malformed.jsonl`, the plots and `groups/`.
@@ -135,9 +133,9 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
         _write_group(_folder(job, number), *swept)
     if progress is not None:
         progress(len(groups), len(groups))
-    facts = [json.loads((_folder(job, number) / "group.json").read_text()) for number in range(len(groups))]
-    for fact in facts:
-        malformed.update({int(row): reason for row, reason in fact["malformed"].items()})
+    for number in range(len(groups)):
+        without_jacobians = json.loads((_folder(job, number) / "malformed.json").read_text())
+        malformed.update({int(row): reason for row, reason in without_jacobians.items()})
     _write_lines(job.output / "malformed.jsonl", [{"row": row, "reason": malformed[row]} for row in sorted(malformed)])
     for name in ("ablation.parquet", "rewards.parquet"):
         _merge(job.output / name, [_folder(job, number) / name for number in range(len(groups))])
@@ -147,7 +145,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
             f"{malformed[min(malformed)]}"
         )
     measures = read_measures([_folder(job, number) for number in range(len(groups))], sweep)
-    rows = summarise(measures, sweep, [fact["plans"] for fact in facts], resamples=job.resamples, seed=job.seed)
+    rows = summarise(measures, sweep, resamples=job.resamples, seed=job.seed)
     _write_lines(job.output / "summary.jsonl", rows)
     draw_figures(job.output, rows)
     return AblateSummary(
@@ -166,7 +164,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
 
 def check_sweep(job: AblateJob) -> Sweep:
     """Return the sweep, or raise ValueError for the first argument that cannot be used; reads no file."""
-    for name in ("counterfactuals", "ranks", "powers", "scores", "pools"):
+    for name in ("counterfactuals", "ranks", "powers", "scores"):
         values = getattr(job, name)
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"{name} is {values!r}; expected a sequence of at least one value")
@@ -184,13 +182,11 @@ def check_sweep(job: AblateJob) -> Sweep:
     for text in job.ranks:
         rank, tau = _read_rank(text)
         for counterfactuals in job.counterfactuals:
-            for pool in job.pools:
-                hardenings[Hardening(counterfactuals, rank, tau, pool)] = None
-    if len(hardenings) < len(job.ranks) * len(job.counterfactuals) * len(job.pools):
+            hardenings[Hardening(counterfactuals, rank, tau)] = None
+    if len(hardenings) < len(job.ranks) * len(job.counterfactuals):
         raise ValueError(f"ranks is {', '.join(job.ranks)}; expected each value once")
-    for hardening in list(hardenings):
+    for hardening in hardenings:
         _config(job, hardening)
-        hardenings[replace(hardening, pool="none")] = None
     hardenings[REFERENCE] = None
     ordered = sorted(hardenings, key=lambda hardening: hardening.order)
     for score in job.scores:
@@ -226,7 +222,6 @@ def _config(job: AblateJob, hardening: Hardening) -> RewardConfig:
         energy=hardening.tau,
         target=job.target,
         seed=job.seed,
-        pool=hardening.pool,
     )
 
 
@@ -291,16 +286,16 @@ def _folder(job: AblateJob, number: int) -> Path:
 
 
 def _write_group(
-    folder: Path, link_rows: list[dict[str, Any]], reward_rows: list[dict[str, Any]], facts: Mapping[str, Any]
+    folder: Path, link_rows: list[dict[str, Any]], reward_rows: list[dict[str, Any]], malformed: Mapping[int, str]
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     integer, number, text = pa.int64(), pa.float64(), pa.string()
     setting = {"row": integer, "group": integer, "counterfactuals": integer, "rank": integer, "tau": number}
-    setting |= {"pool": text, "score": text}
+    setting["score"] = text
     measures = dict.fromkeys(("S", "phi", "retained", "influence", "norm"), number)
-    measures |= {"tokens": integer, "removed_rank": integer, "nuisance_angle": number, "pool_angles": pa.list_(number)}
+    measures |= {"tokens": integer, "removed_rank": integer, "nuisance_angle": number}
     unfinished = folder.with_name(folder.name + ".tmp")
     unfinished.mkdir()
     for name, rows, columns in (
@@ -308,7 +303,7 @@ def _write_group(
         ("rewards.parquet", reward_rows, {**setting, "links": text, "p": number, "reward": number}),
     ):
         pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), unfinished / name)
-    (unfinished / "group.json").write_text(json.dumps(facts))
+    (unfinished / "malformed.json").write_text(json.dumps(malformed))
     os.replace(unfinished, folder)
 
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from cepo.benchmarks.ablation.group import REFERENCE
 from cepo.benchmarks.ablation.summary import rank_label
 
-_STYLES = {"none": ("-", "o", "exact"), "group": ("--", "s", "pooled")}
 _PANEL = (4.6, 3.4)  # inches
 _ACROSS = 3  # panels in a row
 _SPREAD = 0.25  # of the distance between two places on the axis
@@ -22,8 +21,8 @@ _DOTS_PER_INCH = 130
 def draw_figures(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write `s_against_k.png`, `s_against_rank.png` and `reward_against_p.png`.
 
-    One panel a score definition. S: one curve a link, dashed where pooled; the other of K and rank is the reference's.
-    Rewards: one curve a set of links, at the reference hardening. Axes are in steps, not to scale: energies stand
+    One panel per score. S: one curve per link; where K varies the rank is the reference's, and the other way round.
+    Rewards: one curve per set of links, at the reference hardening. Axes are in steps, not to scale: energies stand
     beside ranks, and p may be infinite.
 
     Args:
@@ -37,33 +36,29 @@ def draw_figures(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
     return [
         _draw(
             folder / "s_against_k.png",
-            [(row, _link_curve(row), str(row["counterfactuals"])) for row in at_rank],
+            [(row, row["link"], str(row["counterfactuals"])) for row in at_rank],
             "S",
             f"counterfactuals K, at rank {REFERENCE.rank_label}",
         ),
         _draw(
             folder / "s_against_rank.png",
-            [(row, _link_curve(row), rank_label(row)) for row in at_k],
+            [(row, row["link"], rank_label(row)) for row in at_k],
             "S",
             f"nuisance rank, at K = {REFERENCE.counterfactuals}",
         ),
         _draw(
             folder / "reward_against_p.png",
-            [(row, (row["links"], "none"), f"{row['p']:g}") for row in rewards],
+            [(row, row["links"], f"{row['p']:g}") for row in rewards],
             "reward",
             f"exponent p, at K = {REFERENCE.counterfactuals}, rank {REFERENCE.rank_label}",
         ),
     ]
 
 
-def _link_curve(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["link"], row["pool"]
-
-
-def _draw(path: Path, points: Sequence[tuple[Mapping[str, Any], tuple[str, str], str]], value: str, axis: str) -> Path:
-    """Write one figure of points (row, (curve, pool), place on the axis); rows come in the order of the axis."""
+def _draw(path: Path, points: Sequence[tuple[Mapping[str, Any], str, str]], value: str, axis: str) -> Path:
+    """Write one figure of points (row, curve, place on the axis); rows come in the order of the axis."""
     scores = _distinct(row["score"] for row, _, _ in points)
-    names = _distinct(name for _, (name, _), _ in points)
+    names = _distinct(curve for _, curve, _ in points)
     across = min(_ACROSS, len(scores))
     down = -(-len(scores) // across)
     figure = Figure(figsize=(_PANEL[0] * across, _PANEL[1] * down), layout="constrained")
@@ -75,7 +70,6 @@ def _draw(path: Path, points: Sequence[tuple[Mapping[str, Any], tuple[str, str],
         curves = _distinct(curve for _, curve, _ in here)
         for number, curve in enumerate(curves):
             rows = {place: row for row, other, place in here if other == curve}
-            line, marker, pool = _STYLES[curve[1]]
             aside = _SPREAD * (number / max(1, len(curves) - 1) - 0.5)  # so that intervals do not hide each other
             means = [row[value] for row in rows.values()]
             errors = [
@@ -89,12 +83,11 @@ def _draw(path: Path, points: Sequence[tuple[Mapping[str, Any], tuple[str, str],
                 [places.index(place) + aside for place in rows],
                 means,
                 yerr=errors,
-                linestyle=line,
-                marker=marker,
+                marker="o",
                 markersize=4,
                 capsize=3,
-                color=f"C{names.index(curve[0])}",
-                label=curve[0] + (f", {pool}" if pool != "exact" else ""),
+                color=f"C{names.index(curve)}",
+                label=curve,
             )
         panel.set_xticks(range(len(places)), places)
         panel.set_title(f"score {score}", fontsize=10)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.linalg import subspace_angles
-from torch import Tensor
 
 from cepo.counterfactual.nuisance import nuisance_basis, remove_nuisance
-from cepo.fusion.config import Pool, RewardConfig
+from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import LinkScore, Score, named_scores, score_link
 from cepo.fusion.requests import GroupRequests, reward_requests
 from cepo.fusion.score import fuse
-from cepo.jacobian.autograd import combine
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, Request
@@ -28,19 +24,18 @@ _Key = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...], str]
 
 @dataclass(frozen=True)
 class Hardening:
-    """What is removed from a Jacobian: K counterfactuals, a rank or else an energy tau, and whose subspace it is."""
+    """What is removed from a Jacobian: the subspace of K counterfactuals, of a rank or else an energy tau."""
 
     counterfactuals: int
     rank: int | None
     tau: float | None
-    pool: Pool
 
     @property
-    def order(self) -> tuple[bool, int, bool, float]:
-        """Exact before pooled, then by K, ranks before energies."""
+    def order(self) -> tuple[int, bool, float]:
+        """By K, then ranks before energies."""
         size = self.tau if self.rank is None else self.rank
         assert size is not None
-        return self.pool == "group", self.counterfactuals, self.rank is None, size
+        return self.counterfactuals, self.rank is None, size
 
     @property
     def rank_label(self) -> str:
@@ -48,7 +43,7 @@ class Hardening:
         return f"tau={self.tau:g}" if self.rank is None else str(self.rank)
 
 
-REFERENCE = Hardening(counterfactuals=4, rank=2, tau=None, pool="none")
+REFERENCE = Hardening(counterfactuals=4, rank=2, tau=None)
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Sweep:
     """Everything that is swept; rows of the tables stand in the order of these.
 
     Attributes:
-        hardenings: exact ones first; every pooled one has its exact twin.
+        hardenings: what is removed, in their `order`.
         links: names of the links.
         scores: named scores.
         link_sets: what is fused; the first is all links.
@@ -86,8 +81,8 @@ def sweep_group(
     links: Sequence[Link],
     config: RewardConfig,
     engine: GroupEngine,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """Return the link rows and the reward rows of one group, and its malformed rollouts and planned token rows.
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[int, str]]:
+    """Return the link rows and the reward rows of one group, and why some rollouts have none.
 
     Args:
         number: of the group.
@@ -96,7 +91,7 @@ def sweep_group(
         sweep: what to sweep.
         links: the sweep's links, parsed.
         config: weights, permutation and seed; what the sweep varies is taken from the sweep.
-        engine: what computes Jacobians and plans.
+        engine: what computes Jacobians.
     """
     malformed = {row: reason for row, rollout in members.items() if (reason := engine.refusal(rollout))}
     sound = {row: rollout for row, rollout in members.items() if row not in malformed}
@@ -112,19 +107,17 @@ def sweep_group(
     for row in sound:
         for name in sweep.links:
             for hardening in sweep.hardenings:
-                record, angles = scored[row, name, hardening]
                 for score in sweep.scores:
-                    link_rows.append(_link_row(row, number, hardening, score, record, angles))
+                    link_rows.append(_link_row(row, number, hardening, score, scored[row, name, hardening]))
         for hardening in sweep.hardenings:
-            named = {name: _named(scored[row, name, hardening][0]) for name in sweep.links}
+            named = {name: _named(scored[row, name, hardening]) for name in sweep.links}
             for score in sweep.scores:
                 values = {name: named[name][score] for name in sweep.links}
                 setting = {"row": row, "group": number, **asdict(hardening), "score": score}
                 for (chosen, p), fusion in fusions.items():
                     reward = fuse(values, fusion, tasks[row])
                     reward_rows.append({**setting, "links": chosen.name, "p": p, "reward": reward})
-    facts = {"malformed": malformed, "plans": _plans(sound, sweep, links, config, engine) if sound else {}}
-    return link_rows, reward_rows, facts
+    return link_rows, reward_rows, malformed
 
 
 def _jacobians(
@@ -134,7 +127,7 @@ def _jacobians(
     if not rollouts:
         return {}, {}
     most = max(hardening.counterfactuals for hardening in sweep.hardenings)
-    group = _requests(rollouts, links, config, most, "none")
+    group = _requests(rollouts, links, config, most)
     answers = list(engine.compute(group.requests))
     known: dict[_Key, LinkJacobian] = {}
     for request, answer in zip(group.requests, answers, strict=True):
@@ -146,7 +139,7 @@ def _jacobians(
     for link in links:
         owned = group.counterfactuals(answers[1:], link.name)
         for row, base in zip(group.members, answers[0], strict=True):
-            jacs_SD = [base[link.name].jac_SD, *owned.get(row, [])]
+            jacs_SD = [base[link.name].jac_SD, *owned[row]]
             if not all(bool(torch.isfinite(jac_SD).all()) for jac_SD in jacs_SD):
                 not_finite.setdefault(row, f"non-finite gradient on {link.name}")
     return known, not_finite
@@ -158,36 +151,26 @@ def _score_settings(
     links: Sequence[Link],
     config: RewardConfig,
     known: Mapping[_Key, LinkJacobian],
-) -> Iterator[tuple[tuple[int, str, Hardening], tuple[LinkScore, list[float] | None]]]:
-    """Yield the record of each rollout, link and hardening, with the angles from the exact subspace where pooled."""
-    exact: dict[tuple[int | None, str, Hardening], Tensor] = {}
-    shapes = dict.fromkeys((hardening.counterfactuals, hardening.pool) for hardening in sweep.hardenings)
-    for counterfactuals, pool in shapes if rollouts else ():
-        group = _requests(rollouts, links, config, counterfactuals, pool)
+) -> Iterator[tuple[tuple[int, str, Hardening], LinkScore]]:
+    """Yield the record of each rollout, link and hardening."""
+    for counterfactuals in dict.fromkeys(one.counterfactuals for one in sweep.hardenings) if rollouts else ():
+        group = _requests(rollouts, links, config, counterfactuals)
         base, *permuted = [_recall(request, known) for request in group.requests]
-        chosen = [one for one in sweep.hardenings if (one.counterfactuals, one.pool) == (counterfactuals, pool)]
         for name in sweep.links:
             owned = group.counterfactuals(permuted, name)
-            for hardening in chosen:
-                bases = {
-                    owner: nuisance_basis(owned.get(owner, []), rank=hardening.rank, energy=hardening.tau)
-                    for owner in ((None,) if pool == "group" else group.members)
-                }
+            for hardening in sweep.hardenings:
+                if hardening.counterfactuals != counterfactuals:
+                    continue
                 for row, of_rollout in zip(group.members, base, strict=True):
-                    owner = None if pool == "group" else row
-                    basis_RD, jacobian, angles = bases[owner], of_rollout[name], None
-                    if pool == "group":
-                        angles = _angles(basis_RD, exact[row, name, replace(hardening, pool="none")])
-                    else:
-                        exact[row, name, hardening] = basis_RD
+                    jacobian, count = of_rollout[name], len(owned[row])
+                    basis_RD = nuisance_basis(owned[row], rank=hardening.rank, energy=hardening.tau)
                     residual_SD = remove_nuisance(jacobian.jac_SD, basis_RD)
-                    count = len(owned.get(owner, []))
                     record = score_link(jacobian, residual_SD, basis_RD, counterfactuals=count, score="phi")
-                    yield (row, name, hardening), (record, angles)
+                    yield (row, name, hardening), record
 
 
 def _requests(
-    rollouts: Mapping[int, Rollout], links: Sequence[Link], config: RewardConfig, counterfactuals: int, pool: Pool
+    rollouts: Mapping[int, Rollout], links: Sequence[Link], config: RewardConfig, counterfactuals: int
 ) -> GroupRequests:
     (group,) = reward_requests(
         rollouts,
@@ -196,7 +179,6 @@ def _requests(
         permutation=config.permutation,
         seed=config.seed,
         context_energy=True,
-        pool=pool == "group",
     )
     return group
 
@@ -208,26 +190,16 @@ def _key(rollout: Rollout, name: str) -> _Key:
 
 def _recall(request: Request, known: Mapping[_Key, LinkJacobian]) -> Answer:
     """Return what the engine would answer to a request, from Jacobians that are known."""
-    answers = [
+    return [
         {link.name: known[_key(rollout, link.name)] for link in request.links} for rollout in request.group.rollouts
     ]
-    return combine(answers, request.signs)
-
-
-def _angles(pooled_RD: Tensor, exact_RD: Tensor) -> list[float]:
-    """Return the principal angles between two subspaces in degrees, ascending; none where one of them is empty."""
-    if not len(pooled_RD) or not len(exact_RD):
-        return []
-    return sorted(float(angle) for angle in np.rad2deg(subspace_angles(pooled_RD.cpu().T, exact_RD.cpu().T)))
 
 
 def _named(record: LinkScore) -> dict[Score, float]:
     return named_scores(record.phi, record.retained, record.influence)
 
 
-def _link_row(
-    row: int, group: int, hardening: Hardening, score: Score, record: LinkScore, pool_angles: list[float] | None
-) -> dict[str, Any]:
+def _link_row(row: int, group: int, hardening: Hardening, score: Score, record: LinkScore) -> dict[str, Any]:
     angles = record.nuisance_angles
     return {
         "row": row,
@@ -243,20 +215,4 @@ def _link_row(
         "tokens": record.tokens,
         "removed_rank": record.rank,
         "nuisance_angle": sum(angles) / len(angles) if angles else None,
-        "pool_angles": pool_angles,
     }
-
-
-def _plans(
-    rollouts: Mapping[int, Rollout], sweep: Sweep, links: Sequence[Link], config: RewardConfig, engine: GroupEngine
-) -> dict[str, dict[str, list[int]]]:
-    """Return, for each K that is pooled, forward and backward token rows of the exact and of the pooled computation."""
-    found: dict[str, dict[str, list[int]]] = {}
-    for counterfactuals in dict.fromkeys(one.counterfactuals for one in sweep.hardenings if one.pool == "group"):
-        if engine.unserved is not None:  # the oracle has no plan
-            break
-        found[str(counterfactuals)] = {}
-        for pool in get_args(Pool):
-            plan = engine.plan(_requests(rollouts, links, config, counterfactuals, pool).requests)
-            found[str(counterfactuals)][pool] = [plan.forward_rows, plan.backward_rows]
-    return found

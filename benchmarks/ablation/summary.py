@@ -1,4 +1,4 @@
-"""What an ablation found: means, rank correlations and pooling's fidelity, with intervals over prompts."""
+"""What an ablation found: means and rank correlations, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 from scipy.stats import DegenerateDataWarning, bootstrap
 
-from cepo.benchmarks.ablation.group import REFERENCE, Hardening, Sweep
+from cepo.benchmarks.ablation.group import REFERENCE, Sweep
 from cepo.eval.report.tables import console_table
 
 _BATCH = 100  # resamples held at once: bounds memory for inputs of many thousands of rollouts
@@ -29,15 +29,12 @@ class Measures:
         group_N: number of each rollout's group, from 0 without gaps.
         values_NAHF: S.
         nuisance_angles_NAH: mean principal angle of nuisance and Jacobian in degrees, NaN where nothing is removed.
-        pool_angles: principal angles of pooled and exact subspace in degrees, of each link and pooled hardening; one
-            list a rollout.
         rewards_NFUP: fused rewards at the reference hardening.
     """
 
     group_N: np.ndarray
     values_NAHF: np.ndarray
     nuisance_angles_NAH: np.ndarray
-    pool_angles: Mapping[tuple[str, Hardening], Sequence[Sequence[float]]]
     rewards_NFUP: np.ndarray
 
 
@@ -66,9 +63,7 @@ class AblateSummary:
     def table(self) -> Table:
         """Return all settings, or of many those that differ from the reference in one respect at most."""
         title = f"{self.output}: {self.rollouts} rollouts of {self.groups} prompts, {len(self.malformed)} malformed"
-        table = console_table(
-            "link", "K", "rank", "pool", "score", "mean S", "Spearman to paper's", "angle", title=title
-        )
+        table = console_table("link", "K", "rank", "score", "mean S", "Spearman to paper's", "angle", title=title)
         rows = [row for row in self.rows if row["kind"] == "link"]
         if len(rows) > _SHOWN:
             rows = [row for row in rows if _steps_from_reference(row) <= 1]
@@ -78,35 +73,10 @@ class AblateSummary:
                 row["link"],
                 str(row["counterfactuals"]),
                 rank_label(row),
-                row["pool"],
                 row["score"],
                 shown(row, "S"),
                 shown(row, "spearman_paper"),
                 "-" if angle is None else f"{angle:.1f}°",
-            )
-        return table
-
-    def fidelity_table(self) -> Table | None:
-        """Return how near pooled nuisance comes to exact, for every K, rank and score; None where nothing is pooled."""
-        rows = [row for row in self.rows if row["kind"] == "link" and row["pool"] == "group" and row["counterfactuals"]]
-        if not rows:
-            return None
-        header = ["link", "K", "rank", "score", "median angle", "largest", "Spearman to exact", "within prompts"]
-        header += ["rows exact", "pooled"]
-        table = console_table(
-            *header, title=f'pool="group" against exact, {self.rollouts} rollouts of {self.groups} prompts'
-        )
-        for row in rows:
-            angles = [row["pool_angle_median"], row["pool_angle_largest_median"]]
-            table.add_row(
-                row["link"],
-                str(row["counterfactuals"]),
-                rank_label(row),
-                row["score"],
-                *("-" if angle is None else f"{angle:.1f}°" for angle in angles),
-                shown(row, "spearman_exact"),
-                shown(row, "within_exact"),
-                *("-" if row[name] is None else f"{sum(row[name]):,}" for name in ("rows_exact", "rows_pooled")),
             )
         return table
 
@@ -116,46 +86,29 @@ def read_measures(folders: Sequence[Path], sweep: Sweep) -> Measures:
     import pyarrow.parquet as pq
 
     values, nuisance, rewards, numbers = [], [], [], []
-    pool_angles: dict[tuple[str, Hardening], list[list[float]]] = {
-        (link, hardening): [] for link in sweep.links for hardening in sweep.hardenings if hardening.pool == "group"
-    }
     shape_AHF = (len(sweep.links), len(sweep.hardenings), len(sweep.scores))
     shape_HFUP = (len(sweep.hardenings), len(sweep.scores), len(sweep.link_sets), len(sweep.powers))
     at_reference = sweep.hardenings.index(REFERENCE)
     for number, folder in enumerate(folders):
-        columns = ["S", "nuisance_angle", "pool_angles"]
-        table = pq.read_table(folder / "ablation.parquet", columns=columns)
+        table = pq.read_table(folder / "ablation.parquet", columns=["S", "nuisance_angle"])
         values.append(table["S"].to_numpy().reshape(-1, *shape_AHF))
         nuisance.append(table["nuisance_angle"].to_numpy().astype(float).reshape(-1, *shape_AHF)[..., 0])
         numbers.append(np.full(len(values[-1]), number))
-        if pool_angles:
-            angles_NAHF = np.array([*table["pool_angles"].to_pylist(), None], dtype=object)[:-1].reshape(-1, *shape_AHF)
-            for (link, hardening), found in pool_angles.items():
-                found += angles_NAHF[:, sweep.links.index(link), sweep.hardenings.index(hardening), 0].tolist()
         reward = pq.read_table(folder / "rewards.parquet", columns=["reward"])["reward"].to_numpy()
         rewards.append(reward.reshape(-1, *shape_HFUP)[:, at_reference])
     _, group_N = np.unique(np.concatenate(numbers), return_inverse=True)
-    return Measures(group_N, np.concatenate(values), np.concatenate(nuisance), pool_angles, np.concatenate(rewards))
+    return Measures(group_N, np.concatenate(values), np.concatenate(nuisance), np.concatenate(rewards))
 
 
-def summarise(
-    measures: Measures,
-    sweep: Sweep,
-    plans: Sequence[Mapping[str, Mapping[str, Sequence[int]]]],
-    *,
-    resamples: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Return one row for each link and setting, and one for each fused reward at the reference hardening.
+def summarise(measures: Measures, sweep: Sweep, *, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Return one row per link and setting, and one per fused reward at the reference hardening.
 
-    Of pooled settings, `spearman_exact` compares S with its exact twin over all rollouts, `within_exact` after each
-    prompt's mean is taken off both. Intervals are 95% percentile bootstraps over prompts, not rollouts: those of one
-    prompt are no independent draws (and share one subspace where pooled). There is none for a single prompt.
+    Intervals are 95% percentile bootstraps over prompts, not rollouts: rollouts of one prompt are not independent
+    draws. A single prompt has no interval.
 
     Args:
         measures: from `read_measures`.
         sweep: what was swept.
-        plans: for each group and K, the forward and backward token rows of the pools "none" and "group".
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
@@ -175,24 +128,15 @@ def summarise(
                 others = {"spearman_reference": (at_reference, score_at)}
                 if _PAPER_SCORE in sweep.scores:
                     others["spearman_paper"] = (at_reference, sweep.scores.index(_PAPER_SCORE))
-                if hardening.pool == "group":
-                    others["spearman_exact"] = (sweep.hardenings.index(_exact_twin(hardening)), score_at)
-                for name in ("spearman_reference", "spearman_paper", "spearman_exact"):
+                for name in ("spearman_reference", "spearman_paper"):
                     if name not in others:
                         row |= {name: None, f"{name}_low": None, f"{name}_high": None}
                         continue
                     other_at, other_score_at = others[name]
                     other_N = measures.values_NAHF[:, link_at, other_at, other_score_at]
                     row |= with_interval(name, partial(spearman, values_N, other_N))
-                row |= {"within_exact": None, "within_exact_low": None, "within_exact_high": None}
-                if hardening.pool == "group":
-                    exact_N = measures.values_NAHF[:, link_at, sweep.hardenings.index(_exact_twin(hardening)), score_at]
-                    pair = [less_prompt_mean(x_N, measures.group_N) for x_N in (values_N, exact_N)]
-                    row |= with_interval("within_exact", partial(spearman, *pair))
                 angles_N = measures.nuisance_angles_NAH[:, link_at, at]
                 row["nuisance_angle"] = float(np.nanmean(angles_N)) if np.isfinite(angles_N).any() else None
-                row |= _fidelity(measures.pool_angles.get((link, hardening), []))
-                row |= _planned(plans, hardening)
                 rows.append(row)
     for score_at, score in enumerate(sweep.scores):
         for set_at, chosen in enumerate(sweep.link_sets):
@@ -262,15 +206,6 @@ def spearman(x_N: np.ndarray, y_N: np.ndarray, weights_BN: np.ndarray) -> np.nda
     return np.where(energies_B > 0.0, product_B / np.sqrt(np.where(energies_B > 0.0, energies_B, 1.0)), np.nan)
 
 
-def less_prompt_mean(x_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
-    """Return what is left of x when each prompt's mean is taken off: what GRPO's advantages are made of.
-
-    Rounded to 1e-6, below which float32 Jacobians of equal completions differ: a rank correlation sees every digit.
-    """
-    means_G = np.bincount(group_N, x_N) / np.bincount(group_N)
-    return np.round(x_N - means_G[group_N], 6)
-
-
 def rank_label(row: Mapping[str, Any]) -> str:
     """Return a row's rank as the user wrote it."""
     return f"tau={row['tau']:g}" if row["rank"] is None else str(row["rank"])
@@ -298,35 +233,8 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _exact_twin(hardening: Hardening) -> Hardening:
-    return Hardening(hardening.counterfactuals, hardening.rank, hardening.tau, "none")
-
-
-def _fidelity(angles: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """Return the median over rollouts of all principal angles, and of each rollout's largest."""
-    compared = [list(of_rollout) for of_rollout in angles if of_rollout]
-    every = [angle for of_rollout in compared for angle in of_rollout]
-    return {
-        "pool_angle_median": float(np.median(every)) if every else None,
-        "pool_angle_largest_median": float(np.median([max(one) for one in compared])) if compared else None,
-    }
-
-
-def _planned(
-    plans: Sequence[Mapping[str, Mapping[str, Sequence[int]]]], hardening: Hardening
-) -> dict[str, list[int] | None]:
-    """Return forward and backward token rows of all groups, exact and pooled, at the K of a pooled hardening."""
-    key = str(hardening.counterfactuals)
-    planned = [plan[key] for plan in plans if key in plan] if hardening.pool == "group" else []
-
-    def total(pool: str) -> list[int] | None:
-        return [sum(plan[pool][at] for plan in planned) for at in (0, 1)] if planned else None
-
-    return {"rows_exact": total("none"), "rows_pooled": total("group")}
-
-
 def _steps_from_reference(row: Mapping[str, Any]) -> int:
-    """Return in how many of K, rank, pool and score a row differs from the paper's preset."""
+    """Return in how many of K, rank and score a row differs from the paper's preset."""
     rank_differs = (row["rank"], row["tau"]) != (REFERENCE.rank, REFERENCE.tau)
-    others = {"counterfactuals": REFERENCE.counterfactuals, "pool": REFERENCE.pool, "score": _PAPER_SCORE}
+    others = {"counterfactuals": REFERENCE.counterfactuals, "score": _PAPER_SCORE}
     return rank_differs + sum(row[name] != value for name, value in others.items())

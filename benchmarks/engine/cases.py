@@ -32,7 +32,7 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.protocol import Engine, Request
 
 PEERS = ("reference", "padded", "functional", "captum")
-EXACT, ONLY, POOLED = "group: all links, exact", "group: X->Y", "group: all links, pooled"
+EXACT, ONLY = "group: all links, exact", "group: X->Y"
 REFERENCE, PADDED = "reference schedule", "padded autograd"
 
 # Relative Frobenius error of a Jacobian. Two orders above what rounding was seen to do.
@@ -123,7 +123,6 @@ def new_subject(
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.eval().requires_grad_(False)
     requests = _requests(check, {**PAPER_LINKS, "Z->Y:total": 1.0})
-    requests += [request for request in _requests(check, PAPER_LINKS, pool="group") if request.signs]
     wanted = engine_jacobians(JacobianEngine(model), requests)
     tolerance, oracle_error = _TOLERANCES.get(dtype, 0.0), 0.0
     if dtype not in _TOLERANCES:
@@ -159,7 +158,6 @@ def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
         _group_case(subject, "group: all links, base only", PAPER_LINKS, counterfactuals=0),
         _group_case(subject, ONLY, xy),
         _group_case(subject, "group: X->Y, with influence", xy, influence=True),
-        _group_case(subject, POOLED, PAPER_LINKS, pool="group"),
         Case(
             PADDED,
             ALL_LINKS,
@@ -200,11 +198,9 @@ def engine_jacobians(engine: Engine, requests: Sequence[Request]) -> Jacobians:
     """Return an engine's answers, each under what it is the Jacobian of."""
     found: Jacobians = {}
     for request, answer in zip(requests, engine.compute(requests), strict=True):
-        ids = tuple(rollout.token_ids for rollout in request.group.rollouts)
-        for place, records in enumerate(answer):
+        for rollout, records in zip(request.group.rollouts, answer, strict=True):
             for name, record in records.items():
-                key: Key = (name, ids, request.signs[place]) if request.signs else (name, (ids[place],), ())
-                found[key] = record.jac_SD
+                found[name, rollout.token_ids] = record.jac_SD
     return found
 
 
@@ -226,7 +222,7 @@ def worst_error(found: Jacobians, wanted: Jacobians, expected: Sequence[Key]) ->
 
 def base_keys(case: Case, workload: Workload) -> list[Key]:
     """Return what a case must answer, whichever counterfactuals it asks for."""
-    return [(link, (rollout.token_ids,), ()) for link in case.links for rollout in workload.rollouts]
+    return [(link, rollout.token_ids) for link in case.links for rollout in workload.rollouts]
 
 
 def _group_case(subject: Subject, name: str, links: Mapping[str, float], **options: Any) -> Case:

@@ -22,7 +22,6 @@ from cepo.benchmarks.engine.cases import (
     ONLY,
     PADDED,
     PEERS,
-    POOLED,
     REFERENCE,
     Case,
     Subject,
@@ -36,7 +35,7 @@ from cepo.benchmarks.engine.peers import Jacobians, Workload
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, Size, random_workload
 from cepo.benchmarks.measure import environment, measure
 
-_SCALED = (PADDED, ONLY, EXACT, POOLED)
+_SCALED = (PADDED, ONLY, EXACT)
 _RATIOS = ("speedup", "speedup_by_rows", "speedup_by_flops")
 Row = dict[str, Any]
 
@@ -155,7 +154,7 @@ def _run_static(subject: Subject, cases: Sequence[Case], size: Size, vocabulary:
     baseline: Row | None = None
     by_name = {case.name: case for case in cases}
     plan = [(REFERENCE, shapes, workload), (EXACT, shapes, workload), (ONLY, shapes, workload)]
-    plan += [(POOLED, shapes, workload), (EXACT, whole, differentiated)]
+    plan.append((EXACT, whole, differentiated))
     for name, of, given in plan:
         if name not in by_name:
             continue

@@ -18,9 +18,9 @@ from cepo.jacobian.reading.reasoner import ReasonerLayout
 from cepo.jacobian.records import Rollout
 
 LAYOUT = ReasonerLayout()
-# A Jacobian (S, D) by what it is: the link's name, the ids of the rollouts it was taken of, and the signs with which
-# they were summed (none for one rollout). So answers of any two schedules can be laid beside each other.
-Key = tuple[str, tuple[tuple[int, ...], ...], tuple[float, ...]]
+# What a Jacobian (S, D) is of: the link's name and the rollout's ids. So the answers of any two schedules can be
+# compared.
+Key = tuple[str, tuple[int, ...]]
 Jacobians = dict[Key, Tensor]
 
 ALL_LINKS = ("Z->X", "X->Y", "Z->Y:total")  # plain autograd has no direct effect
@@ -288,7 +288,7 @@ def _sources(rollout: Rollout, links: Sequence[str], gradients: Mapping[str, Ten
     for name in links:
         link = parsed(name)
         positions = list(rollout.spans[link.source].positions)
-        found[name, (rollout.token_ids,), ()] = gradients[link.target][positions].detach()
+        found[name, rollout.token_ids] = gradients[link.target][positions].detach()
     return found
 
 

@@ -38,7 +38,6 @@ def ablate(
     score_name: Annotated[
         str, typer.Option("--score", help="Named scores to sweep.")
     ] = "phi,phi_retained,influence,phi_influence,influence_retained",
-    pool: Annotated[str, typer.Option(help="none, or none,group to measure what pooling loses.")] = "none",
     permutation: Annotated[str, typer.Option(help="uniform, sentence or block.")] = "uniform",
     target: Annotated[str, typer.Option(help="log_likelihood, log_odds, expected_score or margin.")] = "log_likelihood",
     seed: Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")] = 0,
@@ -50,7 +49,7 @@ def ablate(
 ) -> None:
     """Sweep K, rank, p, links and scores over a file of rollouts: tables, plots with intervals, parquet.
 
-    Every Jacobian is computed once and used by all settings. The reference (K = 4, rank 2, exact) is always among them,
+    Every Jacobian is computed once and used by all settings. The reference (K = 4, rank 2) is always among them,
     and rank correlations are against it. Killed and started again with the same arguments, it goes on.
     """
     use_threads(threads)
@@ -70,7 +69,6 @@ def ablate(
         ranks=tuple(part.strip() for part in rank.split(",")),
         powers=tuple(_number("--p", part) for part in p.split(",")),
         scores=tuple(part.strip() for part in score_name.split(",")),  # type: ignore[misc]
-        pools=tuple(part.strip() for part in pool.split(",")),  # type: ignore[misc]
         permutation=permutation,  # type: ignore[arg-type]
         target=target,
         seed=seed,
@@ -90,9 +88,6 @@ def ablate(
         task = progress.add_task("prompts", total=None)
         summary = run_ablation(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
     console.print(summary.table())
-    fidelity = summary.fidelity_table()
-    if fidelity is not None:
-        console.print(fidelity)
     console.print(f"tables and plots: {job.output}")
 
 

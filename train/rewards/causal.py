@@ -54,8 +54,6 @@ class CausalReward:
         seed: seed of the permutations.
         influence: whether to compute and log `influence` where the score does not need it; costs one backward pass
             through the whole prompt for each completion.
-        pool: "none", or "group": one nuisance subspace for all completions of a prompt that the process holds. Cheaper,
-            and less exact: see the README before using it.
         engine: "group", or "autograd", the oracle.
         kernels: of the group engine: "torch", "auto" (Triton where the policy is on CUDA) or "triton".
         memory_gib: what the group engine may add to the model's memory, in GiB; None for half of what is free.
@@ -85,7 +83,6 @@ class CausalReward:
         target: str = "log_likelihood",
         seed: int = 0,
         influence: bool = True,
-        pool: str = "none",
         engine: EngineName = "group",
         kernels: Implementation = "torch",
         memory_gib: float | None = None,
@@ -107,7 +104,6 @@ class CausalReward:
             target=target,
             seed=seed,
             influence=influence,
-            pool=pool,  # type: ignore[arg-type]
         )
         if task is not None and not callable(task):
             raise ValueError(f"task is {task!r}; expected a task reward with TRL's signature, or None")

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from scipy.linalg import subspace_angles
 from scipy.stats import spearmanr
 
 from cepo.benchmarks.ablation import command as ablate_module
@@ -19,7 +18,6 @@ from cepo.benchmarks.ablation.command import AblateJob, run_ablation
 from cepo.benchmarks.ablation.summary import interval, spearman, weighted_mean
 from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
 from cepo.cli.app import main
-from cepo.counterfactual.nuisance import nuisance_basis
 from cepo.eval.score.rows import read_row
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import Score
@@ -85,7 +83,6 @@ def job(judge: Path, rollouts: Path, tmp_path: Path) -> AblateJob:
         ranks=("1", "tau=0.7"),
         powers=(-2.0, 0.2, float("inf")),
         scores=("phi", "influence_retained"),
-        pools=("none", "group"),
         resamples=100,
         dtype="float64",
     )
@@ -110,34 +107,33 @@ def well_formed(job: AblateJob) -> tuple[GroupEngine, dict[int, Rollout], dict[i
 
 
 def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
-    """Exact and pooled, K below the largest, ranks and energies, all scores: as if that setting were run alone."""
+    """K below the largest, ranks and energies, all scores: as if that setting were run alone."""
     job = replace(job, scores=get_args(Score))
     run_ablation(job)
     engine, found, tasks = well_formed(job)
     links = pq.read_table(job.output / "ablation.parquet").to_pylist()
     rewards = pq.read_table(job.output / "rewards.parquet").to_pylist()
-    hardenings = 3 * 2 * 2 + 1  # the grid and the reference
+    hardenings = 3 * 2 + 1  # the grid and the reference
     assert len(links) == len(found) * len(LINKS) * hardenings * len(job.scores)
     assert len(rewards) == len(found) * hardenings * len(job.scores) * 7 * len(job.powers)
     by_setting = {
-        tuple(row[name] for name in ("row", "link", "counterfactuals", "rank", "tau", "pool", "score")): row
-        for row in links
+        tuple(row[name] for name in ("row", "link", "counterfactuals", "rank", "tau", "score")): row for row in links
     }
     by_reward = {
-        tuple(row[name] for name in ("row", "links", "counterfactuals", "rank", "tau", "pool", "score", "p")): row
+        tuple(row[name] for name in ("row", "links", "counterfactuals", "rank", "tau", "score", "p")): row
         for row in rewards
     }
     assert len(by_setting) == len(links)
     assert len(by_reward) == len(rewards)
-    cases: list[tuple[int, int | None, float | None, str, str, float, str]] = [
-        (4, 2, None, "none", "phi", 0.2, "all"),
-        (1, 1, None, "none", "phi_retained", -2.0, "only X->Y"),
-        (0, None, 0.7, "none", "influence", float("inf"), "all"),
-        (3, None, 0.7, "none", "phi_influence", 0.2, "without Z->X"),
-        (3, 1, None, "group", "influence_retained", -2.0, "all"),
-        (1, None, 0.7, "group", "phi", 0.2, "without Z->Y"),
+    cases: list[tuple[int, int | None, float | None, str, float, str]] = [
+        (4, 2, None, "phi", 0.2, "all"),
+        (1, 1, None, "phi_retained", -2.0, "only X->Y"),
+        (0, None, 0.7, "influence", float("inf"), "all"),
+        (3, None, 0.7, "phi_influence", 0.2, "without Z->X"),
+        (3, 1, None, "influence_retained", -2.0, "all"),
+        (1, None, 0.7, "phi", 0.2, "without Z->Y"),
     ]
-    for counterfactuals, rank, tau, pool, score, p, chosen in cases:
+    for counterfactuals, rank, tau, score, p, chosen in cases:
         kept = {"all": list(LINKS), "only X->Y": ["X->Y"]}.get(chosen)
         kept = kept or [name for name in LINKS if chosen != f"without {name}"]
         config = RewardConfig(
@@ -147,13 +143,12 @@ def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
             energy=tau,
             p=p,
             score=score,  # type: ignore[arg-type]
-            pool=pool,  # type: ignore[arg-type]
         )
         wanted = score_rollouts(
             list(found.values()), engine, config, JUDGE, task_rewards=list(tasks.values()), keep_jacobians=True
         )
         for row, of_rollout in zip(found, wanted, strict=True):
-            setting = (counterfactuals, rank, tau, pool, score)
+            setting = (counterfactuals, rank, tau, score)
             assert by_reward[row, chosen, *setting, p]["reward"] == pytest.approx(of_rollout.reward, rel=1e-6)
             for name, record in of_rollout.links.items():
                 ours = by_setting[row, name, *setting]
@@ -165,59 +160,6 @@ def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
                     assert ours["nuisance_angle"] == pytest.approx(np.mean(record.nuisance_angles), rel=1e-6)
                 else:
                     assert ours["nuisance_angle"] is None
-
-
-def test_pool_angles_lie_between_the_pooled_and_the_exact_subspace(job: AblateJob) -> None:
-    """Principal angles from the engine's own pooled and exact counterfactuals, and the plan's rows beside them."""
-    run_ablation(job)
-    engine, found, _ = well_formed(job)
-    rows = pq.read_table(job.output / "ablation.parquet").to_pylist()
-    config = RewardConfig(links=LINKS, counterfactuals=3)
-    links = config.parsed_links(JUDGE)
-    bases: dict[tuple[int, str, str], Any] = {}
-    for pool in ("none", "group"):
-        for group in replace(config, pool=pool).requests(found, links):
-            _, *permuted = engine.compute(group.requests)
-            for name in LINKS:
-                owned = group.counterfactuals(permuted, name)
-                for row in group.members:
-                    basis_RD = nuisance_basis(owned[None if pool == "group" else row], rank=1)
-                    bases[row, name, pool] = basis_RD.numpy().T
-    compared = 0
-    for row in rows:
-        if row["pool"] != "group" or row["counterfactuals"] != 3 or row["rank"] != 1:
-            assert row["pool_angles"] is None or row["pool"] == "group"
-            continue
-        pair = (bases[row["row"], row["link"], pool] for pool in ("none", "group"))
-        assert row["pool_angles"] == pytest.approx(np.rad2deg(subspace_angles(*pair)), abs=1e-5)
-        compared += 1
-    assert compared == len(found) * len(LINKS) * len(job.scores)
-    (summary,) = [
-        row
-        for row in read_lines(job.output / "summary.jsonl")
-        if row["kind"] == "link"
-        and (row["link"], row["counterfactuals"], row["rank"], row["pool"]) == ("Z->Y", 3, 1, "group")
-        and row["score"] == "phi"
-    ]
-    for pool, planned in (("none", summary["rows_exact"]), ("group", summary["rows_pooled"])):
-        plans = [engine.plan(group.requests) for group in replace(config, pool=pool).requests(found, links)]
-        assert planned == [sum(plan.forward_rows for plan in plans), sum(plan.backward_rows for plan in plans)]
-    assert sum(summary["rows_pooled"]) < sum(summary["rows_exact"])
-    pooled = [row["S"] for row in rows if _is(row, "group")]
-    exact = [row["S"] for row in rows if _is(row, "none")]
-    assert summary["spearman_exact"] == pytest.approx(spearmanr(pooled, exact).statistic)
-    assert summary["S"] == pytest.approx(np.mean(pooled))
-    prompts = [row["group"] for row in rows if _is(row, "group")]
-    means = [[np.mean(values, where=np.equal(prompts, one)) for one in prompts] for values in (pooled, exact)]
-    less = np.array([pooled, exact]) - means
-    assert summary["within_exact"] == pytest.approx(spearmanr(*np.round(less, 6)).statistic)
-    angles = [row["pool_angles"][0] for row in rows if _is(row, "group")]
-    assert summary["pool_angle_median"] == summary["pool_angle_largest_median"] == pytest.approx(np.median(angles))
-
-
-def _is(row: dict[str, Any], pool: str) -> bool:
-    setting = (row["link"], row["counterfactuals"], row["rank"], row["score"], row["pool"])
-    return setting == ("Z->Y", 3, 1, "phi", pool)
 
 
 def test_each_jacobian_is_computed_once(job: AblateJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +212,10 @@ def test_a_killed_sweep_goes_on_to_identical_files(job: AblateJob, monkeypatch: 
 def test_other_arguments_and_other_files_are_refused(
     job: AblateJob, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = replace(job, counterfactuals=(1,), ranks=("1",), pools=("none",), scores=("phi",))
+    job = replace(job, counterfactuals=(1,), ranks=("1",), scores=("phi",))
     summary = run_ablation(job)
     assert len(summary.malformed) == BAD_ROWS
     assert [row["row"] for row in read_lines(job.output / "malformed.jsonl")] == [2, 6]
-    assert summary.fidelity_table() is None
     assert summary.table().row_count == 3 * 2  # the reference beside the one setting
     monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("the model is not needed"))
     with pytest.raises(ValueError, match="holds a sweep with other seed"):
@@ -303,8 +244,7 @@ def test_other_arguments_and_other_files_are_refused(
         ({"ranks": ("100",)}, "rank is 100, but"),
         ({"powers": (float("nan"),)}, "p is NaN"),
         ({"scores": ("size",)}, "score is 'size'"),
-        ({"pools": ("all",)}, "pool is 'all'"),
-        ({"pools": "none"}, "pools is 'none'; expected a sequence"),
+        ({"scores": "phi"}, "scores is 'phi'; expected a sequence"),
         ({"links": {"Y->X": 1.0}}, "by causality"),
         ({"links": {}}, "links is empty"),
         ({"permutation": "shuffle"}, "permutation is 'shuffle'"),
@@ -315,7 +255,7 @@ def test_other_arguments_and_other_files_are_refused(
         ({"device": "warp:1"}, "device is 'warp:1'"),
         ({"memory_budget": 0.0}, "memory_budget is 0.0"),
         ({"model": "./nowhere"}, "is not there"),
-        ({"input": Path("nowhere.jsonl")}, "nowhere.jsonl is no file"),
+        ({"input": Path("nowhere.jsonl")}, "nowhere.jsonl is not a file"),
     ],
     ids=str,
 )

@@ -130,7 +130,7 @@ def test_spans_that_cannot_be_cut_go_to_the_oracle(caplog: pytest.LogCaptureFixt
 @pytest.mark.usefixtures("_in_double")
 @pytest.mark.parametrize("energy", [False, True])
 def test_many_prompts_and_counterfactuals_in_one_call(energy: bool) -> None:
-    """Prompts with a shared static opening, permuted prompts, permuted criteria, sign-mixed groups; order kept."""
+    """Prompts with a shared static opening, permuted prompts, permuted criteria; order kept."""
     model = tiny_model("qwen3", max_position_embeddings=128)
     engine, oracle = GroupEngine(model), JacobianEngine(model)
     opening = [(7 * place + 5) % VOCABULARY for place in range(20)]
@@ -140,16 +140,12 @@ def test_many_prompts_and_counterfactuals_in_one_call(energy: bool) -> None:
         for seed in range(3):
             rollouts[len(rollouts)] = ragged_rollout(10 * number + seed, prompt=[*opening, *own], lead=20)
     links = [link(text) for text in ("Z->X", "X->Y", "Z->Y", "criteria->analysis", "analysis->scores", "Z->Y:residual")]
-    for pool in (False, True):
-        groups = reward_requests(
-            rollouts, links, counterfactuals=3, permutation="uniform", seed=0, context_energy=energy, pool=pool
-        )
-        requests = [request for group in groups for request in group.requests]
-        assert any(request.signs for request in requests) == pool
-        for found, wanted in zip(engine.compute(requests), oracle.compute(requests), strict=True):
-            assert_same(found, wanted, 1e-10)
-        rows = {row.segment: row for row in engine.plan(requests).rows}
-        assert (rows["opening"].forward > 0) is True
+    groups = reward_requests(rollouts, links, counterfactuals=3, permutation="uniform", seed=0, context_energy=energy)
+    requests = [request for group in groups for request in group.requests]
+    for found, wanted in zip(engine.compute(requests), oracle.compute(requests), strict=True):
+        assert_same(found, wanted, 1e-10)
+    rows = {row.segment: row for row in engine.plan(requests).rows}
+    assert (rows["opening"].forward > 0) is True
 
 
 def test_plan_counts_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,48 +155,47 @@ def test_plan_counts_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     rollouts = {index: ragged_rollout(index) for index in range(5)}
     for names in (("X->Y",), ("Z->X", "X->Y", "Z->Y"), ("criteria->analysis", "Z->Y:total")):
         for energy in (False, True):
-            for pool in (False, True):
-                links = [link(name) for name in names]
-                groups = reward_requests(
-                    rollouts, links, counterfactuals=2, permutation="uniform", seed=1, context_energy=energy, pool=pool
-                )
-                requests = [request for group in groups for request in group.requests]
-                plan = engine.plan(requests)
-                counted = {"forward": 0, "backward": 0, "head": 0}
+            links = [link(name) for name in names]
+            groups = reward_requests(
+                rollouts, links, counterfactuals=2, permutation="uniform", seed=1, context_energy=energy
+            )
+            requests = [request for group in groups for request in group.requests]
+            plan = engine.plan(requests)
+            counted = {"forward": 0, "backward": 0, "head": 0}
 
-                def embedded(module: Any, inputs: Any, output: torch.Tensor, counted: Any = counted) -> None:
-                    counted["forward"] += inputs[0].numel()
+            def embedded(module: Any, inputs: Any, output: torch.Tensor, counted: Any = counted) -> None:
+                counted["forward"] += inputs[0].numel()
 
-                def headed(module: Any, inputs: Any, output: torch.Tensor, counted: Any = counted) -> None:
-                    counted["head"] += output.shape[:-1].numel()
+            def headed(module: Any, inputs: Any, output: torch.Tensor, counted: Any = counted) -> None:
+                counted["head"] += output.shape[:-1].numel()
 
-                def counting(original: Any, counted: Any = counted) -> Any:
-                    def backward(segment: Any, cotangents: Any, *rest: Any, **options: Any) -> Any:
-                        found = original(segment, cotangents, *rest, **options)
-                        counted["backward"] += found[0].shape[:-1].numel()
-                        return found
+            def counting(original: Any, counted: Any = counted) -> Any:
+                def backward(segment: Any, cotangents: Any, *rest: Any, **options: Any) -> Any:
+                    found = original(segment, cotangents, *rest, **options)
+                    counted["backward"] += found[0].shape[:-1].numel()
+                    return found
 
-                    return backward
+                return backward
 
-                handles = [
-                    model.get_input_embeddings().register_forward_hook(embedded),
-                    model.get_output_embeddings().register_forward_hook(headed),
-                ]
-                with monkeypatch.context() as patched:
-                    import cepo.jacobian.group.engine as module
+            handles = [
+                model.get_input_embeddings().register_forward_hook(embedded),
+                model.get_output_embeddings().register_forward_hook(headed),
+            ]
+            with monkeypatch.context() as patched:
+                import cepo.jacobian.group.engine as module
 
-                    patched.setattr(module, "backward", counting(module.backward))
-                    list(engine.compute(requests))
-                for handle in handles:
-                    handle.remove()
-                assert counted == {
-                    "forward": plan.forward_rows,
-                    "backward": plan.backward_rows,
-                    "head": plan.head_rows,
-                }
-                assert plan.flops > 0
-                assert plan.peak_bytes > 0
-                assert str(plan.forward_rows) in str(plan).replace(",", "")
+                patched.setattr(module, "backward", counting(module.backward))
+                list(engine.compute(requests))
+            for handle in handles:
+                handle.remove()
+            assert counted == {
+                "forward": plan.forward_rows,
+                "backward": plan.backward_rows,
+                "head": plan.head_rows,
+            }
+            assert plan.flops > 0
+            assert plan.peak_bytes > 0
+            assert str(plan.forward_rows) in str(plan).replace(",", "")
 
 
 def test_rows_are_shared_and_dropped() -> None:
@@ -223,7 +218,7 @@ def test_rows_are_shared_and_dropped() -> None:
 
     rollouts = {seed: long_rollout(seed) for seed in range(8)}
 
-    def rows(names: tuple[str, ...], counterfactuals: int, pool: bool = False) -> int:
+    def rows(names: tuple[str, ...], counterfactuals: int) -> int:
         links = [link(name) for name in names]
         groups = reward_requests(
             rollouts,
@@ -232,7 +227,6 @@ def test_rows_are_shared_and_dropped() -> None:
             permutation="uniform",
             seed=0,
             context_energy=False,
-            pool=pool,
         )
         plan = engine.plan([request for group in groups for request in group.requests])
         return plan.forward_rows + plan.backward_rows
@@ -240,7 +234,6 @@ def test_rows_are_shared_and_dropped() -> None:
     assert layout.names[1] == "criteria"
     reference = 8 * 9 * 3 * 329
     assert reference / rows(("X->Y",), 4) > 11
-    assert reference / rows(("Z->X", "X->Y", "Z->Y"), 4, pool=True) > 6
     assert reference / rows(("Z->X", "X->Y", "Z->Y"), 4) > 2
     # Without counterfactuals: the prompt once, each rollout's own rows, one backward pass a cotangent.
     once = 256 + 8 * 72
@@ -253,9 +246,7 @@ def test_any_budget_gives_the_same(budget: float, caplog: pytest.LogCaptureFixtu
     """Chunks of one rollout and one cotangent, or more, change nothing; a budget that one exceeds is named, once."""
     model = tiny_model("qwen2")
     rollouts = {index: ragged_rollout(index) for index in range(5)}
-    groups = reward_requests(
-        rollouts, PAPER, counterfactuals=2, permutation="uniform", seed=0, context_energy=True, pool=True
-    )
+    groups = reward_requests(rollouts, PAPER, counterfactuals=2, permutation="uniform", seed=0, context_energy=True)
     requests = [request for group in groups for request in group.requests]
     engine = GroupEngine(model, memory_budget=budget)
     for found, wanted in zip(engine.compute(requests), JacobianEngine(model).compute(requests), strict=True):
@@ -457,17 +448,6 @@ def test_rewards_do_not_depend_on_the_batch() -> None:
     small = [one.reward for one in score_rollouts(rollouts, GroupEngine(model, memory_budget=1.0), config, layout)]
     for found in (together, alone, back, small):
         assert found == pytest.approx(wanted, abs=1e-6)
-
-
-def test_pooled_rewards_do_not_depend_on_the_order() -> None:
-    """A pooled reward depends on the group, not on the order in which its rollouts come."""
-    model = tiny_model("llama", dtype=torch.float32)
-    rollouts = [ragged_rollout(seed) for seed in range(6)]
-    config = RewardConfig(counterfactuals=4, pool="group")
-    for engine in (GroupEngine(model), JacobianEngine(model)):
-        wanted = [one.reward for one in score_rollouts(rollouts, engine, config, JudgeLayout())]
-        back = [one.reward for one in score_rollouts(rollouts[::-1], engine, config, JudgeLayout())][::-1]
-        assert back == pytest.approx(wanted, abs=1e-6)
 
 
 def test_narrow_dtypes_stay_close() -> None:
