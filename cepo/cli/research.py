@@ -128,31 +128,32 @@ def bench(
 
 
 def experiment(
-    output: Annotated[Path, typer.Option(help="Folder of the runs, results.jsonl and report.html.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the runs, results.jsonl and report.html.")] = Path(
         "runs/experiments/training"
     ),
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML with steps, seeds and arms; the testbed's if absent.")
+        Path | None, typer.Option(help="YAML with steps, seeds and arms. Default: the testbed's recipe.")
     ] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(help="Only this arm of the recipe, such as task or 'X->Y influence'; repeat it.")
+        list[str] | None, typer.Option(help="Run only this arm, such as task or 'X->Y influence'; repeatable.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat it.", min=0)] = None,
-    steps: Annotated[int | None, typer.Option(help="GRPO steps of every arm.", min=1)] = None,
-    jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.", min=1)] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed, 4 steps, 32 items: shows that it works.")] = False,
+    seed: Annotated[list[int] | None, typer.Option(help="Run only this seed; repeatable.", min=0)] = None,
+    steps: Annotated[int | None, typer.Option(help="GRPO steps of every arm. Default: the recipe's.", min=1)] = None,
+    jobs: Annotated[int, typer.Option(help="Processes to run at once, one thread each.", min=1)] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="Check that it works: one seed, 4 steps, 32 items.")] = False,
 ) -> None:
-    """Which reward makes the criteria cause the verdict? Several rewards, several seeds, equal steps, on the testbed.
+    """Compare rewards: which one makes the criteria cause the verdict, over seeds, at equal steps, on the testbed.
 
-    Every arm starts from the same judge, which follows length. What counts is measured by interventions. Killed and
-    started again, it goes on where it stopped.
+    Every arm starts from the same judge, which follows length, and is measured by interventions. A killed experiment
+    continues when it is started again with the same arguments.
     """
-    from cepo.benchmarks.experiment.command import RECIPE, run_training
+    from cepo.benchmarks.experiment.command import run_experiment
+    from cepo.benchmarks.experiment.recipe import RECIPE
     from cepo.eval.testbed_measures import ITEMS, SCORED
 
     with progress_bar() as progress:
         task = progress.add_task("runs", total=None)
-        table = run_training(
+        table = run_experiment(
             output,
             recipe=recipe or RECIPE,
             seeds=seed or ([1] if quick else None),
