@@ -71,6 +71,8 @@ def read_plan(
         seeds, steps = list(seeds or loaded["seeds"]), steps or int(loaded["steps"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"recipe {str(recipe)!r} cannot be used: {error!r}; expected steps, seeds and arms") from None
+    if not seeds or not named:
+        raise ValueError(f"recipe {str(recipe)!r} has no {'arms' if seeds else 'seeds'}; expected at least one of each")
     unknown = sorted(set(arms or ()) - set(named))
     if unknown:
         raise ValueError(f"arms names {', '.join(unknown)}; expected some of {', '.join(named)}")

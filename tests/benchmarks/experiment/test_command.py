@@ -186,6 +186,9 @@ def test_plans_that_cannot_work_are_refused(tmp_path: Path) -> None:
     path.write_text("steps: 3\nseeds: [1]\n")
     with pytest.raises(ValueError, match="expected steps, seeds and arms"):
         read_plan(tmp_path, path, **plain)
+    path.write_text("steps: 3\nseeds: []\narms: {untrained: []}\n")
+    with pytest.raises(ValueError, match="has no seeds; expected at least one of each"):
+        read_plan(tmp_path, path, **plain)
     with pytest.raises(ValueError, match="arms names X->Z; expected some of untrained"):
         read_plan(tmp_path, RECIPE, **{**plain, "arms": ["X->Z"]})
     plan = read_plan(tmp_path, RECIPE, **{**plain, "seeds": [7], "steps": 3, "arms": ["task"]})
