@@ -16,7 +16,7 @@ from cepo.benchmarks.ablation.figures import draw_figures
 from cepo.benchmarks.ablation.group import REFERENCE, Hardening, LinkSet, Sweep, sweep_group
 from cepo.benchmarks.ablation.summary import AblateSummary, read_measures, summarise
 from cepo.counterfactual.permute import Permutation
-from cepo.eval.score.rows import is_text, read_input, read_row, task_reward
+from cepo.eval.score.rows import is_text, read_input, read_rollout, task_reward
 from cepo.files import make_folder, write_text
 from cepo.fusion.config import PAPER_LINKS, RewardConfig
 from cepo.fusion.records import Score
@@ -128,7 +128,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
         assert engine is not None
         if progress is not None:
             progress(done, len(groups))
-        tasks = {row: task_reward(lines[row]) for row in groups[number]}  # type: ignore[arg-type]
+        tasks = {row: task_reward(lines[row]) for row in groups[number]}
         swept = sweep_group(number, groups[number], tasks, sweep, config.parsed_links(job.layout), config, engine)
         _write_group(_folder(job, number), *swept)
     if progress is not None:
@@ -267,12 +267,9 @@ def _read_groups(
     groups: dict[tuple[int, ...], dict[int, Rollout]] = {}
     malformed: dict[int, str] = {}
     for row, line in enumerate(lines):
-        if isinstance(line, str):
-            malformed[row] = line
-            continue
-        rollout, reason = read_row(line, reader.tokenizer, reader, raw=job.raw)
-        if rollout is None or rollout.malformed is not None:
-            malformed[row] = str(reason if rollout is None else rollout.malformed)
+        rollout = read_rollout(line, reader, raw=job.raw)
+        if rollout.malformed is not None:
+            malformed[row] = rollout.malformed
         else:
             groups.setdefault(rollout.prompt_ids, {})[row] = rollout
     return list(groups.values()), malformed

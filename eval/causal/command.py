@@ -25,7 +25,7 @@ from cepo.eval.causal.interventions import Plan, intervene
 from cepo.eval.causal.judge_model import JudgeModel
 from cepo.eval.causal.report import write_causal_report
 from cepo.eval.causal.summary import CausalSummary, Population, summarise
-from cepo.eval.score.rows import read_input, read_row
+from cepo.eval.score.rows import read_input, read_rollout
 from cepo.files import make_folder, write_text
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import check_device, load_model, resolve_model
@@ -210,13 +210,8 @@ def _read_subject(job: CausalJob) -> _Subject:
         resolve_model(job.model), dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
     )
     judge = JudgeModel(model, SpanReader(tokenizer, JUDGE), TokenBytes(tokenizer))
-    rollouts = []
-    for line in lines[: job.items]:
-        rollout, reason = (
-            (None, line) if isinstance(line, str) else read_row(line, tokenizer, judge.reader, raw=job.raw)
-        )
-        rollouts.append(rollout or Rollout((0,), (), malformed=reason))
-    return _Subject("rollouts", judge, _engine(job, judge), tuple(rollouts), None)
+    rollouts = tuple(read_rollout(line, judge.reader, raw=job.raw) for line in lines[: job.items])
+    return _Subject("rollouts", judge, _engine(job, judge), rollouts, None)
 
 
 def _engine(job: CausalJob, judge: JudgeModel) -> GroupEngine:

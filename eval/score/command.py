@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from cepo.eval.report.heat_maps import HeatMap
 from cepo.eval.report.page import write_report
-from cepo.eval.score.rows import is_text, read_input, read_row, task_reward
-from cepo.files import make_folder, read_jsonl, write_text
+from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices, save_matrices
+from cepo.eval.score.rows import Line, is_text, read_input, read_rollout, task_reward
+from cepo.files import append_jsonl, claim, content_hash, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import RolloutScore, score_rollouts
 from cepo.jacobian.engines import EngineName, check_engine, new_engine
-from cepo.jacobian.loading import check_device, embedding_width, load_model, load_tokenizer, resolve_model
+from cepo.jacobian.loading import (
+    ModelSource,
+    check_device,
+    embedding_width,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+)
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
-from cepo.jacobian.records import Rollout
 
-_REASONS = 3  # that the summary tells
+_REASONS = 3  # shown in the summary
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,18 @@ class ScoreJob:
         model: see `resolve_model`.
         input: JSONL file of rollouts, see FORMS. A row may carry task_reward in [0, 1], which is then fused, and a
             preference row label ("A" or "B": where the chosen response was shown; A by default).
-        output: JSONL file to write, one record a line of the input, in order.
+        output: JSONL file to write, one record per line of the input, in order.
         config: links, hardening, score, fusion.
         layout: what completions look like.
         raw: take prompt text as it is, without the chat template.
-        batch_size: rows read and written at once; changes no result.
+        batch_size: rows after which records are written, at least 1; changes no result.
         jacobians: safetensors file for the matrices, or None.
         html: file for the heat maps, or None.
         dtype: dtype of the weights.
         device: where to run.
         adapters: False switches the adapters of a PEFT model off.
         engine: "group" or "autograd" (the oracle).
-        memory_gib: what the group engine may add to the model's memory, in GiB. A figure, not what happens to be free:
-            the chunks that follow from it decide the last bit of a result.
+        memory_gib: memory that the group engine may use beyond the model's, in GiB; changes no result beyond rounding.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -77,9 +78,17 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """What came of it: rows written, rows taken from an earlier run, malformed ones, broken lines, seconds, memory.
+    """The result of a run in numbers.
 
-    `reasons` holds the most frequent reasons why output is malformed, with their counts.
+    Attributes:
+        rows: records written.
+        resumed: how many of them an earlier run had scored.
+        malformed: completions that the model wrote and that cannot be scored.
+        reasons: the most frequent reasons why, with their counts.
+        broken: lines of the input that cannot be used, with the reason.
+        means: mean S of each link and mean reward over the well-formed rows, by name.
+        seconds: time of this run.
+        peak_gib: largest memory of the process, in GiB.
     """
 
     rows: int
@@ -93,20 +102,51 @@ class ScoreSummary:
 
 
 def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = None) -> ScoreSummary:
-    """Score every row of the input, going on from an interrupted run of the same settings.
+    """Score every row of the input, and go on from an interrupted run with the same settings.
 
-    Records go to a file beside the output as they come and move into place when all are there. A row counts as done if
-    its settings and content are the same. Everything that needs no weights is checked before they are loaded.
+    Records are appended to OUTPUT.partial as they come, and written to the output when all are there. A record is taken
+    over where the model's weights, the settings and the row's content are the same. Everything that needs no weights is
+    checked before they are loaded.
 
     Args:
         job: what to do.
         progress: called with (rows done, rows in all).
 
     Raises:
-        ValueError: for input, settings or a model that cannot be used.
+        ValueError: for input, settings or a model that cannot be used, or an output of other settings or weights.
     """
     started = time.perf_counter()
     lines, broken = read_input(job.input)
+    source = _check(job)
+    partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
+    claim(_beside(job.output, ".settings.json"), _settings(job, source), results=[job.output, partial, shards])
+    done = _earlier_records(job, lines)
+    resumed = frozenset(done)
+    drop_matrices(shards, keep=resumed)
+    write_jsonl(partial, done.values())
+    pending = [row for row in range(len(lines)) if row not in done]
+    reader, engine = _open_model(job, source, lines, pending)
+    for start in range(0, len(pending), job.batch_size):
+        batch = pending[start : start + job.batch_size]
+        for row in batch:
+            done[row] = _score_line(job, row, lines[row], reader, engine)
+        append_jsonl(partial, (done[row] for row in batch))
+        if progress is not None:
+            progress(len(resumed) + start + len(batch), len(lines))
+    records = [done[row] for row in range(len(lines))]
+    if job.jacobians is not None:
+        merge_matrices(shards, job.jacobians, keep=resumed)
+    if job.html is not None:
+        rollouts = [read_rollout(line, reader, raw=job.raw) for line in lines]
+        _write_page(job, records, [(reader.texts(one.token_ids), len(one.prompt_ids)) for one in rollouts])
+    write_jsonl(job.output, records)
+    partial.unlink()
+    shutil.rmtree(shards, ignore_errors=True)
+    return _summarise(records, len(resumed), broken, time.perf_counter() - started)
+
+
+def _check(job: ScoreJob) -> ModelSource:
+    """Check what can be checked without weights, and return where the model comes from."""
     job.config.parsed_links(job.layout)
     if job.batch_size < 1:
         raise ValueError(f"batch_size is {job.batch_size}; expected at least 1")
@@ -114,82 +154,80 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     width = embedding_width(source)
     if width:
         job.config.check_width(width)
-    _check_paths(job)
+    taken = {job.input.resolve(): "--input"}
+    for option, path in (("--output", job.output), ("--save-jacobians", job.jacobians), ("--html", job.html)):
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise ValueError(f"{option} is {str(path)!r}, the same file as {taken[path.resolve()]}; name another")
+        taken[path.resolve()] = option
+        make_folder(path.absolute().parent)
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            what = "is a folder" if path.is_dir() else "lies in a folder that cannot be written to"
+            raise ValueError(f"{option} is {str(path)!r}, which {what}; expected a file")
+    if job.jacobians is not None:
+        check_matrices(job.jacobians)
     check_device(job.device)
     check_engine(job.engine)
     if not job.memory_gib > 0:
         raise ValueError(f"memory_gib is {job.memory_gib}; expected a positive number of GiB")
+    return source
+
+
+def _settings(job: ScoreJob, source: ModelSource) -> dict[str, Any]:
+    """Return what decides the records."""
+    return {
+        "command": "cepo score",
+        "model": model_fingerprint(source),
+        "adapters": job.adapters,
+        "dtype": job.dtype,
+        "engine": job.engine,
+        "raw": job.raw,
+        "layout": repr(job.layout),
+        "config": asdict(job.config),
+    }
+
+
+def _earlier_records(job: ScoreJob, lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
+    """Return the records of earlier runs whose row has the same content and, where they are asked for, its matrices."""
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
-    settings = _fingerprint(job)
-    done = _done_records(job, partial, shards, lines, settings)
-    resumed = frozenset(done)
-    if not resumed:
-        shutil.rmtree(shards, ignore_errors=True)  # of a run whose records are gone
-    _write_lines(partial, done.values())
-    pending = [(row, line) for row, line in enumerate(lines) if row not in done]
-    reader, engine = None, None
-    if any(isinstance(line, dict) for _, line in pending):
-        model, tokenizer = load_model(
-            source, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
-        )
-        if not job.raw and not getattr(tokenizer, "chat_template", None) and any(is_text(line) for line in lines):
-            raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; score with --raw")
-        reader, engine = (
-            SpanReader(tokenizer, job.layout),
-            new_engine(job.engine, model, adapters=job.adapters, memory_budget=job.memory_gib * 2**30),
-        )
-    elif job.html is not None:
-        reader = SpanReader(load_tokenizer(source, trust_remote_code=job.trust_remote_code), job.layout)
-    for start in range(0, len(pending), job.batch_size):
-        batch = pending[start : start + job.batch_size]
-        records = [_broken_record(row, line) for row, line in batch if isinstance(line, str)]
-        rows = [(row, line) for row, line in batch if isinstance(line, dict)]
-        if reader is not None and engine is not None and rows:
-            records += _score_rows(job, rows, reader, engine, shards)
-        for record in records:
-            content = _content_hash(lines[record["row"]])
-            done[record["row"]] = {**record, "settings": settings, "content": content}
-        _append_lines(partial, (done[row] for row, _ in batch))
-        if progress is not None:
-            progress(len(resumed) + start + len(batch), len(lines))
-    ordered = [done[row] for row in range(len(lines))]
-    if job.jacobians is not None:
-        _merge_jacobians(shards, job.jacobians, resumed)
-    if job.html is not None:
-        _write_html(job, ordered, reader, lines)
-    _write_lines(partial, ordered)
-    os.replace(partial, job.output)
-    shutil.rmtree(shards, ignore_errors=True)
-    return _summarise(ordered, len(resumed), broken, time.perf_counter() - started)
+    saved = rows_with_matrices(shards, job.jacobians)
+    done: dict[int, dict[str, Any]] = {}
+    for path in (job.output, partial):
+        for _, record in read_jsonl(path)[0] if path.is_file() else ():
+            row = int(record["row"])
+            holds = row < len(lines) and record["content"] == content_hash(lines[row])
+            if holds and (job.jacobians is None or not record["spans"] or row in saved):
+                done[row] = record
+    return dict(sorted(done.items()))
 
 
-def _score_rows(
-    job: ScoreJob, rows: Sequence[tuple[int, dict[str, Any]]], reader: SpanReader, engine: Engine, shards: Path
-) -> list[dict[str, Any]]:
-    read = [read_row(row, reader.tokenizer, reader, raw=job.raw) for _, row in rows]
-    rollouts = [rollout for rollout, _ in read if rollout is not None]
-    tasks = [task_reward(row) for (_, row), (rollout, _) in zip(rows, read, strict=True) if rollout is not None]
-    scores = (  # one by one: then a row's record is the same to the last bit, whatever rows stand beside it
-        score_rollouts([rollout], engine, job.config, job.layout, task_rewards=[task], keep_jacobians=True)[0]
-        for rollout, task in zip(rollouts, tasks, strict=True)
-    )
-    records: list[dict[str, Any]] = []
-    for (index, row), (rollout, reason) in zip(rows, read, strict=True):
-        if rollout is None:
-            records.append(_broken_record(index, str(reason), row.get("id")))
-            continue
-        score = next(scores)
-        records.append(_record(index, row, rollout, score))
-        if job.jacobians is not None:
-            shards.mkdir(exist_ok=True)
-            tensors = _tensors(index, rollout, score)
-            unfinished = shards / f"{index}.tmp"
-            save_file(tensors, unfinished)
-            os.replace(unfinished, shards / f"{index}.safetensors")
-    return records
+def _open_model(
+    job: ScoreJob, source: ModelSource, lines: Sequence[Line], pending: Sequence[int]
+) -> tuple[SpanReader, Engine | None]:
+    """Return the reader, and the engine where a pending line is a row; weights are loaded for nothing else."""
+    code = job.trust_remote_code
+    model = None
+    if any(isinstance(lines[row], dict) for row in pending):
+        model, tokenizer = load_model(source, dtype=job.dtype, device=job.device, trust_remote_code=code)
+    else:
+        tokenizer = load_tokenizer(source, trust_remote_code=code)
+    if not job.raw and not getattr(tokenizer, "chat_template", None) and any(is_text(line) for line in lines):
+        raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; score with --raw")
+    reader = SpanReader(tokenizer, job.layout)
+    if model is None:
+        return reader, None
+    return reader, new_engine(job.engine, model, adapters=job.adapters, memory_budget=job.memory_gib * 2**30)
 
 
-def _record(index: int, row: Mapping[str, Any], rollout: Rollout, score: RolloutScore) -> dict[str, Any]:
+def _score_line(job: ScoreJob, row: int, line: Line, reader: SpanReader, engine: Engine | None) -> dict[str, Any]:
+    """Return the record of a line, scored alone: to the last bit, it does not depend on the lines beside it."""
+    rollout, task = read_rollout(line, reader, raw=job.raw), task_reward(line)
+    score = RolloutScore({}, 0.0, rollout.malformed)
+    if engine is not None and rollout.token_ids:
+        (score,) = score_rollouts([rollout], engine, job.config, job.layout, task_rewards=[task], keep_jacobians=True)
+    if job.jacobians is not None and rollout.token_ids:
+        save_matrices(_beside(job.output, ".jacobians"), row, rollout, score)
     links = {}
     for name, link in score.links.items():
         jacobian, _ = score.jacobians[name]
@@ -202,164 +240,55 @@ def _record(index: int, row: Mapping[str, Any], rollout: Rollout, score: Rollout
             "row_norms": [float(f"{norm:.6g}") for norm in jacobian.jac_SD.double().norm(dim=1).tolist()],
         }
     return {
-        "row": index,
-        "id": row.get("id"),
+        "row": row,
+        "id": line.get("id") if isinstance(line, dict) else None,
         "reward": score.reward,
         "malformed": score.malformed,
-        "task_reward": task_reward(row),
+        "task_reward": task,
         "found_by": rollout.found_by if score.malformed is None else None,
         "prompt_tokens": len(rollout.prompt_ids),
         "completion_tokens": len(rollout.completion_ids),
         "spans": {name: {"text": span.text, "tokens": len(span.positions)} for name, span in rollout.spans.items()},
         "links": links,
+        "content": content_hash(line),
     }
 
 
-def _tensors(index: int, rollout: Rollout, score: RolloutScore) -> dict[str, torch.Tensor]:
-    tensors = {f"{index}/token_ids": torch.tensor(rollout.token_ids)}
-    for name, (jacobian, residual_SD) in score.jacobians.items():
-        tensors[f"{index}/{name}/base"] = jacobian.jac_SD.cpu().contiguous()
-        # A residual that nothing was taken from is the base itself, and safetensors takes no shared storage.
-        tensors[f"{index}/{name}/residual"] = residual_SD.cpu().clone().contiguous()
-        tensors[f"{index}/{name}/source_positions"] = torch.tensor(jacobian.source_positions)
-        tensors[f"{index}/{name}/target_positions"] = torch.tensor(jacobian.target_positions)
-    return tensors
-
-
-def _merge_jacobians(shards: Path, target: Path, resumed: frozenset[int]) -> None:
-    """Move the rows' matrices into one file; of a file that is there, rows that this run took over are kept."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in [target, *sorted(shards.glob("*.safetensors"), key=lambda path: int(path.stem))]:
-        if file.is_file():
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118
-                    if file != target or int(key.split("/")[0]) in resumed:
-                        tensors[key] = opened.get_tensor(key)
-    unfinished = _beside(target, ".tmp")
-    save_file(tensors, unfinished)
-    os.replace(unfinished, target)
-
-
-def _write_html(
-    job: ScoreJob, records: Sequence[Mapping[str, Any]], reader: SpanReader | None, lines: Sequence[Any]
+def _write_page(
+    job: ScoreJob, records: Sequence[Mapping[str, Any]], texts: Sequence[tuple[Sequence[str], int]]
 ) -> None:
+    """Write the heat maps; `texts` holds the tokens of each rollout and how many of them are the prompt's."""
     maps = []
-    for record in records:
-        line = lines[record["row"]]
-        rollout = None
-        if reader is not None and isinstance(line, dict):
-            rollout, _ = read_row(line, reader.tokenizer, reader, raw=job.raw)
-        name = f"row {record['row']}" + (f", {record['id']}" if record.get("id") else "")
-        facts = {"reward": f"{record['reward']:.4f}"}
-        facts |= {f"S {link}": f"{values['S']:.4f}" for link, values in record["links"].items()}
+    for record, (tokens, prompt_tokens) in zip(records, texts, strict=True):
+        links = record["links"]
         maps.append(
             HeatMap(
-                title=name,
-                tokens=tuple(reader.texts(rollout.token_ids)) if reader and rollout else (),
-                prompt_tokens=len(rollout.prompt_ids) if rollout else 0,
+                title=f"row {record['row']}" + (f", {record['id']}" if record["id"] else ""),
+                tokens=tuple(tokens),
+                prompt_tokens=prompt_tokens,
                 links={
-                    link: dict(zip(values["source_positions"], values["row_norms"], strict=True))
-                    for link, values in record["links"].items()
+                    name: dict(zip(link["source_positions"], link["row_norms"], strict=True))
+                    for name, link in links.items()
                 },
-                targets={link: tuple(values["target_positions"]) for link, values in record["links"].items()},
-                facts=facts,
+                targets={name: tuple(link["target_positions"]) for name, link in links.items()},
+                facts={
+                    "reward": f"{record['reward']:.4f}",
+                    **{f"S {name}": f"{link['S']:.4f}" for name, link in links.items()},
+                },
                 malformed=record["malformed"],
             )
         )
     config = job.config
+    rank = f"rank = {config.rank}" if config.energy is None else f"energy = {config.energy}"
     summary = {
         "model": job.model,
         "input": str(job.input),
         "links": ", ".join(f"{name} (weight {weight:g})" for name, weight in config.links.items()),
         "score": config.score,
-        "hardening": f"K = {config.counterfactuals}, "
-        + (f"rank = {config.rank}" if config.energy is None else f"energy = {config.energy}"),
+        "hardening": f"K = {config.counterfactuals}, {rank}",
     }
     assert job.html is not None
     write_report(job.html, title="cepo score", summary=summary, heat_maps={"Rollouts": maps})
-
-
-def _check_paths(job: ScoreJob) -> None:
-    """Refuse files that cannot be written, or that are one another's or the input, before anything is computed."""
-    taken = {job.input.resolve(): "--input"}
-    for option, path in (("--output", job.output), ("--save-jacobians", job.jacobians), ("--html", job.html)):
-        if path is None:
-            continue
-        if path.resolve() in taken:
-            raise ValueError(f"{option} is {str(path)!r}, the same file as {taken[path.resolve()]}; name another")
-        taken[path.resolve()] = option
-        make_folder(path.absolute().parent)
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            what = "is a folder" if path.is_dir() else "lies in a folder that cannot be written to"
-            raise ValueError(f"{option} is {str(path)!r}, which {what}; expected a file")
-    if job.jacobians is not None and job.jacobians.is_file():
-        try:
-            with safe_open(job.jacobians, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"--save-jacobians is {str(job.jacobians)!r}, which exists and is no safetensors file ({error}); "
-                "name another"
-            ) from error
-
-
-def _broken_record(index: int, reason: str, name: Any = None) -> dict[str, Any]:
-    """Return the record of a line that gave no rollout, with the keys of any other."""
-    record: dict[str, Any] = {"row": index, "id": name, "reward": 0.0, "malformed": reason, "task_reward": None}
-    return {**record, "found_by": None, "prompt_tokens": 0, "completion_tokens": 0, "spans": {}, "links": {}}
-
-
-def _done_records(
-    job: ScoreJob, partial: Path, shards: Path, lines: Sequence[Any], settings: str
-) -> dict[int, dict[str, Any]]:
-    """Return the records of an earlier run that still hold, by row."""
-    done: dict[int, dict[str, Any]] = {}
-    have_matrices = {int(path.stem) for path in shards.glob("*.safetensors")}
-    if job.jacobians is not None and job.jacobians.is_file():
-        with safe_open(job.jacobians, framework="pt") as opened:
-            have_matrices |= {int(key.split("/")[0]) for key in opened.keys()}  # noqa: SIM118
-    for path in (job.output, partial):
-        for _, record in read_jsonl(path)[0] if path.is_file() else ():
-            if record.get("settings") != settings:
-                raise ValueError(
-                    f"output {str(path)!r} comes from other settings or another model; "
-                    "choose another --output, or delete it"
-                )
-            row = int(record["row"])
-            holds = row < len(lines) and record.get("content") == _content_hash(lines[row])
-            needs_matrices = job.jacobians is not None and bool(record.get("spans"))
-            if holds and (not needs_matrices or row in have_matrices):
-                done[row] = record
-    return dict(sorted(done.items()))
-
-
-def _fingerprint(job: ScoreJob) -> str:
-    parts = [
-        job.model,
-        job.dtype,
-        job.raw,
-        job.adapters,
-        job.engine,
-        job.memory_gib,
-        asdict(job.config),
-        repr(job.layout),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _content_hash(line: Any) -> str:
-    return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def _append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -370,11 +299,12 @@ def _summarise(
     records: Sequence[Mapping[str, Any]], resumed: int, broken: Sequence[tuple[int, str]], seconds: float
 ) -> ScoreSummary:
     sound = [record for record in records if record["malformed"] is None]
-    names = list(sound[0]["links"]) if sound else []
-    means = {f"S {name}": sum(record["links"][name]["S"] for record in sound) / len(sound) for name in names}
+    means = {
+        f"S {name}": sum(record["links"][name]["S"] for record in sound) / len(sound)
+        for name in (sound[0]["links"] if sound else ())
+    }
     if sound:
         means["reward"] = sum(record["reward"] for record in sound) / len(sound)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     unusable = {reason for _, reason in broken}
     reasons = Counter(str(record["malformed"]) for record in records if record["malformed"] not in (None, *unusable))
     return ScoreSummary(
@@ -385,5 +315,5 @@ def _summarise(
         broken=tuple(broken),
         means=means,
         seconds=seconds,
-        peak_gib=peak,
+        peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     )

@@ -18,7 +18,7 @@ from cepo.benchmarks.ablation.command import AblateJob, run_ablation
 from cepo.benchmarks.ablation.summary import interval, spearman, weighted_mean
 from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
 from cepo.cli.app import main
-from cepo.eval.score.rows import read_row
+from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import Score
 from cepo.fusion.score import score_rollouts
@@ -100,8 +100,8 @@ def well_formed(job: AblateJob) -> tuple[GroupEngine, dict[int, Rollout], dict[i
     for number, line in enumerate(job.input.read_text().splitlines()):
         if line.startswith("{broken"):
             continue
-        rollout, _ = read_row(json.loads(line), tokenizer, reader)
-        if rollout is not None and rollout.malformed is None:
+        rollout = read_rollout(json.loads(line), reader)
+        if rollout.malformed is None:
             found[number], tasks[number] = rollout, json.loads(line).get("task_reward")
     return GroupEngine(model), found, tasks
 

@@ -1,19 +1,20 @@
 """Protects `cepo score`: every input form, honest records, matrices that check, resume, and helpful errors."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cepo.cli.app import main
 from cepo.eval.score import command as score_module
-from cepo.eval.score.rows import read_row
+from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.spans import SpanReader
@@ -159,9 +160,8 @@ def test_a_preference_row_gets_the_judge_prompt_with_the_chosen_response_where_t
         "judge_output": ITEMS[0].completion,
     }
     for label, shown in (("A", (row["chosen"], "rude")), ("B", ("rude", row["chosen"]))):
-        rollout, reason = read_row({**row, "label": label}, tokenizer, reader)
-        assert reason is None
-        assert rollout is not None
+        rollout = read_rollout({**row, "label": label}, reader)
+        assert rollout.malformed is None
         wanted = tokenizer.apply_chat_template(
             judge_prompt("write a poem", *shown), add_generation_prompt=True, tokenize=True, return_dict=True
         )
@@ -179,15 +179,15 @@ def test_a_killed_run_goes_on_where_it_stopped(
     matrices = {name: tmp_path / f"{name}.safetensors" for name in ("whole", "broken")}
     assert cepo(*arguments, "--output", whole, "--save-jacobians", matrices["whole"])[0] == 0
     scored: list[int] = []
-    score_rows = score_module._score_rows
+    score_line = score_module._score_line
 
-    def counted(job: Any, rows: Any, *rest: Any) -> Any:
+    def counted(job: Any, row: int, *rest: Any) -> Any:
         if len(scored) == 3:
             raise KeyboardInterrupt  # what a kill leaves: three rows on disk
-        scored.append(rows[0][0])
-        return score_rows(job, rows, *rest)
+        scored.append(row)
+        return score_line(job, row, *rest)
 
-    monkeypatch.setattr(score_module, "_score_rows", counted)
+    monkeypatch.setattr(score_module, "_score_line", counted)
     assert cepo(*arguments, "--output", broken, "--save-jacobians", matrices["broken"])[0] != 0
     assert not broken.exists()
     with (tmp_path / "broken.jsonl.partial").open("a") as file:
@@ -210,9 +210,47 @@ def test_a_finished_output_is_not_computed_again_nor_mixed_with_other_settings(
     assert cepo(*arguments, "-K", 1)[0] == 0
     monkeypatch.setattr(score_module, "load_model", lambda *_, **__: pytest.fail("nothing is left to score"))
     assert cepo(*arguments, "-K", 1)[0] == 0
+    assert cepo(*arguments, "-K", 1, "--memory-gib", 2, "--batch-size", 3)[0] == 0  # they change no result
     code, message = cepo(*arguments, "-K", 2)
     assert code == 2
     assert "other settings" in message
+    assert "config.counterfactuals was 1 and is 2" in message
+
+
+def test_other_weights_under_the_same_name_are_refused(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    """The fingerprint is the weights': a folder that was trained again gives no answers of before, its copy does."""
+    model = tmp_path / "model"
+    shutil.copytree(judge, model)
+    source, out = write_jsonl(tmp_path / "in.jsonl", gold_rows()[:2]), tmp_path / "out.jsonl"
+    arguments = ("--input", source, "--output", out, "-K", 0)
+    assert cepo("--model", model, *arguments)[0] == 0
+    records = out.read_bytes()
+    assert cepo("--model", judge, *arguments)[0] == 0
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    code, message = cepo("--model", model, *arguments)
+    assert code == 2
+    assert "made with other settings: model was" in message
+    assert out.read_bytes() == records
+
+
+def test_rows_that_changed_are_scored_again(
+    judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, out = gold_rows()[:3], tmp_path / "out.jsonl"
+    arguments = ("--model", judge, "--input", tmp_path / "in.jsonl", "--output", out, "-K", 0)
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    assert cepo(*arguments)[0] == 0
+    before = read_jsonl(out)
+    write_jsonl(tmp_path / "in.jsonl", [rows[0], gold_rows()[3], rows[2]])
+    scored: list[int] = []
+    score_line = score_module._score_line
+    monkeypatch.setattr(score_module, "_score_line", lambda *given: scored.append(given[1]) or score_line(*given))
+    assert cepo(*arguments)[0] == 0
+    after = read_jsonl(out)
+    assert scored == [1]
+    assert [after[0], after[2]] == [before[0], before[2]]
+    assert after[1]["id"] == "3"
 
 
 def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
