@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cepo.benchmarks.ablation.figures import draw_curves
 from cepo.eval.report.figures import write_png
 from cepo.files import make_folder, read_jsonl
 
@@ -107,29 +108,12 @@ def draw_ablation(rows: Sequence[Mapping[str, Any]]) -> Figure:
     phi = [row for row in rows if row["kind"] == "link" and row["score"] == "phi" and row.get("rank") is not None]
     figure = _new_figure(8.4, 3.4)
     panels: list[Axes] = list(figure.subplots(1, 2, sharey=True))
-    for panel, axis, held, value in (
-        (panels[0], "counterfactuals", "rank", 2),
-        (panels[1], "rank", "counterfactuals", 4),
+    for panel, axis, held, value in zip(
+        panels, ("counterfactuals", "rank"), ("rank", "counterfactuals"), (2, 4), strict=True
     ):
         chosen = sorted((row for row in phi if row[held] == value), key=lambda row: row[axis])
-        places = list(dict.fromkeys(row[axis] for row in chosen))
-        links = list(dict.fromkeys(row["link"] for row in chosen))
-        for number, link in enumerate(links):
-            of_link = [row for row in chosen if row["link"] == link]
-            found = [row["spearman_paper"] for row in of_link]
-            errors = [
-                [
-                    abs(row["spearman_paper"] - (row.get(f"spearman_paper_{side}") or row["spearman_paper"]))
-                    for row in of_link
-                ]
-                for side in ("low", "high")
-            ]
-            aside = 0.08 * (number - (len(links) - 1) / 2)  # so that intervals do not hide each other
-            at = [places.index(row[axis]) + aside for row in of_link]
-            panel.errorbar(at, found, yerr=errors, marker="o", markersize=4, capsize=3, label=link)
-        panel.set_xticks(range(len(places)), [str(place) for place in places])
+        draw_curves(panel, [(row, row["link"], str(row[axis])) for row in chosen], "spearman_paper")
         panel.axhline(0.0, color="0.5", linewidth=0.8)
-        panel.grid(alpha=0.3)
     panels[0].set_xlabel("counterfactuals K, at rank 2")
     panels[1].set_xlabel("nuisance rank r, at K = 4")
     panels[0].set_ylabel("rank correlation of phi")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
+from cepo.benchmarks.ablation.sweep import Hardening, Sweep
 from cepo.counterfactual.nuisance import nuisance_basis, remove_nuisance
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import LinkScore, Score, named_scores, score_link
@@ -17,60 +18,10 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, Request
 from cepo.jacobian.records import LinkJacobian, Rollout
+from cepo.train.prompts import JUDGE
 
 # A Jacobian's name: prompt, completion, where the spans stand, link. Rollouts that agree in these share it.
 _Key = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...], str]
-
-
-@dataclass(frozen=True)
-class Hardening:
-    """What is removed from a Jacobian: the subspace of K counterfactuals, of a rank or else an energy tau."""
-
-    counterfactuals: int
-    rank: int | None
-    tau: float | None
-
-    @property
-    def order(self) -> tuple[int, bool, float]:
-        """By K, then ranks before energies."""
-        size = self.tau if self.rank is None else self.rank
-        assert size is not None
-        return self.counterfactuals, self.rank is None, size
-
-    @property
-    def rank_label(self) -> str:
-        """The rank as the user wrote it."""
-        return f"tau={self.tau:g}" if self.rank is None else str(self.rank)
-
-
-REFERENCE = Hardening(counterfactuals=4, rank=2, tau=None)
-
-
-@dataclass(frozen=True)
-class LinkSet:
-    """Links whose scores are fused into one reward."""
-
-    name: str
-    links: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Everything that is swept; rows of the tables stand in the order of these.
-
-    Attributes:
-        hardenings: what is removed, in their `order`.
-        links: names of the links.
-        scores: named scores.
-        link_sets: what is fused; the first is all links.
-        powers: exponents of the power mean.
-    """
-
-    hardenings: tuple[Hardening, ...]
-    links: tuple[str, ...]
-    scores: tuple[Score, ...]
-    link_sets: tuple[LinkSet, ...]
-    powers: tuple[float, ...]
 
 
 def sweep_group(
@@ -78,7 +29,6 @@ def sweep_group(
     members: Mapping[int, Rollout],
     tasks: Mapping[int, float | None],
     sweep: Sweep,
-    links: Sequence[Link],
     config: RewardConfig,
     engine: GroupEngine,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[int, str]]:
@@ -89,10 +39,10 @@ def sweep_group(
         members: well-formed rollouts of one prompt, by row of the input.
         tasks: the task reward in [0, 1] of each, or None.
         sweep: what to sweep.
-        links: the sweep's links, parsed.
         config: weights, permutation and seed; what the sweep varies is taken from the sweep.
         engine: what computes Jacobians.
     """
+    links = config.parsed_links(JUDGE)
     malformed = {row: reason for row, rollout in members.items() if (reason := engine.refusal(rollout))}
     sound = {row: rollout for row, rollout in members.items() if row not in malformed}
     known, not_finite = _jacobians(sound, sweep, links, config, engine)

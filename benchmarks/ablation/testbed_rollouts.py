@@ -1,16 +1,17 @@
-"""Rollouts of the embedded testbed's judge in a file, with the judge in a folder: real ones, in seconds on a CPU."""
+"""Rollouts of the testbed's lazy judge in a file, with the judge in a folder: in seconds on a CPU."""
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cepo.files import make_folder, replacing, write_jsonl
 from cepo.train import testbed, testbed_judges
 from cepo.train.policy import load_testbed_judge
+
+_ITEMS_SEED = 11  # not one that any judge was warmed up with
 
 
 def write_testbed_rollouts(
@@ -18,37 +19,31 @@ def write_testbed_rollouts(
     *,
     prompts: int = 32,
     completions: int = 8,
-    judge: testbed_judges.Judge = "lazy",
-    steps: int = 300,
-    seed: int = 0,
     max_new_tokens: int = 48,
 ) -> tuple[Path, Path]:
-    """Sample groups of completions from a testbed judge at temperature 1, and write them with the judge.
+    """Sample groups of completions from the lazy judge at temperature 1, and write them with the judge.
 
-    Rows hold the sampled ids themselves, end of sequence kept, and whether the verdict is right as the task reward.
+    Rows hold the sampled ids themselves, with the end of sequence, and as task reward whether the verdict is right.
 
     Args:
         folder: where `judge/` (model and tokenizer) and `rollouts.jsonl` go.
         prompts: number of groups, at least 1.
         completions: completions of each prompt, at least 1.
-        judge: which judge, see `cepo.train.testbed_judges.warm_start`; from the cache or warmed up now.
-        steps: of its warm-up.
-        seed: of weights, items and sampling.
-        max_new_tokens: most tokens of a completion.
+        max_new_tokens: tokens at which a completion is cut, at least 1.
 
     Returns:
         The judge's folder and the file, for --model and --input.
 
     Raises:
-        ValueError: for a number out of range or an unknown judge.
+        ValueError: for a number out of range.
     """
     if completions < 1 or max_new_tokens < 1:
         raise ValueError(f"completions is {completions}, max_new_tokens {max_new_tokens}; expected at least 1 each")
-    items = testbed.generate_items(prompts, seed=seed + 11, cue_agreement=0.9)
-    model, tokenizer = load_testbed_judge(judge, steps=steps, seed=seed)
+    items = testbed.generate_items(prompts, seed=_ITEMS_SEED, cue_agreement=0.9)
+    model, tokenizer = load_testbed_judge("lazy", steps=300, seed=0)
     rows: list[dict[str, Any]] = []
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         for number, item in enumerate(items):
             messages = [{"role": "user", "content": item.prompt}]
             encoded = tokenizer.apply_chat_template(
@@ -75,10 +70,9 @@ def write_testbed_rollouts(
                         "task_reward": testbed_judges.accuracy([text], [item]),
                     }
                 )
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder / "judge")
-    tokenizer.save_pretrained(folder / "judge")
-    unfinished = folder / "rollouts.jsonl.tmp"
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(unfinished, folder / "rollouts.jsonl")
+    make_folder(folder)
+    with replacing(folder / "judge") as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    write_jsonl(folder / "rollouts.jsonl", rows)
     return folder / "judge", folder / "rollouts.jsonl"

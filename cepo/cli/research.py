@@ -22,25 +22,30 @@ from cepo.cli.shared import (
 
 
 def ablate(
-    output: Annotated[Path, typer.Option(help="Folder for tables, plots and the groups that are done.")],
+    output: Annotated[Path, typer.Option(help="Folder for tables, plots and finished groups.")],
     model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL of rollouts, as for cepo score.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL file of rollouts, as for cepo score.")] = None,
     testbed: Annotated[
         int | None,
-        typer.Option(help="Instead of both: so many rollouts of the testbed judge, 8 a prompt."),
+        typer.Option(help="Instead of both: sweep over this many rollouts of the testbed judge, 8 per prompt."),
     ] = None,
-    counterfactuals: Annotated[str, typer.Option("--counterfactuals", "-K", help="The K to sweep.")] = "0,1,2,4,8",
-    rank: Annotated[str, typer.Option(help="Ranks r to sweep, or energies as tau=0.5.")] = "0,1,2,4,8,tau=0.5,tau=0.9",
+    counterfactuals: Annotated[
+        str, typer.Option("--counterfactuals", "-K", help="Values of K to sweep.")
+    ] = "0,1,2,4,8",
+    rank: Annotated[
+        str, typer.Option(help="Nuisance ranks to sweep, or shares of the energy as tau=0.5.")
+    ] = "0,1,2,4,8,tau=0.5,tau=0.9",
     p: Annotated[str, typer.Option("-p", "--p", help="Exponents of the power mean to sweep.")] = "-2,0,0.2,1,10",
     link: Annotated[
-        list[str] | None, typer.Option(help="As for cepo score; repeat it. Default: Z->X, X->Y, Z->Y, 0.1 each.")
+        list[str] | None,
+        typer.Option(help="Link, with its weight as X->Y=0.5; repeatable. Default: Z->X, X->Y and Z->Y, 0.1 each."),
     ] = None,
     score_name: Annotated[
         str, typer.Option("--score", help="Named scores to sweep.")
     ] = "phi,phi_retained,influence,phi_influence,influence_retained",
-    permutation: Annotated[str, typer.Option(help="uniform, sentence or block.")] = "uniform",
-    target: Annotated[str, typer.Option(help="log_likelihood, log_odds, expected_score or margin.")] = "log_likelihood",
-    seed: Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")] = 0,
+    permutation: Annotated[str | None, typer.Option(help="uniform, sentence or block.")] = None,
+    target: Annotated[str | None, typer.Option(help="log_likelihood, log_odds, expected_score or margin.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of permutations and bootstrap.")] = None,
     raw: Raw = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -49,40 +54,40 @@ def ablate(
 ) -> None:
     """Sweep K, rank, p, links and scores over a file of rollouts: tables, plots with intervals, parquet.
 
-    Every Jacobian is computed once and used by all settings. The reference (K = 4, rank 2) is always among them,
-    and rank correlations are against it. Killed and started again with the same arguments, it goes on.
+    Every Jacobian is computed once and used by all settings. The paper's hardening (K = 4, rank 2) is always included;
+    rank correlations are with it. A killed sweep continues when it is started again with the same arguments.
     """
     use_threads(threads)
-    from cepo.benchmarks.ablation.command import AblateJob, check_sweep, run_ablation
-    from cepo.fusion.config import PAPER_LINKS
+    from cepo.benchmarks.ablation.command import AblateJob, check_job, run_ablation
+    from cepo.fusion.config import PAPER_LINKS, RewardConfig
 
     if (testbed is None) == (model is None) or (testbed is None) == (input is None):
         raise ValueError("ablate needs --model and --input, or --testbed N alone")
     if testbed is not None and (testbed < 8 or testbed % 8):
         raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
+    given = {"permutation": permutation, "target": target, "seed": seed}
     job = AblateJob(
         model=model or "",
         input=input or Path(),
         output=output,
-        links=weighted_links(link) if link else dict(PAPER_LINKS),
         counterfactuals=tuple(int(_number("--counterfactuals", part)) for part in counterfactuals.split(",")),
         ranks=tuple(part.strip() for part in rank.split(",")),
         powers=tuple(_number("--p", part) for part in p.split(",")),
         scores=tuple(part.strip() for part in score_name.split(",")),  # type: ignore[misc]
-        permutation=permutation,  # type: ignore[arg-type]
-        target=target,
-        seed=seed,
+        config=RewardConfig(
+            links=weighted_links(link) if link else PAPER_LINKS,
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        ),
         raw=raw,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    check_sweep(job)
+    check_job(job)
     if testbed is not None:
         from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
 
-        # Resolved, so that the folder spelled another way is the same sweep.
-        folder, rollouts = write_testbed_rollouts((output / "testbed").resolve(), prompts=testbed // 8)
+        folder, rollouts = write_testbed_rollouts(output / "testbed", prompts=testbed // 8)
         job = replace(job, model=str(folder), input=rollouts, output=output / "sweep")
     with progress_bar() as progress:
         task = progress.add_task("prompts", total=None)

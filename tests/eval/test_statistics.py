@@ -152,6 +152,17 @@ def test_rank_correlations_are_spearmans_of_all_pairs() -> None:
     assert np.isnan(found[0, 1]).all()
 
 
+def test_rank_correlations_by_hand_and_on_resamples() -> None:
+    """Ranks (1, 2.5, 2.5, 4) against (2, 1, 3, 4): covariance 3, variances 4.5 and 5. Weights stand for copies."""
+    x_N, y_N = np.array([10.0, 20.0, 20.0, 30.0]), np.array([0.2, 0.1, 0.3, 0.9])
+    assert spearman(x_N, y_N) == pytest.approx(3.0 / np.sqrt(4.5 * 5.0))
+    assert np.isnan(spearman(x_N, np.ones(4)))
+    drawn_BN = np.array([[2.0, 0.0, 1.0, 3.0], [1.0, 1.0, 5.0, 0.0]])
+    for weights_N, ours in zip(drawn_BN, rank_correlations(x_N, y_N, drawn_BN)[:, 0, 0], strict=True):
+        copies = np.repeat(np.arange(4), weights_N.astype(int))
+        assert ours == pytest.approx(scipy.stats.spearmanr(x_N[copies], y_N[copies]).statistic)
+
+
 def test_weights_stand_for_copies() -> None:
     """Every statistic of a weighted sample is that of the sample written out, ties and copies among it."""
     drawn_BN = RNG.integers(3, size=(5, 60)).astype(float)

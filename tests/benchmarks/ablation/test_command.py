@@ -15,7 +15,9 @@ from scipy.stats import spearmanr
 
 from cepo.benchmarks.ablation import command as ablate_module
 from cepo.benchmarks.ablation.command import AblateJob, run_ablation
-from cepo.benchmarks.ablation.summary import interval, spearman, weighted_mean
+from cepo.benchmarks.ablation.summary import summarise_sweep
+from cepo.benchmarks.ablation.sweep import plan_sweep
+from cepo.benchmarks.ablation.tables import SweptValues, write_group
 from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
 from cepo.cli.app import main
 from cepo.eval.score.rows import read_rollout
@@ -78,18 +80,22 @@ def job(judge: Path, rollouts: Path, tmp_path: Path) -> AblateJob:
         model=str(judge),
         input=rollouts,
         output=tmp_path / "sweep",
-        links=LINKS,
+        config=RewardConfig(links=LINKS),
         counterfactuals=(0, 1, 3),
         ranks=("1", "tau=0.7"),
         powers=(-2.0, 0.2, float("inf")),
         scores=("phi", "influence_retained"),
-        resamples=100,
         dtype="float64",
     )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def with_config(job: AblateJob, **changes: Any) -> AblateJob:
+    """Return the job with other settings of the reward."""
+    return replace(job, config=replace(job.config, **changes))
 
 
 def well_formed(job: AblateJob) -> tuple[GroupEngine, dict[int, Rollout], dict[int, float | None]]:
@@ -162,6 +168,43 @@ def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
                     assert ours["nuisance_angle"] is None
 
 
+def test_the_summary_is_of_the_tables(job: AblateJob) -> None:
+    """Means, and rank correlations with the same score and with phi at K = 4, rank 2."""
+    summary = run_ablation(job)
+    links = pq.read_table(job.output / "ablation.parquet").to_pylist()
+    rewards = pq.read_table(job.output / "rewards.parquet").to_pylist()
+
+    def values(link: str, counterfactuals: int, rank: int, score: str) -> list[float]:
+        setting = (link, counterfactuals, rank, score)
+        names = ("link", "counterfactuals", "rank", "score")
+        return [row["S"] for row in links if tuple(row[name] for name in names) == setting]
+
+    for link, score in (("X->Y", "influence_retained"), ("Z->Y", "phi")):
+        (row,) = [
+            row
+            for row in summary.rows
+            if row["kind"] == "link"
+            and (row["link"], row["counterfactuals"], row["rank"], row["score"]) == (link, 3, 1, score)
+        ]
+        ours = values(link, 3, 1, score)
+        assert row["S"] == pytest.approx(np.mean(ours))
+        for name, other in (("reference", score), ("paper", "phi")):
+            wanted = spearmanr(ours, values(link, 4, 2, other)).statistic
+            assert row[f"spearman_{name}"] == pytest.approx(wanted)
+            assert row[f"spearman_{name}_low"] <= row[f"spearman_{name}_high"]
+    (reward,) = [
+        row for row in summary.rows if (row.get("links"), row["score"], row.get("p")) == ("only X->Y", "phi", 0.2)
+    ]
+    at_paper = [
+        row["reward"]
+        for row in rewards
+        if (row["links"], row["score"], row["p"], row["counterfactuals"], row["rank"])
+        == ("only X->Y", "phi", 0.2, 4, 2)
+    ]
+    assert len(at_paper) == summary.rollouts
+    assert reward["reward"] == pytest.approx(np.mean(at_paper))
+
+
 def test_each_jacobian_is_computed_once(job: AblateJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """One base and max(K) counterfactuals of each source for each rollout, whatever is swept over them."""
     asked: list[tuple[tuple[int, ...], str]] = []
@@ -185,17 +228,16 @@ def test_a_killed_sweep_goes_on_to_identical_files(job: AblateJob, monkeypatch: 
     job = replace(job, counterfactuals=(1,), ranks=("1",), powers=(0.2,))
     whole = replace(job, output=job.output.with_name("whole"))
     run_ablation(whole)
-    write_group = ablate_module._write_group
     swept: list[str] = []
 
     def killed(folder: Path, *content: Any) -> None:
         swept.append(folder.name)
         if len(swept) == 2:
-            folder.with_name(folder.name + ".tmp").mkdir()  # what a kill in the middle leaves
+            folder.with_name(folder.name + ".123.tmp").mkdir()  # what a kill in the middle leaves
             raise KeyboardInterrupt
         write_group(folder, *content)
 
-    monkeypatch.setattr(ablate_module, "_write_group", killed)
+    monkeypatch.setattr(ablate_module, "write_group", killed)
     with pytest.raises(KeyboardInterrupt):
         run_ablation(job)
     assert not (job.output / "ablation.parquet").exists()
@@ -218,15 +260,15 @@ def test_other_arguments_and_other_files_are_refused(
     assert [row["row"] for row in read_lines(job.output / "malformed.jsonl")] == [2, 6]
     assert summary.table().row_count == 3 * 2  # the reference beside the one setting
     monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("the model is not needed"))
-    with pytest.raises(ValueError, match="holds a sweep with other seed"):
-        run_ablation(replace(job, seed=1))
+    with pytest.raises(ValueError, match="made with other settings: config.seed was 0 and is 1"):
+        run_ablation(with_config(job, seed=1))
     other = tmp_path / "other.jsonl"
     other.write_text("".join(rollouts.read_text().splitlines(keepends=True)[:2]))
-    with pytest.raises(ValueError, match="holds a sweep with other rollouts"):
+    with pytest.raises(ValueError, match="made with other settings: input was"):
         run_ablation(replace(job, input=other))
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match="which no earlier run of this command wrote"):
         run_ablation(replace(job, output=tmp_path))
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="which cannot be made: File exists; expected a folder"):
         run_ablation(replace(job, output=other))
 
 
@@ -250,10 +292,8 @@ def test_other_arguments_and_other_files_are_refused(
         ({"permutation": "shuffle"}, "permutation is 'shuffle'"),
         ({"task_weight": -1.0}, "weights"),
         ({"seed": -1}, "seed is -1"),
-        ({"resamples": 5}, "resamples is 5"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"device": "warp:1"}, "device is 'warp:1'"),
-        ({"memory_budget": 0.0}, "memory_budget is 0.0"),
         ({"model": "./nowhere"}, "is not there"),
         ({"input": Path("nowhere.jsonl")}, "nowhere.jsonl is not a file"),
     ],
@@ -263,8 +303,9 @@ def test_bad_arguments_are_named_before_anything_is_loaded(
     job: AblateJob, options: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    of_config = {name: options.pop(name) for name in [*options] if hasattr(job.config, name) and not hasattr(job, name)}
     with pytest.raises(ValueError, match=complaint):
-        run_ablation(replace(job, **options))
+        run_ablation(with_config(replace(job, **options), **of_config))
     assert not job.output.exists()
 
 
@@ -303,27 +344,21 @@ def test_rollouts_that_are_all_malformed_end_in_their_reason(job: AblateJob, tmp
         run_ablation(replace(job, input=path))
 
 
-def test_spearman_by_hand_and_on_resamples() -> None:
-    """Ranks (1, 2.5, 2.5, 4) against (2, 1, 3, 4): covariance 3, variances 4.5 and 5. Weights stand for copies."""
-    x_N, y_N = np.array([10.0, 20.0, 20.0, 30.0]), np.array([0.2, 0.1, 0.3, 0.9])
-    once_BN = np.ones((1, 4))
-    assert spearman(x_N, y_N, once_BN)[0] == pytest.approx(3.0 / np.sqrt(4.5 * 5.0))
-    assert np.isnan(spearman(x_N, np.ones(4), once_BN)[0])
-    drawn_BN = np.array([[2.0, 0.0, 1.0, 3.0], [1.0, 1.0, 5.0, 0.0]])
-    for weights_N, ours in zip(drawn_BN, spearman(x_N, y_N, drawn_BN), strict=True):
-        copies = np.repeat(np.arange(4), weights_N.astype(int))
-        assert ours == pytest.approx(spearmanr(x_N[copies], y_N[copies]).statistic)
-
-
-def test_intervals_are_over_prompts() -> None:
+@pytest.mark.parametrize(("prompts", "interval"), [((0, 1), (0.0, 1.0)), ((0, 0), (None, None))])
+def test_intervals_are_over_prompts(prompts: tuple[int, int], interval: tuple[float | None, float | None]) -> None:
     """Two prompts, one of 0s and one of 1s: a resampled mean is 0, 1/2 or 1, however many rollouts there are."""
-    group_N, x_N = np.repeat([0, 1], 50), np.repeat([0.0, 1.0], 50)
-
-    def mean(weights_BN: np.ndarray) -> np.ndarray:
-        return weighted_mean(x_N, weights_BN)
-
-    assert interval(mean, group_N, resamples=200, seed=0) == (0.5, 0.0, 1.0)
-    assert interval(mean, np.zeros(100, int), resamples=200, seed=0) == (0.5, None, None)
+    sweep = plan_sweep(
+        RewardConfig(links={"X->Y": 1.0}), counterfactuals=(4,), ranks=("2",), powers=(0.0,), scores=("influence",)
+    )
+    x_N = np.repeat([0.0, 1.0], 50)
+    values = SweptValues(
+        group_N=np.repeat(prompts, 50),
+        values_NAHF=x_N[:, None, None, None],
+        nuisance_angles_NAH=np.full((100, 1, 1), np.nan),
+        rewards_NFUP=x_N[:, None, None, None],
+    )
+    for row, name in zip(summarise_sweep(values, sweep, seed=0), ("S", "reward"), strict=True):
+        assert (row[name], row[f"{name}_low"], row[f"{name}_high"]) == (0.5, *interval)
 
 
 def test_testbed_rollouts_are_ids_that_a_sweep_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+"""What an ablation varies: hardenings, links that are fused, named scores and exponents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cepo.fusion.config import PAPER, RewardConfig
+from cepo.fusion.records import Score
+from cepo.train.prompts import JUDGE
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """What is removed from a Jacobian: the subspace of K counterfactuals, of a rank or else an energy tau."""
+
+    counterfactuals: int
+    rank: int | None
+    tau: float | None
+
+    @property
+    def order(self) -> tuple[int, bool, float]:
+        """By K, then ranks before energies."""
+        return self.counterfactuals, self.rank is None, float(self.tau or 0.0 if self.rank is None else self.rank)
+
+    def applied_to(self, config: RewardConfig) -> RewardConfig:
+        """Return the settings with this hardening."""
+        return replace(config, counterfactuals=self.counterfactuals, rank=self.rank, energy=self.tau)
+
+
+PAPER_HARDENING = Hardening(PAPER["counterfactuals"], PAPER["rank"], None)
+
+
+@dataclass(frozen=True)
+class LinkSet:
+    """Links whose scores are fused into one reward."""
+
+    name: str
+    links: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything that is swept; rows of the tables stand in the order of these.
+
+    Attributes:
+        hardenings: what is removed, in their `order`; the paper's is always among them.
+        links: names of the links.
+        scores: named scores.
+        link_sets: what is fused; the first is all links.
+        powers: exponents of the power mean.
+    """
+
+    hardenings: tuple[Hardening, ...]
+    links: tuple[str, ...]
+    scores: tuple[Score, ...]
+    link_sets: tuple[LinkSet, ...]
+    powers: tuple[float, ...]
+
+
+def plan_sweep(
+    config: RewardConfig,
+    *,
+    counterfactuals: Sequence[int],
+    ranks: Sequence[str],
+    powers: Sequence[float],
+    scores: Sequence[Score],
+) -> Sweep:
+    """Return the grid of all values, with the paper's hardening; reads no file.
+
+    Args:
+        config: links, weights, permutation, target and seed, which stay the same.
+        counterfactuals: values of K, each >= 0.
+        ranks: nuisance ranks, as "2", or energies in (0, 1], as "tau=0.5".
+        powers: exponents p; any real number, inf or -inf.
+        scores: named scores.
+
+    Raises:
+        ValueError: for the first argument that cannot be used.
+    """
+    for name, values in {
+        "counterfactuals": counterfactuals,
+        "ranks": ranks,
+        "powers": powers,
+        "scores": scores,
+    }.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"{name} is {values!r}; expected a sequence of at least one value")
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} is {', '.join(map(str, values))}; expected each value once")
+    hardenings = {Hardening(k, *_read_rank(text)) for text in ranks for k in counterfactuals}
+    if len(hardenings) < len(ranks) * len(counterfactuals):
+        raise ValueError(f"ranks is {', '.join(ranks)}; expected each value once")
+    for hardening in hardenings:
+        hardening.applied_to(config)
+    hardened = PAPER_HARDENING.applied_to(config)
+    for score in scores:
+        replace(hardened, score=score)
+    for p in powers:
+        replace(hardened, p=p)
+    links = tuple(link.name for link in config.parsed_links(JUDGE))
+    sets = [LinkSet("all", links)]
+    if len(links) > 1:
+        sets += [LinkSet(f"only {name}", (name,)) for name in links]
+    if len(links) > 2:  # of two links, each removed is the other alone
+        sets += [LinkSet(f"without {name}", tuple(other for other in links if other != name)) for name in links]
+    ordered = sorted({*hardenings, PAPER_HARDENING}, key=lambda hardening: hardening.order)
+    return Sweep(tuple(ordered), links, tuple(scores), tuple(sets), tuple(powers))
+
+
+def rank_label(row: Mapping[str, Any]) -> str:
+    """Return the rank or the energy of a row as the user wrote it."""
+    return f"tau={row['tau']:g}" if row["rank"] is None else str(row["rank"])
+
+
+def _read_rank(text: str) -> tuple[int | None, float | None]:
+    name, equals, value = str(text).partition("=")
+    try:
+        if equals and name.strip() == "tau":
+            return None, float(value)
+        return int(text), None
+    except ValueError:
+        raise ValueError(f"ranks holds {text!r}; expected integers such as 2, or energies such as tau=0.5") from None
