@@ -13,7 +13,7 @@ from cepo.benchmarks.experiment.recipe import BASELINE, UNTRAINED
 from cepo.eval.report.figures import forest
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import console_table
-from cepo.eval.statistics import UNDETERMINED, Estimate, estimate, mean, mean_difference
+from cepo.eval.statistics import Estimate, mean_of_few
 
 COLUMNS = {
     "flipped": "accuracy where length is flipped",
@@ -36,7 +36,7 @@ def paired_gains(rows: Sequence[Row], measure: str) -> dict[str, Estimate]:
         measure: one of COLUMNS.
 
     Returns:
-        Estimates by arm; `count` is the number of shared seeds. Without one the estimate is NaN.
+        Estimates by arm, with t intervals; `count` is the number of shared seeds. Without one the estimate is NaN.
     """
     by_arm = _by_arm(rows, measure)
     baseline = by_arm.get(BASELINE, {})
@@ -45,8 +45,7 @@ def paired_gains(rows: Sequence[Row], measure: str) -> dict[str, Estimate]:
         if arm in (BASELINE, UNTRAINED):
             continue
         shared = [seed for seed in values if seed in baseline]
-        columns = [[of_arm[seed] for seed in shared] for of_arm in (values, baseline)]
-        gains[arm] = estimate(mean_difference, *columns) if shared else UNDETERMINED
+        gains[arm] = mean_of_few([values[seed] - baseline[seed] for seed in shared])
     return gains
 
 
@@ -74,8 +73,8 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
     for measure in _DRAWN:
         label = COLUMNS[measure]
         by_arm = _by_arm(rows, measure)
-        means = [(arm, estimate(mean, list(values.values()))) for arm, values in by_arm.items()]
-        figures[f"{label}: mean over seeds, 95% bootstrap interval over seeds"] = forest(means, axis=label)
+        means = [(arm, mean_of_few(list(values.values()))) for arm, values in by_arm.items()]
+        figures[f"{label}: mean over seeds, 95% t interval over seeds"] = forest(means, axis=label)
         gains = paired_gains(rows, measure)
         if BASELINE in by_arm and gains:
             caption = f"{label}: difference to {BASELINE}, paired by seed"

@@ -20,6 +20,7 @@ from cepo.eval.statistics import (
     estimates,
     mean,
     mean_difference,
+    mean_of_few,
     proportion,
     rank_correlations,
     spearman,
@@ -51,6 +52,18 @@ def test_proportions_of_nothing_or_all_get_wilsons_interval() -> None:
     assert proportion([0.5] * 5) == Estimate(0.5, 0.5, 0.5, 5)
     biased = widened(Estimate(-1.0, -1.0, -1.0, 8), 4, ends=(-1.0, 1.0))
     assert (biased.low, biased.high) == (-1.0, pytest.approx(2.0 * none.high - 1.0))
+
+
+def test_the_mean_of_few_has_students_interval() -> None:
+    """scipy's own t interval; by hand for two numbers, where t is 12.706: 0.2 within 1.2706."""
+    few = VALUES[:5]
+    theirs = scipy.stats.ttest_1samp(few, 0.0).confidence_interval(0.95)
+    found = mean_of_few(few)
+    assert (found.value, found.low, found.high) == pytest.approx((few.mean(), theirs.low, theirs.high))
+    two = mean_of_few([0.1, 0.3])
+    assert (two.low, two.high, two.count) == (pytest.approx(0.2 - 1.2706, abs=1e-4), pytest.approx(1.4706, abs=1e-4), 2)
+    assert str(mean_of_few([0.5])) == "0.500"
+    assert mean_of_few([]) is UNDETERMINED
 
 
 def test_the_interval_of_a_mean_is_scipys_percentile_bootstrap() -> None:
