@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cepo.files import BrokenLine, read_jsonl
-from cepo.train.rewards.task import exact_match, extract_answer, math_verify_reward
+from cepo.jacobian.reading.reasoner import extract_answer
+from cepo.train.rewards.task import exact_match, math_verify_reward
 
 Verifier = Literal["math", "exact"]
 _VERIFIERS = {"math": math_verify_reward, "exact": exact_match}

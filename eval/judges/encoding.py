@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from cepo.eval.judges.settings import JudgeSettings, Messages, expected_scores
+from cepo.jacobian.reading.judge import find_verdict_end
 from cepo.jacobian.reading.token_bytes import TokenBytes
-from cepo.train.rewards.task import read_scores
 
 _LARGEST_SCORE = 10
 _TAIL = 16  # tokens in which a closing tag is looked for at each step
@@ -108,13 +108,8 @@ class TextReader:
         for piece in self.pieces(token_ids):
             text += piece
             ends.append(len(text))
-        at = text.find(b"</scores>")
-        while at >= 0:
-            end = at + len(b"</scores>")
-            if read_scores(text[:end].decode("utf-8", errors="replace")) is not None:
-                return next(index + 1 for index, reached in enumerate(ends) if reached >= end)
-            at = text.find(b"</scores>", end)
-        return None
+        end = find_verdict_end(text)
+        return None if end is None else next(index + 1 for index, reached in enumerate(ends) if reached >= end)
 
     def is_judged(self, token_ids: Sequence[int]) -> bool:
         """Tell whether scores that can be read have just been closed."""

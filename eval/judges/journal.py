@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from cepo.eval.judges.settings import Judge, Judgement, Messages, winner
 from cepo.files import read_jsonl, write_text
-from cepo.train.rewards.task import read_scores
+from cepo.jacobian.reading.judge import read_scores
 
 Record: TypeAlias = dict[str, Any]
 

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, expected_scores, row_seed
-from cepo.train.rewards.task import read_scores
+from cepo.jacobian.reading.judge import read_scores
 
 _TOP = 20  # alternatives a token, the most that the protocol allows
 _LONGEST_WAIT_S = 300.0

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -14,17 +13,13 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from cepo.jacobian.loading import check_device, load_model, resolve_model
-from cepo.train.rewards.task import read_scores, read_section
+from cepo.jacobian.reading.judge import find_numbers
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 Backend = Literal["transformers", "vllm", "server"]
 Place = Literal["A", "B"]
 
-SCORES_OPENING = "\n<scores>\n\\boxed{"
-"""What is appended to a generation without a verdict under `force_format`."""
-SCORES_CLOSING = "\n</scores>"
 FORCED_TOKENS = 12  # "10.25, 10.25}" in single characters
-_PAIR = re.compile(r"\\boxed\{\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\}", re.ASCII)
 _LARGEST_SCORE = 10
 
 
@@ -181,12 +176,6 @@ def winner(scores: Sequence[float] | None) -> Literal["A", "B", "tie"] | None:
     return "A" if scores[0] > scores[1] else "B"
 
 
-def forced_opening(text: str) -> str:
-    """Return what is appended to a generation without a verdict, its thought closed first where it is still open."""
-    unclosed = text.lstrip().startswith("<think>") and "</think>" not in text
-    return ("\n</think>" if unclosed else "") + SCORES_OPENING
-
-
 def row_seed(seed: int, messages: Messages) -> int:
     """Return the seed of one prompt's sampling, in [0, 2^31): a function of the seed and the prompt alone."""
     content = json.dumps([seed, [dict(message) for message in messages]])
@@ -211,15 +200,12 @@ def expected_scores(
     Returns:
         None where `read_scores` reads no verdict, a number is greater than 10, or nothing likely is a number.
     """
-    # One character a byte, so that places in the text are places in the bytes; all that is searched for is ASCII.
-    text = b"".join(pieces).decode("latin-1")
-    section, hard = read_section(text, "scores"), read_scores(text)
-    if section is None or hard is None or max(hard) > _LARGEST_SCORE:
+    text = b"".join(pieces)
+    numbers = find_numbers(text)
+    if numbers is None or max(float(text[slice(*number)]) for number in numbers) > _LARGEST_SCORE:
         return None
-    end = text.rindex("</scores>")
-    *_, pair = _PAIR.finditer(text, end - len(section), end)
     ends = list(accumulate(len(piece) for piece in pieces))
-    expected = [_expected_number(pair.span(group), pieces, ends, likely) for group in (1, 2)]
+    expected = [_expected_number(number, pieces, ends, likely) for number in numbers]
     return None if expected[0] is None or expected[1] is None else (expected[0], expected[1])
 
 

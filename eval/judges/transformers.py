@@ -20,15 +20,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from cepo.eval.judges.encoding import PromptEncoder, TextReader
 from cepo.eval.judges.settings import (
     FORCED_TOKENS,
-    SCORES_CLOSING,
     Judgement,
     JudgeSettings,
     Messages,
     OnDone,
-    forced_opening,
     row_seed,
 )
-from cepo.train.rewards.task import read_scores
+from cepo.jacobian.reading.judge import SCORES_CLOSING, forced_opening, read_scores
 
 _WORTH_SHARING = 16  # tokens of a common beginning
 

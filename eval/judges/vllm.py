@@ -11,16 +11,14 @@ from typing import Any
 from cepo.eval.judges.encoding import PromptEncoder, TextReader
 from cepo.eval.judges.settings import (
     FORCED_TOKENS,
-    SCORES_CLOSING,
     Judgement,
     JudgeSettings,
     Messages,
     OnDone,
-    forced_opening,
     row_seed,
 )
 from cepo.jacobian.loading import ModelSource, load_tokenizer
-from cepo.train.rewards.task import read_scores
+from cepo.jacobian.reading.judge import SCORES_CLOSING, forced_opening, read_scores
 
 _CHUNK = 256  # prompts after which judgements are handed over; vLLM batches within
 _TOP = 20  # tokens whose log-probabilities are asked for, vLLM's own default limit

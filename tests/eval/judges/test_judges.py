@@ -23,15 +23,14 @@ from cepo.eval.judges.settings import (
     JudgeSettings,
     check_judge,
     expected_scores,
-    forced_opening,
     row_seed,
     winner,
 )
 from cepo.eval.judges.transformers import TransformersJudge
 from cepo.eval.judges.vllm import VllmJudge
 from cepo.jacobian.loading import ModelSource
+from cepo.jacobian.reading.judge import forced_opening, read_scores
 from cepo.train import testbed, testbed_judges
-from cepo.train.rewards.task import read_scores
 
 VERDICT = "<scores>\\boxed{8, 6}</scores>"
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from cepo.eval.robustness.transformations import TRANSFORMATIONS, Pair, _same_program, check_names, transform
-from cepo.train.rewards.task import extract_answer
+from cepo.jacobian.reading.reasoner import extract_answer
 from tests.paths import DATA
 
 PAIRS = DATA / "pref"
