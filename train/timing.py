@@ -1,4 +1,4 @@
-"""How long each part of an optimiser step takes."""
+"""Where an optimiser step's seconds go."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from transformers import TrainerCallback
 
 
 def time_steps(trainer: Any) -> None:
-    """Make a TRL trainer log how many seconds each part of an optimiser step takes.
+    """Have a TRL trainer log where each optimiser step's seconds go.
 
-    Logs `time/step` (the whole step), `time/generation` (sampling), `time/rewards` (all reward functions) and
-    `time/policy_update` (forward, backward and optimiser). What remains of a step is TRL's own work: old and reference
-    log-probabilities, padding, logging.
+    `time/step` in all; `time/generation` sampling; `time/rewards` all reward functions; `time/policy_update` forward,
+    backward and optimiser; the rest is TRL's own (old and reference log-probabilities, padding, logging).
     """
     spent: dict[str, float] = {}
 

@@ -14,9 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from transformers import AutoModel, AutoTokenizer
 
-from cepo.jacobian.reading.judge import read_scores
-from cepo.jacobian.reading.thought import read_section
-from cepo.train.rewards.task import Completion, completion_text
+from cepo.train.rewards.task import Completion, completion_text, read_scores, read_section
 
 Encoder: TypeAlias = Callable[[str], ArrayLike]
 
