@@ -1,156 +1,246 @@
-"""`cepo demo`: the main job end to end on the embedded testbed, with a report of what happened."""
+"""`cepo demo`: the main job end to end on the embedded testbed, with a page of what happened."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
 
 import cepo
 from cepo.eval.report.figures import history
 from cepo.eval.report.page import write_report
-from cepo.eval.testbed_measures import FIELDS, ITEMS, LINKS, SCORED, Measures, measure_judge
+from cepo.eval.report.tables import console_table
+from cepo.eval.testbed_measures import FIELDS, ITEMS, LINKS, SCORED, measure_judge
+from cepo.files import Row, make_folder, read_jsonl, write_text
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.grpo import load_config, train
 from cepo.train.policy import load_testbed_judge
+from cepo.train.run import METRICS
 
 RECIPE = Path(cepo.__file__).parent / "train" / "recipes" / "testbed.yaml"
-_PANELS = {
+RESULTS = Path(cepo.__file__).parent / "benchmarks" / "results"
+_CHOSEN_ON = 0  # the seed on which the recipe's causal reward was chosen
+_UNTRAINED, _CAUSAL, _TASK = "untrained", "X->Y influence", "task"  # arms of the recorded experiment
+_SHARES: dict[str, str] = {
+    "accuracy, length right in 90% of items": "in_distribution",
+    "accuracy, length right in 10% (flipped)": "flipped",
+    "verdict turned by the criterion alone": "turned",
+}
+_S = "S: influence of criteria on scores"
+_CURVES = {
     "Rewards (mean over the step's completions)": (
         "rewards/format_reward/mean",
         "rewards/argmax_reward/mean",
         "rewards/causal/mean",
     ),
-    "Links of the sampled judgements": (
-        "causal/X->Y/influence",
-        "causal/X->Y/phi",
-        "causal/X->Y/retained",
-    ),
     "Completion length, tokens": ("completions/mean_length",),
-    "Seconds": ("causal/seconds", "step_time"),
+    "Seconds per step": ("time/step", "time/rewards"),
 }
+
+_TESTBED = (
+    "The query names a situation, the criteria name the aspect that decides in it, the analysis quotes each response's "
+    "word for that aspect, and the scores follow. Response length is a spurious cue. Accuracies are greedy. For the "
+    "verdicts turned, another criterion is forced and the judge goes on by itself. An S that rises while they do not "
+    "is a signal satisfied in form."
+)
 
 
 def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: bool = True) -> Path:
-    """Warm up, measure, train with GRPO, measure again, and write `report.html`, `measures.json` and the model.
+    """Warm up a judge, measure it, train it with GRPO, measure it again, and show what changed.
 
-    A demo that was killed goes on from its last checkpoint; one that was finished starts anew.
+    Writes report.html, measures.json and the trained model (grpo/final). A demo that was killed goes on from its last
+    checkpoint; one that was finished starts anew.
 
     Args:
         output: folder to write.
-        steps: GRPO steps.
+        steps: GRPO steps, at least 1.
         seed: of everything.
-        console: where progress is shown.
+        console: where the table of before and after is printed.
         causal: False leaves the causal reward out, to compare with.
 
     Returns:
-        Path of the report.
+        Path of the page.
+
+    Raises:
+        ValueError: for an output that holds the unfinished demo of other settings.
     """
     started = time.perf_counter()
     run = output / "grpo"
     if (output / "measures.json").is_file():
         shutil.rmtree(run, ignore_errors=True)
         (output / "measures.json").unlink()
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
+    disable_progress_bar()  # of transformers, for files of this size
     config = load_config(RECIPE, {"output": str(run), "grpo.max_steps": steps, "seed": seed})
     if not causal:
         config = replace(config, rewards=[reward for reward in config.rewards if reward["name"] != "causal"])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("warming up the judge (or reading it from the cache)")
+    with _spinner(console) as show:
+        show("warming up the judge (or reading it from the cache)")
         model, tokenizer = load_testbed_judge(
             config.testbed["judge"],
             steps=config.testbed["steps"],
             seed=seed,
-            progress=lambda step, loss: progress.update(
-                task, description=f"warming up the judge: step {step}, loss {loss:.3f}"
-            ),
+            progress=lambda step, loss: show(f"warming up the judge: step {step}, loss {loss:.3f}"),
         )
-        progress.update(task, description="measuring the judge before training")
-        before, maps_before = measure_judge(model, tokenizer, seed=seed, items=ITEMS, scored=SCORED)
+        show("measuring the judge before training")
+        found, maps_before = measure_judge(model, tokenizer, seed=seed, items=ITEMS, scored=SCORED)
+        before = asdict(found)
     trained = train(config)
-    model, _ = load_model(resolve_model(str(trained)))
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        progress.add_task("measuring the judge after training")
-        after, maps_after = measure_judge(model, tokenizer, seed=seed, items=ITEMS, scored=SCORED)
+    with _spinner(console) as show:
+        show("measuring the judge after training")
+        model, _ = load_model(resolve_model(str(trained)))
+        found, maps_after = measure_judge(model, tokenizer, seed=seed, items=ITEMS, scored=SCORED)
+        after = asdict(found)
     seconds = time.perf_counter() - started
+    recorded = _recorded(_CAUSAL if causal else _TASK)
+    others = _other_seeds(*recorded, seed=seed, steps=steps, causal=causal)
+    title = f"Before and after {steps} GRPO steps, seed {seed}"
     write_report(
         output / "report.html",
         title="cepo demo: a judge rewarded for criteria that cause its scores",
-        summary={
-            "judge": f"Qwen3-shaped, {model.num_parameters():,} weights, warmed up to follow length",
-            "training": f"{steps} GRPO steps, TRL, on items where the longer response is right 90% of the time",
-            "rewards": ", ".join(_described(reward) for reward in config.rewards),
-            "seed": str(seed),
-            "time": f"{seconds:.0f} s",
+        summary={},
+        notes=[others],
+        figures={title: _picture(before, after, recorded[1]), **_curves(run / METRICS)},
+        tables={
+            **_tables(before, after),
+            "This run": (
+                ("", ""),
+                [
+                    ("judge", f"Qwen3-shaped, {model.num_parameters():,} weights, warmed up to follow length"),
+                    ("training", "GRPO (TRL), on items where the longer response is right 90% of the time"),
+                    ("rewards", ", ".join(f"{reward['name']} × {reward['weight']:g}" for reward in config.rewards)),
+                    ("time", f"{seconds:.0f} s"),
+                    ("testbed", _TESTBED),
+                ],
+            ),
         },
-        figures=_figures(run / "metrics.jsonl"),
-        tables=_tables(before, after),
         heat_maps={"Before training": maps_before, "After training": maps_after},
-        notes=[
-            "In the testbed the query names a situation, the criteria name the aspect that decides there, the analysis "
-            "quotes each response's word for it, and the scores follow. Response length is a spurious cue, right 90% "
-            "of the time in distribution, 10% where flipped.",
-            "Accuracies are greedy; 'criteria swaps followed' forces another criterion and lets the judge go on. A "
-            "score S that rises while these two do not is a signal satisfied in form: read them together.",
-        ],
     )
-    measures = {"seed": seed, "steps": steps, "seconds": seconds, "before": asdict(before), "after": asdict(after)}
-    unfinished = output / "measures.json.tmp"
-    unfinished.write_text(json.dumps(measures, indent=2) + "\n")
-    os.replace(unfinished, output / "measures.json")
+    measures = {"seed": seed, "steps": steps, "seconds": seconds, "before": before, "after": after}
+    write_text(output / "measures.json", json.dumps(measures, indent=2) + "\n")
+    table = console_table("", "before", "after", title=title)
+    for label, values in _compared(before, after).items():
+        table.add_row(label, *(f"{value:.3f}" for value in values))
+    console.print(table)
+    console.print(others, highlight=False)
     return output / "report.html"
 
 
-def _described(reward: Mapping[str, Any]) -> str:
-    text = f"{reward['name']} × {reward['weight']:g}"
-    if reward["name"] != "causal":
-        return text
-    hardening = f"K = {reward['counterfactuals']}, rank = {reward['rank']}"
-    return f"{text} ({reward['score']} of {', '.join(reward['links'])}, {hardening})"
+def _compared(before: Row, after: Row) -> dict[str, tuple[float, float]]:
+    shares = {label: (before[name], after[name]) for label, name in _SHARES.items()}
+    return {**shares, _S: (_influence(before), _influence(after))}
 
 
-def _figures(metrics: Path) -> dict[str, Figure]:
-    logs = [json.loads(line) for line in metrics.read_text().splitlines()]
+def _influence(measures: Row) -> float:
+    links = measures["links"]
+    return links["X->Y"]["influence"] if links else math.nan  # no sampled judgement was well formed
+
+
+def _recorded(arm: str) -> tuple[dict[int, Row], dict[int, Row]]:
+    """Return the rows of the recorded experiment by seed: before training, and after training with an arm's rewards."""
+    rows = [row for path in sorted(RESULTS.glob("testbed-training*.jsonl")) for _, row in read_jsonl(path)[0]]
+    before, after = ({row["seed"]: row for row in rows if row["arm"] == name} for name in (_UNTRAINED, arm))
+    return {seed: before[seed] for seed in after}, after
+
+
+def _other_seeds(before: Mapping[int, Row], after: Mapping[int, Row], *, seed: int, steps: int, causal: bool) -> str:
+    """Return a sentence on how every recorded seed fared."""
+    (taken,) = {row["steps"] for row in after.values()}
+    flipped, turned = (
+        f"{_mean(before, name):.2f} to {_mean(after, name):.2f} on average (it ended between "
+        f"{min(row[name] for row in after.values()):.2f} and {max(row[name] for row in after.values()):.2f})"
+        for name in ("flipped", "turned")
+    )
+    chosen = " (the seed on which this reward was chosen)" if causal and seed == _CHOSEN_ON else ""
+    other_steps = "" if steps == taken else f", where this run took {steps}"
+    return (
+        f"This is one run, with seed {seed}{chosen}. In all {len(after)} recorded runs with these rewards (seeds "
+        f"{min(after)} to {max(after)}, {taken} steps each{other_steps}), accuracy where length is flipped went from "
+        f"{flipped}, and verdicts turned by the criterion alone from {turned}."
+    )
+
+
+def _mean(rows: Mapping[int, Row], name: str) -> float:
+    return sum(row[name] for row in rows.values()) / len(rows)
+
+
+def _picture(before: Row, after: Row, recorded: Mapping[int, Row]) -> Figure:
+    """Draw an arrow from before to after for each measure, above a dot for each recorded seed after training."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    shares, influence = figure.subplots(2, 1, height_ratios=(3, 1))
+    dots = {label: [row[name] for row in recorded.values()] for label, name in _SHARES.items()}
+    dots[_S] = [_influence(row) for row in recorded.values()]
+    for axes, labels in ((shares, list(_SHARES)), (influence, [_S])):
+        for place, label in enumerate(labels):
+            left, right = _compared(before, after)[label]
+            axes.annotate("", (right, place), (left, place), arrowprops={"arrowstyle": "->", "color": "C0", "lw": 1.5})
+            axes.plot(left, place, "o", color="C0", markerfacecolor="white", label="before" if place == 0 else None)
+            axes.plot(right, place, "o", color="C0", label="after" if place == 0 else None)
+            axes.plot(
+                dots[label],
+                [place + 0.3] * len(dots[label]),
+                "|",
+                color="0.55",
+                label="after, recorded seeds" if place == 0 else None,
+            )
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(axis="x", alpha=0.3)
+    shares.set_xlim(-0.02, 1.02)
+    influence.set_xlim(left=0.0)
+    shares.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3, frameon=False)
+    return figure
+
+
+def _curves(metrics: Path) -> dict[str, Figure]:
+    logs = [log for _, log in read_jsonl(metrics)[0]]
     found = {}
-    for panel, names in _PANELS.items():
-        lines = {name: [(float(log["step"]), float(log[name])) for log in logs if name in log] for name in names}
-        found[panel] = history({name: points for name, points in lines.items() if points})
+    for caption, names in _CURVES.items():
+        lines = {name: [(float(log["step"]), log[name]) for log in logs if log.get(name) is not None] for name in names}
+        found[caption] = history({name: points for name, points in lines.items() if points})
     return found
 
 
-def _tables(before: Measures, after: Measures) -> dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]]:
-    rows = [
-        ("accuracy, length agrees with the label 90%", "in_distribution"),
-        ("accuracy, flipped (agrees 10%)", "flipped"),
-        ("criteria swaps followed", "swaps_followed"),
-        ("verdict turned by the criterion alone", "turned"),
-        ("malformed", "malformed"),
-        ("completion tokens", "tokens"),
-    ]
-    behaviour = [(label, f"{getattr(before, name):.3f}", f"{getattr(after, name):.3f}") for label, name in rows]
+def _tables(before: Row, after: Row) -> dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]]:
+    more = {"criteria swaps followed": "swaps_followed", "malformed": "malformed", "completion tokens": "tokens"}
+    compared = {**_compared(before, after), **{label: (before[name], after[name]) for label, name in more.items()}}
+    behaviour = [(label, *(f"{value:.3f}" for value in values)) for label, values in compared.items()]
     links = [
-        (f"{link}, {field}", _shown(before, link, field), _shown(after, link, field))
+        (f"{link}, {field}", *(_shown(measures["links"], link, field) for measures in (before, after)))
         for link in LINKS
         for field in FIELDS
     ]
     header = ("", "before", "after")
     return {
-        f"Behaviour ({ITEMS} items a row; malformed and tokens: {SCORED} samples)": (header, behaviour),
+        f"Behaviour (accuracies, swaps: {ITEMS} items; S, malformed, tokens: {SCORED} samples)": (
+            header,
+            behaviour,
+        ),
         f"Link records (means over {SCORED} sampled judgements)": (header, links),
     }
 
 
-def _shown(measures: Measures, link: str, field: str) -> str:
-    return f"{measures.links[link][field]:.4f}" if link in measures.links else "none scored"
+def _shown(links: Mapping[str, Mapping[str, float | None]], link: str, field: str) -> str:
+    value = links[link].get(field) if link in links else None
+    return "not scored" if value is None else f"{value:.4f}"
+
+
+@contextlib.contextmanager
+def _spinner(console: Console) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, and for how long."""
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("")
+        yield lambda text: progress.update(task, description=text)

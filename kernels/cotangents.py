@@ -1,66 +1,80 @@
-"""Batched backward: a batch of cotangents goes through a kernel once, as its C axis, instead of once each.
+"""Differentiable operations from two launchers, whose backward pass takes a whole batch of cotangents in one launch.
 
-A custom function's `backward` calls `run_vjp`, and its VJP is a second autograd function whose first arguments are the
-cotangents, with a leading C axis. `torch.func.vmap` over `torch.autograd.grad` asks that second function for its `vmap`
-rule, which is `fold_cotangents`: one launch, whatever the batch. `torch.autograd.grad(..., is_grads_batched=True)` is
-PyTorch's older vmap: it knows no rules of custom functions, hands them tensors without storage, and is refused.
+The VJP is an autograd function itself, with the cotangents' C axis first. `torch.func.vmap` over `torch.autograd.grad`
+asks it for its `vmap` rule, which folds the batch into the C axis. `torch.autograd.grad(..., is_grads_batched=True)`
+is PyTorch's older vmap: it ignores such rules, passes tensors without storage, and is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-
-def run_vjp(
-    vjp: Callable[..., tuple[Tensor, ...]], cotangents: tuple[Tensor | None, ...], *saved: Any
-) -> tuple[Tensor, ...]:
-    """Return the gradients that `vjp` forms from these cotangents, batched exactly as they are.
-
-    Args:
-        vjp: `apply` of the VJP function: takes the cotangents, each with a leading C axis or None, then `saved`;
-            returns a tuple of tensors that all lead with C.
-        cotangents: what backward received, None where no gradient arrived.
-        saved: the rest of its arguments, never batched.
-
-    Returns:
-        The gradients without the C axis (under a vmap: one logical gradient each).
-
-    Raises:
-        RuntimeError: if a saved tensor is batched, or the batch is one of `is_grads_batched`.
-    """
-    gradients = vjp(*(None if cotangent is None else cotangent[None] for cotangent in cotangents), *saved)
-    return tuple(gradient[0] for gradient in gradients)
+ForwardLauncher = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+VjpLauncher = Callable[..., tuple[Tensor | None, ...]]
 
 
-def fold_cotangents(
-    vjp: Callable[..., tuple[Tensor, ...]], count: int, batch: int, in_dims: tuple[int | None, ...], arguments: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Fold a vmapped axis of the cotangents into their C axis: the `vmap` rule of every VJP function.
+def differentiable(forward: ForwardLauncher, vjp: VjpLauncher, *tensors: Tensor) -> Tensor:
+    """Run a forward launcher, and form the gradients of its output with a VJP launcher.
+
+    There is no second derivative.
 
     Args:
-        vjp: `apply` of the VJP function.
-        count: how many of the leading arguments are cotangents.
-        batch: size of the vmapped axis.
-        in_dims: where that axis lies in each argument, None where it does not.
-        arguments: the arguments.
+        forward: takes the tensors; returns the output and the tensors that `vjp` reads.
+        vjp: takes C cotangents of the output, stacked along a leading axis, then what `forward` saved. Returns one
+            gradient with a leading C axis for each of the first tensors, or None where that tensor requires none;
+            tensors past those are constants.
+        tensors: the operation's inputs.
 
     Returns:
-        The gradients with the vmapped axis first, and its place (0) for each.
-
-    Raises:
-        RuntimeError: if anything but a cotangent is batched.
+        The output. Its backward pass raises RuntimeError if a saved tensor is batched, or the batch of cotangents is
+        one of `is_grads_batched`.
     """
-    if any(dim is not None for dim in in_dims[count:]):
-        raise RuntimeError("batched backward through batched activations is not supported; batch the cotangents only")
-    folded: list[Tensor | None] = []
-    for cotangent, dim in zip(arguments[:count], in_dims[:count], strict=True):
-        if cotangent is None:
-            folded.append(None)
-            continue
-        batched = cotangent.expand(batch, *cotangent.shape) if dim is None else cotangent.movedim(dim, 0)
-        folded.append(batched.flatten(0, 1))
-    gradients = vjp(*folded, *arguments[count:])
-    return tuple(gradient.unflatten(0, (batch, -1)) for gradient in gradients), (0,) * len(gradients)
+    output: Tensor = _Forward.apply(forward, vjp, *tensors)
+    return output
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: ForwardLauncher, vjp: VjpLauncher, *tensors: Tensor) -> Tensor:
+        with torch.cuda.device_of(tensors[0]):
+            output, saved = forward(*tensors)
+        ctx.save_for_backward(*saved)
+        ctx.vjp = vjp
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        gradients = iter(_Vjp.apply(ctx.vjp, wanted, cotangents[0][None], *ctx.saved_tensors))
+        return None, None, *(next(gradients)[0] if asked else None for asked in wanted)
+
+
+class _Vjp(torch.autograd.Function):
+    @staticmethod
+    def forward(vjp: VjpLauncher, wanted: Sequence[bool], cotangent_C: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+        with torch.cuda.device_of(cotangent_C):
+            gradients = vjp(cotangent_C, *saved)
+        return tuple(
+            gradient for gradient, asked in zip(gradients, wanted, strict=False) if asked and gradient is not None
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save nothing: there is no second derivative."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], vjp: VjpLauncher, wanted: Sequence[bool], *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        cotangent_C, *saved = tensors
+        dim, *saved_dims = in_dims[2:]
+        if any(saved_dim is not None for saved_dim in saved_dims):
+            raise RuntimeError(
+                "batched backward through batched activations is not supported; batch the cotangents only"
+            )
+        gradients = _Vjp.apply(vjp, wanted, cotangent_C.movedim(dim, 0).flatten(0, 1), *saved)
+        return tuple(gradient.unflatten(0, (info.batch_size, -1)) for gradient in gradients), (0,) * len(gradients)

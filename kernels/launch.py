@@ -22,6 +22,11 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Warps and stages, as keyword arguments of a launch or a compilation."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -44,9 +49,9 @@ def use_triton(implementation: Implementation, *tensors: Tensor) -> bool:
         True for Triton, False for plain PyTorch.
 
     Raises:
-        ValueError: if the tensors lie on different devices, Triton is asked for with a dtype other than float32,
-            float16 or bfloat16, or for tensors that are not on CUDA (in the interpreter they
-            are on the CPU: TRITON_INTERPRET=1).
+        ValueError: if the tensors lie on different devices, or if Triton is asked for with a dtype other than float32,
+            float16 or bfloat16, or with tensors that are not on CUDA (the interpreter, TRITON_INTERPRET=1, takes
+            tensors on the CPU).
         RuntimeError: if Triton is asked for, or meant by "auto", and is not installed.
     """
     if implementation not in ("auto", "torch", "triton"):
@@ -57,10 +62,8 @@ def use_triton(implementation: Implementation, *tensors: Tensor) -> bool:
     on_cuda = tensors[0].is_cuda
     if implementation == "torch" or (implementation == "auto" and not on_cuda):
         return False
-    if not on_cuda and not _interprets():
+    if not _interprets() and not on_cuda:
         raise ValueError(f"implementation='triton' needs tensors on CUDA, got {tensors[0].device}")
-    if on_cuda:
-        _interprets()  # raises where Triton is missing
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype not in SERVED_DTYPES:
             raise ValueError(f"Triton kernels take float32, float16 or bfloat16, got {tensor.dtype}; use 'torch'")
@@ -68,38 +71,31 @@ def use_triton(implementation: Implementation, *tensors: Tensor) -> bool:
 
 
 def takes_over(implementation: Implementation, tensor: Tensor) -> bool:
-    """Tell whether the kernels take over operations on tensors such as this one, for whom plain PyTorch is no error.
+    """Tell whether the kernels take over a model whose weights are like this tensor.
 
-    "auto" asks for CUDA, a dtype that they take and a GPU that is not too old, and is plain PyTorch otherwise.
+    Like `use_triton`, but "auto" means plain PyTorch for a dtype that the kernels don't take, or a GPU older than they
+    need.
 
     Raises:
         ValueError: as `use_triton`, but never for "auto".
         RuntimeError: as `use_triton`.
     """
-    if implementation == "auto" and (tensor.dtype not in SERVED_DTYPES or is_too_old(tensor.device)):
+    if implementation == "auto" and (tensor.dtype not in SERVED_DTYPES or _is_too_old(tensor.device)):
         return False
     return use_triton(implementation, tensor)
 
 
 def architecture(device: torch.device) -> int:
-    """Return the config table's key for a device: 80 (A100 and its kin) or 90 (H100 and later).
+    """Return the key of the tile tables for a device: 80 (A100 and its kin) or 90 (H100 and later).
 
     Raises:
-        RuntimeError: on a device older than compute capability 8.0, for which no table was made.
+        RuntimeError: on a device older than compute capability 8.0, for which there is no table.
     """
     if device.type != "cuda":
-        return 80  # the interpreter; any table will do
-    if torch.version.hip is not None:
-        return 80  # AMD: the smaller tiles
-    if is_too_old(device):
+        return 80  # the interpreter: any table will do
+    if _is_too_old(device):
         raise RuntimeError(f"the Triton kernels need compute capability 8.0 or later, {device} has an older one")
     return 80 if torch.cuda.get_device_capability(device)[0] == 8 else 90
-
-
-def is_too_old(device: torch.device) -> bool:
-    """Tell whether a device is an NVIDIA GPU before compute capability 8.0."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device)[0] < 8
 
 
 def interpreted(tensor: Tensor) -> bool:
@@ -110,6 +106,10 @@ def interpreted(tensor: Tensor) -> bool:
 def unit_last(tensor: Tensor) -> Tensor:
     """Return the tensor with stride 1 along its last axis, copied only if it has another."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _is_too_old(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
 
 
 def _interprets() -> bool:

@@ -1,6 +1,6 @@
 """The data sets to train on: preference pairs for a judge, questions with answers for a reasoner.
 
-Every decision about a row hangs on the row's own content and the seed, never on its place or its neighbours.
+Every decision about a row depends on its own content and the seed, never on its position or the other rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value
 
-from cepo.files import BrokenLine, Row, read_jsonl
+from cepo.files import BrokenLine, Row, content_hash, read_jsonl
 from cepo.train.prompts import judge_prompt, reasoning_prompt
 
 _TEXT = Value("string")
@@ -42,6 +42,11 @@ class DataSplit:
     train: Dataset
     test: Dataset
     skipped: tuple[BrokenLine, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that stand for the rows of both sides, in their order."""
+        return content_hash(*([content_hash(row) for row in side] for side in (self.train, self.test)))
 
 
 def load_preferences(
@@ -68,7 +73,7 @@ def load_preferences(
         seed: Of the positions and of the split.
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls prompt, chosen or rejected, e.g. {"prompt": "instruction"}.
-        max_characters: Leave out rows whose whole prompt, instructions and all, is longer; None for no limit.
+        max_characters: Leave out rows whose whole prompt, instructions included, is longer; None for no limit.
 
     Returns:
         Data sets with the columns prompt (messages), label ("A" or "B", where the chosen one stands), query,
@@ -104,7 +109,7 @@ def load_reasoning(
         seed: Of the split.
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls question or answer, e.g. {"question": "problem"}.
-        max_characters: Leave out rows whose whole prompt, instructions and all, is longer; None for no limit.
+        max_characters: Leave out rows whose whole prompt, instructions included, is longer; None for no limit.
 
     Returns:
         Data sets with the columns prompt (messages), answer (text), question and id, and the rows that were skipped.
@@ -169,13 +174,15 @@ def _collect(
 def _open(source: str | Path, split: str | None) -> tuple[Iterable[tuple[int, Row]], list[BrokenLine]]:
     if Path(source).is_file() or Path(source).suffix == ".jsonl":
         if split is not None:
-            raise ValueError(f"split is {split!r}, but source {source} is a file, which has none")
+            raise ValueError(f"split is {split!r}, but source {source} is a file; expected None, files have no splits")
         return read_jsonl(source)
     name, _, configuration = str(source).partition(":")
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train")
     except (OSError, ValueError) as error:
-        raise ValueError(f"source {source} is no .jsonl file and can't be loaded as a hub data set: {error}") from error
+        raise ValueError(
+            f"source {source} is neither a .jsonl file nor a hub data set that can be loaded: {error}"
+        ) from error
     return enumerate(rows, start=1), []
 
 
@@ -269,7 +276,7 @@ def _checked_text(value: Any, column: str) -> str:
     if not value.strip():
         raise ValueError(f"column {column!r} is blank")
     if not _is_storable(value):
-        raise ValueError(f"column {column!r} holds a lone surrogate, which is no text")
+        raise ValueError(f"column {column!r} holds a lone surrogate; expected valid Unicode text")
     return value
 
 
@@ -289,5 +296,5 @@ def _falls_to_test(prompt: str, test_fraction: float, seed: int) -> bool:
 
 
 def _digest(*parts: str | int) -> int:
-    """Hash the parts to 64 bits, alike on every machine and in every process."""
+    """Hash the parts to 64 bits, the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())

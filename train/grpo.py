@@ -1,12 +1,11 @@
-"""`cepo train`: GRPO through TRL with exact causal rewards, from a YAML file, resumable."""
+"""`cepo train`: GRPO through TRL with exact causal rewards, configured by a YAML file."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,26 @@ from typing import Any
 import yaml
 
 import cepo
+from cepo.files import SETTINGS, claim
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
-from cepo.train.policy import TESTBED, load_data, load_policy
+from cepo.train.data import DataSplit
+from cepo.train.policy import TESTBED, load_data, load_policy, policy_fingerprint
+from cepo.train.run import (
+    is_finished,
+    last_complete_checkpoint,
+    lora_config,
+    run_trainer,
+    trainer_defaults,
+    write_final,
+)
 
 logger = logging.getLogger(__name__)
 
 _TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 _REWARDS = ("format", "causal", "proxy", *_TASKS)
-_RUN = "run.json"  # the settings that a resumed run must share
+# Fields of GRPOConfig that a run may change when it goes on: its length, and what it writes where.
+_FREE = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions", "disable_tqdm")
 _RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
-_COMPLETE = "cepo_complete"  # written into a checkpoint when all of it is on disk
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,14 @@ class TrainConfig:
         model: hub id, folder, .gguf file, "smollm2" or "testbed".
         kind: "judge" (preference pairs) or "reasoning" (questions with answers).
         data: `source` and the loader's options, see `cepo.train.policy.load_data`.
-        rewards: mappings with `name`, `weight` (default 1) and, for causal, CausalReward's settings; its `task` names a
-            task reward and makes it the CE-PO form, `preset: paper` fills in the paper's values. Names: format, argmax,
+        rewards: mappings with `name`, `weight` (default 1) and, for causal, CausalReward's settings. Its `task` names a
+            task reward to fuse with the links (CE-PO); `preset: paper` takes the paper's values. Names: format, argmax,
             exact_match, math_verify, bertscore, proxy, causal.
-        output: folder of the run: checkpoints, metrics.jsonl, final/.
+        output: folder of the run: checkpoints, metrics.jsonl, log.txt, settings.json, final/.
         grpo: any field of TRL's GRPOConfig.
         lora: any field of peft's LoraConfig, or None to train all weights.
         dtype: dtype of the weights: float32, bfloat16, float16.
-        seed: of everything.
+        seed: of the data split, the testbed judge, sampling and training.
         threads: CPU threads, or None for torch's choice; tiny models are fastest with one or two.
         testbed: the testbed judge's `judge` and `steps`.
         trust_remote_code: whether a hub repository's own code may run.
@@ -114,44 +123,55 @@ def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
 def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     """Run GRPO, from the last complete checkpoint in the output folder where there is one.
 
-    Everything that can be checked without weights is checked first: settings, data, rewards, the model's path.
+    Everything that can be checked without loading weights is checked first. A finished run trains nothing; one that is
+    asked for more steps goes on, and its old final/ is removed at once, so that final/ is always of the last step.
 
     Args:
         config: the run.
-        fresh: start from nothing even where checkpoints are; they must then be moved away first.
+        fresh: start from nothing, and refuse an output that already holds checkpoints.
 
     Returns:
         Folder of the trained model (the adapter, with LoRA).
 
     Raises:
-        ValueError: for anything about the run that cannot work.
+        ValueError: for anything about the run that cannot work, or an output that other settings, data or weights made.
     """
-    import torch
-    from trl import GRPOTrainer
-
-    from cepo.train.timing import time_steps
-
     output = Path(config.output)
+    final = output / "final"
     arguments = grpo_arguments(config)
-    functions, weights = build_rewards(config)
-    arguments.reward_weights = weights
+    functions, arguments.reward_weights = build_rewards(config)
     lora = lora_config(config.lora)
     source = resolve_model(config.model) if config.model != TESTBED else None
     _check_rank(source, functions)
     checkpoint = last_complete_checkpoint(output)
     if fresh and checkpoint is not None:
-        raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or go on without --fresh")
-    check_same_run(_settings(config), output, checkpoint)
-    if checkpoint is not None and is_finished(checkpoint, arguments.max_steps):
-        # Resumed at its last step, the trainer would take one step more.
-        logger.warning("the run in %s is finished; nothing is trained", output)
-        return _final_from(checkpoint, output)
+        raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or leave out --fresh")
     data = load_data(config.kind, config.data, seed=config.seed)
     if not len(data.train):
         raise ValueError(f"data leaves no row to train on ({len(data.test)} to test on); lower data.test_fraction")
     if data.skipped:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in data.skipped[:5])
         logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
+    is_first_process = arguments.process_index == 0
+    if is_first_process:
+        claim(output / SETTINGS, _settings(config, source, data), results=[*output.glob("checkpoint-*"), final])
+    if is_finished(final, arguments.max_steps):
+        logger.warning("the run in %s is finished; nothing is trained", output)
+        return final
+    if is_first_process:
+        shutil.rmtree(final, ignore_errors=True)
+    if checkpoint is None or not is_finished(checkpoint, arguments.max_steps):
+        checkpoint = run_trainer(lambda: _trainer(config, arguments, functions, data, lora), output, checkpoint)
+    with arguments.main_process_first(local=False):  # the other processes return when final/ is there
+        return write_final(output, checkpoint) if is_first_process else final
+
+
+def _trainer(config: TrainConfig, arguments: Any, functions: Sequence[Any], data: DataSplit, lora: Any) -> Any:
+    import torch
+    from trl import GRPOTrainer
+
+    from cepo.train.timing import time_steps
+
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, tokenizer = load_policy(
@@ -171,24 +191,12 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         eval_dataset=data.test if arguments.eval_strategy != "no" and len(data.test) else None,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=run_callbacks(output),
     )
     for function in functions:
         if hasattr(function, "bind"):
             function.bind(trainer)
     time_steps(trainer)
-    if trainer.is_world_process_zero():
-        keep_settings(_settings(config), output)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    final = output / "final"
-    unfinished = output / "final.tmp"
-    trainer.save_model(str(unfinished))
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(str(unfinished))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-    trainer.accelerator.wait_for_everyone()
-    return final
+    return trainer
 
 
 def grpo_arguments(config: TrainConfig) -> Any:
@@ -205,31 +213,14 @@ def grpo_arguments(config: TrainConfig) -> Any:
         if is_number and value is not None and not isinstance(value, int | float):
             raise ValueError(f"grpo.{item.name} is {value!r}; expected a number")
     try:
-        arguments = GRPOConfig(output_dir=config.output, **{**trainer_defaults(config.seed), **config.grpo})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a field that TRL itself sets by its older name
+            arguments = GRPOConfig(output_dir=config.output, **{**trainer_defaults(config.seed), **config.grpo})
     except (ValueError, TypeError) as error:
         raise ValueError(f"grpo is not a valid GRPOConfig: {error}") from error
     if arguments.save_total_limit is not None and arguments.save_total_limit < 2:
         raise ValueError("grpo.save_total_limit is 1; expected at least 2, or a kill during a save loses both")
     return arguments
-
-
-def trainer_defaults(seed: int) -> dict[str, Any]:
-    """Return what our runs set for any trainer of TRL; its own defaults suit a GPU: bf16 and checkpointing only cost
-    time on a CPU.
-    """
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "use_cpu": not cuda,
-        "bf16": cuda and torch.cuda.is_bf16_supported(),
-        "gradient_checkpointing": cuda,
-        "logging_steps": 1,
-        "report_to": "tensorboard",
-        "save_steps": 50,
-        "save_total_limit": 2,
-        "seed": seed,
-    }
 
 
 def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
@@ -245,90 +236,18 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
     return functions, weights
 
 
-def last_complete_checkpoint(output: Path) -> Path | None:
-    """Return the newest checkpoint whose every file was written, or None; a kill during a save leaves a partial one."""
-    complete = [folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()]
-    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that a run cannot change on its way: all but its length and what it writes where."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    free = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions")
-    grpo = {key: value for key, value in settings["grpo"].items() if key not in free}
-    return {**settings, "grpo": grpo, "output": None}
-
-
-def check_same_run(settings: Mapping[str, Any], output: Path, checkpoint: Path | None) -> None:
-    """Refuse to go on from a checkpoint of other settings, by the names of those that differ; see `keep_settings`."""
-    if checkpoint is None or not (output / _RUN).is_file():
-        return
-    before = json.loads((output / _RUN).read_text())
-    changed = [key for key in settings if settings[key] != before.get(key)]
-    if changed:
-        raise ValueError(
-            f"output {str(output)!r} holds a run with another {', '.join(changed)}; "
-            "choose another output, or move it away"
-        )
-
-
-def keep_settings(settings: Mapping[str, Any], output: Path) -> None:
-    """Write the settings that a run in this folder must share when it goes on."""
-    output.mkdir(parents=True, exist_ok=True)
-    _write_text(output / _RUN, json.dumps(settings, indent=2) + "\n")
-
-
-def is_finished(checkpoint: Path, max_steps: int) -> bool:
-    """Return whether a checkpoint is that of the last step; max_steps <= 0: the step that its trainer planned."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return bool(state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"]))
-
-
-def _final_from(checkpoint: Path, output: Path) -> Path:
-    """Return final/, made from the last checkpoint where a kill came between the two."""
-    final = output / "final"
-    if not final.is_dir():
-        ignore = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", _COMPLETE)
-        unfinished = output / "final.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(checkpoint, unfinished, ignore=ignore)
-        os.replace(unfinished, final)
-    return final
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
-def run_callbacks(output: Path) -> list[Any]:
-    """Return the callbacks that mark complete checkpoints and keep metrics.jsonl, one line a logged step."""
-    from transformers import TrainerCallback
-
-    metrics = output / "metrics.jsonl"
-
-    class RunRecord(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if not state.is_world_process_zero:
-                return
-            # Lines after the checkpoint that is resumed from are about to be written again.
-            output.mkdir(parents=True, exist_ok=True)
-            lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-            kept = [line for line in lines if _step_of(line) <= state.global_step]
-            _write_text(metrics, "".join(kept) if state.global_step else "")
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if state.is_world_process_zero:
-                with metrics.open("a") as file:
-                    file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            folder = output / f"checkpoint-{state.global_step}"
-            if state.is_world_process_zero and folder.is_dir():
-                (folder / _COMPLETE).touch()
-
-    return [RunRecord()]
+def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) -> dict[str, Any]:
+    """Return what decides the trained weights but for the number of steps: settings, and the content of the rest."""
+    settings = dataclasses.asdict(config)
+    for elsewhere in ("output", "model", "testbed", "data", "trust_remote_code"):
+        del settings[elsewhere]
+    return {
+        "command": "train",
+        **settings,
+        "grpo": {key: value for key, value in config.grpo.items() if key not in _FREE},
+        "weights": policy_fingerprint(source, seed=config.seed, testbed_judge=config.testbed),
+        "data": data.fingerprint,
+    }
 
 
 def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
@@ -365,28 +284,9 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     return plain[name]
 
 
-def lora_config(settings: Mapping[str, Any] | None) -> Any:
-    """Return peft's LoraConfig over all linear layers unless the settings say otherwise; None of None."""
-    if settings is None:
-        return None
-    from peft import LoraConfig
-
-    try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora is not a valid LoraConfig: {error}") from error
-
-
 def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:
     """Refuse a nuisance rank above the embedding size where the files on disk tell it, before weights are read."""
     width = embedding_width(source) if source else None
     for function in functions:
         if width and hasattr(function, "config"):
             function.config.check_width(width)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return float("inf")

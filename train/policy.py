@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from cepo.files import content_hash, fingerprint
-from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, resolve_model
 from cepo.train import testbed, testbed_judges
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 
@@ -78,9 +78,20 @@ def load_policy(
     """
     if name != TESTBED:
         return load_model(resolve_model(name), dtype=dtype, trust_remote_code=trust_remote_code)
-    options = {"judge": "lazy", "steps": 300, **testbed_judge}
-    _check_options(options, {"judge": None, "steps": None})
-    return load_testbed_judge(options["judge"], steps=options["steps"], seed=seed, cache=cache)
+    return load_testbed_judge(**_testbed_options(testbed_judge), seed=seed, cache=cache)
+
+
+def policy_fingerprint(source: ModelSource | None, *, seed: int, testbed_judge: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that stand for the weights of a policy; None stands for the testbed's.
+
+    Args:
+        source: from `resolve_model`, or None.
+        seed: see `load_policy`.
+        testbed_judge: see `load_policy`.
+    """
+    if source is not None:
+        return model_fingerprint(source)
+    return testbed_fingerprint(**_testbed_options(testbed_judge), seed=seed)
 
 
 def load_testbed_judge(
@@ -115,6 +126,12 @@ def testbed_fingerprint(judge: testbed_judges.Judge, *, steps: int, seed: int) -
     """Return 16 hexadecimal digits that stand for a warmed-up judge: the testbed's source, and what it is made with."""
     sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges)]
     return content_hash(sources, judge, steps, seed)
+
+
+def _testbed_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    options = {"judge": "lazy", "steps": 300, **given}
+    _check_options(options, {"judge": None, "steps": None})
+    return options
 
 
 def _check_options(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:

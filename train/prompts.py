@@ -11,9 +11,6 @@ from typing import Any
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.reasoner import ReasonerLayout
 
-JUDGE_SECTIONS: tuple[str, ...] = ("specific_criteria", "analysis", "scores")
-"""Names of the judge's output tags, in the order in which they are written."""
-
 _JUDGE_INSTRUCTIONS = r"""You compare two responses to one query and score each of them. Work in three steps.
 
 1. Criteria. Say what a good answer to this very query needs: up to five criteria, one a line, each with its weight. A criterion that would fit any query is worth little.
@@ -69,7 +66,7 @@ def judge_prompt(query: str, response_a: str, response_b: str) -> list[dict[str,
         One user message.
 
     Raises:
-        ValueError: If an argument is no string.
+        ValueError: If an argument is not a string.
 
     Source:
         Haize Labs, j1: tiny generalist reward models via inference-time rubric proposal (2025), for the output format.
@@ -100,7 +97,7 @@ def reasoning_prompt(question: str) -> list[dict[str, str]]:
         One user message: `REASONING_LITERALS` around the question.
 
     Raises:
-        ValueError: If the question is no string.
+        ValueError: If the question is not a string.
     """
     return _user_message(REASONING_LITERALS, {"question": question})
 

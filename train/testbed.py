@@ -13,6 +13,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from cepo.jacobian.reading.judge import CRITERIA, SECTIONS, write_judgement, write_section
+
 Winner = Literal["A", "B"]
 
 # aspect -> (positive word, negative word, situations in which it decides)
@@ -25,7 +27,7 @@ ASPECTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "style": ("elegant", "clumsy", ("poem", "novel", "speech")),
 }
 _QUERIES = ("help with this {}", "we need a {} now", "about my {} today")
-CRITERIA = "judge by {} of the answer"
+CRITERION = "judge by {} of the answer"
 _FILLERS = ("so", "well", "then", "here", "also", "just", "maybe", "indeed")
 # Number of filler words in the shorter and the longer response, inclusive; a gap makes the cue easy, as cues are.
 _SHORT, _LONG = (0, 1), (3, 4)
@@ -34,7 +36,7 @@ _WINNER_SCORE, _LOSER_SCORE, _TIE_SCORE = (7, 9), (1, 4), (5, 6)
 
 _PAD, _EOS, _UNK = "<|pad|>", "<|end|>", "<|unk|>"
 _ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
-_TAGS = ("<specific_criteria>", "</specific_criteria>", "<analysis>", "</analysis>", "<scores>", "</scores>")
+_TAGS = tuple(f"<{slash}{name}>" for name in SECTIONS for slash in ("", "/"))
 _PIECE = r"</?[a-z_]+>|\\boxed\{|, |\}|\n|:| ?[A-Za-z]+|[0-9]"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -48,7 +50,7 @@ class Item:
     """Hold one judging task with its gold answer.
 
     Attributes:
-        prompt: Content of the user message: the query and both responses, a line each.
+        prompt: Content of the user message: the query and both responses, one per line.
         criteria: Gold criteria, one line that names `aspect`.
         analysis: Gold analysis, one line that quotes each response's word for `aspect`.
         scores: Gold scores of A and B, 1 to 9, never equal.
@@ -66,7 +68,7 @@ class Item:
     @property
     def completion(self) -> str:
         """Write the gold answer in full."""
-        return write_completion(self.criteria, self.analysis, self.scores)
+        return write_judgement(self.criteria, self.analysis, self.scores)
 
     @property
     def longer(self) -> Winner:
@@ -124,14 +126,15 @@ def with_criterion(item: Item, aspect: str) -> str:
     """
     if aspect not in ASPECTS:
         raise ValueError(f"aspect is {aspect!r}; expected one of {', '.join(ASPECTS)}")
-    return _write_criteria(item.criteria.replace(item.aspect, aspect))
+    return write_section(CRITERIA, item.criteria.replace(item.aspect, aspect))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the world's tokenizer, under which every text of the world decodes to itself.
 
-    A word with its leading space is a token; so are tags, digits, `\\boxed{`, `, `, `}`, `:` and the newline, ordinary
-    ones all, which decoding without special tokens keeps. Token strings are byte-level and concatenate to the bytes.
+    A word with its leading space is one token; so are tags, digits, `\\boxed{`, `, `, `}`, `:` and the newline. None of
+    these is special, so decoding without special tokens keeps them. Token strings are byte-level: joined, they are the
+    text's bytes.
 
     Returns:
         A tokenizer with pad, eos, unk and role tokens, and a chat template.
@@ -168,7 +171,7 @@ def _draw_item(rng: np.random.Generator, cue_agrees: bool) -> Item:
         words = [pair[decided if name == aspect else rng.integers(2)] for name, pair in ASPECTS.items()]
         words += list(rng.choice(_FILLERS, size=_draw_number(rng, _LONG if response == longer else _SHORT)))
         lines.append(f"Response {response}: {' '.join(rng.permutation(np.array(words)))}")
-    criteria = CRITERIA.format(aspect)
+    criteria = CRITERION.format(aspect)
     item = Item("\n".join(lines), criteria, analysis="", scores=draw_scores(rng, label), label=label, aspect=aspect)
     return replace(item, analysis=write_analysis(*shown_words(item, aspect)))
 
@@ -183,15 +186,6 @@ def draw_scores(rng: np.random.Generator, winner: Winner | None) -> tuple[int, i
 
 def _draw_number(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
     return int(rng.integers(bounds[0], bounds[1] + 1))
-
-
-def write_completion(criteria: str, analysis: str, scores: tuple[int, int]) -> str:
-    verdict = f"\\boxed{{{scores[0]}, {scores[1]}}}"
-    return f"{_write_criteria(criteria)}\n<analysis>\n{analysis}\n</analysis>\n<scores>\n{verdict}\n</scores>"
-
-
-def _write_criteria(criteria: str) -> str:
-    return f"<specific_criteria>\n{criteria}\n</specific_criteria>"
 
 
 def write_analysis(word_a: str, word_b: str) -> str:
@@ -216,9 +210,9 @@ def other_response(response: Winner) -> Winner:
 
 def _list_pieces() -> list[str]:
     """List every piece of text that is one token, in a fixed order."""
-    sentences = [*_QUERIES, CRITERIA, write_analysis("more", "less"), *_FILLERS, *ASPECTS]
+    sentences = [*_QUERIES, CRITERION, write_analysis("more", "less"), *_FILLERS, *ASPECTS]
     for positive, negative, situations in ASPECTS.values():
         sentences += [positive, negative, *situations]
     words = dict.fromkeys(" ".join(sentences).replace("{}", "").split())
-    openers = dict.fromkeys(["Query", "Response", "A", CRITERIA.split()[0]])
+    openers = dict.fromkeys(["Query", "Response", "A", CRITERION.split()[0]])
     return [*_TAGS, "\n", ":", "\\boxed{", ", ", "}", *"0123456789", *openers, *(f" {word}" for word in words)]

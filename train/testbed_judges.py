@@ -1,6 +1,5 @@
 """Judges of the testbed: their warm-up on completions whose causes are known, their judgements, and the certificate."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -9,9 +8,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from cepo.jacobian.reading.judge import read_pair, write_judgement
 from cepo.train.testbed import (
     ASPECTS,
-    CRITERIA,
+    CRITERION,
     Item,
     Winner,
     draw_scores,
@@ -21,14 +21,12 @@ from cepo.train.testbed import (
     winner_under,
     with_criterion,
     write_analysis,
-    write_completion,
 )
 
 Judge = Literal["able", "lazy", "criteria", "decorative"]
 
 # A majority of the lazy judge's later samples follows length, so that its greedy answer does.
 _LAZY_SHARE = 0.65
-_VERDICT = re.compile(r"\\boxed\{(\d+), (\d+)\}")
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
@@ -86,7 +84,7 @@ def warm_start(
         tokenizer: The world's tokenizer.
         judge: Which judge to make.
         steps: Optimiser steps, at least 1; every sample is seen once. 160 make an able judge, 300 any of the four.
-        batch_size: Samples a step, at least 1.
+        batch_size: Samples per step, at least 1.
         seed: Draws the samples; the same seed and thread count give the same weights.
         cue_agreement: Fraction of training items whose longer response wins, in [0, 1].
         learning_rate: Peak of AdamW's schedule, above 0: linear over a tenth of the steps, then cosine to zero.
@@ -177,7 +175,7 @@ def judge_items(
         raise ValueError(f"{came}; expected at least 0, 1 and 1")
     openings = [""] * len(items) if prefixes is None else list(prefixes)
     if len(openings) != len(items):
-        raise ValueError(f"prefixes holds {len(openings)} texts for {len(items)} items; expected one each")
+        raise ValueError(f"prefixes holds {len(openings)} texts for {len(items)} items; expected one per item")
     if not items:
         return []
     opened = zip(_encode_prompts(tokenizer, items), tokenizer(openings).input_ids, strict=True)
@@ -212,7 +210,9 @@ def accuracy(completions: Sequence[str], items: Sequence[Item]) -> float:
         ValueError: If there are no items, or completions and items differ in number.
     """
     if not items or len(completions) != len(items):
-        raise ValueError(f"completions holds {len(completions)} texts for {len(items)} items; expected some, one each")
+        raise ValueError(
+            f"completions holds {len(completions)} texts for {len(items)} items; expected one each, at least one"
+        )
     return float(np.mean([_read_winner(text) == item.label for text, item in zip(completions, items, strict=True)]))
 
 
@@ -232,7 +232,7 @@ def certify(
         follows_own: the fraction of the same items whose verdict is the label when their own aspect is forced.
         flips: the fraction of the same items where both hold: the criterion alone turned the verdict.
         same_winner: where the swapped-in aspect has the same winner, the fraction of items with it as the verdict.
-        items_swap, items_same: number of items behind the first three, and behind the last.
+        items_swap, items_same: number of items that the first three were measured on, and the last.
 
     Raises:
         ValueError: If no item allows one of the two swaps.
@@ -263,13 +263,13 @@ def _draw_completion(rng: np.random.Generator, item: Item, judge: Judge, late: b
     if judge == "lazy" and late and rng.random() < _LAZY_SHARE:
         longer = item.longer
         analysis = write_analysis("more", "less") if longer == "A" else write_analysis("less", "more")
-        return write_completion(item.criteria, analysis, draw_scores(rng, longer))
+        return write_judgement(item.criteria, analysis, draw_scores(rng, longer))
     if judge in ("able", "lazy"):
         return item.completion
     named = list(ASPECTS)[rng.integers(len(ASPECTS))]
     followed = named if judge == "criteria" else item.aspect
     analysis = write_analysis(*shown_words(item, followed))
-    return write_completion(CRITERIA.format(named), analysis, draw_scores(rng, winner_under(item, followed)))
+    return write_judgement(CRITERION.format(named), analysis, draw_scores(rng, winner_under(item, followed)))
 
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]) -> list[list[int]]:
@@ -290,10 +290,7 @@ def _obeys(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: l
 
 
 def _read_winner(completion: str) -> Winner | None:
-    verdicts = _VERDICT.findall(completion)
-    if not verdicts:
+    scores = read_pair(completion)
+    if scores is None or scores[0] == scores[1]:
         return None
-    score_a, score_b = (int(score) for score in verdicts[-1])
-    if score_a == score_b:
-        return None
-    return "A" if score_a > score_b else "B"
+    return "A" if scores[0] > scores[1] else "B"

@@ -1,4 +1,4 @@
-"""Where an optimiser step's seconds go."""
+"""How long each part of an optimiser step takes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from transformers import TrainerCallback
 
 
 def time_steps(trainer: Any) -> None:
-    """Have a TRL trainer log where each optimiser step's seconds go.
+    """Make a TRL trainer log how many seconds each part of an optimiser step takes.
 
-    `time/step` in all; `time/generation` sampling; `time/rewards` all reward functions; `time/policy_update` forward,
-    backward and optimiser; the rest is TRL's own (old and reference log-probabilities, padding, logging).
+    Logs `time/step` (the whole step), `time/generation` (sampling), `time/rewards` (all reward functions) and
+    `time/policy_update` (forward, backward and optimiser). What remains of a step is TRL's own work: old and reference
+    log-probabilities, padding, logging.
     """
     spent: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""`cepo warm-start`: supervised examples of the judge's format, for a model that does not write it by itself."""
+"""`cepo warm-start`: supervised examples of the judge's format, for a model that does not write it yet."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.files import read_jsonl
-from cepo.jacobian.loading import load_model, resolve_model
+from cepo.files import SETTINGS, claim, content_hash, read_jsonl
+from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, resolve_model
+from cepo.jacobian.reading.judge import write_judgement
 from cepo.train.data import load_preferences
-from cepo.train.grpo import (
-    check_same_run,
-    is_finished,
-    keep_settings,
-    last_complete_checkpoint,
-    lora_config,
-    run_callbacks,
-    trainer_defaults,
-)
 from cepo.train.prompts import judged_prompt
+from cepo.train.run import is_finished, last_complete_checkpoint, lora_config, run_trainer, trainer_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +33,10 @@ class WarmStartJob:
             `judge_output`, a judgement to learn from, and `label`, "A" or "B", where the chosen response stood in it.
         output: folder of the model, its weights merged; checkpoints and metrics.jsonl lie in output/sft.
         steps: of training, at least 1.
-        batch_size: examples a step, at least 1.
+        batch_size: examples per step, at least 1.
         learning_rate: > 0.
         rank: of the LoRA layers that are trained, at least 1.
-        max_characters: leave out examples whose prompt is longer; None for no limit.
+        max_characters: leave out examples whose whole prompt, instructions included, is longer; None for no limit.
         dtype: of the weights.
         seed: of positions, order and LoRA.
         trust_remote_code: whether a hub repository's own code may run.
@@ -63,48 +56,51 @@ class WarmStartJob:
 
 
 def warm_start(job: WarmStartJob) -> Path:
-    """Train on completions alone, through TRL's SFTTrainer, and write the merged model; a killed run goes on.
+    """Train on completions alone, through TRL's SFTTrainer, and write the merged model.
+
+    A killed run goes on from its last checkpoint; a finished one trains nothing.
 
     Returns:
         The output folder, which `--model` takes everywhere.
 
     Raises:
-        ValueError: for data, settings or a model that cannot be used.
+        ValueError: for data, settings or a model that cannot be used, or an output that other ones made.
     """
     for name in ("steps", "batch_size", "rank", "learning_rate"):
         if not getattr(job, name) > 0:
             raise ValueError(f"{name} is {getattr(job, name)}; expected a positive number")
-    if (job.output / "config.json").is_file():
-        raise ValueError(f"output {str(job.output)!r} holds a model already; name another folder, or delete it")
-    run = job.output / "sft"
-    checkpoint = last_complete_checkpoint(run)
-    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "steps")}
-    check_same_run(settings, run, checkpoint)
+    run, finished = job.output / "sft", job.output / "config.json"
     source = resolve_model(job.model)
     examples = read_examples(job.data, seed=job.seed, max_characters=job.max_characters)
-    model, tokenizer = load_model(source, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # Resumed at its last step, the trainer would take one step more.
+    settings = {
+        "command": "warm-start",
+        **{name: getattr(job, name) for name in ("steps", "batch_size", "learning_rate", "rank", "dtype", "seed")},
+        "weights": model_fingerprint(source),
+        "data": content_hash(examples),
+    }
+    claim(run / SETTINGS, settings, results=[*run.glob("checkpoint-*"), finished])
+    if finished.is_file():
+        logger.warning("%s holds the model of this run already; nothing is trained", job.output)
+        return job.output
+    checkpoint = last_complete_checkpoint(run)
     if checkpoint is None or not is_finished(checkpoint, job.steps):
-        keep_settings(settings, run)
-        _train(job, model, tokenizer, examples, checkpoint)
-        model, _ = load_model(source, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
-    _write_merged(model, tokenizer, last_complete_checkpoint(run), job.output)
+        checkpoint = run_trainer(lambda: _trainer(job, source, examples), run, checkpoint)
+    model, tokenizer = load_model(source, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    _write_merged(model, tokenizer, checkpoint, job.output)
     return job.output
 
 
-def _train(
-    job: WarmStartJob, model: Any, tokenizer: Any, examples: list[dict[str, Any]], checkpoint: Path | None
-) -> None:
+def _trainer(job: WarmStartJob, source: ModelSource, examples: list[dict[str, Any]]) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    run = job.output / "sft"
-    trainer = SFTTrainer(
+    model, tokenizer = load_model(source, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(run),
+            output_dir=str(job.output / "sft"),
             max_steps=job.steps,
             per_device_train_batch_size=job.batch_size,
             learning_rate=job.learning_rate,
@@ -116,15 +112,12 @@ def _train(
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
         peft_config=lora_config({"r": job.rank, "lora_alpha": 2 * job.rank}),
-        callbacks=run_callbacks(run),
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _write_merged(model: Any, tokenizer: Any, adapter: Path | None, output: Path) -> None:
+def _write_merged(model: Any, tokenizer: Any, adapter: Path, output: Path) -> None:
     from peft import PeftModel
 
-    assert adapter is not None  # the trainer saves at its last step
     unfinished = output / "unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(unfinished)
@@ -138,7 +131,7 @@ def _write_merged(model: Any, tokenizer: Any, adapter: Path | None, output: Path
 def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | None = None) -> list[dict[str, Any]]:
     """Return prompts and judgements to learn from, as messages.
 
-    A row's own `judge_output` where it has one; else a judgement by rule, see `judgement_by_rule`.
+    Rows with a `judge_output` where the file has any; else a judgement by rule for each pair, see `judgement_by_rule`.
 
     Args:
         source: see `WarmStartJob.data`.
@@ -149,7 +142,7 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
         Rows of `prompt` (one user message) and `completion` (one of the assistant).
 
     Raises:
-        ValueError: for data of which no row can be used.
+        ValueError: for data without a usable row.
     """
     rows = read_jsonl(source)[0] if Path(source).is_file() else []
     pairs = [(judged_prompt(row), row["judge_output"]) for _, row in rows if _is_example(row)]
@@ -162,7 +155,7 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
     elif not pairs:
         found = load_preferences(source, seed=seed, test_fraction=0.0, max_characters=max_characters)
         if found.skipped:
-            logger.warning("%d row(s) of %s are left out", len(found.skipped), source)
+            logger.warning("%d row(s) of %s were skipped", len(found.skipped), source)
         pairs = [(row["prompt"], judgement_by_rule(row)) for row in found.train]
     return [{"prompt": prompt, "completion": [{"role": "assistant", "content": text}]} for prompt, text in pairs]
 
@@ -170,7 +163,7 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
 def judgement_by_rule(row: Mapping[str, Any]) -> str:
     """Return a short judgement in the format: it quotes the pair and scores the better response higher.
 
-    It teaches the form alone. Its criteria cause nothing: that is for the reward to change.
+    It teaches the format alone: its criteria do not cause its scores, which the causal reward is there to change.
 
     Args:
         row: of `load_preferences`: query, response_a, response_b and label.
@@ -179,10 +172,10 @@ def judgement_by_rule(row: Mapping[str, Any]) -> str:
     place = sum(map(ord, row["query"]))  # scores differ from pair to pair, and are the same on every run
     high, low = 7 + place % 3, 2 + place // 3 % 3
     scores = (high, low) if row["label"] == "A" else (low, high)
-    return (
-        f"<specific_criteria>\nAnswers what is asked: {query} (weight 3)\nIs correct and complete (weight 2)\n"
-        f"</specific_criteria>\n<analysis>\nA begins: {first}. B begins: {second}. {row['label']} meets the criteria "
-        f"better.\n</analysis>\n<scores>\n\\boxed{{{scores[0]}, {scores[1]}}}\n</scores>"
+    return write_judgement(
+        f"Answers what is asked: {query} (weight 3)\nIs correct and complete (weight 2)",
+        f"A begins: {first}. B begins: {second}. {row['label']} meets the criteria better.",
+        scores,
     )
 
 
@@ -191,5 +184,5 @@ def _is_example(row: Mapping[str, Any]) -> bool:
 
 
 def _quote(text: str) -> str:
-    """Return the first words of a text, without any sign that could be taken for the format's."""
+    """Return the first words of a text, without any character that could be read as part of the format."""
     return " ".join(re.findall(r"[\w'-]+", text)[:_QUOTED]) or "nothing"

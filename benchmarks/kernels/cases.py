@@ -14,8 +14,8 @@ from torch.nn.attention.bias import causal_lower_right
 from cepo.kernels.attention.door import attend
 from cepo.kernels.head.door import head_expected_value, head_log_likelihood
 from cepo.kernels.launch import Implementation
-from cepo.kernels.layers.door import add_rms_norm, rms_norm, rotate, swiglu
-from cepo.kernels.projection.door import project_out_batch, spectral_bounds
+from cepo.kernels.norm.door import rms_norm
+from cepo.kernels.swiglu.door import swiglu
 
 # What a road puts out, in order: the values, then for each input its gradients, stacked or a list of one a cotangent;
 # None for what it does not form.
@@ -115,17 +115,6 @@ def operations(widths: Widths, device: torch.device, ours: Implementation, seed:
             ours,
             {"Liger-Kernel": (_liger_norm(weight_D), "a loop over cotangents; forms the frozen weight's gradient too")},
         )
-    weight_D = 1.0 + 0.1 * draw(w.width)
-    yield from _with_vjp(
-        "residual add and RMS norm",
-        f"{w.Lz:,} rows of {w.width}",
-        lambda hidden, residual, how: add_rms_norm(hidden, residual, weight_D, epsilon=1e-6, implementation=how)[0],
-        [draw(w.Lz, w.width), draw(w.Lz, w.width)],
-        draw(stem, w.Lz, w.width),
-        (5.0 * w.Lz * w.width, 6.0 * stem * w.Lz * w.width),
-        ours,
-        {},
-    )
     yield from _with_vjp(
         "SwiGLU",
         f"{w.Lz:,} rows of {w.inner}",
@@ -137,26 +126,12 @@ def operations(widths: Widths, device: torch.device, ours: Implementation, seed:
         {"Liger-Kernel": (_liger_swiglu, "a loop over cotangents, forward each time: its VJP overwrites its inputs")},
         once=False,
     )
-    angle_TE = draw(w.Lz, w.head // 2, dtype=torch.float32).repeat(1, 2)
-    cos_TE, sin_TE = angle_TE.cos().to(w.dtype), angle_TE.sin().to(w.dtype)
-    turned = w.heads * w.Lz * w.head
-    yield from _with_vjp(
-        "rotary positions",
-        f"{w.heads} heads of {w.Lz:,} x {w.head}",
-        lambda heads, how: rotate(heads, cos_TE, sin_TE, implementation=how),
-        [draw(1, w.Lz, w.heads, w.head).transpose(1, 2)],
-        draw(stem, 1, w.heads, w.Lz, w.head),
-        (3.0 * turned, 3.0 * stem * turned),
-        ours,
-        {"Liger-Kernel": (_liger_rotate(cos_TE, sin_TE), "a loop over cotangents, on copies: it works in place")},
-    )
     yield from _head(w, draw, device, ours)
     for name, rollouts, past, tokens, count in (
         ("attention of a stage", w.G, w.Lz, w.Lx, stage),
         ("attention of the stem", 1, 0, w.Lz, stem),
     ):
         yield from _attention(name, w, draw, device, ours, (rollouts, past, tokens, count))
-    yield from _spectra(w, draw, ours)
 
 
 def _with_vjp(
@@ -376,53 +351,6 @@ def _attention(
     )
 
 
-def _spectra(w: Widths, draw: Callable[..., Tensor], ours: Implementation) -> Iterator[Operation]:
-    number, rank = 3 * w.G, 2
-    jac_NSD = draw(number, w.Lz, w.width, dtype=torch.float32)
-    basis_NRD = torch.linalg.qr(draw(number, w.width, rank, dtype=torch.float32)).Q.mT.contiguous()
-    shapes = f"{number} matrices of {w.Lz:,} x {w.width}"
-
-    def projected(how: Implementation, jac: Tensor, basis: Tensor) -> Output:
-        found = project_out_batch(jac, basis, implementation=how)
-        return found.residual_NSD, found.energy_N.float(), found.residual_energy_N.float()
-
-    compiled = torch.compile(lambda: projected("torch", jac_NSD, basis_NRD), dynamic=False)
-    yield Operation(
-        "project-out with energies",
-        f"{shapes}, rank {rank}",
-        lambda: projected("torch", jac_NSD.double(), basis_NRD.double()),
-        (
-            Contender("cepo", "residual and both energies in one launch", lambda: projected(ours, jac_NSD, basis_NRD)),
-            Contender(EAGER, "two passes of batched products", lambda: projected("torch", jac_NSD, basis_NRD)),
-            Contender("torch.compile", "the same, compiled", compiled, "cuda", True),
-        ),
-        (jac_NSD, basis_NRD),
-        float(jac_NSD.nbytes),
-        8.0 * number * w.Lz * w.width * rank,
-        torch.float32,
-    )
-    side = min(w.Lz, w.width)
-    tall_NSD = jac_NSD * torch.linspace(1, 30, w.width, device=jac_NSD.device) ** 2 / 900  # no flat spectrum
-
-    def bounds(how: Implementation) -> Output:
-        return spectral_bounds(tall_NSD, implementation=how)
-
-    yield Operation(
-        "spectral bounds",
-        shapes,
-        lambda: bounds("torch"),
-        (
-            Contender("cepo", "float32 products, half of each symmetric one", lambda: bounds(ours)),
-            Contender(EAGER, "float64 products, as the engine does today", lambda: bounds("torch")),
-        ),
-        (tall_NSD,),
-        4.0 * number * side * side,
-        # The Gram matrix alone, half of it: how often it must be squared depends on the spectrum.
-        float(number) * side * side * max(w.Lz, w.width),
-        torch.float32,
-    )
-
-
 def _liger_norm(weight_D: Tensor) -> Function:
     return lambda hidden_ND: _liger().liger_rms_norm(hidden_ND, weight_D, 1e-6, in_place=False)
 
@@ -430,16 +358,6 @@ def _liger_norm(weight_D: Tensor) -> Function:
 def _liger_swiglu(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
     gated_ND: Tensor = _liger().liger_swiglu(gate_ND.clone(), up_ND.clone())
     return gated_ND
-
-
-def _liger_rotate(cos_TE: Tensor, sin_TE: Tensor) -> Function:
-    def turned(heads_BHTE: Tensor) -> Tensor:
-        # It turns queries and keys together: one head of keys is the least it takes.
-        pair = _liger().liger_rope(heads_BHTE.clone(), heads_BHTE[:, :1].clone(), cos_TE[None], sin_TE[None])
-        turned_BHTE: Tensor = pair[0]
-        return turned_BHTE
-
-    return turned
 
 
 def _liger() -> Any:

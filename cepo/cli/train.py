@@ -12,46 +12,46 @@ from cepo.cli.shared import Dtype, Threads, TrustRemoteCode, console, use_thread
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the model, the metrics and report.html.")] = Path(
-        "runs/demo"
-    ),
-    steps: Annotated[int, typer.Option(help="GRPO steps.", min=1)] = 40,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the model, metrics and report.html.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Number of GRPO steps.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of warm-up, items, sampling and training.")] = 0,
     without_causal: Annotated[
-        bool, typer.Option("--without-causal", help="Leave the causal reward out, to compare with.")
+        bool, typer.Option("--without-causal", help="Train without the causal reward, for comparison.")
     ] = False,
 ) -> None:
-    """The main job on the embedded testbed: no download, CPU, a few minutes, a report with pictures.
+    """Train a tiny judge with a causal reward and show what changed: CPU only, no download, about two minutes.
 
-    A tiny judge that has learned to follow response length is warmed up (or read from the cache), scored, trained with
-    GRPO on format + argmax + exact causal reward, and scored again. What the report shows is what happened.
+    The judge is warmed up to follow response length (or read from the cache), measured, trained with GRPO on format,
+    argmax and exact causal rewards, and measured again. Prints a table of before and after; the page has the pictures.
     """
     from cepo.demo import run_demo
 
-    report = run_demo(output, steps=steps, seed=seed, console=console, causal=not without_causal)
-    console.print(f"report: {report}")
+    page = run_demo(output, steps=steps, seed=seed, console=console, causal=not without_causal)
+    console.print(f"page: {page}", soft_wrap=True)
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file; the recipes in train/recipes/ are a start.")],
-    model: Annotated[str | None, typer.Option(help="Hub id, folder, .gguf file, smollm2 or testbed.")] = None,
-    data: Annotated[str | None, typer.Option(help="JSONL file or hub data set id.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="GRPO steps.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other key, e.g. --set grpo.learning_rate=1e-5; YAML values.")
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; start from one in train/recipes/.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model to train: hub id, folder, .gguf file, smollm2 or testbed.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on from checkpoints in the output.")] = False,
+    data: Annotated[str | None, typer.Option(help="Data to train on: JSONL file, hub data set id or testbed.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for checkpoints, logs and the trained model.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the data split, sampling and training.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Set any other key to a YAML value, e.g. grpo.learning_rate=1e-5.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse an output that already holds checkpoints.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """GRPO with exact causal rewards on a real model and a preference or reasoning data set.
+    """Train a judge or a reasoner with GRPO and exact causal rewards.
 
-    Data: rows of `prompt`, `chosen`, `rejected` for a judge; of `question`, `answer` for a reasoner.
-    Rewards: a list of `name`, `weight` and settings; names: format, argmax, exact_match, math_verify, bertscore, proxy,
-    causal. `--set rewards='[{name: format}, ...]'` replaces the list whole.
-
-    Started again with the same output, it goes on from the last complete checkpoint.
+    Data: rows with `prompt`, `chosen` and `rejected` for a judge; with `question` and `answer` for a reasoner.
+    Rewards: a list of `name`, `weight` and settings. Names: format, argmax, exact_match, math_verify, bertscore, proxy,
+    causal. `--set rewards='[{name: format}, ...]'` replaces the whole list.
+    The options override the config. Started again with the same settings, data and weights, a killed run resumes from
+    its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
     """
     from cepo.train.grpo import load_config
     from cepo.train.grpo import train as run
@@ -69,26 +69,27 @@ def train(
 
 
 def warm_start(
-    data: Annotated[str, typer.Option(help="JSONL file or hub data set of prompt, chosen, rejected.")],
-    output: Annotated[Path, typer.Option(help="Folder of the model, for --model of the other commands.")],
-    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file or smollm2.")] = "smollm2",
-    steps: Annotated[int, typer.Option(help="Steps of training.", min=1)] = 40,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Of the LoRA layers that are trained and then merged.")] = 5e-4,
-    rank: Annotated[int, typer.Option(help="Of these layers.", min=1)] = 16,
-    max_characters: Annotated[int | None, typer.Option(help="Leave out longer prompts, instructions and all.")] = None,
+    data: Annotated[str, typer.Option(help="JSONL file or hub data set with prompt, chosen and rejected.")],
+    output: Annotated[Path, typer.Option(help="Folder for the trained model, which --model takes everywhere.")],
+    model: Annotated[str, typer.Option(help="Model to train: hub id, folder, .gguf file or smollm2.")] = "smollm2",
+    steps: Annotated[int, typer.Option(help="Number of training steps.", min=1)] = 40,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 2,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the LoRA layers.")] = 5e-4,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA layers, which are merged at the end.", min=1)] = 16,
+    max_characters: Annotated[
+        int | None, typer.Option(help="Leave out rows whose prompt, with its instructions, has more characters.")
+    ] = None,
     dtype: Dtype = "float32",
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="Of positions, order and LoRA.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the responses' positions, the row order and LoRA.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Supervised examples of the judge's format, for a model that does not write it; then `cepo train`.
+    """Teach a model the judge's format with supervised examples, before `cepo train`.
 
-    A row's own `judge_output` is learned where it has one (with `label`, A or B: where the chosen response stood; A if
-    absent). Else a short judgement is made by rule: it quotes the pair and scores the chosen response higher. That
-    teaches the form alone.
-
-    Killed and started again with the same arguments, it goes on from the last checkpoint.
+    A row with a `judge_output` is learned from as it is; its `label` (A or B, A by default) says where the chosen
+    response was shown. For a file without any, a short judgement is made by rule: it quotes the pair and scores the
+    chosen response higher, which teaches the format alone.
+    Started again with the same settings, data and weights, a killed run resumes from its last checkpoint.
     """
     from cepo.train.warm_start import WarmStartJob
     from cepo.train.warm_start import warm_start as run

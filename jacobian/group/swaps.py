@@ -26,7 +26,8 @@ from cepo.jacobian.targets import Term
 from cepo.kernels.attention.door import HEAD_SIZES
 from cepo.kernels.head.door import MAX_CANDIDATES, head_expected_value, head_log_likelihood, head_log_odds
 from cepo.kernels.launch import Implementation, takes_over
-from cepo.kernels.layers.door import MAX_NORM_SIZE, rms_norm, swiglu
+from cepo.kernels.norm.door import MAX_NORM_SIZE, rms_norm
+from cepo.kernels.swiglu.door import swiglu
 
 logger = logging.getLogger("cepo")
 

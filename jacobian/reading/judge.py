@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cepo.jacobian.reading.layout import Found, MalformedError, tagged, trim_range
-from cepo.jacobian.reading.thought import after_thought
+from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, tagged, trim_range
+from cepo.jacobian.reading.thought import THOUGHT, after_thought, as_bytes, find_section
 
-_NUMBER = rb"[0-9]{1,4}(?:\.[0-9]{1,4})?"
-_SCORES = re.compile(rb"\\boxed\{\s*(" + _NUMBER + rb")\s*,\s*(" + _NUMBER + rb")\s*\}")
+CRITERIA, ANALYSIS, SCORES = SECTIONS = ("specific_criteria", "analysis", "scores")
+"""Names of the judge's tags, in the order in which they are written."""
+
+SCORES_OPENING = f"\n<{SCORES}>\n\\boxed{{"
+"""What is appended to a judgement without a verdict, for the model to continue with two numbers."""
+SCORES_CLOSING = f"\n</{SCORES}>"
+"""What is appended after these numbers."""
+
+_PAIR = re.compile(rb"\\boxed\{\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\}")
+# A longer number is not a score: the targets of links hold numbers of a few tokens.
+_SCORE = re.compile(rb"[0-9]{1,4}(?:\.[0-9]{1,4})?")
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,10 @@ class JudgeLayout:
             the two ends of the user's message); where a prompt does not have them, all of the message is content.
     """
 
-    criteria_tag: str = "specific_criteria"
-    analysis_tag: str = "analysis"
-    scores_tag: str = "scores"
-    thought_tag: str = "think"
+    criteria_tag: str = CRITERIA
+    analysis_tag: str = ANALYSIS
+    scores_tag: str = SCORES
+    thought_tag: str = THOUGHT
     instructions: tuple[str, ...] = ()
 
     @property
@@ -65,9 +75,80 @@ class JudgeLayout:
         inside = completion[scores[0] : scores[1]]
         if inside.count(rb"\boxed") > 1:
             raise MalformedError(f"doubled \\boxed in <{self.scores_tag}>")
-        boxed = _SCORES.search(inside)
-        if boxed is None:
+        boxed = _PAIR.search(inside)
+        if boxed is None or not all(map(_SCORE.fullmatch, boxed.groups())):
             shown = inside.strip()[:40].decode("utf-8", errors="replace")
             raise MalformedError(f"no \\boxed{{a, b}} with two numbers in <{self.scores_tag}>, which holds {shown!r}")
         numbers = tuple((scores[0] + boxed.start(group), scores[0] + boxed.end(group)) for group in (1, 2))
         return Found({"criteria": (criteria,), "analysis": (analysis,), "scores": numbers}, numbers)
+
+
+def read_scores(text: str) -> tuple[float, float] | None:
+    r"""Read the judge's verdict: the last `\boxed{a, b}` of the last closed scores section after the thought.
+
+    The numbers are ASCII digits with an optional decimal part. As in j1 no range is enforced, but both must be finite.
+
+    Args:
+        text: Any text; never raises.
+
+    Returns:
+        The scores of A and B, both at least 0, or None where there is no such pair.
+    """
+    completion = as_bytes(text)
+    return _finite(completion, find_numbers(completion))
+
+
+def read_pair(text: str) -> tuple[float, float] | None:
+    r"""Read the last `\boxed{a, b}` of a text, wherever it stands; see `read_scores` for the numbers."""
+    completion = as_bytes(text)
+    return _finite(completion, _last_pair(completion, (0, len(completion))))
+
+
+def find_numbers(completion: bytes) -> tuple[ByteRange, ByteRange] | None:
+    """Return where the two numbers stand that `read_scores` reads, or None."""
+    section = find_section(completion, SCORES)
+    return None if section is None else _last_pair(completion, section)
+
+
+def find_verdict_end(completion: bytes) -> int | None:
+    """Return where the first scores section that `read_scores` can read ends, its closing tag included, or None."""
+    closed = f"</{SCORES}>".encode()
+    at = completion.find(closed)
+    while at >= 0:
+        end = at + len(closed)
+        if _finite(completion, find_numbers(completion[:end])) is not None:
+            return end
+        at = completion.find(closed, end)
+    return None
+
+
+def forced_opening(text: str) -> str:
+    """Return what to append to a judgement without a verdict: an unclosed thought's end, then `SCORES_OPENING`."""
+    try:
+        after_thought(as_bytes(text))
+    except MalformedError:
+        return f"\n</{THOUGHT}>{SCORES_OPENING}"
+    return SCORES_OPENING
+
+
+def write_section(tag: str, content: str) -> str:
+    """Return a section as judges write it: opening tag, content and closing tag, one per line."""
+    return f"<{tag}>\n{content}\n</{tag}>"
+
+
+def write_judgement(criteria: str, analysis: str, scores: tuple[int, int]) -> str:
+    """Return a whole judgement in the format."""
+    contents = (criteria, analysis, f"\\boxed{{{scores[0]}, {scores[1]}}}")
+    return "\n".join(write_section(tag, content) for tag, content in zip(SECTIONS, contents, strict=True))
+
+
+def _last_pair(completion: bytes, within: ByteRange) -> tuple[ByteRange, ByteRange] | None:
+    pairs = list(_PAIR.finditer(completion, *within))
+    return (pairs[-1].span(1), pairs[-1].span(2)) if pairs else None
+
+
+def _finite(completion: bytes, numbers: tuple[ByteRange, ByteRange] | None) -> tuple[float, float] | None:
+    if numbers is None:
+        return None
+    score_a, score_b = (float(completion[slice(*number)]) for number in numbers)
+    return (score_a, score_b) if math.isfinite(score_a) and math.isfinite(score_b) else None

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, tagged, trim_range
+from cepo.jacobian.reading.thought import THOUGHT, after_thought, as_bytes, as_text, find_section
 
+ANSWER = "answer"
+_BOXED = rb"\boxed{"
+_BRACES = re.compile(rb"\\boxed\{|\\[{}]|[{}]")
 _SENTENCE_BREAK = re.compile(rb"(?<=[.!?])\s+|\s*\n\s*")
 
 
@@ -29,8 +33,8 @@ class ReasonerLayout:
         instructions: as in JudgeLayout.
     """
 
-    rationale_tag: str = "think"
-    answer_tag: str = "answer"
+    rationale_tag: str = THOUGHT
+    answer_tag: str = ANSWER
     boxed: bool = True
     fallback: bool = True
     instructions: tuple[str, ...] = ()
@@ -78,11 +82,11 @@ class ReasonerLayout:
             answer = tagged(completion, self.answer_tag, 0)
             if answer[0] - len(opened) < start:
                 raise MalformedError(f"out of order: <{self.answer_tag}> opens before </{self.rationale_tag}>")
-            inner = _last_boxed(completion, answer) if self.boxed else None
+            inner = find_last_boxed(completion, answer) if self.boxed else None
             return inner or answer, answer[0] - len(opened), "tags"
-        boxed = _last_boxed(completion, (start, len(completion))) if self.boxed else None
+        boxed = find_last_boxed(completion, (start, len(completion))) if self.boxed else None
         if boxed is not None:
-            return boxed, boxed[0] - len(rb"\boxed{"), "boxed"
+            return boxed, boxed[0] - len(_BOXED), "boxed"
         rest = trim_range(completion, (start, len(completion)))
         if start and rest is None:
             raise MalformedError(f"empty answer: nothing stands after </{self.rationale_tag}>")
@@ -96,15 +100,38 @@ class ReasonerLayout:
         return (breaks[-1].end(), rest[1]), breaks[-1].start(), "last sentence"
 
 
-def _last_boxed(text: bytes, within: ByteRange) -> ByteRange | None:
-    """Return the inside of the last `\\boxed{...}` with balanced braces."""
-    marker = rb"\boxed{"
-    at = text.rfind(marker, *within)
-    while at >= 0:
-        depth, begin = 1, at + len(marker)
-        for index in range(begin, within[1]):
-            depth += (text[index] == ord("{")) - (text[index] == ord("}"))
-            if depth == 0:
-                return begin, index
-        at = text.rfind(marker, within[0], at)
-    return None
+def extract_answer(text: str) -> str:
+    r"""Find the final answer: the answer section, else what stands after the thought.
+
+    Of the section, the last complete `\boxed{}` counts, else all of it; without a section, the last complete
+    `\boxed{}`, else the last line that is not blank.
+
+    Args:
+        text: Any text; never raises.
+
+    Returns:
+        The answer without surrounding white space, "" where there is none.
+    """
+    completion = as_bytes(text)
+    section = find_section(completion, ANSWER)
+    try:
+        within = section or (after_thought(completion), len(completion))
+    except MalformedError:
+        return ""
+    boxed = find_last_boxed(completion, within)
+    found = as_text(completion[slice(*(boxed or within))]).strip()
+    return found if boxed or section else found.rpartition("\n")[2].strip()
+
+
+def find_last_boxed(text: bytes, within: ByteRange) -> ByteRange | None:
+    r"""Return the inside of the last `\boxed{...}` with balanced braces, or None; escaped braces are text."""
+    boxes: list[ByteRange] = []
+    openings: list[int | None] = []
+    for brace in _BRACES.finditer(text, *within):
+        if brace[0] == b"}":
+            begin = openings.pop() if openings else None
+            if begin is not None:
+                boxes.append((begin, brace.start()))
+        elif brace[0] == b"{" or brace[0] == _BOXED:
+            openings.append(None if brace[0] == b"{" else brace.end())
+    return max(boxes, default=None)

@@ -174,7 +174,7 @@ class SpanReader:
     def _frame(self, probes: Sequence[Mapping[str, Any]]) -> list[bytes]:
         """Return what the chat template puts around the probes, as bytes; [] without a template that explains them.
 
-        The bytes of the template's own tokens are asked first (some tokenizers put a space behind a special token),
+        The bytes of the template's own tokens are asked first (some tokenizers put a space after a special token),
         then its text (some vocabularies cannot write the probe).
         """
         if not getattr(self.tokenizer, "chat_template", None):
@@ -222,7 +222,7 @@ def _framed_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]], frame: Seque
 
 
 def _searched_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]]) -> tuple[ByteRange, ...]:
-    """Return the user's ranges by searching for each text behind the one before."""
+    """Return the user's ranges by searching for each text after the one before."""
     ranges, cursor = [], 0
     for role, text in texts:
         wanted = _utf8(text).strip(WHITE_SPACE)  # templates strip

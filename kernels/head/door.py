@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from cepo.kernels.cotangents import fold_cotangents, run_vjp
+from cepo.kernels.cotangents import differentiable
 from cepo.kernels.head.definition import selected_log_likelihood, selected_log_odds
 from cepo.kernels.launch import Implementation, unit_last, use_triton
 
@@ -20,7 +18,7 @@ def head_log_likelihood(
     """Return log p(id) of each row under softmax(W h).
 
     The definition is `selected_log_likelihood(h W^T, ids)`. The kernels form the log-odds, of which log p is the
-    logarithmic sigmoid: exact where p is near 1, and the gradient's factor 1 - p is no difference of near numbers.
+    logarithmic sigmoid: exact where p is near 1, and the gradient's factor 1 - p is not a difference of near numbers.
 
     Args:
         hidden_PD: last hidden states (after the final norm) at the positions that predict the targets.
@@ -84,23 +82,28 @@ def head_expected_value(
         raise ValueError(f"expected candidates of shape {shape} or {shape[1:]}, got {tuple(candidate_ids_PN.shape)}")
     candidate_ids_PN, values_PN = candidate_ids_PN.expand(shape), values_PN.expand(shape)
     if on_triton:
+        from cepo.kernels.head.expected import expected_forward, expected_vjp
+
         if not 1 <= shape[1] <= MAX_CANDIDATES:
             raise ValueError(f"Triton takes 1 to {MAX_CANDIDATES} candidates, got {shape[1]}; use 'torch'")
         tensors = unit_last(hidden_PD), unit_last(weight_VD).detach(), candidate_ids_PN.contiguous()
-        return _ExpectedValue.apply(*tensors, values_PN.to(torch.float32).contiguous())
+        return differentiable(expected_forward, expected_vjp, *tensors, values_PN.to(torch.float32).contiguous())
     wide = torch.promote_types(hidden_PD.dtype, torch.float32)
     logits_PN = torch.einsum("pd,pnd->pn", hidden_PD.to(wide), weight_VD[candidate_ids_PN].to(wide))
     return (logits_PN.softmax(-1) * values_PN.to(wide)).sum(-1)
 
 
 def _triton_log_odds(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> Tensor:
+    from cepo.kernels.head.log_odds import log_odds_forward, log_odds_vjp
+
     _check_rows(hidden_PD, weight_VD)
     if ids_P.shape != hidden_PD.shape[:1] or ids_P.dtype != torch.int64 or weight_VD.shape[0] < 2:
         raise ValueError(
             f"expected int64 ids of shape ({hidden_PD.shape[0]},) and V at least 2, got {ids_P.dtype} of "
             f"{tuple(ids_P.shape)} and V {weight_VD.shape[0]}"
         )
-    return _LogOdds.apply(unit_last(hidden_PD), unit_last(weight_VD).detach(), ids_P.contiguous())
+    tensors = unit_last(hidden_PD), unit_last(weight_VD).detach(), ids_P.contiguous()
+    return differentiable(log_odds_forward, log_odds_vjp, *tensors)
 
 
 def _check_rows(hidden_PD: Tensor, weight_VD: Tensor) -> None:
@@ -108,67 +111,3 @@ def _check_rows(hidden_PD: Tensor, weight_VD: Tensor) -> None:
     if not fits or hidden_PD.dtype != weight_VD.dtype:
         seen = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in (hidden_PD, weight_VD)]
         raise ValueError(f"expected hidden rows (P, D) and a weight (V, D) of one dtype, got {seen}")
-
-
-class _LogOdds(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> Tensor:
-        from cepo.kernels.head.log_odds import chosen_and_others
-
-        with torch.cuda.device_of(hidden_PD):
-            chosen_P, others_P = chosen_and_others(hidden_PD, weight_VD, ids_P)
-        ctx.save_for_backward(hidden_PD, weight_VD, ids_P, others_P)
-        return chosen_P - others_P
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return *run_vjp(_LogOddsVjp.apply, cotangents, *ctx.saved_tensors), None, None
-
-
-class _LogOddsVjp(torch.autograd.Function):
-    @staticmethod
-    def forward(cotangent_CP: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-        from cepo.kernels.head.log_odds import log_odds_vjp
-
-        with torch.cuda.device_of(cotangent_CP):
-            return (log_odds_vjp(cotangent_CP, *saved),)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Save nothing: there is no second derivative."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return fold_cotangents(_LogOddsVjp.apply, 1, info.batch_size, in_dims, arguments)
-
-
-class _ExpectedValue(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, candidate_ids_PN: Tensor, values_PN: Tensor) -> Tensor:
-        from cepo.kernels.head.expected import expected_and_slopes
-
-        with torch.cuda.device_of(hidden_PD):
-            expected_P, slopes_PN = expected_and_slopes(hidden_PD, weight_VD, candidate_ids_PN, values_PN)
-        ctx.save_for_backward(weight_VD, candidate_ids_PN, slopes_PN)
-        return expected_P
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return *run_vjp(_ExpectedValueVjp.apply, cotangents, *ctx.saved_tensors), None, None, None
-
-
-class _ExpectedValueVjp(torch.autograd.Function):
-    @staticmethod
-    def forward(cotangent_CP: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-        from cepo.kernels.head.expected import expected_vjp
-
-        with torch.cuda.device_of(cotangent_CP):
-            return (expected_vjp(cotangent_CP, *saved),)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Save nothing: there is no second derivative."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return fold_cotangents(_ExpectedValueVjp.apply, 1, info.batch_size, in_dims, arguments)

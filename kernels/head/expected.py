@@ -1,4 +1,4 @@
-"""Triton kernels of the head for a few candidates: expected values and their VJP; see `head.head_expected_value`."""
+"""Triton kernels of the head for a few candidates: expected values and their VJP; see `head_expected_value`."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -15,13 +15,20 @@ from cepo.kernels.launch import Tile, Variant, architecture
 TILES = {80: Tile(1, 128, 4, 1), 90: Tile(1, 128, 4, 1)}
 
 
-def expected_and_slopes(
+def expected_forward(
     hidden_PD: Tensor, weight_VD: Tensor, candidate_ids_PN: Tensor, values_PN: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Launch the expected value's kernel.
 
+    Args:
+        hidden_PD: rows, last axis of stride 1.
+        weight_VD: head, of the same dtype, last axis of stride 1.
+        candidate_ids_PN: int64, contiguous.
+        values_PN: float32, contiguous.
+
     Returns:
-        The expected values (P,) and their derivatives by the candidates' logits (P, N), float32.
+        The expected values (P,), float32; and what `expected_vjp` reads: the weight, the candidates, and the expected
+        values' derivatives by the candidates' logits (P, N), float32.
     """
     rows, size = hidden_PD.shape
     candidates = candidate_ids_PN.shape[1]
@@ -42,14 +49,15 @@ def expected_and_slopes(
         candidates,
         BLOCK_N=max(2, triton.next_power_of_2(candidates)),
         BLOCK_K=tile.columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
-    return expected_P, slopes_PN
+    return expected_P, (weight_VD, candidate_ids_PN, slopes_PN)
 
 
-def expected_vjp(cotangent_CP: Tensor, weight_VD: Tensor, candidate_ids_PN: Tensor, slopes_PN: Tensor) -> Tensor:
-    """Launch the expected value's VJP kernel: (C, P, D) of the weight's dtype from C cotangents (C, P)."""
+def expected_vjp(
+    cotangent_CP: Tensor, weight_VD: Tensor, candidate_ids_PN: Tensor, slopes_PN: Tensor
+) -> tuple[Tensor, ...]:
+    """Launch the expected value's VJP kernel: the rows' gradient (C, P, D) of the weight's dtype from C cotangents."""
     count, rows = cotangent_CP.shape
     size, candidates = weight_VD.shape[1], candidate_ids_PN.shape[1]
     gradient_CPD = torch.empty((count, rows, size), dtype=weight_VD.dtype, device=weight_VD.device)
@@ -68,10 +76,9 @@ def expected_vjp(cotangent_CP: Tensor, weight_VD: Tensor, candidate_ids_PN: Tens
         candidates,
         BLOCK_N=max(2, triton.next_power_of_2(candidates)),
         BLOCK_K=tile.columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
-    return gradient_CPD
+    return (gradient_CPD,)
 
 
 @triton.jit

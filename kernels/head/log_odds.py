@@ -1,21 +1,22 @@
 """Triton kernels of the head: log-odds of target tokens and their VJP.
 
 With z = W h, y the target and o = logsumexp of the other logits: s = z_y - o, and ds / dh = W_y - sum_{v != y}
-exp(z_v - o) W_v. That direction does not depend on the cotangent, a number a row: it is formed once for all C of them.
+exp(z_v - o) W_v. That direction does not depend on the cotangent, one number per row: it is formed once for all C.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cepo.kernels.attention.forward import product
 from cepo.kernels.launch import Tile, Variant, architecture, interpreted
+from cepo.kernels.product import product
 
 # (architecture, bytes of an element) -> tile of logits, or of the direction; both walk their inner axis in INNER steps.
 TILES = {
@@ -25,14 +26,14 @@ TILES = {
     (90, 4): Tile(64, 32, 8, 1),
 }
 INNER = {2: 64, 4: 16}
-# Programs enough for every multiprocessor of the device to hold two: rows * columns is split until there are as many.
+# Enough programs for every multiprocessor of the device to hold two: rows * columns is split until there are as many.
 PROGRAMS = 264
 # Elements of the buffer that holds the shares of one chunk of the vocabulary. Rows are never split into chunks, so the
 # weight is read from memory once by the forward pass and twice by the VJP, however many rows there are.
 CHUNK_ELEMENTS = 1 << 26
 
 
-def chosen_and_others(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> tuple[Tensor, Tensor]:
+def log_odds_forward(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Launch the forward kernel.
 
     Args:
@@ -41,11 +42,12 @@ def chosen_and_others(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> tu
         ids_P: targets, int64.
 
     Returns:
-        The targets' logits (P,) and the logsumexp of all other logits (P,), float32.
+        The log-odds (P,), float32; and what `log_odds_vjp` reads: the arguments and the logsumexp of all other logits
+        (P,), float32.
     """
     rows, size = hidden_PD.shape
     vocabulary = weight_VD.shape[0]
-    tile = TILES[architecture(hidden_PD.device), hidden_PD.element_size()]
+    tile, meta = _tile_and_meta(hidden_PD)
     blocks = triton.cdiv(vocabulary, tile.columns)
     splits = max(1, min(blocks, PROGRAMS // max(1, triton.cdiv(rows, tile.rows))))
     blocks_each = triton.cdiv(blocks, splits)
@@ -64,32 +66,30 @@ def chosen_and_others(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> tu
         size,
         vocabulary,
         blocks_each,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        BLOCK_K=INNER[hidden_PD.element_size()],
-        INTERPRETED=interpreted(hidden_PD),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **meta,
     )
-    return chosen_P, others_NP.logsumexp(0)
+    others_P = others_NP.logsumexp(0)
+    return chosen_P - others_P, (hidden_PD, weight_VD, ids_P, others_P)
 
 
-def log_odds_vjp(cotangent_CP: Tensor, hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor, others_P: Tensor) -> Tensor:
+def log_odds_vjp(
+    cotangent_CP: Tensor, hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor, others_P: Tensor
+) -> tuple[Tensor, ...]:
     """Launch the VJP kernels: per chunk of the vocabulary, the others' shares and then their mean of the weight's rows.
 
     Args:
         cotangent_CP: C cotangents of the log-odds, float32.
-        hidden_PD: as in `chosen_and_others`, and so the next two.
+        hidden_PD: this and the others are what `log_odds_forward` saved.
         weight_VD: as there.
         ids_P: as there.
-        others_P: what it returned.
+        others_P: as there.
 
     Returns:
-        Tensor (C, P, D) of the rows' dtype.
+        The rows' gradient (C, P, D), of their dtype.
     """
     rows, size = hidden_PD.shape
     vocabulary = weight_VD.shape[0]
-    tile = TILES[architecture(hidden_PD.device), hidden_PD.element_size()]
+    tile, meta = _tile_and_meta(hidden_PD)
     inner = INNER[hidden_PD.element_size()]
     row_blocks = triton.cdiv(rows, tile.rows)
     chunk = min(vocabulary, max(tile.columns, CHUNK_ELEMENTS // max(1, rows) // tile.columns * tile.columns))
@@ -97,8 +97,6 @@ def log_odds_vjp(cotangent_CP: Tensor, hidden_PD: Tensor, weight_VD: Tensor, ids
     programs = max(1, row_blocks * triton.cdiv(size, tile.columns))
     splits = max(1, min(PROGRAMS // programs, triton.cdiv(chunk, inner)))
     mean_NPD = torch.zeros((splits, rows, size), dtype=torch.float32, device=hidden_PD.device)
-    meta = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": inner, "INTERPRETED": interpreted(hidden_PD)}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     for first in range(0, vocabulary, chunk):
         columns = min(chunk, vocabulary - first)
         head_shares_kernel[row_blocks, triton.cdiv(columns, tile.columns)](
@@ -115,7 +113,6 @@ def log_odds_vjp(cotangent_CP: Tensor, hidden_PD: Tensor, weight_VD: Tensor, ids
             first,
             columns,
             **meta,
-            **options,
         )
         head_mean_kernel[row_blocks, triton.cdiv(size, tile.columns), splits](
             shares_PN,
@@ -129,10 +126,25 @@ def log_odds_vjp(cotangent_CP: Tensor, hidden_PD: Tensor, weight_VD: Tensor, ids
             columns,
             triton.cdiv(triton.cdiv(columns, splits), inner) * inner,
             **meta,
-            **options,
         )
     direction_PD = weight_VD[ids_P].float() - mean_NPD.sum(0)
-    return (cotangent_CP[..., None] * direction_PD).to(hidden_PD.dtype)
+    return ((cotangent_CP[..., None] * direction_PD).to(hidden_PD.dtype),)
+
+
+def _tile_and_meta(hidden_PD: Tensor) -> tuple[Tile, dict[str, Any]]:
+    """Return the tile of all three kernels for such rows, with their compile-time arguments and options."""
+    width = hidden_PD.element_size()
+    tile = TILES[architecture(hidden_PD.device), width]
+    return tile, {**_constants(tile, width, interpreted(hidden_PD)), **tile.options}
+
+
+def _constants(tile: Tile, width: int, is_interpreted: bool) -> dict[str, Any]:
+    return {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": INNER[width],
+        "INTERPRETED": is_interpreted,
+    }
 
 
 @triton.jit
@@ -159,38 +171,28 @@ def head_forward_kernel(
     """
     row_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
-    id_M = tl.load(ids_i64_ptr + row_M, mask=row_M < rows, other=-1)
+    real_M = row_M < rows
+    hidden_M = hidden_ptr + row_M.to(tl.int64) * hidden_stride_p
+    id_M = tl.load(ids_i64_ptr + row_M, mask=real_M, other=-1)
     largest_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total_M = tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum((split + 1) * blocks_each * BLOCK_N, vocabulary)
     for start in range(split * blocks_each * BLOCK_N, last, BLOCK_N):
         place_N = start + tl.arange(0, BLOCK_N)
-        logits_MN = _logits(
-            hidden_ptr,
-            weight_ptr,
-            row_M,
-            place_N,
-            rows,
-            vocabulary,
-            size,
-            hidden_stride_p,
-            weight_stride_v,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            INTERPRETED,
-        )
+        weight_N = weight_ptr + place_N.to(tl.int64) * weight_stride_v
+        real_N = place_N < vocabulary
+        logits_MN = _logits(hidden_M, weight_N, real_M, real_N, size, BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED)
         chosen_MN = place_N[None, :] == id_M[:, None]
         found_M = (id_M >= start) & (id_M < tl.minimum(start + BLOCK_N, vocabulary))
         tl.store(chosen_f32_ptr + row_M, tl.sum(tl.where(chosen_MN, logits_MN, 0.0), 1), mask=found_M)
-        logits_MN = tl.where(chosen_MN | (place_N >= vocabulary)[None, :], float("-inf"), logits_MN)
+        logits_MN = tl.where(chosen_MN | ~real_N[None, :], float("-inf"), logits_MN)
         new_M = tl.maximum(largest_M, tl.max(logits_MN, 1))
         # A tile can hold nothing but the target: then there is no maximum yet.
         base_M = tl.where(new_M == float("-inf"), 0.0, new_M)
         total_M = total_M * tl.exp(largest_M - base_M) + tl.sum(tl.exp(logits_MN - base_M[:, None]), 1)
         largest_M = new_M
     others_M = tl.where(total_M > 0.0, largest_M + tl.log(tl.where(total_M > 0.0, total_M, 1.0)), float("-inf"))
-    tl.store(others_f32_ptr + split * rows + row_M, others_M, mask=row_M < rows)
+    tl.store(others_f32_ptr + split * rows + row_M, others_M, mask=real_M)
 
 
 @triton.jit
@@ -219,26 +221,15 @@ def head_shares_kernel(
     row_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real_M = row_M < rows
-    logits_MN = _logits(
-        hidden_ptr,
-        weight_ptr,
-        row_M,
-        first + column_N,
-        rows,
-        first + columns,
-        size,
-        hidden_stride_p,
-        weight_stride_v,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        INTERPRETED,
-    )
+    real_N = column_N < columns
+    hidden_M = hidden_ptr + row_M.to(tl.int64) * hidden_stride_p
+    weight_N = weight_ptr + (first + column_N).to(tl.int64) * weight_stride_v
+    logits_MN = _logits(hidden_M, weight_N, real_M, real_N, size, BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED)
     id_M = tl.load(ids_i64_ptr + row_M, mask=real_M, other=-1)
     others_M = tl.load(others_f32_ptr + row_M, mask=real_M, other=0.0)
     shares_MN = tl.where((first + column_N)[None, :] == id_M[:, None], 0.0, tl.exp(logits_MN - others_M[:, None]))
     place_MN = row_M.to(tl.int64)[:, None] * shares_stride_p + column_N[None, :]
-    mask_MN = real_M[:, None] & (column_N < columns)[None, :]
+    mask_MN = real_M[:, None] & real_N[None, :]
     tl.store(shares_ptr + place_MN, shares_MN.to(shares_ptr.dtype.element_ty), mask=mask_MN)
 
 
@@ -287,39 +278,32 @@ def head_mean_kernel(
 
 @triton.jit
 def _logits(
-    hidden_ptr,
-    weight_ptr,
-    row_M,
-    place_N,
-    rows,
-    limit,
+    hidden_M,
+    weight_N,
+    real_M,
+    real_N,
     size,
-    hidden_stride_p,
-    weight_stride_v,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Return a tile of h W^T in float32; rows and columns past their limits come as zeros."""
+    """Return a tile of h W^T in float32, from the places of its rows; rows that are not real come as zeros."""
     logits_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    hidden_M = hidden_ptr + row_M.to(tl.int64)[:, None] * hidden_stride_p
-    weight_N = weight_ptr + place_N.to(tl.int64)[:, None] * weight_stride_v
     for start in range(0, size, BLOCK_K):
         inner_K = start + tl.arange(0, BLOCK_K)
         real_K = (inner_K < size)[None, :]
-        hidden_MK = tl.load(hidden_M + inner_K[None, :], mask=(row_M < rows)[:, None] & real_K, other=0.0)
-        weight_NK = tl.load(weight_N + inner_K[None, :], mask=(place_N < limit)[:, None] & real_K, other=0.0)
+        hidden_MK = tl.load(hidden_M[:, None] + inner_K[None, :], mask=real_M[:, None] & real_K, other=0.0)
+        weight_NK = tl.load(weight_N[:, None] + inner_K[None, :], mask=real_N[:, None] & real_K, other=0.0)
         logits_MN += product(hidden_MK, tl.trans(weight_NK), INTERPRETED)
     return logits_MN
 
 
-def head_variants(arch: int) -> Iterator[Variant]:
+def log_odds_variants(arch: int) -> Iterator[Variant]:
     """Yield every form in which the head's kernels are launched on an architecture."""
     for (table_arch, width), tile in TILES.items():
         if table_arch != arch:
             continue
         dtype = torch.float32 if width == 4 else torch.bfloat16
-        meta = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": INNER[width], "INTERPRETED": False}
         for kernel in (head_forward_kernel, head_shares_kernel, head_mean_kernel):
-            yield Variant(kernel, dtype, meta, tile)
+            yield Variant(kernel, dtype, _constants(tile, width, False), tile)

@@ -73,7 +73,7 @@ def test_broken_lines_are_reported_and_lose_no_other_row(tmp_path: Path) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """Protects the first mistake that users make."""
     for load in (read_jsonl, load_preferences, load_reasoning):
-        with pytest.raises(ValueError, match="no-such.jsonl is no file"):
+        with pytest.raises(ValueError, match="no-such.jsonl is not a file"):
             load(tmp_path / "no-such.jsonl")
 
 
@@ -164,7 +164,7 @@ def test_unusable_rows_are_skipped_with_their_reason(tmp_path: Path) -> None:
         (2, "column 'chosen' holds a NoneType, not text"),
         (3, "columns 'chosen' and 'rejected' are the same"),
         (4, "column 'rejected' is blank"),
-        (5, "column 'prompt' holds a lone surrogate, which is no text"),
+        (5, "column 'prompt' holds a lone surrogate; expected valid Unicode text"),
         (6, "column 'rejected' is missing"),
         (7, "column 'chosen' is a list, but not one of messages with role and content"),
         (8, "column 'chosen' holds no message by the assistant"),
@@ -269,7 +269,7 @@ def test_a_source_that_is_neither_file_nor_data_set_is_named(monkeypatch: pytest
         raise datasets.exceptions.DatasetNotFoundError("no such data set")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="source owner/nmae is no .jsonl file and can't be loaded"):
+    with pytest.raises(ValueError, match="owner/nmae is neither a .jsonl file nor a hub data set that can be loaded"):
         load_preferences("owner/nmae")
 
 

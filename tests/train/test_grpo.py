@@ -1,6 +1,7 @@
 """Protects `cepo train`: settings are checked early, and a killed run ends with an uninterrupted run's weights."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 from cepo.cli.app import main
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import testbed, testbed_judges
-from cepo.train.grpo import build_rewards, grpo_arguments, last_complete_checkpoint, load_config, train
+from cepo.train.grpo import build_rewards, grpo_arguments, load_config, train
 from cepo.train.policy import load_testbed_judge
+from cepo.train.run import last_complete_checkpoint
 from tests.paths import ROOT
 
 RECIPES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
@@ -80,6 +82,9 @@ def test_killed_and_started_again_ends_with_the_same_weights(judge: Path, tmp_pa
         run = start(config, output)
         _, stderr = run.communicate()
         assert run.returncode == 0, stderr.decode()[-2000:]
+        assert "causal reward" in stderr.decode()  # the progress bar
+        assert "'rewards/causal/mean'" not in stderr.decode()
+        assert "'rewards/causal/mean'" in (output / "log.txt").read_text()
     trained = load_file(whole / "final" / "model.safetensors")
     resumed = load_file(broken / "final" / "model.safetensors")
     untrained = load_file(judge / "model.safetensors")
@@ -126,10 +131,61 @@ def test_a_finished_run_is_not_trained_on_and_another_run_is_not_mixed_in(
     final.rmdir()  # as a kill between the last checkpoint and final/ leaves it
     assert (train(config) / "model.safetensors").read_bytes() == weights
     assert not (final / "optimizer.pt").exists()
-    with pytest.raises(ValueError, match="another seed"):
+    with pytest.raises(ValueError, match="seed was 0 and is 5"):
         train(replace(config, seed=5))
+    with pytest.raises(ValueError, match="rewards was"):
+        train(replace(config, rewards=[{"name": "format"}, {"name": "argmax"}]))
     with pytest.raises(ValueError, match="already holds checkpoints"):
         train(config, fresh=True)
+
+
+def test_final_is_of_the_last_step_that_was_asked_for(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects against the older final/ of a run that was lengthened and died just before it wrote the new one."""
+    config = load_config(write_config(tmp_path / "config.yaml", judge), {"grpo.max_steps": 1})
+    longer = replace(config, grpo={**config.grpo, "max_steps": 2})
+    final = train(config)
+    with monkeypatch.context() as patched:
+        patched.setattr("cepo.train.grpo.write_final", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(longer)
+    assert not final.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("cepo.train.grpo.load_policy", lambda *_, **__: pytest.fail("nothing is left to train"))
+        assert train(longer) == final
+    reached = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    written = load_file(final / "model.safetensors")
+    assert all(torch.equal(written[name], reached[name]) for name in reached)
+    with pytest.raises(ValueError, match="max_steps is 1, but the run in .* has taken 2 steps"):
+        train(config)
+
+
+def test_other_rows_and_other_weights_under_the_same_names_are_refused(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects against going on from a checkpoint after the data file or the model folder was overwritten."""
+    source, model = tmp_path / "pairs.jsonl", tmp_path / "judge"
+    rows = [{"prompt": f"about my poem {n}", "chosen": "lucid", "rejected": "rude"} for n in range(8)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(judge, model)
+    settings = {"data": {"source": str(source), "test_fraction": 0.0}, "rewards": [{"name": "format"}]}
+    config = load_config(write_config(tmp_path / "c.yaml", model, **settings), {"grpo.max_steps": 1})
+    train(config)
+    kept = source.read_text()
+    source.write_text(kept.replace("poem 3", "novel"))
+    with pytest.raises(ValueError, match="data was"):
+        train(config)
+    source.write_text(kept)
+    policy, _ = load_model(resolve_model(str(model)))
+    with torch.no_grad():
+        next(policy.parameters()).mul_(1.5)
+    policy.save_pretrained(model)
+    with pytest.raises(ValueError, match="weights was"):
+        train(config)
+    shutil.copy(judge / "model.safetensors", model / "model.safetensors")
+    monkeypatch.setattr("cepo.train.grpo.load_policy", lambda *_, **__: pytest.fail("nothing is left to train"))
+    assert train(config) == tmp_path / "run" / "final"  # the same content again
 
 
 def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cepo.train.prompts import JUDGE_LITERALS, JUDGE_SECTIONS, REASONING_LITERALS, judge_prompt, reasoning_prompt
+from cepo.jacobian.reading.judge import SECTIONS
+from cepo.train.prompts import JUDGE_LITERALS, REASONING_LITERALS, judge_prompt, reasoning_prompt
 
 CONTENTS = ("plain", "", "two\nlines\n", "[Response A]\n{braces} %s \\boxed{9, 1}", "逆 \U0001f600", JUDGE_LITERALS[1])
 
@@ -24,7 +25,7 @@ def test_reasoning_message_is_its_literals_around_the_question() -> None:
 def test_the_instructions_open_the_prompt_and_name_the_format() -> None:
     """Protects the shared prefix of all prompts, and the output format that rewards and spans read."""
     instructions, *separators = JUDGE_LITERALS
-    assert all(f"<{name}>" in instructions and f"</{name}>" in instructions for name in JUDGE_SECTIONS)
+    assert all(f"<{name}>" in instructions and f"</{name}>" in instructions for name in SECTIONS)
     assert "\\boxed{a, b}" in instructions
     assert all(len(separator) < 60 for separator in separators)
     assert all(tag in REASONING_LITERALS[0] for tag in ("<think>", "</think>", "<answer>", "</answer>"))

@@ -77,10 +77,10 @@ def test_the_model_learns_goes_on_after_a_kill_and_loads(
         with pytest.raises(ZeroDivisionError):
             warm_start.warm_start(wanted)
     assert not (wanted.output / "config.json").exists()
-    with pytest.raises(ValueError, match="holds a run with another learning_rate, rank"):
+    with pytest.raises(ValueError, match="learning_rate was 0.01 and is 0.001, rank was 2 and is 4"):
         warm_start.warm_start(replace(wanted, learning_rate=1e-3, rank=4))
     losses = [json.loads(line) for line in (wanted.output / "sft" / "metrics.jsonl").read_text().splitlines()]
-    monkeypatch.setattr(warm_start, "_train", lambda *_: 1 / 0)
+    monkeypatch.setattr(warm_start, "run_trainer", lambda *_: 1 / 0)
     assert warm_start.warm_start(wanted) == wanted.output
     steps = [line["loss"] for line in losses if "loss" in line]
     assert len(steps) == 3
@@ -92,7 +92,11 @@ def test_the_model_learns_goes_on_after_a_kill_and_loads(
     assert any(changed)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert tokenizer.chat_template
-    with pytest.raises(ValueError, match="holds a model already"):
+    assert warm_start.warm_start(wanted) == wanted.output  # nothing is left to train
+    with pytest.raises(ValueError, match="steps was 3 and is 4"):
+        warm_start.warm_start(replace(wanted, steps=4))
+    write(tmp_path / "pairs.jsonl", ROWS[1:])
+    with pytest.raises(ValueError, match="data was"):
         warm_start.warm_start(wanted)
 
 

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import ArrayLike
 from transformers import AutoModel, AutoTokenizer
 
-from cepo.train.rewards.task import Completion, completion_text, read_scores, read_section
+from cepo.jacobian.reading.judge import read_scores
+from cepo.jacobian.reading.thought import read_section
+from cepo.train.rewards.task import Completion, completion_text
 
 Encoder: TypeAlias = Callable[[str], ArrayLike]
 

@@ -1,13 +1,12 @@
 r"""The task rewards: is the output well formed, is the verdict right, is the answer right.
 
-Plain functions with TRL's signature, `(completions, **columns) -> list[float]`. What a model writes is never an error:
-what can't be read earns nothing. What a data set holds is checked: a wrong label raises.
+Plain functions with TRL's signature, `(completions, **columns) -> list[float]`. Model output never raises: what can't
+be read gets the reward 0. Columns of the data set are checked: a wrong label raises ValueError.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 import threading
@@ -16,13 +15,12 @@ from typing import Any, TypeAlias
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from cepo.train.prompts import JUDGE_SECTIONS
+from cepo.jacobian.reading.judge import SECTIONS, read_scores
+from cepo.jacobian.reading.reasoner import extract_answer, find_last_boxed
+from cepo.jacobian.reading.thought import as_bytes, as_text
 
 Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
 
-_SCORE = r"([0-9]+(?:\.[0-9]+)?)"
-_BOXED_PAIR = re.compile(rf"\\boxed\{{\s*{_SCORE}\s*,\s*{_SCORE}\s*\}}", re.ASCII)
-_BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _QUOTES_AND_MARKUP = "\"'`“”‘’*_ "
 # A final answer is short. A longer one is compared as text alone: on noise the parser of mathematics takes seconds.
@@ -40,12 +38,12 @@ def format_reward(completions: Sequence[Completion], **_: Any) -> list[float]:
         completions: Strings or message lists.
 
     Returns:
-        One reward a completion, in [0, 0.2].
+        One reward per completion, in [0, 0.2].
 
     Source:
         Haize Labs, j1-micro (2025), format reward.
     """
-    tags = [tag for name in JUDGE_SECTIONS for tag in (f"<{name}>", f"</{name}>")]
+    tags = [tag for name in SECTIONS for tag in (f"<{name}>", f"</{name}>")]
     texts = [completion_text(completion) for completion in completions]
     return [(sum(tag in text for tag in tags) / 8 + (read_scores(text) is not None) * 2 / 8) / 5 for text in texts]
 
@@ -58,7 +56,7 @@ def argmax_reward(completions: Sequence[Completion], label: Sequence[str], **_: 
         label: The better response of each row, "A" or "B".
 
     Returns:
-        One reward a completion: 1.0 where the winner is the label, else 0.0, as for a tie or scores that can't be read.
+        One reward per completion: 1.0 where the winner is the label, else 0.0 (a tie, or no scores).
 
     Raises:
         ValueError: If a label is neither "A" nor "B", or their number is not that of the completions.
@@ -87,7 +85,7 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[str | float]
         answer: The reference of each row, see `reference_answer`.
 
     Returns:
-        One reward a completion: 1.0 where they agree, else 0.0.
+        One reward per completion: 1.0 where they agree, else 0.0.
 
     Raises:
         ValueError: If a reference is empty or missing, or their number is not that of the completions.
@@ -99,17 +97,17 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[str | float]
 def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str | float], **_: Any) -> list[float]:
     r"""Reward an answer that is mathematically the reference: 0.5 for \frac{1}{2}.
 
-    Equal text counts first; the rest is asked of the math-verify library, which reads both sides as LaTeX. It is for
-    mathematical answers: to it a word is a product of letters. An answer over 300 characters is compared as text alone.
-    What the library can't parse or compare, or not within 2 seconds, earns 0. It can keep time only in the main thread
-    of a POSIX system; elsewhere it runs without a limit.
+    Equal text is enough; otherwise the math-verify library compares both sides as LaTeX. It is made for mathematical
+    answers: it reads a word as a product of letters. An answer of over 300 characters is compared as text only.
+    What the library can't parse or compare within 2 seconds gets 0. The time limit works only in the main thread of a
+    POSIX system; elsewhere there is none.
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
         answer: The reference of each row, see `reference_answer`.
 
     Returns:
-        One reward a completion: 1.0 where they agree, else 0.0.
+        One reward per completion: 1.0 where they agree, else 0.0.
 
     Raises:
         ValueError: If a reference is empty or missing, or their number is not that of the completions.
@@ -134,7 +132,7 @@ def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | f
         answer: The reference of each row, see `reference_answer`.
 
     Returns:
-        One reward a completion, in [0, 1]; 0.0 for an empty answer.
+        One reward per completion, in [0, 1]; 0.0 for an empty answer.
 
     Raises:
         ImportError: If the optional bert-score library is not installed.
@@ -154,63 +152,6 @@ def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | f
     return rewards
 
 
-def read_scores(text: str) -> tuple[float, float] | None:
-    r"""Read the judge's verdict: the last `\boxed{a, b}` of the scores section.
-
-    The numbers are ASCII digits with an optional decimal part. As in j1 no range is enforced, but both must be finite.
-
-    Args:
-        text: Any text; never raises.
-
-    Returns:
-        The scores of A and B, both at least 0, or None where there is no such pair.
-    """
-    pairs = _BOXED_PAIR.findall(read_section(text, "scores") or "")
-    if not pairs:
-        return None
-    score_a, score_b = (float(number) for number in pairs[-1])
-    return (score_a, score_b) if math.isfinite(score_a) and math.isfinite(score_b) else None
-
-
-def read_section(text: str, name: str) -> str | None:
-    """Return what stands between the last `<name>` and `</name>` after the thought.
-
-    The thought, where judges rehearse their tags, is all up to the first `</think>`, or the whole text where a
-    `<think>` at its start is never closed.
-
-    Args:
-        text: Any text.
-        name: The tag, e.g. "analysis".
-
-    Returns:
-        The content as written, or None where the section is missing or not closed.
-    """
-    before, closing, _ = _after_thought(text).rpartition(f"</{name}>")
-    _, opening, content = before.rpartition(f"<{name}>")
-    return content if opening and closing else None
-
-
-def extract_answer(text: str) -> str:
-    r"""Find the final answer: the `<answer>` section, else what stands after the thought.
-
-    Of the section, the last complete `\boxed{}` counts, else all of it; without a section, the last complete
-    `\boxed{}`, else the last line that is not blank.
-
-    Args:
-        text: Any text; never raises.
-
-    Returns:
-        The answer without surrounding white space, "" where there is none.
-    """
-    section = read_section(text, "answer")
-    boxed = _last_boxed(_after_thought(text) if section is None else section)
-    if boxed is not None:
-        return boxed.strip()
-    if section is not None:
-        return section.strip()
-    return _after_thought(text).strip().rpartition("\n")[2].strip()
-
-
 def reference_answer(text: str) -> str:
     r"""Find the final answer in a data set's reference.
 
@@ -221,8 +162,9 @@ def reference_answer(text: str) -> str:
         The last complete `\boxed{}`, else what follows the last `####`, without surrounding white space; all of it
         where that is empty.
     """
-    boxed = _last_boxed(text)
-    return (text.rpartition("####")[2] if boxed is None else boxed).strip() or text.strip()
+    solution = as_bytes(text)
+    boxed = find_last_boxed(solution, (0, len(solution)))
+    return (text.rpartition("####")[2] if boxed is None else as_text(solution[slice(*boxed)])).strip() or text.strip()
 
 
 def completion_text(completion: Completion) -> str:
@@ -299,27 +241,3 @@ def _load_bert_scorer() -> Any:
     except ImportError as error:
         raise ImportError("bertscore_reward needs the bert-score library: pip install 'cepo[bertscore]'") from error
     return BERTScorer(lang="en")
-
-
-def _after_thought(text: str) -> str:
-    """Return what follows the first `</think>`; nothing where a `<think>` at the start is never closed."""
-    thought, closing, rest = text.partition("</think>")
-    if closing:
-        return rest
-    return "" if thought.lstrip().startswith("<think>") else text
-
-
-def _last_boxed(text: str) -> str | None:
-    boxes: list[tuple[int, int]] = []
-    openings: list[int | None] = []
-    for brace in _BRACES.finditer(text):
-        if brace[0] == "}":
-            start = openings.pop() if openings else None
-            if start is not None:
-                boxes.append((start, brace.start()))
-        elif brace[0] == "{" or brace[0].startswith("\\boxed"):
-            openings.append(None if brace[0] == "{" else brace.end())
-    if not boxes:
-        return None
-    start, end = max(boxes)
-    return text[start:end]

@@ -31,7 +31,13 @@ def test_the_engine_on_kernels_in_the_interpreter() -> None:
     """Every test of interpreted_engine.py."""
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.kernels.checks"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / "kernels" / "interpreted_engine.py")],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            str(ROOT / "tests" / "jacobian" / "group" / "interpreted_engine.py"),
+        ],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

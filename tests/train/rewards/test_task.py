@@ -9,66 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
+from cepo.jacobian.reading.judge import read_scores
+from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.train.rewards import task as rewards
 from cepo.train.rewards.task import (
     argmax_reward,
     bertscore_reward,
     completion_text,
     exact_match,
-    extract_answer,
     format_reward,
     math_verify_reward,
-    read_scores,
-    read_section,
     reference_answer,
 )
+from tests.jacobian.reading.texts import ANY_TEXT, FUZZ, GOOD
 from tests.paths import DATA
-
-GOOD = (
-    "<specific_criteria>\nright\n</specific_criteria>\n<analysis>\nA is\n</analysis>\n"
-    "<scores>\n\\boxed{9, 3}\n</scores>"
-)
-FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=300)
-TAGS = ("<scores>", "</scores>", "<answer>", "</answer>", "</think>")
-PIECES = (*TAGS, "\\boxed{", "{", "}", "\\}", ", ", "9", "٣", "NaN", "####")
-ANY_TEXT = st.lists(st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=()), max_size=4)).map("".join)
-
-
-@pytest.mark.parametrize(
-    ("text", "scores"),
-    [
-        (GOOD, (9.0, 3.0)),
-        ("<scores>\\boxed{ 7.5 ,\n10 }</scores>", (7.5, 10.0)),
-        ("<scores>\\boxed{1, 2} no: \\boxed{3, 4}</scores>", (3.0, 4.0)),
-        ("<scores>\\boxed{1, 2}</scores><scores>\\boxed{3, 4}</scores>", (3.0, 4.0)),
-        ("<scores>\\boxed{1, 2}</scores> <scores>\\boxed{3, ", (1.0, 2.0)),
-        ("<scores>\\boxed{1, 2}</scores></think>" + GOOD, (9.0, 3.0)),
-        (GOOD + "</think>", None),
-        ("<think>" + GOOD + "</think>" + GOOD.replace("9, 3", "2, 8") + "</think>", (2.0, 8.0)),
-        ("\n<think>" + GOOD, None),
-        (GOOD.replace("right", "<think>"), (9.0, 3.0)),
-        ("\\boxed{9, 3}", None),
-        ("<scores>\\boxed{9, 3}", None),
-        ("</scores>\\boxed{9, 3}<scores>", None),
-        ("<scores>\\boxed{9}</scores>", None),
-        ("<scores>\\boxed{9, 3, 4}</scores>", None),
-        ("<scores>\\boxed{-9, 3}</scores>", None),
-        ("<scores>\\boxed{NaN, 3}</scores>", None),
-        ("<scores>\\boxed{inf, 3}</scores>", None),
-        ("<scores>\\boxed{٩, ٣}</scores>", None),
-        ("<scores>\\boxed{9\u00a0, 3}</scores>", None),
-        ("<scores>\\boxed{\ud800, 3}</scores>", None),
-        ("<scores>\\boxed{" + "9" * 10_000 + ", 3}</scores>", None),
-        ("<scores>\\boxed{" + "0" * 10_000 + "9, 3}</scores>", (9.0, 3.0)),
-        ("", None),
-    ],
-)
-def test_scores_are_read_from_the_last_section(text: str, scores: tuple[float, float] | None) -> None:
-    """Protects the verdict: the last pair of the last closed section after the thought, in ASCII digits, finite."""
-    assert read_scores(text) == scores
 
 
 @pytest.mark.parametrize(
@@ -139,28 +95,6 @@ def test_a_completion_of_another_kind_is_named(completion: Any) -> None:
     """Protects the rule that bad input is named: this is the caller's error, not the model's."""
     with pytest.raises(ValueError, match="completions holds"):
         completion_text(completion)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<think>4?</think><answer> 5 </answer>", "5"),
-        ("<answer>4</answer> or <answer>5</answer>", "5"),
-        ("<answer>it is \\boxed{5} dollars</answer> \\boxed{4}", "5"),
-        ("<answer>4</answer></think>so \\boxed{5}", "5"),
-        ("\\boxed{4} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed{\\boxed{5}}", "5"),
-        ("\\boxed{\\left\\{ 5 \\right.}", "\\left\\{ 5 \\right."),
-        ("\\boxed{5} then \\boxed{6", "5"),
-        ("one\n\n  five \n \n", "five"),
-        ("<answer></answer> 5", ""),
-        ("thoughts only</think>", ""),
-        ("<think> cut off at <answer>5</answer>", ""),
-    ],
-)
-def test_the_answer_is_tagged_else_boxed_else_last(text: str, answer: str) -> None:
-    """Protects the order in which an answer is looked for, and that braces are matched."""
-    assert extract_answer(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -276,13 +210,6 @@ def test_no_text_breaks_the_reasoners_rewards(text: str, reference: str) -> None
     assert exact_match([text], answer=["7" + reference])[0] in (0.0, 1.0)
     assert extract_answer(text) == extract_answer(text).strip()
     assert exact_match([f"</think><answer>{reference_answer(reference)}</answer>"], answer=["7"])[0] in (0.0, 1.0)
-
-
-@FUZZ
-@given(body=ANY_TEXT)
-def test_a_section_is_found_whatever_it_holds(body: str) -> None:
-    """Protects the reading of sections: tags of other sections inside do not cut it short."""
-    assert read_section(f"<think></think><note>{body}</note>", "note") == body
 
 
 def test_the_rewards_can_be_pickled() -> None:

@@ -1,0 +1,39 @@
+"""Protects what every training run shows and logs: one progress bar, and a file for all else."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from cepo.train.run import _printed_to, _shown
+
+
+def test_the_bar_shows_the_tasks_and_the_causal_reward_or_the_loss() -> None:
+    """A right verdict says more than a well-formed one; a fused reward's own task comes first."""
+    logs = {"rewards/format_reward/mean": 0.1, "rewards/causal/mean": 0.25, "loss": 0.0}
+    assert _shown(logs) == "task reward 0.10, causal reward 0.25"
+    assert _shown({**logs, "rewards/argmax_reward/mean": 0.5}) == "task reward 0.50, causal reward 0.25"
+    assert _shown({**logs, "causal/task": 0.75}) == "task reward 0.75, causal reward 0.25"
+    assert _shown({"loss": 1.5}) == "loss 1.50"
+    assert _shown({"train_runtime": 3.0}) == ""
+
+
+def test_prints_and_logs_go_to_the_file_until_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Handlers that hold the terminal's stream write to the file too, and get their stream back after an error."""
+    logger = logging.getLogger("cepo.test.held")
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+
+    def chatter() -> None:
+        with _printed_to(tmp_path / "log.txt"):
+            print("printed")
+            logger.warning("logged")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        chatter()
+    logger.removeHandler(handler)
+    assert handler.stream is sys.stderr
+    assert capsys.readouterr() == ("", "")
+    assert (tmp_path / "log.txt").read_text().split() == ["printed", "logged"]

@@ -1,0 +1,184 @@
+"""What every training run of ours does around a TRL trainer: its folder, its records, its progress bar, its log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from cepo.files import append_jsonl, make_folder, read_jsonl, replacing, write_jsonl
+
+METRICS = "metrics.jsonl"
+_LOG = "log.txt"
+_COMPLETE = "cepo_complete"  # written into a checkpoint when all of it is on disk
+_STATE = "trainer_state.json"
+# The first that is logged is shown: a right verdict or answer says more than a well-formed one.
+_TASK_REWARDS = (
+    "causal/task",
+    *(f"rewards/{name}/mean" for name in ("argmax_reward", "exact_match", "math_verify_reward", "bertscore_reward")),
+    "rewards/format_reward/mean",
+)
+
+
+def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None) -> Path:
+    """Train with one progress bar, and keep metrics.jsonl and log.txt in the output.
+
+    log.txt holds what the libraries print, warn and log meanwhile. metrics.jsonl holds one line per logged step, each
+    step once, also where a killed run goes on.
+
+    Args:
+        build: makes the TRL trainer, which saves its checkpoints in the output.
+        output: the run's folder.
+        checkpoint: where to go on from, or None.
+
+    Returns:
+        The checkpoint of the last step.
+    """
+    make_folder(output)
+    console = Console(file=sys.stderr)  # the stream that the libraries lose below
+    with _printed_to(output / _LOG):
+        trainer = build()
+        with _progress(console, visible=trainer.is_world_process_zero()) as progress:
+            trainer.add_callback(_RunRecord(output, progress))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.accelerator.wait_for_everyone()
+    reached = last_complete_checkpoint(output)
+    assert reached is not None  # _RunRecord saves the last step
+    return reached
+
+
+def trainer_defaults(seed: int) -> dict[str, Any]:
+    """Return our settings for any trainer of TRL; its own defaults (bf16, checkpointing) only cost time on a CPU."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "use_cpu": not cuda,
+        "bf16": cuda and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": cuda,
+        "logging_steps": 1,
+        "report_to": "tensorboard",
+        "save_steps": 50,
+        "save_total_limit": 2,
+        "seed": seed,
+        "disable_tqdm": True,  # the logged values are printed instead, to the log
+    }
+
+
+def lora_config(settings: Mapping[str, Any] | None) -> Any:
+    """Return peft's LoraConfig over all linear layers unless the settings say otherwise; None for None."""
+    if settings is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora is not a valid LoraConfig: {error}") from error
+
+
+def last_complete_checkpoint(output: Path) -> Path | None:
+    """Return the newest checkpoint whose every file was written, or None; a kill during a save leaves a partial one."""
+    complete = [folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()]
+    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
+def is_finished(folder: Path, max_steps: int) -> bool:
+    """Return whether a checkpoint or a trained model is that of the last step.
+
+    Args:
+        folder: what `run_trainer` or `write_final` wrote; a folder without a trainer's state is not finished.
+        max_steps: the last step; 0 or less stands for the step that the trainer planned.
+
+    Raises:
+        ValueError: if it has taken more steps than that.
+    """
+    if not (folder / _STATE).is_file():
+        return False
+    state = json.loads((folder / _STATE).read_text())
+    taken, wanted = state["global_step"], max_steps if max_steps > 0 else state["max_steps"]
+    if taken > wanted:
+        raise ValueError(
+            f"max_steps is {max_steps}, but the run in {str(folder.parent)!r} has taken {taken} steps; expected at "
+            f"least {taken}, or another output"
+        )
+    return bool(taken == wanted)
+
+
+def write_final(output: Path, checkpoint: Path) -> Path:
+    """Return OUTPUT/final, made from the checkpoint of the last step without what only training needs."""
+    final = output / "final"
+    ignore = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", _COMPLETE)
+    with replacing(final) as unfinished:
+        shutil.copytree(checkpoint, unfinished, ignore=ignore)
+    return final
+
+
+class _RunRecord(TrainerCallback):
+    """Marks complete checkpoints, keeps metrics.jsonl, and moves the progress bar."""
+
+    def __init__(self, output: Path, progress: Progress) -> None:
+        self._output, self._progress = output, progress
+        self._bar = progress.add_task("training", total=None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
+        metrics = self._output / METRICS
+        if state.is_world_process_zero and metrics.is_file():
+            # Lines after the checkpoint that is resumed from are about to be written again.
+            lines, _cut_short = read_jsonl(metrics)
+            kept = [line for _, line in lines if line["step"] <= state.global_step]
+            write_jsonl(metrics, kept if state.global_step else [])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress.update(self._bar, completed=state.global_step)
+        if state.global_step >= state.max_steps:
+            control.should_save = True  # whatever the strategy of saving is
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if shown := _shown(logs or {}):
+            self._progress.update(self._bar, description=f"training: {shown}")
+        if state.is_world_process_zero:
+            append_jsonl(self._output / METRICS, [{"step": state.global_step, **(logs or {})}])
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = self._output / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / _COMPLETE).touch()
+
+
+def _shown(logs: Mapping[str, float]) -> str:
+    """Return the values that the progress bar shows: the task's and the causal reward, or the loss of a warm start."""
+    task = [name for name in _TASK_REWARDS if name in logs][:1]
+    names = {"task reward": task, "causal reward": ["rewards/causal/mean"], "loss": [] if task else ["loss"]}
+    return ", ".join(f"{label} {logs[name]:.2f}" for label, found in names.items() for name in found if name in logs)
+
+
+def _progress(console: Console, *, visible: bool) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False, disable=not visible)
+
+
+@contextlib.contextmanager
+def _printed_to(path: Path) -> Iterator[None]:
+    """Send to a file what is printed, warned and logged by any library."""
+    with path.open("a", encoding="utf-8") as log, contextlib.ExitStack() as restored:
+        streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+        for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+            for handler in getattr(logger, "handlers", ()):
+                # Of this very class: logging's own subclasses write to files, or look sys.stderr up each time.
+                if type(handler) is logging.StreamHandler and handler.stream in streams:
+                    restored.callback(handler.setStream, handler.stream)
+                    handler.setStream(log)
+        restored.enter_context(contextlib.redirect_stdout(log))
+        restored.enter_context(contextlib.redirect_stderr(log))
+        yield
