@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cepo.jacobian.links import Link
-from cepo.jacobian.model import HeldModel
+from cepo.jacobian.model import HeldModel, ModelEngine
 from cepo.jacobian.passes import Pass, link_jacobians, passes_of
 from cepo.jacobian.protocol import Answer, Request
-from cepo.jacobian.records import Group, LinkJacobian, Rollout
+from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, sum_of_terms, target_terms
 
 
-class JacobianEngine:
+class JacobianEngine(ModelEngine):
     """Computes Jacobians by plain autograd, one rollout and one forward pass at a time.
 
     Serves any Hugging Face causal language model, in its own dtype, PEFT adapters on or off. The model is left as it
     was found: training flags restored, `param.grad` untouched, hooks removed, no graph kept. Autocast is switched off,
     so a float32 model is differentiated in float32 even inside a bf16 trainer.
 
-    Because every rollout is run alone, results do not depend on batch size or order.
+    Each rollout is run alone, with one backward pass per distinct (target, function, blocked spans), so results do not
+    depend on batch size or order.
 
     Args:
         model: a causal LM, PEFT-wrapped or not.
@@ -34,47 +34,16 @@ class JacobianEngine:
         ValueError: as `cepo.jacobian.model.HeldModel`.
     """
 
-    def __init__(self, model: Any, *, adapters: bool = True) -> None:
-        self._model = HeldModel(model, adapters=adapters)
-
-    @property
-    def width(self) -> int:
-        """D, the size of the embeddings that enter the first layer."""
-        return self._model.width
-
-    def refusal(self, rollout: Rollout) -> str | None:
-        """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
-        return self._model.refusal(rollout)
-
-    def jacobians(self, group: Group, links: Sequence[Link], *, context_energy: bool = True) -> Answer:
-        """Return, for each rollout of the group, the Jacobian of each link by the link's name.
-
-        J_AB = d s_B / d E(A), with E(A) the output of the embedding module at the positions of A, by exact reverse
-        mode. One forward pass per rollout; one backward pass per distinct (target, function, blocked spans).
-
-        Args:
-            group: well-formed rollouts of one prompt.
-            links: from `parse_link`.
-            context_energy: whether the records carry it.
-
-        Returns:
-            One dict per rollout; matrices are detached, on the model's device, float32 or wider.
-
-        Raises:
-            ValueError: if a rollout is malformed or refused.
-        """
-        return next(self.compute([Request(group, tuple(links), context_energy)]))
-
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Yield the answer to each request, in order; see `jacobians` and `cepo.jacobian.protocol.Request`."""
-        self._model.check(requests)
+        """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`."""
+        self._check(requests)
         for request in requests:
-            with self._model.prepared():
+            with self._held.prepared():
                 answers = []
                 for rollout in request.group.rollouts:
                     gradients = self._gradients(rollout, passes_of(request.links))
                     answers.append(link_jacobians(rollout, request.links, gradients, request.context_energy))
-            yield combine(answers, request.signs)
+            yield answers
 
     def _gradients(self, rollout: Rollout, passes: Sequence[Pass]) -> dict[Pass, Tensor]:
         """Return the (T, D) gradient of each pass with respect to all embedding rows, from one forward pass."""
@@ -83,8 +52,8 @@ class JacobianEngine:
         row_of = {position: index for index, position in enumerate(rows)}
         filled = rows + rows[-1:] * (FEWEST_HEAD_ROWS - len(rows))
         # Tokens after the last row that predicts a target have no part in any target function.
-        ids_BT = torch.tensor([rollout.token_ids[: rows[-1] + 1]], device=self._model.device)
-        with _watched(self._model, needs_layers=any(key.blocked for key in passes)) as watch:
+        ids_BT = torch.tensor([rollout.token_ids[: rows[-1] + 1]], device=self._held.embedding.weight.device)
+        with _watched(self._held, needs_layers=any(key.blocked for key in passes)) as watch:
             logits_PV = self._logits(ids_BT, filled)
             values = {
                 key: sum_of_terms(logits_PV[[row_of[term.position - 1] for term in terms]], terms)
@@ -107,9 +76,9 @@ class JacobianEngine:
         return gradients
 
     def _logits(self, ids_BT: Tensor, rows: Sequence[int]) -> Tensor:
-        keeps_rows = "logits_to_keep" in self._model.forward_takes
+        keeps_rows = "logits_to_keep" in self._held.forward_takes
         keep = {"logits_to_keep": torch.tensor(rows, device=ids_BT.device)} if keeps_rows else {}
-        output = self._model.forward(self._model.causal_lm, input_ids=ids_BT, use_cache=False, return_dict=True, **keep)
+        output = self._held.forward(self._held.causal_lm, input_ids=ids_BT, use_cache=False, return_dict=True, **keep)
         return output.logits[0] if keeps_rows else output.logits[0, list(rows)]
 
 
@@ -172,16 +141,3 @@ def _decoder_layers(model: Any) -> list[nn.Module]:
         f"links asks for a direct effect, but no list of {count} layers was found in {type(model).__name__}; "
         "ask for ':total' or ':residual' instead"
     )
-
-
-def combine(answers: Answer, signs: Sequence[Sequence[float]]) -> Answer:
-    """Return the rollouts' Jacobians summed with each row of signs, or the answers as they are where there are none."""
-    if not signs:
-        return answers
-    combined: Answer = []
-    for row in signs:
-        combined.append({})
-        for name, first in answers[0].items():
-            jac_SD = sum(sign * answer[name].jac_SD for sign, answer in zip(row, answers, strict=True))
-            combined[-1][name] = LinkJacobian(first.link, jac_SD, first.source_positions, (), None)  # type: ignore[arg-type]
-    return combined

@@ -1,7 +1,8 @@
-"""A live causal language model as the engines hold it: checked once, prepared for each call, left as it was found."""
+"""A live causal language model as engines hold it: checked once, prepared for each call, left as it was found."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
@@ -9,8 +10,9 @@ from typing import Any
 
 import torch
 
-from cepo.jacobian.protocol import Request
-from cepo.jacobian.records import Rollout
+from cepo.jacobian.links import Link
+from cepo.jacobian.protocol import Answer, Request
+from cepo.jacobian.records import Group, Rollout
 
 
 class HeldModel:
@@ -22,9 +24,8 @@ class HeldModel:
 
     Attributes:
         causal_lm: the model without PEFT's wrapper.
-        embedding: its input embedding module.
         forward: the forward of its class. An instance may carry a wrapper (accelerate's autocast), which is not called.
-        width: D, the size of the embeddings that enter the first layer.
+        forward_takes: the names of its parameters.
 
     Raises:
         ValueError: for an encoder-decoder model, a model without input embeddings, a prompt-learning adapter (its
@@ -53,42 +54,15 @@ class HeldModel:
         """The input embedding module."""
         return self.causal_lm.get_input_embeddings()
 
-    @property
-    def width(self) -> int:
-        """D, the size of the embeddings that enter the first layer."""
-        return int(self.embedding.weight.shape[-1])
-
-    @property
-    def vocabulary(self) -> int:
-        """V, the number of token ids."""
-        return int(self.embedding.weight.shape[0])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's inputs go."""
-        return self.embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embeddings."""
-        return self.embedding.weight.dtype
-
     def refusal(self, rollout: Rollout) -> str | None:
         """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
+        vocabulary = self.embedding.weight.shape[0]
         limit = getattr(self._text_config, "max_position_embeddings", None) or float("inf")
         tokens = rollout.token_ids
         if len(tokens) > limit:
             return f"too long: {len(tokens)} tokens, and the model takes {limit}"
-        outside = [token for token in tokens if not 0 <= token < self.vocabulary]
-        return f"token id {outside[0]} is outside the model's vocabulary of {self.vocabulary}" if outside else None
-
-    def check(self, requests: Sequence[Request]) -> None:
-        """Raise ValueError if a rollout of the requests has no Jacobians."""
-        for request in requests:
-            for rollout in request.group.rollouts:
-                problem = rollout.malformed or self.refusal(rollout)
-                if problem:
-                    raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
+        outside = [token for token in tokens if not 0 <= token < vocabulary]
+        return f"token id {outside[0]} is outside the model's vocabulary of {vocabulary}" if outside else None
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
@@ -100,7 +74,7 @@ class HeldModel:
             with (
                 torch.inference_mode(False),
                 torch.enable_grad(),
-                torch.autocast(self.device.type, enabled=False),
+                torch.autocast(self.embedding.weight.device.type, enabled=False),
                 adapters,
             ):
                 self.causal_lm.eval()
@@ -112,3 +86,55 @@ class HeldModel:
                 module.training = training
             for parameter, requires_grad in trainable:  # PEFT thaws adapters when it enables them again
                 parameter.requires_grad_(requires_grad)
+
+
+class ModelEngine(abc.ABC):
+    """What the engines on one live model have in common.
+
+    Args:
+        model: a causal LM, PEFT-wrapped or not.
+        adapters: False runs the base model with its adapters disabled (PEFT models only).
+    """
+
+    def __init__(self, model: Any, *, adapters: bool = True) -> None:
+        self._held = HeldModel(model, adapters=adapters)
+
+    @property
+    def width(self) -> int:
+        """D, the size of the embeddings that enter the first layer."""
+        return int(self._held.embedding.weight.shape[-1])
+
+    def refusal(self, rollout: Rollout) -> str | None:
+        """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
+        return self._held.refusal(rollout)
+
+    def jacobians(self, group: Group, links: Sequence[Link], *, context_energy: bool = True) -> Answer:
+        """Return, for each rollout of the group, the Jacobian of each link by the link's name.
+
+        J_AB = d s_B / d E(A), with E(A) the output of the embedding module at the positions of A, by exact reverse
+        mode.
+
+        Args:
+            group: well-formed rollouts of one prompt.
+            links: from `parse_link`.
+            context_energy: whether the records carry it; costs a backward pass through the whole prompt.
+
+        Returns:
+            One dict per rollout; matrices are detached, on the model's device, float32 or wider.
+
+        Raises:
+            ValueError: if a rollout is malformed or refused.
+        """
+        return next(self.compute([Request(group, tuple(links), context_energy)]))
+
+    @abc.abstractmethod
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`."""
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        """Raise ValueError if a rollout of the requests has no Jacobians."""
+        for request in requests:
+            for rollout in request.group.rollouts:
+                problem = rollout.malformed or self.refusal(rollout)
+                if problem:
+                    raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")

@@ -1,4 +1,4 @@
-"""What stages ask of each other: keys and values put behind one another, and their cotangents taken apart again."""
+"""What later segments ask of a segment's outputs, and the keys and values of ragged stages put together."""
 
 from __future__ import annotations
 
@@ -7,31 +7,61 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cepo.jacobian.group.cuts import Stage
-from cepo.jacobian.group.run import Cotangents, KeyValues, Segment
+from cepo.jacobian.group.cuts import HeadRow, Segment
+from cepo.jacobian.group.run import KeyValues
 
 
-def stacked(stage: Stage, segment: Segment, asked: dict[int, Cotangents]) -> Cotangents:
-    """Return the cotangents of the stage's active passes, (C, *shape) each: what its head rows and later stages ask."""
-    stacked: Cotangents = [None] * (1 + len(segment.keys_values))
-    if stage.head:
-        hidden_CBTD = segment.hidden_BTD.new_zeros(len(stage.active), *segment.hidden_BTD.shape)
-        place_of = {key: place for place, key in enumerate(stage.active)}
-        at = torch.tensor([[place_of[row.pass_index], row.owner, row.row] for row in stage.head]).to(hidden_CBTD.device)
-        stacked[0] = hidden_CBTD.index_put((at[:, 0], at[:, 1], at[:, 2]), segment.head_PD[: len(at)], accumulate=True)
-    if asked:
-        for output, like in enumerate(segment.keys_values):
-            parts = [asked[key][output + 1] if key in asked else None for key in stage.active]
-            stacked[output + 1] = torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
-    return stacked
+class Asked:
+    """The cotangents of a segment's outputs, one per pass, summed up as later segments send them.
+
+    Args:
+        passes: indices of the passes.
+
+    Attributes:
+        hidden_CBTD: of its hidden states, or None where they are not asked for.
+        keys_values: of its keys and values, (C, B, J, L, E) each; empty where they are not asked for.
+    """
+
+    def __init__(self, passes: Sequence[int]) -> None:
+        self.passes = tuple(passes)
+        self.hidden_CBTD: Tensor | None = None
+        self.keys_values: list[Tensor] = []
+
+    def shares(self, passes: Sequence[int]) -> list[int]:
+        """Return the places, among these passes, of those that this segment has too."""
+        return [place for place, key in enumerate(passes) if key in self.passes]
+
+    def add_head(self, rows: Sequence[HeadRow], head_PD: Tensor, shape_BTD: Sequence[int]) -> None:
+        """Add the cotangents of the head's rows; `job` of a row is the index along B."""
+        if not rows:
+            return
+        self.hidden_CBTD = head_PD.new_zeros(len(self.passes), *shape_BTD)
+        at = [(self.passes.index(row.pass_index), row.job, row.row) for row in rows]
+        passes_P, jobs_P, rows_P = torch.tensor(at, device=head_PD.device).unbind(1)
+        self.hidden_CBTD.index_put_((passes_P, jobs_P, rows_P), head_PD, accumulate=True)
+
+    def add_keys_values(self, passes: Sequence[int], sent: Sequence[Tensor]) -> None:
+        """Add cotangents of the keys and values, (passes, B, J, L, E) each; a pass not of this segment is dropped."""
+        shared = self.shares(passes)
+        if not shared or not sent:
+            return
+        if not self.keys_values:
+            self.keys_values = [tensor_C.new_zeros(len(self.passes), *tensor_C.shape[1:]) for tensor_C in sent]
+        own = torch.tensor([self.passes.index(passes[place]) for place in shared], device=sent[0].device)
+        for total_C, tensor_C in zip(self.keys_values, sent, strict=True):
+            total_C.index_add_(0, own, tensor_C if len(shared) == len(passes) else tensor_C[shared])
+
+    def of_outputs(self, keys_values: int) -> list[Tensor | None]:
+        """Return the cotangents of hidden states and of that many keys and values; None is zero."""
+        given: list[Tensor | None] = [*self.keys_values] or [None] * keys_values
+        return [self.hidden_CBTD, *given]
 
 
 def append_stage(
-    middle: KeyValues, lengths: Sequence[int], new: KeyValues, stage: Stage
+    middle: KeyValues, lengths: Sequence[int], new: KeyValues, stage: Segment
 ) -> tuple[KeyValues, list[int]]:
-    """Return keys and values with a ragged stage behind the ragged ones before it, and their lengths."""
-    added = [end - start for start, end in zip(stage.starts, stage.ends, strict=True)]
-    total = [length + more for length, more in zip(lengths, added, strict=True)]
+    """Return the keys and values of ragged stages with a ragged stage after them, and their lengths."""
+    total = [length + len(ids) for length, ids in zip(lengths, stage.ids, strict=True)]
     if not middle:
         return [tensor.detach() for tensor in new], total
     width = middle[0].shape[2]
@@ -47,35 +77,21 @@ def append_stage(
     ], total
 
 
-def slice_of_stage(cotangent_BJLE: Tensor, stage: Stage, stem_end: int) -> Tensor:
+def slice_of_stage(cotangent_CBJLE: Tensor, stage: Segment, stem_end: int) -> Tensor:
     """Return a stage's part of the cotangents of everything between the stem and a later stage; 0 at its padding."""
-    length = stage.length
+    width = cotangent_CBJLE.shape[3]
     offsets = [start - stem_end for start in stage.starts]
-    if not any(offsets) and length == cotangent_BJLE.shape[2]:
-        return cotangent_BJLE
-    index_BT = torch.tensor(
-        [[min(offset + at, cotangent_BJLE.shape[2] - 1) for at in range(length)] for offset in offsets],
-        device=cotangent_BJLE.device,
-    )
-    real_BT = torch.tensor(
-        [[at < end - start for at in range(length)] for start, end in zip(stage.starts, stage.ends, strict=True)],
-        device=cotangent_BJLE.device,
-    )
-    return _gather(cotangent_BJLE, index_BT) * real_BT[:, None, :, None]
+    if not any(offsets) and stage.length == width:
+        return cotangent_CBJLE
+    columns = range(stage.length)
+    index_BT = torch.tensor([[min(offset + at, width - 1) for at in columns] for offset in offsets])
+    real_BT = torch.tensor([[at < len(ids) for at in columns] for ids in stage.ids])
+    cotangents, rollouts = cotangent_CBJLE.shape[:2]
+    index_NT = index_BT.repeat(cotangents, 1).to(cotangent_CBJLE.device)
+    part = _gather(cotangent_CBJLE.flatten(0, 1), index_NT).unflatten(0, (cotangents, rollouts))
+    return part * real_BT[:, None, :, None].to(part.device)
 
 
 def _gather(tensor_BJLE: Tensor, index_BT: Tensor) -> Tensor:
     rollouts, heads, _, size = tensor_BJLE.shape
     return tensor_BJLE.gather(2, index_BT[:, None, :, None].expand(rollouts, heads, -1, size))
-
-
-def add(left: Cotangents, right: Cotangents) -> Cotangents:
-    """Return the sum of two cotangents of the same outputs, where None is nothing."""
-    return [
-        one if other is None else other if one is None else one + other for one, other in zip(left, right, strict=True)
-    ]
-
-
-def mix(signs_NB: Tensor, tensor_B: Tensor) -> Tensor:
-    """Return N combinations of B rollouts' cotangents."""
-    return torch.tensordot(signs_NB.to(tensor_B), tensor_B, dims=1)

@@ -1,16 +1,15 @@
-"""Where rollouts are cut so that rows are shared, blocked or dropped: the group engine's plan, without a tensor.
+"""Where rollouts are cut so that rows are shared, blocked or dropped: the group engine's segments, without tensors.
 
-All rollouts of a prompt share a stem: every token before the first that differs or must be cut. Behind it a rollout
+All rollouts of a prompt share a stem: every token before the first that differs or must be cut. After it a rollout
 runs in stages. A stage ends where a blocked span begins or ends (so that dropping a stage's cotangents is the
-blocking), before a span that is a source (rows before it need no backward pass) and behind a span that is a target
-(later rows owe it nothing). At most one such cut is made between two spans: the others would save a tag.
+blocking), before a span that is a source (rows before it need no backward pass) and after a span that is a target
+(later rows contribute nothing to it). At most one such cut is made between two spans: a second one would save a tag.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from cepo.jacobian.passes import Pass, passes_of
 from cepo.jacobian.protocol import Request
@@ -22,7 +21,28 @@ _WORTH_A_SEGMENT = 16
 
 
 class UnservedError(Exception):
-    """Raised for a rollout that cannot be cut into segments; the oracle serves it."""
+    """Raised for what cannot be run in segments, with the reason; the oracle serves it."""
+
+
+@dataclass(frozen=True)
+class JobPass:
+    """One pass of one rollout.
+
+    Attributes:
+        key: the pass.
+        terms: the terms of its target function.
+        first_row: the first position whose gradient is wanted.
+        blocked: the positions [start, end) that no cotangent may cross.
+    """
+
+    key: Pass
+    terms: tuple[Term, ...]
+    first_row: int
+    blocked: tuple[tuple[int, int], ...]
+
+    def blocks(self, start: int, end: int) -> bool:
+        """Return whether the positions [start, end) lie within a blocked span."""
+        return start < end and any(first <= start and end <= last for first, last in self.blocked)
 
 
 @dataclass(frozen=True)
@@ -30,164 +50,121 @@ class Job:
     """One rollout of one request, cut.
 
     Attributes:
-        request: index of the request.
-        rollout: what is differentiated.
-        passes: the cotangents.
-        terms: for each pass the terms of its score.
-        first_rows: for each pass the first position whose gradient is wanted.
-        blocked: for each pass the positions [start, end) that no cotangent may pass.
+        number: its own among the jobs of one call, ascending in the order of the rollouts.
+        rollout: the rollout to differentiate.
+        passes: what the request's links need of it; all jobs of a request have the same keys.
         edges: ascending ends of the stages; nothing is run from the last one on.
     """
 
-    request: int
+    number: int
     rollout: Rollout
-    passes: tuple[Pass, ...]
-    terms: tuple[tuple[Term, ...], ...]
-    first_rows: tuple[int, ...]
-    blocked: tuple[tuple[tuple[int, int], ...], ...]
+    passes: tuple[JobPass, ...]
     edges: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class HeadRow:
-    """One row of the head: the term that it serves, for which rollout and pass, and where it stands in its segment."""
+    """One row of the head.
 
-    owner: int
+    Attributes:
+        job: the job that it serves: in a stage its place in the batch, in a stem its number.
+        pass_index: the pass that it serves.
+        sequence: the sequence of the segment's batch that it is read from.
+        row: its row within that sequence.
+        term: what is read.
+    """
+
+    job: int
     pass_index: int
+    sequence: int
     row: int
     term: Term
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One segment of several jobs, run as one padded batch.
+class Segment:
+    """Tokens that are run as one padded batch.
 
     Attributes:
-        starts: for each job the position of its first token.
-        ends: and that behind its last.
-        active: indices of the passes whose cotangents go back through this stage.
-        head: its rows of the head.
+        ids: the token ids of each sequence, ragged.
+        starts: the position of the first token of each.
+        head: rows of the head.
+        differentiated: whether a graph is kept.
+        active: in a stage, the indices of the passes whose cotangents go back through it.
     """
 
+    ids: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
-    ends: tuple[int, ...]
-    active: tuple[int, ...]
-    head: tuple[HeadRow, ...]
+    head: tuple[HeadRow, ...] = ()
+    differentiated: bool = False
+    active: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The position after the last token of each sequence."""
+        return tuple(start + len(ids) for start, ids in zip(self.starts, self.ids, strict=True))
 
     @property
     def length(self) -> int:
-        """Tokens a job, padding included."""
-        return max(end - start for start, end in zip(self.starts, self.ends, strict=True))
+        """Tokens per sequence, padding included."""
+        return max(map(len, self.ids))
+
+    @property
+    def rows(self) -> int:
+        """Token rows of one forward pass, padding included."""
+        return len(self.ids) * self.length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stem:
-    """What all jobs of a prompt share.
+    """What all jobs of a prompt share, the tokens [0, end); equal only to itself.
 
     Attributes:
-        ids: the tokens [0, end).
-        opening: [0, opening) is run without a graph, once for all prompts that begin with the same tokens.
-        start: [opening, start) is run without a graph for this prompt; [start, end) is differentiated.
-        end: first position behind the stem.
-        differentiated: whether any cotangent enters it.
-        head: rows of the head in [start, end); `owner` is an index into the jobs.
+        opening: [0, opening) is shared with other prompts and run once for all of them, without a graph.
+        constant: [opening, start), run without a graph for this prompt; None where it is empty.
+        segment: [start, end), run with a graph where any gradient is wanted in it.
     """
 
-    ids: tuple[int, ...]
     opening: int
-    start: int
-    end: int
-    differentiated: bool
-    head: tuple[HeadRow, ...]
+    constant: Segment | None
+    segment: Segment
+
+    @property
+    def start(self) -> int:
+        """First position of the segment."""
+        return self.segment.starts[0]
+
+    @property
+    def end(self) -> int:
+        """First position after the stem."""
+        return self.segment.ends[0]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Consecutive requests that share their prompt.
+def cut_request(request: Request, numbers: Iterator[int]) -> tuple[Job, ...]:
+    """Return the request's rollouts as jobs, longest first: neighbours of equal length need least padding.
 
-    Attributes:
-        requests: their indices.
-        jobs: the rollouts of those that can be cut, in order.
-        stem: what the jobs share; None where there are none.
-        unserved: request index -> why it cannot be cut.
+    Args:
+        request: the request.
+        numbers: the numbers of its rollouts, in their order.
+
+    Raises:
+        UnservedError: if a rollout cannot be cut.
     """
-
-    requests: tuple[int, ...]
-    jobs: tuple[Job, ...]
-    stem: Stem | None
-    unserved: Mapping[int, str]
-
-    def members(self, request: int) -> list[int]:
-        """Return the indices of a request's jobs, longest first: equal lengths side by side pad least."""
-        own = [index for index, job in enumerate(self.jobs) if job.request == request]
-        return sorted(own, key=lambda index: -self.jobs[index].edges[-1])
+    sources = {
+        key: {link.source for link in request.links if key in passes_of([link])} for key in passes_of(request.links)
+    }
+    jobs = [_cut_rollout(request, rollout, sources, next(numbers)) for rollout in request.group.rollouts]
+    return tuple(sorted(jobs, key=lambda job: -job.edges[-1]))
 
 
-def cut_all(requests: Sequence[Request]) -> list[Prompt]:
-    """Return the requests by prompt, with every rollout cut."""
-    found = []
-    numbered = enumerate(requests)
-    for _, run in groupby(numbered, key=lambda pair: pair[1].group.rollouts[0].prompt_ids):
-        indices, jobs, unserved = [], [], {}
-        for index, request in run:
-            indices.append(index)
-            passes = tuple(passes_of(request.links))
-            try:
-                jobs += [_cut_rollout(request, index, rollout, passes) for rollout in request.group.rollouts]
-            except UnservedError as error:
-                unserved[index] = str(error)
-        found.append(Prompt(tuple(indices), tuple(jobs), None, unserved))
-    cut = [place for place, prompt in enumerate(found) if prompt.jobs]
-    for place, stem in zip(cut, _stems([found[place].jobs for place in cut]), strict=True):
-        found[place] = replace(found[place], stem=stem)
-    return found
-
-
-def stages(jobs: Sequence[Job], stem_end: int) -> list[Stage]:
-    """Return the stages of jobs that share their passes and their number of edges; empty ones are left out."""
-    bounds = [(stem_end, *(max(edge, stem_end) for edge in job.edges)) for job in jobs]
-    found: list[Stage] = []
-    downstream: set[int] = set()  # passes that a later stage sends cotangents back for
-    for place in reversed(range(len(bounds[0]) - 1)):
-        starts, ends = tuple(bound[place] for bound in bounds), tuple(bound[place + 1] for bound in bounds)
-        if starts == ends:
-            continue
-        open_passes = [
-            index
-            for index in range(len(jobs[0].passes))
-            if any(job.first_rows[index] < end for job, end in zip(jobs, ends, strict=True))
-            and not any(
-                _inside(start, end, job.blocked[index]) for job, start, end in zip(jobs, starts, ends, strict=True)
-            )
-        ]
-        head = tuple(
-            HeadRow(owner, index, term.position - 1 - start, term)
-            for owner, (job, start, end) in enumerate(zip(jobs, starts, ends, strict=True))
-            for index in open_passes
-            for term in job.terms[index]
-            if max(start, job.first_rows[index]) <= term.position - 1 < end
-        )
-        active = tuple(
-            index for index in open_passes if index in downstream or any(row.pass_index == index for row in head)
-        )
-        downstream |= set(active)
-        found.append(Stage(starts, ends, active, head))
-    return found[::-1]
-
-
-def enters_stem(jobs: Sequence[Job], stem: Stem) -> tuple[int, ...]:
-    """Return the passes of the jobs whose gradient is wanted somewhere in the stem."""
-    return tuple(index for index in range(len(jobs[0].passes)) if any(job.first_rows[index] < stem.end for job in jobs))
-
-
-def _stems(jobs_by_prompt: Sequence[Sequence[Job]]) -> list[Stem]:
-    """Return the stem of each prompt's jobs; prompts that need no gradient at their beginning share an opening."""
+def stems_of(jobs_by_prompt: Sequence[Sequence[Job]]) -> tuple[Segment | None, list[Stem]]:
+    """Return the opening shared by prompts that need no gradient at their beginning, and the stem of each prompt."""
     ends = [_stem_end(jobs) for jobs in jobs_by_prompt]
     firsts = [
-        min([end, *(row for job in jobs for row in job.first_rows)])
+        min([end, *(each.first_row for job in jobs for each in job.passes)])
         for jobs, end in zip(jobs_by_prompt, ends, strict=True)
     ]
-    # At least one token stays behind the opening, for the stem to be a segment.
+    # At least one token stays after the opening, for the stem to be a segment.
     can_share = [
         jobs[0].rollout.token_ids[: min(first, end - 1)]
         for jobs, first, end in zip(jobs_by_prompt, firsts, ends, strict=True)
@@ -197,54 +174,77 @@ def _stems(jobs_by_prompt: Sequence[Sequence[Job]]) -> list[Stem]:
     shared = shared if shared >= _WORTH_A_SEGMENT else 0
     found = []
     for jobs, first, end in zip(jobs_by_prompt, firsts, ends, strict=True):
+        ids = jobs[0].rollout.token_ids
         opening = shared if first > 0 else 0
-        differentiated = any(row < end for job in jobs for row in job.first_rows)
-        start = first if differentiated and first - opening >= _WORTH_A_SEGMENT else opening
+        start = first if first < end and first - opening >= _WORTH_A_SEGMENT else opening
         head = tuple(
-            HeadRow(owner, index, term.position - 1 - start, term)
-            for owner, job in enumerate(jobs)
-            for index, terms in enumerate(job.terms)
-            for term in terms
-            if job.first_rows[index] <= term.position - 1 < end
+            HeadRow(job.number, index, 0, term.position - 1 - start, term)
+            for job in jobs
+            for index, each in enumerate(job.passes)
+            for term in each.terms
+            if each.first_row <= term.position - 1 < end
         )
-        found.append(Stem(jobs[0].rollout.token_ids[:end], opening, start, end, differentiated, head))
-    return found
+        constant = Segment((ids[opening:start],), (opening,)) if start > opening else None
+        found.append(Stem(opening, constant, Segment((ids[start:end],), (start,), head, first < end)))
+    return Segment((can_share[0][:shared],), (0,)) if shared else None, found
 
 
-def _cut_rollout(request: Request, index: int, rollout: Rollout, passes: tuple[Pass, ...]) -> Job:
-    terms = tuple(target_terms(rollout, key.target, key.function) for key in passes)
-    first_rows = []
-    for key in passes:
-        sources = [link.source for link in request.links if key in passes_of([link])]
-        needed = min(rollout.spans[name].positions[0] for name in sources)
-        first_rows.append(0 if request.context_energy else needed)
-    last = max(term.position for of_pass in terms for term in of_pass)
+def stages_of(jobs: Sequence[Job], stem_end: int) -> tuple[Segment, ...]:
+    """Return the stages of jobs of one request; empty ones are left out."""
+    bounds = [(stem_end, *(max(edge, stem_end) for edge in job.edges)) for job in jobs]
+    found: list[Segment] = []
+    downstream: set[int] = set()  # passes that a later stage sends cotangents back for
+    for place in reversed(range(len(bounds[0]) - 1)):
+        pieces = [(job, bound[place], bound[place + 1]) for job, bound in zip(jobs, bounds, strict=True)]
+        if all(start == end for _, start, end in pieces):
+            continue
+        open_passes = [
+            index
+            for index in range(len(jobs[0].passes))
+            if any(job.passes[index].first_row < end for job, _, end in pieces)
+            and not any(job.passes[index].blocks(start, end) for job, start, end in pieces)
+        ]
+        head = tuple(
+            HeadRow(sequence, index, sequence, term.position - 1 - start, term)
+            for sequence, (job, start, end) in enumerate(pieces)
+            for index in open_passes
+            for term in job.passes[index].terms
+            if max(start, job.passes[index].first_row) <= term.position - 1 < end
+        )
+        used = downstream | {row.pass_index for row in head}
+        active = tuple(index for index in open_passes if index in used)
+        downstream |= set(active)
+        ids = tuple(job.rollout.token_ids[start:end] for job, start, end in pieces)
+        found.append(Segment(ids, tuple(start for _, start, _ in pieces), head, bool(active), active))
+    return tuple(found[::-1])
+
+
+def _cut_rollout(request: Request, rollout: Rollout, sources: Mapping[Pass, set[str]], number: int) -> Job:
+    blocked = {name: _run_of(rollout, name) for key in sources for name in key.blocked}
+    passes = tuple(
+        JobPass(
+            key,
+            target_terms(rollout, key.target, key.function),
+            0 if request.context_energy else min(rollout.spans[name].positions[0] for name in names),
+            tuple(blocked[name] for name in key.blocked),
+        )
+        for key, names in sources.items()
+    )
+    last = max(term.position for each in passes for term in each.terms)
     split = len(rollout.prompt_ids)
     spans = sorted(
         (span for span in rollout.spans.values() if span.positions[0] >= split), key=lambda span: span.positions[0]
     )
-    blocked = {name: _run_of(rollout, name) for key in passes for name in key.blocked}
     edges = _edges(
-        spans,
-        blocked,
-        sources={link.source for link in request.links},
-        targets={key.target for key in passes},
+        spans, blocked, sources={link.source for link in request.links}, targets={key.target for key in sources}
     )
-    return Job(
-        index,
-        rollout,
-        passes,
-        terms,
-        tuple(first_rows),
-        tuple(tuple(blocked[name] for name in key.blocked) for key in passes),
-        (*(min(edge, last) for edge in edges), last),
-    )
+    return Job(number, rollout, passes, (*(min(edge, last) for edge in edges), last))
 
 
 def _edges(
     spans: Sequence[Span], blocked: Mapping[str, tuple[int, int]], sources: Iterable[str], targets: Iterable[str]
 ) -> list[int]:
-    """Return the cuts between the completion's spans, ascending, as many for every rollout with these span names."""
+    """Return the cuts between the completion's spans, ascending; rollouts with equal span names have equally many."""
     edges: list[int] = []
     for before, after in zip([None, *spans], [*spans, None], strict=True):
         must, may = [], []
@@ -282,7 +282,3 @@ def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
         if any(token != column[0] for token in column):
             return length
     return min(map(len, sequences))
-
-
-def _inside(start: int, end: int, runs: Sequence[tuple[int, int]]) -> bool:
-    return start < end and any(first <= start and end <= last for first, last in runs)

@@ -1,9 +1,9 @@
-"""One segment of a batch: the model's own modules on the keys and values of what came before, and its backward pass."""
+"""One segment: the model's own modules on the keys and values of what came before, and its backward pass."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,61 +13,67 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from cepo.jacobian.group.swaps import Swaps, sum_of_terms_through_head
-from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term, sum_of_terms
+from cepo.jacobian.group.cuts import Segment
+from cepo.jacobian.group.swaps import Swaps, sum_of_terms_through_head, swapped
+from cepo.jacobian.model import HeldModel
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS, sum_of_terms
 from cepo.kernels.attention.door import attend
 from cepo.kernels.launch import Implementation
 
 # Keys and values, layer by layer: key of layer 0, value of layer 0, key of layer 1 ... each (B, J, L, E).
 KeyValues = list[Tensor]
-Cotangents = list[Tensor | None]  # of a segment's outputs: its hidden states, then its keys and values
 
 _ATTENTION = "cepo_prefix"
 
 
 @dataclass
-class Segment:
-    """One forward of a batch: its outputs, its leaves, and the cotangents of the rows that the head read."""
+class SegmentRun:
+    """One forward pass of a segment: its outputs, its leaf, and the cotangents of the rows that the head read.
+
+    Attributes:
+        keys_values: of the segment's own tokens.
+        leaf_BTD: what replaces the embeddings' output.
+        hidden_BTD: what enters the head.
+        head_PD: d(sum of the target functions) / d(hidden state), one row per row of the segment's head.
+    """
 
     keys_values: KeyValues
-    past: list[KeyValues]
     leaf_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
     hidden_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
     head_PD: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+@dataclass(frozen=True)
+class SegmentModel:
+    """A model that is run segment by segment, and what the kernels take over of it."""
+
+    held: HeldModel
+    swaps: Swaps
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Prepare the model, with our attention and the kernels in place; restore everything on the way out."""
+        with self.held.prepared(), _through_prefix_attention(self.held.causal_lm), swapped(self.swaps):
+            yield
+
+
 def run_segment(
-    model: Any,
-    forward: Callable[..., Any],
-    ids: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    past: list[KeyValues],
-    past_lengths: Sequence[int],
-    head: Sequence[tuple[int, int, Term]],
-    *,
-    differentiated: bool,
-    swaps: Swaps,
-) -> Segment:
-    """Run one segment of a batch.
+    model: SegmentModel, segment: Segment, past: Sequence[KeyValues] = (), past_lengths: Sequence[int] = (0,)
+) -> SegmentRun:
+    """Run one segment forward; inside `model.prepared()`.
 
     Args:
-        model: the causal LM.
-        forward: its class's forward, called with the model.
-        ids: the tokens of each rollout, ragged.
-        starts: position of the first of each.
+        model: the model.
+        segment: its tokens and the rows of its head.
         past: keys and values before the segment, in pieces along their length; the last may be ragged.
-        past_lengths: real length of each rollout's past.
-        head: (rollout, row, term) of each row that the head is wanted for.
-        differentiated: whether to keep a graph from a leaf in the embeddings' place.
-        swaps: what the kernels take over; its forwards are in place already.
+        past_lengths: real length of each sequence's past.
     """
-    device = model.get_input_embeddings().weight.device
-    tokens = max(map(len, ids))
-    ids_BT = torch.tensor([[*row, *[0] * (tokens - len(row))] for row in ids], device=device)
+    causal_lm, device, length = model.held.causal_lm, model.held.embedding.weight.device, segment.length
+    ids_BT = torch.tensor([[*row, *[0] * (length - len(row))] for row in segment.ids], device=device)
     positions_BT = torch.tensor(
         [
-            [start + min(at, max(len(row) - 1, 0)) for at in range(tokens)]
-            for row, start in zip(ids, starts, strict=True)
+            [start + min(at, max(len(row) - 1, 0)) for at in range(length)]
+            for row, start in zip(segment.ids, segment.starts, strict=True)
         ],
         device=device,
     )
@@ -75,34 +81,34 @@ def run_segment(
         [piece for piece in past if piece],
         torch.tensor(past_lengths, device=device),
         max(past_lengths),
-        swaps.attention,
+        model.swaps.attention,
     )
-    segment = Segment(cache.keys_values, past)
-    read = [(rollout, row) for rollout, row, _ in head]
+    run = SegmentRun(cache.keys_values)
+    read = [(row.sequence, row.row) for row in segment.head]
     rows = torch.tensor(read + read[-1:] * (FEWEST_HEAD_ROWS - len(read)), dtype=torch.long, device=device)
+    rows_PD = torch.empty(0)
 
     def embed(module: Any, inputs: Any, output_BTD: Tensor) -> Tensor:
-        segment.leaf_BTD = output_BTD.detach().clone().requires_grad_(differentiated)
-        return segment.leaf_BTD
+        run.leaf_BTD = output_BTD.detach().clone().requires_grad_(segment.differentiated)
+        return run.leaf_BTD
 
     def enter_head(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        segment.hidden_BTD = inputs[0]
-        rows_PD = inputs[0][rows[:, 0], rows[:, 1]] if head else inputs[0][0, :0]
-        captured.append(rows_PD)
-        # Where the kernels form the targets, the model's own logits are of no rows.
-        put_in_PD = rows_PD if swaps.head == "torch" else rows_PD[:0]
+        nonlocal rows_PD
+        run.hidden_BTD = inputs[0]
+        rows_PD = inputs[0][rows[:, 0], rows[:, 1]] if read else inputs[0][0, :0]
+        # Where the kernels form the target functions, the model's own head gets no rows.
+        put_in_PD = rows_PD if model.swaps.head == "torch" else rows_PD[:0]
         return (put_in_PD[None], *inputs[1:])
 
-    captured: list[Tensor] = []
     handles = [
-        model.get_input_embeddings().register_forward_hook(embed),
-        model.get_output_embeddings().register_forward_pre_hook(enter_head),
+        model.held.embedding.register_forward_hook(embed),
+        causal_lm.get_output_embeddings().register_forward_pre_hook(enter_head),
     ]
     token = _CACHE.set(cache)
     try:
-        with torch.set_grad_enabled(differentiated):
-            output = forward(
-                model,
+        with torch.set_grad_enabled(segment.differentiated):
+            output = model.held.forward(
+                causal_lm,
                 input_ids=ids_BT,
                 position_ids=positions_BT,
                 past_key_values=cache,
@@ -113,23 +119,31 @@ def run_segment(
         _CACHE.reset(token)
         for handle in handles:
             handle.remove()
-    if head:
-        terms = [term for _, _, term in head]
-        if swaps.head == "torch":
-            score = sum_of_terms(output.logits[0], terms)
+    if read:
+        terms = [row.term for row in segment.head]
+        if model.swaps.head == "torch":
+            value = sum_of_terms(output.logits[0], terms)
         else:
-            weight_VD = model.get_output_embeddings().weight
-            score = sum_of_terms_through_head(captured[0], weight_VD, terms, implementation=swaps.head)
-        (segment.head_PD,) = torch.autograd.grad(score, captured)
-    return segment
+            weight_VD = causal_lm.get_output_embeddings().weight
+            value = sum_of_terms_through_head(rows_PD, weight_VD, terms, implementation=model.swaps.head)
+        (gradient_PD,) = torch.autograd.grad(value, [rows_PD])
+        run.head_PD = gradient_PD[: len(read)]
+    return run
 
 
-def backward(segment: Segment, cotangents: Cotangents, inputs: Sequence[Tensor], *, keep: bool = False) -> list[Tensor]:
-    """Return what C cotangents of a segment's outputs become at the inputs, each (C, *shape), in one batched pass."""
-    outputs = [segment.hidden_BTD, *segment.keys_values]
-    given = [
-        (output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if cotangent is not None
-    ]
+def backward(
+    run: SegmentRun, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor], *, keep: bool = False
+) -> list[Tensor]:
+    """Return what C cotangents of a segment's outputs become at the inputs, each (C, *shape), in one batched pass.
+
+    Args:
+        run: the segment.
+        cotangents: of its hidden states, then of its keys and values, (C, *shape) each; None is zero.
+        inputs: tensors of its graph.
+        keep: whether the graph is needed again.
+    """
+    outputs = [run.hidden_BTD, *run.keys_values]
+    given = [(output, sent) for output, sent in zip(outputs, cotangents, strict=True) if sent is not None]
 
     def pull(*cotangent: Tensor) -> tuple[Tensor, ...]:
         # An input that nothing reaches has a gradient of zeros.
@@ -142,21 +156,21 @@ def backward(segment: Segment, cotangents: Cotangents, inputs: Sequence[Tensor],
             materialize_grads=True,
         )
 
-    of_each = [cotangent_C for _, cotangent_C in given]
-    if len(of_each[0]) == 1:  # a batch of one would only cost the batching
-        return [gradient[None] for gradient in pull(*(cotangent_C[0] for cotangent_C in of_each))]
+    of_each = [sent_C for _, sent_C in given]
+    if len(of_each[0]) == 1:  # batching a single cotangent only costs time
+        return [gradient[None] for gradient in pull(*(sent_C[0] for sent_C in of_each))]
     # Not is_grads_batched: that is PyTorch's older vmap, which knows no rule of a custom function, ours included.
     return list(torch.func.vmap(pull)(*of_each))
 
 
-def leaves_of(keys_values: KeyValues, rollouts: int, differentiated: bool) -> KeyValues:
-    """Return the keys and values as leaves of their own for each rollout; expanded, not copied."""
-    return [tensor.detach().expand(rollouts, -1, -1, -1).requires_grad_(differentiated) for tensor in keys_values]
+def leaves_of(keys_values: KeyValues, sequences: int, differentiated: bool) -> KeyValues:
+    """Return the keys and values as new leaves for that many sequences; expanded, not copied."""
+    return [tensor.detach().expand(sequences, -1, -1, -1).requires_grad_(differentiated) for tensor in keys_values]
 
 
 @contextlib.contextmanager
-def through_prefix_attention(model: Any) -> Iterator[None]:
-    """Have the model's layers call our attention, by the name under which transformers knows it."""
+def _through_prefix_attention(model: Any) -> Iterator[None]:
+    """Let the model's layers call our attention, by the name that it has in transformers."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     names = [(config, config._attn_implementation) for config in configs.values()]
     try:
@@ -169,7 +183,7 @@ def through_prefix_attention(model: Any) -> Iterator[None]:
 
 
 class _SegmentCache(Cache):
-    """Takes the keys and values of a segment as its layers make them, and gives our attention what came before."""
+    """Collects the keys and values of a segment layer by layer, and gives our attention those before it."""
 
     def __init__(self, past: list[KeyValues], past_lengths_B: Tensor, length: int, kernels: Implementation) -> None:
         super().__init__(layers=[])
@@ -178,7 +192,7 @@ class _SegmentCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if 2 * layer_idx != len(self.keys_values):
-            raise ValueError(f"layer {layer_idx} came out of turn; expected each layer once, in order")
+            raise ValueError(f"layer {layer_idx} updated its cache out of order; expected each layer once")
         self.keys_values += [key_states, value_states]
         return key_states, value_states
 
@@ -186,7 +200,7 @@ class _SegmentCache(Cache):
         return self.length
 
     def past_of_layer(self, like_BJTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values before the segment, of the layer that was updated last."""
+        """Return the keys and values before the segment of the layer that was updated last."""
         layer = len(self.keys_values) - 2
         both = []
         for which in (layer, layer + 1):
@@ -209,10 +223,10 @@ def _attend(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Our attention behind transformers' interface."""
+    """Run our attention through transformers' interface."""
     for name in ("s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
-            raise ValueError(f"its attention asks for {name}")
+            raise ValueError(f"its attention uses {name}")
     cache = _CACHE.get()
     output_BHTE = attend(
         query_BHTE,

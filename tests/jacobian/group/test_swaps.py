@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from cepo.jacobian.engines import new_engine
-from cepo.jacobian.group import engine as group_module
+from cepo.jacobian.group import trial as trial_module
 from cepo.jacobian.group.engine import GroupEngine
-from cepo.jacobian.group.run import backward
+from cepo.jacobian.group.run import SegmentRun, backward
 from cepo.jacobian.group.swaps import Swaps, find_swaps, swapped
 from cepo.jacobian.records import Group
 from tests.jacobian.group.test_engine import PAPER, assert_same, ragged_rollout
@@ -81,7 +81,7 @@ def test_kernels_that_fail_their_trial_are_left_out(
         def one_swap(model: Any, own: Any, kernels: str, forward: Any = forward) -> Swaps:
             return Swaps(forwards=((model.model.norm, forward),)) if kernels == "auto" else Swaps()
 
-        monkeypatch.setattr(group_module, "find_swaps", one_swap)
+        monkeypatch.setattr(trial_module, "find_swaps", one_swap)
         engine = GroupEngine(model, kernels="auto")
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="cepo"):
@@ -140,13 +140,13 @@ def test_the_batched_backward_asks_custom_functions_for_their_rule(monkeypatch: 
             return Doubled.apply(cotangent)
 
     leaf, unused = torch.ones(1, 2, 3, requires_grad=True), torch.ones(4, requires_grad=True)
-    segment = group_module.Segment([], [], leaf, Outer.apply(leaf))
+    run = SegmentRun([], leaf, Outer.apply(leaf))
     cotangents = torch.arange(18.0).reshape(3, 1, 2, 3)
-    found, nothing = backward(segment, [cotangents], [leaf, unused], keep=True)
+    found, nothing = backward(run, [cotangents], [leaf, unused], keep=True)
     assert torch.equal(found, 2.0 * cotangents)
     assert torch.equal(nothing, torch.zeros(3, 4))
     assert sizes == [3]
-    (alone,) = backward(segment, [cotangents[:1]], [leaf])
+    (alone,) = backward(run, [cotangents[:1]], [leaf])
     assert torch.equal(alone, 2.0 * cotangents[:1])
     assert sizes == [3]
     for folder in ("kernels", "jacobian"):

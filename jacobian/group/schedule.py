@@ -1,0 +1,203 @@
+"""The group engine's schedule, which it runs and its plan adds up: prompts, their requests, chunks, stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count, groupby
+
+from cepo.jacobian.group.cost import ALLOCATOR, CostModel
+from cepo.jacobian.group.cuts import HeadRow, Job, Segment, Stem, UnservedError, cut_request, stages_of, stems_of
+from cepo.jacobian.protocol import Request
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Jobs of one request that run at once.
+
+    Attributes:
+        jobs: the rollouts, longest first.
+        stages: what they run after the stem, first to last.
+        entering: the passes whose cotangents enter the stem; one cotangent per pass and job.
+        stem_rows: indices of the rows of the stem's head that serve these jobs.
+        stem_head: these rows; `job` is the place in the chunk.
+        at_once: how many cotangents go back through the stem at once.
+    """
+
+    jobs: tuple[Job, ...]
+    stages: tuple[Segment, ...]
+    entering: tuple[int, ...]
+    stem_rows: tuple[int, ...]
+    stem_head: tuple[HeadRow, ...]
+    at_once: int
+
+    @property
+    def stem_batches(self) -> list[range]:
+        """The cotangents that enter the stem, numbered pass by pass and job by job, in batches."""
+        count = len(self.entering) * len(self.jobs)
+        return [range(start, min(start + self.at_once, count)) for start in range(0, count, self.at_once)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request that is served: its chunks, and the stem that it shares with its prompt's other requests."""
+
+    stem: Stem
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All work of one call.
+
+    Attributes:
+        opening: what prompts share, run before the first of them; None where it is not worth it.
+        works: by request, in order; why it is not served where it is not.
+    """
+
+    opening: Segment | None
+    works: tuple[Work | str, ...]
+
+
+def schedule(requests: Sequence[Request], cost: CostModel, budget: float) -> Schedule:
+    """Return the work that the requests need, in chunks that fit the budget in bytes."""
+    numbers = count()
+    jobs_of: dict[int, tuple[Job, ...]] = {}
+    works: dict[int, Work | str] = {}
+    for index, request in enumerate(requests):
+        try:
+            jobs_of[index] = cut_request(request, numbers)
+        except UnservedError as error:
+            works[index] = str(error)
+    by_prompt = groupby(jobs_of, key=lambda index: requests[index].group.rollouts[0].prompt_ids)
+    prompts = [list(indices) for _, indices in by_prompt]
+    opening, stems = stems_of([[job for index in indices for job in jobs_of[index]] for indices in prompts])
+    for indices, stem in zip(prompts, stems, strict=True):
+        at_once = cost.stem_cotangents_at_once(stem, budget)
+        for index in indices:
+            size = _chunk_size(jobs_of[index], stem, cost, budget)
+            works[index] = Work(stem, chunks_of(jobs_of[index], stem, size=size, at_once=at_once))
+    return Schedule(opening, tuple(works[index] for index in range(len(requests))))
+
+
+def chunks_of(jobs: Sequence[Job], stem: Stem, *, size: int, at_once: int) -> tuple[Chunk, ...]:
+    """Return jobs of one request in chunks of `size`."""
+    return tuple(_chunk(jobs[start : start + size], stem, at_once) for start in range(0, len(jobs), size))
+
+
+def bytes_needed(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
+    """Return the bytes of a chunk's stages, those of the stem and what the allocator holds back included."""
+    passes = len(chunk.jobs[0].passes)
+    return ALLOCATOR * (cost.stem_bytes(stem) + cost.stages_bytes(chunk.stages, passes, len(chunk.entering), stem))
+
+
+def _chunk(jobs: Sequence[Job], stem: Stem, at_once: int) -> Chunk:
+    stages = stages_of(jobs, stem.end)
+    place_of = {job.number: place for place, job in enumerate(jobs)}
+    in_stem = [
+        (index, replace(row, job=place_of[row.job]))
+        for index, row in enumerate(stem.segment.head)
+        if row.job in place_of
+    ]
+    sent = {index for stage in stages for index in stage.active} | {row.pass_index for _, row in in_stem}
+    entering = tuple(index for index in sorted(sent) if any(job.passes[index].first_row < stem.end for job in jobs))
+    return Chunk(
+        tuple(jobs), stages, entering, tuple(index for index, _ in in_stem), tuple(row for _, row in in_stem), at_once
+    )
+
+
+def _chunk_size(jobs: Sequence[Job], stem: Stem, cost: CostModel, budget: float) -> int:
+    """Return how many of the jobs, longest first, run at once within the budget, at least one."""
+    longest = max((stage.length for stage in stages_of(jobs[:1], stem.end)), default=1)
+    size = min(len(jobs), max(1, cost.rows_at_once // longest))
+    while size > 1 and bytes_needed(_chunk(jobs[:size], stem, 1), stem, cost) > budget:
+        size = (size + 1) // 2
+    return size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of one kind of segment: a row is one token in one forward or backward pass, padding included."""
+
+    segment: str
+    forward: int = 0
+    backward: int = 0
+    head: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a computation runs.
+
+    Attributes:
+        rows: by segment: "opening" (shared by all prompts), "stem" (shared by a prompt's rollouts), "stages".
+        flops: floating-point operations of the matrix products; a mixture of experts is counted whole.
+        peak_bytes: estimated peak of the memory that the computation adds to the model, allocator overhead included.
+        chunks: rollouts in each chunk of the stages.
+    """
+
+    rows: tuple[Rows, ...]
+    flops: float
+    peak_bytes: float
+    chunks: tuple[int, ...]
+
+    @property
+    def forward_rows(self) -> int:
+        """Forward rows of all segments."""
+        return sum(row.forward for row in self.rows)
+
+    @property
+    def backward_rows(self) -> int:
+        """Backward rows of all segments."""
+        return sum(row.backward for row in self.rows)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows through the head, each once forward and once back."""
+        return sum(row.head for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{'segment':<10}{'forward':>10}{'backward':>10}{'head':>8}"]
+        lines += [f"{row.segment:<10}{row.forward:>10,}{row.backward:>10,}{row.head:>8,}" for row in self.rows]
+        lines.append(f"{'all':<10}{self.forward_rows:>10,}{self.backward_rows:>10,}{self.head_rows:>8,}")
+        lines.append(
+            f"{self.flops / 1e12:.3f} TFLOP, about {self.peak_bytes / 2**30:.2f} GiB beside the model, "
+            f"chunks of {', '.join(map(str, sorted(set(self.chunks), reverse=True))) or 'none'} rollouts"
+        )
+        return "\n".join(lines)
+
+
+def plan_of(work: Schedule, cost: CostModel) -> Plan:
+    """Return the rows, FLOPs and memory that a schedule adds up to."""
+    total = {kind: Rows(kind) for kind in ("opening", "stem", "stages")}
+    flops = peak = 0.0
+
+    def add(kind: str, segment: Segment | None, cotangents: int = 0) -> None:
+        nonlocal flops
+        if segment is None:
+            return
+        head = max(FEWEST_HEAD_ROWS, len(segment.head)) if segment.head else 0
+        back, old = cotangents * segment.rows, total[kind]
+        total[kind] = Rows(kind, old.forward + segment.rows, old.backward + back, old.head + head)
+        context = sum(segment.starts) / len(segment.starts) + segment.length / 2
+        flops += cost.flops(segment.rows, context, backward=False) + cost.flops(back, context, backward=True)
+        flops += 4.0 * cost.head * head
+
+    served = [each for each in work.works if isinstance(each, Work)]
+    add("opening", work.opening)
+    for stem, run in groupby(served, key=lambda each: each.stem):
+        chunks = [chunk for each in run for chunk in each.chunks]
+        add("stem", stem.constant)
+        add("stem", stem.segment, sum(len(batch) for chunk in chunks for batch in chunk.stem_batches))
+        for chunk in chunks:
+            for stage in chunk.stages:
+                add("stages", stage, len(stage.active))
+            peak = max(peak, _peak(chunk, stem, cost))
+    return Plan(tuple(total.values()), flops, peak, tuple(len(chunk.jobs) for each in served for chunk in each.chunks))
+
+
+def _peak(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
+    cotangents = len(chunk.entering) * len(chunk.jobs)
+    back = cost.stem_backward_bytes(cotangents, min(chunk.at_once, cotangents), stem) if cotangents else 0.0
+    return max(bytes_needed(chunk, stem, cost), ALLOCATOR * (cost.stem_bytes(stem) + back))

@@ -1,0 +1,144 @@
+"""The trial of twelve tokens: whether a model can be run in segments, with which kernels, and at what cost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from cepo.jacobian.autograd import JacobianEngine
+from cepo.jacobian.group.chunk import chunk_answers, chunk_gradients, run_stem
+from cepo.jacobian.group.cost import CostModel, measured_cost
+from cepo.jacobian.group.cuts import Segment, UnservedError
+from cepo.jacobian.group.run import KeyValues, SegmentModel, leaves_of, run_segment
+from cepo.jacobian.group.schedule import schedule
+from cepo.jacobian.group.swaps import Swaps, find_swaps
+from cepo.jacobian.links import Link, parse_link
+from cepo.jacobian.model import HeldModel
+from cepo.jacobian.protocol import Request
+from cepo.jacobian.records import Group, Rollout, Span
+from cepo.kernels.launch import Implementation
+
+logger = logging.getLogger("cepo")
+
+# The largest relative difference of a Jacobian that rounding explains. A wrong formula is off by about 1.
+_ROUNDING = {torch.bfloat16: 0.3, torch.float16: 0.3}
+_ROUNDING_OF_WIDE = 1e-3
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that can be run in segments, and its costs."""
+
+    model: SegmentModel
+    cost: CostModel
+
+
+def try_segments(held: HeldModel, oracle: JacobianEngine, kernels: Implementation) -> Served:
+    """Return the model as it can be run in segments, after a look at its layers and a comparison with the oracle.
+
+    Args:
+        held: the model.
+        oracle: of the same model.
+        kernels: what may be taken over; with "auto", kernels that fail the trial are left out.
+
+    Raises:
+        UnservedError: if it cannot be run in segments, with the reason.
+    """
+    with held.prepared():
+        _check_architecture(held)
+        with _failures_named():
+            swaps = find_swaps(held.causal_lm, held.forward, kernels)
+        if kernels == "auto" and swaps != Swaps():
+            try:
+                return _compared(SegmentModel(held, swaps), oracle)
+            except UnservedError as error:
+                logger.warning("the group engine goes on without kernels: %s", error)
+                swaps = Swaps()
+        return _compared(SegmentModel(held, swaps), oracle)
+
+
+def default_links(group: Group) -> tuple[Link, ...]:
+    """Return Z->X, X->Y and Z->Y of the group's first, second and last span."""
+    names = tuple(group.rollouts[0].spans)
+    roles = {"Z": names[0], "X": names[1], "Y": names[-1]}
+    return tuple(parse_link(text, names=names, roles=roles) for text in ("Z->X", "X->Y", "Z->Y"))
+
+
+def _check_architecture(held: HeldModel) -> None:
+    if held.causal_lm.get_output_embeddings() is None:
+        raise UnservedError("it has no output embeddings")
+    missing = [name for name in ("position_ids", "past_key_values") if name not in held.forward_takes]
+    if missing:
+        raise UnservedError(f"its forward takes no {' and no '.join(missing)}")
+    layers = DynamicCache(config=held.causal_lm.config).layers
+    others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    if others:
+        raise UnservedError(f"its cache holds {', '.join(others)}, not whole keys and values")
+
+
+def _compared(model: SegmentModel, oracle: JacobianEngine) -> Served:
+    """Return the model and its costs if it gives the oracle's Jacobians."""
+    embedding_VD = model.held.embedding.weight
+    group = Group((_rollout(len(embedding_VD)),))
+    request = Request(group, default_links(group))
+    with _failures_named():
+        wanted = next(oracle.compute([request]))[0]
+        with model.prepared():
+            cost = _measured_cost(model, group.rollouts[0].token_ids)
+            (work,) = schedule([request], cost, math.inf).works
+            assert not isinstance(work, str)
+            (chunk,) = work.chunks
+            stem = run_stem(model, work.stem, [])
+            (found,) = chunk_answers(request, chunk, chunk_gradients(model, chunk, stem)).values()
+    for name, record in wanted.items():
+        difference = float((found[name].jac_SD - record.jac_SD).norm() / record.jac_SD.norm().clamp_min(1e-30))
+        if not difference <= _ROUNDING.get(embedding_VD.dtype, _ROUNDING_OF_WIDE):  # a NaN is refused too
+            raise UnservedError(f"a trial in segments gave another {name}, by {difference:.1e} relative")
+    return Served(model, cost)
+
+
+@contextlib.contextmanager
+def _failures_named() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a foreign forward may raise anything, and the oracle can still serve the model
+        raise UnservedError(f"a trial in segments failed with {type(error).__name__}: {error}") from error
+
+
+def _rollout(vocabulary: int) -> Rollout:
+    """Return twelve tokens with three spans."""
+    ids = tuple((7 * place + 3) % vocabulary for place in range(12))
+    positions = {"Z": (1, 2, 3, 4), "X": (6, 7, 8), "Y": (10, 11)}
+    return Rollout(ids[:5], ids[5:], {name: Span(name, at, (), (), "") for name, at in positions.items()})
+
+
+def _measured_cost(model: SegmentModel, ids: Sequence[int]) -> CostModel:
+    """Return the model's costs, with the bytes that its graph keeps measured on three tiny runs."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.held.causal_lm.parameters()}
+
+    def saved_bytes(start: int, end: int, before: KeyValues) -> int:
+        sizes: dict[int, int] = {}
+        kept: list[Tensor] = []  # alive, so that no address is used twice
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+            return tensor
+
+        segment = Segment((tuple(ids[start:end]),), (start,), differentiated=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run_segment(model, segment, [leaves_of(before, 1, True)], [start])
+        return sum(sizes.values())
+
+    before = run_segment(model, Segment((tuple(ids[:8]),), (0,))).keys_values
+    return measured_cost(model.held.causal_lm, saved_bytes(0, 4, []), saved_bytes(0, 8, []), saved_bytes(8, 12, before))
