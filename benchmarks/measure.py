@@ -1,4 +1,4 @@
-"""Seconds, peak memory and matmul rate of one process, and the facts that a figure is worthless without."""
+"""Seconds, peak memory and matmul rate of one process, and the machine and versions that a result needs beside it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one case took.
+    """The time and memory of one case.
 
     Attributes:
         seconds: of one run, or the median of three where the first took less than two seconds.
-        peak_bytes: the most that the first run held beside what was there before, its answers included; None where the
-            system does not tell.
-        runs: how many were timed.
+        peak_bytes: the most memory that the first run added, with its answers; None where the system does not report
+            it.
+        runs: number of timed runs.
     """
 
     seconds: float
@@ -37,10 +37,10 @@ class Measurement:
 
 
 def measure(run: Callable[[], T], device: torch.device) -> tuple[T, Measurement]:
-    """Run a case and return its answer with what it took.
+    """Run a case and return its answer with its time and memory.
 
     Args:
-        run: the case; it should have been run before at some size, so that nothing is compiled or loaded now.
+        run: the case; run it once before at some size, so that nothing is compiled or loaded while it is timed.
         device: where it works.
     """
     before = _reset_peak(device)
@@ -54,14 +54,14 @@ def measure(run: Callable[[], T], device: torch.device) -> tuple[T, Measurement]
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, width: int, inner: int, seconds: float) -> float:
-    """Return the best rate of a large matrix product of the shape of the model's MLP, in operations a second.
+    """Return the best rate of a large matrix product of the shape of the model's MLP, in operations per second.
 
     Args:
         dtype: of the model.
         device: where to measure.
         width: D.
         inner: width of the MLP.
-        seconds: how long to try.
+        seconds: time to spend.
     """
     rows = 8192 if device.type == "cuda" else 1024
     left = torch.randn(rows, width, device=device).to(dtype)
@@ -106,14 +106,14 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _reset_peak(device: torch.device) -> float | None:
-    """Let go of what nobody holds, reset the high-water mark and return the bytes that are held now."""
+    """Free unused memory, reset the high-water mark and return the bytes in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps back would hide as much of the next peak
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide part of the next peak
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):
         return None

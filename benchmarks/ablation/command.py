@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cepo.benchmarks.ablation.figures import draw_figures
 from cepo.benchmarks.ablation.group import sweep_group
 from cepo.benchmarks.ablation.summary import AblateSummary, summarise_sweep
-from cepo.benchmarks.ablation.sweep import Sweep, plan_sweep
+from cepo.benchmarks.ablation.sweep import Sweep
 from cepo.benchmarks.ablation.tables import merge_groups, read_malformed, read_values, write_group
 from cepo.eval.score.rows import Line, is_text, read_input, read_rollout, task_reward
 from cepo.files import claim, fingerprint, write_jsonl
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.records import Score
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import (
     check_device,
@@ -39,11 +38,8 @@ class AblateJob:
         model: see `resolve_model`.
         input: JSONL file of rollouts, as for `cepo score`.
         output: folder for the tables, the plots and the finished groups; new, empty, or of the same sweep.
-        counterfactuals: values of K.
-        ranks: see `plan_sweep`.
-        powers: exponents p.
-        scores: named scores S.
-        config: links, weights, permutation, target and seed. Rewards are fused of all links, each alone, each removed.
+        sweep: what varies, from `plan_sweep`.
+        config: links, weights, permutation, target and seed, which stay the same.
         raw: take prompt text as it is, without the chat template.
         dtype: dtype of the weights.
         device: where to run.
@@ -53,11 +49,8 @@ class AblateJob:
     model: str
     input: Path
     output: Path
-    counterfactuals: tuple[int, ...]
-    ranks: tuple[str, ...]
-    powers: tuple[float, ...]
-    scores: tuple[Score, ...]
-    config: RewardConfig = field(default_factory=RewardConfig)
+    sweep: Sweep
+    config: RewardConfig
     raw: bool = False
     dtype: str = "float32"
     device: str = "cpu"
@@ -82,12 +75,14 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
         ValueError: for arguments, input or a model that cannot be used, or an output of another sweep; all but a model
             that does not load before the model is loaded.
     """
-    sweep = check_job(job)
+    sweep = job.sweep
+    if job.dtype not in _DTYPES:
+        raise ValueError(f"dtype is {job.dtype!r}; expected one of {', '.join(_DTYPES)}")
     lines, _ = read_input(job.input)
     source = resolve_model(job.model)
     width = embedding_width(source)
     if width:
-        _check_width(job, sweep, width)
+        _check_width(job, width)
     check_device(job.device)
     tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
     if not job.raw and not getattr(tokenizer, "chat_template", None) and any(is_text(line) for line in lines):
@@ -98,8 +93,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
         "command": "ablate",
         "model": model_fingerprint(source),
         "input": fingerprint(job.input),
-        "config": asdict(job.config),
-        **{name: getattr(job, name) for name in ("counterfactuals", "ranks", "powers", "scores", "raw", "dtype")},
+        **{name: value for name, value in asdict(job).items() if name in ("sweep", "config", "raw", "dtype")},
     }
     there = [path for path in job.output.glob("*") if path.name != "settings.json"]
     claim(job.output / "settings.json", settings, results=[*there, *folders])
@@ -108,7 +102,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     if pending:
         model, _ = load_model(source, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code)
         engine = GroupEngine(model)
-        _check_width(job, sweep, engine.width)
+        _check_width(job, engine.width)
     for done, number in enumerate(pending, start=len(groups) - len(pending)):
         if progress is not None:
             progress(done, len(groups))
@@ -131,23 +125,8 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     return AblateSummary(job.output, len(lines) - len(malformed), len(groups), resumed, malformed, tuple(rows))
 
 
-def check_job(job: AblateJob) -> Sweep:
-    """Return the sweep, or raise ValueError for the first argument that cannot be used; reads no file."""
-    if job.dtype not in _DTYPES:
-        raise ValueError(f"dtype is {job.dtype!r}; expected one of {', '.join(_DTYPES)}")
-    if not isinstance(job.config.seed, int) or job.config.seed < 0:
-        raise ValueError(f"seed is {job.config.seed!r}; expected an integer >= 0")
-    return plan_sweep(
-        job.config,
-        counterfactuals=job.counterfactuals,
-        ranks=job.ranks,
-        powers=job.powers,
-        scores=job.scores,
-    )
-
-
-def _check_width(job: AblateJob, sweep: Sweep, width: int) -> None:
-    for hardening in sweep.hardenings:
+def _check_width(job: AblateJob, width: int) -> None:
+    for hardening in job.sweep.hardenings:
         hardening.applied_to(job.config).check_width(width)
 
 

@@ -67,7 +67,7 @@ def plan_sweep(
     powers: Sequence[float],
     scores: Sequence[Score],
 ) -> Sweep:
-    """Return the grid of all values, with the paper's hardening; reads no file.
+    """Return the grid of all values, with the paper's hardening. Rewards are of all links, each alone, each removed.
 
     Args:
         config: links, weights, permutation, target and seed, which stay the same.
@@ -89,6 +89,8 @@ def plan_sweep(
             raise ValueError(f"{name} is {values!r}; expected a sequence of at least one value")
         if len(set(values)) < len(values):
             raise ValueError(f"{name} is {', '.join(map(str, values))}; expected each value once")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise ValueError(f"seed is {config.seed!r}; expected an integer >= 0")
     hardenings = {Hardening(k, *_read_rank(text)) for text in ranks for k in counterfactuals}
     if len(hardenings) < len(ranks) * len(counterfactuals):
         raise ValueError(f"ranks is {', '.join(ranks)}; expected each value once")

@@ -1,4 +1,4 @@
-"""The contenders: each schedule as something that can be run on a workload, counted, and compared with the oracle."""
+"""The schedules that are compared: what each computes on a workload, its cost, and its distance from the oracle."""
 
 from __future__ import annotations
 
@@ -33,28 +33,26 @@ from cepo.jacobian.protocol import Engine, Request
 
 PEERS = ("reference", "padded", "functional", "captum")
 EXACT, ONLY = "group: all links, exact", "group: X->Y"
-REFERENCE, PADDED = "reference schedule", "padded autograd"
+REFERENCE_SCHEDULE, PADDED = "reference schedule", "padded autograd"
 
-# Relative Frobenius error of a Jacobian. Two orders above what rounding was seen to do.
+# Relative Frobenius error of a Jacobian. Two orders of magnitude above observed rounding.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
-# In half precision rounding is what plain autograd in that precision does to the same Jacobians: twice that, for
-# sums taken in another order, and never so much that a wrong formula could hide in it (a wrong sign is 2, a row
-# that is one token off 1.4).
+# In half precision: twice the error of plain autograd in that precision, since sums are taken in another order, but
+# never so much that a wrong formula could hide in it (a wrong sign is 2, rows that are one token off 1.4).
 _NARROW_FACTOR, _NARROW_LIMIT = 2.0, 0.25
 
 
 @dataclass(frozen=True)
 class Case:
-    """One schedule.
+    """A schedule: one way to compute the Jacobians.
 
     Attributes:
         name: what the row is called.
-        links: what it answers for every rollout of the base.
-        run: workload and rollouts at once -> Jacobians; ours choose their chunks by themselves.
+        links: links that it answers for every rollout as sampled.
+        run: workload and rollouts at once -> Jacobians; the group engine chooses its own chunks.
         count: workload -> its cost.
-        peer: which of PEERS it is; None for the group engine.
+        peer: one of PEERS; None for the group engine.
         alone: whether it runs one rollout at a time, so that its time is proportional to their number.
-        batched: whether it heeds the number of rollouts at once, so that fewer need less memory.
     """
 
     name: str
@@ -63,12 +61,16 @@ class Case:
     count: Callable[[Workload], Counts]
     peer: str | None = None
     alone: bool = False
-    batched: bool = False
+
+    @property
+    def batched(self) -> bool:
+        """Whether fewer rollouts at once need less memory."""
+        return self.peer is not None and not self.alone
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be measured on, and what the Jacobians of a small workload must be.
+    """A model to measure on, and the right Jacobians of a small workload.
 
     Attributes:
         name: of the model.
@@ -77,9 +79,9 @@ class Subject:
         cost: its cost model.
         check: the small workload.
         wanted: its Jacobians by the oracle, in float32 or wider.
-        tolerance: largest relative error that is rounding.
-        oracle_error: of the oracle in the model's own precision.
-        matmul: the machine's rate at the shape of its MLP, operations a second.
+        tolerance: largest relative error that rounding explains.
+        oracle_error: error of the oracle in the model's own precision.
+        matmul: the machine's rate at the shape of its MLP, in operations per second.
         device: where it is.
     """
 
@@ -95,7 +97,7 @@ class Subject:
     device: torch.device
 
     def matmul_rate(self, seconds: float) -> float:
-        """Measure the rate once more, for some seconds."""
+        """Measure the rate again, for this many seconds."""
         config = self.model.config
         return matmul_rate(self.model.dtype, self.device, config.hidden_size, config.intermediate_size, seconds)
 
@@ -108,7 +110,7 @@ def new_subject(
     check: Workload,
     seed: int,
 ) -> Subject:
-    """Build a model with random weights and find out what its Jacobians are.
+    """Build a model with random weights, and compute its Jacobians by the oracle.
 
     Args:
         name: of the model.
@@ -137,65 +139,72 @@ def new_subject(
 
 
 def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
-    """Return the reference schedule, where it is asked for, then the group engine's cases, then the other peers.
+    """Return the reference schedule, where it is asked for, then the group engine's schedules, then the other peers.
 
     Args:
         subject: the model.
         peers: some of PEERS.
     """
-    model, cost = subject.model, subject.cost
+    model = subject.model
     xy = {"X->Y": 1.0}
-    cases = [
-        Case(
-            REFERENCE,
+
+    def peer(
+        kind: str,
+        name: str,
+        links: tuple[str, ...],
+        run: Callable[[Workload, int], Jacobians],
+        *,
+        alone: bool = False,
+        **cost: bool,
+    ) -> Case:
+        return Case(name, links, run, lambda workload: count_rows(subject.cost, workload, links, **cost), kind, alone)
+
+    found = [
+        peer(
+            "reference",
+            REFERENCE_SCHEDULE,
             ALL_LINKS,
             lambda workload, batch: reference_jacobians(model, workload),
-            lambda workload: count_rows(cost, workload, ALL_LINKS, whole_head=True, always_both=True),
-            peer="reference",
             alone=True,
+            whole_head=True,
+            always_both=True,
         ),
         _group_case(subject, EXACT, PAPER_LINKS),
         _group_case(subject, "group: all links, base only", PAPER_LINKS, counterfactuals=0),
         _group_case(subject, ONLY, xy),
         _group_case(subject, "group: X->Y, with influence", xy, influence=True),
-        Case(
+        peer(
+            "padded",
             PADDED,
             ALL_LINKS,
             lambda workload, batch: padded_jacobians(model, workload, links=ALL_LINKS, batch=batch),
-            lambda workload: count_rows(cost, workload, ALL_LINKS),
-            peer="padded",
-            batched=True,
         ),
-        Case(
+        peer(
+            "padded",
             "padded autograd: X->Y",
             ONLY_XY,
             lambda workload, batch: padded_jacobians(model, workload, links=ONLY_XY, batch=batch),
-            lambda workload: count_rows(cost, workload, ONLY_XY),
-            peer="padded",
-            batched=True,
         ),
-        Case(
+        peer(
+            "functional",
             "torch.func vmap of vjp",
             ALL_LINKS,
             lambda workload, batch: functional_jacobians(model, workload),
-            lambda workload: count_rows(cost, workload, ALL_LINKS, always_both=True),
-            peer="functional",
             alone=True,
+            always_both=True,
         ),
-        Case(
+        peer(
+            "captum",
             "captum: X->Y",
             ONLY_XY,
             lambda workload, batch: captum_jacobians(model, workload, batch=batch),
-            lambda workload: count_rows(cost, workload, ONLY_XY),
-            peer="captum",
-            batched=True,
         ),
     ]
-    return [case for case in cases if case.peer is None or case.peer in peers]
+    return [case for case in found if case.peer is None or case.peer in peers]
 
 
 def engine_jacobians(engine: Engine, requests: Sequence[Request]) -> Jacobians:
-    """Return an engine's answers, each under what it is the Jacobian of."""
+    """Return an engine's answers by what each is the Jacobian of."""
     found: Jacobians = {}
     for request, answer in zip(requests, engine.compute(requests), strict=True):
         for rollout, records in zip(request.group.rollouts, answer, strict=True):
@@ -221,7 +230,7 @@ def worst_error(found: Jacobians, wanted: Jacobians, expected: Sequence[Key]) ->
 
 
 def base_keys(case: Case, workload: Workload) -> list[Key]:
-    """Return what a case must answer, whichever counterfactuals it asks for."""
+    """Return what a schedule must answer, whichever counterfactuals it asks for."""
     return [(link, rollout.token_ids) for link in case.links for rollout in workload.rollouts]
 
 
@@ -239,7 +248,7 @@ def _group_case(subject: Subject, name: str, links: Mapping[str, float], **optio
 
 
 def _requests(workload: Workload, links: Mapping[str, float], **options: Any) -> list[Request]:
-    """Return what the reward would ask an engine for."""
+    """Return the requests that a reward would make of an engine."""
     config = RewardConfig.paper(
         links=links, influence=False, counterfactuals=workload.counterfactuals, seed=workload.seed
     )

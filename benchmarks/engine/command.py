@@ -1,20 +1,15 @@
-"""`cepo bench`: the group engine against its peers, timed in one process once the values agree with the oracle."""
+"""`cepo bench`: the group engine beside its peers, timed in one process once the values agree with the oracle."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from cepo.benchmarks.engine.cases import (
@@ -22,7 +17,7 @@ from cepo.benchmarks.engine.cases import (
     ONLY,
     PADDED,
     PEERS,
-    REFERENCE,
+    REFERENCE_SCHEDULE,
     Case,
     Subject,
     base_keys,
@@ -33,10 +28,11 @@ from cepo.benchmarks.engine.cases import (
 from cepo.benchmarks.engine.figures import draw_scaling
 from cepo.benchmarks.engine.peers import Jacobians, Workload
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, Size, random_workload
+from cepo.benchmarks.engine.tables import RATIOS, results_table, results_text
 from cepo.benchmarks.measure import environment, measure
+from cepo.files import append_jsonl, make_folder, write_text
 
 _SCALED = (PADDED, ONLY, EXACT)
-_RATIOS = ("speedup", "speedup_by_rows", "speedup_by_flops")
 Row = dict[str, Any]
 
 
@@ -50,14 +46,13 @@ def run_benchmark(
     device: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Table:
-    """Compare values, then time the group engine and its peers on the same rollouts, and record what came of it.
+    """Compare values, then time the group engine and its peers on the same rollouts, and record the results.
 
     Every case first runs on a small workload whose Jacobians the oracle has computed (in half precision: a float32 copy
     of the model), which also warms it up; then it is timed, and those of its answers that the oracle knows are compared
     again. A case whose values differ is not given a time.
 
-    `output` gets one line a case in results.jsonl (appended), the table in bench.txt, and one PNG for each axis of the
-    scaling (replaced).
+    Appends a line per case to results.jsonl, and writes the table to bench.txt and a PNG per axis of the scaling.
 
     Args:
         size: "tiny", "small", "a100" or "h100".
@@ -66,7 +61,7 @@ def run_benchmark(
         peers: some of "reference", "padded", "functional" and "captum"; None for all. The group engine always runs.
         scaling: whether to measure how cost grows with G, Lz, Lx and K, and what a static opening of the prompt saves.
         device: "cpu" or "cuda"; None: "cuda" for a100 and h100, else "cpu".
-        progress: told what is run next.
+        progress: called with what runs next.
 
     Returns:
         The table.
@@ -75,11 +70,11 @@ def run_benchmark(
         ValueError: for an unknown size, peer or device, or a size that needs a GPU where there is none.
     """
     chosen, place, named_peers = _checked(size, peers, device)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     facts = {"size": size, "seed": seed, **environment(place)}
     log = _Log(output / "results.jsonl", facts, [], progress or (lambda text: None))
     for index, (name, config) in enumerate(chosen.models.items()):
-        log.progress(f"{name}: what the oracle says")
+        log.progress(f"{name}: the oracle")
         check = random_workload(config.vocab_size, chosen.check, seed)
         subject = new_subject(name, config, chosen.dtype, place, check, seed)
         cases = contenders(subject, named_peers)
@@ -91,8 +86,8 @@ def run_benchmark(
                 points = [row for row in log.rows if row["section"] == "scaling" and axis in row["axes"]]
                 draw_scaling(points, axis, f"{name}, {facts['device']}", output / f"scaling_{axis}.png")
         del subject, cases, agreed
-        _write_text(output / "bench.txt", _as_text(_table(size, log.rows), log.rows))
-    return _table(size, log.rows)
+        write_text(output / "bench.txt", results_text(size, log.rows))
+    return results_table(size, log.rows)
 
 
 def _checked(size: str, peers: Sequence[str] | None, device: str | None) -> tuple[Size, torch.device, tuple[str, ...]]:
@@ -114,7 +109,7 @@ def _checked(size: str, peers: Sequence[str] | None, device: str | None) -> tupl
 
 @dataclass(frozen=True)
 class _Log:
-    """Where rows go: the file, at once, so that a killed run keeps them, and the list."""
+    """The rows, each also appended to the file at once, so that a killed run keeps them."""
 
     path: Path
     facts: Row
@@ -123,8 +118,7 @@ class _Log:
 
     def add(self, row: Row) -> None:
         self.rows.append({**self.facts, **row})
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        append_jsonl(self.path, self.rows[-1:])
 
 
 def _run_shapes(subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log) -> list[Case]:
@@ -136,7 +130,7 @@ def _run_shapes(subject: Subject, cases: Sequence[Case], size: Size, vocabulary:
         for number, case in enumerate(cases):
             log.progress(f"{subject.name}, G {shapes.G}: {case.name} ({number + 1} of {len(cases)})")
             row = _measured(subject, case, workload, subject.wanted, checked=True, alone=size.alone)[0]
-            baseline = row if case.name == REFERENCE else baseline
+            baseline = row if case.name == REFERENCE_SCHEDULE else baseline
             log.add({"section": "peers", **_shapes_of(subject, shapes), **row, **_ratios(row, baseline)})
             if row["status"] not in ("ok", "out of memory"):
                 wrong.add(case.name)
@@ -153,7 +147,7 @@ def _run_static(subject: Subject, cases: Sequence[Case], size: Size, vocabulary:
     wanted: Jacobians = {}
     baseline: Row | None = None
     by_name = {case.name: case for case in cases}
-    plan = [(REFERENCE, shapes, workload), (EXACT, shapes, workload), (ONLY, shapes, workload)]
+    plan = [(REFERENCE_SCHEDULE, shapes, workload), (EXACT, shapes, workload), (ONLY, shapes, workload)]
     plan.append((EXACT, whole, differentiated))
     for name, of, given in plan:
         if name not in by_name:
@@ -163,7 +157,7 @@ def _run_static(subject: Subject, cases: Sequence[Case], size: Size, vocabulary:
         known = wanted if of is shapes else {key: jac_SD for key, jac_SD in wanted.items() if key[0] == "X->Y"}
         # One rollout is enough for a schedule that runs them one at a time.
         row, found = _measured(subject, by_name[name], given, known, checked=False, alone=1)
-        if name == REFERENCE:
+        if name == REFERENCE_SCHEDULE:
             baseline, wanted = row, found
         log.add({"section": "static", **_shapes_of(subject, of), **row, **_ratios(row, baseline)})
 
@@ -188,20 +182,20 @@ def _run_scaling(subject: Subject, cases: Sequence[Case], size: Size, vocabulary
 def _measured(
     subject: Subject, case: Case, workload: Workload, wanted: Jacobians, *, checked: bool, alone: int | None
 ) -> tuple[Row, Jacobians]:
-    """Return the row of a case, its time only if its values agree, and its Jacobians.
+    """Return the row of a case, with a time only if its values agree, and its Jacobians.
 
     Args:
         subject: the model.
         case: what to run.
-        workload: on what.
+        workload: what to run it on.
         wanted: Jacobians to compare with, of this workload or another.
         checked: whether to run the small workload first.
-        alone: how many rollouts to time a schedule on that runs them one at a time.
+        alone: number of rollouts to time a case on that runs one at a time; None for all.
     """
     # Where two that agree with the oracle are compared with each other, each may err by the tolerance.
     tolerance = subject.tolerance if checked else 2 * subject.tolerance
     row: Row = {"case": case.name, "status": "ok", "error": None, "tolerance": tolerance, "seconds": None}
-    # Measured beside each case as well: other work on the machine comes and goes.
+    # Measured beside each case as well, since the load of the machine changes.
     rate = max(subject.matmul, subject.matmul_rate(seconds=0.05))
     row |= {"oracle_error": subject.oracle_error, "matmul_flops_per_s": rate}
     if case.peer == "captum" and importlib.util.find_spec("captum") is None:
@@ -221,7 +215,7 @@ def _measured(
             if not case.batched or batch == 1:
                 return {**row, "status": "out of memory"}, {}
         except Exception as failure:
-            if case.peer is None:  # ours must not fail; a peer that cannot is no reason to lose the others' figures
+            if case.peer is None:  # ours must not fail; a peer that does must not cost the others their figures
                 raise
             return {**row, "status": f"failed with {type(failure).__name__}: {failure}"[:200]}, {}
         batch = (batch + 1) // 2
@@ -255,78 +249,11 @@ def _disagreement(error: float) -> Row:
 def _ratios(row: Row, baseline: Row | None) -> Row:
     """Return how many times faster than the reference schedule, as measured and as rows and operations predict."""
     if baseline is None or baseline["seconds"] is None or row["seconds"] is None:
-        return dict.fromkeys(_RATIOS)
+        return dict.fromkeys(RATIOS)
     rows, baseline_rows = (each["forward_rows"] + each["backward_rows"] for each in (row, baseline))
     ratios = (baseline["seconds"] / row["seconds"], baseline_rows / rows, baseline["flops"] / row["flops"])
-    return dict(zip(_RATIOS, ratios, strict=True))
+    return dict(zip(RATIOS, ratios, strict=True))
 
 
 def _shapes_of(subject: Subject, shapes: Shapes) -> Row:
     return {"model": subject.name, "dtype": str(subject.model.dtype).removeprefix("torch."), "shapes": asdict(shapes)}
-
-
-def _table(size: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=f"cepo bench, {size}: seconds only where J agrees with the oracle")
-    table.add_column("case")
-    for name in ("error of J", "seconds", "rollouts/s", "token rows/s", "peak MiB", "TFLOP", "of matmul"):
-        table.add_column(name, justify="right")
-    for name in ("× reference", "by rows", "by FLOPs"):
-        table.add_column(name, justify="right")
-    heading = ""
-    for row in rows:
-        if row["section"] == "scaling":
-            continue
-        shapes = row["shapes"]
-        opening = f"the first {shapes['opening']}" if shapes["opening"] else "none"
-        static = f"; {shapes['prompts']} prompts, {opening} static" if row["section"] == "static" else ""
-        lengths = " ".join(f"{name} {shapes[name]}" for name in ("G", "Lz", "Lx", "Ly", "K"))
-        if (title := f"{row['model']} {row['dtype']}, {lengths}{static}") != heading:
-            table.add_section()
-            table.add_row(f"[bold]{title}[/bold]")
-            heading = title
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
-        if row["seconds"] is None:
-            table.add_row(row["case"], error, f"[red]{escape(row['status'])}[/red]")
-            continue
-        everything = shapes["G"] * shapes["prompts"]
-        partly = row["measured_rollouts"] < everything
-        note = f" (scaled from {row['measured_rollouts']} of {everything} rollouts)" if partly else ""
-        halved = row["batch"] is not None and row["batch"] < row["measured_rollouts"]
-        note += f" (batches of {row['batch']})" if halved else ""
-        table.add_row(
-            row["case"] + note,
-            error,
-            f"{row['seconds']:.3g}",
-            f"{row['rollouts_per_s']:.3g}",
-            f"{row['rows_per_s']:,.0f}",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
-            f"{row['flops'] / 1e12:.3g}",
-            f"{row['matmul_fraction']:.0%}",
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in _RATIOS),
-        )
-    return table
-
-
-def _as_text(table: Table, rows: Sequence[Row]) -> str:
-    """Return the table with what it was measured on."""
-    first = rows[0]
-    versions = ", ".join(f"{name} {first[name]}" for name in ("driver", "torch", "triton", "transformers", "python"))
-    lines = [
-        f"{first['device']}, {first['threads']} threads, {versions}, commit {first['commit']}, seed {first['seed']}"
-    ]
-    for row in {row["model"]: row for row in reversed(rows) if row["section"] == "peers"}.values():
-        rate = max(other["matmul_flops_per_s"] for other in rows if other["model"] == row["model"])
-        lines.append(
-            f"{row['model']}: matrix products of its MLP run at {rate / 1e12:.3g} TFLOP/s; "
-            f"an error of J up to {row['tolerance']:.1e} passes"
-            + (f" (the oracle's own in {row['dtype']}: {row['oracle_error']:.1e})" if row["oracle_error"] else "")
-        )
-    stream = io.StringIO()
-    Console(file=stream, width=200).print(table)
-    return "\n".join(lines) + "\n" + stream.getvalue()
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -1,8 +1,7 @@
-"""How cost grows: one plot an axis, measured beside what the operations predict."""
+"""How cost grows: one plot per axis, as measured and as the operations predict."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from cepo.eval.report.figures import write_png
 
 _AXES = {
     "G": "rollouts of the prompt (G)",
@@ -22,13 +23,13 @@ _AXES = {
 def draw_scaling(rows: Sequence[Mapping[str, Any]], axis: str, title: str, path: Path) -> None:
     """Plot the seconds of each case along an axis, both logarithmic.
 
-    A dashed line is the operations at the rate of the case's first point: where the solid one leaves it, something
-    other than matrix products takes the time.
+    A dashed line shows the time that the operations would take at the rate of the case's first point: where the solid
+    line leaves it, something other than matrix products takes the time.
 
     Args:
-        rows: of results, one a case and point; those without a time are left out.
+        rows: one per case and point; those without a time are left out.
         axis: "G", "Lz", "Lx" or "K".
-        title: what was measured, on what.
+        title: model and device.
         path: of the PNG.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -57,6 +58,4 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], axis: str, title: str, path:
     plot.set_title(f"{title}\n" + ", ".join(f"{name} {value}" for name, value in others.items()), fontsize=9)
     if plot.lines:
         plot.legend(fontsize=8)
-    unfinished = path.with_suffix(".tmp")
-    figure.savefig(unfinished, format="png", dpi=130)
-    os.replace(unfinished, path)
+    write_png(path, figure)

@@ -1,10 +1,10 @@
-"""What the group engine is measured against: the same Jacobians by the roads that others take, and their cost."""
+"""What the group engine is compared with: the same Jacobians by the schedules of other tools, and their cost."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,18 @@ from cepo.jacobian.reading.reasoner import ReasonerLayout
 from cepo.jacobian.records import Rollout
 
 LAYOUT = ReasonerLayout()
-# What a Jacobian (S, D) is of: the link's name and the rollout's ids. So the answers of any two schedules can be
-# compared.
+# What a Jacobian (S, D) is of: the link's name and the rollout's ids. So any two schedules can be compared.
 Key = tuple[str, tuple[int, ...]]
 Jacobians = dict[Key, Tensor]
 
 ALL_LINKS = ("Z->X", "X->Y", "Z->Y:total")  # plain autograd has no direct effect
 ONLY_XY = ("X->Y",)
+_BOTH = ("rationale", "answer")
 
 
 @dataclass(frozen=True)
-class Variant:
-    """Rollouts that are run alike: as sampled or with one span permuted, and the links that are wanted of them."""
+class Version:
+    """The rollouts as sampled, or with one span permuted, and the links that are wanted of them."""
 
     rollouts: tuple[Rollout, ...]
     links: tuple[str, ...]
@@ -42,7 +42,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Workload:
-    """The rollouts that every contender gets, and how often they are permuted.
+    """The rollouts that every schedule gets, and how often they are permuted.
 
     Attributes:
         rollouts: of one prompt or several.
@@ -54,20 +54,20 @@ class Workload:
     counterfactuals: int
     seed: int
 
-    def variants(self, links: Sequence[str]) -> list[Variant]:
+    def versions(self, links: Sequence[str]) -> list[Version]:
         """Return the base and, for each source span of the links, the K permutations of it."""
-        found = [Variant(self.rollouts, tuple(links))]
+        found = [Version(self.rollouts, tuple(links))]
         for source in sorted({parsed(link).source for link in links}):
             from_source = tuple(link for link in links if parsed(link).source == source)
             for k in range(self.counterfactuals):
                 permuted = [permute_rollout(rollout, source, k, seed=self.seed) for rollout in self.rollouts]
-                found.append(Variant(tuple(rollout for rollout in permuted if rollout is not None), from_source))
+                found.append(Version(tuple(rollout for rollout in permuted if rollout is not None), from_source))
         return found
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one schedule costs.
+    """The cost of one schedule.
 
     Attributes:
         forward: token rows; a row is one token through one forward or one backward pass.
@@ -90,7 +90,7 @@ class Counts:
 
 
 def parsed(link: str) -> Link:
-    """Return the link that a name stands for."""
+    """Parse the name of a link."""
     return parse_link(link, names=LAYOUT.names, roles=LAYOUT.roles)
 
 
@@ -104,20 +104,16 @@ def reference_jacobians(model: Any, workload: Workload) -> Jacobians:
         model: a frozen causal LM in eval mode.
         workload: what to differentiate.
     """
-    found: Jacobians = {}
-    for variant in workload.variants(ALL_LINKS):
-        for rollout in variant.rollouts:
-            ids_T = torch.tensor(rollout.token_ids, device=model.device)
-            embeddings_BTD = _embedded(model, ids_T[None])
-            logits_TV = model(inputs_embeds=embeddings_BTD, use_cache=False).logits[0]
-            log_p_T = _log_likelihood(logits_TV, torch.cat([ids_T[1:], ids_T[:1]]))
-            gradients = {}
-            for target, keep in (("rationale", True), ("answer", False)):
-                score = log_p_T[_rows(rollout, [target])].sum()
-                (gradient_BTD,) = torch.autograd.grad(score, [embeddings_BTD], retain_graph=keep)
-                gradients[target] = gradient_BTD[0]
-            found |= _sources(rollout, variant.links, gradients)
-    return found
+
+    def gradients(rollouts: Sequence[Rollout], _: Sequence[str]) -> dict[str, Tensor]:
+        (rollout,) = rollouts
+        ids_T = torch.tensor(rollout.token_ids, device=model.device)
+        embeddings_BTD = _embedded(model, ids_T[None])
+        logits_TV = model(inputs_embeds=embeddings_BTD, use_cache=False).logits[0]
+        log_p_T = _log_likelihood(logits_TV, torch.cat([ids_T[1:], ids_T[:1]]))
+        return _backward({target: log_p_T[_rows(rollout, [target])].sum() for target in _BOTH}, embeddings_BTD)
+
+    return _differentiate(workload, ALL_LINKS, 1, gradients)
 
 
 def padded_jacobians(model: Any, workload: Workload, *, links: Sequence[str], batch: int) -> Jacobians:
@@ -131,22 +127,14 @@ def padded_jacobians(model: Any, workload: Workload, *, links: Sequence[str], ba
         links: names of the links.
         batch: rollouts at once.
     """
-    found: Jacobians = {}
-    for variant in workload.variants(links):
-        for start in range(0, len(variant.rollouts), batch):
-            rollouts = variant.rollouts[start : start + batch]
-            padded = _Padded(model, rollouts, variant.targets)
-            embeddings_BTD = _embedded(model, padded.ids_BT)
-            scores = padded.scores(embeddings_BTD)
-            gradients = {}
-            for target in variant.targets:
-                (gradients[target],) = torch.autograd.grad(
-                    scores[target].sum(), [embeddings_BTD], retain_graph=target != variant.targets[-1]
-                )
-            for row, rollout in enumerate(rollouts):
-                of_rollout = {target: gradient_BTD[row] for target, gradient_BTD in gradients.items()}
-                found |= _sources(rollout, variant.links, of_rollout)
-    return found
+
+    def gradients(rollouts: Sequence[Rollout], targets: Sequence[str]) -> dict[str, Tensor]:
+        padded = _Padded(model, rollouts, targets)
+        embeddings_BTD = _embedded(model, padded.ids_BT)
+        scores = {target: score_B.sum() for target, score_B in padded.scores(embeddings_BTD).items()}
+        return _backward(scores, embeddings_BTD)
+
+    return _differentiate(workload, links, batch, gradients)
 
 
 def functional_jacobians(model: Any, workload: Workload) -> Jacobians:
@@ -158,24 +146,21 @@ def functional_jacobians(model: Any, workload: Workload) -> Jacobians:
         model: a frozen causal LM in eval mode.
         workload: what to differentiate.
     """
-    found: Jacobians = {}
-    targets = ("rationale", "answer")
+
+    def gradients(rollouts: Sequence[Rollout], _: Sequence[str]) -> dict[str, Tensor]:
+        padded = _Padded(model, rollouts, _BOTH, masked=False)
+
+        def scores_of(embeddings_BTD: Tensor) -> Tensor:
+            scores = padded.scores(embeddings_BTD)
+            return torch.stack([scores[target][0] for target in _BOTH])
+
+        scores_C, pull = torch.func.vjp(scores_of, _embedded(model, padded.ids_BT).detach())[:2]
+        cotangents_CC = torch.eye(len(_BOTH), dtype=scores_C.dtype, device=scores_C.device)
+        (gradients_CBTD,) = torch.func.vmap(pull)(cotangents_CC)
+        return dict(zip(_BOTH, gradients_CBTD, strict=True))
+
     with _eager_attention(model):
-        for variant in workload.variants(ALL_LINKS):
-            for rollout in variant.rollouts:
-                padded = _Padded(model, (rollout,), targets, masked=False)
-
-                def scores_of(embeddings_BTD: Tensor, padded: _Padded = padded) -> Tensor:
-                    scores = padded.scores(embeddings_BTD)
-                    return torch.stack([scores[target][0] for target in targets])
-
-                scores_C, pull = torch.func.vjp(scores_of, _embedded(model, padded.ids_BT).detach())[:2]
-                cotangents_CC = torch.eye(len(targets), dtype=scores_C.dtype, device=scores_C.device)
-                (gradients_CBTD,) = torch.func.vmap(pull)(cotangents_CC)
-                found |= _sources(
-                    rollout, variant.links, {target: gradients_CBTD[c, 0] for c, target in enumerate(targets)}
-                )
-    return found
+        return _differentiate(workload, ALL_LINKS, 1, gradients)
 
 
 def captum_jacobians(model: Any, workload: Workload, *, batch: int) -> Jacobians:
@@ -191,16 +176,13 @@ def captum_jacobians(model: Any, workload: Workload, *, batch: int) -> Jacobians
     """
     # By name, since it is optional: type checkers need not find it.
     saliency_of = importlib.import_module("captum.attr").Saliency
-    found: Jacobians = {}
-    for variant in workload.variants(ONLY_XY):
-        for start in range(0, len(variant.rollouts), batch):
-            rollouts = variant.rollouts[start : start + batch]
-            padded = _Padded(model, rollouts, ("answer",))
-            saliency = saliency_of(lambda embeddings_BTD, padded=padded: padded.scores(embeddings_BTD)["answer"])
-            gradient_BTD = saliency.attribute(_embedded(model, padded.ids_BT), abs=False)
-            for row, rollout in enumerate(rollouts):
-                found |= _sources(rollout, variant.links, {"answer": gradient_BTD[row]})
-    return found
+
+    def gradients(rollouts: Sequence[Rollout], targets: Sequence[str]) -> dict[str, Tensor]:
+        padded = _Padded(model, rollouts, targets)
+        saliency = saliency_of(lambda embeddings_BTD: padded.scores(embeddings_BTD)["answer"])
+        return {"answer": saliency.attribute(_embedded(model, padded.ids_BT), abs=False)}
+
+    return _differentiate(workload, ONLY_XY, batch, gradients)
 
 
 def count_rows(
@@ -211,7 +193,7 @@ def count_rows(
     whole_head: bool = False,
     always_both: bool = False,
 ) -> Counts:
-    """Return what a peer's schedule costs, by the formula that the group engine's plan uses.
+    """Return the cost of a peer's schedule, by the formula of the group engine's plan.
 
     Args:
         cost: of the model.
@@ -222,9 +204,9 @@ def count_rows(
     """
     forward = backward = head = 0
     flops = 0.0
-    for variant in workload.variants(links):
-        targets = ("rationale", "answer") if always_both else variant.targets
-        for rollout in variant.rollouts:
+    for version in workload.versions(links):
+        targets = _BOTH if always_both else version.targets
+        for rollout in version.rollouts:
             needed = _rows(rollout, targets)
             tokens = len(rollout.token_ids) if whole_head else max(needed) + 1
             columns = tokens if whole_head else len(needed)
@@ -282,13 +264,40 @@ def _rows(rollout: Rollout, targets: Sequence[str]) -> list[int]:
     return sorted(position - 1 for target in targets for position in rollout.spans[target].positions)
 
 
-def _sources(rollout: Rollout, links: Sequence[str], gradients: Mapping[str, Tensor]) -> Jacobians:
-    """Cut the links' rows out of the (T, D) gradients of each target; a copy, so that the whole can be let go."""
+def _backward(scores: Mapping[str, Tensor], embeddings_BTD: Tensor) -> dict[str, Tensor]:
+    """Return the gradient (B, T, D) of each score, one backward pass each."""
+    last = list(scores)[-1]
+    return {
+        target: torch.autograd.grad(score, [embeddings_BTD], retain_graph=target != last)[0]
+        for target, score in scores.items()
+    }
+
+
+def _differentiate(
+    workload: Workload,
+    links: Sequence[str],
+    batch: int,
+    gradients_of: Callable[[Sequence[Rollout], Sequence[str]], Mapping[str, Tensor]],
+) -> Jacobians:
+    """Return the links' rows of the gradients of every version, some rollouts at a time.
+
+    Args:
+        workload: what to differentiate.
+        links: names of the links.
+        batch: rollouts at once.
+        gradients_of: from rollouts and names of target spans to the gradient (B, T, D) of each target's score.
+    """
     found: Jacobians = {}
-    for name in links:
-        link = parsed(name)
-        positions = list(rollout.spans[link.source].positions)
-        found[name, rollout.token_ids] = gradients[link.target][positions].detach()
+    for version in workload.versions(links):
+        for start in range(0, len(version.rollouts), batch):
+            rollouts = version.rollouts[start : start + batch]
+            gradients = gradients_of(rollouts, version.targets)
+            for row, rollout in enumerate(rollouts):
+                for name in version.links:
+                    link = parsed(name)
+                    positions = list(rollout.spans[link.source].positions)
+                    # Indexing by a list copies, so that the whole gradient can be released.
+                    found[name, rollout.token_ids] = gradients[link.target][row][positions].detach()
     return found
 
 

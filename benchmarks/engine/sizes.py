@@ -1,4 +1,4 @@
-"""The benchmark's sizes by name: which models, which rollouts, and where on each axis the scaling is measured."""
+"""The benchmark's sizes by name: models, rollouts, and the points of each scaling axis."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Shapes:
         Lx: rationale.
         Ly: answer.
         K: counterfactuals.
-        opening: leading tokens of the prompt that belong to no span: no link differentiates them.
-        prompts: how many prompts, which share their opening.
+        opening: leading tokens of the prompt outside all spans, which no link differentiates.
+        prompts: number of prompts, which share their opening.
     """
 
     G: int
@@ -38,18 +38,18 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Size:
-    """What one name stands for.
+    """The models and workloads of one name.
 
     Attributes:
         models: configuration of each model by name; weights are random.
         dtype: of the weights.
         shapes: the workloads.
-        check: the smaller workload on which values are compared before anything is timed, and every case warmed up. Its
-            rollouts and permutations are among those of `shapes`.
+        check: the smaller workload that compares values and warms every case up before anything is timed. Its rollouts
+            and permutations are among those of `shapes`.
         static: workload with a static opening.
-        scaling_base: the workload that the scaling departs from.
-        scaling: axis of `Shapes` -> its points. Measured on the first model.
-        alone: rollouts that a schedule of one rollout at a time is timed on, its seconds scaled to all; None: all.
+        scaling_base: the workload of which one length at a time is scaled.
+        scaling: points by axis of `Shapes`; measured on the first model.
+        alone: rollouts to time a case on that runs one at a time, its seconds scaled to all; None for all.
         cuda: whether a GPU is needed.
     """
 
@@ -65,12 +65,12 @@ class Size:
 
 
 def random_workload(vocabulary: int, shapes: Shapes, seed: int) -> Workload:
-    """Return rollouts of random ids. A smaller G gives the first of them, the same ids.
+    """Return rollouts of random ids; those of a smaller G are the first of a larger one.
 
     Args:
         vocabulary: V.
         shapes: lengths.
-        seed: of the ids, and of the permutations to come.
+        seed: of the ids and of the permutations.
     """
     generator = torch.Generator().manual_seed(seed)
 

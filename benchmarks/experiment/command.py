@@ -10,25 +10,15 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from cepo.benchmarks.experiment.recipe import RECIPE, read_plan
+from cepo.benchmarks.experiment.recipe import Run
 from cepo.benchmarks.experiment.results import Row, means_table, write_page
 from cepo.benchmarks.experiment.run import MEASURES, claim_run, execute, shared_settings
 from cepo.benchmarks.measure import environment
-from cepo.eval.testbed_measures import ITEMS, SCORED
 from cepo.files import claim, read_jsonl, write_jsonl
 
 
 def run_experiment(
-    output: Path,
-    *,
-    recipe: Path = RECIPE,
-    seeds: Sequence[int] | None = None,
-    steps: int | None = None,
-    arms: Sequence[str] | None = None,
-    items: int = ITEMS,
-    scored: int = SCORED,
-    jobs: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    output: Path, plan: Sequence[Run], *, jobs: int = 2, progress: Callable[[int, int], None] | None = None
 ) -> Table:
     """Train every arm from every seed, measure it, and write `results.jsonl` and `report.html`.
 
@@ -37,24 +27,16 @@ def run_experiment(
 
     Args:
         output: folder of the runs and the results.
-        recipe: YAML with steps, seeds and arms.
-        seeds: instead of the recipe's.
-        steps: GRPO steps instead of the recipe's.
-        arms: names of the arms to run; None for all.
-        items: items behind each measure.
-        scored: sampled judgements whose links are scored.
+        plan: from `read_plan`.
         jobs: processes side by side, one thread each.
         progress: called with (finished runs, all runs).
 
     Returns:
-        A table: per arm, the mean over seeds of every measure, and its range.
+        A table: per arm, the mean over seeds of the main measures, and their range.
 
     Raises:
-        ValueError: for a recipe or an argument that cannot work, or an output of other settings.
+        ValueError: for an output of other settings.
     """
-    plan = read_plan(output, recipe, seeds=seeds, steps=steps, arms=arms, items=items, scored=scored)
-    if jobs < 1:
-        raise ValueError(f"jobs is {jobs}; expected at least 1")
     finished = sorted(path.parent for path in output.glob(f"*/{MEASURES}"))
     claim(output / "settings.json", shared_settings(plan[0]), results=finished[:3])
     for run in plan:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 import cepo
+from cepo.eval.testbed_measures import ITEMS, SCORED
 
 _PACKAGE = Path(cepo.__file__).parent
 RECIPE = _PACKAGE / "benchmarks" / "recipes" / "testbed-training.yaml"
@@ -27,7 +28,7 @@ class Run:
         rewards: as in `TrainConfig`; none for the judge before training.
         seed: of everything.
         steps: GRPO steps.
-        items: items behind each measure.
+        items: items per measure.
         scored: sampled judgements whose links are scored.
         folder: where the run lives.
     """
@@ -43,13 +44,13 @@ class Run:
 
 def read_plan(
     output: Path,
-    recipe: Path,
+    recipe: Path = RECIPE,
     *,
-    seeds: Sequence[int] | None,
-    steps: int | None,
-    arms: Sequence[str] | None,
-    items: int,
-    scored: int,
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    arms: Sequence[str] | None = None,
+    items: int = ITEMS,
+    scored: int = SCORED,
 ) -> list[Run]:
     """Return the runs of a recipe, seed by seed; the judge before training is always among them.
 
@@ -59,7 +60,7 @@ def read_plan(
         seeds: instead of the recipe's.
         steps: GRPO steps instead of the recipe's.
         arms: names of the arms to run; None for all.
-        items: items behind each measure.
+        items: items per measure.
         scored: sampled judgements whose links are scored.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The commands that sweep, time and compare: ablate, bench, experiment."""
+"""The commands of researchers: ablate, bench, experiment."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def ablate(
     rank correlations are with it. A killed sweep continues when it is started again with the same arguments.
     """
     use_threads(threads)
-    from cepo.benchmarks.ablation.command import AblateJob, check_job, run_ablation
+    from cepo.benchmarks.ablation.command import AblateJob, run_ablation
+    from cepo.benchmarks.ablation.sweep import plan_sweep
     from cepo.fusion.config import PAPER_LINKS, RewardConfig
 
     if (testbed is None) == (model is None) or (testbed is None) == (input is None):
@@ -66,24 +67,18 @@ def ablate(
     if testbed is not None and (testbed < 8 or testbed % 8):
         raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
     given = {"permutation": permutation, "target": target, "seed": seed}
-    job = AblateJob(
-        model=model or "",
-        input=input or Path(),
-        output=output,
-        counterfactuals=tuple(int(_number("--counterfactuals", part)) for part in counterfactuals.split(",")),
-        ranks=tuple(part.strip() for part in rank.split(",")),
-        powers=tuple(_number("--p", part) for part in p.split(",")),
-        scores=tuple(part.strip() for part in score_name.split(",")),  # type: ignore[misc]
-        config=RewardConfig(
-            links=weighted_links(link) if link else PAPER_LINKS,
-            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-        ),
-        raw=raw,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
+    config = RewardConfig(
+        links=weighted_links(link) if link else PAPER_LINKS,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    check_job(job)
+    sweep = plan_sweep(
+        config,
+        counterfactuals=[int(_number("--counterfactuals", part)) for part in counterfactuals.split(",")],
+        ranks=[part.strip() for part in rank.split(",")],
+        powers=[_number("--p", part) for part in p.split(",")],
+        scores=[part.strip() for part in score_name.split(",")],  # type: ignore[misc]
+    )
+    job = AblateJob(model or "", input or Path(), output, sweep, config, raw, dtype, device, trust_remote_code)
     if testbed is not None:
         from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
 
@@ -97,21 +92,22 @@ def ablate(
 
 
 def bench(
-    output: Annotated[Path, typer.Option(help="Folder for results.jsonl, bench.txt and the plots.")] = Path(
-        "runs/bench"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl, bench.txt and plots.")] = Path("runs/bench"),
     size: Annotated[
-        str, typer.Option(help="tiny (seconds), small (SmolLM2's shape, 2 cores), a100 or h100 (Qwen3 shapes).")
+        str, typer.Option(help="tiny (seconds), small (SmolLM2's shape, CPU), a100 or h100 (Qwen3's shapes, GPU).")
     ] = "tiny",
-    peer: Annotated[list[str] | None, typer.Option(help="Only these peers; repeat it. Default: all.")] = None,
-    scaling: Annotated[bool, typer.Option(help="Also how cost grows with G, Lz, Lx and K.")] = True,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="reference, padded, functional or captum; repeatable. Default: all.")
+    ] = None,
+    scaling: Annotated[bool, typer.Option(help="Also measure how cost grows with G, Lz, Lx and K.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: what the size is for.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda for a100 and h100, else cpu.")] = None,
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="The Triton kernels and the engine on them instead; one GPU, 9 minutes.")
+        bool,
+        typer.Option("--kernels", help="Time the Triton kernels, and the engine on them, instead: one GPU, 9 minutes."),
     ] = False,
 ) -> None:
-    """Throughput and memory of the group engine beside its peers, timed only where the values agree."""
+    """Time the group engine and its peers, and measure their memory; only schedules whose values agree are timed."""
     if kernels:
         from cepo.benchmarks.kernels.command import main as run_kernels
 
@@ -153,19 +149,22 @@ def experiment(
     continues when it is started again with the same arguments.
     """
     from cepo.benchmarks.experiment.command import run_experiment
-    from cepo.benchmarks.experiment.recipe import RECIPE
-    from cepo.eval.testbed_measures import ITEMS, SCORED
+    from cepo.benchmarks.experiment.recipe import RECIPE, read_plan
 
+    small = {"items": 32, "scored": 8} if quick else {}
+    plan = read_plan(
+        output,
+        recipe or RECIPE,
+        seeds=seed or ([1] if quick else None),
+        steps=steps or (4 if quick else None),
+        arms=arm,
+        **small,
+    )
     with progress_bar() as progress:
         task = progress.add_task("runs", total=None)
         table = run_experiment(
             output,
-            recipe=recipe or RECIPE,
-            seeds=seed or ([1] if quick else None),
-            steps=steps or (4 if quick else None),
-            arms=arm,
-            items=32 if quick else ITEMS,
-            scored=8 if quick else SCORED,
+            plan,
             jobs=jobs,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

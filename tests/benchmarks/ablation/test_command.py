@@ -38,6 +38,12 @@ LINKS = {"Z->X": 0.2, "X->Y": 0.5, "Z->Y": 0.3}
 WIDTH = 16
 BAD_ROWS = 2
 FILES = ("ablation.parquet", "rewards.parquet", "summary.jsonl", "malformed.jsonl")
+GRID: dict[str, Any] = {
+    "counterfactuals": (0, 1, 3),
+    "ranks": ("1", "tau=0.7"),
+    "powers": (-2.0, 0.2, float("inf")),
+    "scores": ("phi", "influence_retained"),
+}
 PLOTS = ("s_against_k.png", "s_against_rank.png", "reward_against_p.png")
 
 
@@ -76,26 +82,20 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(judge: Path, rollouts: Path, tmp_path: Path) -> AblateJob:
-    return AblateJob(
-        model=str(judge),
-        input=rollouts,
-        output=tmp_path / "sweep",
-        config=RewardConfig(links=LINKS),
-        counterfactuals=(0, 1, 3),
-        ranks=("1", "tau=0.7"),
-        powers=(-2.0, 0.2, float("inf")),
-        scores=("phi", "influence_retained"),
-        dtype="float64",
-    )
+    config = RewardConfig(links=LINKS)
+    return AblateJob(str(judge), rollouts, tmp_path / "sweep", plan_sweep(config, **GRID), config, dtype="float64")
+
+
+def changed(job: AblateJob, **changes: Any) -> AblateJob:
+    """Return the job with other values of the grid, other settings of the reward, or other fields."""
+    grid = GRID | {name: changes.pop(name) for name in GRID if name in changes}
+    own = {name: changes.pop(name) for name in [*changes] if hasattr(job, name)}
+    config = replace(job.config, **changes)
+    return replace(job, config=config, sweep=plan_sweep(config, **grid), **own)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def with_config(job: AblateJob, **changes: Any) -> AblateJob:
-    """Return the job with other settings of the reward."""
-    return replace(job, config=replace(job.config, **changes))
 
 
 def well_formed(job: AblateJob) -> tuple[GroupEngine, dict[int, Rollout], dict[int, float | None]]:
@@ -114,14 +114,14 @@ def well_formed(job: AblateJob) -> tuple[GroupEngine, dict[int, Rollout], dict[i
 
 def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
     """K below the largest, ranks and energies, all scores: as if that setting were run alone."""
-    job = replace(job, scores=get_args(Score))
+    job = changed(job, scores=get_args(Score))
     run_ablation(job)
     engine, found, tasks = well_formed(job)
     links = pq.read_table(job.output / "ablation.parquet").to_pylist()
     rewards = pq.read_table(job.output / "rewards.parquet").to_pylist()
     hardenings = 3 * 2 + 1  # the grid and the reference
-    assert len(links) == len(found) * len(LINKS) * hardenings * len(job.scores)
-    assert len(rewards) == len(found) * hardenings * len(job.scores) * 7 * len(job.powers)
+    assert len(links) == len(found) * len(LINKS) * hardenings * len(job.sweep.scores)
+    assert len(rewards) == len(found) * hardenings * len(job.sweep.scores) * 7 * len(job.sweep.powers)
     by_setting = {
         tuple(row[name] for name in ("row", "link", "counterfactuals", "rank", "tau", "score")): row for row in links
     }
@@ -225,7 +225,7 @@ def test_each_jacobian_is_computed_once(job: AblateJob, monkeypatch: pytest.Monk
 
 
 def test_a_killed_sweep_goes_on_to_identical_files(job: AblateJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = replace(job, counterfactuals=(1,), ranks=("1",), powers=(0.2,))
+    job = changed(job, counterfactuals=(1,), ranks=("1",), powers=(0.2,))
     whole = replace(job, output=job.output.with_name("whole"))
     run_ablation(whole)
     swept: list[str] = []
@@ -254,14 +254,14 @@ def test_a_killed_sweep_goes_on_to_identical_files(job: AblateJob, monkeypatch: 
 def test_other_arguments_and_other_files_are_refused(
     job: AblateJob, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = replace(job, counterfactuals=(1,), ranks=("1",), scores=("phi",))
+    job = changed(job, counterfactuals=(1,), ranks=("1",), scores=("phi",))
     summary = run_ablation(job)
     assert len(summary.malformed) == BAD_ROWS
     assert [row["row"] for row in read_lines(job.output / "malformed.jsonl")] == [2, 6]
     assert summary.table().row_count == 3 * 2  # the reference beside the one setting
     monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("the model is not needed"))
     with pytest.raises(ValueError, match="made with other settings: config.seed was 0 and is 1"):
-        run_ablation(with_config(job, seed=1))
+        run_ablation(replace(job, config=replace(job.config, seed=1)))
     other = tmp_path / "other.jsonl"
     other.write_text("".join(rollouts.read_text().splitlines(keepends=True)[:2]))
     with pytest.raises(ValueError, match="made with other settings: input was"):
@@ -303,9 +303,8 @@ def test_bad_arguments_are_named_before_anything_is_loaded(
     job: AblateJob, options: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("loaded a model"))
-    of_config = {name: options.pop(name) for name in [*options] if hasattr(job.config, name) and not hasattr(job, name)}
     with pytest.raises(ValueError, match=complaint):
-        run_ablation(with_config(replace(job, **options), **of_config))
+        run_ablation(changed(job, **options))
     assert not job.output.exists()
 
 
@@ -313,7 +312,7 @@ def test_rollouts_without_jacobians_are_left_out_with_their_reason(
     job: AblateJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too long for the model (its prompt's group is then empty), or a gradient that is not finite."""
-    job = replace(job, counterfactuals=(1,), ranks=("1",), powers=(0.2,), scores=("phi",), input=tmp_path / "in.jsonl")
+    job = changed(job, counterfactuals=(1,), ranks=("1",), powers=(0.2,), scores=("phi",), input=tmp_path / "in.jsonl")
     tokenizer = testbed.build_tokenizer()
     ids = tokenizer(ITEMS[0].completion)["input_ids"]
     prompts = [[3, *[27] * 600, 4], *[[3, 27, 13, 38, 39, 4, word] for word in (28, 28, 46)]]

@@ -74,7 +74,9 @@ def test_results_are_added_to_and_never_replaced(
     output = tmp_path / "runs"
 
     def run_one(seed: int, **options: Any) -> list[int]:
-        run_experiment(output, seeds=[seed], **{"steps": 1, "arms": [UNTRAINED], "jobs": 1, **SMALL, **options})
+        run_experiment(
+            output, read_plan(output, seeds=[seed], **{"steps": 1, "arms": [UNTRAINED], **SMALL, **options}), jobs=1
+        )
         return [json.loads(line)["seed"] for line in (output / "results.jsonl").read_text().splitlines()]
 
     assert run_one(1) == [1]
@@ -184,16 +186,15 @@ def test_gains_are_those_of_the_seeds_that_both_arms_have(tmp_path: Path) -> Non
 
 def test_plans_that_cannot_work_are_refused(tmp_path: Path) -> None:
     """Before any training: a recipe without arms, an arm that it does not have."""
-    plain: dict[str, Any] = {"seeds": None, "steps": None, "arms": None, **SMALL}
     path = tmp_path / "recipe.yaml"
     path.write_text("steps: 3\nseeds: [1]\n")
     with pytest.raises(ValueError, match="expected steps, seeds and arms"):
-        read_plan(tmp_path, path, **plain)
+        read_plan(tmp_path, path)
     path.write_text("steps: 3\nseeds: []\narms: {untrained: []}\n")
     with pytest.raises(ValueError, match="has no seeds; expected at least one of each"):
-        read_plan(tmp_path, path, **plain)
+        read_plan(tmp_path, path)
     with pytest.raises(ValueError, match="arms names X->Z; expected some of untrained"):
-        read_plan(tmp_path, RECIPE, **{**plain, "arms": ["X->Z"]})
-    plan = read_plan(tmp_path, RECIPE, **{**plain, "seeds": [7], "steps": 3, "arms": ["task"]})
+        read_plan(tmp_path, arms=["X->Z"])
+    plan = read_plan(tmp_path, seeds=[7], steps=3, arms=["task"])
     assert [(one.arm, one.seed, one.steps) for one in plan] == [("untrained", 7, 3), ("task", 7, 3)]
-    assert len({one.folder for one in read_plan(tmp_path, RECIPE, **plain)}) == 55
+    assert len({one.folder for one in read_plan(tmp_path)}) == 55

@@ -1,0 +1,76 @@
+"""The results of `cepo bench` as a table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+RATIOS = ("speedup", "speedup_by_rows", "speedup_by_flops")
+Row = Mapping[str, Any]
+
+
+def results_table(size: str, rows: Sequence[Row]) -> Table:
+    """Return the rows of all sections but the scaling, one part per model and workload."""
+    table = Table(title=f"cepo bench, {size}: seconds only where J agrees with the oracle")
+    table.add_column("case")
+    for name in ("error of J", "seconds", "rollouts/s", "token rows/s", "peak MiB", "TFLOP", "of matmul"):
+        table.add_column(name, justify="right")
+    for name in ("× reference", "by rows", "by FLOPs"):
+        table.add_column(name, justify="right")
+    heading = ""
+    for row in rows:
+        if row["section"] == "scaling":
+            continue
+        shapes = row["shapes"]
+        opening = f"the first {shapes['opening']}" if shapes["opening"] else "none"
+        static = f"; {shapes['prompts']} prompts, {opening} static" if row["section"] == "static" else ""
+        lengths = " ".join(f"{name} {shapes[name]}" for name in ("G", "Lz", "Lx", "Ly", "K"))
+        if (title := f"{row['model']} {row['dtype']}, {lengths}{static}") != heading:
+            table.add_section()
+            table.add_row(f"[bold]{title}[/bold]")
+            heading = title
+        error = "" if row["error"] is None else f"{row['error']:.0e}"
+        if row["seconds"] is None:
+            table.add_row(row["case"], error, f"[red]{escape(row['status'])}[/red]")
+            continue
+        everything = shapes["G"] * shapes["prompts"]
+        partly = row["measured_rollouts"] < everything
+        note = f" (scaled from {row['measured_rollouts']} of {everything} rollouts)" if partly else ""
+        halved = row["batch"] is not None and row["batch"] < row["measured_rollouts"]
+        note += f" (batches of {row['batch']})" if halved else ""
+        table.add_row(
+            row["case"] + note,
+            error,
+            f"{row['seconds']:.3g}",
+            f"{row['rollouts_per_s']:.3g}",
+            f"{row['rows_per_s']:,.0f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
+            f"{row['flops'] / 1e12:.3g}",
+            f"{row['matmul_fraction']:.0%}",
+            *("" if row[name] is None else f"{row[name]:.2f}" for name in RATIOS),
+        )
+    return table
+
+
+def results_text(size: str, rows: Sequence[Row]) -> str:
+    """Return the table as text, below the machine, the versions and the tolerance."""
+    first = rows[0]
+    versions = ", ".join(f"{name} {first[name]}" for name in ("driver", "torch", "triton", "transformers", "python"))
+    lines = [
+        f"{first['device']}, {first['threads']} threads, {versions}, commit {first['commit']}, seed {first['seed']}"
+    ]
+    for row in {row["model"]: row for row in reversed(rows) if row["section"] == "peers"}.values():
+        rate = max(other["matmul_flops_per_s"] for other in rows if other["model"] == row["model"])
+        lines.append(
+            f"{row['model']}: matrix products of its MLP run at {rate / 1e12:.3g} TFLOP/s; "
+            f"an error of J up to {row['tolerance']:.1e} passes"
+            + (f" (the oracle's own in {row['dtype']}: {row['oracle_error']:.1e})" if row["oracle_error"] else "")
+        )
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(results_table(size, rows))
+    return "\n".join(lines) + "\n" + stream.getvalue()
