@@ -41,7 +41,6 @@ def execute(run: Run) -> None:
                 "seed": run.seed,
                 "rewards": [_with_encoder(reward, run.seed) for reward in run.rewards],
                 "grpo.max_steps": run.steps,
-                "grpo.disable_tqdm": True,
                 "grpo.report_to": "none",
             }
             model, tokenizer = load_model(resolve_model(str(train(load_config(TESTBED, overrides)))))
@@ -69,13 +68,12 @@ def claim_run(run: Run) -> None:
 def shared_settings(run: Run) -> dict[str, Any]:
     """Return what all runs of an output share: lengths, the testbed's recipe, and the content of its world."""
     recipe = _recipe()
-    judge = recipe["testbed"]
     return {
         "command": "experiment",
         "steps": run.steps,
         "items": run.items,
         "scored": run.scored,
-        "world": policy.testbed_fingerprint(judge["judge"], steps=judge["steps"], seed=0),
+        "world": policy.policy_fingerprint(None, seed=0, testbed_judge=recipe["testbed"]),
         "testbed": {name: value for name, value in recipe.items() if name not in ("output", "rewards", "seed")},
     }
 
