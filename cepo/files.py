@@ -147,10 +147,11 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
     there = [path.name for path in results if path.exists()]
     now = _flat(json.loads(json.dumps(_plain(settings), default=str)))
     before = _read_settings(settings_file)
-    if there and before is None:
+    if before is None and (there or settings_file.exists()):
+        foreign = ", ".join(there or [settings_file.name])
         raise ValueError(
-            f"output {str(settings_file.parent)!r} holds {', '.join(there)}, which no earlier run of this command "
-            "wrote; name another output"
+            f"output {str(settings_file.parent)!r} holds {foreign}, which no earlier run of this command wrote; name "
+            "another output"
         )
     if there and before is not None and before.get("command") != now.get("command"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The command line, grouped by what a user comes for: train, score, evaluate; then what researchers sweep and time."""
+"""The command line, grouped by the user's jobs: train, score, evaluate; then the research commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from cepo.cli.evaluate import eval_app
 from cepo.cli.research import ablate, bench, experiment
@@ -15,9 +16,20 @@ from cepo.cli.score import score
 from cepo.cli.shared import console, errors
 from cepo.cli.train import demo, train, warm_start
 
-TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Ablate, bench, experiment"
+TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Research"
+_RESEARCH_COMMANDS = (ablate, bench, experiment)
+
+
+class _ResearchLast(TyperGroup):
+    """Lists the research commands after `eval`; typer lists groups of commands last."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        last = [command.__name__ for command in _RESEARCH_COMMANDS]
+        return sorted(self.commands, key=last.__contains__)
+
 
 app = typer.Typer(
+    cls=_ResearchLast,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,7 +40,7 @@ app.command(rich_help_panel=TRAIN)(train)
 app.command("warm-start", rich_help_panel=TRAIN)(warm_start)
 app.command(rich_help_panel=SCORE)(score)
 app.add_typer(eval_app, name="eval", rich_help_panel=EVALUATE)
-for _command in (ablate, bench, experiment):
+for _command in _RESEARCH_COMMANDS:
     app.command(rich_help_panel=RESEARCH)(_command)
 
 
@@ -56,7 +68,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; an argument that cannot work ends in one paragraph on stderr and exit code 2."""
+    """Run the command line; bad input ends in one paragraph on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

@@ -1,4 +1,4 @@
-"""Questions with candidate solutions: read, verified where they are not graded, and grouped by their answers."""
+"""Questions with candidate solutions: read, verified if they are not graded, and grouped by their answers."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ _VERIFIERS = {"math": math_verify_reward, "exact": exact_match}
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A question with its candidate solutions, at least two and no two alike.
+class Question:
+    """A question with its candidate solutions, at least two, all different.
 
     Attributes:
-        question: the question.
+        text: the question itself.
         candidates: the solutions.
         correct: whether each is right.
     """
 
-    question: str
+    text: str
     candidates: tuple[str, ...]
     correct: tuple[bool, ...]
 
 
-def read_problems(path: Path, *, verifier: Verifier = "math") -> tuple[list[Problem], list[BrokenLine]]:
+def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Question], list[BrokenLine]]:
     """Read questions with candidate solutions.
 
-    A row holds `question` (or `prompt`), `completions` (a list of texts) and `correct` (a list of booleans), or instead
-    of the last `answer`, against which the completions are then verified; or it is a pair of `prompt`, `chosen` (right)
-    and `rejected` (wrong). Rows with the same question are put together, and of equal texts one is kept.
+    A row holds `question` (or `prompt`), `completions` (a list of texts), and `correct` (a list of booleans) or
+    `answer`, against which the completions are then verified; or it is a pair of `prompt`, `chosen` (right) and
+    `rejected` (wrong). Rows with the same question are merged, and equal texts count once.
 
     Args:
         path: a JSONL file.
-        verifier: how completions are held against `answer`: "math" (math-verify) or "exact".
+        verifier: how completions are verified against `answer`: "math" (math-verify) or "exact".
 
     Returns:
-        The problems with at least two candidates, in the order of the file, and (line number, reason) of the lines that
-        could not be used.
+        The questions with at least two candidates, in the order of the file, and (line number, reason) of the lines
+        that could not be used.
 
     Raises:
-        ValueError: if the file cannot be read, or holds no usable problem.
+        ValueError: if the file cannot be read, or holds no usable question.
     """
     if verifier not in _VERIFIERS:
         raise ValueError(f"verifier is {verifier!r}; expected math or exact")
@@ -62,22 +62,22 @@ def read_problems(path: Path, *, verifier: Verifier = "math") -> tuple[list[Prob
             known |= graded
         except ValueError as reason:
             broken.append((number, str(reason)))
-    problems = [
-        Problem(question, tuple(graded), tuple(graded.values()))
+    questions = [
+        Question(question, tuple(graded), tuple(graded.values()))
         for question, graded in found.items()
         if len(graded) > 1
     ]
-    if not problems:
+    if not questions:
         first = f"; line {broken[0][0]} {broken[0][1]}" if broken else ""
         raise ValueError(
-            f"input {str(path)!r} holds no question with two solutions{first}; expected rows with question, "
+            f"data {str(path)!r} holds no question with two solutions{first}; expected rows with question, "
             "completions, and correct or answer, or rows with prompt, chosen and rejected"
         )
-    return problems, sorted(broken)
+    return questions, sorted(broken)
 
 
 def answer_groups(candidates: Sequence[str]) -> list[int | None]:
-    """Number the candidates' answers, equal ones alike up to what `exact_match` overlooks; None where there is none."""
+    """Return the number of each candidate's answer, equal for answers that `exact_match` equates; None without one."""
     groups: list[int | None] = []
     known: list[str] = []
     for text in candidates:
@@ -103,7 +103,7 @@ def _graded(row: Mapping[str, Any], verifier: Verifier) -> tuple[str, dict[str, 
         return question, {chosen: True, rejected: False}
     completions = row["completions"]
     if not isinstance(completions, list) or not completions or not all(_is_text(text) for text in completions):
-        raise ValueError("has completions that are no list of texts")
+        raise ValueError("has completions that are not a list of texts")
     if "correct" in row:
         grades = row["correct"]
         if (

@@ -1,48 +1,47 @@
-"""How a testbed judge's accuracy moves when a spurious cue, the longer response, stops agreeing with the label."""
+"""`cepo eval cue-flips`: how a testbed judge's accuracy changes when a spurious cue stops agreeing with the label."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from cepo.eval.judges.journal import Request, collect_judgements, content_key
+from cepo.eval.judges.journal import JudgeTask, collect_judgements
 from cepo.eval.judges.settings import Judgement, Messages, OnDone
 from cepo.eval.report.figures import curves
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import share, summary_row
+from cepo.eval.report.tables import PageTable, share, summary_row
 from cepo.eval.statistics import Estimate, estimate, mean_difference, proportion
-from cepo.files import make_folder, write_jsonl
-from cepo.jacobian.loading import load_model, resolve_model
+from cepo.files import content_hash, write_jsonl
+from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.train import testbed, testbed_judges
-from cepo.train.policy import CACHE, load_testbed_judge
+from cepo.train.policy import CACHE, load_testbed_judge, testbed_fingerprint
 
 AGREEMENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Shares of items whose longer response is the better one."""
 
-_STEPS = 300  # of a judge's warm-up: what `warm_start` says makes any of the four
+_STEPS = 300  # of a judge's warm-up, enough for any of the four
 _BATCH = 128
 
 
 @dataclass(frozen=True)
 class FlipsJob:
-    """What to measure.
+    """What `cepo eval cue-flips` is asked to do.
 
     Attributes:
         judges: testbed judges (able, lazy, criteria, decorative), or folders of policies trained on the testbed.
-        output: folder to write.
-        count: items at each agreement, at least 1.
+        output: folder for judgements.jsonl, summary.jsonl and report.html.
+        items: items per agreement, at least 1.
         seed: of the items and of the judges' warm-up.
         cache: where warmed-up judges are kept.
     """
 
     judges: tuple[str, ...]
     output: Path
-    count: int = 200
+    items: int = 200
     seed: int = 0
     cache: Path = CACHE
 
@@ -71,68 +70,66 @@ class JudgeFlips:
 def measure_flips(
     job: FlipsJob, *, progress: Callable[[str, int, int, str], None] | None = None
 ) -> dict[str, JudgeFlips]:
-    """Let each judge decide items under each agreement of the cue, greedily, and write records, summary and report.
+    """Let each judge decide items under each agreement of the cue, greedily; write judgements, summary and page.
 
-    Items are drawn anew for every agreement. Records are appended as they come; started again with the same arguments,
-    it goes on where it stopped.
+    Every agreement has items of its own. A killed run is resumed; a judge whose weights have changed is judged again.
 
     Args:
         job: what to measure.
         progress: called with (judge, items judged, items in all, speed in words).
 
     Returns:
-        What came of it, by judge.
+        The accuracies, by judge.
 
     Raises:
         ValueError: for a judge that is neither known nor a folder of a testbed policy, or a number out of range.
     """
     _check(job)
     started = time.perf_counter()
-    make_folder(job.output)
     found = {}
     for judge in job.judges:
         cases = _draw_cases(judge, job)
         collected = collect_judgements(
-            [case.request for case in cases],
-            job.output / "judgements.jsonl",
-            {"what": "cue flips", "world": hashlib.sha256(Path(testbed.__file__).read_bytes()).hexdigest()[:12]},
-            functools.partial(_open, judge, job),
+            [case.task for case in cases],
+            job.output,
+            {"command": "eval cue-flips"},
+            functools.partial(_open, judge, job, [case.item for case in cases]),
             progress=None if progress is None else functools.partial(progress, judge),
         )
-        found[judge] = _summarise([(case, collected.records[case.request.key]) for case in cases])
+        found[judge] = _flips([(case, collected.records[case.task.key]) for case in cases])
     write_jsonl(job.output / "summary.jsonl", _summary_rows(found))
     _write_report(job, found, time.perf_counter() - started)
     return found
 
 
 def _check(job: FlipsJob) -> None:
-    if job.count < 1:
-        raise ValueError(f"count is {job.count}; expected at least 1")
+    if job.items < 1:
+        raise ValueError(f"items is {job.items}; expected at least 1")
     if not job.judges or len(set(job.judges)) < len(job.judges):
-        raise ValueError(f"testbed is {', '.join(job.judges) or 'empty'}; expected judges, each once")
+        raise ValueError(f"judge is {', '.join(job.judges) or 'empty'}; expected at least one, each once")
     for judge in job.judges:
         if judge not in get_args(testbed_judges.Judge) and not (Path(judge) / "config.json").is_file():
             known = ", ".join(get_args(testbed_judges.Judge))
-            raise ValueError(f"testbed names {judge!r}; expected {known}, or the folder of a policy trained there")
+            raise ValueError(f"judge is {judge!r}; expected {known}, or the folder of a policy trained on the testbed")
 
 
 @dataclass(frozen=True)
 class _Case:
-    """An item under one agreement of the cue, and the request to judge it."""
+    """An item under one agreement of the cue, and the task of judging it."""
 
     agreement: float
     item: testbed.Item
-    request: Request
+    task: JudgeTask
 
 
 class _TestbedJudge:
-    """A testbed policy behind the protocol of judges: it sees the items' own prompts, in the world's few words."""
+    """A testbed policy as a judge; it answers the items' own prompts, in the few words of that world."""
 
     def __init__(self, model: Any, tokenizer: Any, items: Mapping[str, testbed.Item]) -> None:
         self._model, self._tokenizer, self._items = model, tokenizer, items
 
     def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        """Judge greedily, a batch at a time."""
+        """Judge greedily, in batches."""
         judgements: list[Judgement] = []
         for start in range(0, len(prompts), _BATCH):
             items = [self._items[messages[0]["content"]] for messages in prompts[start : start + _BATCH]]
@@ -144,44 +141,48 @@ class _TestbedJudge:
 
 
 def _draw_cases(judge: str, job: FlipsJob) -> list[_Case]:
+    weights = _weights(judge, job)
     cases = []
     for place, agreement in enumerate(AGREEMENTS):
-        # Far from the seeds of warm-ups and demos, whose items must not come back here.
-        items = testbed.generate_items(job.count, seed=10_007 * (job.seed + 1) + place, cue_agreement=agreement)
+        # Far from the seeds of warm-ups and demos, whose items must not be drawn here.
+        items = testbed.generate_items(job.items, seed=10_007 * (job.seed + 1) + place, cue_agreement=agreement)
         for number, item in enumerate(items):
             facts = {"judge": judge, "agreement": agreement, "label": item.label, "cue_agrees": item.cue_agrees}
-            key = content_key(judge, job.seed, agreement, number, item.prompt)
-            cases.append(_Case(agreement, item, Request(key, [{"role": "user", "content": item.prompt}], facts)))
+            key = content_hash(weights, job.seed, agreement, number)
+            cases.append(_Case(agreement, item, JudgeTask(key, [{"role": "user", "content": item.prompt}], facts)))
     return cases
 
 
-def _open(judge: str, job: FlipsJob) -> _TestbedJudge:
+def _open(judge: str, job: FlipsJob, items: Sequence[testbed.Item]) -> _TestbedJudge:
     if judge in get_args(testbed_judges.Judge):
         model, tokenizer = load_testbed_judge(judge, steps=_STEPS, seed=job.seed, cache=job.cache)  # type: ignore[arg-type]
     else:
         model, tokenizer = load_model(resolve_model(judge))
         if tokenizer.get_vocab() != testbed.build_tokenizer().get_vocab():
-            raise ValueError(f"testbed names the folder {judge!r}, whose tokenizer is not the testbed's")
-    return _TestbedJudge(model, tokenizer, {case.item.prompt: case.item for case in _draw_cases(judge, job)})
+            raise ValueError(f"judge is the folder {judge!r}, whose tokenizer is not the testbed's")
+    return _TestbedJudge(model, tokenizer, {item.prompt: item for item in items})
 
 
-def _summarise(judged: Sequence[tuple[_Case, Mapping[str, Any]]]) -> JudgeFlips:
+def _weights(judge: str, job: FlipsJob) -> str:
+    """Return what stands for a judge's weights."""
+    if judge in get_args(testbed_judges.Judge):
+        return testbed_fingerprint(judge, steps=_STEPS, seed=job.seed)  # type: ignore[arg-type]
+    return model_fingerprint(resolve_model(judge))
+
+
+def _flips(judged: Sequence[tuple[_Case, Mapping[str, Any]]]) -> JudgeFlips:
     graded = [(case, testbed_judges.accuracy([record["text"]], [case.item])) for case, record in judged]
     correct = {agreement: [grade for case, grade in graded if case.agreement == agreement] for agreement in AGREEMENTS}
     sides = {agrees: [grade for case, grade in graded if case.item.cue_agrees is agrees] for agrees in (True, False)}
     return JudgeFlips(
         accuracy={agreement: proportion(values) for agreement, values in correct.items()},
-        # The two samples are independent and equally large: drawn in pairs or apart, their difference varies alike.
+        # The two samples are independent and of equal size: drawn in pairs or not, their difference varies as much.
         drop=estimate(mean_difference, correct[max(AGREEMENTS)], correct[min(AGREEMENTS)]),
-        with_cue=_estimate_mean(sides[True]),
-        against_cue=_estimate_mean(sides[False]),
+        with_cue=proportion(sides[True]),
+        against_cue=proportion(sides[False]),
         unreadable=sum(record["winner"] is None for _, record in judged),
         judgements=len(judged),
     )
-
-
-def _estimate_mean(values: Sequence[float]) -> Estimate:
-    return proportion(values) if values else Estimate(float("nan"), float("nan"), float("nan"), 0)
 
 
 def _summary_rows(found: Mapping[str, JudgeFlips]) -> list[dict[str, Any]]:
@@ -194,38 +195,41 @@ def _summary_rows(found: Mapping[str, JudgeFlips]) -> list[dict[str, Any]]:
     return rows
 
 
-def flip_table(found: Mapping[str, JudgeFlips]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a table: one row an agreement, one column a judge."""
+def flip_table(found: Mapping[str, JudgeFlips]) -> PageTable:
+    """Return the accuracies, one row per agreement and one column per judge."""
     rows = [
-        [f"cue right {agreement:.0%}", *(str(flips.accuracy[agreement]) for flips in found.values())]
+        [f"longer is better in {agreement:.0%} of items", *(str(flips.accuracy[agreement]) for flips in found.values())]
         for agreement in AGREEMENTS
     ]
     rows.append(["drop, 90% to 10%", *(str(flips.drop) for flips in found.values())])
-    rows.append(["where the cue agrees", *(str(flips.with_cue) for flips in found.values())])
-    rows.append(["where it disagrees", *(str(flips.against_cue) for flips in found.values())])
-    rows.append(["unreadable", *(f"{flips.unreadable} of {flips.judgements}" for flips in found.values())])
-    return ["accuracy", *found], rows
+    rows.append(["where the longer is better", *(str(flips.with_cue) for flips in found.values())])
+    rows.append(["where the shorter is better", *(str(flips.against_cue) for flips in found.values())])
+    rows.append(
+        ["verdicts that cannot be read", *(f"{flips.unreadable} of {flips.judgements}" for flips in found.values())]
+    )
+    return ["items", *found], rows
 
 
 def _write_report(job: FlipsJob, found: Mapping[str, JudgeFlips], seconds: float) -> None:
     lines = {judge: list(flips.accuracy.items()) for judge, flips in found.items()}
     write_report(
         job.output / "report.html",
-        title="cepo eval robustness: accuracy when the cue flips",
+        title="cepo eval cue-flips",
         summary={
             "judges": ", ".join(job.judges),
-            "items": f"{job.count} at each agreement",
+            "items": f"{job.items} per agreement",
             "seed": str(job.seed),
             "time": f"{seconds:.0f} s",
         },
         figures={
-            "Greedy accuracy against the share of items whose longer response is the better one": curves(
-                lines, across="agreement of the cue with the label", up="accuracy"
+            "Accuracy when the cue flips": curves(
+                lines, across="share of items whose longer response is better", up="greedy accuracy"
             )
         },
-        tables={"Accuracy with 95% bootstrap intervals": flip_table(found)},
+        tables={"Greedy accuracy, with 95% bootstrap intervals over items": flip_table(found)},
         notes=[
-            "A judge that decides by what the responses say has a flat curve. One that follows length has the accuracy "
-            "of length itself: the agreement. A verdict that cannot be read, and a tie, count as wrong."
+            "The cue is the length of a response. A judge that decides by what the responses say has a flat curve. One "
+            "that follows length is right exactly where the longer response is better. Ties and verdicts that cannot "
+            "be read count as wrong."
         ],
     )

@@ -1,21 +1,26 @@
-"""Prompts to token ids, and generated ids to text: what every judge that runs on this machine needs."""
+"""Prompts to token ids, and generated ids to judgements: what every judge that runs on this machine needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from torch import Tensor
 
-from cepo.eval.judges.settings import JudgeSettings, Messages, expected_scores
-from cepo.jacobian.reading.judge import find_verdict_end
+from cepo.eval.judges.expected import LARGEST_SCORE, expected_scores
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages
+from cepo.jacobian.reading.judge import SCORES_CLOSING, find_verdict_end, forced_opening
 from cepo.jacobian.reading.token_bytes import TokenBytes
 
-_LARGEST_SCORE = 10
+Likely: TypeAlias = Callable[[int], Mapping[bytes, float]]
+"""Maps the index of a generated token to the probabilities of its alternatives, by their bytes."""
+
+FORCED_TOKENS = 12  # "10.25, 10.25}" in single characters
 _TAIL = 16  # tokens in which a closing tag is looked for at each step
 _LONGEST_SCORE_TOKEN = 4  # characters of the vocabulary, in which a space may be a mark
-_FORCED_PAIRS = [f"{a}, {b}}}".encode() for a in range(1, _LARGEST_SCORE + 1) for b in range(1, _LARGEST_SCORE + 1)]
+_SCORES = range(1, LARGEST_SCORE + 1)
+_FORCED_PAIRS = [f"{first}, {second}}}".encode() for first in _SCORES for second in _SCORES]
 
 
 class PromptEncoder:
@@ -27,18 +32,16 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, settings: JudgeSettings) -> None:
-        self._tokenizer, self._raw = tokenizer, settings.raw
-        if not settings.raw and not getattr(tokenizer, "chat_template", None):
+        self._tokenizer, self._raw, self.opened = tokenizer, settings.raw, ""
+        if settings.raw:
+            return
+        if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"model {settings.model!r} has no chat template; judge with --raw, which takes plain text")
-        self.opened = ""
-        if not settings.raw:
-            try:
-                probe = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
-                )
-            except (TemplateError, ValueError, TypeError) as error:
-                raise ValueError(f"the chat template of model {settings.model!r} refuses a message: {error}") from error
-            self.opened = "<think>" if probe.rstrip().endswith("<think>") else ""
+        try:
+            probe = self._apply_template([{"role": "user", "content": "?"}], tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ValueError(f"the chat template of model {settings.model!r} refuses a message: {error}") from error
+        self.opened = "<think>" if probe.rstrip().endswith("<think>") else ""
 
     def encode(self, messages: Messages) -> list[int] | str:
         """Return the prompt's ids, or the reason why there are none."""
@@ -46,32 +49,33 @@ class PromptEncoder:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             return list(self._tokenizer(text)["input_ids"]) or "the prompt has no tokens"
         try:
-            encoded = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=True
-            )
+            encoded = self._apply_template([dict(message) for message in messages], tokenize=True, return_dict=True)
         except (TemplateError, ValueError, TypeError) as error:
             return f"the chat template refuses the messages: {error}"
         return list(encoded["input_ids"]) or "the prompt has no tokens"
 
+    def _apply_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+
 
 class TextReader:
-    """Reads generated ids: their bytes, their text, where a verdict ends, and which numbers could have stood there.
+    """Reads generated ids: their bytes and text, where a verdict ends, and which numbers could have stood there.
 
     Args:
         tokenizer: the judge's.
         opened: what the chat template put before the generated text, see `PromptEncoder`.
 
     Attributes:
-        number_ids: ids of the tokens that are one number from 0 to 10, give or take a mark such as "{".
+        number_ids: ids of the tokens that hold one number from 0 to 10, with or without a mark such as "{".
         score_ids: ids of the tokens that a forced verdict is made of: digits, comma, space, brace.
     """
 
     def __init__(self, tokenizer: Any, opened: str = "") -> None:
-        self._bytes, self._opened = TokenBytes(tokenizer), opened.encode()
+        self._tokenizer, self._bytes, self._opened = tokenizer, TokenBytes(tokenizer), opened.encode()
         self._numbers = [
             (token, piece)
             for token, piece in self._bytes.short_numbers()
-            if int(bytes(byte for byte in piece if 48 <= byte <= 57)) <= _LARGEST_SCORE
+            if int(bytes(byte for byte in piece if 48 <= byte <= 57)) <= LARGEST_SCORE
         ]
         self.number_ids = [token for token, _ in self._numbers]
         short = sorted(token for text, token in tokenizer.get_vocab().items() if len(text) <= _LONGEST_SCORE_TOKEN)
@@ -89,21 +93,38 @@ class TextReader:
         return [b"" if token in special else piece for token, piece in zip(token_ids, pieces, strict=True)]
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self.text_of(self.pieces(token_ids))
+        """Return the text of the tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self._text(self.pieces(token_ids))
 
-    def text_of(self, pieces: Sequence[bytes]) -> str:
-        """Return the text of the tokens' bytes."""
-        return (self._opened + b"".join(pieces)).decode("utf-8", errors="replace")
+    def judgement(self, token_ids: Sequence[int], likely: Likely) -> Judgement:
+        """Return what was generated as a judgement."""
+        pieces = self.pieces(token_ids)
+        return Judgement(self._text(pieces), tuple(token_ids), self._expected(pieces, likely), len(token_ids))
 
-    def expected(
-        self, pieces: Sequence[bytes], likely: Callable[[int], Mapping[bytes, float]]
-    ) -> tuple[float, float] | None:
-        """Return the expected scores, see `expected_scores`."""
-        return expected_scores([self._opened, *pieces], lambda at: likely(at - 1))
+    def opening_ids(self, text: str) -> list[int]:
+        """Return the ids of what is appended to a judgement without a verdict."""
+        return list(self._tokenizer(forced_opening(text), add_special_tokens=False)["input_ids"])
+
+    def forced_judgement(
+        self, draft: Judgement, before: Sequence[int], rest: Sequence[int], likely: Likely
+    ) -> Judgement:
+        """Return a judgement whose scores were forced, with the scores closed.
+
+        Args:
+            draft: the judgement without a verdict.
+            before: ids of the draft without its end of turn, and of the opening of the scores.
+            rest: what was generated after them; ids after the closing brace do not count.
+            likely: of the index of a token of `rest`.
+        """
+        pieces = self.pieces(rest)
+        count = next((at + 1 for at, piece in enumerate(pieces) if b"}" in piece), len(pieces))
+        token_ids = (*before, *rest[:count])
+        closed = [*self.pieces(token_ids), SCORES_CLOSING.encode()]
+        soft = self._expected(closed, lambda at: likely(at - len(before)))
+        return Judgement(self._text(closed), token_ids, soft, draft.tokens + count, forced=True)
 
     def verdict_length(self, token_ids: Sequence[int]) -> int | None:
-        """Return how many tokens reach to the end of the first scores that can be read, or None."""
+        """Return how many tokens it takes to the end of the first scores that can be read, or None without any."""
         text, ends = self._opened, []
         for piece in self.pieces(token_ids):
             text += piece
@@ -121,7 +142,7 @@ class TextReader:
         return b"}" in b"".join(self.pieces(token_ids))
 
     def forced_ids(self, token_ids: Sequence[int]) -> list[int]:
-        """Return which tokens may follow in a forced `a, b}` with integers from 1 to 10; none where it is whole."""
+        """Return which tokens may follow in a forced `a, b}` with integers from 1 to 10; none where it is complete."""
         written = b"".join(self.pieces(token_ids))
         return [
             token
@@ -129,8 +150,8 @@ class TextReader:
             if any(whole.startswith(written + piece) for whole in _FORCED_PAIRS)
         ]
 
-    def likely_numbers(self, probabilities_TN: Tensor) -> Callable[[int], Mapping[bytes, float]]:
-        """Return, as a function of a token's place, the probabilities of the numbers there by their bytes."""
+    def likely_numbers(self, probabilities_TN: Tensor) -> Likely:
+        """Return the probabilities of the numbers, (T, N) in the order of `number_ids`, as a function."""
 
         def likely(at: int) -> Mapping[bytes, float]:
             if not 0 <= at < len(probabilities_TN):
@@ -139,3 +160,9 @@ class TextReader:
             return {piece: probability for (_, piece), probability in pairs}
 
         return likely
+
+    def _text(self, pieces: Sequence[bytes]) -> str:
+        return (self._opened + b"".join(pieces)).decode("utf-8", errors="replace")
+
+    def _expected(self, pieces: Sequence[bytes], likely: Likely) -> tuple[float, float] | None:
+        return expected_scores([self._opened, *pieces], lambda at: likely(at - 1))

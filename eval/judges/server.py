@@ -1,4 +1,4 @@
-"""Judgements from a server that speaks OpenAI's chat protocol: concurrent, patient, and never losing a row."""
+"""Judgements from a server that speaks OpenAI's chat protocol, with concurrent requests and retries."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, expected_scores, row_seed
+from cepo.eval.judges.expected import expected_scores
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
 from cepo.jacobian.reading.judge import read_scores
 
-_TOP = 20  # alternatives a token, the most that the protocol allows
+_TOP = 20  # alternatives per token, the most that the protocol allows
 _LONGEST_WAIT_S = 300.0
-_LARGEST_ANSWER = 2**26  # bytes; more is no judgement
-_FEWEST_FAILURES = 10  # in a row, and no answer between them, before the rest is not tried
-_REFUSED = (401, 403, 404)  # what no retry and no other row will change
+_LARGEST_ANSWER = 2**26  # bytes; a longer answer is not a judgement
+_FEWEST_FAILURES = 10  # in a row, after which the remaining requests are not tried
+_REFUSED = (401, 403, 404)  # a retry or another row would meet the same answer
 
 
 class ServerJudge:
     """Asks a server for judgements.
 
-    A request that fails (429, 5xx, a dropped connection, an answer that is no JSON or holds no text, more than
-    `timeout_s` seconds) is sent again, `retries` times, after a wait that doubles or that the server's Retry-After
-    names. What fails for good is a judgement with an error. Where many fail in a row, the rest is not tried.
+    A request that fails (429, 5xx, a dropped connection, an answer that is not JSON or holds no text, more than
+    `timeout_s` seconds) is sent again up to `retries` times, after a wait that doubles each time or that the server's
+    Retry-After sets. A request that still fails becomes a judgement with an error. After many failures in a row, the
+    remaining requests are not tried.
 
     Args:
-        settings: address, key, concurrency, patience, and how to generate.
+        settings: address, key, concurrency, retries, and how to generate.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
@@ -47,10 +50,10 @@ class ServerJudge:
         self._top_logprobs = True
 
     def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        """Return one judgement a prompt, in their order.
+        """Return one judgement per prompt, in order.
 
         Raises:
-            ValueError: where the server refuses the key, the address or the model (401, 403, 404).
+            ValueError: if the server refuses the key, the address or the model (401, 403, 404).
         """
         found: dict[int, Judgement] = {}
         pool = ThreadPoolExecutor(self._settings.concurrency)
@@ -77,10 +80,12 @@ class ServerJudge:
             try:
                 judgement = _read_answer(_post(self._url, self._body(messages), self._settings))
             except _FailureError as failure:
-                reason, wait, passing = str(failure), failure.retry_after, failure.passing
-                if not passing or attempt == self._settings.retries:
+                reason, wait, transient = str(failure), failure.retry_after, failure.transient
+                if not transient or attempt == self._settings.retries:
                     break
-                if self._top_logprobs and "logprob" in reason.lower():  # a server without them judges all the same
+                if (
+                    self._top_logprobs and "logprob" in reason.lower()
+                ):  # a server without log-probabilities can still judge
                     self._top_logprobs, wait = False, 0.0
                 seconds = self._settings.backoff_s * 2**attempt if wait is None else wait
                 if self._stopping.wait(min(_LONGEST_WAIT_S, seconds)):
@@ -88,8 +93,8 @@ class ServerJudge:
             else:
                 with self._lock:
                     self._failures = 0
-                return Judgement(**{**judgement.__dict__, "seconds": time.perf_counter() - started})
-        if passing:  # what only this prompt is refused for says nothing about the others
+                return replace(judgement, seconds=time.perf_counter() - started)
+        if transient:  # a refusal of this prompt alone says nothing about the others
             with self._lock:
                 self._failures, self._reason = self._failures + 1, reason
         return Judgement("", error=f"{reason} (tried {attempt + 1}x)", seconds=time.perf_counter() - started)
@@ -109,13 +114,13 @@ class _FailureError(Exception):
     """A request without a usable answer.
 
     Attributes:
-        passing: whether another try may go better.
+        transient: whether another try may succeed.
         retry_after: seconds that the server asks to wait, or None.
     """
 
-    def __init__(self, reason: str, *, passing: bool = True, retry_after: float | None = None) -> None:
+    def __init__(self, reason: str, *, transient: bool = True, retry_after: float | None = None) -> None:
         super().__init__(reason)
-        self.passing, self.retry_after = passing, retry_after
+        self.transient, self.retry_after = transient, retry_after
 
 
 def _post(url: str, body: Mapping[str, Any], settings: JudgeSettings) -> Any:
@@ -132,9 +137,11 @@ def _post(url: str, body: Mapping[str, Any], settings: JudgeSettings) -> Any:
         shown = _shown(error)
         if error.code in _REFUSED:
             raise ValueError(f"the server at {url} answers {error.code} for model {body['model']!r}: {shown}") from None
-        passing = error.code in (408, 409, 425, 429) or error.code >= 500 or "logprob" in shown.lower()
+        transient = error.code in (408, 409, 425, 429) or error.code >= 500 or "logprob" in shown.lower()
         wait = _retry_after(error.headers.get("Retry-After"))
-        raise _FailureError(f"the server answered {error.code}: {shown}", passing=passing, retry_after=wait) from None
+        raise _FailureError(
+            f"the server answered {error.code}: {shown}", transient=transient, retry_after=wait
+        ) from None
     except TimeoutError:
         raise _FailureError(f"no answer within {settings.timeout_s:g} s") from None
     except urllib.error.URLError as error:
@@ -146,11 +153,11 @@ def _post(url: str, body: Mapping[str, Any], settings: JudgeSettings) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
-        raise _FailureError(f"the answer is no JSON: {content[:60]!r}") from None
+        raise _FailureError(f"the answer is not JSON: {content[:60]!r}") from None
 
 
 def _read_until(response: Any, deadline: float) -> bytes:
-    """Read a body that may come drop by drop, each drop within the socket's own time-out."""
+    """Read a body until the deadline; the socket's own time-out only limits each piece of it."""
     content = b""
     while piece := response.read1(2**16):
         content += piece
@@ -158,14 +165,14 @@ def _read_until(response: Any, deadline: float) -> bytes:
             raise TimeoutError
         if len(content) > _LARGEST_ANSWER:
             raise _FailureError(f"the answer is longer than {_LARGEST_ANSWER} bytes")
-    promised = response.length  # what Content-Length said and did not come
+    promised = response.length  # bytes that Content-Length announced and that did not come
     if promised:
         raise _FailureError(f"the connection broke: {promised} bytes of the answer are missing")
     return content
 
 
 def _read_answer(answer: Any) -> Judgement:
-    """Return the judgement in an answer, or raise _FailureError where there is no text in it."""
+    """Return the judgement in an answer, or raise _FailureError if it holds no text."""
     try:
         choice = answer["choices"][0]
         text, thought = choice["message"].get("content"), choice["message"].get("reasoning_content")
@@ -175,7 +182,7 @@ def _read_answer(answer: Any) -> Judgement:
         raise _FailureError(f"the answer's content is a {type(text).__name__}")
     if text is None and not isinstance(thought, str):
         raise _FailureError("the answer holds no content")
-    # Servers that take the thought out of the text say so in a field of its own.
+    # Some servers return the thought in a field of its own.
     whole = f"<think>{thought}</think>{text or ''}" if isinstance(thought, str) and thought else (text or "")
     usage = answer.get("usage")
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
@@ -184,7 +191,7 @@ def _read_answer(answer: Any) -> Judgement:
 
 
 def _read_logprobs(logprobs: Any, text: str) -> tuple[int, tuple[float, float] | None]:
-    """Return how many tokens the server tells of, and the expected scores where it tells enough."""
+    """Return how many tokens the server lists, and the expected scores where it lists enough."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content:
         return 0, None
@@ -205,13 +212,13 @@ def _likely(content: Sequence[Mapping[str, Any]]) -> Callable[[int], Mapping[byt
 
 
 def _piece(token: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a token as a server tells them; the text is no substitute where it is half a character."""
+    """Return the bytes of a token as the server lists them: its text may be half a character."""
     told = token.get("bytes")
     return bytes(told) if told is not None else str(token["token"]).encode()
 
 
 def _retry_after(told: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for, given as seconds or as a date; None if it says neither."""
+    """Return the seconds that a Retry-After header asks for, as seconds or as a date; None if it is neither."""
     if told is None:
         return None
     try:
@@ -225,7 +232,7 @@ def _retry_after(told: str | None) -> float | None:
 
 
 def _shown(error: urllib.error.HTTPError) -> str:
-    """Return the start of an error's body, which says what the server minds; its reason where there is none."""
+    """Return the start of an error's body, which says what is wrong, or its reason where there is no body."""
     try:
         body = error.read(2000).decode("utf-8", errors="replace").strip()
     except (OSError, http.client.HTTPException):

@@ -1,4 +1,4 @@
-"""How verdicts are generated and read: what a judge is, its settings, the hard scores and the expected ones."""
+"""What a judge is: its settings, its prompts and its judgements."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 from urllib.parse import urlsplit
 
-from cepo.jacobian.loading import check_device, load_model, resolve_model
-from cepo.jacobian.reading.judge import find_numbers
+from cepo.jacobian.loading import check_device, model_fingerprint, resolve_model
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 Backend = Literal["transformers", "vllm", "server"]
 Place = Literal["A", "B"]
-
-FORCED_TOKENS = 12  # "10.25, 10.25}" in single characters
-_LARGEST_SCORE = 10
+PLACES: tuple[Place, ...] = get_args(Place)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    r"""What a judge wrote about one prompt.
+    r"""What a judge wrote in answer to one prompt.
 
     Attributes:
-        text: all that it wrote, its thought included. Of a forced one, also what was appended.
-        token_ids: the ids of `text`, or None where the backend does not tell them.
+        text: everything that it wrote, its thought included, and the opening that was appended for a forced verdict.
+        token_ids: the ids of `text`, or None where the backend does not return them.
         soft: expected scores of A and B, see `expected_scores`; None where there is no verdict or no distribution.
-        tokens: how many tokens it generated (what was appended is not counted).
-        forced: whether `\boxed{` was put into its mouth, see `JudgeSettings.force_format`.
-        seconds: time that it took; the share of its batch where it was generated in one.
+        tokens: number of tokens that it generated, without those that were appended.
+        forced: whether `\boxed{` was appended for it, see `JudgeSettings.force_format`.
+        seconds: time that it took; its share of the batch where it was generated in one.
         error: why there is no judgement, or None. A row with an error says nothing about the model.
     """
 
@@ -47,13 +43,15 @@ class Judgement:
 
 
 OnDone: TypeAlias = Callable[[int, Judgement], None]
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""Called with (judgements done, judgements in all, speed in words)."""
 
 
 class Judge(Protocol):
     """Anything that answers judge prompts."""
 
     def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        """Return one judgement a prompt, in their order; `on_done(index, judgement)` hears of each as it comes."""
+        """Return one judgement per prompt, in order; call `on_done(index, judgement)` as soon as each is there."""
         ...
 
 
@@ -62,26 +60,26 @@ class JudgeSettings:
     r"""Which judge, and how it generates.
 
     Attributes:
-        model: see `resolve_model`; for a server, the name that it knows the model by.
+        model: see `resolve_model`; for a server, the name under which it serves the model.
         backend: "transformers", "vllm" (on this machine, where it is installed) or "server" (OpenAI's protocol).
-        max_new_tokens: most tokens a judgement may have, at least 1.
-        temperature: 0 is greedy. Above it, each prompt draws from its own random numbers, a function of the seed and
-            the prompt, so that neighbours in a batch change nothing.
-        seed: of the sampling.
-        force_format: where no verdict can be read, append `\n<scores>\n\boxed{` and let the scores be generated from
-            there, held to two integers from 1 to 10. Not for servers, whose protocol cannot continue a message.
+        max_new_tokens: largest number of tokens per judgement, at least 1.
+        temperature: 0 is greedy. Above 0, each prompt has its own random numbers, a function of the seed and the
+            prompt, so that the other prompts of a batch change nothing.
+        seed: of the sampling, and of whatever a command draws.
+        force_format: where no verdict can be read, append `\n<scores>\n\boxed{` and generate on from there, restricted
+            to two integers from 1 to 10. Not for servers, whose protocol cannot continue a message.
         raw: take the prompt as plain text, without the chat template.
         dtype: dtype of the weights.
         device: where to run.
-        batch_size: prompts generated at once. A different batch may change the last bit of a logit, and so, rarely, a
+        batch_size: prompts generated at once. Another batch size may change the last bit of a logit, and so, rarely, a
             greedy choice.
-        trust_remote_code: whether a hub repository's own code may run.
-        base_url: of the server, such as http://localhost:8000/v1.
+        trust_remote_code: whether code from a hub repository may run.
+        base_url: address of the server, such as http://localhost:8000/v1.
         api_key: sent to the server as a bearer token.
         concurrency: requests in flight at the server.
-        timeout_s: most seconds that one request may take.
-        retries: how often a request is sent again after it failed.
-        backoff_s: wait before the first retry, doubled with each. A server's Retry-After goes first.
+        timeout_s: seconds that one request may take.
+        retries: how often a failed request is sent again.
+        backoff_s: seconds before the first retry, doubled for each further one, unless the server sends Retry-After.
     """
 
     model: str
@@ -102,17 +100,16 @@ class JudgeSettings:
     retries: int = 5
     backoff_s: float = 1.0
 
-    def decisive(self) -> dict[str, Any]:
-        """Return the settings that decide what is written; the others only decide where and how fast."""
-        names = ("model", "backend", "max_new_tokens", "temperature", "seed", "force_format", "raw", "dtype")
-        return {name: getattr(self, name) for name in names}
+    def __str__(self) -> str:
+        generation = f"temperature {self.temperature:g}" if self.temperature else "greedy"
+        return f"{self.model} ({self.backend}, {generation}, at most {self.max_new_tokens} tokens)"
 
 
 def check_judge(settings: JudgeSettings) -> None:
     """Check everything that can be checked before the weights are loaded or the server is called.
 
     Raises:
-        ValueError: naming the setting, what it is, and what was expected.
+        ValueError: naming the setting, its value, and what was expected.
     """
     if settings.backend not in get_args(Backend):
         raise ValueError(f"backend is {settings.backend!r}; expected one of {', '.join(get_args(Backend))}")
@@ -130,7 +127,9 @@ def check_judge(settings: JudgeSettings) -> None:
         _check_server(settings)
         return
     if settings.base_url is not None:
-        raise ValueError(f"base_url is {settings.base_url!r} for the backend {settings.backend}, which has no address")
+        raise ValueError(
+            f"base_url is {settings.base_url!r}, but the backend is {settings.backend}; expected the backend server"
+        )
     if settings.dtype not in ("float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {settings.dtype!r}; expected float64, float32, bfloat16 or float16")
     source = resolve_model(settings.model)
@@ -143,98 +142,19 @@ def check_judge(settings: JudgeSettings) -> None:
         check_device(settings.device)
 
 
-def open_judge(settings: JudgeSettings) -> Judge:
-    """Load the judge; its weights, or nothing for a server.
-
-    Raises:
-        ValueError: for settings or a model that cannot be used.
-    """
-    check_judge(settings)
+def decisive_settings(settings: JudgeSettings) -> dict[str, Any]:
+    """Return what decides a judgement, the weights by their content; the other settings decide where and how fast."""
+    names = ["backend", "max_new_tokens", "temperature", "seed"]
     if settings.backend == "server":
-        from cepo.eval.judges.server import ServerJudge
-
-        return ServerJudge(settings)
-    source = resolve_model(settings.model)
-    if settings.backend == "vllm":
-        from cepo.eval.judges.vllm import VllmJudge
-
-        return VllmJudge(source, settings)
-    from cepo.eval.judges.transformers import TransformersJudge
-
-    model, tokenizer = load_model(
-        source, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
-    )
-    return TransformersJudge(model, tokenizer, settings)
-
-
-def winner(scores: Sequence[float] | None) -> Literal["A", "B", "tie"] | None:
-    """Return whom the scores of A and B name, "tie" where they are equal, None where there are none."""
-    if scores is None:
-        return None
-    if scores[0] == scores[1]:
-        return "tie"
-    return "A" if scores[0] > scores[1] else "B"
+        return {name: getattr(settings, name) for name in [*names, "base_url", "model"]}
+    values = {name: getattr(settings, name) for name in [*names, "force_format", "raw", "dtype"]}
+    return {**values, "weights": model_fingerprint(resolve_model(settings.model))}
 
 
 def row_seed(seed: int, messages: Messages) -> int:
     """Return the seed of one prompt's sampling, in [0, 2^31): a function of the seed and the prompt alone."""
     content = json.dumps([seed, [dict(message) for message in messages]])
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=4).digest()) >> 1
-
-
-def expected_scores(
-    pieces: Sequence[bytes], likely: Callable[[int], Mapping[bytes, float]]
-) -> tuple[float, float] | None:
-    r"""Return the expected scores of A and B over the digits that could have stood in the last `\boxed{a, b}`.
-
-    At the token that opens a number, the expectation is over the numbers from 0 to 10 under their probabilities,
-    normalised to one. Where 10 is two tokens, "1" stands for both 1 and 10: where 1 or 10 was written, its probability
-    is split by that of a "0" behind it, which is known there; where another number was written, it counts as 1. A
-    decimal part counts as it was written.
-
-    Args:
-        pieces: bytes of each token of the judgement, in order.
-        likely: of the index of a token, the probabilities of what could have stood there, by their bytes. What is
-            missing is taken to be impossible.
-
-    Returns:
-        None where `read_scores` reads no verdict, a number is greater than 10, or nothing likely is a number.
-    """
-    text = b"".join(pieces)
-    numbers = find_numbers(text)
-    if numbers is None or max(float(text[slice(*number)]) for number in numbers) > _LARGEST_SCORE:
-        return None
-    ends = list(accumulate(len(piece) for piece in pieces))
-    expected = [_expected_number(number, pieces, ends, likely) for number in numbers]
-    return None if expected[0] is None or expected[1] is None else (expected[0], expected[1])
-
-
-def _expected_number(
-    number: tuple[int, int],
-    pieces: Sequence[bytes],
-    ends: Sequence[int],
-    likely: Callable[[int], Mapping[bytes, float]],
-) -> float | None:
-    text = b"".join(pieces)[number[0] : number[1]]
-    first = next(index for index, end in enumerate(ends) if end > number[0])
-    start = ends[first] - len(pieces[first])
-    written = text[: ends[first] - number[0]]
-    if not written.isdigit():  # a token that holds the decimal point too
-        return None
-    before, after = pieces[first][: number[0] - start], pieces[first][number[0] + len(written) - start :]
-    weights: dict[int, float] = {}
-    for piece, probability in likely(first).items():
-        middle = piece[len(before) : len(piece) - len(after)]
-        if middle.isdigit() and piece == before + middle + after and int(middle) <= _LARGEST_SCORE:
-            weights[int(middle)] = weights.get(int(middle), 0.0) + probability
-    total = sum(weights.values())
-    if not total > 0.0:
-        return None
-    values = {value: float(value) for value in weights}
-    if written == b"1" and not after and first + 1 < len(pieces):
-        values[1] = 1.0 + 9.0 * min(1.0, likely(first + 1).get(b"0", 0.0))
-    fraction = float(text) - int(float(text))
-    return sum(weight * values[value] for value, weight in weights.items()) / total + fraction
 
 
 def _check_server(settings: JudgeSettings) -> None:
@@ -244,4 +164,4 @@ def _check_server(settings: JudgeSettings) -> None:
     if settings.force_format:
         raise ValueError("force_format is set for a server, whose protocol cannot continue a message; leave it out")
     if settings.raw:
-        raise ValueError("raw is set for a server, which puts messages through its own chat template; leave it out")
+        raise ValueError("raw is set for a server, which applies its own chat template; leave it out")

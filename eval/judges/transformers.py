@@ -1,15 +1,15 @@
-"""Judgements generated with transformers: batches that share the instructions' keys and values, digits read on the way.
+"""Judgements generated with transformers, in batches that share the keys and values of the instructions.
 
 Nothing is run twice. The probabilities of the digits are kept while the text is generated, so that expected scores need
-no second pass; and a forced verdict goes on from the keys and values of the text before it.
+no second pass, and a forced verdict continues from the keys and values of the text before it.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,31 +17,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from cepo.eval.judges.encoding import PromptEncoder, TextReader
-from cepo.eval.judges.settings import (
-    FORCED_TOKENS,
-    Judgement,
-    JudgeSettings,
-    Messages,
-    OnDone,
-    row_seed,
-)
-from cepo.jacobian.reading.judge import SCORES_CLOSING, forced_opening, read_scores
+from cepo.eval.judges.encoding import FORCED_TOKENS, PromptEncoder, TextReader
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
+from cepo.jacobian.reading.judge import read_scores
 
-_WORTH_SHARING = 16  # tokens of a common beginning
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What was generated for one prompt.
-
-    Attributes:
-        token_ids: as sampled, up to the end of the verdict or the end-of-sequence, which is kept.
-        likely: of the index of a token, the probabilities of the numbers that could have stood there, by their bytes.
-    """
-
-    token_ids: tuple[int, ...]
-    likely: Callable[[int], Mapping[bytes, float]]
+_WORTH_SHARING = 16  # tokens of a common prefix
 
 
 class TransformersJudge:
@@ -67,7 +47,7 @@ class TransformersJudge:
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        """Return one judgement a prompt, in their order; prompts of like length are generated together."""
+        """Return one judgement per prompt, in order; prompts of similar length are generated together."""
         encoded: dict[int, list[int]] = {}
         found: dict[int, Judgement] = {}
 
@@ -86,7 +66,7 @@ class TransformersJudge:
                 encoded[row] = ids
         prefix = _common_prefix(list(encoded.values()))
         cache = self._shared_cache(prefix) if len(prefix) >= _WORTH_SHARING else None
-        # The longest first: a batch that does not fit shows at once.
+        # The longest first, so that a batch that does not fit in memory shows at once.
         runnable = sorted(encoded, key=lambda row: -len(encoded[row]))
         for start in range(0, len(runnable), self._settings.batch_size):
             rows = runnable[start : start + self._settings.batch_size]
@@ -118,7 +98,7 @@ class TransformersJudge:
                 ids_rows[half:], seeds[half:], shared, cache
             )
         seconds = (time.perf_counter() - started) / len(ids_rows)
-        return [Judgement(**{**draft.__dict__, "seconds": seconds}) for draft in drafts]
+        return [replace(draft, seconds=seconds) for draft in drafts]
 
     def _write(
         self, ids_rows: list[list[int]], seeds: list[int], shared: int, cache: DynamicCache | None
@@ -131,24 +111,18 @@ class TransformersJudge:
             batch_cache = copy.deepcopy(cache)
             batch_cache.batch_repeat_interleave(len(ids_rows))
         sequences_BT, probabilities, left = self._generate(ids_BT, mask_BT, batch_cache, seeds)
-        width = ids_BT.shape[1]
-        drafts = [self._cut(sequences_BT[row, width:].tolist(), probabilities[:, row]) for row in range(len(ids_rows))]
-        texts = [self.texts.text(draft.token_ids) for draft in drafts]
-        unread = [read_scores(text) is None for text in texts]
-        forced: dict[int, tuple[list[int], Generated]] = {}
-        if self._settings.force_format and any(unread):
-            forced = self._force(ids_rows, drafts, texts, sequences_BT, mask_BT, left, seeds)
-        return [
-            self._forced_judgement(drafts[row], *forced[row])
-            if row in forced and unread[row]
-            else Judgement(
-                texts[row],
-                drafts[row].token_ids,
-                self.texts.expected(self.texts.pieces(drafts[row].token_ids), drafts[row].likely),
-                len(drafts[row].token_ids),
+        drafts = [
+            self.texts.judgement(
+                self._cut(sequences_BT[row, ids_BT.shape[1] :].tolist()),
+                self.texts.likely_numbers(probabilities[:, row]),
             )
             for row in range(len(ids_rows))
         ]
+        unread = [read_scores(draft.text) is None for draft in drafts]
+        if not self._settings.force_format or not any(unread):
+            return drafts
+        forced = self._force(ids_rows, drafts, sequences_BT, mask_BT, left, seeds)
+        return [after if missing else draft for draft, after, missing in zip(drafts, forced, unread, strict=True)]
 
     def _generate(
         self, ids_BT: Tensor, mask_BT: Tensor, cache: Any, seeds: list[int], *, forced: bool = False
@@ -160,7 +134,7 @@ class TransformersJudge:
         stop = _StopWhere(self.texts.is_boxed if forced else self.texts.is_judged, width)
         config = GenerationConfig(
             max_new_tokens=FORCED_TOKENS if forced else self._settings.max_new_tokens,
-            do_sample=False,  # the watcher's noise makes the greedy choice a draw, one row's apart from another's
+            do_sample=False,  # the watcher's noise makes the greedy choice a draw, each row's its own
             num_beams=1,
             repetition_penalty=1.0,
             eos_token_id=sorted(self._ends) or None,
@@ -178,71 +152,51 @@ class TransformersJudge:
             )
         return out.sequences.cpu(), torch.stack(watcher.steps).cpu(), getattr(out, "past_key_values", None)
 
-    def _cut(self, token_ids: list[int], probabilities_TN: Tensor) -> Generated:
-        """Take the padding away that `generate` puts behind a row that has ended before others."""
+    def _cut(self, token_ids: list[int]) -> list[int]:
+        """Drop the padding that `generate` appends to a row that ended before others, and what follows the verdict."""
         length = next((at + 1 for at, token in enumerate(token_ids) if token in self._ends), len(token_ids))
-        length = min(length, self.texts.verdict_length(token_ids[:length]) or length)
-        return Generated(tuple(token_ids[:length]), self.texts.likely_numbers(probabilities_TN))
+        return token_ids[: min(length, self.texts.verdict_length(token_ids[:length]) or length)]
 
     def _force(
         self,
         ids_rows: list[list[int]],
-        drafts: list[Generated],
-        texts: list[str],
+        drafts: list[Judgement],
         sequences_BT: Tensor,
         mask_BT: Tensor,
         cache: Any,
         seeds: list[int],
-    ) -> dict[int, tuple[list[int], Generated]]:
-        """Append the opening of the scores to every row and generate on, from the cache where there is one.
-
-        Returns:
-            By row: the ids of what was appended, and what came after.
-        """
-        openings = [self._encode_plain(forced_opening(text)) for text in texts]
-        kept = [len(_without_end(draft.token_ids, self._ends)) for draft in drafts]
-        reach = max(map(len, openings))
-        rows = range(len(ids_rows))
+    ) -> list[Judgement]:
+        """Append the opening of the scores to every row and generate on, from the cache where it can be masked."""
+        written = [_without_end(draft.token_ids or (), self._ends) for draft in drafts]
+        openings = [self.texts.opening_ids(draft.text) for draft in drafts]
+        befores = [[*ids, *opening] for ids, opening in zip(written, openings, strict=True)]
         if cache is not None and _is_plain(cache):
-            width = mask_BT.shape[1]
-            new = sequences_BT.shape[1] - width
-            ids_BT = torch.full((len(ids_rows), sequences_BT.shape[1] + reach), self._pad)
+            total, width = sequences_BT.shape[1], mask_BT.shape[1]
+            ids_BT = torch.full((len(ids_rows), total + max(map(len, openings))), self._pad)
             mask = torch.zeros_like(ids_BT)
-            ids_BT[:, : width + new], mask[:, :width] = sequences_BT, mask_BT
-            for row in rows:
-                mask[row, width : width + kept[row]] = 1
-                ids_BT[row, -len(openings[row]) :] = torch.tensor(openings[row])
-                mask[row, -len(openings[row]) :] = 1
+            ids_BT[:, :total], mask[:, :width] = sequences_BT, mask_BT
+            for row, opening in enumerate(openings):
+                mask[row, width : width + len(written[row])] = 1
+                ids_BT[row, -len(opening) :] = torch.tensor(opening)
+                mask[row, -len(opening) :] = 1
         else:
             cache = None
-            whole = [ids_rows[row] + list(drafts[row].token_ids[: kept[row]]) + openings[row] for row in rows]
+            whole = [[*ids, *before] for ids, before in zip(ids_rows, befores, strict=True)]
             padded = [_padded(ids, max(map(len, whole)), 0, self._pad) for ids in whole]
             ids_BT, mask = (torch.tensor([row[part] for row in padded]) for part in (0, 1))
         sequences, probabilities, _ = self._generate(ids_BT, mask, cache, [seed + 1 for seed in seeds], forced=True)
-        return {
-            row: (openings[row], self._cut(sequences[row, ids_BT.shape[1] :].tolist(), probabilities[:, row]))
-            for row in rows
-        }
-
-    def _forced_judgement(self, draft: Generated, opening: list[int], rest: Generated) -> Judgement:
-        before = (*_without_end(draft.token_ids, self._ends), *opening)
-        pieces = self.texts.pieces(rest.token_ids)
-        count = next((at + 1 for at, piece in enumerate(pieces) if b"}" in piece), len(pieces))
-        token_ids = (*before, *rest.token_ids[:count])
-        closed = [*self.texts.pieces(token_ids), SCORES_CLOSING.encode()]
-        return Judgement(
-            self.texts.text_of(closed),
-            token_ids,
-            self.texts.expected(closed, lambda at: rest.likely(at - len(before))),
-            len(draft.token_ids) + count,
-            forced=True,
-        )
-
-    def _encode_plain(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [
+            self.texts.forced_judgement(
+                drafts[row],
+                befores[row],
+                self._cut(sequences[row, ids_BT.shape[1] :].tolist()),
+                self.texts.likely_numbers(probabilities[:, row]),
+            )
+            for row in range(len(ids_rows))
+        ]
 
     def _shared_cache(self, prefix: list[int]) -> DynamicCache | None:
-        """Run the common beginning once; None for models whose caches hold more than keys and values a token."""
+        """Run the common prefix once; None for models whose caches hold more than keys and values per token."""
         cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
         if not _is_plain(cache):
             return None
@@ -258,14 +212,14 @@ class TransformersJudge:
 class _Watcher(LogitsProcessor):
     """Keeps the probabilities of the numbers at each step, before any temperature; then restricts and draws.
 
-    The greatest of the logits over the temperature plus Gumbel noise is a draw from their softmax. Each row has its own
+    The largest of the logits over the temperature plus Gumbel noise is a draw from their softmax. Each row has its own
     generator, so that a row's draw does not depend on its neighbours.
 
     Args:
         number_ids: the tokens whose probabilities are kept.
-        allowed: of the ids that a row has generated, which ids may follow; all where there are none.
+        allowed: maps the ids that a row has generated to the ids that may follow; an empty answer allows all.
         temperature: 0 is greedy.
-        seeds: one a row.
+        seeds: one per row.
         width: tokens of the prompts, padding included.
     """
 
@@ -299,7 +253,7 @@ class _Watcher(LogitsProcessor):
 
 
 class _StopWhere(StoppingCriteria):
-    """Ends a row where the ids that it has generated say so; nothing after them counts."""
+    """Ends a row when the ids that it has generated are complete."""
 
     def __init__(self, ended: Callable[[Sequence[int]], bool], width: int) -> None:
         self._ended, self._width = ended, width
@@ -313,7 +267,7 @@ class _StopWhere(StoppingCriteria):
 
 
 def _padded(ids: list[int], width: int, shared: int, pad: int) -> tuple[list[int], list[int]]:
-    """Fill a prompt up to the width, behind its shared beginning; return the ids and the mask."""
+    """Pad a prompt to the width, after its shared prefix; return the ids and the mask."""
     missing = width - len(ids)
     return (
         [*ids[:shared], *[pad] * missing, *ids[shared:]],
@@ -327,7 +281,7 @@ def _is_plain(cache: Any) -> bool:
 
 
 def _common_prefix(ids_rows: Sequence[Sequence[int]]) -> list[int]:
-    """Return the longest beginning that all rows share and that leaves each of them a token."""
+    """Return the longest prefix that all rows share and that leaves at least one token of each."""
     if len(ids_rows) < 2:
         return []
     shared = 0

@@ -1,14 +1,17 @@
-"""Results on disk, each written in one step; summary.jsonl: what an evaluation found, one metric a line."""
+"""Tables of results: for the console, for pages, and as the rows of summary.jsonl."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from rich.table import Column, Table
 
 from cepo.eval.statistics import Estimate
+
+PageTable: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Header and rows; the first cell of a row names it."""
 
 
 def summary_row(labels: Mapping[str, Any], found: Estimate) -> dict[str, Any]:
@@ -17,10 +20,13 @@ def summary_row(labels: Mapping[str, Any], found: Estimate) -> dict[str, Any]:
 
 
 def share(part: int, whole: int) -> Estimate:
-    """Return a share as an estimate without an interval; NaN of nothing."""
+    """Return a share as an estimate without an interval; NaN if the whole is 0."""
     return Estimate(part / whole if whole else math.nan, math.nan, math.nan, whole)
 
 
-def console_table(*header: str, title: str | None = None) -> Table:
-    """Return an empty table whose cells are wrapped, never cut: on 80 columns, or in a log, every digit stays."""
-    return Table(*(Column(name, overflow="fold") for name in header), title=title)
+def console_table(*header: str, rows: Sequence[Sequence[str]] = (), title: str | None = None) -> Table:
+    """Return a table whose cells are wrapped, never cut, so that every digit is shown on 80 columns or in a log."""
+    table = Table(*(Column(name, overflow="fold") for name in header), title=title)
+    for cells in rows:
+        table.add_row(*cells)
+    return table

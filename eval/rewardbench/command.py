@@ -1,46 +1,46 @@
-"""`cepo eval rewardbench`: how often a generative judge prefers the better response; resumable, with a page."""
+"""`cepo eval rewardbench`: how often a generative judge prefers the better response."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from cepo.eval.judges.journal import Collected, Record, collect_judgements, content_key
-from cepo.eval.judges.settings import JudgeSettings, check_judge, open_judge
+from cepo.eval.judges.journal import Collected, Record, collect_judgements
+from cepo.eval.judges.open import open_judge
+from cepo.eval.judges.settings import PLACES, JudgeSettings, Progress, check_judge, decisive_settings
 from cepo.eval.report.figures import forest, reliability
 from cepo.eval.report.heat_maps import HeatMap
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import console_table, summary_row
-from cepo.eval.rewardbench.items import PLACES, Item, load_items, requests
-from cepo.eval.rewardbench.metrics import Measure, outcome, summarise
+from cepo.eval.report.tables import PageTable, console_table, summary_row
+from cepo.eval.rewardbench.items import PreferenceItem, judge_tasks, load_items
+from cepo.eval.rewardbench.metrics import MetricEstimate, measure_preferences, outcome
 from cepo.eval.statistics import warning_of_few
-from cepo.files import BrokenLine, make_folder, write_jsonl
+from cepo.files import BrokenLine, content_hash, write_jsonl
 
-_SHOWN = 3  # judgements of each kind that the page holds in full
+_SHOWN = 3  # items of each kind that the page holds in full
 _FOREST_ROWS = 60
 _TITLES = {
     "consistent": "right in both orders",
     "average": "right, mean of both orders",
     "single_swap": "right, one drawn order",
-    "verdicts_only": "right, where there is a verdict",
+    "verdicts_only": "right, of judgements with a verdict",
     "soft_average": "right by expected margin, mean of both orders",
     "soft_summed": "right by expected margin, orders summed",
-    "expected_margin": "expected margin, chosen less rejected",
-    "position_bias": "position bias, verdicts for A less for B",
-    "follows_position": "pairs whose verdict stays at its place",
+    "expected_margin": "expected margin in points, chosen minus rejected",
+    "position_bias": "position bias, verdicts for A minus for B",
+    "follows_position": "pairs whose verdict names the same place twice",
     "ties": "ties",
     "parse_failures": "no verdict could be read",
     "forced": "scores forced",
     "not_judged": "not judged",
 }
 _SHORT = {
-    "consistent": "both",
+    "consistent": "both orders",
     "average": "mean",
-    "single_swap": "drawn",
+    "single_swap": "drawn order",
     "soft_average": "soft",
     "position_bias": "bias",
     "parse_failures": "unread",
@@ -49,15 +49,15 @@ _SHORT = {
 
 @dataclass(frozen=True)
 class RewardBenchJob:
-    """What `cepo eval rewardbench` was asked to do.
+    """What `cepo eval rewardbench` is asked to do.
 
     Attributes:
-        judge: which judge, and how it generates.
+        judge: which judge, and how it generates; its seed is also that of the draws and the intervals.
         data: see `load_items`.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
         split: of a hub data set, or None for its usual one.
-        limit: number of items to draw by the judge's seed, or None for all.
-        subsets: names of subsets to keep; all where empty.
+        limit: number of items to draw at random, or None for all.
+        subsets: names of the subsets to keep; all where empty.
     """
 
     judge: JudgeSettings
@@ -70,21 +70,19 @@ class RewardBenchJob:
 
 @dataclass(frozen=True)
 class RewardBenchSummary:
-    """What came of it.
+    """The results.
 
     Attributes:
-        measures: see `summarise`.
-        items: rows that were judged.
+        measures: see `measure_preferences`.
+        items: number of rows that were judged.
         collected: the judgements.
         broken: (line number, reason) of rows that could not be used.
-        not_judged: reasons and how often each came.
     """
 
-    measures: tuple[Measure, ...]
+    measures: tuple[MetricEstimate, ...]
     items: int
     collected: Collected
     broken: tuple[BrokenLine, ...]
-    not_judged: Mapping[str, int]
 
     @property
     def unread(self) -> float:
@@ -92,90 +90,71 @@ class RewardBenchSummary:
         shares = [one.estimate.value for one in self.measures if (one.metric, one.scope) == ("parse_failures", "all")]
         return shares[0] if shares else 0.0
 
+    def all_table(self) -> PageTable:
+        """Return every metric over all items."""
+        whole = [(one.metric, one.estimate) for one in self.measures if one.scope == "all"]
+        rows = [
+            [_TITLES[metric], f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}", str(found.count)]
+            for metric, found in whole
+        ]
+        return ["metric", "value", "95% interval", "count"], rows
+
+    def scope_table(self) -> PageTable:
+        """Return the accuracies by subset and section; no rows if there is only one subset."""
+        found = {(one.scope, one.metric): one.estimate for one in self.measures}
+        columns = {metric: short for metric, short in _SHORT.items() if ("all", metric) in found}
+        rows = []
+        for scope in dict.fromkeys(one.scope for one in self.measures if one.scope != "all"):
+            cells = [f"{cell.value:.3f}" if (cell := found.get((scope, metric))) else "" for metric in columns]
+            counted = found.get((scope, "consistent"))
+            rows.append([scope, *cells, str(counted.count) if counted else "0"])
+        return ["subset", *columns.values(), "items"], rows
+
     def tables(self) -> list[Table]:
-        """Return what the console shows: all measures, then the accuracies by subset and section."""
-        whole = console_table("measure", "value", "95% interval", "count", title="all")
-        for measure in self.measures:
-            if measure.scope == "all":
-                found = measure.estimate
-                interval = f"{found.low:.3f} to {found.high:.3f}"
-                whole.add_row(_TITLES[measure.metric], f"{found.value:.3f}", interval, str(found.count))
+        """Return what the console shows: all metrics, then the accuracies by subset and section."""
+        header, rows = self.all_table()
+        whole = console_table(*header, rows=rows, title="all items")
         whole.add_section()
         whole.add_row("judgements", str(len(self.collected.records)), "", "")
-        whole.add_row("from an earlier run", str(self.collected.resumed), "", "")
+        whole.add_row("of which from an earlier run", str(self.collected.resumed), "", "")
         if speed := self.collected.speed():
             whole.add_row("speed", speed, "", "")
-        header, rows = _scope_rows(self.measures)
-        parts = console_table(*header, title="by subset and section")
-        for row in rows:
-            parts.add_row(*row)
-        return [whole, parts] if rows else [whole]
+        header, rows = self.scope_table()
+        return [whole, console_table(*header, rows=rows, title="by subset and section")] if rows else [whole]
 
 
-def run_rewardbench(
-    job: RewardBenchJob, *, progress: Callable[[int, int, str], None] | None = None
-) -> RewardBenchSummary:
-    """Judge every pair in both orders and write what came of it, going on from a killed run of the same settings.
+def run_rewardbench(job: RewardBenchJob, *, progress: Progress | None = None) -> RewardBenchSummary:
+    """Judge every pair in both orders, and write judgements, summary and page; resume a killed run.
 
     Args:
         job: what to do.
-        progress: called with (judgements done, in all, speed in words).
+        progress: told of each judgement.
 
     Raises:
-        ValueError: for data, settings or a model that cannot be used; a folder that holds other settings' judgements.
+        ValueError: for data, settings or a model that cannot be used, or a folder with results of other settings.
     """
     check_judge(job.judge)
-    if job.output.exists() and not job.output.is_dir():
-        raise ValueError(f"output is {str(job.output)!r}, which is a file; expected a folder, which may be new")
     items, broken = load_items(job.data, split=job.split, limit=job.limit, subsets=job.subsets, seed=job.judge.seed)
-    make_folder(job.output)
     collected = collect_judgements(
-        requests(items),
-        job.output / "judgements.jsonl",
-        job.judge.decisive(),
+        judge_tasks(items),
+        job.output,
+        {"command": "eval rewardbench", **decisive_settings(job.judge)},
         lambda: open_judge(job.judge),
         progress=progress,
     )
-    measures = tuple(summarise(items, collected.records, seed=job.judge.seed))
-    reasons = Counter(str(record["error"]) for record in collected.records.values() if record["error"])
-    summary = RewardBenchSummary(measures, len(items), collected, tuple(broken), dict(reasons.most_common()))
-    _write_summary(job.output / "summary.jsonl", measures)
+    measures = measure_preferences(items, collected.records, seed=job.judge.seed)
+    summary = RewardBenchSummary(tuple(measures), len(items), collected, tuple(broken))
+    rows = [summary_row({"metric": one.metric, "subset": one.scope}, one.estimate) for one in measures]
+    write_jsonl(job.output / "summary.jsonl", rows)
     _write_report(job, items, summary)
     return summary
 
 
-def _write_summary(path: Path, measures: Sequence[Measure]) -> None:
-    write_jsonl(path, [summary_row({"metric": one.metric, "subset": one.scope}, one.estimate) for one in measures])
-
-
-def _scope_rows(measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the table by subset and section; no rows where there is nothing but "all"."""
-    found = {(measure.scope, measure.metric): measure.estimate for measure in measures}
-    columns = {metric: short for metric, short in _SHORT.items() if ("all", metric) in found}
-    scopes = list(dict.fromkeys(measure.scope for measure in measures if measure.scope != "all"))
-    rows = []
-    for scope in scopes:
-        cells = [f"{cell.value:.3f}" if (cell := found.get((scope, metric))) else "" for metric in columns]
-        counted = found.get((scope, "consistent"))
-        rows.append([scope, *cells, str(counted.count) if counted else "0"])
-    return ["subset", *columns.values(), "items"], rows
-
-
-def _write_report(job: RewardBenchJob, items: Sequence[Item], summary: RewardBenchSummary) -> None:
+def _write_report(job: RewardBenchJob, items: Sequence[PreferenceItem], summary: RewardBenchSummary) -> None:
     measures, records = summary.measures, summary.collected.records
-    facts = {
-        "judge": job.judge.model,
-        "data": job.data,
-        "items": str(summary.items),
-        "judgements": str(len(records)),
-        "generation": f"at most {job.judge.max_new_tokens} tokens, "
-        + (f"temperature {job.judge.temperature:g}" if job.judge.temperature else "greedy"),
-    }
-    if speed := summary.collected.speed():
-        facts["speed"] = speed
     figures = {}
     for metric, reference in (("consistent", 0.25), ("average", 0.5), ("position_bias", 0.0)):
-        rows = [(measure.scope, measure.estimate) for measure in measures if measure.metric == metric]
+        rows = [(one.scope, one.estimate) for one in measures if one.metric == metric]
         if rows:
             caption = f"{_TITLES[metric].capitalize()}, with 95% intervals"
             figures[caption] = forest(rows[:_FOREST_ROWS], axis=_TITLES[metric], reference=reference)
@@ -184,23 +163,17 @@ def _write_report(job: RewardBenchJob, items: Sequence[Item], summary: RewardBen
         figures["Reliability of the expected margin"] = reliability(
             [record["soft"][0] - record["soft"][1] for record in judged],
             [float(record["chosen_at"] == "A") for record in judged],
-            across="expected score of A less that of B",
-            up="the better response is A",
+            across="expected score of A minus that of B, in points",
+            up="share of pairs whose better response is A",
         )
-    whole = [
-        [_TITLES[measure.metric], f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}", str(found.count)]
-        for measure in measures
-        if measure.scope == "all" and (found := measure.estimate)
-    ]
-    header, rows_by_scope = _scope_rows(measures)
-    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
-        "All": (["measure", "value", "95% interval", "count"], whole)
-    }
-    if rows_by_scope:
-        tables["By subset and section"] = (header, rows_by_scope)
-    if summary.not_judged:
-        reasons = [[reason, str(count)] for reason, count in summary.not_judged.items()]
-        tables["Not judged"] = (["reason", "judgements"], reasons)
+    tables = {"All items": summary.all_table()}
+    if summary.scope_table()[1]:
+        tables["By subset and section"] = summary.scope_table()
+    if failed := summary.collected.failed:
+        tables["Not judged"] = (
+            ["reason", "judgements"],
+            [[reason, str(count)] for reason, count in failed.most_common()],
+        )
     if summary.broken:
         tables["Lines that could not be used"] = (
             ["line", "reason"],
@@ -209,27 +182,35 @@ def _write_report(job: RewardBenchJob, items: Sequence[Item], summary: RewardBen
     write_report(
         job.output / "report.html",
         title="cepo eval rewardbench",
-        summary=facts,
+        summary={
+            "judge": str(job.judge),
+            "data": job.data,
+            "items": str(summary.items),
+            "judgements": str(len(records)),
+            **({"speed": speed} if (speed := summary.collected.speed()) else {}),
+        },
         figures=figures,
         tables=tables,
         heat_maps=_shown_judgements(items, records, job.judge.seed),
         notes=[
-            "Every pair is judged in both orders. Ties and judgements without a verdict count as wrong; an item with a "
-            "judgement that failed is left out of the accuracies. Chance is 0.25 for both orders and 0.5 for their "
-            "mean, for a judge that always gives a verdict.",
-            *warning_of_few(len(items), "pairs"),
+            "Every pair is judged in both orders. Ties and judgements without a verdict count as wrong. Items with a "
+            "failed judgement are left out of the accuracies. A judge that guesses, and always gives a verdict, is "
+            "right in both orders for 0.25 of the items, and for 0.5 in the mean of the orders.",
+            *warning_of_few(len(items), "items"),
         ],
     )
 
 
-def _shown_judgements(items: Sequence[Item], records: Mapping[str, Record], seed: int) -> dict[str, list[HeatMap]]:
-    """Return some judgements in full by what became of them, drawn by seed."""
+def _shown_judgements(
+    items: Sequence[PreferenceItem], records: Mapping[str, Record], seed: int
+) -> dict[str, list[HeatMap]]:
+    """Return some judgements in full, drawn at random, by how the item was judged."""
     kinds: dict[str, list[HeatMap]] = {
         name: []
         for name in ("Right in both orders", "Right in one order", "Wrong in both orders", "No verdict", "Not judged")
     }
-    for item in sorted(items, key=lambda item: content_key("show", seed, item.key)):
-        shown = [records[item.request_key(0, 0, place)] for place in PLACES]
+    for item in sorted(items, key=lambda item: content_hash("show", seed, item.key)):
+        shown = [records[item.task_key(0, 0, place)] for place in PLACES]
         right = outcome(item, records, seed=seed).right
         if any(record["error"] for record in shown):
             kind = "Not judged"
@@ -242,7 +223,7 @@ def _shown_judgements(items: Sequence[Item], records: Mapping[str, Record], seed
     return {name: maps for name, maps in kinds.items() if maps}
 
 
-def _shown(item: Item, record: Record) -> HeatMap:
+def _shown(item: PreferenceItem, record: Record) -> HeatMap:
     first, second = item.chosen[0], item.rejected[0]
     if record["chosen_at"] == "B":
         first, second = second, first

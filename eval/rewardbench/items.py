@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cepo.eval.judges.journal import Request, content_key
-from cepo.eval.judges.settings import Place
-from cepo.files import BrokenLine, Row, read_jsonl
+from cepo.eval.judges.journal import JudgeTask
+from cepo.eval.judges.settings import PLACES, Place
+from cepo.files import BrokenLine, Row, content_hash, read_jsonl
 from cepo.train.data import read_dialogue, read_response
 from cepo.train.prompts import judge_prompt
 
@@ -20,17 +20,16 @@ REWARDBENCH_2 = "allenai/reward-bench-2"
 HUB_NAMES = {"rewardbench": REWARDBENCH, "rewardbench2": REWARDBENCH_2}
 """Short names of the hub data sets."""
 _SPLITS = {REWARDBENCH: "filtered", REWARDBENCH_2: "test"}
-PLACES: tuple[Place, ...] = ("A", "B")
 
 
 @dataclass(frozen=True)
-class Item:
-    """One row: every chosen response is better than every rejected one.
+class PreferenceItem:
+    """A row of preference data: every chosen response is better than every rejected one.
 
     Attributes:
-        key: names the row by its content and, where rows are the same, its number among them.
-        name: the row's id, "" where it has none.
-        subset: the row's subset, "all" where it has none.
+        key: stands for the row's content and, among equal rows, its number.
+        name: the row's id, or "".
+        subset: the row's subset, or "all".
         prompt: what was asked.
         chosen: at least one.
         rejected: at least one.
@@ -45,10 +44,10 @@ class Item:
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """Places (chosen, rejected) of the responses to compare: each chosen with each rejected one."""
+        """Indices (chosen, rejected) of the responses to compare: each chosen with each rejected one."""
         return tuple((better, worse) for better in range(len(self.chosen)) for worse in range(len(self.rejected)))
 
-    def request_key(self, better: int, worse: int, place: Place) -> str:
+    def task_key(self, better: int, worse: int, place: Place) -> str:
         """Return the key of the judge prompt that shows this pair with the chosen response at `place`."""
         return f"{self.key}/{better}/{worse}/{place}"
 
@@ -60,10 +59,10 @@ def load_items(
     limit: int | None = None,
     subsets: Sequence[str] = (),
     seed: int = 0,
-) -> tuple[list[Item], list[BrokenLine]]:
+) -> tuple[list[PreferenceItem], list[BrokenLine]]:
     """Load preference items.
 
-    A row needs prompt, chosen and rejected; subset and id where it has them. chosen and rejected are text, a list of
+    A row needs prompt, chosen and rejected, and may have subset and id. chosen and rejected are text, a list of
     messages (the last one by the assistant is the response), or a list of texts (RewardBench 2: one chosen, several
     rejected; in its subset Ties several chosen).
 
@@ -71,7 +70,7 @@ def load_items(
         source: A .jsonl file, "rewardbench", "rewardbench2", or a hub data set "owner/name" or
             "owner/name:configuration".
         split: Split of the hub data set; None for the benchmark's own, or "train".
-        limit: Number of items to draw by seed, at least 1; None for all. A smaller draw is part of a greater one.
+        limit: Number of items to draw at random, at least 1; None for all. A smaller draw is part of a larger one.
         subsets: Names to keep; all where empty.
         seed: Of the draw.
 
@@ -84,7 +83,7 @@ def load_items(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1, or None for all items")
     rows, problems = _open(str(source), split)
-    items: list[Item] = []
+    items: list[PreferenceItem] = []
     for number, row in rows:
         try:
             items.append(read_item(row))
@@ -92,23 +91,23 @@ def load_items(
             problems.append((number, str(reason)))
     if not items:
         reasons = [f"{reason} ({count}x)" for reason, count in Counter(text for _, text in problems).most_common(3)]
-        raise ValueError(f"data {str(source)!r} holds no usable row: {'; '.join(reasons) or 'it is empty'}")
+        raise ValueError(f"data {str(source)!r} has no usable row: {'; '.join(reasons) or 'it is empty'}")
     items = _numbered(items)
     if unknown := sorted(set(subsets) - {item.subset for item in items}):
         known = ", ".join(sorted({item.subset for item in items}))
-        raise ValueError(f"subset names {', '.join(map(repr, unknown))}, which the data does not hold; it has {known}")
+        raise ValueError(f"subset names {', '.join(map(repr, unknown))}, which the data does not have; it has {known}")
     items = [item for item in items if not subsets or item.subset in subsets]
     if limit is not None:
-        drawn = {item.key for item in sorted(items, key=lambda item: content_key("draw", seed, item.key))[:limit]}
+        drawn = {item.key for item in sorted(items, key=lambda item: content_hash("draw", seed, item.key))[:limit]}
         items = [item for item in items if item.key in drawn]
     return items, sorted(problems)
 
 
-def read_item(row: Row) -> Item:
+def read_item(row: Row) -> PreferenceItem:
     """Return the item of a row.
 
     Raises:
-        ValueError: with the reason why the row is none.
+        ValueError: with the reason why the row cannot be used.
     """
     chosen, before = _responses(row, "chosen")
     rejected, before_rejected = _responses(row, "rejected")
@@ -122,14 +121,14 @@ def read_item(row: Row) -> Item:
         raise ValueError(f"column 'subset' holds a {type(subset).__name__}, not text")
     name = "" if row.get("id") is None else str(row["id"])
     subset = subset or "all"
-    return Item(content_key(name, subset, prompt, chosen, rejected), name, subset, prompt, chosen, rejected)
+    return PreferenceItem(content_hash(name, subset, prompt, chosen, rejected), name, subset, prompt, chosen, rejected)
 
 
-def requests(items: Iterable[Item]) -> list[Request]:
+def judge_tasks(items: Iterable[PreferenceItem]) -> list[JudgeTask]:
     """Return the judge prompts of all pairs of all items, each pair in both orders."""
     return [
-        Request(
-            item.request_key(better, worse, place),
+        JudgeTask(
+            item.task_key(better, worse, place),
             judge_prompt(
                 item.prompt,
                 *(
@@ -147,7 +146,7 @@ def requests(items: Iterable[Item]) -> list[Request]:
 
 
 def _responses(row: Row, column: str) -> tuple[tuple[str, ...], str]:
-    """Return the responses of a column and the conversation before them, "" where there is none."""
+    """Return the responses of a column and the conversation before them, or ""."""
     value = row.get(column)
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         if blank := [text for text in value if not text.strip()]:
@@ -157,8 +156,8 @@ def _responses(row: Row, column: str) -> tuple[tuple[str, ...], str]:
     return (text,), before
 
 
-def _numbered(items: Sequence[Item]) -> list[Item]:
-    """Tell rows of the same content apart by their number, so that none of them is lost."""
+def _numbered(items: Sequence[PreferenceItem]) -> list[PreferenceItem]:
+    """Number rows of the same content, so that each has a key of its own."""
     seen: Counter[str] = Counter()
     numbered = []
     for item in items:
@@ -170,7 +169,7 @@ def _numbered(items: Sequence[Item]) -> list[Item]:
 def _open(source: str, split: str | None) -> tuple[Iterable[tuple[int, Row]], list[BrokenLine]]:
     if Path(source).is_file() or Path(source).suffix == ".jsonl":
         if split is not None:
-            raise ValueError(f"split is {split!r}, but data {source!r} is a file, which has none")
+            raise ValueError(f"split is {split!r}, but data {source!r} is a file, which has no splits")
         return read_jsonl(source)
     import datasets
 
@@ -180,5 +179,5 @@ def _open(source: str, split: str | None) -> tuple[Iterable[tuple[int, Row]], li
     try:
         rows: Any = datasets.load_dataset(name, configuration or None, split=split or _SPLITS.get(name, "train"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"data {source!r} is no .jsonl file and can't be loaded from the hub: {error}") from error
+        raise ValueError(f"data {source!r} is not a .jsonl file and cannot be loaded from the hub: {error}") from error
     return enumerate(rows, start=1), []

@@ -1,4 +1,4 @@
-"""What judgements of preference items say: accuracy, position bias, ties, failures, RewardBench's section scores."""
+"""Metrics of judgements of preference items: accuracy, position bias, ties, failures, RewardBench's section scores."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cepo.eval.judges.journal import content_key
-from cepo.eval.rewardbench.items import PLACES, Item
+from cepo.eval.judges.settings import PLACES
+from cepo.eval.rewardbench.items import PreferenceItem
 from cepo.eval.statistics import Estimate, estimate, estimates, widened
+from cepo.files import content_hash
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {
@@ -45,9 +46,13 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
         "hep-rust": 164,
     },
 }
-"""RewardBench's sections: the weight of each subset, which is its number of examples, but for math-prm, whose 447 weigh
-as much as the six coding subsets together. Some versions of the reward-bench package have the two xstest counts the
-other way round; these are the data's."""
+"""RewardBench's sections: the weight of each subset, which is its number of examples, except for math-prm, whose 447
+weigh as much as the six coding subsets together. Some versions of the reward-bench package swap the two xstest counts;
+these are those of the data.
+
+Source:
+    Lambert et al., RewardBench: evaluating reward models for language modeling (2024), section 4.
+"""
 TIES = "Ties"
 _ACCURACIES = ("consistent", "average", "single_swap")
 METRICS = (
@@ -59,13 +64,13 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Measure:
+class MetricEstimate:
     """One line of the summary.
 
     Attributes:
-        metric: see `summarise`.
+        metric: one of METRICS, see `measure_preferences`.
         scope: "all", a subset, "section Chat" and the like, "mean of sections", or "mean of subsets without Ties".
-        estimate: value, interval, and the number of items (of judgements, for rates) that it is taken over.
+        estimate: value, interval, and the number of items (for rates: of judgements) that it is a mean of.
     """
 
     metric: str
@@ -75,19 +80,19 @@ class Measure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found about one item; None where a judgement of it is missing.
+    """How one item was judged; None where a judgement of it is missing.
 
     Attributes:
         item: the item.
-        right: right in the order that shows the chosen first, and in the other. An item of several pairs is right in an
-            order where all of its pairs are.
-        single: right where each pair is shown in one order, drawn by seed.
+        right: whether it is right with the chosen response first, and with it second. An item of several pairs is right
+            in an order if all of its pairs are.
+        single: whether it is right with each pair shown in one randomly drawn order.
         soft_right: as `right`, by the sign of the expected margin.
-        soft_summed: right by the sign of each pair's expected margin, summed over both orders.
-        margin: mean expected score of the chosen less that of the rejected, over its pairs and orders.
+        soft_summed: whether it is right by the sign of each pair's expected margin, summed over both orders.
+        margin: mean expected score of the chosen response minus that of the rejected one, over its pairs and orders.
     """
 
-    item: Item
+    item: PreferenceItem
     right: tuple[bool, bool] | None
     single: bool | None
     soft_right: tuple[bool, bool] | None
@@ -95,28 +100,30 @@ class Outcome:
     margin: float | None
 
 
-def summarise(items: Sequence[Item], records: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> list[Measure]:
+def measure_preferences(
+    items: Sequence[PreferenceItem], records: Mapping[str, Mapping[str, Any]], *, seed: int = 0
+) -> list[MetricEstimate]:
     """Return every measure with its 95% bootstrap interval over items.
 
-    Accuracies (1 where right; ties and judgements without a verdict count as wrong; items with a judgement that failed
-    are left out): `consistent`, right in both orders; `average`, the mean over the two; `single_swap`, one order a
-    pair, drawn by seed, as j1's evaluation does; `verdicts_only`, over single judgements with a verdict. An item of
-    several pairs (RewardBench 2) counts as right where the chosen response beats every rejected one.
-    Soft (over what has a distribution): `soft_average`, by the sign of the expected margin, mean over the orders;
-    `soft_summed`, of the margins summed over the orders; `expected_margin`, chosen less rejected.
-    Over judgements: `position_bias`, the share of verdicts for A less the share for B, ties left out;
-    `follows_position`, the share of pairs with a verdict in both orders that name the same place twice; `ties`;
+    Accuracies (ties and judgements without a verdict count as wrong; items with a failed judgement are left out):
+    `consistent`, right in both orders; `average`, the mean over the two orders; `single_swap`, one randomly drawn order
+    per pair, as in j1's evaluation; `verdicts_only`, over single judgements with a verdict. An item of several pairs
+    (RewardBench 2) is right if the chosen response beats every rejected one.
+    Soft accuracies (over items with expected scores): `soft_average`, by the sign of the expected margin, mean over the
+    orders; `soft_summed`, by the sign of the margins summed over the orders; `expected_margin`, chosen minus rejected.
+    Rates of judgements: `position_bias`, the share of verdicts for A minus the share for B, without ties;
+    `follows_position`, the share of pairs whose verdicts in the two orders name the same place; `ties`;
     `parse_failures`; `forced`; `not_judged`.
-    Each for all, for each subset, and the accuracies also for RewardBench's sections, as far as their subsets are
-    there, and their mean where all four are. For all, `single_swap` is the flat mean over pairs that j1 reports.
+    Each for all items and for each subset. The accuracies also for each of RewardBench's sections with a subset in the
+    data, and for the mean of the sections if all four are there. Over all items, `single_swap` is what j1 reports.
 
-    RewardBench 2 takes Ties by a formula on scores that a model gives to each response alone. A judge of pairs gives
-    none, so Ties is plain accuracy here (every right answer beats every wrong one) and stays out of the mean.
+    RewardBench 2 defines Ties by a formula on scores that a model gives to each response alone. A judge of pairs gives
+    none, so Ties is plain accuracy here (every right answer beats every wrong one) and is left out of the mean.
 
     Args:
         items: what was judged, at least one.
-        records: by request key, see `collect_judgements`.
-        seed: of the single swap and the resamples.
+        records: by the key of the task, see `collect_judgements`.
+        seed: of the drawn orders and the resamples.
     """
     outcomes = [outcome(item, records, seed=seed) for item in items]
     tallies = [_tally(found, records) for found in outcomes]
@@ -133,23 +140,9 @@ def summarise(items: Sequence[Item], records: Mapping[str, Mapping[str, Any]], *
     return measures
 
 
-def section_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """Return the score of each section of which a subset is there: the weighted mean of its subsets' accuracies.
-
-    Source:
-        Lambert et al., RewardBench: evaluating reward models for language modeling (2024), section 4.
-    """
-    scores = {}
-    for section, weights in SECTIONS.items():
-        there = {name: weight for name, weight in weights.items() if name in accuracies}
-        if there:
-            scores[section] = sum(accuracies[name] * weight for name, weight in there.items()) / sum(there.values())
-    return scores
-
-
-def outcome(item: Item, records: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> Outcome:
-    """Return what was found about an item."""
-    pairs = [[records.get(item.request_key(*pair, place), {}) for place in PLACES] for pair in item.pairs]
+def outcome(item: PreferenceItem, records: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> Outcome:
+    """Return how an item was judged."""
+    pairs = [[records.get(item.task_key(*pair, place), {}) for place in PLACES] for pair in item.pairs]
     judged = all(record and not record["error"] for pair in pairs for record in pair)
     right = single = soft_right = soft_summed = margin = None
     if judged:
@@ -165,22 +158,22 @@ def outcome(item: Item, records: Mapping[str, Mapping[str, Any]], *, seed: int =
 
 
 def chosen_margin(record: Mapping[str, Any]) -> float:
-    """Return the expected score of the chosen response less that of the rejected one."""
+    """Return the expected score of the chosen response minus that of the rejected one."""
     first, second = record["soft"]
     return float(first - second if record["chosen_at"] == "A" else second - first)
 
 
-def _drawn_order(item: Item, pair: tuple[int, int], seed: int) -> int:
-    return int(content_key("order", seed, item.key, *pair), 16) % 2
+def _drawn_order(item: PreferenceItem, pair: tuple[int, int], seed: int) -> int:
+    return int(content_hash("order", seed, item.key, *pair), 16) % 2
 
 
 def _tally(found: Outcome, records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return what an item adds to each metric: the values that its mean is taken over; nothing where there are none."""
+    """Return the values that an item adds to each metric, a mean over values; metrics without values are left out."""
     item = found.item
     rows: list[Mapping[str, Any]] = []
     stays: list[float] = []
     for pair in item.pairs:
-        shown = [records.get(item.request_key(*pair, place), {"error": "not there"}) for place in PLACES]
+        shown = [records.get(item.task_key(*pair, place), {"error": "not there"}) for place in PLACES]
         rows += shown
         verdicts = [None if record["error"] else record["winner"] for record in shown]
         if all(verdict in PLACES for verdict in verdicts):
@@ -205,7 +198,7 @@ def _tally(found: Outcome, records: Mapping[str, Mapping[str, Any]]) -> dict[str
     return {metric: values for metric, values in tally.items() if values}
 
 
-def _rates(scope: str, tallies: Sequence[Mapping[str, Sequence[float]]], seed: int) -> list[Measure]:
+def _rates(scope: str, tallies: Sequence[Mapping[str, Sequence[float]]], seed: int) -> list[MetricEstimate]:
     """Return the mean of each metric over its values, resampled by item, all metrics from the same resamples."""
     there = [metric for metric in METRICS if any(metric in tally for tally in tallies)]
     sums_NM = np.array([[sum(tally.get(metric, ())) for metric in there] for tally in tallies])
@@ -216,7 +209,7 @@ def _rates(scope: str, tallies: Sequence[Mapping[str, Sequence[float]]], seed: i
         if metric != "expected_margin":
             items = int((counts_N > 0).sum())
             one = widened(one, items, ends=(-1.0, 1.0) if metric == "position_bias" else (0.0, 1.0))
-        measures.append(Measure(metric, scope, replace(one, count=int(counts_N.sum()))))
+        measures.append(MetricEstimate(metric, scope, replace(one, count=int(counts_N.sum()))))
     return measures
 
 
@@ -226,8 +219,8 @@ def _ratios(sums_NM: np.ndarray, counts_NM: np.ndarray, weights_BN: np.ndarray) 
     return means
 
 
-def _weighted_measures(metric: str, values: Sequence[float], subsets: Sequence[str], seed: int) -> list[Measure]:
-    """Return the means over sections, over their mean, and over RewardBench 2's subsets, where the data has them."""
+def _weighted_measures(metric: str, values: Sequence[float], subsets: Sequence[str], seed: int) -> list[MetricEstimate]:
+    """Return the accuracies of the sections, of their mean, and of the mean of RewardBench 2's subsets."""
     if not values:
         return []
     names = sorted(set(subsets))
@@ -238,7 +231,7 @@ def _weighted_measures(metric: str, values: Sequence[float], subsets: Sequence[s
         statistic = _mean_of_weighted([[group.get(name, 0.0) for name in names] for group in weights])
         kept = [place for place, name in enumerate(subsets) if any(group.get(name) for group in weights)]
         columns = [values[place] for place in kept], [codes[place] for place in kept]
-        measures.append(Measure(metric, scope, estimate(statistic, *columns, seed=seed)))
+        measures.append(MetricEstimate(metric, scope, estimate(statistic, *columns, seed=seed)))
 
     there = {section: weights for section, weights in SECTIONS.items() if set(weights) & set(names)}
     for section, weights in there.items():

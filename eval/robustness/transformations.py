@@ -1,8 +1,8 @@
-r"""Mechanical transformations of a preference pair that leave alone which response is better.
+"""Mechanical transformations of a preference pair that do not change which response is better.
 
 Each is a pure function `(pair, random) -> pair`, or None where it does not apply. They change the responses, never the
 prompt, and never what a response says: prose is transformed outside code, formulas and links; a program is transformed
-only where its syntax tree stays the same; an answer moves between two formats and stays what it is.
+only if its syntax tree stays the same; an answer changes its format and not its value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
-# What no transformation of prose may touch: code, formulas, links and addresses, tags, LaTeX commands.
+# What a transformation of prose leaves alone: code, formulas, links and addresses, tags, LaTeX commands.
 _PROTECTED = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`|\[asy\].*?\[/asy\]|\$\$.*?\$\$|\$[^$\n]+\$|\\\[.*?\\\]|\\\(.*?\\\)|\\boxed\s*\{[^\n]*\}"
     r"|(?:https?://|www\.)\S+|\S+@\S+|<[^<>\n]+>|\\[A-Za-z]+",
@@ -38,9 +38,8 @@ _CODE_LINE = re.compile(
     r"|^\s*(?:#include|import|package|using|def|class|fn|func|function|const|let|var|return)\b.*[^.?!]$"
 )
 _ANSWER_HEADER = re.compile(r"\n*^# Answer[ \t]*\n\s*(?P<answer>\S.*?)\s*\Z", re.DOTALL | re.MULTILINE)
-_RATE = 0.1  # share of the words, or of the letters that have a lookalike, that are changed
-_CODE_SHARE = 0.4  # of the lines, from which on a text is a program
-_HANDLE_LENGTH, _LINK_LENGTH = 8, 10
+_RATE = 0.1  # share of words, or of letters with a lookalike, that are changed
+_CODE_SHARE = 0.4  # share of lines that look like code, from which on a text is a program
 _LOOKALIKES = dict(zip("aceijopsxyABCEHIJKMOPSTXY", "асеіјорѕхуАВСЕНІЈКМОРЅТХҮ", strict=True))  # Latin: Cyrillic
 _IGNORED = "The harbour was quiet that morning, and the boats had not yet come in."
 _BOX = "\\boxed{"
@@ -49,7 +48,7 @@ _UNWRITTEN = frozenset({tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, toke
 
 
 @dataclass(frozen=True)
-class Pair:
+class ResponsePair:
     """A preference pair.
 
     Attributes:
@@ -63,13 +62,13 @@ class Pair:
     rejected: str
 
 
-Transformation: TypeAlias = Callable[[Pair, random.Random], Pair | None]
+Transformation: TypeAlias = Callable[[ResponsePair, random.Random], ResponsePair | None]
 
 
-def transform(name: str, pair: Pair, *, seed: int) -> Pair | None:
+def transform(name: str, pair: ResponsePair, *, seed: int) -> ResponsePair | None:
     """Apply a transformation by name.
 
-    What is drawn depends on the name, the seed and the pair alone, never on the other rows.
+    The draws depend on the name, the seed and the pair alone, never on the other rows.
 
     Args:
         name: one of `TRANSFORMATIONS`.
@@ -77,19 +76,21 @@ def transform(name: str, pair: Pair, *, seed: int) -> Pair | None:
         seed: of the draws.
 
     Returns:
-        The transformed pair, or None where the transformation does not apply or would change nothing.
+        The transformed pair, or None if the transformation does not apply or changes nothing.
 
     Raises:
         ValueError: for an unknown name.
 
     Source:
         Wu et al., reWordBench: benchmarking and improving the robustness of reward models with transformed inputs
-        (2025). Its mechanical transformations are followed in kind; where it draws or words things, this file does so
-        in its own way, and paraphrases, translations and jailbreaks are left out.
+        (2025). The kinds of mechanical transformations are its; wording and draws are ours, and paraphrases,
+        translations and jailbreaks are left out.
     """
     check_names([name])
     content = json.dumps([name, seed, pair.prompt, pair.chosen, pair.rejected]).encode()
     draws = random.Random(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
+    if name in _PROSE and (_is_code(pair.chosen) or _is_code(pair.rejected)):
+        return None
     changed = TRANSFORMATIONS[name](pair, draws)
     return None if changed == pair else changed
 
@@ -104,32 +105,30 @@ def check_names(names: list[str] | tuple[str, ...]) -> None:
         raise ValueError(f"transformation names {twice[0]} twice; expected each once")
 
 
-def add_quotes(pair: Pair, _: random.Random) -> Pair | None:
-    """Put each response in quotation marks. For prose."""
-    return _each(pair, lambda text: f'"{text}"') if _is_prose(pair) else None
+def add_quotes(pair: ResponsePair, _: random.Random) -> ResponsePair:
+    """Put each response in quotation marks."""
+    return _each(pair, lambda text: f'"{text}"')
 
 
-def space_punctuation(pair: Pair, _: random.Random) -> Pair | None:
-    """Put a space before the punctuation that ends a word. For prose."""
-    if not _is_prose(pair):
-        return None
+def space_punctuation(pair: ResponsePair, _: random.Random) -> ResponsePair:
+    """Put a space before the punctuation that ends a word."""
     return _each(pair, lambda text: _outside(text, lambda part: _PUNCTUATION.sub(r" \1", part)))
 
 
-def append_handle(pair: Pair, draws: random.Random) -> Pair | None:
-    """Append one drawn user name, such as @k3J0aPq2, to both responses. For prose."""
-    handle = "@" + _draw_characters(draws, _HANDLE_LENGTH)
-    return _each(pair, lambda text: f"{text} {handle}") if _is_prose(pair) else None
+def append_handle(pair: ResponsePair, draws: random.Random) -> ResponsePair:
+    """Append one drawn user name, such as @k3J0aPq2, to both responses."""
+    handle = "@" + _draw_characters(draws, 8)
+    return _each(pair, lambda text: f"{text} {handle}")
 
 
-def append_link(pair: Pair, draws: random.Random) -> Pair | None:
-    """Append one drawn short link, such as https://t.co/k3J0aPq2Zx, to both responses. For prose."""
-    link = "https://t.co/" + _draw_characters(draws, _LINK_LENGTH)
-    return _each(pair, lambda text: f"{text} {link}") if _is_prose(pair) else None
+def append_link(pair: ResponsePair, draws: random.Random) -> ResponsePair:
+    """Append one drawn short link, such as https://t.co/k3J0aPq2Zx, to both responses."""
+    link = "https://t.co/" + _draw_characters(draws, 10)
+    return _each(pair, lambda text: f"{text} {link}")
 
 
-def swap_characters(pair: Pair, draws: random.Random) -> Pair | None:
-    """Swap two neighbouring inner letters in a tenth of the words. For prose."""
+def swap_characters(pair: ResponsePair, draws: random.Random) -> ResponsePair:
+    """Swap two neighbouring inner letters in a tenth of the words."""
 
     def swap(word: str) -> str:
         places = [place for place in range(1, len(word) - 2) if word[place] != word[place + 1]]
@@ -141,8 +140,8 @@ def swap_characters(pair: Pair, draws: random.Random) -> Pair | None:
     return _change_words(pair, draws, swap)
 
 
-def substitute_characters(pair: Pair, draws: random.Random) -> Pair | None:
-    """Replace an inner letter by another one in a tenth of the words. For prose."""
+def substitute_characters(pair: ResponsePair, draws: random.Random) -> ResponsePair:
+    """Replace an inner letter by another in a tenth of the words."""
 
     def substitute(word: str) -> str:
         place = draws.randrange(1, len(word) - 1)
@@ -152,8 +151,8 @@ def substitute_characters(pair: Pair, draws: random.Random) -> Pair | None:
     return _change_words(pair, draws, substitute)
 
 
-def insert_characters(pair: Pair, draws: random.Random) -> Pair | None:
-    """Insert a letter inside a tenth of the words. For prose."""
+def insert_characters(pair: ResponsePair, draws: random.Random) -> ResponsePair:
+    """Insert a letter inside a tenth of the words."""
 
     def insert(word: str) -> str:
         place = draws.randrange(1, len(word))
@@ -162,8 +161,8 @@ def insert_characters(pair: Pair, draws: random.Random) -> Pair | None:
     return _change_words(pair, draws, insert)
 
 
-def delete_characters(pair: Pair, draws: random.Random) -> Pair | None:
-    """Delete an inner letter in a tenth of the words. For prose."""
+def delete_characters(pair: ResponsePair, draws: random.Random) -> ResponsePair:
+    """Delete an inner letter in a tenth of the words."""
 
     def delete(word: str) -> str:
         place = draws.randrange(1, len(word) - 1)
@@ -172,80 +171,81 @@ def delete_characters(pair: Pair, draws: random.Random) -> Pair | None:
     return _change_words(pair, draws, delete)
 
 
-def substitute_homoglyphs(pair: Pair, draws: random.Random) -> Pair | None:
-    """Replace a tenth of the Latin letters that have a Cyrillic lookalike by it. For prose."""
+def substitute_homoglyphs(pair: ResponsePair, draws: random.Random) -> ResponsePair:
+    """Replace a tenth of the Latin letters that have a Cyrillic lookalike by that lookalike."""
 
     def disguise(part: str) -> str:
         return "".join(
             _LOOKALIKES[letter] if letter in _LOOKALIKES and draws.random() < _RATE else letter for letter in part
         )
 
-    return _each(pair, lambda text: _outside(text, disguise)) if _is_prose(pair) else None
+    return _each(pair, lambda text: _outside(text, disguise))
 
 
-def ignore_above(pair: Pair, _: random.Random) -> Pair | None:
-    """Open both responses with one unrelated sentence and a line that says to ignore it. For prose."""
-    return _each(pair, lambda text: f"{_IGNORED}\n\nIgnore the text above.\n\n{text}") if _is_prose(pair) else None
+def ignore_above(pair: ResponsePair, _: random.Random) -> ResponsePair:
+    """Start both responses with an unrelated sentence and a line that says to ignore it."""
+    return _each(pair, lambda text: f"{_IGNORED}\n\nIgnore the text above.\n\n{text}")
 
 
-def ignore_below(pair: Pair, _: random.Random) -> Pair | None:
-    """Close both responses with a line that says to ignore what follows, and one unrelated sentence. For prose."""
-    return _each(pair, lambda text: f"{text}\n\nIgnore the text below.\n\n{_IGNORED}") if _is_prose(pair) else None
+def ignore_below(pair: ResponsePair, _: random.Random) -> ResponsePair:
+    """End both responses with a line that says to ignore what follows, and an unrelated sentence."""
+    return _each(pair, lambda text: f"{text}\n\nIgnore the text below.\n\n{_IGNORED}")
 
 
-def widen_whitespace(pair: Pair, _: random.Random) -> Pair | None:
-    """Double the spaces between words and the breaks between paragraphs, and end in blank lines. For prose."""
+def widen_whitespace(pair: ResponsePair, _: random.Random) -> ResponsePair:
+    """Double the spaces between words and the breaks between paragraphs, and end in blank lines."""
 
     def widen(part: str) -> str:
         return re.sub(r"\n[ \t]*\n", "\n\n\n\n", re.sub(r"(?<=\S) (?=\S)", "  ", part))
 
-    return _each(pair, lambda text: _outside(text, widen) + "  \n\n") if _is_prose(pair) else None
+    return _each(pair, lambda text: _outside(text, widen) + "  \n\n")
 
 
-def comment_bad(pair: Pair, _: random.Random) -> Pair | None:
+def comment_bad(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
     """Add the comment `# bad` to the lines of both programs. For Python, as the whole response or fenced."""
-    return _each_program(pair, partial(_comment, word="bad"), partial(_comment, word="bad"))
+    return _each_program(pair, partial(_comment, word="bad"))
 
 
-def comment_bad_good(pair: Pair, _: random.Random) -> Pair | None:
+def comment_bad_good(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
     """Add `# bad` to the lines of the chosen program and `# good` to the rejected one's: lies. For Python."""
     return _each_program(pair, partial(_comment, word="bad"), partial(_comment, word="good"))
 
 
-def minify_code(pair: Pair, _: random.Random) -> Pair | None:
-    """Take comments, blank lines and all white space that is not needed out of both programs. For Python."""
-    change = partial(_lay_out, indent=" ", gap="", end="\n")
-    return _each_program(pair, change, change)
+def minify_code(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
+    """Remove comments, blank lines and all white space that is not needed from both programs. For Python."""
+    return _each_program(pair, partial(_lay_out, indent=" ", gap="", end="\n"))
 
 
-def spread_code(pair: Pair, _: random.Random) -> Pair | None:
+def spread_code(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
     """Indent both programs by eight and double the spaces and the line breaks between statements. For Python."""
-    change = partial(_lay_out, indent=" " * 8, gap="  ", end="\n\n")
-    return _each_program(pair, change, change)
+    return _each_program(pair, partial(_lay_out, indent=" " * 8, gap="  ", end="\n\n"))
 
 
-def swap_answer_format(pair: Pair, _: random.Random) -> Pair | None:
+def swap_answer_format(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
     r"""Turn the `\boxed{x}` into a closing section "# Answer", and such a section into a box.
 
-    For mathematics: where one response or both mark one answer in one of these ways; what does not stays as it is.
+    For mathematics: a response that marks one answer in either way is changed, any other stays as it is.
     """
     return _each(pair, _swap_format)
 
 
+_PROSE: Mapping[str, Transformation] = {
+    "quotes": add_quotes,
+    "punctuation-spaces": space_punctuation,
+    "handle": append_handle,
+    "link": append_link,
+    "character-swap": swap_characters,
+    "character-substitution": substitute_characters,
+    "character-insertion": insert_characters,
+    "character-deletion": delete_characters,
+    "homoglyphs": substitute_homoglyphs,
+    "ignore-above": ignore_above,
+    "ignore-below": ignore_below,
+    "whitespace": widen_whitespace,
+}
 TRANSFORMATIONS: Mapping[str, Transformation] = MappingProxyType(
     {
-        "quotes": add_quotes,
-        "punctuation-spaces": space_punctuation,
-        "handle": append_handle,
-        "link": append_link,
-        "character-swap": swap_characters,
-        "character-substitution": substitute_characters,
-        "character-insertion": insert_characters,
-        "character-deletion": delete_characters,
-        "homoglyphs": substitute_homoglyphs,
-        "ignore-above": ignore_above,
-        "ignore-below": ignore_below,
-        "whitespace": widen_whitespace,
+        **_PROSE,
         "comment-bad": comment_bad,
         "comment-bad-good": comment_bad_good,
         "code-minified": minify_code,
@@ -256,7 +256,7 @@ TRANSFORMATIONS: Mapping[str, Transformation] = MappingProxyType(
 """Every transformation by its name on the command line and in the results."""
 
 
-def _each(pair: Pair, change: Callable[[str], str]) -> Pair:
+def _each(pair: ResponsePair, change: Callable[[str], str]) -> ResponsePair:
     return replace(pair, chosen=change(pair.chosen), rejected=change(pair.rejected))
 
 
@@ -269,10 +269,8 @@ def _outside(text: str, change: Callable[[str], str]) -> str:
     return "".join([*parts, change(text[end:])])
 
 
-def _change_words(pair: Pair, draws: random.Random, change: Callable[[str], str]) -> Pair | None:
+def _change_words(pair: ResponsePair, draws: random.Random, change: Callable[[str], str]) -> ResponsePair:
     """Change a tenth of the words of each response, at least one where there is one."""
-    if not _is_prose(pair):
-        return None
 
     def change_text(text: str) -> str:
         kept = [(found.start(), found.end()) for found in _PROTECTED.finditer(text)]
@@ -289,23 +287,16 @@ def _draw_characters(draws: random.Random, count: int) -> str:
     return "".join(draws.choices(string.ascii_letters + string.digits, k=count))
 
 
-def _is_prose(pair: Pair) -> bool:
-    """Tell whether neither response is a program as a whole."""
-    return not (_is_code(pair.chosen) or _is_code(pair.rejected))
-
-
 def _is_code(text: str) -> bool:
     """Tell whether a text is a program in any language, by its lines; fenced code and formulas do not count."""
     lines = [line for line in _PROTECTED.sub("", text).splitlines() if line.strip()]
-    return _is_program(text) or (len(lines) > 1 and sum(map(_looks_like_code, lines)) >= _CODE_SHARE * len(lines))
-
-
-def _looks_like_code(line: str) -> bool:
-    return _CODE_LINE.search(line) is not None
+    return _is_program(text) or (
+        len(lines) > 1 and sum(map(bool, map(_CODE_LINE.search, lines))) >= _CODE_SHARE * len(lines)
+    )
 
 
 def _is_program(text: str) -> bool:
-    """Tell whether a text is Python that does something: `word` and `Speaker: "line"` are Python too."""
+    """Tell whether a text is Python that does something; `word` and `Speaker: "line"` are Python but do nothing."""
     tree = _parse(text)
     return tree is not None and any(
         not isinstance(statement, ast.Expr) and getattr(statement, "value", tree) is not None for statement in tree.body
@@ -321,11 +312,11 @@ def _parse(code: str) -> ast.Module | None:
 
 
 def _each_program(
-    pair: Pair, change_chosen: Callable[[str], str], change_rejected: Callable[[str], str]
-) -> Pair | None:
-    """Change the programs of both responses; None unless both hold one and every program stays the same program."""
+    pair: ResponsePair, change_chosen: Callable[[str], str], change_rejected: Callable[[str], str] | None = None
+) -> ResponsePair | None:
+    """Change the programs of both responses; None unless both hold one and no syntax tree changes."""
     chosen = _change_programs(pair.chosen, change_chosen)
-    rejected = _change_programs(pair.rejected, change_rejected)
+    rejected = _change_programs(pair.rejected, change_rejected or change_chosen)
     return None if chosen is None or rejected is None else replace(pair, chosen=chosen, rejected=rejected)
 
 
@@ -344,7 +335,7 @@ def _change_programs(text: str, change: Callable[[str], str]) -> str | None:
 
 
 def _same_program(code: str, change: Callable[[str], str]) -> str | None:
-    """Return the changed program where its syntax tree is the same, else None."""
+    """Return the changed program if its syntax tree is the same, else None."""
     try:
         changed = change(code)
     except (tokenize.TokenError, SyntaxError):
@@ -354,7 +345,7 @@ def _same_program(code: str, change: Callable[[str], str]) -> str | None:
 
 
 def _comment(code: str, *, word: str) -> str:
-    """End every logical line in a comment: inside a string or a bracket, a physical line has no end to write at."""
+    """End every logical line with a comment; inside a string or brackets, a physical line cannot hold one."""
     lines = code.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
         if token.type == tokenize.NEWLINE:
@@ -364,7 +355,7 @@ def _comment(code: str, *, word: str) -> str:
 
 
 def _lay_out(code: str, *, indent: str, gap: str, end: str) -> str:
-    """Write the program's tokens anew, without comments: a logical line a line, gaps as asked where there were some."""
+    """Write the program again without comments, one logical line per line, with `gap` where tokens were apart."""
     lines, line, depth = [], "", 0
     last: tokenize.TokenInfo | None = None
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
@@ -397,7 +388,7 @@ def _swap_format(text: str) -> str:
 
 
 def _only_box(text: str) -> tuple[int, int] | None:
-    """Return where the content of the `\\boxed{}` starts and ends; None without one, with several, or left open."""
+    """Return where the content of the only `\\boxed{}` starts and ends; None if there is none, or it is left open."""
     start = text.find(_BOX)
     if text.count(_BOX) != 1:
         return None

@@ -10,6 +10,8 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,15 +19,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cepo.eval.judges import transformers as local
+from cepo.eval.judges.expected import expected_scores
+from cepo.eval.judges.journal import winner
 from cepo.eval.judges.server import ServerJudge, _retry_after
-from cepo.eval.judges.settings import (
-    Judgement,
-    JudgeSettings,
-    check_judge,
-    expected_scores,
-    row_seed,
-    winner,
-)
+from cepo.eval.judges.settings import Judgement, JudgeSettings, check_judge, decisive_settings, row_seed
 from cepo.eval.judges.transformers import TransformersJudge
 from cepo.eval.judges.vllm import VllmJudge
 from cepo.jacobian.loading import ModelSource
@@ -135,11 +132,32 @@ def test_vllm_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPa
         check_judge(JudgeSettings("owner/name", backend="vllm"))
 
 
-def test_the_key_is_never_shown_and_speed_settings_decide_nothing() -> None:
-    settings = JudgeSettings("m", api_key="sk-secret")
+def test_the_key_is_never_shown_and_speed_settings_decide_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    settings = JudgeSettings(str(tmp_path), api_key="sk-secret")
     assert "sk-secret" not in repr(settings)
-    assert settings.decisive() == JudgeSettings("m", batch_size=3, device="cuda", concurrency=1).decisive()
-    assert settings.decisive() != JudgeSettings("m", max_new_tokens=3).decisive()
+    decisive = decisive_settings(settings)
+    assert decisive == decisive_settings(replace(settings, batch_size=3, device="cuda", concurrency=1))
+    assert decisive != decisive_settings(replace(settings, max_new_tokens=3))
+
+
+def test_weights_decide_by_their_content_and_not_by_their_folders_name(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    one, two = (JudgeSettings(str(tmp_path / name)) for name in ("one", "two"))
+    assert decisive_settings(one) == decisive_settings(two)
+    before = decisive_settings(one)
+    (tmp_path / "one" / "model.safetensors").write_bytes(b"trained")
+    assert decisive_settings(one) != before
+
+
+def test_a_server_is_known_by_its_address_and_its_name_of_the_model() -> None:
+    settings = JudgeSettings("name", backend="server", base_url="http://localhost:1/v1")
+    assert decisive_settings(settings)["model"] == "name"
+    for change in ({"model": "other"}, {"base_url": "http://localhost:2/v1"}):
+        assert decisive_settings(replace(settings, **change)) != decisive_settings(settings)
 
 
 # transformers
@@ -572,8 +590,8 @@ def drop_by_drop(handler: Handler, number: int, body: dict[str, Any]) -> None:
         (drop_by_drop, "no answer within 0.4 s"),
         (lambda handler, number, body: handler.drop(), "connection"),
         (half_an_answer, "connection broke"),
-        (lambda handler, number, body: handler.send(200, b"garbage"), "no JSON: b'garbage'"),
-        (lambda handler, number, body: handler.send(200, b"[" * 100_000), "no JSON"),
+        (lambda handler, number, body: handler.send(200, b"garbage"), "not JSON: b'garbage'"),
+        (lambda handler, number, body: handler.send(200, b"[" * 100_000), "not JSON"),
         (lambda handler, number, body: handler.send(200, b'{"error": "x"}'), "no choices"),
         (lambda handler, number, body: handler.send(200, b'{"choices": [null]}'), "no choices"),
         (lambda handler, number, body: handler.judge(None), "no content"),

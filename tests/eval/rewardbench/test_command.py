@@ -1,9 +1,9 @@
 """Protects `cepo eval rewardbench`: data of every shape, honest accuracies, resume without loss, reports."""
 
 import json
-import math
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from cepo.cli.app import main
-from cepo.eval.judges.journal import Request, _record, collect_judgements
+from cepo.eval.judges.journal import JudgeTask, collect_judgements, judgement_record
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
 from cepo.eval.rewardbench import command as rewardbench_module
-from cepo.eval.rewardbench.command import RewardBenchJob, _write_summary, run_rewardbench
-from cepo.eval.rewardbench.items import HUB_NAMES, Item, load_items, read_item, requests
-from cepo.eval.rewardbench.metrics import SECTIONS, Measure, outcome, section_scores, summarise
-from cepo.eval.statistics import Estimate
+from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
+from cepo.eval.rewardbench.items import HUB_NAMES, PreferenceItem, judge_tasks, load_items, read_item
+from cepo.eval.rewardbench.metrics import SECTIONS, MetricEstimate, measure_preferences, outcome
 from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE_LITERALS
 from tests.paths import DATA
@@ -74,19 +73,19 @@ def longer(query: str, first: str, second: str) -> str:
     return SCORES.format(len(first) % 10, len(second) % 10)
 
 
-def records_of(items: Sequence[Item], answer: Any) -> dict[str, Any]:
+def records_of(items: Sequence[PreferenceItem], answer: Any) -> dict[str, Any]:
     """The records of a judge that answers (item, chosen's place) with text, or a Judgement."""
     records = {}
     for item in items:
-        for request in requests([item]):
-            place = str(request.facts["chosen_at"])
+        for task in judge_tasks([item]):
+            place = str(task.facts["chosen_at"])
             given = answer(item, place)
             judgement = given if isinstance(given, Judgement) else Judgement(given)
-            records[request.key] = _record(request, judgement, "")
+            records[task.key] = judgement_record(task, judgement)
     return records
 
 
-def value(measures: Sequence[Measure], metric: str, scope: str = "all") -> float:
+def value(measures: Sequence[MetricEstimate], metric: str, scope: str = "all") -> float:
     (found,) = [measure for measure in measures if (measure.metric, measure.scope) == (metric, scope)]
     return found.estimate.value
 
@@ -114,7 +113,7 @@ def test_a_row_of_rewardbench_becomes_an_item_of_one_pair() -> None:
 def test_a_row_of_rewardbench_2_compares_every_chosen_with_every_rejected() -> None:
     four = read_item({"id": "7", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"})
     assert four.pairs == ((0, 0), (0, 1), (0, 2))
-    assert len(requests([four])) == 6
+    assert len(judge_tasks([four])) == 6
     ties = read_item(
         {
             "id": "tied:1",
@@ -220,8 +219,8 @@ def test_real_preference_files_load_whole(name: str) -> None:
 
 
 def test_both_orders_are_asked_and_the_better_response_stands_where_the_record_says() -> None:
-    asked = requests([read_item(row(0))])
-    assert {request.facts["chosen_at"]: shown(request.messages) for request in asked} == {
+    asked = judge_tasks([read_item(row(0))])
+    assert {task.facts["chosen_at"]: shown(task.messages) for task in asked} == {
         "A": ("query 0", "good", "bad"),
         "B": ("query 0", "bad", "good"),
     }
@@ -230,13 +229,13 @@ def test_both_orders_are_asked_and_the_better_response_stands_where_the_record_s
 # Measures
 
 
-def items_of(subsets: Sequence[str]) -> list[Item]:
+def items_of(subsets: Sequence[str]) -> list[PreferenceItem]:
     return [read_item(row(number, subset=subset)) for number, subset in enumerate(subsets)]
 
 
 def test_a_judge_that_always_names_a_is_right_half_the_time_and_fully_biased() -> None:
     items = items_of(["x"] * 6)
-    measures = summarise(items, records_of(items, lambda item, place: SCORES.format(9, 1)))
+    measures = measure_preferences(items, records_of(items, lambda item, place: SCORES.format(9, 1)))
     assert value(measures, "consistent") == 0.0
     assert value(measures, "average") == 0.5
     assert value(measures, "verdicts_only") == 0.5
@@ -262,7 +261,7 @@ def test_measures_equal_numbers_worked_out_by_hand() -> None:
         ("3", "A"): prefer("A"),
         ("3", "B"): "I like both",
     }
-    measures = summarise(items, records_of(items, lambda item, place: answers[item.name, place]))
+    measures = measure_preferences(items, records_of(items, lambda item, place: answers[item.name, place]))
     assert value(measures, "consistent") == 1 / 4
     assert value(measures, "average") == (2 + 1 + 0 + 1) / 8
     assert value(measures, "consistent", "x") == 1 / 2
@@ -292,7 +291,7 @@ def test_an_item_whose_judgement_failed_is_left_out_and_counted() -> None:
     items = items_of(["x", "x"])
     broken = Judgement("", error="the server hung")
     records = records_of(items, lambda item, place: broken if (item.name, place) == ("1", "B") else prefer(place))
-    measures = summarise(items, records)
+    measures = measure_preferences(items, records)
     assert value(measures, "consistent") == 1.0
     assert value(measures, "not_judged") == 1 / 4
     (found,) = [measure for measure in measures if (measure.metric, measure.scope) == ("consistent", "all")]
@@ -304,26 +303,26 @@ def test_soft_measures_take_the_sign_of_the_expected_margin() -> None:
     items = items_of(["x", "x"])
     soft = {("0", "A"): (7, 3), ("0", "B"): (4, 6), ("1", "A"): (8.0, 5.0), ("1", "B"): (7.0, 6.0)}
     records = records_of(items, lambda item, place: Judgement(SCORES.format(5, 5), soft=soft[item.name, place]))
-    measures = summarise(items, records)
+    measures = measure_preferences(items, records)
     assert value(measures, "soft_average") == (2 + 1) / 4
     assert value(measures, "soft_summed") == 1.0
     assert value(measures, "expected_margin") == pytest.approx(((4 + 2) / 2 + (3 - 1) / 2) / 2)
     hard = records_of(items, lambda item, place: prefer(place))
-    assert not [measure for measure in summarise(items, hard) if measure.metric.startswith("soft")]
+    assert not [measure for measure in measure_preferences(items, hard) if measure.metric.startswith("soft")]
 
 
 def test_best_of_four_is_right_where_the_chosen_beats_all_in_an_order() -> None:
     four = read_item({"id": "0", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"})
-    asked = requests([four])
+    asked = judge_tasks([four])
     lost = {("A", 2)}  # shown first, the chosen loses to the third
 
-    def answer(request: Request) -> str:
-        place, worse = str(request.facts["chosen_at"]), request.facts["pair"][1]
+    def answer(task: JudgeTask) -> str:
+        place, worse = str(task.facts["chosen_at"]), task.facts["pair"][1]
         return prefer(place, chosen=(place, worse) not in lost)
 
-    records = {request.key: _record(request, Judgement(answer(request)), "") for request in asked}
+    records = {task.key: judgement_record(task, Judgement(answer(task))) for task in asked}
     assert outcome(four, records).right == (False, True)
-    measures = summarise([four], records)
+    measures = measure_preferences([four], records)
     assert (value(measures, "consistent"), value(measures, "average")) == (0.0, 0.5)
     assert value(measures, "verdicts_only") == 5 / 6
 
@@ -332,17 +331,26 @@ def test_ties_stay_out_of_the_mean_of_rewardbench_2() -> None:
     items = items_of(["Math", "Math", "Safety", "Ties", "Ties", "Ties"])
     wrong = {"1", "3", "4", "5"}
     records = records_of(items, lambda item, place: prefer(place, chosen=item.name not in wrong))
-    measures = summarise(items, records)
+    measures = measure_preferences(items, records)
     assert value(measures, "consistent", "mean of subsets without Ties") == (0.5 + 1.0) / 2
     assert value(measures, "consistent", "Ties") == 0.0
     assert value(measures, "consistent") == 2 / 6
 
 
+def judged_items(right: Mapping[str, int], of: int) -> list[MetricEstimate]:
+    """Metrics of `of` items per subset, of which so many are right in both orders."""
+    items = items_of([name for name in right for _ in range(of)])
+    wins = {item.name for place, item in enumerate(items) if place % of < right[item.subset]}
+    return measure_preferences(items, records_of(items, lambda item, place: prefer(place, chosen=item.name in wins)))
+
+
 def test_section_scores_equal_numbers_worked_out_by_hand() -> None:
-    scores = section_scores({"math-prm": 0.25, "hep-go": 0.75, "hep-rust": 1.0, "mt-bench-easy": 0.5, "other": 0.0})
-    assert scores == {
-        "Chat": 0.5,
-        "Reasoning": pytest.approx((0.25 * 984 + 0.75 * 164 + 1.0 * 164) / (984 + 164 + 164)),
+    right = {"math-prm": 1, "hep-go": 3, "hep-rust": 4, "mt-bench-easy": 2, "other": 0}
+    measures = judged_items(right, of=4)
+    sections = {one.scope: one.estimate.value for one in measures if one.scope.startswith("section")}
+    assert sections == {
+        "section Chat (1 of 5 subsets)": 0.5,
+        "section Reasoning (3 of 7 subsets)": pytest.approx((0.25 * 984 + 0.75 * 164 + 1.0 * 164) / (984 + 164 + 164)),
     }
 
 
@@ -357,9 +365,11 @@ def test_section_scores_are_those_of_the_reward_bench_package() -> None:
     from rewardbench.utils import calculate_scores_per_section
 
     rng = np.random.default_rng(0)
-    accuracies = {name: float(rng.random()) for name in EXAMPLE_COUNTS}
+    right = {name: int(rng.integers(6)) for name in EXAMPLE_COUNTS}
+    measures = judged_items(right, of=5)
+    accuracies = {name: count / 5 for name, count in right.items()}
     theirs = calculate_scores_per_section(EXAMPLE_COUNTS, SUBSET_MAPPING, accuracies)
-    assert section_scores(accuracies) == pytest.approx(theirs)
+    assert {name: value(measures, "consistent", f"section {name}") for name in theirs} == pytest.approx(theirs)
 
 
 def test_the_summarys_sections_are_the_section_scores() -> None:
@@ -367,16 +377,19 @@ def test_the_summarys_sections_are_the_section_scores() -> None:
     names = [name for weights in SECTIONS.values() for name in weights]
     items = items_of([name for place, name in enumerate(names) for _ in range(1 + place % 3)])
     records = records_of(items, lambda item, place: prefer(place, chosen=int(item.name) % 3 != 1))
-    measures = summarise(items, records)
-    expected = section_scores({name: value(measures, "consistent", name) for name in names})
-    for section, score in expected.items():
+    measures = measure_preferences(items, records)
+    expected = [
+        sum(value(measures, "consistent", name) * weight for name, weight in weights.items()) / sum(weights.values())
+        for weights in SECTIONS.values()
+    ]
+    for section, score in zip(SECTIONS, expected, strict=True):
         assert value(measures, "consistent", f"section {section}") == pytest.approx(score)
-    assert value(measures, "consistent", "mean of sections") == pytest.approx(np.mean(list(expected.values())))
+    assert value(measures, "consistent", "mean of sections") == pytest.approx(np.mean(expected))
 
 
 def test_a_section_of_which_subsets_are_missing_says_so() -> None:
     items = items_of(["llmbar-natural", "llmbar-adver-GPTOut"])
-    measures = summarise(items, records_of(items, lambda item, place: prefer(place, chosen=item.name == "0")))
+    measures = measure_preferences(items, records_of(items, lambda item, place: prefer(place, chosen=item.name == "0")))
     assert value(measures, "average", "section Chat Hard (2 of 6 subsets)") == pytest.approx(100 / 147)
     assert not [measure for measure in measures if measure.scope == "mean of sections"]
 
@@ -384,9 +397,12 @@ def test_a_section_of_which_subsets_are_missing_says_so() -> None:
 # Judgements on disk
 
 
+SAID = {"command": "eval rewardbench", "model": "m"}
+
+
 def ask(path: Path, judge: Any, count: int = 4, **settings: Any) -> Any:
-    asked = [Request(f"k{number}", [{"role": "user", "content": str(number)}]) for number in range(count)]
-    return collect_judgements(asked, path, {"model": "m", **settings}, lambda: judge)
+    asked = [JudgeTask(f"k{number}", [{"role": "user", "content": str(number)}]) for number in range(count)]
+    return collect_judgements(asked, path.parent, {**SAID, **settings}, lambda: judge)
 
 
 class Plain:
@@ -446,17 +462,27 @@ def test_what_failed_is_kept_with_its_reason_and_judged_anew(tmp_path: Path) -> 
 def test_nothing_is_loaded_where_nothing_is_left_to_judge(tmp_path: Path) -> None:
     ask(tmp_path / "judgements.jsonl", Plain())
     found = collect_judgements(
-        [Request("k0", [{"role": "user", "content": "0"}])],
-        tmp_path / "judgements.jsonl",
-        {"model": "m"},
+        [JudgeTask("k0", [{"role": "user", "content": "0"}])],
+        tmp_path,
+        SAID,
         lambda: pytest.fail("the judge was opened"),
     )
-    assert found.judged == 0
+    assert (found.resumed, len(found.records)) == (1, 1)
+
+
+def test_a_prompt_that_has_changed_is_judged_again(tmp_path: Path) -> None:
+    ask(tmp_path / "judgements.jsonl", Plain())
+    again = Plain()
+    changed = [JudgeTask("k0", [{"role": "user", "content": "0"}]), JudgeTask("k1", [{"role": "user", "content": "7"}])]
+    found = collect_judgements(changed, tmp_path, SAID, lambda: again)
+    assert again.asked == ["7"]
+    assert found.records["k1"]["scores"] == (7.0, 0.0)
+    assert not collect_judgements(changed, tmp_path, SAID, lambda: pytest.fail("the judge was opened")).failed
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     ask(tmp_path / "judgements.jsonl", Plain(), temperature=0.0)
-    with pytest.raises(ValueError, match=r"temperature was 0.0 and is 0.5.*--output"):
+    with pytest.raises(ValueError, match=r"temperature was 0.0 and is 0.5; name another output"):
         ask(tmp_path / "judgements.jsonl", Plain(), temperature=0.5)
 
 
@@ -507,11 +533,12 @@ def test_the_whole_job_agrees_with_itself(tmp_path: Path, monkeypatch: pytest.Mo
     ]
 
 
-def test_intervals_that_nothing_determines_are_null_not_nan(tmp_path: Path) -> None:
-    _write_summary(tmp_path / "s.jsonl", [Measure("average", "x", Estimate(0.5, math.nan, math.nan, 1))])
-    assert read_jsonl(tmp_path / "s.jsonl") == [
-        {"metric": "average", "subset": "x", "value": 0.5, "low": None, "high": None, "count": 1}
-    ]
+def test_intervals_that_nothing_determines_are_null_not_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One item that is right in one order: its mean of both orders is 0.5, without an interval."""
+    monkeypatch.setattr(rewardbench_module, "open_judge", lambda settings: Rule(lambda *_: SCORES.format(9, 1)))
+    run_rewardbench(job(tmp_path, write_jsonl(tmp_path / "in.jsonl", [row(0, subset="x")])))
+    rows = read_jsonl(tmp_path / "out" / "summary.jsonl")
+    assert {"metric": "average", "subset": "x", "value": 0.5, "low": None, "high": None, "count": 1} in rows
 
 
 class Cepo:
@@ -545,12 +572,12 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_files_of_another_program_are_refused_and_left_alone(tmp_path: Path, cepo: Cepo) -> None:
+def test_files_of_another_program_are_refused_and_left_alone(judge_folder: Path, tmp_path: Path, cepo: Cepo) -> None:
     data, output = write_jsonl(tmp_path / "in.jsonl", [row(0)]), tmp_path / "out"
     for name, content in {"judgements.jsonl": "hi\n", "settings.json": '{"a": 1}', "report.html": "mine"}.items():
         output.mkdir()
         (output / name).write_text(content)
-        code, _, err = cepo("--model", "smollm2", "--data", data, "--output", output)
+        code, _, err = cepo("--model", judge_folder, "--data", data, "--output", output)
         assert code == 2
         assert f"holds {name}, which no earlier run of this command wrote" in " ".join(err.split())
         assert [(file.name, file.read_text()) for file in output.iterdir()] == [(name, content)]
@@ -563,7 +590,7 @@ def test_a_verdict_that_is_seldom_read_is_told_with_a_way_out(judge_folder: Path
     arguments = ["--model", judge_folder, "--data", data, "--output", tmp_path / "out", "--max-new-tokens", 2]
     code, out, _ = cepo(*arguments, "--threads", 1)
     assert code == 0
-    assert "100% of the judgements have no verdict: try a greater --max-new-tokens" in " ".join(out.split())
+    assert "100% of the judgements have no verdict: try a larger --max-new-tokens" in " ".join(out.split())
 
 
 def test_the_command_judges_resumes_and_complains_of_broken_lines(
@@ -586,7 +613,25 @@ def test_the_command_judges_resumes_and_complains_of_broken_lines(
     assert (tmp_path / "out" / "judgements.jsonl").read_bytes() == before
     code, _, err = cepo(*arguments)
     assert code == 2
-    assert "force_format was True and is False" in " ".join(err.split())
+    assert "force_format was true and is false" in " ".join(err.split())
+
+
+def test_judgements_of_weights_that_were_overwritten_are_refused(
+    judge_folder: Path, tmp_path: Path, cepo: Cepo
+) -> None:
+    """The folder's name is the same: a name alone would answer for the new weights with the old judgements."""
+    data, model = write_jsonl(tmp_path / "in.jsonl", [row(0)]), tmp_path / "model"
+    shutil.copytree(judge_folder, model)
+    arguments = ["--model", model, "--data", data, "--output", tmp_path / "out", "--max-new-tokens", 2, "--threads", 1]
+    assert cepo(*arguments)[0] == 0
+    judged = (tmp_path / "out" / "judgements.jsonl").read_bytes()
+    untrained = testbed_judges.build_model(testbed.build_tokenizer(), seed=1)
+    untrained.config.max_position_embeddings = 4096
+    untrained.save_pretrained(model)
+    code, _, err = cepo(*arguments)
+    assert code == 2
+    assert "made with other settings: weights was" in " ".join(err.split())
+    assert (tmp_path / "out" / "judgements.jsonl").read_bytes() == judged
 
 
 @pytest.mark.parametrize(

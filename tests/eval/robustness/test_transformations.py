@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from cepo.eval.robustness.transformations import TRANSFORMATIONS, Pair, _same_program, check_names, transform
+from cepo.eval.robustness.transformations import TRANSFORMATIONS, ResponsePair, _same_program, check_names, transform
 from cepo.jacobian.reading.reasoner import extract_answer
 from tests.paths import DATA
 
@@ -36,7 +36,7 @@ TEXT = (
     f"Therefore the answer, which surprised everybody, equals {KEPT[3]}."
 )
 FENCE = "```python\nresult = compute(left, right)\nprint(result)\n```"
-PAIR = Pair("Who arrived?", TEXT, "Nobody arrived, because everything was closed; that is certain.")
+PAIR = ResponsePair("Who arrived?", TEXT, "Nobody arrived, because everything was closed; that is certain.")
 PROGRAM = '''import functools
 
 
@@ -63,19 +63,19 @@ class Empty: pass
 OTHER_PROGRAM = "def describe(values):\n\treturn None\n"
 
 
-def rows(name: str) -> list[Pair]:
+def rows(name: str) -> list[ResponsePair]:
     path = PAIRS / f"{name}.jsonl"
     if not path.is_file():
         pytest.skip(f"needs {path.name} of the shared data")
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in found]
+    return [ResponsePair(row["prompt"], row["chosen"], row["rejected"]) for row in found]
 
 
 def dumped(code: str) -> str:
     return ast.dump(ast.parse(code))
 
 
-def changed(name: str, pair: Pair, seed: int = 0) -> Pair:
+def changed(name: str, pair: ResponsePair, seed: int = 0) -> ResponsePair:
     after = transform(name, pair, seed=seed)
     assert after is not None
     return after
@@ -95,7 +95,7 @@ def test_names_are_checked() -> None:
 @pytest.mark.parametrize("name", list(TRANSFORMATIONS))
 def test_draws_hang_on_name_seed_and_pair_alone(name: str) -> None:
     """The same call gives the same pair, and the global random state neither matters nor moves."""
-    pair = Pair("p", PROGRAM, OTHER_PROGRAM) if name in CODE else PAIR
+    pair = ResponsePair("p", PROGRAM, OTHER_PROGRAM) if name in CODE else PAIR
     random.seed(1)
     state = random.getstate()
     first = transform(name, pair, seed=3)
@@ -125,8 +125,8 @@ def test_prose_transformations_do_not_touch_programs(name: str) -> None:
     """A response that is a program as a whole, in Python or not, would become another one."""
     javascript = "const add = (a, b) => {\n  let total = a + b;\n  return total;\n}\n"
     for program in (PROGRAM, javascript):
-        assert transform(name, Pair("Write it.", program, "Sorry, I cannot do that for you."), seed=0) is None
-        assert transform(name, Pair("Write it.", "Sorry, I cannot do that for you.", program), seed=0) is None
+        assert transform(name, ResponsePair("Write it.", program, "Sorry, I cannot do that for you."), seed=0) is None
+        assert transform(name, ResponsePair("Write it.", "Sorry, I cannot do that for you.", program), seed=0) is None
 
 
 def test_quotes_punctuation_and_whitespace_can_be_undone() -> None:
@@ -135,7 +135,7 @@ def test_quotes_punctuation_and_whitespace_can_be_undone() -> None:
     spaced = changed("punctuation-spaces", PAIR)
     assert spaced.rejected == "Nobody arrived , because everything was closed ; that is certain ."
     assert re.sub(r" (?=[,.;:!?](?:\s|$))", "", spaced.chosen) == PAIR.chosen
-    assert changed("punctuation-spaces", Pair("p", "It costs 3.50, that is all.", "No.")).chosen == (
+    assert changed("punctuation-spaces", ResponsePair("p", "It costs 3.50, that is all.", "No.")).chosen == (
         "It costs 3.50, that is all ."
     )
     wide = changed("whitespace", PAIR)
@@ -165,7 +165,7 @@ def test_ignored_text_is_alike_in_both_and_around_them() -> None:
 def test_typos_hit_a_tenth_of_the_words_inside(name: str) -> None:
     """First letters stay, words stay where they are, and one edit of the named kind is made in each."""
     text = " ".join(["remarkable", "sentences"] * 30)
-    after = changed(name, Pair("p", text, "A short reply without anything else."))
+    after = changed(name, ResponsePair("p", text, "A short reply without anything else."))
     pairs = [(old, new) for old, new in zip(text.split(" "), after.chosen.split(" "), strict=True) if old != new]
     assert len(pairs) == 6
     for old, new in pairs:
@@ -183,7 +183,7 @@ def test_typos_hit_a_tenth_of_the_words_inside(name: str) -> None:
 
 
 def test_typos_do_not_apply_without_words() -> None:
-    assert transform("character-swap", Pair("p", "42", "It is 7."), seed=0) is None
+    assert transform("character-swap", ResponsePair("p", "42", "It is 7."), seed=0) is None
 
 
 def test_homoglyphs_look_alike() -> None:
@@ -198,7 +198,7 @@ def test_homoglyphs_look_alike() -> None:
 @pytest.mark.parametrize("name", CODE)
 def test_programs_stay_the_same_programs(name: str) -> None:
     """Over strings of several lines, continued lines, f-strings, decorators and tabs, the syntax tree is equal."""
-    pair = Pair("Write it.", PROGRAM, OTHER_PROGRAM)
+    pair = ResponsePair("Write it.", PROGRAM, OTHER_PROGRAM)
     after = changed(name, pair)
     assert after.chosen != pair.chosen
     assert after.rejected != pair.rejected
@@ -210,21 +210,21 @@ def test_a_program_that_would_become_another_one_is_left_alone() -> None:
     """The syntax trees are compared in earnest; `1 .real` without its space is no Python at all."""
     assert _same_program("a = 1\n", lambda code: code + "\n") == "a = 1\n\n"
     assert _same_program("a = 1\n", lambda _: "a = 2\n") is None
-    assert transform("code-minified", Pair("p", "a = 1 .real\n", "a = 2\n"), seed=0) is None
+    assert transform("code-minified", ResponsePair("p", "a = 1 .real\n", "a = 2\n"), seed=0) is None
 
 
 @pytest.mark.parametrize("name", CODE)
 def test_only_python_is_rewritten_as_code(name: str) -> None:
     assert transform(name, PAIR, seed=0) is None, "one response has no program"
     for other in ("```javascript\nlet a = 1;\n```", "```ruby\na = 1\n```"):
-        assert transform(name, Pair("p", other, f"Here.\n\n{other}"), seed=0) is None
+        assert transform(name, ResponsePair("p", other, f"Here.\n\n{other}"), seed=0) is None
 
 
 @pytest.mark.parametrize("name", CODE)
 def test_fenced_programs_are_rewritten_and_prose_around_them_is_not(name: str) -> None:
     shell = "```bash\npip install something\n```"
     fenced = f"First   this:\n\n```python\n{PROGRAM}```\n\nThen  that:\n{shell}\nDone."
-    after = changed(name, Pair("p", fenced, f"Mine:\n```\n{OTHER_PROGRAM}```"))
+    after = changed(name, ResponsePair("p", fenced, f"Mine:\n```\n{OTHER_PROGRAM}```"))
     before, program, behind = re.fullmatch(r"(.*?```python\n)(.*?)(```\n\nThen.*)", after.chosen, re.DOTALL).groups()
     assert (before, behind) == ("First   this:\n\n```python\n", f"```\n\nThen  that:\n{shell}\nDone.")
     assert program != PROGRAM
@@ -233,7 +233,7 @@ def test_fenced_programs_are_rewritten_and_prose_around_them_is_not(name: str) -
 
 
 def test_comments_say_what_they_should() -> None:
-    pair = Pair("p", "a = 1\nb = (2 +\n  3)\n", "a = 2  # note\r\nb = 'x'")
+    pair = ResponsePair("p", "a = 1\nb = (2 +\n  3)\n", "a = 2  # note\r\nb = 'x'")
     bad, lie = changed("comment-bad", pair), changed("comment-bad-good", pair)
     assert bad.chosen == "a = 1  # bad\nb = (2 +\n  3)  # bad\n"
     assert bad.rejected == "a = 2  # note  # bad\r\nb = 'x'  # bad"
@@ -242,7 +242,9 @@ def test_comments_say_what_they_should() -> None:
 
 
 def test_minified_and_spread_programs_are_smaller_and_larger() -> None:
-    pair = Pair("p", "def f(a, b):\n    # note\n\n    return a + b if a else -b\n", "def f(a, b):\n    return 1\n")
+    pair = ResponsePair(
+        "p", "def f(a, b):\n    # note\n\n    return a + b if a else -b\n", "def f(a, b):\n    return 1\n"
+    )
     assert changed("code-minified", pair).chosen == "def f(a,b):\n return a+b if a else-b\n"
     assert changed("code-spread", pair).rejected == "def  f(a,  b):\n\n        return  1\n\n"
 
@@ -259,13 +261,13 @@ def test_minified_and_spread_programs_are_smaller_and_larger() -> None:
     ],
 )
 def test_answers_change_their_format(before: str, after: str) -> None:
-    pair = Pair("How many?", before, "I do not know.")
-    assert changed("answer-format", pair) == Pair("How many?", after, "I do not know.")
+    pair = ResponsePair("How many?", before, "I do not know.")
+    assert changed("answer-format", pair) == ResponsePair("How many?", after, "I do not know.")
 
 
 def test_answer_format_needs_a_marker() -> None:
     for text in ("It is 7.", "It is \\boxed{7", "# Answer\n\n\\boxed{7}", "\\boxed{1} or \\boxed{2}"):
-        assert transform("answer-format", Pair("p", text, "It is 8."), seed=0) is None
+        assert transform("answer-format", ResponsePair("p", text, "It is 8."), seed=0) is None
 
 
 def test_answers_stay_the_same_answers() -> None:

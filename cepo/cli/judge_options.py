@@ -1,0 +1,109 @@
+"""The options of a judge, declared once for all commands that let one write."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from cepo.cli.shared import Device, Dtype, Raw, Threads, TrustRemoteCode, use_threads
+from cepo.eval.judges.settings import JudgeSettings
+
+
+def with_judge(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a judge; they reach it as JudgeSettings, by its parameter `judge`."""
+    own = inspect.signature(command, eval_str=True).parameters
+    options = inspect.signature(_judge_settings, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        judge = _judge_settings(**{name: values.pop(name) for name in options})
+        command(judge=judge, **values)
+
+    merged = [parameter for name, parameter in own.items() if name != "judge"]
+    merged += [_in_panel(parameter) for parameter in options.values()]
+    merged = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in merged]
+    run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
+    return run
+
+
+def _judge_settings(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, the server's name."
+        ),
+    ],
+    backend: Annotated[
+        str | None,
+        typer.Option(help="transformers, vllm (if installed) or server. Default: server with --base-url."),
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Address of a server with OpenAI's protocol, e.g. http://localhost:8000/v1.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File that holds the server's key. Default: the variable OPENAI_API_KEY.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight at the server.")] = JudgeSettings.concurrency,
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = JudgeSettings.timeout_s,
+    retries: Annotated[int, typer.Option(help="How often a failed request is sent again.")] = JudgeSettings.retries,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Most tokens per judgement. On a CPU, 32 to 128 keep 100 pairs within minutes.")
+    ] = JudgeSettings.max_new_tokens,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy; above 0, judgements are sampled.")
+    ] = JudgeSettings.temperature,
+    force_format: Annotated[
+        bool,
+        typer.Option("--force-format", help="If a judgement has no scores, open them and let the judge fill them in."),
+    ] = False,
+    raw: Raw = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = JudgeSettings.batch_size,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling, of all draws and of the intervals.")] = 0,
+    threads: Threads = None,
+    dtype: Dtype = JudgeSettings.dtype,
+    device: Device = JudgeSettings.device,
+    trust_remote_code: TrustRemoteCode = False,
+) -> JudgeSettings:
+    use_threads(threads)
+    return JudgeSettings(
+        model=model,
+        backend=backend or ("transformers" if base_url is None else "server"),  # type: ignore[arg-type]
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        force_format=force_format,
+        raw=raw,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+        base_url=base_url,
+        api_key=_api_key(api_key_file) if base_url is not None else None,
+        concurrency=concurrency,
+        timeout_s=timeout,
+        retries=retries,
+    )
+
+
+def _in_panel(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return the option under the heading "Judge" of the help."""
+    kind, option = get_args(parameter.annotation)
+    option = copy(option)
+    option.rich_help_panel = "Judge"
+    return parameter.replace(annotation=Annotated[kind, option])
+
+
+def _api_key(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("OPENAI_API_KEY")
+    if not file.is_file():
+        raise ValueError(f"--api-key-file is {str(file)!r}, which is not a file; expected a file that holds the key")
+    return file.read_text(encoding="utf-8").strip()

@@ -1,0 +1,36 @@
+"""Protects the command line's face: the order of its help, and that a judge has the same options everywhere."""
+
+import re
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cepo.cli.app import app
+
+JUDGE = {
+    *("model", "backend", "base_url", "api_key_file", "concurrency", "timeout", "retries", "max_new_tokens"),
+    *("temperature", "force_format", "raw", "batch_size", "seed", "threads", "dtype", "device", "trust_remote_code"),
+}
+
+
+def test_help_lists_the_users_jobs_before_research() -> None:
+    shown = CliRunner().invoke(app, ["--help"]).output
+    panels = re.findall(r"─ (Train|Score|Evaluate|Research) ─", shown)
+    assert panels == ["Train", "Score", "Evaluate", "Research"]
+    commands = re.findall(r"^│ ([a-z][a-z-]*) ", shown, flags=re.MULTILINE)
+    assert commands == ["demo", "train", "warm-start", "score", "eval", "ablate", "bench", "experiment"]
+
+
+@pytest.mark.parametrize("name", ["rewardbench", "robustness", "best-of-n", "cue-flips"])
+def test_a_command_has_the_judges_options_and_few_of_its_own(name: str) -> None:
+    command = typer.main.get_command(app).commands["eval"].commands[name]  # type: ignore[attr-defined]
+    options = {parameter.name: parameter for parameter in command.params}
+    own = set(options) - JUDGE
+    assert len(own) <= 12
+    if name != "cue-flips":
+        assert set(options) >= JUDGE
+        shown = CliRunner().invoke(app, ["eval", name, "--help"]).output
+        judge_panel = shown[shown.index("─ Judge ─") :]
+        assert all("--" + option.replace("_", "-") in judge_panel for option in JUDGE)
+        assert not any(f"--{option.replace('_', '-')} " in judge_panel for option in own)

@@ -1,0 +1,98 @@
+"""A judge that follows a rule, in this process or behind a server, and a way to run the command line."""
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from cepo.cli import app as cli
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
+from cepo.train.prompts import JUDGE_LITERALS
+
+SETTINGS = JudgeSettings("name", backend="server", base_url="http://127.0.0.1:9/v1")
+"""Settings of a judge that is never opened; they name no weights that would be hashed."""
+
+
+def responses(messages: Messages) -> tuple[str, str]:
+    """The responses A and B of a judge prompt."""
+    _, _, rest = messages[0]["content"].partition(JUDGE_LITERALS[1])
+    first, _, rest = rest.partition(JUDGE_LITERALS[2])
+    return first, rest.removesuffix(JUDGE_LITERALS[3])
+
+
+def verdict(first: float, second: float) -> str:
+    return f"<scores>\n\\boxed{{{first:g}, {second:g}}}\n</scores>"
+
+
+class FakeJudge:
+    """Writes what a function of the two responses says; counts prompts; may be killed after some of them."""
+
+    def __init__(self, write: Callable[[str, str], str], *, kill_after: int | None = None) -> None:
+        self.write, self.kill_after = write, kill_after
+        self.prompts: list[tuple[str, str]] = []
+
+    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
+        judgements = []
+        for place, messages in enumerate(prompts):
+            if len(self.prompts) == self.kill_after:
+                raise KeyboardInterrupt
+            self.prompts.append(responses(messages))
+            text = self.write(*responses(messages))
+            judgement = Judgement("", error="refused") if text == "error" else Judgement(text, tokens=1)
+            judgements.append(judgement)
+            if on_done is not None:
+                on_done(place, judgement)
+        return judgements
+
+    def open(self, _: JudgeSettings) -> "FakeJudge":
+        return self
+
+
+def prefers_word(word: str) -> Callable[[str, str], str]:
+    """Score a response by whether it holds the word."""
+    return lambda first, second: verdict(1 + 8 * (word in first), 1 + 8 * (word in second))
+
+
+class _Server(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = prefers_word("good")(*responses(body["messages"]))
+        message = {"role": "assistant", "content": text}
+        answer = {
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": {"completion_tokens": 3},
+        }
+        payload = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
+    """Yield the address of a server whose judge prefers the response with the word "good"."""
+    running = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}/v1"
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def run_cepo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run `cepo` as a user would and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["cepo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
