@@ -1,4 +1,4 @@
-"""The nuisance subspace: directions in which the score moves even when the source's tokens are scrambled."""
+"""The nuisance subspace: the directions in which the score still moves when the source's tokens are scrambled."""
 
 from __future__ import annotations
 
@@ -12,31 +12,26 @@ from torch import Tensor
 from cepo.kernels.spectral import project_out, top_right_vectors
 
 
-def nuisance_basis(jacs_SD: Sequence[Tensor], *, rank: int | None = None, energy: float | None = None) -> Tensor:
-    """Return the top right singular vectors of the stacked counterfactual Jacobians.
+def nuisance_bases(
+    stacks: Sequence[Sequence[Tensor]], *, rank: int | None = None, energy: float | None = None
+) -> list[Tensor]:
+    """Return the top right singular vectors of each stack of counterfactual Jacobians.
 
-    With the K matrices stacked to (K S, D): V holds the first `rank` right singular vectors, or the fewest that hold
-    the fraction `energy` of the squared Frobenius norm. Found on the smaller Gram matrix in float64; directions below
-    its rounding are never included, so fewer can come back than asked.
+    With the K matrices stacked to (K S, D), V holds the first `rank` right singular vectors, or the fewest that hold
+    the fraction `energy` of the squared Frobenius norm. They are found on the smaller Gram matrix in float64, those of
+    one rank in one batch. Directions below its rounding are never included, so fewer can come back than asked for.
 
     Args:
-        jacs_SD: K matrices (S, D); K may be 0.
+        stacks: for each, K matrices (S, D); K may be 0.
         rank: r >= 0.
         energy: tau in (0, 1]. Exactly one of rank and energy.
 
     Returns:
-        Tensor (R, D) with orthonormal rows, float64, on the matrices' device; R = 0 where there is nothing to remove.
+        For each (R, D) with orthonormal rows, float64, on the matrices' device; R = 0 where there is nothing to remove.
 
     Raises:
         ValueError: for both or neither of rank and energy, or one out of range.
     """
-    return nuisance_bases([jacs_SD], rank=rank, energy=energy)[0]
-
-
-def nuisance_bases(
-    stacks: Sequence[Sequence[Tensor]], *, rank: int | None = None, energy: float | None = None
-) -> list[Tensor]:
-    """Return `nuisance_basis` of each list of matrices; those of one rank are found in one batch."""
     check_rank(rank, energy)
     found = [torch.zeros(0, 0, dtype=torch.float64) for _ in stacks]
     stacked = {
@@ -69,7 +64,7 @@ def remove_nuisance(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
 def remove_mean(jac_SD: Tensor, jacs_SD: Sequence[Tensor]) -> Tensor:
     """Return J less its Frobenius projection on the mean counterfactual Jacobian.
 
-    What the reference implementation of CE-PO does instead of the subspace; offered to compare with.
+    The reference implementation of CE-PO does this instead of removing a subspace; offered for comparison.
 
     Args:
         jac_SD: (S, D).
@@ -85,21 +80,6 @@ def remove_mean(jac_SD: Tensor, jacs_SD: Sequence[Tensor]) -> Tensor:
     return (jac_SD.double() - coefficient * mean_SD).to(jac_SD.dtype)
 
 
-def principal_angles(basis_RD: Tensor, jac_SD: Tensor) -> list[float]:
-    """Return the principal angles between the nuisance subspace and the Jacobian's own top subspace of equal rank.
-
-    All near 0 means that hardening removes the signal itself; near 90 that the two have nothing in common.
-
-    Args:
-        basis_RD: orthonormal rows.
-        jac_SD: the base Jacobian.
-
-    Returns:
-        Angles in degrees, ascending, min(R, rank of J) of them.
-    """
-    return angles_between(basis_RD, nuisance_basis([jac_SD], rank=len(basis_RD)))
-
-
 def angles_between(one_RD: Tensor, other_RD: Tensor) -> list[float]:
     """Return the principal angles between two subspaces with orthonormal rows, in degrees, ascending."""
     if not len(one_RD) or not len(other_RD):
@@ -111,7 +91,7 @@ def angles_between(one_RD: Tensor, other_RD: Tensor) -> list[float]:
 def check_rank(rank: int | None, energy: float | None) -> None:
     """Raise ValueError unless exactly one of rank (an integer >= 0) and energy (in (0, 1]) is given."""
     if (rank is None) == (energy is None):
-        raise ValueError(f"rank is {rank} and energy is {energy}; expected exactly one of them")
+        raise ValueError(f"rank is {rank} and energy is {energy}; expected exactly one of them, None for the other")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
         raise ValueError(f"rank is {rank!r}; expected an integer >= 0")
     if energy is not None and not 0.0 < energy <= 1.0:

@@ -71,7 +71,7 @@ def measure_judge(
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
         rollouts.append(reader.read(prompt["input_ids"], [*ids, tokenizer.eos_token_id], messages))
-    config = RewardConfig(links=dict.fromkeys(LINKS, 1.0))
+    config = RewardConfig(links=dict.fromkeys(LINKS, 1.0), counterfactuals=4, also=("phi",))
     scores = score_rollouts(rollouts, GroupEngine(model), config, JUDGE, keep_jacobians=True)
     sound = [score for score in scores if score.malformed is None]
     links = {
@@ -84,10 +84,10 @@ def measure_judge(
             tokens=tuple(reader.texts(rollout.token_ids)),
             prompt_tokens=len(rollout.prompt_ids),
             links={
-                name: dict(zip(jac.source_positions, jac.jac_SD.norm(dim=1).tolist(), strict=True))
-                for name, (jac, _) in score.jacobians.items()
+                name: dict(zip(link.base.source_positions, link.base.jac_SD.norm(dim=1).tolist(), strict=True))
+                for name, link in score.jacobians.items()
             },
-            targets={name: jac.target_positions for name, (jac, _) in score.jacobians.items()},
+            targets={name: link.base.target_positions for name, link in score.jacobians.items()},
             facts={f"influence {name}": f"{link.influence:.4f}" for name, link in score.links.items()},
             malformed=score.malformed,
         )

@@ -1,11 +1,11 @@
-"""From a Jacobian and its residual to the link record and its named scores."""
+"""The record of a link and its named scores, measured on its Jacobian and on what hardening left of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,37 +14,58 @@ from cepo.jacobian.records import LinkJacobian
 from cepo.kernels.spectral import frobenius_energy, spectral_shares
 
 Score = Literal["phi", "phi_retained", "influence", "phi_influence", "influence_retained"]
+Measure = Literal["phi", "influence", "angles"]
+PHI_SCORES: tuple[Score, ...] = ("phi", "phi_retained", "phi_influence")
 INFLUENCE_SCORES: tuple[Score, ...] = ("influence", "phi_influence", "influence_retained")
 
 
 @dataclass(frozen=True)
+class HardenedLink:
+    """The Jacobian of one link of one rollout, and what hardening left of it.
+
+    Attributes:
+        rollout: index of the rollout.
+        base: the Jacobian J of the rollout as sampled.
+        counterfactuals: number of counterfactual Jacobians (fewer than K where no order of the tokens differs).
+        basis_RD: orthonormal rows, the nuisance subspace that was removed; R = 0 where there is none.
+        residual_SD: J_res; J itself where nothing was removed.
+    """
+
+    rollout: int
+    base: LinkJacobian
+    counterfactuals: int
+    basis_RD: Tensor
+    residual_SD: Tensor
+
+
+@dataclass(frozen=True)
 class LinkScore:
-    """What is known of one link of one rollout.
+    """What is known of one link of one rollout; None for a measure that neither the score nor `also` reads.
 
     Attributes:
         link: the link's name.
-        target: the target function that was differentiated.
+        function: the target function that was differentiated.
         phi: sigma_1^2 / ||.||_F^2 of the residual Jacobian, in (0, 1]; 0 for a zero matrix. A shape, not a size.
         phi_lower: certified lower bound of phi.
         phi_upper: certified upper bound of phi.
-        phi_base: the same share of the base Jacobian.
+        phi_base: phi of the base Jacobian.
         retained: ||J_res||_F^2 / ||J||_F^2, in [0, 1].
-        influence: ||J||_F^2 over the energy of the target's gradient at all rows of the context, in [0, 1];
-            None where it was not asked for.
+        influence: ||J||_F^2 over the energy of the target's gradient at all rows of the context, in [0, 1].
         norm: ||J||_F.
-        tokens: L, rows of the Jacobian.
-        counterfactuals: how many of the K permutations there were (fewer where no order of the tokens differs).
-        rank: size of the nuisance basis that was removed.
-        nuisance_angles: principal angles in degrees between the nuisance subspace and the Jacobian's own.
+        tokens: L, the rows of the Jacobian.
+        counterfactuals: number of counterfactual Jacobians (fewer than K where no order of the tokens differs).
+        rank: dimension of the nuisance subspace that was removed.
+        nuisance_angles: principal angles in degrees, ascending, between the nuisance subspace and the Jacobian's own
+            top subspace of equal rank. All near 0: hardening removes the signal itself; near 90: they share nothing.
         value: S, the named score that was asked for, in [0, 1].
     """
 
     link: str
-    target: str
-    phi: float
-    phi_lower: float
-    phi_upper: float
-    phi_base: float
+    function: str
+    phi: float | None
+    phi_lower: float | None
+    phi_upper: float | None
+    phi_base: float | None
     retained: float
     influence: float | None
     norm: float
@@ -55,86 +76,71 @@ class LinkScore:
     value: float
 
 
-def score_link(
-    jacobian: LinkJacobian, residual_SD: Tensor, basis_RD: Tensor, *, counterfactuals: int, score: Score
-) -> LinkScore:
-    """Return the link's record.
+def score_links(links: Sequence[HardenedLink], *, score: Score, also: Sequence[Measure] = ()) -> list[LinkScore]:
+    """Return the record of each link, with only what the score or `also` reads; spectra are taken in one batch.
 
     Args:
-        jacobian: the base Jacobian.
-        residual_SD: (S, D), what hardening left of it.
-        basis_RD: the nuisance basis, R >= 0.
-        counterfactuals: how many counterfactual Jacobians made the basis.
+        links: what hardening left.
         score: the named score that becomes `value`.
+        also: measures to record beside what the score reads.
 
     Raises:
-        ValueError: for an unknown score, one that needs a context energy where there is none, or a matrix with a NaN
-            or an infinity.
+        ValueError: for a score that reads the influence of a Jacobian without context energy, or a matrix with a NaN or
+            an infinity whose spectrum is taken.
     """
-    return score_links([(jacobian, residual_SD, basis_RD, counterfactuals)], score=score)[0]
-
-
-def score_links(links: Sequence[tuple[LinkJacobian, Tensor, Tensor, int]], *, score: Score) -> list[LinkScore]:
-    """Return the records of many links, their spectra in one batch.
-
-    Args:
-        links: (base Jacobian, residual, nuisance basis, counterfactuals) of each, see `score_link`.
-        score: the named score that becomes `value`.
-
-    Raises:
-        ValueError: see `score_link`.
-    """
-    check_score(score)
-    residuals, bases = [link[1] for link in links], [link[0].jac_SD for link in links]
-    shares = spectral_shares([*residuals, *bases])
-    ranks = {len(link[2]) for link in links if len(link[2])}
-    own: dict[int, Tensor] = {}  # the Jacobian's own subspace, as large as the nuisance subspace
-    for rank in ranks:
-        members = [index for index, link in enumerate(links) if len(link[2]) == rank]
-        own.update(zip(members, nuisance_bases([[bases[index]] for index in members], rank=rank), strict=True))
+    reads_phi = score in PHI_SCORES or "phi" in also
+    shares = dict(enumerate(spectral_shares([link.residual_SD for link in links]))) if reads_phi else {}
+    # Without counterfactuals the residual is the base.
+    of_base = {place: share for place, share in shares.items() if not links[place].counterfactuals}
+    if "phi" in also:
+        hardened = [place for place, link in enumerate(links) if link.counterfactuals]
+        of_base |= zip(hardened, spectral_shares([links[place].base.jac_SD for place in hardened]), strict=True)
     records = []
-    for index, (jacobian, residual_SD, basis_RD, counterfactuals) in enumerate(links):
-        share, share_of_base = shares[index], shares[len(links) + index]
-        energy = frobenius_energy(jacobian.jac_SD)
-        retained = _share(frobenius_energy(residual_SD), energy)
-        influence = None if jacobian.context_energy is None else _share(energy, jacobian.context_energy)
-        if influence is None and score in INFLUENCE_SCORES:
-            raise ValueError(f"score is {score!r}, but the Jacobian of {jacobian.link.name} carries no context_energy")
+    for place, link in enumerate(links):
+        share, share_of_base, base = shares.get(place), of_base.get(place), link.base
+        energy = frobenius_energy(base.jac_SD)
+        retained = _share(frobenius_energy(link.residual_SD) if link.counterfactuals else energy, energy)
+        influence = None if base.context_energy is None else _share(energy, base.context_energy)
+        phi = None if share is None else share.value
+        named = named_scores(phi, retained, influence)
+        if score not in named:
+            raise ValueError(f"score is {score!r}, but the Jacobian of {base.link.name} carries no context_energy")
         records.append(
             LinkScore(
-                link=jacobian.link.name,
-                target=jacobian.link.function,
-                phi=share.value,
-                phi_lower=share.lower,
-                phi_upper=share.upper,
-                phi_base=share_of_base.value,
+                link=base.link.name,
+                function=base.link.function,
+                phi=phi,
+                phi_lower=None if share is None else share.lower,
+                phi_upper=None if share is None else share.upper,
+                phi_base=None if share_of_base is None else share_of_base.value,
                 retained=retained,
                 influence=influence,
                 norm=math.sqrt(energy),
-                tokens=len(jacobian.source_positions),
-                counterfactuals=counterfactuals,
-                rank=len(basis_RD),
-                nuisance_angles=tuple(angles_between(basis_RD, own[index])) if index in own else (),
-                value=named_scores(share.value, retained, influence)[score],
+                tokens=len(base.source_positions),
+                counterfactuals=link.counterfactuals,
+                rank=len(link.basis_RD),
+                nuisance_angles=_nuisance_angles(link) if "angles" in also else (),
+                value=named[score],
             )
         )
     return records
 
 
-def named_scores(phi: float, retained: float, influence: float | None) -> dict[Score, float]:
-    """Return every named score S of a link, each in [0, 1]; those that need the influence only where it is known."""
-    named: dict[Score, float] = {"phi": phi, "phi_retained": math.sqrt(phi * retained)}
+def named_scores(phi: float | None, retained: float, influence: float | None) -> dict[Score, float]:
+    """Return each named score S of a link whose measures are known, in [0, 1]."""
+    named: dict[Score, float] = {}
+    if phi is not None:
+        named |= {"phi": phi, "phi_retained": math.sqrt(phi * retained)}
     if influence is not None:
-        named["influence"] = influence
+        named |= {"influence": influence, "influence_retained": influence * retained}
+    if phi is not None and influence is not None:
         named["phi_influence"] = math.sqrt(phi * influence)
-        named["influence_retained"] = influence * retained
     return named
 
 
-def check_score(score: str) -> None:
-    """Raise ValueError unless `score` is a named score."""
-    if score not in get_args(Score):
-        raise ValueError(f"score is {score!r}; expected one of {', '.join(get_args(Score))}")
+def _nuisance_angles(link: HardenedLink) -> tuple[float, ...]:
+    (own_RD,) = nuisance_bases([[link.base.jac_SD]], rank=len(link.basis_RD))
+    return tuple(angles_between(link.basis_RD, own_RD))
 
 
 def _share(part: float, whole: float) -> float:

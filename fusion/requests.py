@@ -5,12 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cepo.counterfactual.permute import Permutation, permute_rollout
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, Request
-from cepo.jacobian.records import Group, Rollout
+from cepo.jacobian.records import Group, LinkJacobian, Rollout
+
+
+@dataclass(frozen=True)
+class LinkGradients:
+    """The Jacobians of one link of one rollout.
+
+    Attributes:
+        rollout: index of the rollout.
+        base: the Jacobian of the rollout as sampled.
+        counterfactuals: (S, D) each, the Jacobians with the link's source permuted, in the order of k; fewer than K
+            where no order of the tokens differs.
+    """
+
+    rollout: int
+    base: LinkJacobian
+    counterfactuals: tuple[Tensor, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no matrix holds a NaN or an infinity."""
+        return all(bool(torch.isfinite(jac_SD).all()) for jac_SD in (self.base.jac_SD, *self.counterfactuals))
 
 
 @dataclass(frozen=True)
@@ -19,7 +41,7 @@ class GroupRequests:
 
     Attributes:
         members: index of each rollout of the group among all rollouts.
-        requests: the base request first, then the counterfactual ones.
+        requests: the base request, then the counterfactual ones.
         owners: for each counterfactual request, the member that each of its rollouts is a counterfactual of.
     """
 
@@ -27,19 +49,23 @@ class GroupRequests:
     requests: tuple[Request, ...]
     owners: tuple[tuple[int, ...], ...]
 
-    def counterfactuals(self, answers: Sequence[Answer], name: str) -> dict[int, list[Tensor]]:
-        """Return the counterfactual Jacobians (S, D) of a link by member, in the order of k.
+    def gradients(self, base: Answer, counterfactuals: Sequence[Answer]) -> list[LinkGradients]:
+        """Return the Jacobians of each link of each member, member by member.
 
         Args:
-            answers: to the counterfactual requests.
-            name: of the link.
+            base: answer to the base request.
+            counterfactuals: answers to the counterfactual requests.
         """
-        found: dict[int, list[Tensor]] = {index: [] for index in self.members}
-        for owners, answer in zip(self.owners, answers, strict=True):
-            for owner, records in zip(owners, answer, strict=True):
-                if name in records:
-                    found[owner].append(records[name].jac_SD)
-        return found
+        found: dict[tuple[int, str], list[Tensor]] = {}
+        for owners, answer in zip(self.owners, counterfactuals, strict=True):
+            for owner, of_links in zip(owners, answer, strict=True):
+                for name, jacobian in of_links.items():
+                    found.setdefault((owner, name), []).append(jacobian.jac_SD)
+        return [
+            LinkGradients(index, jacobian, tuple(found.get((index, name), ())))
+            for index, of_links in zip(self.members, base, strict=True)
+            for name, jacobian in of_links.items()
+        ]
 
 
 def reward_requests(

@@ -1,42 +1,40 @@
-"""The whole story: rollouts in, Jacobians, counterfactuals, nuisance, scores, fused reward out."""
+"""The whole story: rollouts in; Jacobians, counterfactuals, hardening, link scores; fused rewards out."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from cepo.counterfactual.nuisance import nuisance_bases, remove_mean, remove_nuisance
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.power_mean import power_mean
-from cepo.fusion.records import LinkScore, score_links
-from cepo.fusion.requests import GroupRequests
-from cepo.jacobian.protocol import Answer, Engine
+from cepo.fusion.records import HardenedLink, LinkScore, score_links
+from cepo.fusion.requests import LinkGradients
+from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
-from cepo.jacobian.records import LinkJacobian, Rollout
-
-T = TypeVar("T")
+from cepo.jacobian.records import Rollout
 
 
 @dataclass(frozen=True)
 class RolloutScore:
-    """What came of one rollout.
+    """The score of one rollout.
 
     Attributes:
         links: record of each link by name; empty where the rollout is malformed.
         reward: the fused reward in [0, 1]; 0 where malformed.
         malformed: why nothing could be computed, or None.
-        jacobians: base and residual matrix of each link, only where they were asked to be kept.
+        jacobians: the matrices of each link by name, where they were asked for.
     """
 
     links: Mapping[str, LinkScore]
     reward: float
     malformed: str | None = None
-    jacobians: Mapping[str, tuple[LinkJacobian, Tensor]] = field(default_factory=dict)
+    jacobians: Mapping[str, HardenedLink] = field(default_factory=dict)
 
 
 def score_rollouts(
@@ -51,95 +49,74 @@ def score_rollouts(
 ) -> list[RolloutScore]:
     """Return the score of each rollout, in order.
 
-    rollouts -> Jacobians -> counterfactual Jacobians -> nuisance basis -> residual -> link scores -> fused reward.
+    rollouts -> Jacobians -> counterfactual Jacobians -> hardening -> link scores -> fused reward.
 
     Args:
         rollouts: from `SpanReader.read`; malformed ones score 0 with their reason.
         engine: what computes Jacobians.
         config: links, hardening, score and fusion.
         layout: the layout that the rollouts were read with.
-        task_rewards: the task reward r_base in [0, 1] of each rollout, or None for none (then only links are fused).
+        task_rewards: the task reward r_base in [0, 1] of each rollout; None fuses the links alone.
         keep_jacobians: whether to return the matrices.
-        seconds: where to add the time taken by "links" (base Jacobians, and what they share with the others),
-            "counterfactuals" and "spectral".
+        seconds: where to add the time spent on "links" (base Jacobians, and what they share with the others),
+            "counterfactuals" and "spectral" (hardening and link scores).
 
     Raises:
         ValueError: for links that the layout does not have, a rank above the model's width, or task rewards that are
-            not one a rollout in [0, 1]; all before the first Jacobian.
+            not one per rollout in [0, 1]; all before the first Jacobian.
     """
     links = config.parsed_links(layout)
     config.check_width(engine.width)
     if task_rewards is not None:
         _check_task_rewards(task_rewards, len(rollouts))
-    problems = [engine.refusal(rollout) or rollout.malformed for rollout in rollouts]
-    scores = [RolloutScore({}, 0.0, problem) for problem in problems]
-    sound = {index: rollout for index, rollout in enumerate(rollouts) if problems[index] is None}
+    scores = [RolloutScore({}, 0.0, engine.refusal(rollout) or rollout.malformed) for rollout in rollouts]
+    sound = {index: rollout for index, rollout in enumerate(rollouts) if scores[index].malformed is None}
     groups = config.requests(sound, links)
     answers = engine.compute([request for group in groups for request in group.requests])
     for group in groups:
-        base = _timed("links", seconds, lambda: next(answers))
-        permuted = [_timed("counterfactuals", seconds, lambda: next(answers)) for _ in group.requests[1:]]
-        found = _timed("spectral", seconds, lambda: _score_group(group, base, permuted, config))  # noqa: B023
-        for index, (records, jacobians, problem) in zip(group.members, found, strict=True):
-            if problem is not None:
-                scores[index] = RolloutScore({}, 0.0, problem)
-                continue
-            values = {name: record.value for name, record in records.items()}
-            reward = fuse(values, config, task_rewards[index] if task_rewards is not None else None)
-            scores[index] = RolloutScore(records, reward, None, jacobians if keep_jacobians else {})
+        with _timed("links", seconds):
+            base = next(answers)
+        with _timed("counterfactuals", seconds):
+            counterfactuals = [next(answers) for _ in group.requests[1:]]
+        with _timed("spectral", seconds):
+            gradients = group.gradients(base, counterfactuals)
+            for one in gradients:
+                if scores[one.rollout].malformed is None and not one.is_finite:
+                    scores[one.rollout] = RolloutScore({}, 0.0, f"non-finite gradient on {one.base.link.name}")
+            hardened = harden([one for one in gradients if scores[one.rollout].malformed is None], config)
+            records = score_links(hardened, score=config.score, also=config.also)
+        for index, of_rollout in groupby(zip(hardened, records, strict=True), key=lambda pair: pair[0].rollout):
+            matrices, of_links = zip(*of_rollout, strict=True)
+            values = {record.link: record.value for record in of_links}
+            scores[index] = RolloutScore(
+                links={record.link: record for record in of_links},
+                reward=fuse(values, config, task_rewards[index] if task_rewards is not None else None),
+                jacobians={link.base.link.name: link for link in matrices} if keep_jacobians else {},
+            )
     return scores
 
 
-def _timed(what: str, seconds: dict[str, float] | None, work: Callable[[], T]) -> T:
-    """Do the work, and add the time it took."""
-    if seconds is None:
-        return work()
-    started = time.perf_counter()
-    done = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
-    return done
+def harden(gradients: Sequence[LinkGradients], config: RewardConfig) -> list[HardenedLink]:
+    """Return what is left of each base Jacobian when the nuisance that its counterfactuals show is removed.
 
-
-_Found = tuple[dict[str, LinkScore], dict[str, tuple[LinkJacobian, Tensor]], str | None]
-
-
-def _score_group(group: GroupRequests, base: Answer, permuted: Sequence[Answer], config: RewardConfig) -> list[_Found]:
-    """Return link records and matrices of each rollout of a group, or why there are none; spectra in one batch."""
-    found: list[_Found] = [({}, {}, None) for _ in group.members]
-    cells: list[tuple[int, str, LinkJacobian, list[Tensor]]] = []
-    for name in base[0]:
-        owned = group.counterfactuals(permuted, name)
-        for place, index in enumerate(group.members):
-            jacobian, jacs_SD = base[place][name], owned[index]
-            if not all(bool(torch.isfinite(jac_SD).all()) for jac_SD in (jacobian.jac_SD, *jacs_SD)):
-                found[place] = ({}, {}, found[place][2] or f"non-finite gradient on {name}")
-            cells.append((place, name, jacobian, jacs_SD))
-    cells = [cell for cell in cells if found[cell[0]][2] is None]
-    for (place, name, jacobian, _), record, residual_SD in zip(cells, *_harden(cells, config), strict=True):
-        records, jacobians, _ = found[place]
-        records[name] = record
-        jacobians[name] = (jacobian, residual_SD)
-    return found
-
-
-def _harden(
-    cells: Sequence[tuple[int, str, LinkJacobian, list[Tensor]]], config: RewardConfig
-) -> tuple[list[LinkScore], list[Tensor]]:
-    """Return the record and the residual of each cell."""
-    jacobians = [jacobian for _, _, jacobian, _ in cells]
-    if config.nuisance == "mean":
-        bases = [jacobian.jac_SD.new_zeros(0, jacobian.jac_SD.shape[1]) for jacobian in jacobians]
-        residuals = [remove_mean(jacobian.jac_SD, jacs_SD) for _, _, jacobian, jacs_SD in cells]
-    else:
-        bases = nuisance_bases([jacs_SD for _, _, _, jacs_SD in cells], rank=config.rank, energy=config.energy)
-        residuals = [
-            remove_nuisance(jacobian.jac_SD, basis_RD) for jacobian, basis_RD in zip(jacobians, bases, strict=True)
-        ]
-    counts = [len(jacs_SD) for _, _, _, jacs_SD in cells]
-    links = list(zip(jacobians, residuals, bases, counts, strict=True))
-    return score_links(links, score=config.score), residuals
+    Args:
+        gradients: finite Jacobians.
+        config: says what is nuisance: a subspace of a rank or an energy, or the mean counterfactual.
+    """
+    stacks = [one.counterfactuals if config.nuisance == "svd" else () for one in gradients]
+    bases = nuisance_bases(stacks, rank=config.rank, energy=config.energy)
+    return [
+        HardenedLink(
+            rollout=one.rollout,
+            base=one.base,
+            counterfactuals=len(one.counterfactuals),
+            basis_RD=basis_RD,
+            residual_SD=remove_nuisance(one.base.jac_SD, basis_RD)
+            if config.nuisance == "svd"
+            else remove_mean(one.base.jac_SD, one.counterfactuals),
+        )
+        for one, basis_RD in zip(gradients, bases, strict=True)
+    ]
 
 
 def fuse(values: Mapping[str, float], config: RewardConfig, task_reward: float | None = None) -> float:
@@ -163,3 +140,14 @@ def _check_task_rewards(task_rewards: Sequence[float | None], count: int) -> Non
     for task_reward in task_rewards:
         if task_reward is not None and not 0.0 <= task_reward <= 1.0:
             raise ValueError(f"task_rewards holds {task_reward}; expected numbers in [0, 1], or None")
+
+
+@contextlib.contextmanager
+def _timed(stage: str, seconds: dict[str, float] | None) -> Iterator[None]:
+    """Add the time that the block takes."""
+    started = time.perf_counter()
+    yield
+    if seconds is not None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started

@@ -172,7 +172,7 @@ def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
         _group_case(subject, EXACT, PAPER_LINKS),
         _group_case(subject, "group: all links, base only", PAPER_LINKS, counterfactuals=0),
         _group_case(subject, ONLY, xy),
-        _group_case(subject, "group: X->Y, with influence", xy, influence=True),
+        _group_case(subject, "group: X->Y, with influence", xy, also=("influence",)),
         peer(
             "padded",
             PADDED,
@@ -249,9 +249,7 @@ def _group_case(subject: Subject, name: str, links: Mapping[str, float], **optio
 
 def _requests(workload: Workload, links: Mapping[str, float], **options: Any) -> list[Request]:
     """Return the requests that a reward would make of an engine."""
-    config = RewardConfig.paper(
-        links=links, influence=False, counterfactuals=workload.counterfactuals, seed=workload.seed
-    )
+    config = RewardConfig.paper(links=links, counterfactuals=workload.counterfactuals, seed=workload.seed)
     config = replace(config, **options)
     groups = config.requests(dict(enumerate(workload.rollouts)), config.parsed_links(LAYOUT))
     return [request for group in groups for request in group.requests]

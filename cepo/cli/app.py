@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from cepo.cli.evaluate import eval_app
 from cepo.cli.research import ablate, bench, experiment
 from cepo.cli.score import score
-from cepo.cli.shared import console, errors
+from cepo.cli.shared import RewardCommand, console, errors
 from cepo.cli.train import demo, train, warm_start
 
 TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Research"
@@ -38,9 +38,10 @@ app = typer.Typer(
 app.command(rich_help_panel=TRAIN)(demo)
 app.command(rich_help_panel=TRAIN)(train)
 app.command("warm-start", rich_help_panel=TRAIN)(warm_start)
-app.command(rich_help_panel=SCORE)(score)
+app.command(rich_help_panel=SCORE, cls=RewardCommand)(score)
 app.add_typer(eval_app, name="eval", rich_help_panel=EVALUATE)
-for _command in _RESEARCH_COMMANDS:
+app.command(rich_help_panel=RESEARCH, cls=RewardCommand)(ablate)
+for _command in (bench, experiment):
     app.command(rich_help_panel=RESEARCH)(_command)
 
 

@@ -15,6 +15,7 @@ from cepo.cli.shared import (
     Threads,
     TrustRemoteCode,
     console,
+    given,
     progress_bar,
     use_threads,
     weighted_links,
@@ -66,10 +67,9 @@ def ablate(
         raise ValueError("ablate needs --model and --input, or --testbed N alone")
     if testbed is not None and (testbed < 8 or testbed % 8):
         raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
-    given = {"permutation": permutation, "target": target, "seed": seed}
     config = RewardConfig(
         links=weighted_links(link) if link else PAPER_LINKS,
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        **given(permutation=permutation, target=target, seed=seed),
     )
     sweep = plan_sweep(
         config,

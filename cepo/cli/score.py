@@ -14,6 +14,7 @@ from cepo.cli.shared import (
     Threads,
     TrustRemoteCode,
     console,
+    given,
     progress_bar,
     use_threads,
     weighted_links,
@@ -24,33 +25,44 @@ def score(
     model: Annotated[str, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")],
     input: Annotated[Path, typer.Option(help="JSONL of rollouts; what a row holds is told above.")],
     output: Annotated[Path, typer.Option(help="JSONL to write, one record for each line of the input.")],
-    link: Annotated[
+    links: Annotated[
         list[str] | None,
         typer.Option(
-            help="A link, such as X->Y, Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat it. "
-            "Default: Z->X, X->Y, Z->Y, 0.1 each."
+            "--link", help="A link, such as X->Y, Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat for more."
         ),
     ] = None,
     kind: Annotated[str, typer.Option(help="judge or reasoning.")] = "judge",
     rationale_tag: Annotated[str, typer.Option(help="Reasoning: tag around the rationale.")] = "think",
     answer_tag: Annotated[str, typer.Option(help="Reasoning: tag around the answer.")] = "answer",
-    counterfactuals: Annotated[int, typer.Option("--counterfactuals", "-K", help="K permutations of each source.")] = 4,
-    rank: Annotated[int, typer.Option(help="Rank r of the nuisance subspace.")] = 2,
-    energy: Annotated[float | None, typer.Option(help="tau in (0, 1]: choose the rank by energy instead.")] = None,
-    permutation: Annotated[str, typer.Option(help="uniform, sentence or block.")] = "uniform",
-    nuisance: Annotated[str, typer.Option(help="svd, or mean (the reference implementation's).")] = "svd",
-    score_name: Annotated[
-        str,
-        typer.Option(
-            "--score", help="influence, phi (the paper's), phi_retained, phi_influence or influence_retained."
-        ),
-    ] = "influence",
+    counterfactuals: Annotated[
+        int | None, typer.Option("--counterfactuals", "-K", help="Number K of permutations of each source span.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank r of the nuisance subspace.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Fraction in (0, 1] of the energy that the nuisance subspace holds; sets its rank."),
+    ] = None,
+    permutation: Annotated[str | None, typer.Option(help="uniform, sentence or block.")] = None,
+    nuisance: Annotated[
+        str | None, typer.Option(help="svd, or mean, as in the reference implementation of CE-PO.")
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="influence, phi (the paper's), phi_retained, phi_influence or influence_retained."),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure to record beside what the score reads: phi, influence or angles; repeat for more."),
+    ] = None,
     target: Annotated[
-        str, typer.Option(help="log_likelihood, log_odds, expected_score or margin (the last two: links to scores).")
-    ] = "log_likelihood",
-    p: Annotated[float, typer.Option("-p", "--p", help="Exponent of the power mean; inf and -inf too.")] = 0.2,
-    task_weight: Annotated[float, typer.Option(help="Weight of a row's task_reward.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="Seed of the permutations.")] = 0,
+        str | None,
+        typer.Option(help="log_likelihood, log_odds, expected_score or margin (the last two: links to scores)."),
+    ] = None,
+    p: Annotated[
+        float | None, typer.Option("-p", "--p", help="Exponent of the power mean, inf and -inf included.")
+    ] = None,
+    task_weight: Annotated[float | None, typer.Option(help="Weight of a row's task_reward.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the permutations.")] = None,
     raw: Raw = False,
     save_jacobians: Annotated[Path | None, typer.Option(help="safetensors file for the matrices.")] = None,
     html: Annotated[Path | None, typer.Option(help="File for the token heat maps.")] = None,
@@ -73,7 +85,7 @@ def score(
     Killed and started again with the same arguments, it goes on where it stopped.
     """
     use_threads(threads)
-    from cepo.fusion.config import PAPER_LINKS, RewardConfig
+    from cepo.fusion.config import RewardConfig
     from cepo.jacobian.reading.reasoner import ReasonerLayout
     from cepo.train.prompts import JUDGE, REASONING_LITERALS
 
@@ -81,19 +93,23 @@ def score(
         raise ValueError(f"--kind is {kind!r}; expected judge or reasoning")
     if dtype not in ("float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype is {dtype!r}; expected float64, float32, bfloat16 or float16")
-    reward = RewardConfig(
-        links=weighted_links(link) if link else dict(PAPER_LINKS),
+    fields = given(
+        links=weighted_links(links) if links else None,
         task_weight=task_weight,
         p=p,
         counterfactuals=counterfactuals,
-        permutation=permutation,  # type: ignore[arg-type]
-        rank=rank if energy is None else None,
+        permutation=permutation,
+        rank=rank,
         energy=energy,
         nuisance=nuisance,
-        score=score_name,  # type: ignore[arg-type]
+        score=score,
         target=target,
         seed=seed,
+        also=also or None,
     )
+    if energy is not None:
+        fields.setdefault("rank", None)
+    config = RewardConfig(**fields)
     layout = JUDGE if kind == "judge" else ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
     from cepo.eval.score.command import ScoreJob, score_file
 
@@ -101,7 +117,7 @@ def score(
         model=model,
         input=input,
         output=output,
-        config=reward,
+        config=config,
         layout=layout,
         raw=raw,
         batch_size=batch_size,

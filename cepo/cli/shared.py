@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 console = Console()
 errors = Console(stderr=True)
@@ -16,6 +17,30 @@ Dtype = Annotated[str, typer.Option(help="Dtype of the weights: float64, float32
 Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own choice.", min=1)]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from a hub repository to run.")]
+
+
+class RewardCommand(TyperCommand):
+    """A command whose options named like a field of RewardConfig have its defaults, which its help shows."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help with the defaults; they are read here and not at the start, since that imports torch."""
+        from cepo.fusion.config import RewardConfig
+
+        config = RewardConfig()
+        filled = [option for option in self.params if option.default is None and hasattr(config, str(option.name))]
+        for option in filled:
+            value = getattr(config, str(option.name))
+            option.default = (
+                [f"{link}={weight:g}" for link, weight in value.items()] if option.multiple and value else value
+            )
+        super().format_help(ctx, formatter)
+        for option in filled:
+            option.default = None
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given; the others keep the defaults of what takes them."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def progress_bar() -> Progress:

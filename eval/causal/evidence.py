@@ -157,9 +157,10 @@ def compute_jacobians(
     found: dict[int, tuple[dict[str, LinkJacobian], dict[str, list[Tensor]]]] = {}
     for group in groups:
         base, *permuted = [next(answers) for _ in group.requests]
-        owned = {link.name: group.counterfactuals(permuted, link.name) for link in links}
-        for place, row in enumerate(group.members):
-            found[row] = base[place], {name: jacs.get(row, []) for name, jacs in owned.items()}
+        for gradients in group.gradients(base, permuted):
+            jacobians, counterfactual = found.setdefault(gradients.rollout, ({}, {}))
+            jacobians[gradients.base.link.name] = gradients.base
+            counterfactual[gradients.base.link.name] = list(gradients.counterfactuals)
     return [found[row] for row in range(len(rollouts))]
 
 

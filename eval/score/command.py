@@ -230,7 +230,7 @@ def _score_line(job: ScoreJob, row: int, line: Line, reader: SpanReader, engine:
         save_matrices(_beside(job.output, ".jacobians"), row, rollout, score)
     links = {}
     for name, link in score.links.items():
-        jacobian, _ = score.jacobians[name]
+        jacobian = score.jacobians[name].base
         facts = asdict(link)
         links[name] = {
             "S": facts.pop("value"),

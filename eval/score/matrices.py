@@ -17,10 +17,11 @@ from cepo.jacobian.records import Rollout
 def save_matrices(folder: Path, row: int, rollout: Rollout, score: RolloutScore) -> None:
     """Write a row's token ids and, for each link, its base and residual Jacobian and their positions."""
     tensors = {f"{row}/token_ids": torch.tensor(rollout.token_ids)}
-    for name, (jacobian, residual_SD) in score.jacobians.items():
+    for name, link in score.jacobians.items():
+        jacobian = link.base
         tensors[f"{row}/{name}/base"] = jacobian.jac_SD.cpu().contiguous()
         # Without hardening the residual is the base itself, and safetensors refuses shared storage.
-        tensors[f"{row}/{name}/residual"] = residual_SD.cpu().clone().contiguous()
+        tensors[f"{row}/{name}/residual"] = link.residual_SD.cpu().clone().contiguous()
         tensors[f"{row}/{name}/source_positions"] = torch.tensor(jacobian.source_positions)
         tensors[f"{row}/{name}/target_positions"] = torch.tensor(jacobian.target_positions)
     folder.mkdir(exist_ok=True)

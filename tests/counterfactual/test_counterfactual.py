@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cepo.counterfactual.nuisance import check_rank, nuisance_basis, principal_angles, remove_mean, remove_nuisance
+from cepo.counterfactual.nuisance import angles_between, check_rank, nuisance_bases, remove_mean, remove_nuisance
 from cepo.counterfactual.permute import BLOCK_TOKENS, check_permutation, permute_rollout
 from cepo.jacobian.records import Rollout
 from tests.models import span
@@ -210,6 +212,17 @@ def right_vectors(stack_ND: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(stack_ND.double(), full_matrices=False).Vh[:rank]
 
 
+def nuisance_basis(jacs_SD: Sequence[Tensor], **options: Any) -> Tensor:
+    """Return the nuisance subspace of one stack."""
+    (basis_RD,) = nuisance_bases([jacs_SD], **options)
+    return basis_RD
+
+
+def own_angles(basis_RD: Tensor, jac_SD: Tensor) -> list[float]:
+    """Return the angles between a subspace and the Jacobian's own top subspace of equal rank."""
+    return angles_between(basis_RD, nuisance_basis([jac_SD], rank=len(basis_RD)))
+
+
 SHAPES = {"wide": (4, 3, 40), "tall": (4, 30, 6), "square": (2, 4, 8), "one": (1, 1, 5)}
 
 
@@ -270,7 +283,7 @@ def test_nothing_to_remove() -> None:
             basis_RD = nuisance_basis(jacs_SD, **options)
             assert len(basis_RD) == 0
             assert torch.equal(remove_nuisance(jac_SD, basis_RD), jac_SD)
-            assert principal_angles(basis_RD, jac_SD) == []
+            assert own_angles(basis_RD, jac_SD) == []
     assert torch.equal(remove_nuisance(jac_SD, nuisance_basis([jac_SD], rank=0)), jac_SD)
 
 
@@ -311,14 +324,14 @@ def test_principal_angles() -> None:
     """A subspace makes 0 degrees with itself, 90 with its complement, and the angle of its rotation otherwise."""
     unit_DD = torch.eye(6, dtype=torch.float64)
     jac_SD = torch.stack([3 * unit_DD[0], 2 * unit_DD[1]])
-    assert principal_angles(unit_DD[:2], jac_SD) == pytest.approx([0.0, 0.0], abs=1e-6)
-    assert principal_angles(unit_DD[2:4], jac_SD) == pytest.approx([90.0, 90.0])
+    assert own_angles(unit_DD[:2], jac_SD) == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert own_angles(unit_DD[2:4], jac_SD) == pytest.approx([90.0, 90.0])
     turned_D = (unit_DD[0] + unit_DD[2]) / 2**0.5
-    assert principal_angles(torch.stack([turned_D, unit_DD[3]]), jac_SD) == pytest.approx([45.0, 90.0])
+    assert own_angles(torch.stack([turned_D, unit_DD[3]]), jac_SD) == pytest.approx([45.0, 90.0])
     # As many angles as the smaller of the two subspaces has directions.
-    assert principal_angles(unit_DD[:3], jac_SD.float()) == pytest.approx([0.0, 0.0], abs=1e-5)
-    assert principal_angles(unit_DD[1:2], jac_SD) == pytest.approx([90.0])  # J's own top direction is the first
-    assert principal_angles(unit_DD[:2], torch.zeros(2, 6)) == []
+    assert own_angles(unit_DD[:3], jac_SD.float()) == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert own_angles(unit_DD[1:2], jac_SD) == pytest.approx([90.0])  # J's own top direction is the first
+    assert own_angles(unit_DD[:2], torch.zeros(2, 6)) == []
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from cepo.counterfactual.nuisance import nuisance_bases
 from cepo.counterfactual.permute import permute_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.power_mean import power_mean
-from cepo.fusion.records import check_score, score_link
+from cepo.fusion.records import HardenedLink, score_links
 from cepo.fusion.score import RolloutScore, fuse, score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.links import Link
@@ -22,10 +23,12 @@ from cepo.jacobian.protocol import Answer, Request
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.reasoner import ReasonerLayout
 from cepo.jacobian.records import Group, LinkJacobian, Rollout
+from cepo.kernels.spectral import spectral_shares
 from tests.models import WIDTH, judge_rollout, span, tiny_model
 
 LAYOUT = JudgeLayout()
 LINKS = {"Z->X": 0.2, "X->Y": 0.5, "Z->Y": 0.3, "criteria->analysis": 0.1, "analysis->scores@margin": 1.0}
+EVERYTHING = ("phi", "influence", "angles")
 
 
 @pytest.fixture(autouse=True)
@@ -59,24 +62,25 @@ def counterfactuals_of(engine: JacobianEngine, rollout: Rollout, link: Link, con
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": 2},
+        {"rank": 2, "counterfactuals": 4},
         {"rank": 1, "counterfactuals": 2, "seed": 5, "target": "log_odds", "score": "phi_retained"},
-        {"rank": None, "energy": 0.6, "permutation": "block", "score": "influence"},
-        {"rank": 2, "nuisance": "mean", "score": "phi_influence", "p": -1.0},
-        {"rank": 3, "score": "influence_retained", "p": 0.0, "target": "expected_score"},
+        {"rank": None, "energy": 0.6, "counterfactuals": 4, "permutation": "block", "score": "influence"},
+        {"rank": 2, "counterfactuals": 4, "nuisance": "mean", "score": "phi_influence", "p": -1.0},
+        {"rank": 3, "counterfactuals": 4, "score": "influence_retained", "p": 0.0, "target": "expected_score"},
     ],
     ids=str,
 )
 def test_records_equal_numpy(engine: JacobianEngine, options: dict[str, Any]) -> None:
     """Every number of every record follows from the kept matrices by a plain SVD, and the reward from the values."""
-    config = RewardConfig(links=LINKS, **options)
+    config = RewardConfig(links=LINKS, also=EVERYTHING, **options)
     rollout = judge_rollout()
     wide = replace(rollout.spans["prompt"], positions=tuple(range(9)), movable=tuple(range(9)), sentences=(0,) * 9)
     rollout = replace(rollout, spans={**rollout.spans, "prompt": wide})
     (found,) = score_rollouts([rollout], engine, config, LAYOUT, keep_jacobians=True)
     assert list(found.links) == list(LINKS)
     for link in config.parsed_links(LAYOUT):
-        record, (base, residual_SD) = found.links[link.name], found.jacobians[link.name]
+        record, hardened = found.links[link.name], found.jacobians[link.name]
+        base, residual_SD = hardened.base, hardened.residual_SD
         jac_SD, stack = base.jac_SD.double().numpy(), counterfactuals_of(engine, rollout, link, config)
         expected_SD, rank = jac_SD, 0
         if config.nuisance == "mean":
@@ -89,7 +93,7 @@ def test_records_equal_numpy(engine: JacobianEngine, options: dict[str, Any]) ->
             expected_SD = jac_SD - jac_SD @ vectors_DD[:rank].T @ vectors_DD[:rank]
         scale = np.abs(jac_SD).max()
         assert np.allclose(residual_SD.numpy(), expected_SD, rtol=0, atol=3e-6 * scale)
-        assert (record.link, record.target, record.tokens) == (link.name, link.function, len(jac_SD))
+        assert (record.link, record.function, record.tokens) == (link.name, link.function, len(jac_SD))
         assert (record.counterfactuals, record.rank) == (len(stack), rank)
         assert len(record.nuisance_angles) == min(rank, len(jac_SD))
         assert record.phi == pytest.approx(numpy_share(expected_SD), rel=1e-4)
@@ -118,7 +122,7 @@ def test_hardening_matters(engine: JacobianEngine) -> None:
     """Four counterfactuals take something away from the Jacobian, and another seed takes something else."""
     rollout = judge_rollout()
     one, other = (
-        score_rollouts([rollout], engine, RewardConfig.paper(links={"X->Y": 1.0}, seed=seed), LAYOUT)[0]
+        score_rollouts([rollout], engine, RewardConfig.paper(links={"X->Y": 1.0}, seed=seed, also=("phi",)), LAYOUT)[0]
         for seed in (0, 1)
     )
     assert one.links["X->Y"].retained < 0.9
@@ -138,7 +142,7 @@ def malformed_rollouts() -> list[Rollout]:
 
 def test_malformed_rollouts_score_nothing(engine: JacobianEngine) -> None:
     """They get 0 and their reason, whatever their task reward, and change no bit of the others' scores."""
-    config = RewardConfig(links=LINKS)
+    config = RewardConfig(links=LINKS, counterfactuals=4, also=EVERYTHING)
     good = [judge_rollout(seed) for seed in range(3)]
     alone = score_rollouts(good, engine, config, LAYOUT, task_rewards=[0.5, 0.25, None])
     first, second, third = malformed_rollouts()
@@ -183,7 +187,7 @@ class Poisoned:
 @pytest.mark.parametrize("permuted", [False, True])
 def test_non_finite_gradient_scores_nothing(engine: JacobianEngine, permuted: bool) -> None:
     """A NaN in a Jacobian, base or counterfactual, costs its own rollout the reward, and no other's."""
-    rollouts, config = [judge_rollout(0), judge_rollout(1)], RewardConfig(links={"Z->X": 1.0, "X->Y": 1.0})
+    rollouts, config = [judge_rollout(0), judge_rollout(1)], RewardConfig.paper(links={"Z->X": 1.0, "X->Y": 1.0})
     victim = permute_rollout(rollouts[0], "criteria", 2, seed=0) if permuted else rollouts[0]
     assert victim is not None
     found = score_rollouts(rollouts, Poisoned(engine, victim.completion_ids, "X->Y"), config, LAYOUT)
@@ -191,14 +195,15 @@ def test_non_finite_gradient_scores_nothing(engine: JacobianEngine, permuted: bo
     assert found[1] == score_rollouts(rollouts, engine, config, LAYOUT)[1]
 
 
-@pytest.mark.parametrize("options", [{"counterfactuals": 0}, {"rank": 0}, {"counterfactuals": 0, "nuisance": "mean"}])
+@pytest.mark.parametrize(
+    "options", [{"counterfactuals": 0}, {"rank": 0, "counterfactuals": 4}, {"counterfactuals": 0, "nuisance": "mean"}]
+)
 def test_no_hardening_leaves_the_jacobian(engine: JacobianEngine, options: dict[str, Any]) -> None:
     """K = 0 and rank = 0 are the ablation without hardening: J itself, to the bit, all of it retained."""
-    config = RewardConfig(links=LINKS, **options)
+    config = RewardConfig(links=LINKS, also=EVERYTHING, **options)
     (found,) = score_rollouts([judge_rollout()], engine, config, LAYOUT, keep_jacobians=True)
     for name, record in found.links.items():
-        base, residual_SD = found.jacobians[name]
-        assert torch.equal(base.jac_SD, residual_SD)
+        assert torch.equal(found.jacobians[name].base.jac_SD, found.jacobians[name].residual_SD)
         assert (record.phi, record.retained, record.rank) == (record.phi_base, 1.0, 0)
         assert record.nuisance_angles == ()
 
@@ -213,19 +218,95 @@ def test_span_without_another_order_is_not_hardened(engine: JacobianEngine) -> N
     assert found.reward == pytest.approx(1.0, abs=1e-12)
 
 
+class Counting:
+    """An engine that counts what it is asked for, and the calls of functions that a test watches."""
+
+    def __init__(self, engine: JacobianEngine) -> None:
+        self.engine, self.width = engine, engine.width
+        self.counterfactuals = self.energies = 0
+
+    def refusal(self, rollout: Rollout) -> str | None:
+        """Refuse what the engine refuses."""
+        return self.engine.refusal(rollout)
+
+    def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Count the counterfactual rollouts and the base rollouts with context energy."""
+        self.counterfactuals += sum(len(request.group.rollouts) for request in requests[1:])
+        self.energies += sum(len(request.group.rollouts) for request in requests if request.context_energy)
+        return self.engine.compute(requests)
+
+
+@pytest.mark.parametrize(
+    ("options", "counterfactuals", "energies", "spectra", "stacks", "own"),
+    [
+        ({}, 0, 2, 0, 0, 0),
+        ({"counterfactuals": 3}, 0, 2, 0, 0, 0),  # the score does not read them
+        ({"score": "phi"}, 0, 0, 2, 0, 0),  # without counterfactuals the residual is the base: one spectrum
+        ({"score": "phi", "also": ("phi",)}, 0, 0, 2, 0, 0),
+        ({"score": "phi", "counterfactuals": 3}, 6, 0, 2, 2, 0),
+        ({"score": "phi", "counterfactuals": 3, "also": ("phi",)}, 6, 0, 4, 2, 0),
+        ({"score": "phi_retained", "counterfactuals": 3}, 6, 0, 2, 2, 0),
+        ({"score": "influence_retained", "counterfactuals": 3}, 6, 2, 0, 2, 0),
+        ({"counterfactuals": 3, "also": ("angles",)}, 6, 2, 0, 2, 2),
+        ({"score": "phi", "counterfactuals": 3, "also": ("influence", "angles")}, 6, 2, 2, 2, 2),
+    ],
+    ids=str,
+)
+def test_nothing_is_computed_that_nobody_reads(
+    engine: JacobianEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    counterfactuals: int,
+    energies: int,
+    spectra: int,
+    stacks: int,
+    own: int,
+) -> None:
+    """Two rollouts, one link: counterfactuals, context energies, spectra and subspaces, counted; fields or None."""
+    counted = {"spectra": 0, "stacks": 0, "own": 0}
+
+    def count_shares(jacs_SD: Sequence[torch.Tensor]) -> Any:
+        counted["spectra"] += len(jacs_SD)
+        return spectral_shares(jacs_SD)
+
+    def count_bases(name: str) -> Any:
+        def counting(stacks_SD: Sequence[Sequence[torch.Tensor]], **how: Any) -> Any:
+            counted[name] += sum(bool(jacs_SD) for jacs_SD in stacks_SD)
+            return nuisance_bases(stacks_SD, **how)
+
+        return counting
+
+    monkeypatch.setattr("cepo.fusion.records.spectral_shares", count_shares)
+    monkeypatch.setattr("cepo.fusion.records.nuisance_bases", count_bases("own"))
+    monkeypatch.setattr("cepo.fusion.score.nuisance_bases", count_bases("stacks"))
+    counting, config = Counting(engine), RewardConfig(**options)
+    found = score_rollouts([judge_rollout(0), judge_rollout(1)], counting, config, LAYOUT)
+    assert (counting.counterfactuals, counting.energies) == (counterfactuals, energies)
+    assert counted == {"spectra": spectra, "stacks": stacks, "own": own}
+    for one in found:
+        record = one.links["X->Y"]
+        assert {record.phi is None, record.phi_lower is None, record.phi_upper is None} == {spectra == 0}
+        assert (record.phi_base is None) == (spectra == 0 or (spectra == 2 and counterfactuals > 0))
+        assert (record.influence is None) == (energies == 0)
+        assert (record.nuisance_angles == ()) == (own == 0)
+        assert record.counterfactuals == counterfactuals // 2
+        assert 0.0 < record.value <= 1.0
+
+
 def test_zero_jacobian_scores_zero() -> None:
     """A zero matrix has no phi, no influence and no retained share, and makes no NaN."""
     link = Link("X->Y", "criteria", "scores", "total", (), "log_likelihood")
     zero_SD = torch.zeros(3, WIDTH)
     for score in ("phi", "phi_retained", "influence", "phi_influence", "influence_retained"):
         jacobian = LinkJacobian(link, zero_SD, (1, 2, 3), (5,), 0.0)
-        record = score_link(jacobian, zero_SD, torch.zeros(0, WIDTH), counterfactuals=0, score=score)
+        hardened = HardenedLink(0, jacobian, 0, torch.zeros(0, WIDTH), zero_SD)
+        (record,) = score_links([hardened], score=score, also=("phi",))  # type: ignore[arg-type]
         assert (record.value, record.phi, record.influence, record.retained, record.norm) == (0.0,) * 5
 
 
 def test_batch_and_order_do_not_matter(engine: JacobianEngine) -> None:
     """Scores are the same bits alone, together, reversed, and with the groups of two prompts interleaved."""
-    config = RewardConfig(links=LINKS)
+    config = RewardConfig(links=LINKS, counterfactuals=4, also=EVERYTHING)
     rollouts = [judge_rollout(seed, prompt_seed=100 + seed % 2) for seed in range(4)]
     assert len({rollout.prompt_ids for rollout in rollouts}) == 2
     tasks = [0.1, 0.9, 0.5, 1.0]
@@ -247,7 +328,7 @@ def test_batch_and_order_do_not_matter(engine: JacobianEngine) -> None:
 
 def test_fuse_by_hand() -> None:
     """The paper's preset: weights 0.7, 0.1, 0.1, 0.1 at p = 0.2 with a task reward, equal thirds without one."""
-    values, config = {"Z->X": 0.5, "X->Y": 0.25, "Z->Y": 1.0}, RewardConfig()
+    values, config = {"Z->X": 0.5, "X->Y": 0.25, "Z->Y": 1.0}, RewardConfig.paper()
     expected = (0.7 * 0.8**0.2 + 0.1 * (0.5**0.2 + 0.25**0.2 + 1.0)) ** 5
     assert fuse(values, config, 0.8) == pytest.approx(expected, rel=1e-12)
     assert fuse(values, config) == pytest.approx(((0.5**0.2 + 0.25**0.2 + 1.0) / 3) ** 5, rel=1e-12)
@@ -295,6 +376,10 @@ def test_task_reward_goes_in(engine: JacobianEngine) -> None:
         ({"rank": None, "energy": 1.5}, "energy is 1.5"),
         ({"nuisance": "pca"}, "nuisance is 'pca'"),
         ({"score": "psi"}, "score is 'psi'"),
+        ({"score": "phi_retained"}, "score is 'phi_retained'.*counterfactuals"),
+        ({"score": "influence_retained"}, "score is 'influence_retained'.*counterfactuals"),
+        ({"also": ("phi", "size")}, "also is .*'size'"),
+        ({"also": "phi"}, "also is 'phi'; expected a sequence"),
     ],
     ids=str,
 )
@@ -317,8 +402,6 @@ def test_config_is_checked_against_layout_and_model(engine: JacobianEngine) -> N
     RewardConfig(rank=None, energy=0.9).check_width(1)
     with pytest.raises(ValueError, match="unknown span 'analysis'"):
         RewardConfig(links={"analysis->answer": 1.0}).parsed_links(ReasonerLayout())
-    with pytest.raises(ValueError, match="score is 'psi'"):
-        check_score("psi")
 
 
 @pytest.mark.parametrize("task", [1.5, -0.5, math.nan])

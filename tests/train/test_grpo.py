@@ -99,7 +99,7 @@ def test_killed_and_started_again_ends_with_the_same_weights(judge: Path, tmp_pa
         assert sum(parts) <= log["time/step"]
         spent = [log[f"causal/seconds/{part}"] for part in ("links", "counterfactuals", "spectral")]
         assert sum(spent) <= log["causal/seconds"] <= log["time/rewards"]
-    assert "causal/X->Y/phi" in logs[0] or logs[0]["causal/malformed"] == 1.0
+    assert "causal/X->Y/influence" in logs[0] or logs[0]["causal/malformed"] == 1.0
 
 
 def test_lora_saves_an_adapter_that_loads_again(judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

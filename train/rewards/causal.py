@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
 from cepo.fusion.config import RewardConfig
@@ -20,102 +21,78 @@ from cepo.train.prompts import JUDGE
 
 TaskReward = Callable[..., Sequence[float | None]]
 
+logger = logging.getLogger(__name__)
 _LOGGED = ("phi", "retained", "influence", "norm", "tokens")
 
 
 class CausalReward:
-    """Rewards completions for exact d(score)/d(criteria) of the live policy, for TRL's GRPO and RLOO trainers.
+    """Reward completions for exact d(score)/d(criteria) of the live policy, in TRL's GRPO and RLOO trainers.
 
-    Additive form, a reward function of its own beside the others:
+    Additive form, a reward function beside the others:
 
         reward = CausalReward(links={"X->Y": 1.0})
         trainer = GRPOTrainer(model, reward_funcs=[format_reward, argmax_reward, reward], ...)
         reward.bind(trainer)
 
-    CE-PO form, fused with a task reward by the power mean: `CausalReward(PAPER_LINKS, task=exact_match)`; with the
-    paper's own score and K, `CausalReward(**PAPER, task=exact_match)`.
+    CE-PO form, fused with a task reward by the power mean: `CausalReward(RewardConfig.paper(), task=exact_match)`.
 
     The policy is differentiated in eval mode and outside of autocast, on the very ids that were sampled, with
     untempered logits. Malformed completions score 0 and are counted. Every component is logged: means through
-    `log_metric` (`causal/<link>/phi` ...), rows through `log_extra`.
+    `log_metric` (`causal/<link>/value` ...), rows through `log_extra`.
 
     Args:
-        links: weight of each link, >= 0, see `cepo.jacobian.links.parse_link`.
+        config: what to compute and how to fuse it; its defaults are what we recommend.
         task: task reward with TRL's signature and values in [0, 1]; where it gives None, so does this.
-        task_weight: w_0 of the task reward, >= 0.
-        p: exponent of the power mean.
-        counterfactuals: K >= 0; None for 4 where the score reads what hardening leaves, else for 0.
-        rank: nuisance rank r >= 0, unless energy is given.
-        energy: tau in (0, 1], instead of rank.
-        permutation: "uniform", "sentence" or "block".
-        nuisance: "svd" or "mean".
-        score: named score of a link; "phi" is the paper's.
-        target: default target function.
-        seed: seed of the permutations.
-        influence: whether to compute and log `influence` where the score does not need it; costs one backward pass
-            through the whole prompt for each completion.
-        engine: "group", or "autograd", the oracle.
+        engine: "group", or "autograd", the oracle; None for "group".
+        scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
+        layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
         kernels: of the group engine: "torch", "auto" (Triton where the policy is on CUDA) or "triton".
         memory_gib: what the group engine may add to the model's memory, in GiB; None for half of what is free.
-        layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
-        scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
-        shuffle: a control for experiments: the rewards of a prompt's completions are given to each other, drawn from
-            the seed and their ids. What the reward does beyond this, it does by telling completions apart.
+        shuffle: a control for experiments: each completion gets the reward of another completion of its prompt, drawn
+            from the seed and their ids. What the reward does beyond this, it does by telling completions apart.
         name: the name in TRL's logs.
+        **fields: instead of config, its fields by name, see `RewardConfig`.
 
     Raises:
         ValueError: for any setting out of range, before a model is touched.
+        TypeError: for a field that `RewardConfig` does not have.
     """
 
     def __init__(
         self,
-        links: Mapping[str, float] | None = None,
+        config: RewardConfig | None = None,
         *,
         task: TaskReward | None = None,
-        task_weight: float = 0.7,
-        p: float = 0.2,
-        counterfactuals: int | None = None,
-        rank: int | None = 2,
-        energy: float | None = None,
-        permutation: str = "uniform",
-        nuisance: str = "svd",
-        score: str = "influence",
-        target: str = "log_likelihood",
-        seed: int = 0,
-        influence: bool = True,
-        engine: EngineName = "group",
+        engine: EngineName | None = None,
+        scorer: Any = None,
+        layout: Layout = JUDGE,
         kernels: Implementation = "torch",
         memory_gib: float | None = None,
-        layout: Layout = JUDGE,
-        scorer: Any = None,
         shuffle: bool = False,
         name: str = "causal",
+        **fields: Any,
     ) -> None:
-        self.config = RewardConfig(
-            links={"X->Y": 1.0} if links is None else links,
-            task_weight=task_weight,
-            p=p,
-            counterfactuals=_counterfactuals(score) if counterfactuals is None else counterfactuals,
-            permutation=permutation,  # type: ignore[arg-type]
-            rank=None if energy is not None else rank,
-            energy=energy,
-            nuisance=nuisance,
-            score=score,  # type: ignore[arg-type]
-            target=target,
-            seed=seed,
-            influence=influence,
-        )
+        if config is not None and (fields or not isinstance(config, RewardConfig)):
+            given = f"{config!r}{''.join(f', {field}={value!r}' for field, value in fields.items())}"
+            raise ValueError(f"config is {given}; expected a RewardConfig, or its fields by name, not both")
+        self.config = RewardConfig(**fields) if config is None else config
         if task is not None and not callable(task):
             raise ValueError(f"task is {task!r}; expected a task reward with TRL's signature, or None")
-        check_engine(engine)
+        self.engine: EngineName = "group" if engine is None else engine
+        check_engine(self.engine)
         if memory_gib is not None and not memory_gib > 0:
             raise ValueError(f"memory_gib is {memory_gib!r}; expected a positive number of GiB, or None")
         if kernels not in get_args(Implementation):
             raise ValueError(f"kernels is {kernels!r}; expected one of {', '.join(get_args(Implementation))}")
-        self.engine: EngineName = engine
+        if self.config.counterfactuals and not self.config.reads_hardening:
+            logger.warning(
+                "counterfactuals=%d are not computed: the score %s does not read them; also=('phi',) records them",
+                self.config.counterfactuals,
+                self.config.score,
+            )
+        self._links = [link.name for link in self.config.parsed_links(layout)]
         self.kernels = kernels
         self.memory_gib = memory_gib
-        self._links = [link.name for link in self.config.parsed_links(layout)]
         self.task = task
         self.layout = layout
         self.scorer = scorer
@@ -126,10 +103,10 @@ class CausalReward:
         self._reader: SpanReader | None = None
 
     def bind(self, trainer: Any) -> CausalReward:
-        """Tie the reward to a trainer: its tokenizer, its way of rendering prompts, and its live policy or the scorer.
+        """Tie the reward to a trainer: to its tokenizer, its rendering of prompts, and its live policy unless frozen.
 
         Args:
-            trainer: a TRL GRPOTrainer or RLOOTrainer. Data-parallel training is served; every rank scores its own rows.
+            trainer: a TRL GRPOTrainer or RLOOTrainer. In data-parallel training every rank scores its own rows.
 
         Returns:
             The reward itself.
@@ -203,12 +180,12 @@ class CausalReward:
         return rewards
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the trainer behind: a copy must be bound anew."""
+        """Leave the trainer out: a copy must be bound again."""
         return {**self.__dict__, "_trainer": None, "_engine": None, "_reader": None}
 
 
 def _shuffled(rewards: Sequence[float | None], rollouts: Sequence[Rollout], seed: int) -> list[float | None]:
-    """Return the rewards with those of each prompt's rollouts in another order."""
+    """Return the rewards with those of each prompt's rollouts permuted."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for place, rollout in enumerate(rollouts):
         groups.setdefault(rollout.prompt_ids, []).append(place)
@@ -220,11 +197,6 @@ def _shuffled(rewards: Sequence[float | None], rollouts: Sequence[Rollout], seed
     return shuffled
 
 
-def _counterfactuals(score: str) -> int:
-    """Return K: `influence` alone does not read what hardening leaves."""
-    return 0 if score == "influence" else 4
-
-
 def _log_means(
     log_metric: Callable[[str, float], None],
     name: str,
@@ -232,7 +204,7 @@ def _log_means(
     scores: Sequence[RolloutScore],
     task_rewards: Sequence[float | None] | None,
 ) -> None:
-    """Log S over all completions, a malformed one as the 0 that it earns, and the other fields over the sound ones."""
+    """Log the mean S of all completions, a malformed one as the 0 that it earns, and other means of the sound ones."""
     sound = [score for score in scores if score.malformed is None]
     log_metric(f"{name}/malformed", 1.0 - len(sound) / len(scores))
     known = [task for task in task_rewards or () if task is not None]
@@ -242,7 +214,7 @@ def _log_means(
         log_metric(f"{name}/{link}/value", sum(score.links[link].value for score in sound) / len(scores))
         for field in _LOGGED if sound else ():
             values = [getattr(score.links[link], field) for score in sound]
-            if None not in values:  # influence, where it was not asked for
+            if None not in values:  # a measure that nothing reads
                 log_metric(f"{name}/{link}/{field}", sum(values) / len(values))
 
 

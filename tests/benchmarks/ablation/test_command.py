@@ -149,6 +149,7 @@ def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
             energy=tau,
             p=p,
             score=score,  # type: ignore[arg-type]
+            also=("phi", "influence", "angles"),
         )
         wanted = score_rollouts(
             list(found.values()), engine, config, JUDGE, task_rewards=list(tasks.values()), keep_jacobians=True

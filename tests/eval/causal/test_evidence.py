@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cepo.counterfactual.nuisance import nuisance_basis, principal_angles
+from cepo.counterfactual.nuisance import angles_between, nuisance_bases
 from cepo.eval.causal.controls import (
     FOLLOWS,
     IGNORES,
@@ -63,7 +63,8 @@ def evidence() -> list[Evidence]:
 def test_definitions_are_the_numbers_of_score_rollouts(evidence: list[Evidence], count: int, rank: int) -> None:
     """Each Jacobian is computed once and shared by all settings; each number is that setting's, run alone."""
     links = LINKS if (count, rank) in ((0, 0), HARDENED) else (DEFAULT_LINK,)
-    config = RewardConfig(links=dict.fromkeys(links, 1.0), counterfactuals=count, rank=rank, seed=5)
+    weights = dict.fromkeys(links, 1.0)
+    config = RewardConfig(links=weights, counterfactuals=count, rank=rank, seed=5, also=("phi",))
     scored = score_rollouts(ROLLOUTS, ENGINE, config, JUDGE_MODEL.layout)
     for one, rollout in zip(evidence, scored, strict=True):
         for link, record in rollout.links.items():
@@ -144,8 +145,8 @@ def test_angles_are_the_ones_of_each_rollouts_own_subspaces() -> None:
     assert len(found) == 2 * 2 * 2
     for record in found:
         base, permuted = jacobians[record["row"]]
-        basis_RD = nuisance_basis(permuted[record["link"]], rank=record["rank"])
-        own = principal_angles(basis_RD, base[record["link"]].jac_SD)
+        stacks_SD = [permuted[record["link"]], [base[record["link"]].jac_SD]]
+        own = angles_between(*nuisance_bases(stacks_SD, rank=record["rank"]))
         assert record["angle"] == pytest.approx(sum(own) / len(own), abs=1e-5)
 
 

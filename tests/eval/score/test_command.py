@@ -61,7 +61,8 @@ def test_records_and_matrices_agree_with_each_other(judge: Path, tmp_path: Path,
     source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
     out, matrices, page = tmp_path / "out.jsonl", tmp_path / "j.safetensors", tmp_path / "o.html"
     code, _ = cepo(
-        "--model", judge, "--input", source, "--output", out, "--save-jacobians", matrices, "--html", page, "-K", 2
+        *("--model", judge, "--input", source, "--output", out, "--save-jacobians", matrices, "--html", page),
+        *("-K", 2, "--also", "phi", *(part for link in LINKS for part in ("--link", link))),
     )
     assert code == 0
     saved = load_file(matrices)
@@ -335,7 +336,7 @@ def test_task_rewards_are_fused(judge: Path, tmp_path: Path, cepo: Cepo) -> None
     rows = [{**gold_rows()[0], "task_reward": task} for task in (0.0, 1.0)]
     out = tmp_path / "out.jsonl"
     source = write_jsonl(tmp_path / "in", rows)
-    assert cepo("--model", judge, "--input", source, "--output", out, "-K", 0, "-p", 1)[0] == 0
+    assert cepo("--model", judge, "--input", source, "--output", out, "--link", "X->Y=0.3", "-p", 1)[0] == 0
     lose, win = (record["reward"] for record in read_jsonl(out))
     assert win - lose == pytest.approx(0.7)
 

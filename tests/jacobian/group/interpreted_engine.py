@@ -178,7 +178,7 @@ def test_a_grpo_step_with_lora_is_rewarded_on_the_kernels(
         return torch.cat([input_ids, written.expand(len(input_ids), -1)], dim=1)
 
     monkeypatch.setattr(type(model), "generate", generate)
-    settings = {"counterfactuals": 1, "rank": 1, "score": "phi", "influence": False}
+    settings = {"counterfactuals": 1, "rank": 1, "score": "phi"}
     plain, on_kernels = (CausalReward(kernels=kernels, name=kernels, **settings) for kernels in ("torch", "triton"))  # type: ignore[arg-type]
     found: dict[str, list[float | None]] = {}
 

@@ -346,7 +346,7 @@ def test_rewards_do_not_depend_on_the_batch() -> None:
     """In float32: one call, one rollout a call, another order, other chunks; to 1e-6."""
     model = tiny_model("llama", dtype=torch.float32)
     rollouts = [ragged_rollout(seed) for seed in range(6)]
-    config, layout = RewardConfig(counterfactuals=3), JudgeLayout()
+    config, layout = RewardConfig.paper(counterfactuals=3, score="influence_retained"), JudgeLayout()
     wanted = [one.reward for one in score_rollouts(rollouts, JacobianEngine(model), config, layout)]
     engine = GroupEngine(model)
     together = [one.reward for one in score_rollouts(rollouts, engine, config, layout)]

@@ -867,7 +867,7 @@ def test_mutated_outputs_are_scored(tokenizers: dict[str, Any]) -> None:
     rollouts = [reader.read(prompt, encode(tokenizer, mutate(generator))) for _ in range(60)]
     rollouts += [reader.read(prompt, generator.choices(range(size), k=30)) for _ in range(5)]
     links = {"Z->X": 1.0, "X->Y@margin": 1.0, "Z->Y": 1.0, "analysis->scores@expected_score": 1.0}
-    config = RewardConfig(links=links, counterfactuals=2, rank=1)
+    config = RewardConfig(links=links, counterfactuals=2, rank=1, score="influence_retained")
     tasks = [generator.random() for _ in rollouts]
     scores = score_rollouts(rollouts, engine, config, layout, task_rewards=tasks)
     for score in scores:

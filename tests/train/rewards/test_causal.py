@@ -8,7 +8,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from cepo import PAPER_LINKS, CausalReward, argmax_reward, format_reward
+from cepo import CausalReward, RewardConfig, argmax_reward, format_reward
 from cepo.train import testbed, testbed_judges
 from cepo.train.policy import items_dataset
 
@@ -85,7 +85,7 @@ def test_a_real_step_scores_the_prompts_that_were_generated_from(kind: str, toke
 
 
 def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: Any, tmp_path: Path) -> None:
-    reward = CausalReward(links={"X->Y": 1.0, "Z->X": 0.5}, counterfactuals=2)
+    reward = CausalReward(links={"X->Y": 1.0, "Z->X": 0.5}, counterfactuals=2, also=("phi",))
     trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
     reward.bind(trainer)
     trainer.model.train()
@@ -120,7 +120,7 @@ def test_the_live_policy_is_scored_and_the_frozen_scorer_is_not_moved_by_it(toke
 
 
 def test_ce_po_form_fuses_the_task_reward_and_passes_its_none_on(tokenizer: Any, tmp_path: Path) -> None:
-    reward = CausalReward(PAPER_LINKS, task=argmax_reward, counterfactuals=1, p=1.0)
+    reward = CausalReward(RewardConfig.paper(counterfactuals=1, p=1.0, score="influence"), task=argmax_reward)
     trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
     batch = rows(tokenizer, ITEMS[:2])
     right = reward.bind(trainer)(**batch)
@@ -134,7 +134,7 @@ def test_ce_po_form_fuses_the_task_reward_and_passes_its_none_on(tokenizer: Any,
 
 
 def test_rewards_do_not_depend_on_batch_or_order(tokenizer: Any, tmp_path: Path) -> None:
-    reward = CausalReward(counterfactuals=2)
+    reward = CausalReward(RewardConfig.paper(counterfactuals=2))
     reward.bind(make_trainer("grpo", tokenizer, [reward], tmp_path))
     together = reward(**rows(tokenizer, ITEMS))
     backwards = reward(**rows(tokenizer, ITEMS[::-1]))
