@@ -1,4 +1,4 @@
-"""The figures of the reports: forests with intervals, curves, histories, reliability, heat maps of numbers."""
+"""The figures of the pages: forests with intervals, curves, histories, reliability, heat maps of numbers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from cepo.files import replacing
 
 _WIDTH = 7.2  # inches
 _DOTS_PER_INCH = 120  # of PNG files
-_ROW = 0.27  # inches of height a row of a forest or heat map
+_ROW = 0.27  # inches of height per row of a forest or heat map
 _BINS = 8
-_PLAIN = {"text.parse_math": False}  # names come from data, where a dollar sign opens no formula
+_PLAIN = {"text.parse_math": False}  # names come from data, where a dollar sign does not start a formula
 
 
 @rc_context(_PLAIN)
 def forest(rows: Sequence[tuple[str, Estimate]], *, axis: str, reference: float | None = None) -> Figure:
-    """Draw one estimate a row, from top to bottom, with its interval.
+    """Draw one estimate per row, from top to bottom, with its interval.
 
     Args:
         rows: label and estimate.
-        axis: what the numbers are.
+        axis: label of the horizontal axis.
         reference: where to draw a vertical line, such as 0 for a correlation or 0.5 for an accuracy.
     """
     figure, axes = _figure(1.1 + _ROW * max(1, len(rows)))
@@ -41,8 +41,8 @@ def forest(rows: Sequence[tuple[str, Estimate]], *, axis: str, reference: float 
         axes.axvline(reference, color="0.5", linewidth=1.0, linestyle="--")
     axes.set_yticks(places, [label for label, _ in rows])
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.set_xlabel(axis)
-    axes.grid(axis="x", alpha=0.3)
+    _label(axes, across=axis)
+    axes.grid(visible=False, axis="y")
     return figure
 
 
@@ -50,7 +50,7 @@ def forest(rows: Sequence[tuple[str, Estimate]], *, axis: str, reference: float 
 def curves(
     lines: Mapping[str, Sequence[tuple[float, Estimate]]], *, across: str, up: str, logarithmic: bool = False
 ) -> Figure:
-    """Draw estimates against a number, one curve a name, intervals shaded.
+    """Draw estimates against a number, one curve per name, with shaded intervals.
 
     Args:
         lines: (place, estimate) of each curve, places ascending.
@@ -66,17 +66,13 @@ def curves(
         axes.fill_between(places, lows, highs, color=f"C{number % 10}", alpha=0.15, linewidth=0)
     if logarithmic:
         axes.set_xscale("log", base=2)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.grid(alpha=0.3)
-    if lines:
-        axes.legend(fontsize=8)
+    _label(axes, across, up, legend=bool(lines))
     return figure
 
 
 @rc_context(_PLAIN)
 def history(lines: Mapping[str, Sequence[tuple[float, float]]], *, across: str = "step") -> Figure:
-    """Draw what was logged: every value faintly, and the centred mean over a tenth of the values; NaN is a gap.
+    """Draw logged values: each one faintly, and their centred mean over a tenth of the values; NaN is a gap.
 
     Args:
         lines: (step, value) of each curve, steps ascending.
@@ -87,22 +83,19 @@ def history(lines: Mapping[str, Sequence[tuple[float, float]]], *, across: str =
         steps_N, values_N = np.asarray(points, dtype=float).reshape(-1, 2).T
         axes.plot(steps_N, values_N, ".-", color=f"C{number % 10}", alpha=0.3, linewidth=1.0, markersize=3)
         axes.plot(steps_N, _smooth(values_N), color=f"C{number % 10}", linewidth=2.0, label=name)
-    axes.set_xlabel(across)
-    axes.grid(alpha=0.3)
-    if lines:
-        axes.legend(fontsize=8)
+    _label(axes, across, legend=bool(lines))
     return figure
 
 
 @rc_context(_PLAIN)
 def reliability(scores: Sequence[float], effects: Sequence[float], *, across: str, up: str) -> Figure:
-    """Draw effects against scores: every observation faintly, and the mean effect in each eighth of the scores.
+    """Draw effects against scores: each observation faintly, and the mean effect in each eighth of the scores.
 
     Args:
         scores: N numbers.
         effects: N numbers.
-        across: what scores are.
-        up: what effects are.
+        across: label of the scores.
+        up: label of the effects.
     """
     figure, axes = _figure(3.8)
     scores_N, effects_N = np.asarray(scores, dtype=float), np.asarray(effects, dtype=float)
@@ -112,9 +105,7 @@ def reliability(scores: Sequence[float], effects: Sequence[float], *, across: st
     found = [estimate(mean, effects_N[part]) for part in parts]
     bars = np.abs([[part.value - part.low, part.high - part.value] for part in found]).T.reshape(2, len(parts))
     axes.errorbar(places, [part.value for part in found], yerr=bars, fmt="o-", color="C0", capsize=3)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.grid(alpha=0.3)
+    _label(axes, across, up)
     return figure
 
 
@@ -123,10 +114,10 @@ def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
     """Draw a table of numbers as a heat map with the numbers in it; NaN stays empty.
 
     Args:
-        values: one list a row.
+        values: one list per row.
         rows: names of the rows.
         columns: names of the columns.
-        label: what the numbers are.
+        label: label of the colour bar.
     """
     figure, axes = _figure(1.6 + 1.3 * _ROW * max(1, len(rows)))
     values_RC = np.asarray(values, dtype=float).reshape(len(rows), len(columns))
@@ -143,9 +134,9 @@ def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
 
 
 def picture(figure: Figure) -> str:
-    """Return a figure as the address of an image that a page can hold: SVG in base64, the same for the same figure."""
+    """Return a figure as a data address that a page can hold: SVG in base64, the same for the same figure."""
     held = io.BytesIO()
-    # Without a salt of our own, the ids of clipping paths and markers are drawn at random.
+    # Without a salt, the ids of clipping paths and markers are random.
     with rc_context({"svg.hashsalt": "cepo", **_PLAIN}):
         figure.savefig(held, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(held.getvalue()).decode("ascii")
@@ -158,7 +149,7 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 def _smooth(values_N: np.ndarray) -> np.ndarray:
-    """Return the centred mean over a tenth of the values, of finite ones only; NaN where the value is none."""
+    """Return the centred mean over a tenth of the values, of finite ones only; NaN where the value is not finite."""
     finite_N = np.isfinite(values_N)
     if not finite_N.any():
         return np.full_like(values_N, np.nan)
@@ -172,3 +163,11 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def _label(axes: Axes, across: str, up: str = "", *, legend: bool = False) -> None:
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(alpha=0.3)
+    if legend:
+        axes.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""Token heat maps: how strongly a link's score depends on each token of a rollout."""
+"""Token heat maps: how strongly a link's target depends on each token of a rollout."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 LEVELS = 20
-"""Steps in which a token's colour grows with its norm."""
+"""Number of steps in which a token's colour grows with its norm."""
 
-_STRONGEST = 5  # source tokens that are named beside a heat map
+_STRONGEST = 5  # source tokens that are listed above a heat map
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One rollout to be shown, with one heat map for each of its links.
+    """One rollout to show, with one heat map per link.
 
     Attributes:
-        title: what the block is called, e.g. "row 12".
-        tokens: text of every token of prompt + completion; together they are the text.
+        title: heading, e.g. "row 12".
+        tokens: text of every token of prompt + completion, in order.
         prompt_tokens: how many of them are the prompt's.
-        links: for each link, the L2 norm (>= 0) of the Jacobian row at each source position; it
-            may be NaN or infinite.
-        targets: for each link, the positions of its target.
+        links: by link, the L2 norm (>= 0, NaN or infinite) of the Jacobian row at each source position.
+        targets: by link, the positions of its target.
         facts: short values by label, shown above the text, e.g. {"reward": "0.71"}.
         malformed: why nothing could be computed, or None.
     """
@@ -55,8 +54,8 @@ class Piece:
     """A stretch of text that looks the same throughout.
 
     Attributes:
-        text: one source token, or all tokens of a run that are none.
-        tip: what the tooltip says; empty for plain text.
+        text: one source token, or a run of other tokens.
+        tip: text of the tooltip; empty for plain text.
         kind: CSS classes; empty for plain text.
     """
 
@@ -100,7 +99,7 @@ def link_view(heat_map: HeatMap, name: str) -> LinkView:
 
 
 def text_parts(heat_map: HeatMap, name: str | None = None) -> tuple[Part, ...]:
-    """Return prompt and completion, coloured for a link or plain; the prompt is folded unless it holds a source."""
+    """Return prompt and completion, coloured for a link or plain; a prompt without source tokens is folded."""
     norms = heat_map.links[name] if name is not None else {}
     targets = frozenset(heat_map.targets.get(name, ())) if name is not None else frozenset[int]()
     border, end = heat_map.prompt_tokens, len(heat_map.tokens)

@@ -1,10 +1,8 @@
-"""Write what was measured as one self-contained HTML page: summary, figures, tables and token heat maps."""
+"""Results as one self-contained HTML page: summary, figures, tables and token heat maps."""
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,36 +12,38 @@ from matplotlib.figure import Figure
 
 from cepo.eval.report.figures import picture
 from cepo.eval.report.heat_maps import LEVELS, HeatMap, link_view, text_parts
+from cepo.eval.report.tables import PageTable
+from cepo.files import replacing
 
 _UNFOLDED = 4  # rollouts of a section that start open
 _NUMBER = re.compile(r"\s*[-+−±]?\d[\d.,_]*(e[-+]?\d+)?\s*[%×]?(\s*±\s*\d[\d.,]*\s*%?)?\s*", re.IGNORECASE)
-# What no UTF-8 file or HTML page may hold: lone surrogates, and the control characters that are no white space.
+# What a UTF-8 file or HTML page cannot hold: lone surrogates, and control characters other than white space.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 def write_report(
-    path: str | os.PathLike[str],
+    path: Path,
     *,
     title: str,
     summary: Mapping[str, str],
     notes: Sequence[str] = (),
     figures: Mapping[str, Figure] | None = None,
-    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]] | None = None,
+    tables: Mapping[str, PageTable] | None = None,
     heat_maps: Mapping[str, Sequence[HeatMap]] | None = None,
 ) -> None:
-    """Write a page: the summary, then notes, figures, tables and heat maps, as far as there are some.
+    """Write a page: the summary, then the notes, figures, tables and heat maps that are given.
 
     Args:
-        path: where the page goes; a page that is already there is replaced in one step.
+        path: the page's file, replaced in one step; its folder is made.
         title: heading of the page.
         summary: values by label.
         notes: paragraphs below the summary.
         figures: by caption, see `cepo.eval.report.figures`.
-        tables: header and rows, by the table's caption; the first cell of a row names it.
-        heat_maps: heat maps by the section's title, e.g. "Before training".
+        tables: by caption, see `PageTable`.
+        heat_maps: by the title of their section, e.g. "Before training".
 
     Raises:
-        ValueError: for a table with a row that is not as long as its header.
+        ValueError: for a row of a table that is not as long as its header.
     """
     for caption, (header, rows) in (tables or {}).items():
         if ragged := [row for row in rows if len(row) != len(header)]:
@@ -68,16 +68,10 @@ def write_report(
         unfolded=_UNFOLDED,
         levels=LEVELS,
     )
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        # Block by block: a long page is never held whole.
-        with draft.open("x", encoding="utf-8", newline="") as file:
-            file.writelines(_UNWRITABLE.sub("\ufffd", piece) for piece in page)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    # Block by block: a long page is never held whole.
+    with replacing(path) as unfinished, unfinished.open("x", encoding="utf-8", newline="") as file:
+        file.writelines(_UNWRITABLE.sub("\ufffd", piece) for piece in page)
 
 
 @dataclass(frozen=True)

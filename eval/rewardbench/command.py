@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from cepo.eval.judges.journal import Collected, Record, collect_judgements
 from cepo.eval.judges.open import open_judge
-from cepo.eval.judges.settings import PLACES, JudgeSettings, Progress, check_judge, decisive_settings
+from cepo.eval.judges.settings import JudgeSettings, Progress, check_judge, decisive_settings
 from cepo.eval.report.figures import forest, reliability
 from cepo.eval.report.heat_maps import HeatMap
 from cepo.eval.report.page import write_report
@@ -210,20 +211,20 @@ def _shown_judgements(
         for name in ("Right in both orders", "Right in one order", "Wrong in both orders", "No verdict", "Not judged")
     }
     for item in sorted(items, key=lambda item: content_hash("show", seed, item.key)):
-        shown = [records[item.task_key(0, 0, place)] for place in PLACES]
-        right = outcome(item, records, seed=seed).right
+        found = outcome(item, records, seed=seed)
+        shown = found.records[0]
         if any(record["error"] for record in shown):
             kind = "Not judged"
         elif any(record["winner"] is None for record in shown):
             kind = "No verdict"
         else:
-            kind = ("Wrong in both orders", "Right in one order", "Right in both orders")[sum(right or ())]
+            kind = ("Wrong in both orders", "Right in one order", "Right in both orders")[sum(found.right or ())]
         if len(kinds[kind]) < 2 * _SHOWN:
             kinds[kind] += [_shown(item, record) for record in shown]
     return {name: maps for name, maps in kinds.items() if maps}
 
 
-def _shown(item: PreferenceItem, record: Record) -> HeatMap:
+def _shown(item: PreferenceItem, record: Mapping[str, Any]) -> HeatMap:
     first, second = item.chosen[0], item.rejected[0]
     if record["chosen_at"] == "B":
         first, second = second, first

@@ -61,6 +61,7 @@ METRICS = (
     *("position_bias", "follows_position", "ties", "parse_failures", "forced", "not_judged"),
 )
 """In the order in which they are shown."""
+_MISSING: Mapping[str, Any] = {"error": "missing"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Outcome:
     """How one item was judged; None where a judgement of it is missing.
 
     Attributes:
-        item: the item.
+        records: of each pair, with the chosen response first and second.
         right: whether it is right with the chosen response first, and with it second. An item of several pairs is right
             in an order if all of its pairs are.
         single: whether it is right with each pair shown in one randomly drawn order.
@@ -92,12 +93,12 @@ class Outcome:
         margin: mean expected score of the chosen response minus that of the rejected one, over its pairs and orders.
     """
 
-    item: PreferenceItem
-    right: tuple[bool, bool] | None
-    single: bool | None
-    soft_right: tuple[bool, bool] | None
-    soft_summed: bool | None
-    margin: float | None
+    records: Sequence[Sequence[Mapping[str, Any]]]
+    right: tuple[bool, bool] | None = None
+    single: bool | None = None
+    soft_right: tuple[bool, bool] | None = None
+    soft_summed: bool | None = None
+    margin: float | None = None
 
 
 def measure_preferences(
@@ -125,8 +126,7 @@ def measure_preferences(
         records: by the key of the task, see `collect_judgements`.
         seed: of the drawn orders and the resamples.
     """
-    outcomes = [outcome(item, records, seed=seed) for item in items]
-    tallies = [_tally(found, records) for found in outcomes]
+    tallies = [_tally(outcome(item, records, seed=seed)) for item in items]
     scopes = {"all": list(range(len(items)))}
     for name in dict.fromkeys(item.subset for item in items):
         scopes.setdefault(name, [place for place, item in enumerate(items) if item.subset == name])
@@ -142,19 +142,24 @@ def measure_preferences(
 
 def outcome(item: PreferenceItem, records: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> Outcome:
     """Return how an item was judged."""
-    pairs = [[records.get(item.task_key(*pair, place), {}) for place in PLACES] for pair in item.pairs]
-    judged = all(record and not record["error"] for pair in pairs for record in pair)
-    right = single = soft_right = soft_summed = margin = None
-    if judged:
-        wins = [[record["winner"] == place for record, place in zip(pair, PLACES, strict=True)] for pair in pairs]
-        right = (all(first for first, _ in wins), all(second for _, second in wins))
-        single = all(won[_drawn_order(item, pair, seed)] for won, pair in zip(wins, item.pairs, strict=True))
-        if all(record["soft"] for pair in pairs for record in pair):
-            margins = [[chosen_margin(record) for record in pair] for pair in pairs]
-            soft_right = (all(first > 0 for first, _ in margins), all(second > 0 for _, second in margins))
-            soft_summed = all(first + second > 0 for first, second in margins)
-            margin = float(np.mean(margins))
-    return Outcome(item, right, single, soft_right, soft_summed, margin)
+    pairs = [[records.get(item.task_key(*pair, place), _MISSING) for place in PLACES] for pair in item.pairs]
+    if any(record["error"] for pair in pairs for record in pair):
+        return Outcome(pairs)
+    wins = [[record["winner"] == place for record, place in zip(pair, PLACES, strict=True)] for pair in pairs]
+    found = Outcome(
+        pairs,
+        right=_in_both_orders(wins),
+        single=all(won[_drawn_order(item, pair, seed)] for won, pair in zip(wins, item.pairs, strict=True)),
+    )
+    if not all(record["soft"] for pair in pairs for record in pair):
+        return found
+    margins = [[chosen_margin(record) for record in pair] for pair in pairs]
+    return replace(
+        found,
+        soft_right=_in_both_orders([[margin > 0 for margin in pair] for pair in margins]),
+        soft_summed=all(sum(pair) > 0 for pair in margins),
+        margin=float(np.mean(margins)),
+    )
 
 
 def chosen_margin(record: Mapping[str, Any]) -> float:
@@ -163,27 +168,27 @@ def chosen_margin(record: Mapping[str, Any]) -> float:
     return float(first - second if record["chosen_at"] == "A" else second - first)
 
 
+def _in_both_orders(wins: Sequence[Sequence[bool]]) -> tuple[bool, bool]:
+    """Return whether all pairs are won with the chosen response first, and with it second."""
+    return all(first for first, _ in wins), all(second for _, second in wins)
+
+
 def _drawn_order(item: PreferenceItem, pair: tuple[int, int], seed: int) -> int:
     return int(content_hash("order", seed, item.key, *pair), 16) % 2
 
 
-def _tally(found: Outcome, records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+def _tally(found: Outcome) -> dict[str, list[float]]:
     """Return the values that an item adds to each metric, a mean over values; metrics without values are left out."""
-    item = found.item
-    rows: list[Mapping[str, Any]] = []
-    stays: list[float] = []
-    for pair in item.pairs:
-        shown = [records.get(item.task_key(*pair, place), {"error": "not there"}) for place in PLACES]
-        rows += shown
-        verdicts = [None if record["error"] else record["winner"] for record in shown]
-        if all(verdict in PLACES for verdict in verdicts):
-            stays.append(float(verdicts[0] == verdicts[1]))
+    rows = [record for pair in found.records for record in pair]
     judged = [record for record in rows if not record["error"]]
     read = [record for record in judged if record["winner"] is not None]
+    decided = [
+        [one["winner"] for one in pair if not one["error"] and one["winner"] in PLACES] for pair in found.records
+    ]
     tally = {
         "verdicts_only": [float(record["winner"] == record["chosen_at"]) for record in read],
-        "position_bias": [1.0 if record["winner"] == "A" else -1.0 for record in read if record["winner"] in PLACES],
-        "follows_position": stays,
+        "position_bias": [1.0 if winner == "A" else -1.0 for pair in decided for winner in pair],
+        "follows_position": [float(pair[0] == pair[1]) for pair in decided if len(pair) == 2],
         "ties": [float(record["winner"] == "tie") for record in judged],
         "parse_failures": [float(record["winner"] is None) for record in judged],
         "forced": [float(record["forced"]) for record in judged],
