@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import cepo
 from cepo.eval.report.figures import history
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import console_table
-from cepo.eval.testbed_measures import FIELDS, ITEMS, LINKS, SCORED, measure_judge
+from cepo.eval.testbed_measures import ITEMS, SCORED, measure_judge
 from cepo.files import Row, make_folder, read_jsonl, write_text
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.grpo import load_config, train
@@ -38,14 +38,15 @@ _SHARES: dict[str, str] = {
     "verdict turned by the criterion alone": "turned",
 }
 _S = "S: influence of criteria on scores"
+# Of each curve: its name in the page, and in metrics.jsonl.
 _CURVES = {
-    "Rewards (mean over the step's completions)": (
-        "rewards/format_reward/mean",
-        "rewards/argmax_reward/mean",
-        "rewards/causal/mean",
-    ),
-    "Completion length, tokens": ("completions/mean_length",),
-    "Seconds per step": ("time/step", "time/rewards"),
+    "Rewards (mean over the step's completions)": {
+        "format": "rewards/format_reward/mean",
+        "argmax": "rewards/argmax_reward/mean",
+        "causal (S)": "rewards/causal/mean",
+    },
+    "Completion length, tokens": {"mean": "completions/mean_length"},
+    "Seconds per step": {"whole step": "time/step", "rewards": "time/rewards"},
 }
 
 _TESTBED = (
@@ -65,7 +66,7 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
     Args:
         output: folder to write.
         steps: GRPO steps, at least 1.
-        seed: of everything.
+        seed: of the warm-up, items, sampling and training.
         console: where the table of before and after is printed.
         causal: False leaves the causal reward out, to compare with.
 
@@ -115,7 +116,10 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
         notes=[others],
         figures={title: _picture(before, after, recorded[1]), **_curves(run / METRICS)},
         tables={
-            **_tables(before, after),
+            f"Behaviour ({ITEMS} items; S, malformed and tokens: {SCORED} samples)": (
+                ("", "before", "after"),
+                _behaviour(before, after),
+            ),
             "This run": (
                 ("", ""),
                 [
@@ -209,33 +213,18 @@ def _curves(metrics: Path) -> dict[str, Figure]:
     logs = [log for _, log in read_jsonl(metrics)[0]]
     found = {}
     for caption, names in _CURVES.items():
-        lines = {name: [(float(log["step"]), log[name]) for log in logs if log.get(name) is not None] for name in names}
-        found[caption] = history({name: points for name, points in lines.items() if points})
+        lines = {
+            label: [(float(log["step"]), log[name]) for log in logs if log.get(name) is not None]
+            for label, name in names.items()
+        }
+        found[caption] = history({label: points for label, points in lines.items() if points})
     return found
 
 
-def _tables(before: Row, after: Row) -> dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]]:
+def _behaviour(before: Row, after: Row) -> list[tuple[str, str, str]]:
     more = {"criteria swaps followed": "swaps_followed", "malformed": "malformed", "completion tokens": "tokens"}
-    compared = {**_compared(before, after), **{label: (before[name], after[name]) for label, name in more.items()}}
-    behaviour = [(label, *(f"{value:.3f}" for value in values)) for label, values in compared.items()]
-    links = [
-        (f"{link}, {field}", *(_shown(measures["links"], link, field) for measures in (before, after)))
-        for link in LINKS
-        for field in FIELDS
-    ]
-    header = ("", "before", "after")
-    return {
-        f"Behaviour (accuracies, swaps: {ITEMS} items; S, malformed, tokens: {SCORED} samples)": (
-            header,
-            behaviour,
-        ),
-        f"Link records (means over {SCORED} sampled judgements)": (header, links),
-    }
-
-
-def _shown(links: Mapping[str, Mapping[str, float | None]], link: str, field: str) -> str:
-    value = links[link].get(field) if link in links else None
-    return "not scored" if value is None else f"{value:.4f}"
+    values = {**_compared(before, after), **{label: (before[name], after[name]) for label, name in more.items()}}
+    return [(label, f"{left:.3f}", f"{right:.3f}") for label, (left, right) in values.items()]
 
 
 @contextlib.contextmanager

@@ -61,14 +61,14 @@ def load_preferences(
 ) -> DataSplit:
     """Load preference pairs as prompts for a judge.
 
-    A row needs prompt, chosen and rejected, as text or as lists of messages. Of messages, the last one by the assistant
-    is the response; what stands before it is the prompt where the row has none, one turn as it is, several with their
-    roles. Which response is shown first is drawn from the seed and the row's content. All rows with the same prompt, up
-    to case and white space, fall on the same side of the split.
+    A row needs prompt, chosen and rejected, as text or as lists of messages. In a list of messages the last one by the
+    assistant is the response. What stands before it is the prompt if the row has none: one turn as it is, several turns
+    with their roles. Which response is shown first is drawn from the seed and the row's content. All rows with the same
+    prompt, up to case and white space, fall on the same side of the split.
 
     Args:
         source: A .jsonl file, or a hub data set "owner/name" or "owner/name:configuration".
-        split: Split of the hub data set, "train" where None; a file has none.
+        split: Split of the hub data set; None means "train". A file has no splits.
         test_fraction: Share of the prompts that goes to the test side, in [0, 1], in expectation.
         seed: Of the positions and of the split.
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
@@ -104,7 +104,7 @@ def load_reasoning(
 
     Args:
         source: A .jsonl file, or a hub data set "owner/name" or "owner/name:configuration".
-        split: Split of the hub data set, "train" where None; a file has none.
+        split: Split of the hub data set; None means "train". A file has no splits.
         test_fraction: Share of the questions that goes to the test side, in [0, 1], in expectation.
         seed: Of the split.
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
@@ -247,7 +247,7 @@ def read_response(row: Row, column: str) -> tuple[str, str]:
 
 
 def read_dialogue(row: Row, column: str) -> str:
-    """Return a prompt: text as it is, of messages one turn as it is and several with their roles."""
+    """Return a prompt: text or a single message as it is, several messages with their roles."""
     value = _column(row, column)
     return _join(_turns(value, column)) if isinstance(value, list) else _checked_text(value, column)
 

@@ -121,7 +121,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
 
 
 def train(config: TrainConfig, *, fresh: bool = False) -> Path:
-    """Run GRPO, from the last complete checkpoint in the output folder where there is one.
+    """Run GRPO, starting from the last complete checkpoint in the output folder if there is one.
 
     Everything that can be checked without loading weights is checked first. A finished run trains nothing; one that is
     asked for more steps goes on, and its old final/ is removed at once, so that final/ is always of the last step.
@@ -134,7 +134,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         Folder of the trained model (the adapter, with LoRA).
 
     Raises:
-        ValueError: for anything about the run that cannot work, or an output that other settings, data or weights made.
+        ValueError: for anything about the run that cannot work, or an output of other settings, data or weights.
     """
     output = Path(config.output)
     final = output / "final"
@@ -237,7 +237,7 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
 
 
 def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) -> dict[str, Any]:
-    """Return what decides the trained weights but for the number of steps: settings, and the content of the rest."""
+    """Return all that decides the trained weights except the number of steps; data and weights by their content."""
     settings = dataclasses.asdict(config)
     for elsewhere in ("output", "model", "testbed", "data", "trust_remote_code"):
         del settings[elsewhere]
@@ -285,7 +285,7 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
 
 
 def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:
-    """Refuse a nuisance rank above the embedding size where the files on disk tell it, before weights are read."""
+    """Refuse a nuisance rank above the embedding size before weights are read, if the files on disk tell the size."""
     width = embedding_width(source) if source else None
     for function in functions:
         if width and hasattr(function, "config"):

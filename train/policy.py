@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from cepo.files import content_hash, fingerprint
 from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, resolve_model
+from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 
@@ -66,11 +67,11 @@ def load_policy(
     trust_remote_code: bool = False,
     cache: Path = CACHE,
 ) -> tuple[Any, Any]:
-    """Return (model, tokenizer) by name; "testbed" is warmed up, or read from the cache where it was before.
+    """Return (model, tokenizer) by name; "testbed" is read from the cache, or warmed up first.
 
     Args:
         name: "testbed", or what `resolve_model` knows.
-        dtype: a torch dtype's name.
+        dtype: name of a torch dtype.
         seed: of the testbed judge's weights and warm-up.
         testbed_judge: `judge` (able, lazy, criteria, decorative) and `steps` of its warm-up.
         trust_remote_code: see `load_model`.
@@ -123,9 +124,9 @@ def load_testbed_judge(
 
 
 def testbed_fingerprint(judge: testbed_judges.Judge, *, steps: int, seed: int) -> str:
-    """Return 16 hexadecimal digits that stand for a warmed-up judge: the testbed's source, and what it is made with."""
+    """Return 16 hexadecimal digits that stand for a warmed-up judge: its world's source, format and settings."""
     sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges)]
-    return content_hash(sources, judge, steps, seed)
+    return content_hash(sources, write_judgement("", "", (0, 0)), judge, steps, seed)
 
 
 def _testbed_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Item:
-    """Hold one judging task with its gold answer.
+    """One judging task with its gold answer.
 
     Attributes:
         prompt: Content of the user message: the query and both responses, one per line.
@@ -91,7 +91,7 @@ def generate_items(count: int, *, seed: int, cue_agreement: float) -> list[Item]
         cue_agreement: Fraction of items whose longer response wins, in [0, 1]; exact, up to rounding to whole items.
 
     Returns:
-        The items, those in which the cue agrees at random places.
+        The items; those in which the cue agrees stand at random places.
 
     Raises:
         ValueError: If count or cue_agreement is out of range.

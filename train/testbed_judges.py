@@ -73,11 +73,11 @@ def warm_start(
     """Train a judge whose inner workings are known, supervised on completions.
 
     able: criteria, analysis and scores as in the gold answer.
-    lazy: gold criteria; in a majority of samples the analysis then says which response shows more words and the scores
-        follow that, in the rest both are gold. The first half of the steps is all gold, so that the judge is able
-        before it is lazy. Greedy follows length, sampling still shows the able behaviour.
+    lazy: gold criteria. In a majority of samples the analysis says which response has more words and the scores follow
+        that; in the others both are gold. The first half of the steps is all gold, so that the judge is able before it
+        is lazy. Its greedy answers follow length; sampling still shows the able behaviour.
     criteria: the criteria name an aspect drawn at random, whatever the query asks; analysis and scores follow them.
-    decorative: the criteria are as random; analysis and scores follow the query's aspect.
+    decorative: the criteria are random too; analysis and scores follow the query's aspect.
 
     Args:
         model: Trained in place and left in eval mode.
@@ -158,14 +158,14 @@ def judge_items(
         model: Any causal model over the tokenizer's ids.
         tokenizer: The world's tokenizer.
         items: What to judge.
-        temperature: 0 takes the likeliest token; above, samples.
+        temperature: 0 takes the likeliest token; above 0, tokens are sampled.
         seed: Of the sampling; the global random state is left as it was.
         batch_size: Items run together, at least 1.
-        prefixes: One text an item that its completion is forced to open with; none where left out.
+        prefixes: For each item, the text that its completion is forced to start with; None for none.
         max_new_tokens: Most tokens generated after the prefix, at least 1.
 
     Returns:
-        One completion an item, its prefix included, without special tokens.
+        One completion per item, its prefix included, without special tokens.
 
     Raises:
         ValueError: If a number is out of range, or prefixes and items differ in number.
@@ -219,7 +219,7 @@ def accuracy(completions: Sequence[str], items: Sequence[Item]) -> float:
 def certify(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], *, seed: int
 ) -> dict[str, float]:
-    """Intervene on the criteria: force another aspect, let the judge go on greedily, and see whom the verdict follows.
+    """Intervene on the criteria: force another aspect, let the judge continue, and see what the verdict follows.
 
     Args:
         model: The judge.

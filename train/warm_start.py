@@ -32,13 +32,13 @@ class WarmStartJob:
         data: JSONL file or hub data set of preference pairs, see `load_preferences`. Rows of a file may carry
             `judge_output`, a judgement to learn from, and `label`, "A" or "B", where the chosen response stood in it.
         output: folder of the model, its weights merged; checkpoints and metrics.jsonl lie in output/sft.
-        steps: of training, at least 1.
+        steps: training steps, at least 1.
         batch_size: examples per step, at least 1.
-        learning_rate: > 0.
-        rank: of the LoRA layers that are trained, at least 1.
+        learning_rate: of the LoRA layers, above 0.
+        rank: of the LoRA layers, at least 1.
         max_characters: leave out examples whose whole prompt, instructions included, is longer; None for no limit.
         dtype: of the weights.
-        seed: of positions, order and LoRA.
+        seed: of the responses' positions, the row order and LoRA.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -64,7 +64,7 @@ def warm_start(job: WarmStartJob) -> Path:
         The output folder, which `--model` takes everywhere.
 
     Raises:
-        ValueError: for data, settings or a model that cannot be used, or an output that other ones made.
+        ValueError: for data, settings or a model that cannot be used, or an output of other ones.
     """
     for name in ("steps", "batch_size", "rank", "learning_rate"):
         if not getattr(job, name) > 0:
@@ -135,7 +135,7 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
 
     Args:
         source: see `WarmStartJob.data`.
-        seed: of the positions, where no judgement fixes them.
+        seed: of the responses' positions in examples by rule.
         max_characters: leave out longer prompts; None for no limit.
 
     Returns:

@@ -1,6 +1,6 @@
-"""What completions look like: the protocol that a layout fulfils, and the byte ranges that layouts are built of.
+"""What completions look like: the protocol of a layout, and the byte ranges that layouts are made of.
 
-A layout looks at bytes alone; `cepo.jacobian.reading.spans` maps what it finds to tokens.
+A layout reads bytes only; `cepo.jacobian.reading.spans` maps the ranges that it finds to tokens.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def tagged(text: bytes, tag: str, start: int) -> ByteRange:
 
 
 def trim_range(text: bytes, wanted: ByteRange) -> ByteRange | None:
-    """Return the range without the white space at its ends, or None where nothing else is in it."""
+    """Return the range without the white space at its ends, or None if it holds nothing else."""
     start, end = wanted
     core = text[start:end]
     left = len(core) - len(core.lstrip(WHITE_SPACE))

@@ -1,8 +1,8 @@
 """From sampled ids to spans: which tokens are the prompt's content, the criteria or rationale, the scores or answer.
 
 Everything is found on the bytes of the ids themselves. A token belongs to a span when it carries a byte of the content
-(surrounding white space is not content); where tags or digits straddle tokens, the straddling token is in, but it never
-moves in a counterfactual. Special tokens are never content.
+(surrounding white space is not content); a token that a tag or a digit shares with the content belongs to the span, but
+never moves in a counterfactual. Special tokens are never content.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SpanReader:
 
     Args:
         tokenizer: the policy's Hugging Face tokenizer.
-        layout: JudgeLayout, ReasonerLayout, or anything with their face.
+        layout: JudgeLayout, ReasonerLayout, or any other `Layout`.
     """
 
     def __init__(self, tokenizer: Any, layout: Layout) -> None:
@@ -50,7 +50,7 @@ class SpanReader:
             completion_ids: sampled ids without padding.
             messages: the conversation that the prompt was rendered from, where known: the text of its user messages is
                 the content. Without it, the tokenizer's chat template is asked where content stands, and a prompt that
-                the template does not explain is content but for its special tokens.
+                the template does not explain is all content, except for its special tokens.
 
         Raises:
             ValueError: if prompt_ids is empty (the first token of a text is predicted by nothing).
@@ -81,14 +81,14 @@ class SpanReader:
         return Rollout(prompt_ids, completion_ids, spans, numbers, None, found.found_by)
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text of each token, for people: together they are the text, and a character that spans tokens
-        stands with the last of them."""
+        """Return the text of each token for display: joined, they are the text; a character that spans several tokens
+        is given to the last of them."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pieces = self._bytes.of(tuple(token_ids))
         return [decoder.decode(piece, final=index + 1 == len(pieces)) for index, piece in enumerate(pieces)]
 
     def _without_specials(self, token_ids: Sequence[int], pieces: Sequence[bytes]) -> list[bytes]:
-        """Blank the special tokens (end of turn, padding) but for those that are the layout's own tags."""
+        """Blank the special tokens (end of turn, padding), except those that are the layout's own tags."""
         tags = {mark for tag in self.layout.tags for mark in (f"<{tag}>".encode(), f"</{tag}>".encode())}
         special = self._bytes.special_ids
         return [
@@ -174,8 +174,8 @@ class SpanReader:
     def _frame(self, probes: Sequence[Mapping[str, Any]]) -> list[bytes]:
         """Return what the chat template puts around the probes, as bytes; [] without a template that explains them.
 
-        The bytes of the template's own tokens are asked first (some tokenizers put a space after a special token),
-        then its text (some vocabularies cannot write the probe).
+        The bytes of the template's tokens are tried first (some tokenizers put a space after a special token), then
+        its text (some vocabularies cannot write the probe).
         """
         if not getattr(self.tokenizer, "chat_template", None):
             return []
@@ -244,7 +244,7 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
 
 
 def _without_instructions(prompt: bytes, content: ByteRange, pieces: Sequence[bytes]) -> tuple[ByteRange, ...]:
-    """Return the gaps between the fixed pieces: first and last at the ends, the others where they first come."""
+    """Return the gaps between the fixed pieces: first and last at the ends, the others where they first occur."""
     if not pieces:
         return (content,)
     first, *middle = [pieces[0].lstrip(WHITE_SPACE), *pieces[1:]]

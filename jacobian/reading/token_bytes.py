@@ -14,8 +14,8 @@ class TokenBytes:
     """Owns one tokenizer's table from token ids to bytes.
 
     Byte-level vocabularies (GPT-2, Llama 3, Qwen, SmolLM2) and SentencePiece ones (Llama 2, Mistral, Gemma) are read
-    token by token; any other kind is read by decoding ever longer prefixes, which is slower and as exact as its
-    decoder. Added tokens are their own text.
+    token by token; any other kind is read by decoding longer and longer prefixes, which is slower and as
+    exact as its decoder. Added tokens are their own text.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -37,7 +37,7 @@ class TokenBytes:
         return [self._read(token_id) for token_id in token_ids]
 
     def short_numbers(self) -> list[tuple[int, bytes]]:
-        """Return (id, bytes) of every ordinary token that is one number of up to three digits, give or take a mark."""
+        """Return (id, bytes) of every ordinary token that is a number of up to three digits, marks allowed."""
         found = []
         for token, token_id in self.tokenizer.get_vocab().items():
             if token_id not in self.special_ids and any("0" <= character <= "9" for character in token):
