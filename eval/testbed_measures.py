@@ -1,4 +1,4 @@
-"""A testbed judge at one moment: accuracy, interventions on its criteria, and the links of what it samples."""
+"""A testbed judge at one moment: its accuracy, interventions on its criteria, and the links of its judgements."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cepo.eval.report.heat_maps import HeatMap
+from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import score_rollouts
 from cepo.jacobian.group.engine import GroupEngine
@@ -16,7 +17,7 @@ from cepo.train.prompts import JUDGE
 
 LINKS = ("Z->X", "criteria->analysis", "X->Y", "Z->Y")
 FIELDS = ("phi", "retained", "influence", "norm", "tokens")
-ITEMS = 200  # behind each accuracy and intervention
+ITEMS = 200  # for each accuracy and intervention
 SCORED = 32  # sampled judgements whose links are scored
 _SHOWN = 4
 
@@ -54,8 +55,8 @@ def measure_judge(
         model: the judge, in eval mode.
         tokenizer: the world's tokenizer.
         seed: of items, swaps and sampling; the same seed gives the same items to every judge.
-        items: items behind each accuracy and intervention, at least 1.
-        scored: sampled judgements whose links are scored, at most `items`.
+        items: number of items for each accuracy and intervention, at least 1.
+        scored: number of sampled judgements whose links are scored, at most `items`.
 
     Raises:
         ValueError: if no item allows one of the two swaps of `cepo.train.testbed_judges.certify`.
@@ -65,12 +66,11 @@ def measure_judge(
     sampled = testbed_judges.judge_items(model, tokenizer, usual[:scored], temperature=1.0, seed=seed)
     swaps = testbed_judges.certify(model, tokenizer, usual, seed=seed)
     reader = SpanReader(tokenizer, JUDGE)
-    rollouts = []
-    for item, completion in zip(usual, sampled, strict=False):
-        messages = [{"role": "user", "content": item.prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        rollouts.append(reader.read(prompt["input_ids"], [*ids, tokenizer.eos_token_id], messages))
+    rows = [
+        {"prompt": item.prompt, "completion": completion + tokenizer.eos_token}
+        for item, completion in zip(usual, sampled, strict=False)
+    ]
+    rollouts = [read_rollout(row, reader) for row in rows]
     config = RewardConfig(links=dict.fromkeys(LINKS, 1.0), counterfactuals=4, also=("phi",))
     scores = score_rollouts(rollouts, GroupEngine(model), config, JUDGE, keep_jacobians=True)
     sound = [score for score in scores if score.malformed is None]

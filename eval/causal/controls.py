@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cepo.eval.causal.evidence import DEFAULT_LINK, compute_jacobians
+from cepo.eval.causal.evidence import DEFAULT_LINK
 from cepo.eval.causal.interventions import removal
 from cepo.eval.causal.judge_model import EXTRA_TOKENS, JudgeModel, generate
 from cepo.eval.statistics import spearman
+from cepo.fusion.config import RewardConfig
+from cepo.fusion.score import score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.engine import GroupEngine
-from cepo.jacobian.links import parse_link
-from cepo.jacobian.records import Group, Rollout
+from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import sum_of_terms, target_terms
-from cepo.kernels.spectral import frobenius_energy, spectral_share
 from cepo.train import testbed, testbed_judges
 
 FOLLOWS = 0.9
-"""A judge counts as following its criteria when the verdict follows at least this share of swapped criteria."""
+"""A judge follows its criteria if its verdict follows at least this share of swapped criteria."""
 IGNORES = 0.1
-"""A judge counts as ignoring its criteria when a swap flips at most this share of its verdicts."""
+"""A judge ignores its criteria if swaps flip at most this share of its verdicts."""
 SHARES = (0.1, 0.2, 0.5)
-"""Shares of the criteria's tokens that comprehensiveness and sufficiency take."""
+"""Shares of the criteria's tokens that count as the top ones in comprehensiveness and sufficiency."""
 _STEPS = 6
 _REDRAWN = 4
 _SALIENT = ("X->Y", "Z->Y:total", "criteria->analysis")
@@ -39,17 +39,17 @@ _JUDGE_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two judges of the testbed that a true signal must tell apart: one that follows its criteria, one that doesn't."""
+class ControlPair:
+    """Two judges of the testbed that a true signal must separate: one follows its criteria, the other does not."""
 
     name: str
     follows: testbed_judges.Judge
     ignores: testbed_judges.Judge
 
 
-PAIRS: tuple[Pair, ...] = (
-    Pair("criteria against decorative", "criteria", "decorative"),
-    Pair("able against lazy", "able", "lazy"),
+PAIRS: tuple[ControlPair, ...] = (
+    ControlPair("criteria against decorative", "criteria", "decorative"),
+    ControlPair("able against lazy", "able", "lazy"),
 )
 
 
@@ -62,15 +62,18 @@ def certificate(follows: Mapping[str, float], ignores: Mapping[str, float]) -> s
     """
     if follows["follows_swap"] < FOLLOWS:
         return (
-            f"the first judge's verdict follows {follows['follows_swap']:.2f} of swapped criteria; at least {FOLLOWS}"
+            f"the first judge's verdict follows {follows['follows_swap']:.2f} of swapped criteria; "
+            f"expected at least {FOLLOWS}"
         )
     if ignores["flips"] > IGNORES:
-        return f"swapped criteria flip {ignores['flips']:.2f} of the second judge's verdicts; at most {IGNORES}"
+        return (
+            f"swapped criteria flip {ignores['flips']:.2f} of the second judge's verdicts; expected at most {IGNORES}"
+        )
     return None
 
 
 def sample_judgements(judge: JudgeModel, items: Sequence[testbed.Item], *, seed: int) -> list[Rollout]:
-    """Return one judgement of each testbed item, sampled at temperature 1; malformed ones are among them."""
+    """Return one judgement of each testbed item, sampled at temperature 1; some may be malformed."""
     tokenizer = judge.reader.tokenizer
     prompts = [
         tokenizer.apply_chat_template(
@@ -92,40 +95,34 @@ def sample_judgements(judge: JudgeModel, items: Sequence[testbed.Item], *, seed:
 def masked_scores(rollouts: Sequence[Rollout], judge: JudgeModel) -> dict[str, float]:
     """Return the largest influence, phi and norm that the criteria have on a judge that cannot see them.
 
-    Later tokens are kept from attending to the criteria's positions at every layer, so nothing there reaches the
-    analysis or the scores: the Jacobian is exactly zero, and so are phi and influence. Anything above 0 is a leak.
+    At every layer, later tokens cannot attend to the criteria's positions, so nothing there reaches the analysis or
+    the scores: the Jacobian is exactly zero, and so are phi and influence. Anything above 0 is a leak.
 
     Args:
         rollouts: well-formed judgements, at least one.
         judge: the judge.
     """
     engine = JacobianEngine(judge.model)
-    links = [
-        parse_link(text, names=judge.layout.names, roles=judge.layout.roles)
-        for text in (DEFAULT_LINK, "criteria->analysis@log_likelihood")
-    ]
+    links = (DEFAULT_LINK, "criteria->analysis@log_likelihood")
+    config = RewardConfig(links=dict.fromkeys(links, 1.0), counterfactuals=0, score="phi_influence")
     largest: dict[str, float] = {}
     for rollout in rollouts:
         with criteria_hidden(judge.model, rollout.spans["criteria"].positions):
-            (answer,) = engine.jacobians(Group((rollout,)), links)
-        for name, jacobian in answer.items():
-            energy = frobenius_energy(jacobian.jac_SD)
-            found = {
-                f"influence {name}": energy / (jacobian.context_energy or 1.0),
-                f"phi {name}": spectral_share(jacobian.jac_SD).value,
-                f"norm {name}": energy**0.5,
-            }
-            largest |= {what: max(largest.get(what, 0.0), value) for what, value in found.items()}
+            (score,) = score_rollouts([rollout], engine, config, judge.layout)
+        for name, link in score.links.items():
+            for measure in ("influence", "phi", "norm"):
+                what = f"{measure} {name}"
+                largest[what] = max(largest.get(what, 0.0), getattr(link, measure))
     return largest
 
 
 @contextlib.contextmanager
 def criteria_hidden(model: Any, positions: Sequence[int]) -> Iterator[None]:
-    """Keep every token from attending to some positions, at every layer, while the context is open.
+    """Hide some positions from all tokens, at every layer, while the context is open.
 
     Args:
         model: a Hugging Face causal language model whose decoder takes a (B, T) attention mask.
-        positions: in the sequences that the model is run on.
+        positions: places in the sequences that the model is run on.
     """
 
     def hide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -142,22 +139,22 @@ def criteria_hidden(model: Any, positions: Sequence[int]) -> Iterator[None]:
 
 
 def randomisation(rollouts: Sequence[Rollout], judge: JudgeModel, *, seed: int) -> list[dict[str, Any]]:
-    """Return how alike saliencies and scores stay when the parameters are redrawn from the top layer down.
+    """Return how much of the saliencies and scores is left when the parameters are redrawn from the top layer down.
 
-    Each step redraws the layers of the step before and some below: matrices from a normal distribution with their own
-    standard deviation, vectors (gains and biases) with their entries in another order. The last step redraws the
-    embeddings, and with them a tied head. A measure of what the model learnt must lose its order. One redrawn model
-    has an order of its own, by chance the same for all rollouts, so several are drawn.
+    Each step redraws the layers of the step before and some layers below them: matrices from a normal distribution with
+    their own standard deviation, vectors (gains and biases) by shuffling their entries. The last step redraws the
+    embeddings, and a tied head with them. A measure of what the model learnt must lose its order. A redrawn model has
+    an order of its own, which chance makes the same for all rollouts, so several models are drawn.
 
     Args:
         rollouts: well-formed judgements.
-        judge: the judge; left as it is.
+        judge: the judge; not changed.
         seed: of the redrawn parameters.
 
     Returns:
-        One record a step: what was redrawn; `saliency`, for each link and draw the rank correlation of the Jacobian's
-        row norms with the original's within each rollout (NaN where it is undetermined); `influence` and `phi`, for
-        each draw, of X->Y of each rollout.
+        One record per step: what was redrawn; `saliency`, for each link and draw the rank correlation of the Jacobian's
+        row norms with the original's within each rollout (NaN where it is undetermined); for each draw the
+        `influence` and `phi` of X->Y of each rollout.
 
     Source:
         Adebayo et al., Sanity checks for saliency maps (2018), section 4.1 (cascading randomisation).
@@ -188,7 +185,7 @@ def randomisation(rollouts: Sequence[Rollout], judge: JudgeModel, *, seed: int) 
 
 
 def captum_difference(rollouts: Sequence[Rollout], judge: JudgeModel) -> float | None:
-    """Return the largest difference between our J_XY and Captum's gradient, relative to the gradient's largest entry.
+    """Return the largest difference between our J_XY and Captum's gradient, relative to its largest entry.
 
     Args:
         rollouts: well-formed judgements.
@@ -198,14 +195,14 @@ def captum_difference(rollouts: Sequence[Rollout], judge: JudgeModel) -> float |
         The largest over the rollouts; None where captum, an optional extra, is not installed.
     """
     try:
-        # By name, since it is optional: type checkers need not find it.
+        # By name, so that type checkers do not look for an optional package.
         saliency_of = importlib.import_module("captum.attr").Saliency
     except ImportError:
         return None
-    link = parse_link("X->Y", names=judge.layout.names, roles=judge.layout.roles)
-    jacobians = compute_jacobians(rollouts, [link], GroupEngine(judge.model), counterfactuals=0, seed=0)
+    config = RewardConfig(links={"X->Y": 1.0}, counterfactuals=0, score="phi")
+    scores = score_rollouts(rollouts, GroupEngine(judge.model), config, judge.layout, keep_jacobians=True)
     worst = 0.0
-    for rollout, (base, _) in zip(rollouts, jacobians, strict=True):
+    for rollout, score in zip(rollouts, scores, strict=True):
         terms = target_terms(rollout, "scores", "log_likelihood")
         ids_BT = torch.tensor([rollout.token_ids[: terms[-1].position]], device=judge.model.device)
 
@@ -216,7 +213,7 @@ def captum_difference(rollouts: Sequence[Rollout], judge: JudgeModel) -> float |
         embedded_BTD = judge.model.get_input_embeddings()(ids_BT).detach().requires_grad_()
         gradient_TD = saliency_of(score_of).attribute(embedded_BTD, abs=False)[0]
         theirs_SD = gradient_TD[list(rollout.spans["criteria"].positions)].double()
-        ours_SD = base["X->Y"].jac_SD.double()
+        ours_SD = score.jacobians["X->Y"].base.jac_SD.double()
         worst = max(worst, float((ours_SD - theirs_SD).abs().max() / theirs_SD.abs().max()))
     return worst
 
@@ -250,12 +247,14 @@ def _salience(
     rollouts: Sequence[Rollout], judge: JudgeModel, model: Any
 ) -> tuple[list[dict[str, np.ndarray]], list[float], list[float]]:
     """Return a model's row norms by link, and its influence and phi on X->Y, of each rollout."""
-    links = [parse_link(text, names=judge.layout.names, roles=judge.layout.roles) for text in _SALIENT]
-    jacobians = [base for base, _ in compute_jacobians(rollouts, links, GroupEngine(model), counterfactuals=0, seed=0)]
-    norms = [{link: base[link].jac_SD.double().norm(dim=1).cpu().numpy() for link in _SALIENT} for base in jacobians]
-    direct = [base["X->Y"] for base in jacobians]
-    influence = [frobenius_energy(one.jac_SD) / (one.context_energy or 1.0) for one in direct]
-    return norms, influence, [spectral_share(one.jac_SD).value for one in direct]
+    config = RewardConfig(links=dict.fromkeys(_SALIENT, 1.0), counterfactuals=0, score="phi_influence")
+    scores = score_rollouts(rollouts, GroupEngine(model), config, judge.layout, keep_jacobians=True)
+    norms = [
+        {name: link.base.jac_SD.double().norm(dim=1).cpu().numpy() for name, link in score.jacobians.items()}
+        for score in scores
+    ]
+    direct = [score.links["X->Y"] for score in scores]
+    return norms, [float(link.influence or 0.0) for link in direct], [float(link.phi or 0.0) for link in direct]
 
 
 def _layers(model: Any) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Ground truth: change the criteria of a judgement, let the judge itself go on, and see what becomes of its scores."""
+"""Ground truth: change the criteria of a judgement, let the judge go on from there, and see how its scores change."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _FILLER = " so well then here also just maybe indeed"
 
 
 @dataclass(frozen=True)
-class Effect:
-    """What an intervention did to the scores, as the mean over its draws.
+class ScoreChange:
+    """How an intervention changed the scores, as the mean over its draws.
 
     Attributes:
         tv: total variation distance of the digits' distributions, the mean of the two scores, in [0, 1].
         margin: absolute change of the expected margin.
         flip: whether the winner changed (to a tie, too), in [0, 1].
-        draws: how many draws it is the mean of.
-        malformed: how many more there were in which the judge did not come to two scores; they are left out.
+        draws: number of draws behind the means.
+        malformed: number of further draws, left out, in which the judge did not write two scores.
     """
 
     tv: float
@@ -50,14 +50,14 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to do to one rollout's criteria.
+class InterventionInput:
+    """What the interventions on one rollout's criteria need.
 
     Attributes:
         rollout: the judgement.
         other: ids of another item's criteria, to swap in; empty for none.
-        gradient: how much each criteria token matters by the gradient.
-        attention: the same by attention.
+        gradient: weight of each criteria token by the gradient.
+        attention: weight of each criteria token by attention.
     """
 
     rollout: Rollout
@@ -67,59 +67,60 @@ class Plan:
 
 
 def intervene(
-    plans: Sequence[Plan], judge: JudgeModel, *, resamples: int, seed: int
-) -> list[dict[str, dict[Mode, Effect | None]]]:
+    inputs: Sequence[InterventionInput], judge: JudgeModel, *, resamples: int, seed: int
+) -> list[dict[str, dict[Mode, ScoreChange | None]]]:
     """Return the effect of every intervention on each rollout's criteria, by intervention and mode.
 
     direct: the analysis and the first score stay as they were sampled (teacher-forced); only the criteria change.
-    total: the judge writes analysis and scores anew after the changed criteria, greedily, and is compared with what it
-    writes greedily after the original criteria. The digits' distribution is read at those greedy continuations, so it
-    holds the uncertainty of the digits and not that of the analysis.
+    total: the judge writes analysis and scores anew after the changed criteria, greedily, and is compared with its own
+    greedy text after the original criteria. The digits' distribution is read at those greedy continuations, so it
+    holds the uncertainty of the digits but not that of the analysis.
 
     - resample: other criteria that the judge itself samples for the same prompt, at temperature 1.
     - swap: another item's criteria.
     - truncate: the first half of the sentences; of the tokens, where there is one sentence.
-    - filler: as many neutral words.
+    - filler: the same number of neutral words.
     - shuffle: the content tokens in another order.
-    - delete top gradient, delete top attention, delete random: a fifth of the tokens, at least one, taken out.
+    - delete top gradient, delete top attention, delete random: without a fifth of the tokens, at least one.
     - mask: no later token attends to the criteria's positions.
 
     Args:
-        plans: one a rollout.
+        inputs: one per rollout.
         judge: the judge that wrote them.
-        resamples: criteria sampled for each rollout, at least 1; shuffles and random deletions are as many, at most 4.
+        resamples: number of criteria sampled per rollout, at least 1; also of shuffles and random deletions, at most 4.
         seed: of sampling, shuffles and random deletions.
 
     Returns:
-        One dict a rollout; None where an intervention cannot be done or the judge never came to two scores.
+        One dict per rollout; None where an intervention is impossible or the judge never wrote two scores.
 
     Raises:
         ValueError: if resamples is below 1.
     """
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; expected at least 1")
-    rollouts = [plan.rollout for plan in plans]
+    rollouts = [one.rollout for one in inputs]
     sampled = sample_criteria(rollouts, judge, count=resamples, seed=seed)
     filler = list(judge.reader.tokenizer(_FILLER, add_special_tokens=False)["input_ids"])
-    changed: list[dict[str, list[Rollout | None]]] = []
-    for number, (plan, criteria) in enumerate(zip(plans, sampled, strict=True)):
-        rng = np.random.default_rng((seed, number))
-        edits = _edits(plan, judge.pieces, filler, min(resamples, 4), rng, seed)
-        drawn: dict[str, Sequence[tuple[int, ...] | None]] = {"resample": criteria, **edits}
-        changed.append(
-            {
-                name: [None if ids is None else with_criteria(plan.rollout, ids) for ids in draws]
-                for name, draws in drawn.items()
-            }
-        )
-    return [
-        {name: {"direct": direct[name], "total": total[name]} for name in INTERVENTIONS}
-        for direct, total in zip(
-            _effects(rollouts, changed, judge, _teacher_forced),
-            _effects(rollouts, changed, judge, _regenerated),
-            strict=True,
-        )
-    ]
+    draws: list[tuple[int, str, Rollout | None]] = []
+    for row, (given, criteria) in enumerate(zip(inputs, sampled, strict=True)):
+        edits = _edits(given, judge.pieces, filler, min(resamples, 4), np.random.default_rng((seed, row)), seed)
+        new: dict[str, Sequence[tuple[int, ...] | None]] = {"resample": criteria, **edits}
+        for name, of_name in new.items():
+            draws += [(row, name, None if ids is None else with_criteria(given.rollout, ids)) for ids in of_name]
+    wanted = {one.token_ids: one for one in (*rollouts, *(one for *_, one in draws if one is not None))}
+    found: list[dict[str, dict[Mode, ScoreChange | None]]] = [{name: {} for name in INTERVENTIONS} for _ in inputs]
+    judged: Mapping[Mode, Callable[..., Sequence[Verdict | None]]] = {"direct": read_verdicts, "total": _regenerated}
+    for mode, judge_again in judged.items():
+        verdicts = dict(zip(wanted, judge_again(list(wanted.values()), judge), strict=True))
+        after: dict[tuple[int, str], list[Verdict | None]] = {
+            (row, "mask"): [verdict] for row, verdict in enumerate(judge_again(rollouts, judge, masked=True))
+        }
+        for row, name, changed in draws:
+            after.setdefault((row, name), []).append(None if changed is None else verdicts[changed.token_ids])
+        for row, rollout in enumerate(rollouts):
+            for name in INTERVENTIONS:
+                found[row][name][mode] = _mean_change(verdicts[rollout.token_ids], after.get((row, name), []))
+    return found
 
 
 def effect_between(before: Verdict, after: Verdict) -> tuple[float, float, float]:
@@ -133,11 +134,11 @@ def effect_between(before: Verdict, after: Verdict) -> tuple[float, float, float
 
 
 def with_criteria(rollout: Rollout, criteria_ids: Sequence[int]) -> Rollout:
-    """Return the rollout with other tokens in place of its criteria; analysis and scores stay and move along.
+    """Return the rollout with other tokens as its criteria; analysis and scores stay and move along.
 
     Args:
         rollout: a well-formed judgement.
-        criteria_ids: what to put there, any number of tokens.
+        criteria_ids: the new criteria, any number of tokens.
     """
     span = rollout.spans["criteria"]
     first, end = span.positions[0], span.positions[-1] + 1
@@ -162,13 +163,14 @@ def removal(
 ) -> list[tuple[float, float]]:
     """Return comprehensiveness and sufficiency of a ranking of each rollout's criteria tokens.
 
-    With s the log-likelihood of the scores given all else as sampled: comprehensiveness = s - s(without the top
-    tokens), sufficiency = s - s(with the top tokens alone). A faithful ranking has a high first and a low second.
+    With s the log-likelihood of the scores given everything else as sampled: comprehensiveness = s - s(without the top
+    tokens), sufficiency = s - s(with the top tokens alone). A faithful ranking has high comprehensiveness and low
+    sufficiency.
 
     Args:
         rollouts: well-formed judgements.
-        rankings: for each, how much each criteria token matters.
-        share: of the tokens that are the top, in (0, 1]; at least one token.
+        rankings: for each, the weight of each criteria token.
+        share: share of the tokens that counts as top, in (0, 1]; at least one token.
         judge: the judge.
 
     Source:
@@ -186,16 +188,16 @@ def removal(
 
 
 def top_places(ranking: Sequence[float], share: float) -> set[int]:
-    """Return the places of the highest values: that share of them, rounded, at least one; the earlier of equal ones."""
+    """Return the places of the highest values, a share of them (rounded, at least one); of equal ones the earlier."""
     count = max(1, round(share * len(ranking)))
     return set(sorted(range(len(ranking)), key=lambda place: -ranking[place])[:count])
 
 
 def _edits(
-    plan: Plan, pieces: TokenBytes, filler: Sequence[int], draws: int, rng: np.random.Generator, seed: int
+    given: InterventionInput, pieces: TokenBytes, filler: Sequence[int], draws: int, rng: np.random.Generator, seed: int
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Return the criteria that each intervention on the text puts in place, a list of its draws."""
-    rollout, span = plan.rollout, plan.rollout.spans["criteria"]
+    """Return the new criteria of each intervention on the text, one per draw."""
+    rollout, span = given.rollout, given.rollout.spans["criteria"]
     ids = [rollout.token_ids[position] for position in span.positions]
     sentence_of = dict(zip(span.movable, span.sentences, strict=True))
     sentences = sorted(set(span.sentences))
@@ -204,17 +206,17 @@ def _edits(
         end = max(place for place, at in enumerate(span.positions) if sentence_of.get(at, last + 1) <= last) + 1
     else:
         end = len(ids) // 2
-    while end > 0 and not pieces.of(ids[:end])[-1].strip():  # the closing tag brings its own white space
+    while end > 0 and not pieces.of(ids[:end])[-1].strip():  # the closing tag brings its own whitespace
         end -= 1
     shuffled = [permute_rollout(rollout, "criteria", index, seed=seed) for index in range(draws)]
     random = [tuple(rng.random(len(ids))) for _ in range(draws)]
     edits: dict[str, list[tuple[int, ...]]] = {
-        "swap": [plan.other],
+        "swap": [given.other],
         "truncate": [tuple(ids[:end])],
         "filler": [tuple(filler[place % len(filler)] for place in range(len(ids)))],
         "shuffle": [tuple(other.token_ids[at] for at in span.positions) for other in shuffled if other is not None],
-        "delete top gradient": [_without(ids, plan.gradient)],
-        "delete top attention": [_without(ids, plan.attention)],
+        "delete top gradient": [_without(ids, given.gradient)],
+        "delete top attention": [_without(ids, given.attention)],
         "delete random": [_without(ids, ranking) for ranking in random],
     }
     return {name: [kept for kept in found if kept] for name, found in edits.items()}
@@ -225,63 +227,36 @@ def _without(ids: Sequence[int], ranking: Sequence[float]) -> tuple[int, ...]:
     return tuple(token for place, token in enumerate(ids) if place not in top)
 
 
-_Verdicts = list[Verdict | None]
-
-
-def _effects(
-    rollouts: Sequence[Rollout],
-    changed: Sequence[Mapping[str, Sequence[Rollout | None]]],
-    judge: JudgeModel,
-    judged: Callable[[Sequence[Rollout], JudgeModel, bool], _Verdicts],
-) -> list[dict[str, Effect | None]]:
-    """Return each intervention's effect on each rollout, all draws of all rollouts read in one go, equal ones once."""
-    wanted: dict[tuple[int, ...], Rollout] = {}
-    for rollout, drawn in zip(rollouts, changed, strict=True):
-        for one in (rollout, *(one for draws in drawn.values() for one in draws if one is not None)):
-            wanted.setdefault(one.token_ids, one)
-    verdicts = dict(zip(wanted, judged(list(wanted.values()), judge, False), strict=True))
-    masked: _Verdicts = judged(list(rollouts), judge, True)
-    found = []
-    for rollout, drawn, hidden in zip(rollouts, changed, masked, strict=True):
-        before = verdicts[rollout.token_ids]
-        after = {
-            name: [None if one is None else verdicts[one.token_ids] for one in draws] for name, draws in drawn.items()
-        }
-        found.append({name: _effect(before, draws) for name, draws in {**after, "mask": [hidden]}.items()})
-    return found
-
-
-def _effect(before: Verdict | None, draws: _Verdicts) -> Effect | None:
+def _mean_change(before: Verdict | None, draws: Sequence[Verdict | None]) -> ScoreChange | None:
     sound = [effect_between(before, after) for after in draws if before is not None and after is not None]
     if not sound:
         return None
     tv, margin, flip = (float(value) for value in np.mean(sound, axis=0))
-    return Effect(tv, margin, flip, len(sound), len(draws) - len(sound))
+    return ScoreChange(tv, margin, flip, len(sound), len(draws) - len(sound))
 
 
-def _teacher_forced(rollouts: Sequence[Rollout], judge: JudgeModel, masked: bool) -> _Verdicts:
-    return list(read_verdicts(rollouts, judge, masked=masked))
-
-
-def _regenerated(rollouts: Sequence[Rollout], judge: JudgeModel, masked: bool) -> _Verdicts:
-    """Let the judge write analysis and scores anew behind each rollout's criteria; None where they can't be read."""
-    stop = f"</{judge.layout.scores_tag}>".encode()
-    contexts: dict[tuple[int, ...], Rollout] = {}
-    for rollout in rollouts:
-        contexts.setdefault(rollout.token_ids[: rollout.spans["analysis"].positions[0]], rollout)
-    limits = [
-        2 * (len(rollout.token_ids) - rollout.spans["analysis"].positions[0]) + EXTRA_TOKENS
-        for rollout in contexts.values()
-    ]
-    hidden = [rollout.spans["criteria"].positions if masked else () for rollout in contexts.values()]
-    tails = generate(list(contexts), judge, limits=limits, stop=stop, temperature=0.0, seed=0, hidden=hidden)
-    read = {}
-    for (context, rollout), tail in zip(contexts.items(), tails, strict=True):
-        split = len(rollout.prompt_ids)
-        read[context] = judge.reader.read(rollout.prompt_ids, context[split:] + tail)
+def _regenerated(rollouts: Sequence[Rollout], judge: JudgeModel, *, masked: bool = False) -> list[Verdict | None]:
+    """Let the judge write analysis and scores anew after each rollout's criteria; None where they cannot be read."""
+    contexts = [rollout.token_ids[: rollout.spans["analysis"].positions[0]] for rollout in rollouts]
+    distinct: dict[tuple[int, ...], Rollout] = {}
+    for context, rollout in zip(contexts, rollouts, strict=True):
+        distinct.setdefault(context, rollout)  # equal contexts are continued once
+    tails = generate(
+        list(distinct),
+        judge,
+        limits=[2 * (len(one.token_ids) - len(context)) + EXTRA_TOKENS for context, one in distinct.items()],
+        stop=f"</{judge.layout.scores_tag}>".encode(),
+        temperature=0.0,
+        seed=0,
+        hidden=[one.spans["criteria"].positions if masked else () for one in distinct.values()],
+    )
+    read = {
+        context: judge.reader.read(one.prompt_ids, context[len(one.prompt_ids) :] + tail)
+        for (context, one), tail in zip(distinct.items(), tails, strict=True)
+    }
     sound = {context: rollout for context, rollout in read.items() if rollout.malformed is None}
     verdicts = dict(zip(sound, read_verdicts(list(sound.values()), judge, masked=masked), strict=True))
-    return [verdicts.get(rollout.token_ids[: rollout.spans["analysis"].positions[0]]) for rollout in rollouts]
+    return [verdicts.get(context) for context in contexts]
 
 
 def _moved(span: Span, shift: int) -> Span:

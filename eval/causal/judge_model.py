@@ -1,4 +1,4 @@
-"""A judge to experiment on: what it says at its scores, what it writes, and the criteria that it samples."""
+"""A judge to experiment on: its distribution at the scores, what it writes, and the criteria that it samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import sum_of_terms, target_terms
 
 EXTRA_TOKENS = 16
-"""Tokens that a continuation may be longer than twice the original's."""
+"""Tokens by which a continuation may exceed twice the original's length."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class JudgeModel:
         model: causal language model in eval mode.
         reader: reads its rollouts; its layout is a JudgeLayout.
         pieces: the bytes of its tokens.
-        tokens_at_once: tokens of one batch, padding included.
+        tokens_at_once: largest number of tokens in a batch, padding included.
     """
 
     model: Any
@@ -47,13 +47,13 @@ class JudgeModel:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says at its two scores.
+    """A judge's answer at its two scores.
 
     Attributes:
-        digits: for each score, the probability of each token that can stand at its first digit, among those tokens.
-        margin: expected score of A less that of B, see `cepo.jacobian.targets`.
-        winner: by the likeliest digits; None for a tie.
-        log_likelihood: of the tokens that stand at the scores, in nats.
+        digits: for each score, the probabilities of the tokens that can be its first digit, normalised over them.
+        margin: expected score of A minus that of B, see `cepo.jacobian.targets`.
+        winner: by the most likely digits; None for a tie.
+        log_likelihood: of the sampled score tokens, in nats.
     """
 
     digits: tuple[Mapping[int, float], ...]
@@ -64,19 +64,19 @@ class Verdict:
 
 @torch.no_grad()
 def read_verdicts(rollouts: Sequence[Rollout], judge: JudgeModel, *, masked: bool = False) -> list[Verdict]:
-    """Return what the judge says at the scores of each rollout, all else as it stands there.
+    """Return the judge's verdict at the scores of each rollout, with everything else as written.
 
     Args:
         rollouts: well-formed judgements.
         judge: the judge.
-        masked: whether all tokens are kept from attending to the criteria's positions.
+        masked: whether the criteria's positions are hidden from all tokens.
     """
     found: list[Verdict] = []
     keeps_rows = "logits_to_keep" in inspect.signature(judge.model.forward).parameters
     for batch in _batches(rollouts, judge, [len(rollout.token_ids) for rollout in rollouts]):
         lengths = [rollout.spans["scores"].positions[-1] + 1 for rollout in batch]
         ids_BT = _padded([rollout.token_ids[:length] for rollout, length in zip(batch, lengths, strict=True)], 0)
-        # Padding lies at the right, where a causal model never looks, and needs no mask.
+        # Padding is on the right, where a causal model never looks, and needs no mask.
         options: dict[str, Any] = {"attention_mask": _open_keys(batch, ids_BT.shape[1])} if masked else {}
         columns = sorted({at - 1 for rollout in batch for at in rollout.spans["scores"].positions})
         if keeps_rows:
@@ -95,19 +95,20 @@ def read_verdicts(rollouts: Sequence[Rollout], judge: JudgeModel, *, masked: boo
 def sample_criteria(
     rollouts: Sequence[Rollout], judge: JudgeModel, *, count: int, seed: int
 ) -> list[list[tuple[int, ...] | None]]:
-    """Return criteria that the judge samples itself for each rollout's prompt, at temperature 1.
+    """Return criteria that the judge itself samples for each rollout's prompt, at temperature 1.
 
-    The context is the rollout up to its first criteria token (so the opening tag is forced, and a thought is kept);
-    sampling stops at the closing tag. White space around the criteria is left out.
+    The context is the rollout up to its first criteria token, so the opening tag is forced and a thought is kept.
+    Sampling stops at the closing tag. Whitespace around the criteria is left out.
 
     Args:
         rollouts: well-formed judgements.
         judge: the judge.
-        count: samples of each.
+        count: number of samples per rollout.
         seed: of the sampling.
 
     Returns:
-        `count` samples a rollout; None for one that never closed its tag within twice the original length, or is empty.
+        `count` samples per rollout; None for one that is empty or does not close its tag within twice the original
+        length.
     """
     closing = f"</{judge.layout.criteria_tag}>".encode()
     contexts, limits = [], []
@@ -131,17 +132,16 @@ def generate(
     seed: int,
     hidden: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[int, ...]]:
-    """Return what the judge writes after each context, up to and with its end of sequence or the token that completes
-    `stop`.
+    """Return what the judge writes after each context, up to its end of sequence or the token that completes `stop`.
 
     Args:
         contexts: token ids.
         judge: the judge.
-        limits: most tokens to write after each; a batch runs to the largest of its rows.
+        limits: largest number of tokens to write after each context; a batch runs to the largest of its rows.
         stop: text to stop at.
-        temperature: 0 for the likeliest token each time; above, sampling without truncation.
-        seed: of the sampling; the global random state is left as it was.
-        hidden: positions of each context that no token may attend to.
+        temperature: 0 for greedy decoding; above 0, sampling without truncation.
+        seed: of the sampling; the global random state does not change.
+        hidden: positions of each context that are hidden from all tokens.
     """
     tokenizer, device = judge.reader.tokenizer, judge.model.device
     ends = judge.model.generation_config.eos_token_id
@@ -155,7 +155,7 @@ def generate(
             ids_BT = _padded([context for context, _, _ in batch], pad, side="left")
             width = ids_BT.shape[1]
             mask_BT = _padded([[1] * len(context) for context, _, _ in batch], 0, side="left")
-            # Given, because generate would number a hidden token's neighbours as if it were not there.
+            # Given, because generate would number the tokens as if the hidden ones did not exist.
             positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
             for row, (context, _, closed) in enumerate(batch):
                 mask_BT[row, [width - len(context) + at for at in closed]] = 0
@@ -201,19 +201,19 @@ def _verdict(rollout: Rollout, logits_of: Mapping[int, Tensor]) -> Verdict:
 
 
 class _Written(StoppingCriteria):
-    """Stops a row when what it has written holds the text."""
+    """Stops a row once its new text contains a given text."""
 
     def __init__(self, pieces: TokenBytes, start: int, text: bytes) -> None:
         self._pieces, self._start, self._text = pieces, start, text
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        # A token holds at least one byte, so the text's end lies within as many tokens as it has bytes.
+        # A token holds at least one byte, so the last len(text) tokens hold the text when it has just been completed.
         tail = input_ids[:, max(self._start, input_ids.shape[1] - len(self._text)) :].tolist()
         return torch.tensor([self._text in b"".join(self._pieces.of(row)) for row in tail], device=input_ids.device)
 
 
 def _cut(judge: JudgeModel, ids: Sequence[int], stop: bytes, ends: set[int]) -> tuple[int, ...]:
-    """Drop what stands behind the stop text or the end of sequence."""
+    """Drop everything after the stop text or the end of sequence."""
     text = b""
     for count, (token, piece) in enumerate(zip(ids, judge.pieces.of(list(ids)), strict=True), start=1):
         text += piece
@@ -223,7 +223,7 @@ def _cut(judge: JudgeModel, ids: Sequence[int], stop: bytes, ends: set[int]) -> 
 
 
 def _before(judge: JudgeModel, ids: Sequence[int], closing: bytes) -> tuple[int, ...] | None:
-    """Return the tokens that lie wholly before the closing tag, without white space at the ends; None without a tag."""
+    """Return the tokens wholly before the closing tag, without whitespace at the end; None without a tag."""
     pieces = judge.pieces.of(list(ids))
     end = b"".join(pieces).find(closing)
     kept: list[tuple[int, bytes]] = []
@@ -245,7 +245,7 @@ def _open_keys(rollouts: Sequence[Rollout], tokens: int) -> Tensor:
 
 
 def _batches(rows: Sequence[Any], judge: JudgeModel, lengths: Sequence[int]) -> Iterator[list[Any]]:
-    """Yield runs of rows that fit the judge's tokens at once, at least one row each."""
+    """Yield batches of rows within the judge's `tokens_at_once`, at least one row each."""
     start = 0
     while start < len(rows):
         end, longest = start, 0

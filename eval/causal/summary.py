@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from cepo.eval.causal.controls import SHARES, Pair, certificate
-from cepo.eval.causal.evidence import BASELINES, DEFAULT, DEFAULT_LINK, HARDENED, PAPER, REWARD, SWEPT, definition
+from cepo.eval.causal.controls import SHARES, ControlPair, certificate
+from cepo.eval.causal.evidence import BASELINES, COMPARED, DEFAULT_LINK, HARDENED, HARDENED_SCORES, SWEPT, definition
 from cepo.eval.causal.interventions import INTERVENTIONS
-from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, rank_correlations, warning_of_few
+from cepo.eval.report.tables import summary_row
+from cepo.eval.statistics import (
+    UNDETERMINED,
+    Estimate,
+    aucs,
+    estimate,
+    estimates,
+    mean,
+    rank_correlations,
+    warning_of_few,
+)
 
 PRIMARY = "resample total tv"
 """The effect that definitions are chosen by: criteria resampled from the judge, everything after them written anew."""
 SWEPT_ALONE: frozenset[str] = frozenset(
     definition(score, DEFAULT_LINK, count, rank)
-    for score in ("phi", "phi_retained", "phi_influence", "influence_retained", "norm")
-    for count, rank in product(SWEPT, SWEPT)
+    for score, count, rank in product(HARDENED_SCORES, SWEPT, SWEPT)
     if (count, rank) != HARDENED
 )
-"""Definitions that only the sweep over K and r has; they are compared with the primary effect and in the AUC alone."""
+"""Definitions that only the sweep over K and r has; only the primary effect and the AUC are compared with them."""
 _MODES, _MEASURES = ("direct", "total"), ("tv", "margin", "flip")
+_EFFECTS = [" ".join(parts) for parts in product(INTERVENTIONS, _MODES, _MEASURES)]
 
 
 @dataclass(frozen=True)
-class Population:
+class JudgeResults:
     """The judgements of one judge, with what was measured on them.
 
     Attributes:
         name: of the judge.
-        rows: one record a rollout, malformed ones among them.
-        certificate: what `testbed_judges.certify` says of the judge; None for one that has no known workings.
+        rows: one record per rollout, malformed ones included.
+        certificate: from `testbed_judges.certify`; None for a judge whose workings are not known.
         controls: what the controls show.
     """
 
@@ -54,13 +64,14 @@ class CausalSummary:
     """Every figure of a run.
 
     Attributes:
-        records: what, population, definition or other keys, value, low, high, count; one a figure.
-        correlations: (population or group, definition, effect) -> estimate.
+        records: one per figure: what, population (a judge or a group), definition or other keys; value, and for an
+            estimate low, high and count.
+        correlations: (judge or group, definition, effect) -> estimate.
         aucs: (pair, definition) -> estimate, for certified pairs alone.
         refused: groups without an AUC or without figures, with the reason.
         best: the definition that agrees best with the primary effect, by group; none where the effect never varies.
-        groups: names of the populations that were pooled, by group.
-        warnings: paragraphs for readers, where there is too little to go by.
+        groups: names of the judges that were pooled, by group.
+        warnings: paragraphs for readers, where there is too little data.
     """
 
     records: tuple[dict[str, Any], ...]
@@ -71,50 +82,43 @@ class CausalSummary:
     groups: Mapping[str, tuple[str, ...]]
     warnings: tuple[str, ...]
 
+    def shown(self, group: str) -> list[str]:
+        """Return the definitions that every table and figure of a group shows."""
+        return list(dict.fromkeys((*COMPARED, self.best.get(group, COMPARED[0]))))
 
-def summarise(populations: Sequence[Population], *, pairs: Sequence[Pair], draws: int, seed: int) -> CausalSummary:
+
+def summarise_causal(
+    results: Sequence[JudgeResults], *, pairs: Sequence[ControlPair], draws: int, seed: int
+) -> CausalSummary:
     """Return every figure: rank correlations within each judge and pooled over a pair, AUCs, and the controls.
 
     Args:
-        populations: the judges; those of a pair judged the same items.
-        pairs: which judges belong together; empty for a judge of unknown workings.
-        draws: bootstrap resamples, at least 1.
+        results: of each judge; those of a pair judged the same items.
+        pairs: which judges belong together; empty for a judge whose workings are not known.
+        draws: number of bootstrap resamples, at least 1.
         seed: of the bootstrap and of permuted labels.
     """
-    by_name = {population.name: population for population in populations}
+    bootstrap = {"draws": draws, "seed": seed}
+    by_name = {one.name: one for one in results}
     known = [pair for pair in pairs if pair.follows in by_name and pair.ignores in by_name]
     groups: dict[str, tuple[str, ...]] = {pair.name: (pair.follows, pair.ignores) for pair in known}
-    groups = groups or {population.name: (population.name,) for population in populations}
+    groups = groups or {name: (name,) for name in by_name}
+    pooled = {group: [row for name in members for row in by_name[name].sound] for group, members in groups.items()}
+    refused = {group: "no rollout could be measured" for group, rows in pooled.items() if not rows}
     correlations: dict[tuple[str, str, str], Estimate] = {}
-    areas: dict[tuple[str, str], Estimate] = {}
-    refused: dict[str, str] = {}
     best: dict[str, str] = {}
-    records: list[dict[str, Any]] = []
     for group, members in groups.items():
-        pooled = [row for name in members for row in by_name[name].sound]
-        if not pooled:
-            refused[group] = "no rollout could be measured"
-            continue
-        wanted = {group: pooled, **{name: by_name[name].sound for name in members}}
-        for place, rows in wanted.items():
-            if rows:
-                correlations |= {(place, *key): one for key, one in _correlate(rows, draws, seed).items()}
+        for place, rows in {group: pooled[group], **{name: by_name[name].sound for name in members}}.items():
+            if pooled[group]:
+                correlations |= {(place, *key): one for key, one in _correlate(rows, bootstrap).items()}
         scored = {
             name: one.value
-            for (at, name, effect), one in correlations.items()
-            if (at, effect) == (group, PRIMARY) and math.isfinite(one.value) and name not in BASELINES
+            for (place, name, effect), one in correlations.items()
+            if (place, effect) == (group, PRIMARY) and math.isfinite(one.value) and name not in BASELINES
         }
         if scored:
             best[group] = max(scored, key=lambda name: scored[name])
-        for name in dict.fromkeys((PAPER, DEFAULT, REWARD, best.get(group, PAPER))):
-            records.append(
-                {
-                    "what": "permuted",
-                    "population": group,
-                    "definition": name,
-                    **_numbers(_permuted(pooled, name, draws, seed)),
-                }
-            )
+    areas: dict[tuple[str, str], Estimate] = {}
     for pair in known:
         first, second = by_name[pair.follows], by_name[pair.ignores]
         assert first.certificate is not None
@@ -125,24 +129,31 @@ def summarise(populations: Sequence[Population], *, pairs: Sequence[Pair], draws
         if problem is not None:
             refused[pair.name] = problem
             continue
-        rows = [*first.sound, *second.sound]
-        names, values_NM = _definitions(rows)
-        positive_N = [float(row["judge"] == pair.follows) for row in rows]
-        found = estimates(aucs, values_NM, positive_N, clusters=_prompts(rows), draws=draws, seed=seed)
+        names, values_NM = _definitions(pooled[pair.name])
+        positive_N = [float(row["judge"] == pair.follows) for row in pooled[pair.name]]
+        found = estimates(aucs, values_NM, positive_N, clusters=_prompts(pooled[pair.name]), **bootstrap)
         areas |= {(pair.name, name): one for name, one in zip(names, found, strict=True)}
+    prompts = min((len(set(_prompts(one.sound))) for one in results), default=0)
+    summary = CausalSummary((), correlations, areas, refused, best, groups, tuple(warning_of_few(prompts, "prompts")))
+    records = [
+        summary_row(
+            {"what": "permuted", "population": group, "definition": name}, _permuted(pooled[group], name, bootstrap)
+        )
+        for group in groups
+        if pooled[group]
+        for name in summary.shown(group)
+    ]
     records += [
-        {"what": "spearman", "population": place, "definition": name, "effect": effect, **_numbers(one)}
+        summary_row({"what": "spearman", "population": place, "definition": name, "effect": effect}, one)
         for (place, name, effect), one in correlations.items()
     ]
     records += [
-        {"what": "auc", "population": pair, "definition": name, **_numbers(one)} for (pair, name), one in areas.items()
+        summary_row({"what": "auc", "population": pair, "definition": name}, one) for (pair, name), one in areas.items()
     ]
     records += [{"what": "refused", "population": name, "reason": reason} for name, reason in refused.items()]
-    for population in populations:
-        records += _population_records(population, draws, seed)
-    prompts = min((len(set(_prompts(population.sound))) for population in populations), default=0)
-    warnings = tuple(warning_of_few(prompts, "prompts"))
-    return CausalSummary(tuple(records), correlations, areas, refused, best, groups, warnings)
+    for one in results:
+        records += [{"what": what, "population": one.name, **rest} for what, rest in _figures(one, bootstrap)]
+    return replace(summary, records=tuple(records))
 
 
 def effect_of(row: Mapping[str, Any], effect: str) -> float | None:
@@ -157,134 +168,122 @@ def effect_of(row: Mapping[str, Any], effect: str) -> float | None:
     return None if found is None else float(found[measure])
 
 
-def _correlate(rows: Sequence[dict[str, Any]], draws: int, seed: int) -> dict[tuple[str, str], Estimate]:
+def _correlate(rows: Sequence[dict[str, Any]], bootstrap: Mapping[str, int]) -> dict[tuple[str, str], Estimate]:
     """Return the rank correlation of each definition with each effect; swept ones with the primary effect alone."""
-    effects = [" ".join(parts) for parts in product(INTERVENTIONS, _MODES, _MEASURES)]
-    effects_NE = np.array([[_number(effect_of(row, effect)) for effect in effects] for row in rows])
-    there_NE = np.isfinite(effects_NE)
+    effects_NE = np.array([[effect_of(row, effect) for effect in _EFFECTS] for row in rows], dtype=float)
     found: dict[tuple[str, str], Estimate] = {}
     # Effects that are known for the same rows share their resamples' ranks.
-    for pattern in dict.fromkeys(map(tuple, there_NE.T.tolist())):
-        kept = np.array(pattern)
-        chosen = [place for place in range(len(effects)) if tuple(there_NE[:, place].tolist()) == pattern]
-        if kept.sum() < 3:
+    patterns: dict[tuple[bool, ...], list[int]] = {}
+    for place, there_N in enumerate(np.isfinite(effects_NE).T):
+        patterns.setdefault(tuple(there_N.tolist()), []).append(place)
+    for pattern, chosen in patterns.items():
+        members = [row for row, there in zip(rows, pattern, strict=True) if there]
+        if len(members) < 3:
             continue
-        members = [row for row, there in zip(rows, kept, strict=True) if there]
         names, values_NM = _definitions(members)
         of_chosen = estimates(
             rank_correlations,
             values_NM,
-            effects_NE[kept][:, chosen],
+            effects_NE[list(pattern)][:, chosen],
             clusters=_prompts(members),
-            draws=draws,
-            seed=seed,
+            **bootstrap,
         )
         for (name, place), one in zip(product(names, chosen), of_chosen, strict=True):
-            if name not in SWEPT_ALONE or effects[place] == PRIMARY:
-                found[name, effects[place]] = one
+            if name not in SWEPT_ALONE or _EFFECTS[place] == PRIMARY:
+                found[name, _EFFECTS[place]] = one
     return found
 
 
-def _permuted(rows: Sequence[dict[str, Any]], name: str, draws: int, seed: int) -> Estimate:
-    """Return a definition's rank correlation with the effects of other items: nothing may be left of it."""
+def _permuted(rows: Sequence[dict[str, Any]], name: str, bootstrap: Mapping[str, int]) -> Estimate:
+    """Return a definition's rank correlation with the effects of other items, which must be about 0."""
     kept = [(row, effect) for row in rows if (effect := effect_of(row, PRIMARY)) is not None]
     if not kept:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    effects_N = np.random.default_rng(seed).permutation([effect for _, effect in kept])
-    values = [row["evidence"][name] for row, _ in kept]
-    clusters = _prompts([row for row, _ in kept])
-    return estimate(rank_correlations, values, effects_N, clusters=clusters, draws=draws, seed=seed)
+        return UNDETERMINED
+    effects_N = np.random.default_rng(bootstrap["seed"]).permutation([effect for _, effect in kept])
+    return estimate(
+        rank_correlations,
+        [row["evidence"][name] for row, _ in kept],
+        effects_N,
+        clusters=_prompts([row for row, _ in kept]),
+        **bootstrap,
+    )
 
 
-def _population_records(population: Population, draws: int, seed: int) -> list[dict[str, Any]]:
-    """Return the figures of one judge: counts, certificate, mean effects and controls."""
-    name, rows, controls = population.name, population.sound, population.controls
-    records: list[dict[str, Any]] = []
-
-    def add(what: str, one: Estimate | float, **keys: Any) -> None:
-        numbers = _numbers(one) if isinstance(one, Estimate) else {"value": one}
-        records.append({"what": what, "population": name, **keys, **numbers})
-
-    def averaged(values: Sequence[float], clusters: Sequence[int] | None = None) -> Estimate:
-        kept = [place for place, value in enumerate(values) if math.isfinite(value)]
-        if not kept:
-            return Estimate(math.nan, math.nan, math.nan, 0)
-        labels = None if clusters is None else [clusters[place] for place in kept]
-        return estimate(mean, [values[place] for place in kept], clusters=labels, draws=draws, seed=seed)
-
-    add("count", float(len(population.rows)), figure="rollouts")
-    add("count", float(len(population.rows) - len(rows)), figure="malformed")
-    for figure, value in (population.certificate or {}).items():
-        add("certificate", value, figure=figure)
-    for parts in product(INTERVENTIONS, _MODES, _MEASURES):
-        known = [row for row in rows if effect_of(row, " ".join(parts)) is not None]
-        if known:
-            add(
-                "effect",
-                averaged([_number(effect_of(row, " ".join(parts))) for row in known], _prompts(known)),
-                intervention=parts[0],
-                measure=" ".join(parts[1:]),
-            )
+def _figures(one: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield kind and content of each figure of one judge: counts, certificate, mean effects and controls."""
+    rows, controls = one.sound, one.controls
+    counts = {"rollouts": len(one.rows), "malformed": len(one.rows) - len(rows)}
     for mode in _MODES:
         found = [row["effects"]["resample"][mode] for row in rows]
-        add("count", float(found.count(None)), figure=f"without a {mode} effect of resampling")
-        lost = sum(one["malformed"] for one in found if one is not None)
-        add("count", float(lost), figure=f"other resampled criteria without a {mode} effect")
+        counts[f"without a {mode} effect of resampling"] = found.count(None)
+        lost = sum(change["malformed"] for change in found if change is not None)
+        counts[f"other resampled criteria without a {mode} effect"] = lost
+    for figure, count in counts.items():
+        yield "count", {"figure": figure, "value": float(count)}
+    for figure, value in (one.certificate or {}).items():
+        yield "certificate", {"figure": figure, "value": value}
+    for intervention, mode, measure in product(INTERVENTIONS, _MODES, _MEASURES):
+        effects = [effect_of(row, f"{intervention} {mode} {measure}") for row in rows]
+        known = [(row, effect) for row, effect in zip(rows, effects, strict=True) if effect is not None]
+        if known:
+            found_mean = _mean(bootstrap, [effect for _, effect in known], _prompts([row for row, _ in known]))
+            yield "effect", summary_row({"intervention": intervention, "measure": f"{mode} {measure}"}, found_mean)
     if not controls:
-        return records
+        return
     for figure, value in controls["masked"].items():
-        add("masked", value, figure=figure)
+        yield "masked", {"figure": figure, "value": value}
     if controls["captum"] is not None:
-        add("captum", controls["captum"], figure="largest")
-    records += _randomised(population, draws, seed)
+        yield "captum", {"figure": "largest", "value": controls["captum"]}
+    for step in controls["randomisation"]:
+        labels = {"redrawn": step["redrawn"], "depth": step["depth"]}
+        for figure, kept in _kept_order(controls["randomisation"][0], step, bootstrap).items():
+            yield "randomised", summary_row({"figure": figure, **labels}, kept)
     for figure, ranking, share in product(("comprehensiveness", "sufficiency"), ("gradient", "random"), SHARES):
-        values = [one[figure] for one in controls["faithfulness"] if (one["ranking"], one["share"]) == (ranking, share)]
-        add("removal", averaged(values), figure=figure, ranking=ranking, share=share)
-    cells = dict.fromkeys((one["link"], one["permutation"], one["rank"]) for one in controls["angles"])
-    for link, permutation, rank in cells:
-        values = [
-            one["angle"]
-            for one in controls["angles"]
-            if (one["link"], one["permutation"], one["rank"]) == (link, permutation, rank)
+        of_cell = [
+            found for found in controls["faithfulness"] if (found["ranking"], found["share"]) == (ranking, share)
         ]
-        add("angle", averaged(values), link=link, permutation=permutation, rank=rank)
+        labels = {"figure": figure, "ranking": ranking, "share": share}
+        yield "removal", summary_row(labels, _mean(bootstrap, [found[figure] for found in of_cell]))
+    angles: dict[tuple[Any, ...], list[float]] = {}
+    for found in controls["angles"]:
+        angles.setdefault((found["link"], found["permutation"], found["rank"]), []).append(found["angle"])
+    for (link, permutation, rank), values in angles.items():
+        yield "angle", summary_row({"link": link, "permutation": permutation, "rank": rank}, _mean(bootstrap, values))
     for rank, angle in controls["random_angles"].items():
-        add("random angle", angle, rank=int(rank))
-    return records
+        yield "random angle", {"rank": int(rank), "value": angle}
 
 
-def _randomised(population: Population, draws: int, seed: int) -> list[dict[str, Any]]:
-    """Return what is left of the order of row norms and scores, the mean over redrawn models, at each step."""
+def _kept_order(
+    original: Mapping[str, Any], step: Mapping[str, Any], bootstrap: Mapping[str, int]
+) -> dict[str, Estimate]:
+    """Return how much of the order of row norms and of scores a step of redrawing keeps, the mean over its models."""
 
-    def kept_order(first_N: np.ndarray, redrawn_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    def kept(first_N: np.ndarray, redrawn_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
         return np.asarray(rank_correlations(first_N, redrawn_NM, weights_BN).mean(axis=-1))
 
-    steps = population.controls["randomisation"]
-    records = []
-    for step in steps:
-        found = {}
-        for link, by_draw in step["saliency"].items():
-            of_rollouts = [float(np.mean(values)) for values in zip(*by_draw, strict=True)]
-            sound = [value for value in of_rollouts if math.isfinite(value)]
-            if sound:
-                found[f"row norms of {link}, within a rollout"] = estimate(mean, sound, draws=draws, seed=seed)
-        for score in ("influence", "phi"):
-            columns = [steps[0][score][0], *step[score]]
-            found[f"{score} X->Y, over rollouts"] = estimates(
-                kept_order, columns[0], np.transpose(columns[1:]), draws=draws, seed=seed
-            )[0]
-        records += [
-            {
-                "what": "randomised",
-                "population": population.name,
-                "figure": figure,
-                "redrawn": step["redrawn"],
-                "depth": step["depth"],
-                **_numbers(one),
-            }
-            for figure, one in found.items()
-        ]
-    return records
+    found = {}
+    for link, by_draw in step["saliency"].items():
+        of_rollouts = np.mean(by_draw, axis=0)
+        if np.isfinite(of_rollouts).any():
+            found[f"row norms of {link}, within a rollout"] = _mean(bootstrap, of_rollouts)
+    for score in ("influence", "phi"):
+        redrawn_NM = np.transpose(step[score])
+        (found[f"{score} X->Y, over rollouts"],) = estimates(
+            kept,
+            original[score][0],
+            redrawn_NM,
+            **bootstrap,
+        )
+    return found
+
+
+def _mean(bootstrap: Mapping[str, int], values: Sequence[float], clusters: Sequence[int] | None = None) -> Estimate:
+    """Return the mean of the finite values."""
+    finite = np.isfinite(values)
+    if not finite.any():
+        return UNDETERMINED
+    labels = None if clusters is None else np.asarray(clusters)[finite]
+    return estimate(mean, np.asarray(values)[finite], clusters=labels, **bootstrap)
 
 
 def _definitions(rows: Sequence[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
@@ -294,13 +293,3 @@ def _definitions(rows: Sequence[dict[str, Any]]) -> tuple[list[str], np.ndarray]
 
 def _prompts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     return [row["prompt"] for row in rows]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _numbers(one: Estimate) -> dict[str, Any]:
-    """Return an estimate for JSON, which has no NaN."""
-    values = {"value": one.value, "low": one.low, "high": one.high}
-    return {**{name: value if math.isfinite(value) else None for name, value in values.items()}, "count": one.count}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,18 @@ from cepo.cli.app import app
 from cepo.eval.causal import command as causal_module
 from cepo.eval.causal.command import CausalJob, run_causal
 from cepo.eval.causal.controls import PAIRS
-from cepo.eval.causal.evidence import BASELINES, DEFAULT, DEFAULT_LINK, PAPER, REWARD, SWEPT, definition
+from cepo.eval.causal.evidence import (
+    ANALYSIS_DEFINITION,
+    BASELINES,
+    DEFAULT_LINK,
+    PAPER_DEFINITION,
+    REWARD_DEFINITION,
+    SWEPT,
+    definition,
+)
 from cepo.eval.causal.interventions import INTERVENTIONS
 from cepo.eval.causal.report import console_tables, text_tables, write_causal_report
-from cepo.eval.causal.summary import PRIMARY, Population, effect_of, summarise
+from cepo.eval.causal.summary import PRIMARY, JudgeResults, effect_of, summarise_causal
 from cepo.eval.statistics import aucs, estimate, estimates, rank_correlations, spearman
 from tests.eval.causal.judges import ITEMS, TOKENIZER, tiny_judge
 
@@ -63,8 +72,8 @@ def area_under_roc(positive: Sequence[float], values: Sequence[float]) -> float:
     return float(mannwhitneyu(values_N[chosen], values_N[~chosen]).statistic / (chosen.sum() * (~chosen).sum()))
 
 
-def invented(name: str, follows: bool, count: int = 30) -> Population:
-    """Return a population whose effects are known numbers, and whose evidence is made from them."""
+def invented(name: str, follows: bool, count: int = 30) -> JudgeResults:
+    """Return a judge's results whose effects are known numbers, and whose evidence is made from them."""
     rng = np.random.default_rng(len(name))
     rows = []
     for row in range(count):
@@ -76,7 +85,7 @@ def invented(name: str, follows: bool, count: int = 30) -> Population:
             for k in (0, *SWEPT)
             for r in (0, *SWEPT)
         }
-        fixed = {DEFAULT: effect**2, PAPER: -effect, REWARD: float(rng.random())}
+        fixed = {ANALYSIS_DEFINITION: effect**2, PAPER_DEFINITION: -effect, REWARD_DEFINITION: float(rng.random())}
         evidence = {**swept, **dict.fromkeys(BASELINES, 1.0), **fixed}
         effects: dict[str, Any] = {what: {"direct": found, "total": found} for what in INTERVENTIONS}
         effects["swap"] = {"direct": None if row == 0 else found, "total": None}
@@ -85,21 +94,21 @@ def invented(name: str, follows: bool, count: int = 30) -> Population:
         record = {"judge": name, "prompt": row, "row": row, "malformed": None, "effects": effects}
         rows.append({**record, "evidence": evidence, **shown, **saliency})
     rows.append({"judge": name, "prompt": count, "row": count, "malformed": "missing <scores>"})
-    return Population(name, tuple(rows), FOLLOWS if follows else IGNORES, {})
+    return JudgeResults(name, tuple(rows), FOLLOWS if follows else IGNORES, {})
 
 
 def test_correlations_and_areas_are_the_rows_own() -> None:
     """A definition that is the effect squared agrees and separates perfectly; its negative is the other way round."""
-    populations = [invented("criteria", True), invented("decorative", False)]
-    summary = summarise(populations, pairs=PAIRS, draws=30, seed=0)
+    results = [invented("criteria", True), invented("decorative", False)]
+    summary = summarise_causal(results, pairs=PAIRS, draws=30, seed=0)
     group = PAIRS[0].name
-    assert summary.correlations[group, DEFAULT, PRIMARY].value == pytest.approx(1.0)
-    assert summary.correlations["criteria", PAPER, PRIMARY].value == pytest.approx(-1.0)
-    assert summary.aucs[group, DEFAULT].value == 1.0
-    assert summary.aucs[group, PAPER].value == 0.0
-    assert summary.best[group] == DEFAULT
+    assert summary.correlations[group, ANALYSIS_DEFINITION, PRIMARY].value == pytest.approx(1.0)
+    assert summary.correlations["criteria", PAPER_DEFINITION, PRIMARY].value == pytest.approx(-1.0)
+    assert summary.aucs[group, ANALYSIS_DEFINITION].value == 1.0
+    assert summary.aucs[group, PAPER_DEFINITION].value == 0.0
+    assert summary.best[group] == ANALYSIS_DEFINITION
     assert np.isnan(summary.correlations[group, "span length", PRIMARY].value)
-    rows = [row for population in populations for row in population.sound]
+    rows = [row for one in results for row in one.sound]
     name = definition("phi", DEFAULT_LINK)
     values = [row["evidence"][name] for row in rows]
     own = spearmanr(values, [effect_of(row, "mask direct margin") for row in rows])
@@ -111,32 +120,34 @@ def test_correlations_and_areas_are_the_rows_own() -> None:
 
 
 def test_permuted_labels_leave_nothing() -> None:
-    summary = summarise(
+    summary = summarise_causal(
         [invented("criteria", True, 80), invented("decorative", False, 80)], pairs=PAIRS, draws=50, seed=0
     )
-    (found,) = [one for one in summary.records if one["what"] == "permuted" and one["definition"] == DEFAULT]
+    (found,) = [
+        one for one in summary.records if one["what"] == "permuted" and one["definition"] == ANALYSIS_DEFINITION
+    ]
     assert found["low"] < 0.0 < found["high"]
 
 
 def test_an_uncertified_pair_gets_no_area() -> None:
-    populations = [invented("criteria", True), replace(invented("decorative", False), certificate=FOLLOWS)]
-    summary = summarise(populations, pairs=PAIRS, draws=10, seed=0)
+    results = [invented("criteria", True), replace(invented("decorative", False), certificate=FOLLOWS)]
+    summary = summarise_causal(results, pairs=PAIRS, draws=10, seed=0)
     assert not summary.aucs
     assert "flip 1.00 of the second judge's verdicts" in summary.refused[PAIRS[0].name]
     assert not any("ROC" in caption for caption in text_tables(summary))
 
 
 def test_the_page_shows_every_definition_and_the_console_the_ones_worth_a_look(tmp_path: Path) -> None:
-    populations = [invented("criteria", True), invented("decorative", False)]
-    summary = summarise(populations, pairs=PAIRS, draws=10, seed=0)
-    write_causal_report(tmp_path / "report.html", populations, summary, {"seed": "0"})
+    results = [invented("criteria", True), invented("decorative", False)]
+    summary = summarise_causal(results, pairs=PAIRS, draws=10, seed=0)
+    write_causal_report(tmp_path / "report.html", results, summary, {"seed": "0"})
     page = (tmp_path / "report.html").read_text()
     short, long = text_tables(summary), text_tables(summary, every=True)
     caption = next(caption for caption in short if caption.startswith("Rank correlation"))
     shown = [row[0] for row in short[caption][1]]
-    assert {PAPER, DEFAULT, *BASELINES} <= set(shown)
+    assert {PAPER_DEFINITION, ANALYSIS_DEFINITION, *BASELINES} <= set(shown)
     assert len(shown) < len(long[caption][1])
-    assert all(name.replace(">", "&gt;") in page for name in (PAPER, definition("phi", DEFAULT_LINK, 8, 8)))
+    assert all(name.replace(">", "&gt;") in page for name in (PAPER_DEFINITION, definition("phi", DEFAULT_LINK, 8, 8)))
     assert len(console_tables(summary)) == len(short)
     values = [float(row[1].split()[0]) for row in short[caption][1] if row[1] != "undetermined"]
     assert values == sorted(values, reverse=True)
@@ -161,8 +172,13 @@ def test_a_run_writes_every_rollout_and_goes_on_where_it_stopped(
     files = {name: (job.output / name).read_bytes() for name in ("rows.jsonl", "summary.jsonl")}
     for name in ("gather_evidence", "intervene", "randomisation"):
         monkeypatch.setattr(causal_module, name, lambda *_, **__: pytest.fail("computed twice"))
-    run_causal(job)
+    run_causal(replace(job, memory_gib=2.0))  # changes no result
     assert files == {name: (job.output / name).read_bytes() for name in files}
+    run_causal(replace(job, draws=7))
+    assert files["rows.jsonl"] == (job.output / "rows.jsonl").read_bytes()
+    assert files["summary.jsonl"] != (job.output / "summary.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="made with other settings: seed was 3 and is 4; name another"):
+        run_causal(replace(job, seed=4))
     monkeypatch.undo()
     monkeypatch.setattr(causal_module, "_CHUNK", 2)
     (job.output / "parts" / "rows-rollouts-00002.json").unlink()
@@ -170,12 +186,23 @@ def test_a_run_writes_every_rollout_and_goes_on_where_it_stopped(
     assert files == {name: (job.output / name).read_bytes() for name in files}
 
 
-def test_parts_of_other_settings_are_refused(job: CausalJob) -> None:
-    parts = causal_module._Parts(job)
-    assert parts.once("one", lambda: [1, 2]) == [1, 2]
-    assert causal_module._Parts(replace(job, draws=7)).once("one", lambda: [3]) == [1, 2]
-    with pytest.raises(ValueError, match="comes from other settings .*is"):
-        causal_module._Parts(replace(job, seed=4)).once("one", lambda: [3])
+def test_parts_of_other_weights_or_data_are_refused(
+    job: CausalJob, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Content counts, not the path: a copy goes on, a model or a file that changed under its name is refused."""
+    monkeypatch.setattr(causal_module, "_judged", lambda *_: iter(()))  # settings are checked before any judge is read
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(judge, model)
+    shutil.copy(str(job.input), rows)
+    run_causal(job)
+    moved = replace(job, model=str(model), input=rows)
+    run_causal(moved)
+    rows.write_text(rows.read_text() + "\n")
+    with pytest.raises(ValueError, match="other settings: input was"):
+        run_causal(moved)
+    (model / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="other settings: model was"):
+        run_causal(replace(moved, input=job.input))
 
 
 @pytest.mark.parametrize(

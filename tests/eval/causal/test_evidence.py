@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cepo.counterfactual.nuisance import angles_between, nuisance_bases
+from cepo.counterfactual.permute import permute_rollout
 from cepo.eval.causal.controls import (
     FOLLOWS,
     IGNORES,
@@ -23,17 +24,16 @@ from cepo.eval.causal.controls import (
     sample_judgements,
 )
 from cepo.eval.causal.evidence import (
+    ANALYSIS_DEFINITION,
     BASELINES,
     CHAINS,
-    DEFAULT,
     DEFAULT_LINK,
     HARDENED,
     LINKS,
-    PAPER,
+    PAPER_DEFINITION,
     SWEPT,
     Evidence,
     attention_to_criteria,
-    compute_jacobians,
     definition,
     gather_evidence,
     nuisance_angles,
@@ -63,8 +63,7 @@ def evidence() -> list[Evidence]:
 def test_definitions_are_the_numbers_of_score_rollouts(evidence: list[Evidence], count: int, rank: int) -> None:
     """Each Jacobian is computed once and shared by all settings; each number is that setting's, run alone."""
     links = LINKS if (count, rank) in ((0, 0), HARDENED) else (DEFAULT_LINK,)
-    weights = dict.fromkeys(links, 1.0)
-    config = RewardConfig(links=weights, counterfactuals=count, rank=rank, seed=5, also=("phi",))
+    config = RewardConfig(links=dict.fromkeys(links, 1.0), counterfactuals=count, rank=rank, seed=5, also=("phi",))
     scored = score_rollouts(ROLLOUTS, ENGINE, config, JUDGE_MODEL.layout)
     for one, rollout in zip(evidence, scored, strict=True):
         for link, record in rollout.links.items():
@@ -80,8 +79,8 @@ def test_definitions_are_the_numbers_of_score_rollouts(evidence: list[Evidence],
 def test_the_sweep_and_the_defaults_are_there(evidence: list[Evidence]) -> None:
     values = evidence[0].values
     config = RewardConfig.paper(links={"X->Y": 1.0})
-    assert definition(config.score, DEFAULT_LINK, config.counterfactuals, config.rank or 0) == PAPER
-    assert {PAPER, DEFAULT, *BASELINES} <= set(values)
+    assert definition(config.score, DEFAULT_LINK, config.counterfactuals, config.rank or 0) == PAPER_DEFINITION
+    assert {PAPER_DEFINITION, ANALYSIS_DEFINITION, *BASELINES} <= set(values)
     assert all(definition("phi", DEFAULT_LINK, count, rank) in values for count in (0, *SWEPT) for rank in (0, *SWEPT))
     assert all(math.isfinite(value) for value in values.values())
 
@@ -140,13 +139,16 @@ def test_angles_are_the_ones_of_each_rollouts_own_subspaces() -> None:
     options = {"permutation": "uniform", "counterfactuals": 3, "ranks": (1, 2), "seed": 1}
     found = nuisance_angles(ROLLOUTS, ("X->Y", "Z->X"), JUDGE_MODEL, ENGINE, **options)  # type: ignore[arg-type]
     layout = JUDGE_MODEL.layout
-    links = [parse_link(text, names=layout.names, roles=layout.roles) for text in ("X->Y", "Z->X")]
-    jacobians = compute_jacobians(ROLLOUTS, links, ENGINE, counterfactuals=3, seed=1)
     assert len(found) == 2 * 2 * 2
     for record in found:
-        base, permuted = jacobians[record["row"]]
-        stacks_SD = [permuted[record["link"]], [base[record["link"]].jac_SD]]
-        own = angles_between(*nuisance_bases(stacks_SD, rank=record["rank"]))
+        rollout, name = ROLLOUTS[record["row"]], record["link"]
+        link = parse_link(name, names=layout.names, roles=layout.roles)
+        permuted = [permute_rollout(rollout, link.source, k, seed=1) for k in range(3)]
+        base_SD, *others = [
+            ENGINE.jacobians(Group((one,)), [link])[0][name].jac_SD for one in (rollout, *permuted) if one is not None
+        ]
+        basis_RD, own_RD = nuisance_bases([others, [base_SD]], rank=record["rank"])
+        own = angles_between(basis_RD, own_RD)
         assert record["angle"] == pytest.approx(sum(own) / len(own), abs=1e-5)
 
 

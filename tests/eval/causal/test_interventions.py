@@ -11,7 +11,7 @@ import torch
 
 from cepo.eval.causal.interventions import (
     INTERVENTIONS,
-    Plan,
+    InterventionInput,
     _edits,
     effect_between,
     intervene,
@@ -26,9 +26,9 @@ from cepo.train import testbed
 from tests.eval.causal.judges import ITEMS, TOKENIZER, prompt_ids, read, rule_judge, tiny_judge
 
 
-def plan(rollout: Rollout, other: Rollout) -> Plan:
+def intervention_input(rollout: Rollout, other: Rollout) -> InterventionInput:
     ids = tuple(other.token_ids[at] for at in other.spans["criteria"].positions)
-    return Plan(rollout, ids, (0.0, 0.0, 9.0, 0.0, 0.0, 0.0), (9.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    return InterventionInput(rollout, ids, (0.0, 0.0, 9.0, 0.0, 0.0, 0.0), (9.0, 0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def test_effects_by_hand() -> None:
@@ -143,8 +143,8 @@ def test_effects_follow_the_judges_rule(follows: bool) -> None:
     for item in ITEMS:
         scores = {"A": (8, 2), "B": (2, 8)}[item.label]
         rollouts.append(read(judge, replace(item, scores=scores, analysis="A shows more and B shows less")))
-    plans = [plan(rollout, rollouts[number - 1]) for number, rollout in enumerate(rollouts)]
-    found = intervene(plans, judge, resamples=len(testbed.ASPECTS), seed=0)
+    inputs = [intervention_input(rollout, rollouts[number - 1]) for number, rollout in enumerate(rollouts)]
+    found = intervene(inputs, judge, resamples=len(testbed.ASPECTS), seed=0)
     for number, (item, effects) in enumerate(zip(ITEMS, found, strict=True)):
         assert tuple(effects) == INTERVENTIONS
         total = {name: modes["total"] for name, modes in effects.items()}
@@ -170,7 +170,7 @@ def test_broken_continuations_are_counted_and_left_out() -> None:
     """A model of random weights never comes to two scores: no total effect, the direct one is there."""
     judge = tiny_judge()
     rollouts = [read(judge, item) for item in ITEMS[:2]]
-    found = intervene([plan(rollouts[0], rollouts[1])], judge, resamples=2, seed=0)
+    found = intervene([intervention_input(rollouts[0], rollouts[1])], judge, resamples=2, seed=0)
     assert found[0]["swap"]["total"] is None
     assert found[0]["swap"]["direct"] is not None
     assert found[0]["resample"]["direct"] is None
@@ -185,7 +185,9 @@ def test_edits_by_hand() -> None:
     ranking = tuple(float(place) for place in range(len(rollout.spans["criteria"].positions)))
     other = tuple(TOKENIZER(lines[0])["input_ids"])
     filler = TOKENIZER(" so well")["input_ids"]
-    edits = _edits(Plan(rollout, other, ranking, ranking[::-1]), judge.pieces, filler, 3, np.random.default_rng(0), 0)
+    edits = _edits(
+        InterventionInput(rollout, other, ranking, ranking[::-1]), judge.pieces, filler, 3, np.random.default_rng(0), 0
+    )
     texts = {name: [TOKENIZER.decode(ids) for ids in found] for name, found in edits.items()}
     assert texts["swap"] == [lines[0]]
     assert texts["truncate"] == ["\n".join(lines[:2])]
@@ -196,7 +198,12 @@ def test_edits_by_hand() -> None:
     assert edits["delete top gradient"] == [tuple(whole[:-4])]
     assert edits["delete top attention"] == [tuple(whole[4:])]
     single = _edits(
-        Plan(read(judge, ITEMS[0]), (), (1.0,) * 6, (1.0,) * 6), judge.pieces, filler, 1, np.random.default_rng(0), 0
+        InterventionInput(read(judge, ITEMS[0]), (), (1.0,) * 6, (1.0,) * 6),
+        judge.pieces,
+        filler,
+        1,
+        np.random.default_rng(0),
+        0,
     )
     assert TOKENIZER.decode(single["truncate"][0]) == f"judge by {ITEMS[0].aspect}"
     assert single["swap"] == []
