@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,69 +21,85 @@ from cepo.cli.shared import (
     weighted_links,
 )
 
+_links = partial(typer.Option, rich_help_panel="Links and score")
+_hardening = partial(typer.Option, rich_help_panel="Hardening")
+_model = partial(typer.Option, rich_help_panel="Model")
+_output = partial(typer.Option, rich_help_panel="Output")
+
 
 def score(
-    model: Annotated[str, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")],
-    input: Annotated[Path, typer.Option(help="JSONL of rollouts; what a row holds is told above.")],
-    output: Annotated[Path, typer.Option(help="JSONL to write, one record for each line of the input.")],
+    model: Annotated[str, _model(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")],
+    input: Annotated[Path, typer.Option(help="JSONL file to read, one rollout per row; see above.")],
+    output: Annotated[Path, _output(help="JSONL file to write, one record per line of the input.")],
     links: Annotated[
         list[str] | None,
-        typer.Option(
-            "--link", help="A link, such as X->Y, Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat for more."
+        _links(
+            "--link",
+            help="Link to score, such as X->Y, Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat for more.",
         ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="judge or reasoning.")] = "judge",
-    rationale_tag: Annotated[str, typer.Option(help="Reasoning: tag around the rationale.")] = "think",
-    answer_tag: Annotated[str, typer.Option(help="Reasoning: tag around the answer.")] = "answer",
-    counterfactuals: Annotated[
-        int | None, typer.Option("--counterfactuals", "-K", help="Number K of permutations of each source span.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank r of the nuisance subspace.")] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(help="Fraction in (0, 1] of the energy that the nuisance subspace holds; sets its rank."),
-    ] = None,
-    permutation: Annotated[str | None, typer.Option(help="uniform, sentence or block.")] = None,
-    nuisance: Annotated[
-        str | None, typer.Option(help="svd, or mean, as in the reference implementation of CE-PO.")
-    ] = None,
+    kind: Annotated[str, typer.Option(help="Format of the completions: judge or reasoning.")] = "judge",
+    rationale_tag: Annotated[str, typer.Option(help="Tag around the rationale; reasoning only.")] = "think",
+    answer_tag: Annotated[str, typer.Option(help="Tag around the answer; reasoning only.")] = "answer",
+    raw: Raw = False,
     score: Annotated[
         str | None,
-        typer.Option(help="influence, phi (the paper's), phi_retained, phi_influence or influence_retained."),
+        _links(
+            help="Score S of a link: influence, phi (the paper's), phi_retained, phi_influence or influence_retained."
+        ),
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="Measure to record beside what the score reads: phi, influence or angles; repeat for more."),
+        _links(help="Measure to record beside what the score reads: phi, influence or angles; repeat for more."),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="log_likelihood, log_odds, expected_score or margin (the last two: links to scores)."),
+        _links(
+            help="Target function to differentiate: log_likelihood, log_odds, or, for links to scores, "
+            "expected_score or margin."
+        ),
     ] = None,
-    p: Annotated[
-        float | None, typer.Option("-p", "--p", help="Exponent of the power mean, inf and -inf included.")
+    p: Annotated[float | None, _links("-p", "--p", help="Exponent of the power mean, inf and -inf included.")] = None,
+    task_weight: Annotated[float | None, _links(help="Weight of a row's task_reward in the power mean.")] = None,
+    counterfactuals: Annotated[
+        int | None, _hardening("--counterfactuals", "-K", help="Number K of permutations of each source span.")
     ] = None,
-    task_weight: Annotated[float | None, typer.Option(help="Weight of a row's task_reward.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the permutations.")] = None,
-    raw: Raw = False,
-    save_jacobians: Annotated[Path | None, typer.Option(help="safetensors file for the matrices.")] = None,
-    html: Annotated[Path | None, typer.Option(help="File for the token heat maps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows read and written at once; changes no result.")] = 8,
+    permutation: Annotated[str | None, _hardening(help="What a permutation moves: uniform, sentence or block.")] = None,
+    nuisance: Annotated[
+        str | None,
+        _hardening(help="What is removed: svd, the nuisance subspace, or mean, the mean counterfactual Jacobian."),
+    ] = None,
+    rank: Annotated[int | None, _hardening(help="Rank r of the nuisance subspace.")] = None,
+    energy: Annotated[
+        float | None,
+        _hardening(help="Fraction in (0, 1] of the energy that the nuisance subspace holds; sets its rank."),
+    ] = None,
+    seed: Annotated[int | None, _hardening(help="Seed of the permutations.")] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = None,
-    engine: Annotated[str, typer.Option(help="group, or autograd (the oracle, slower).")] = "group",
-    memory_gib: Annotated[float, typer.Option(help="What the group engine may add to the model's memory, GiB.")] = 4.0,
-    no_adapters: Annotated[bool, typer.Option("--no-adapters", help="Score with the adapters switched off.")] = False,
+    engine: Annotated[str, _model(help="Engine: group, or autograd (the slower reference).")] = "group",
+    memory_gib: Annotated[float, _model(help="Memory that the group engine may use beyond the model's, in GiB.")] = 4.0,
+    no_adapters: Annotated[bool, _model("--no-adapters", help="Switch the model's adapters off.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    save_jacobians: Annotated[Path | None, _output(help="Write the matrices to this safetensors file.")] = None,
+    html: Annotated[Path | None, _output(help="Write the token heat maps to this file.")] = None,
+    batch_size: Annotated[int, _output(help="Rows after which records are written; changes no result.")] = 8,
 ) -> None:
-    """Link scores of rollouts; token heat maps with --html, the matrices with --save-jacobians.
+    """Score the links of a file of rollouts, and draw token heat maps with --html.
 
-    A row of the input holds `prompt_ids` and `completion_ids`; or `prompt` (text, put through the chat template as a
-    user message unless --raw, or a list of messages) and `completion`; or a preference row `prompt`, `chosen`,
-    `rejected` with the judge's own `judge_output` (and `label`, A or B: where the chosen response was shown; A if
-    absent), whose judge prompt is then built. `task_reward` in [0, 1], where a row has it, is fused with the links.
+    An input row, and its record in the output (shortened):
 
-    Killed and started again with the same arguments, it goes on where it stopped.
+        {"id": "7", "prompt": "Which is better, ...", "completion": "<specific_criteria> ...", "task_reward": 1.0}
+
+        {"row": 0, "id": "7", "reward": 0.41, "malformed": null, "links": {"X->Y": {"S": 0.032, "row_norms": [...]}}}
+
+    A prompt is text, which becomes a user message in the chat template unless --raw is given, or a list of messages.
+    Instead of prompt and completion, a row may hold `prompt_ids` and `completion_ids`, or `prompt`, `chosen`,
+    `rejected` and `judge_output`, whose judge prompt is built, with the chosen response shown as `label` (A or B, by
+    default A). A `task_reward` in [0, 1] is fused with the links' scores.
+
+    A killed run goes on where it stopped when it is started again with the same options.
     """
     use_threads(threads)
     from cepo.fusion.config import RewardConfig
@@ -111,6 +128,7 @@ def score(
         fields.setdefault("rank", None)
     config = RewardConfig(**fields)
     layout = JUDGE if kind == "judge" else ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
+    from cepo.eval.report.tables import console_table
     from cepo.eval.score.command import ScoreJob, score_file
 
     job = ScoreJob(
@@ -133,8 +151,6 @@ def score(
     with progress_bar() as progress:
         task = progress.add_task("scoring", total=None)
         summary = score_file(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
-    from cepo.eval.report.tables import console_table
-
     table = console_table("what", "value", title=str(output))
     table.add_row("rows", str(summary.rows))
     table.add_row("from an earlier run", str(summary.resumed))
@@ -151,5 +167,5 @@ def score(
         shown = "; ".join(reason for _, reason in summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
         raise ValueError(
             f"input {str(input)!r} has {len(summary.broken)} line(s) that could not be used: {shown}. All other rows "
-            "were scored; mend these lines and run the same command again to score them alone"
+            "were scored; correct these lines and run the same command again to score them alone"
         )

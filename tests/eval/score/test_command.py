@@ -357,7 +357,7 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
     [
         (["--link", "X->Q"], "unknown span 'Q'"),
         (["--link", "Y->X"], "by causality"),
-        (["--link", "X->Y=heavy"], "weight is no number"),
+        (["--link", "X->Y=heavy"], "weight is not a number"),
         (["--link", "X->Y=-1"], "weights"),
         (["--link", "X->Y=1", "--link", "X->Y=2"], "'X->Y' twice"),
         (["--link", "X->Y", "--link", "criteria->scores"], "names one link twice"),
