@@ -38,6 +38,11 @@ class Estimate:
     high: float
     count: int
 
+    @property
+    def interval(self) -> str:
+        """The interval in words, or "none"."""
+        return "none" if math.isnan(self.low) else f"{self.low:.3f} to {self.high:.3f}"
+
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "undetermined"

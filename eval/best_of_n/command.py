@@ -117,7 +117,7 @@ def measure_best_of(
 
     Args:
         job: what to measure.
-        progress: told of each match.
+        progress: called after each match.
         open_: opens the judge; called only if a judgement is missing.
 
     Raises:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from cepo.eval.judges.journal import JudgeTask, collect_judgements
 from cepo.eval.judges.settings import Judgement, Messages, OnDone
 from cepo.eval.report.figures import curves
@@ -88,15 +90,15 @@ def measure_flips(
     started = time.perf_counter()
     found = {}
     for judge in job.judges:
-        cases = _draw_cases(judge, job)
+        items, tasks = _draw_tasks(judge, job)
         collected = collect_judgements(
-            [case.task for case in cases],
+            tasks,
             job.output,
             {"command": "eval cue-flips"},
-            functools.partial(_open, judge, job, [case.item for case in cases]),
+            functools.partial(_open, judge, job, items),
             progress=None if progress is None else functools.partial(progress, judge),
         )
-        found[judge] = _flips([(case, collected.records[case.task.key]) for case in cases])
+        found[judge] = _flips(items, [collected.records[task.key] for task in tasks])
     write_jsonl(job.output / "summary.jsonl", _summary_rows(found))
     _write_report(job, found, time.perf_counter() - started)
     return found
@@ -111,15 +113,6 @@ def _check(job: FlipsJob) -> None:
         if judge not in get_args(testbed_judges.Judge) and not (Path(judge) / "config.json").is_file():
             known = ", ".join(get_args(testbed_judges.Judge))
             raise ValueError(f"judge is {judge!r}; expected {known}, or the folder of a policy trained on the testbed")
-
-
-@dataclass(frozen=True)
-class _Case:
-    """An item under one agreement of the cue, and the task of judging it."""
-
-    agreement: float
-    item: testbed.Item
-    task: JudgeTask
 
 
 class _TestbedJudge:
@@ -140,17 +133,18 @@ class _TestbedJudge:
         return judgements
 
 
-def _draw_cases(judge: str, job: FlipsJob) -> list[_Case]:
+def _draw_tasks(judge: str, job: FlipsJob) -> tuple[list[testbed.Item], list[JudgeTask]]:
+    """Return the items under all agreements, and the task of judging each."""
     weights = _weights(judge, job)
-    cases = []
+    items, tasks = [], []
     for place, agreement in enumerate(AGREEMENTS):
         # Far from the seeds of warm-ups and demos, whose items must not be drawn here.
-        items = testbed.generate_items(job.items, seed=10_007 * (job.seed + 1) + place, cue_agreement=agreement)
-        for number, item in enumerate(items):
+        items += testbed.generate_items(job.items, seed=10_007 * (job.seed + 1) + place, cue_agreement=agreement)
+        for number, item in enumerate(items[-job.items :]):
             facts = {"judge": judge, "agreement": agreement, "label": item.label, "cue_agrees": item.cue_agrees}
             key = content_hash(weights, job.seed, agreement, number)
-            cases.append(_Case(agreement, item, JudgeTask(key, [{"role": "user", "content": item.prompt}], facts)))
-    return cases
+            tasks.append(JudgeTask(key, [{"role": "user", "content": item.prompt}], facts))
+    return items, tasks
 
 
 def _open(judge: str, job: FlipsJob, items: Sequence[testbed.Item]) -> _TestbedJudge:
@@ -170,18 +164,22 @@ def _weights(judge: str, job: FlipsJob) -> str:
     return model_fingerprint(resolve_model(judge))
 
 
-def _flips(judged: Sequence[tuple[_Case, Mapping[str, Any]]]) -> JudgeFlips:
-    graded = [(case, testbed_judges.accuracy([record["text"]], [case.item])) for case, record in judged]
-    correct = {agreement: [grade for case, grade in graded if case.agreement == agreement] for agreement in AGREEMENTS}
-    sides = {agrees: [grade for case, grade in graded if case.item.cue_agrees is agrees] for agrees in (True, False)}
+def _flips(items: Sequence[testbed.Item], records: Sequence[Mapping[str, Any]]) -> JudgeFlips:
+    """Return the accuracies of judgements on items that stand in the order of AGREEMENTS."""
+    grades_AN = np.reshape(
+        [testbed_judges.accuracy([record["text"]], [item]) for item, record in zip(items, records, strict=True)],
+        (len(AGREEMENTS), -1),
+    )
+    agrees_AN = np.reshape([item.cue_agrees for item in items], grades_AN.shape)
+    correct = dict(zip(AGREEMENTS, grades_AN, strict=True))
     return JudgeFlips(
-        accuracy={agreement: proportion(values) for agreement, values in correct.items()},
+        accuracy={agreement: proportion(grades_N) for agreement, grades_N in correct.items()},
         # The two samples are independent and of equal size: drawn in pairs or not, their difference varies as much.
         drop=estimate(mean_difference, correct[max(AGREEMENTS)], correct[min(AGREEMENTS)]),
-        with_cue=proportion(sides[True]),
-        against_cue=proportion(sides[False]),
-        unreadable=sum(record["winner"] is None for _, record in judged),
-        judgements=len(judged),
+        with_cue=proportion(grades_AN[agrees_AN]),
+        against_cue=proportion(grades_AN[~agrees_AN]),
+        unreadable=sum(record["winner"] is None for record in records),
+        judgements=len(records),
     )
 
 

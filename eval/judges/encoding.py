@@ -54,6 +54,12 @@ class PromptEncoder:
             return f"the chat template refuses the messages: {error}"
         return list(encoded["input_ids"]) or "the prompt has no tokens"
 
+    def encode_all(self, prompts: Sequence[Messages]) -> tuple[dict[int, list[int]], dict[int, Judgement]]:
+        """Return the ids of the prompts by row, and judgements with an error for the rows that have none."""
+        encoded = {row: self.encode(messages) for row, messages in enumerate(prompts)}
+        failed = {row: Judgement("", error=ids) for row, ids in encoded.items() if isinstance(ids, str)}
+        return {row: ids for row, ids in encoded.items() if not isinstance(ids, str)}, failed
+
     def _apply_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
         return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
 

@@ -84,7 +84,7 @@ def collect_judgements(
             token_ids, forced, seconds and error.
         settings: everything else that decides a judgement, see `cepo.files.claim`.
         open_judge: called once, and only if something is left to judge.
-        progress: told of each judgement.
+        progress: called after each judgement.
 
     Raises:
         ValueError: for a folder with results of other settings or of another program, or tasks that share a key.

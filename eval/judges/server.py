@@ -205,28 +205,28 @@ def _read_logprobs(logprobs: Any, text: str) -> tuple[int, tuple[float, float] |
 
 def _likely(content: Sequence[Mapping[str, Any]]) -> Callable[[int], Mapping[bytes, float]]:
     def likely(at: int) -> Mapping[bytes, float]:
-        told = [content[at], *(content[at].get("top_logprobs") or [])]
-        return {_piece(token): math.exp(float(token["logprob"])) for token in told}
+        listed = [content[at], *(content[at].get("top_logprobs") or [])]
+        return {_piece(token): math.exp(float(token["logprob"])) for token in listed}
 
     return likely
 
 
 def _piece(token: Mapping[str, Any]) -> bytes:
     """Return the bytes of a token as the server lists them: its text may be half a character."""
-    told = token.get("bytes")
-    return bytes(told) if told is not None else str(token["token"]).encode()
+    listed = token.get("bytes")
+    return bytes(listed) if listed is not None else str(token["token"]).encode()
 
 
-def _retry_after(told: str | None) -> float | None:
+def _retry_after(header: str | None) -> float | None:
     """Return the seconds that a Retry-After header asks for, as seconds or as a date; None if it is neither."""
-    if told is None:
+    if header is None:
         return None
     try:
-        return max(0.0, float(told))
+        return max(0.0, float(header))
     except ValueError:
         pass
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     except (TypeError, ValueError):
         return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,22 +48,20 @@ class TransformersJudge:
 
     def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
         """Return one judgement per prompt, in order; prompts of similar length are generated together."""
-        encoded: dict[int, list[int]] = {}
+        encoded, failed = self.prompts.encode_all(prompts)
+        for row in list(encoded):
+            if reason := self._too_long(len(encoded[row])):
+                failed[row] = Judgement("", error=reason)
+                del encoded[row]
         found: dict[int, Judgement] = {}
 
-        def finish(rows: Sequence[int], judgements: Sequence[Judgement]) -> None:
+        def finish(rows: Iterable[int], judgements: Iterable[Judgement]) -> None:
             for row, judgement in zip(rows, judgements, strict=True):
                 found[row] = judgement
                 if on_done is not None:
                     on_done(row, judgement)
 
-        for row, messages in enumerate(prompts):
-            ids = self.prompts.encode(messages)
-            reason = ids if isinstance(ids, str) else self._too_long(len(ids))
-            if isinstance(ids, str) or reason:
-                finish([row], [Judgement("", error=reason)])
-            else:
-                encoded[row] = ids
+        finish(failed, failed.values())
         prefix = _common_prefix(list(encoded.values()))
         cache = self._shared_cache(prefix) if len(prefix) >= _WORTH_SHARING else None
         # The longest first, so that a batch that does not fit in memory shows at once.

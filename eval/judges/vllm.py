@@ -63,14 +63,7 @@ class VllmJudge:
 
     def _judge_chunk(self, prompts: Sequence[Messages]) -> list[Judgement]:
         started = time.perf_counter()
-        encoded: dict[int, list[int]] = {}
-        found: dict[int, Judgement] = {}
-        for row, messages in enumerate(prompts):
-            ids = self.prompts.encode(messages)
-            if isinstance(ids, str):
-                found[row] = Judgement("", error=ids)
-            else:
-                encoded[row] = ids
+        encoded, found = self.prompts.encode_all(prompts)
         seeds = {row: row_seed(self._settings.seed, prompts[row]) for row in encoded}
         for row, output in self._generate(encoded, seeds, self._settings.max_new_tokens).items():
             found[row] = self.texts.judgement(output.token_ids, self._likely(output.logprobs))

@@ -94,10 +94,7 @@ class RewardBenchSummary:
     def all_table(self) -> PageTable:
         """Return every metric over all items."""
         whole = [(one.metric, one.estimate) for one in self.measures if one.scope == "all"]
-        rows = [
-            [_TITLES[metric], f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}", str(found.count)]
-            for metric, found in whole
-        ]
+        rows = [[_TITLES[metric], f"{found.value:.3f}", found.interval, str(found.count)] for metric, found in whole]
         return ["metric", "value", "95% interval", "count"], rows
 
     def scope_table(self) -> PageTable:
@@ -129,7 +126,7 @@ def run_rewardbench(job: RewardBenchJob, *, progress: Progress | None = None) ->
 
     Args:
         job: what to do.
-        progress: told of each judgement.
+        progress: called after each judgement.
 
     Raises:
         ValueError: for data, settings or a model that cannot be used, or a folder with results of other settings.

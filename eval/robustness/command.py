@@ -141,7 +141,7 @@ def measure_robustness(
 
     Args:
         job: what to measure.
-        progress: told of each judgement.
+        progress: called after each judgement.
         open_: opens the judge; called only if a judgement is missing.
 
     Raises:

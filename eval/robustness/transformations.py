@@ -270,7 +270,7 @@ def _outside(text: str, change: Callable[[str], str]) -> str:
 
 
 def _change_words(pair: ResponsePair, draws: random.Random, change: Callable[[str], str]) -> ResponsePair:
-    """Change a tenth of the words of each response, at least one where there is one."""
+    """Change a tenth of the words of each response, at least one if it has any."""
 
     def change_text(text: str) -> str:
         kept = [(found.start(), found.end()) for found in _PROTECTED.finditer(text)]

@@ -203,6 +203,7 @@ def test_one_cluster_has_no_interval_and_no_observation_no_estimate() -> None:
     assert alone.value == pytest.approx(VALUES.mean())
     assert np.isnan([alone.low, alone.high]).all()
     assert str(alone) == f"{VALUES.mean():.3f}"
+    assert (alone.interval, HALF.interval) == ("none", "0.400 to 0.600")
     assert proportion([]) is UNDETERMINED
     assert proportion([1.0]).low == pytest.approx(1.0 / (1.0 + 1.959964**2), abs=1e-6)
 
