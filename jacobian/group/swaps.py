@@ -1,14 +1,14 @@
-"""What the kernels take over of a live model while the group engine runs it, and how it is given back.
+"""What of a live model the kernels take over while the group engine runs it, and how it gets everything back.
 
 | operation | taken over where | otherwise |
 | --- | --- | --- |
-| attention | the head size is 16 to 128 | plain PyTorch, batched too |
+| attention | the head size is 16 to 128 | plain PyTorch, batched all the same |
 | RMS norm, of heads too | its name ends in RMSNorm, and a trial finds h / rms(h) * w, or (1 + w) | its own forward |
 | gated MLP | it has gate_proj, up_proj and down_proj, and a trial finds down(silu(gate) * up) | its own forward |
 | head | a plain nn.Linear without bias whose output is the model's, untouched, in a trial | logits and autograd |
 
-In an MLP only silu(gate) * up is replaced: its linear layers are called as modules, so they keep adapters and hooks.
-Rotary positions are not replaced: layers call a function of their source file, which is not a module.
+In an MLP only silu(gate) * up is replaced: its linear layers are called as modules, so adapters and hooks stay theirs.
+Rotary positions stay the model's own: its layers call a function of their source file, which is no module's to swap.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Swaps:
     Attributes:
         attention: which attention the layers call.
         head: which implementation forms the targets at the head; "torch" goes through the model's logits.
-        forwards: modules, each with the forward that replaces its own.
+        forwards: modules, each with what stands in for its forward.
     """
 
     attention: Implementation = "torch"
@@ -50,7 +50,7 @@ class Swaps:
 
 
 def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implementation) -> Swaps:
-    """Return what the kernels can take over, by trials on the model's own modules.
+    """Return what the kernels can take over, found out by trials on the model's own modules.
 
     Run with the model in eval mode. A trial compares values: a norm of another formula is left alone.
 
@@ -74,7 +74,7 @@ def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implemen
         plain_head = _head_is_plain(model, forward)
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # "triton" goes to the door unchecked, which refuses what it cannot serve.
+    # "triton" goes to the door as it is, which refuses what it can't serve.
     fits = implementation == "triton" or HEAD_SIZES[0] <= size <= HEAD_SIZES[1]
     swaps = Swaps(
         implementation if fits else "torch",
@@ -94,7 +94,7 @@ def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implemen
 
 @contextlib.contextmanager
 def swapped(swaps: Swaps) -> Iterator[None]:
-    """Replace the forwards of the module instances, and restore them whatever happens.
+    """Put the stand-ins in the modules' place, on the instances alone, and take them out again whatever happens.
 
     A module whose instance already carries a forward (an offloading hook's, say) keeps that one.
     """
@@ -147,7 +147,7 @@ def sum_of_terms_through_head(
 
 
 def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:
-    """Return the kernels' forward of a norm, or None if they do not know the module."""
+    """Return the kernels' forward of a norm, or None if the module is none that they know."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight_D = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float):
@@ -174,7 +174,7 @@ def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Impleme
 
 
 def _mlp_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:
-    """Return the kernels' forward of a gated MLP, or None if they do not know the module."""
+    """Return the kernels' forward of a gated MLP, or None if the module is none that they know."""
     gate, up, down = (getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down"))
     width = getattr(gate, "in_features", None)
     if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
