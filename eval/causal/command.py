@@ -111,7 +111,6 @@ def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSum
     names = ("parts", "rows.jsonl", "summary.jsonl", "report.html")
     parts, rows_file, summary_file, page = (job.output / name for name in names)
     claim(job.output / SETTINGS, _settings(job), results=[parts, rows_file, summary_file, page])
-    make_folder(parts)
     report = progress or (lambda what, done, total: None)
     results = []
     for judged in _judged(job, parts, report):
@@ -163,7 +162,9 @@ def _settings(job: CausalJob) -> dict[str, Any]:
 def _once(path: Path, work: Callable[[], Any]) -> Any:
     """Return what the work gives as JSON, from its file where an earlier run finished it."""
     if not path.is_file():
-        write_text(path, json.dumps(work()))
+        value = json.dumps(work())
+        make_folder(path.parent)
+        write_text(path, value)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -123,7 +123,9 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     done = _earlier_records(job, lines)
     resumed = frozenset(done)
     drop_matrices(shards, keep=resumed)
-    write_jsonl(partial, done.values())
+    partial.unlink(missing_ok=True)
+    if done:  # a run that fails before its first record leaves nothing that would bind the next one's settings
+        write_jsonl(partial, done.values())
     pending = [row for row in range(len(lines)) if row not in done]
     reader, engine = _open_model(job, source, lines, pending)
     for start in range(0, len(pending), job.batch_size):
@@ -140,7 +142,7 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         rollouts = [read_rollout(line, reader, raw=job.raw) for line in lines]
         _write_page(job, records, [(reader.texts(one.token_ids), len(one.prompt_ids)) for one in rollouts])
     write_jsonl(job.output, records)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     shutil.rmtree(shards, ignore_errors=True)
     return _summarise(records, len(resumed), broken, time.perf_counter() - started)
 

@@ -190,6 +190,13 @@ def test_parts_of_other_weights_or_data_are_refused(
     job: CausalJob, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Content counts, not the path: a copy goes on, a model or a file that changed under its name is refused."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("no room for the weights")
+
+    monkeypatch.setattr(causal_module, "_judged", fail)
+    with pytest.raises(ValueError, match="no room"):
+        run_causal(replace(job, seed=9))  # leaves nothing that would bind the next run's settings
     monkeypatch.setattr(causal_module, "_judged", lambda *_: iter(()))  # settings are checked before any judge is read
     model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(judge, model)

@@ -235,6 +235,21 @@ def test_other_weights_under_the_same_name_are_refused(judge: Path, tmp_path: Pa
     assert out.read_bytes() == records
 
 
+def test_a_run_that_failed_before_its_first_record_binds_no_settings(
+    judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows()[:1])
+    arguments = ("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no room for the weights")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score_module, "load_model", fail)
+        assert cepo(*arguments, "-K", 0)[0] == 2
+    assert cepo(*arguments, "-K", 1)[0] == 0
+
+
 def test_rows_that_changed_are_scored_again(
     judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
