@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, tagged, trim_range
-from cepo.jacobian.reading.thought import THOUGHT, after_thought, as_bytes, find_section
+from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, as_bytes, tagged, trim_range
+from cepo.jacobian.reading.thought import THOUGHT, after_thought, find_section
 
 CRITERIA, ANALYSIS, SCORES = SECTIONS = ("specific_criteria", "analysis", "scores")
 """Names of the judge's tags, in the order in which they are written."""

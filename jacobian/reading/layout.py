@@ -69,3 +69,13 @@ def trim_range(text: bytes, wanted: ByteRange) -> ByteRange | None:
     left = len(core) - len(core.lstrip(WHITE_SPACE))
     core = core.strip(WHITE_SPACE)
     return (start + left, start + left + len(core)) if core else None
+
+
+def as_bytes(text: str) -> bytes:
+    """Return the UTF-8 bytes of any text; lone surrogates are kept, see `as_text`."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def as_text(piece: bytes) -> str:
+    """Return the text of bytes that `as_bytes` made."""
+    return piece.decode("utf-8", "surrogatepass")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, tagged, trim_range
-from cepo.jacobian.reading.thought import THOUGHT, after_thought, as_bytes, as_text, find_section
+from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, as_bytes, as_text, tagged, trim_range
+from cepo.jacobian.reading.thought import THOUGHT, after_thought, find_section
 
 ANSWER = "answer"
 _BOXED = rb"\boxed{"

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, Layout, MalformedError, trim_range
+from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, Layout, MalformedError, as_bytes, trim_range
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Digit, Rollout, Span
 
@@ -146,7 +146,7 @@ class SpanReader:
 
     def _prompt_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]] | None) -> tuple[ByteRange, ...]:
         contents = self._message_ranges(prompt, messages) if messages else self._lone_message_range(prompt)
-        pieces = [_utf8(piece) for piece in self.layout.instructions]
+        pieces = [as_bytes(piece) for piece in self.layout.instructions]
         return tuple(gap for content in contents for gap in _without_instructions(prompt, content, pieces))
 
     def _message_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]]) -> tuple[ByteRange, ...]:
@@ -208,7 +208,7 @@ def _framed_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]], frame: Seque
     """Return the user's ranges by walking the template's own words, which stand before, between and after the texts."""
     ranges, cursor = [], len(frame[0])
     for (role, text), after in zip(texts, frame[1:], strict=True):
-        encoded = _utf8(text)
+        encoded = as_bytes(text)
         written = next((w for w in (encoded, encoded.strip(WHITE_SPACE)) if prompt.startswith(w, cursor)), None)
         if written is not None:
             end = cursor + len(written)
@@ -225,17 +225,13 @@ def _searched_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]]) -> tuple[B
     """Return the user's ranges by searching for each text after the one before."""
     ranges, cursor = [], 0
     for role, text in texts:
-        wanted = _utf8(text).strip(WHITE_SPACE)  # templates strip
+        wanted = as_bytes(text).strip(WHITE_SPACE)  # templates strip
         start = prompt.find(wanted, cursor) if wanted else -1
         if start >= 0:
             cursor = start + len(wanted)
             if role == "user":
                 ranges.append((start, cursor))
     return tuple(ranges)
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", errors="surrogatepass")
 
 
 def _texts(message: Mapping[str, Any]) -> list[str]:

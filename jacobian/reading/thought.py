@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, MalformedError
+from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, MalformedError, as_bytes, as_text
 
 THOUGHT = "think"
 
@@ -45,13 +45,3 @@ def read_section(text: str, tag: str) -> str | None:
     completion = as_bytes(text)
     found = find_section(completion, tag)
     return None if found is None else as_text(completion[slice(*found)])
-
-
-def as_bytes(text: str) -> bytes:
-    """Return the UTF-8 bytes of any text; lone surrogates are kept, see `as_text`."""
-    return text.encode("utf-8", "surrogatepass")
-
-
-def as_text(piece: bytes) -> str:
-    """Return the text of bytes that `as_bytes` made."""
-    return piece.decode("utf-8", "surrogatepass")

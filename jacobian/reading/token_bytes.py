@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from cepo.jacobian.reading.layout import as_bytes
+
 _LARGEST_ID = 2**31 - 1  # what tokenizers can look up; -100 and its like are padding marks, not tokens
 _SHORT_NUMBER = re.compile(rb"[^0-9]{0,4}[0-9]{1,3}[^0-9]{0,4}")
 
@@ -26,7 +28,7 @@ class TokenBytes:
         self.special_ids = frozenset(tokenizer.all_special_ids)
         added = tokenizer.added_tokens_decoder
         self.special_ids |= {token_id for token_id, token in added.items() if token.special}
-        self._cache: dict[int, bytes] = {token_id: _utf8(token.content) for token_id, token in added.items()}
+        self._cache: dict[int, bytes] = {token_id: as_bytes(token.content) for token_id, token in added.items()}
         self._kind, self._space = _decoder_kind(tokenizer)
         self._byte_of = _byte_level_alphabet() if self._kind == "byte_level" else {}
 
@@ -57,12 +59,12 @@ class TokenBytes:
     def _piece(self, token: str) -> bytes:
         if self._kind == "byte_level":
             return b"".join(
-                bytes([self._byte_of[character]]) if character in self._byte_of else _utf8(character)
+                bytes([self._byte_of[character]]) if character in self._byte_of else as_bytes(character)
                 for character in token
             )
         if len(token) == 6 and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
-        return _utf8(token.replace(self._space, " "))
+        return as_bytes(token.replace(self._space, " "))
 
     def _by_prefix(self, token_ids: tuple[int, ...] | list[int]) -> list[bytes]:
         pieces, before = [], b""
@@ -74,7 +76,7 @@ class TokenBytes:
                 clean_up_tokenization_spaces=False,
             )
             # A character whose bytes are still incomplete decodes to U+FFFD; it belongs to the token that completes it.
-            now = _utf8(text.rstrip("�")) if count < len(token_ids) else _utf8(text)
+            now = as_bytes(text.rstrip("�")) if count < len(token_ids) else as_bytes(text)
             pieces.append(now[len(before) :])
             before = now if len(now) > len(before) else before
         return pieces
@@ -104,7 +106,3 @@ def _byte_level_alphabet() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", errors="surrogatepass")

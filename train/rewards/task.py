@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 from math_verify import LatexExtractionConfig, parse, verify
 
 from cepo.jacobian.reading.judge import SECTIONS, read_scores
+from cepo.jacobian.reading.layout import as_bytes, as_text
 from cepo.jacobian.reading.reasoner import extract_answer, find_last_boxed
-from cepo.jacobian.reading.thought import as_bytes, as_text
 
 Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
 
