@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,19 @@ def test_many_statistics_are_each_ones_own() -> None:
     clusters = np.arange(40) // 4
     together = estimates(aucs, values, positive, clusters=clusters, draws=50, seed=2)
     assert together[0] == estimate(aucs, values[:, 0], positive, clusters=clusters, draws=50, seed=2)
+
+
+def test_the_testbeds_judges_are_made_certified_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Barely warm judges write nothing that can be read; both are there, with certificates, and the pair is refused."""
+    monkeypatch.setattr(causal_module, "_JUDGE_STEPS", 1)
+    load = partial(causal_module.load_testbed_judge, cache=tmp_path / "cache")
+    monkeypatch.setattr(causal_module, "load_testbed_judge", load)
+    output = tmp_path / "causal"
+    summary = run_causal(CausalJob(output, items=8, pairs=1, resamples=1, controlled=1, draws=5))
+    pair = PAIRS[0]
+    assert summary.groups == {pair.name: (pair.follows, pair.ignores)}
+    rows = read_lines(output / "rows.jsonl")
+    assert [row["judge"] for row in rows] == [pair.follows] * 8 + [pair.ignores] * 8
+    certified = {one["population"] for one in summary.records if one["what"] == "certificate"}
+    assert certified == {pair.follows, pair.ignores}
+    assert pair.name in summary.refused
