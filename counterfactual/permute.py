@@ -1,4 +1,4 @@
-"""Counterfactual rollouts: the source span's content tokens in another order, everything else as sampled."""
+"""Counterfactual rollouts: the content tokens of the source span in another order, everything else as sampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cepo.jacobian.records import Rollout
 
 Permutation = Literal["uniform", "sentence", "block"]
 BLOCK_TOKENS = 8
-# A draw that changes nothing is no counterfactual: projecting it out would remove the Jacobian itself.
+# A draw that changes nothing is not a counterfactual: its Jacobian is the base, which hardening would remove.
 _DRAWS = 64
 
 

@@ -11,11 +11,11 @@ def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, 
 
     p = 0 is the weighted geometric mean, p = inf the maximum, p = -inf the minimum, over the values whose weight is not
     zero. With p <= 0 a zero value gives 0. Computed on logarithms centred at the geometric mean: near p = 0 the sum is
-    taken of expm1 terms, so that it loses no digits, and for large |p| the leading term is factored out.
+    over expm1 terms, which lose no digits; for large |p| the leading term is factored out.
 
     Args:
         values: numbers in [0, 1].
-        weights: one a value, >= 0, not all zero; None means equal.
+        weights: one per value, >= 0, not all zero; None means equal.
         p: any real number or infinity.
 
     Returns:
@@ -48,7 +48,7 @@ def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, 
     center = math.fsum(weight * log for weight, log in logs) / kept
     if p == 0.0:
         return _between(smallest, math.exp(center), largest)
-    # The zeros only take their share of the weight away: a factor (kept / total)^(1/p) on the mean of the others.
+    # Zero values only take weight away: a factor (kept / total)^(1/p) on the mean of the others.
     lost = math.fsum(weight for weight, value in terms if value == 0.0)
     log_kept = math.log1p(-lost / total) if lost < kept else math.log(kept / total)
     if max(abs(p * (log - center)) for _, log in logs) <= 1.0:

@@ -91,29 +91,23 @@ def reward_requests(
         seed: seed of the permutations.
         context_energy: whether the base records carry it.
     """
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    by_prompt: dict[tuple[int, ...], dict[int, Rollout]] = {}
     for index, rollout in rollouts.items():
-        by_prompt.setdefault(rollout.prompt_ids, []).append(index)
+        by_prompt.setdefault(rollout.prompt_ids, {})[index] = rollout
     found = []
     for prompt_ids, members in by_prompt.items():
-        base = Request(Group(tuple(rollouts[index] for index in members)), tuple(links), context_energy)
-        in_completion: list[tuple[Request, tuple[int, ...]]] = []
-        in_prompt: list[tuple[Request, tuple[int, ...]]] = []
+        batches: dict[tuple[bool, str, int], list[tuple[int, Rollout]]] = {}
         for source in dict.fromkeys(link.source for link in links):
-            from_source = tuple(link for link in links if link.source == source)
-            batches: dict[int | None, list[tuple[int, Rollout]]] = {}
             for k in range(counterfactuals):
-                for index in members:
-                    permuted = permute_rollout(rollouts[index], source, k, seed=seed, kind=permutation)
+                for index, rollout in members.items():
+                    permuted = permute_rollout(rollout, source, k, seed=seed, kind=permutation)
                     if permuted is not None:
-                        batch = None if permuted.prompt_ids == prompt_ids else k
-                        batches.setdefault(batch, []).append((index, permuted))
-            for batch, chosen in batches.items():
-                group = Group(tuple(rollout for _, rollout in chosen))
-                request = Request(group, from_source, context_energy=False)
-                asked = in_completion if batch is None else in_prompt
-                asked.append((request, tuple(index for index, _ in chosen)))
-        counterfactual = [*in_completion, *in_prompt]
-        requests = (base, *(request for request, _ in counterfactual))
-        found.append(GroupRequests(tuple(members), requests, tuple(owners for _, owners in counterfactual)))
+                        in_prompt = permuted.prompt_ids != prompt_ids
+                        batches.setdefault((in_prompt, source, k if in_prompt else 0), []).append((index, permuted))
+        requests, owners = [Request(Group(tuple(members.values())), tuple(links), context_energy)], []
+        for (_, source, _), chosen in sorted(batches.items(), key=lambda batch: batch[0][0]):
+            from_source = tuple(link for link in links if link.source == source)
+            requests.append(Request(Group(tuple(rollout for _, rollout in chosen)), from_source, context_energy=False))
+            owners.append(tuple(index for index, _ in chosen))
+        found.append(GroupRequests(tuple(members), tuple(requests), tuple(owners)))
     return found

@@ -1,6 +1,6 @@
-"""The embedding-similarity reward of j1-nano-causal: what the exact gradients of this project are compared with.
+"""The embedding-similarity reward of j1-nano-causal, the baseline of this project's exact gradients.
 
-It reads the surface only. Criteria that the analysis merely repeats score high whether or not they move the scores.
+It reads text only: criteria that the analysis repeats score high whether or not they move the scores.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Sensitivity:
 class ProxyReward:
     """Reward criteria that resemble the analysis, scores that differ, and criteria that fill lines.
 
-    A TRL reward function. It can be pickled: a loaded encoder is left behind and loaded again on first use. Texts are
-    encoded one at a time, so a reward does not depend on the batch.
+    A TRL reward function. Its pickle leaves a loaded encoder out and loads it again on first use. Texts are encoded one
+    at a time, so a reward does not depend on the batch.
 
     Args:
         encoder: Name or path of a Hugging Face encoder, loaded on first use, on the CPU, in float32; or a function from
@@ -77,10 +77,10 @@ class ProxyReward:
         Args:
             completions: Strings or message lists.
             log_metric: Given the batch mean of "proxy/coherence", "proxy/score_difference" and "proxy/specificity".
-            log_extra: Given the same, one value a completion.
+            log_extra: Given the same names, with one value per completion.
 
         Returns:
-            One reward a completion, in [0, 1]; 0.0 where a section is missing or the scores can't be read.
+            One reward per completion, in [0, 1]; 0.0 where a section is missing or the scores can't be read.
 
         Raises:
             ValueError: If the encoder can't be loaded or does not return finite 1-D arrays of one length.
