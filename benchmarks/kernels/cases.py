@@ -1,4 +1,4 @@
-"""The operations that have a kernel, each with the roads that others take to the same values and gradients."""
+"""The operations that have a kernel, each with other implementations of the same values and gradients."""
 
 from __future__ import annotations
 
