@@ -167,19 +167,22 @@ def cue_flips(
 def causal(
     output: Annotated[Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.")],
     testbed: Annotated[
-        bool, typer.Option("--testbed", help="The testbed's four judges, whose inner workings are known.")
+        bool, typer.Option("--testbed", help="Evaluate the testbed's four judges, whose inner workings are known.")
     ] = False,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL of that model's judgements, as for cepo score.")] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="JSONL file of that model's judgements, as for cepo score.")
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Minutes: one pair of judges, 60 items, 4 resamples, 200 bootstrap draws.")
+        bool,
+        typer.Option("--quick", help="Take minutes: one pair of judges, 60 items, 4 resamples, 200 bootstrap draws."),
     ] = False,
     items: Annotated[
         int | None,
-        typer.Option(help="Testbed items each judge judges, at least 8; or rows of the input that are read.", min=1),
+        typer.Option(help="Testbed items per judge, at least 8; or rows of the input to read.", min=1),
     ] = None,
     resamples: Annotated[
-        int | None, typer.Option(help="Criteria sampled for each judgement; 8, or 4 with --quick.", min=1)
+        int | None, typer.Option(help="Criteria to sample per judgement. Default: 8, or 4 with --quick.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of judges, items, sampling, permutations and intervals.")] = 0,
     raw: Raw = False,
@@ -191,9 +194,10 @@ def causal(
     """Does S measure what the criteria really do to the scores?
 
     Each judgement's criteria are changed in nine ways (resampled from the judge, swapped, cut, masked ...), the judge
-    itself goes on, and the change of its scores is the ground truth. Every definition of S and simpler measures are
-    compared with it by rank correlation. With --testbed, judges that interventions certify (one follows its criteria,
-    one ignores them) must be told apart, and controls (masked criteria, redrawn parameters, permuted labels) must fail.
+    continues from there, and the change of its scores is the ground truth. Every definition of S, and simpler measures,
+    are compared with it by rank correlation. With --testbed, judges that interventions certify (one follows its
+    criteria, one ignores them) must be told apart, and controls (masked criteria, redrawn parameters, permuted labels)
+    must fail.
 
     Run a killed command again with the same arguments, and it resumes.
     """
