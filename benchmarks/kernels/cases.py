@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from cepo.kernels.launch import Implementation
 from cepo.kernels.norm.door import rms_norm
 from cepo.kernels.swiglu.door import swiglu
 
-# What a road puts out, in order: the values, then for each input its gradients, stacked or a list of one a cotangent;
-# None for what it does not form.
+# What a contender returns, in order: the values, then the gradients of each input, stacked or as a list with one per
+# cotangent; None for what it does not form.
 Output = tuple[Tensor | list[Tensor] | None, ...]
 Function = Callable[..., Tensor]
 EAGER = "eager PyTorch"
@@ -42,14 +42,14 @@ class Widths:
 
 @dataclass(frozen=True)
 class Contender:
-    """One road to an operation's values.
+    """One implementation of an operation.
 
     Attributes:
-        name: what the row is called.
+        name: of its row.
         computes: what exactly it computes.
         run: computes it once.
-        needs: "cuda", or a package, without which it cannot run.
-        compiled: whether torch.compile is on the road, which takes its time before the first run.
+        needs: "cuda" or the name of a package, if it cannot run without.
+        compiled: whether it goes through torch.compile, which takes long before the first run.
     """
 
     name: str
@@ -64,13 +64,13 @@ class Operation:
     """One operation at one shape.
 
     Attributes:
-        name: what it is, forward or with its VJP.
+        name: forward, or forward and VJP.
         shapes: its sizes in words.
         truth: its values in float32 or wider, from the same inputs.
         contenders: ours first.
         inputs: tensors that it must read.
         written: bytes that it must write.
-        flops: operations that it cannot do without.
+        flops: operations that it needs at least.
         dtype: of the matrix products among them.
     """
 
@@ -84,11 +84,34 @@ class Operation:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to form an operation's values and their gradients.
+
+    Attributes:
+        name: of its rows.
+        function: inputs -> values.
+        computes: how the VJP is formed.
+        needs: as in Contender.
+        compiled: as in Contender.
+        batched: whether vmap takes all cotangents at once; else one backward pass each.
+        once: whether one forward pass serves several backward passes.
+    """
+
+    name: str
+    function: Function
+    computes: str
+    needs: str | None = None
+    compiled: bool = False
+    batched: bool = False
+    once: bool = True
+
+
 def operations(widths: Widths, device: torch.device, ours: Implementation, seed: int) -> Iterator[Operation]:
     """Yield every operation with a kernel, one at a time, since their inputs are large.
 
     The stem of a prompt is one sequence under 2 G cotangents (each rollout's s_X and s_Y); a stage is G rollouts
-    behind it under 2.
+    after it under 2.
 
     Args:
         widths: shapes.
@@ -113,7 +136,7 @@ def operations(widths: Widths, device: torch.device, ours: Implementation, seed:
             draw(stem, rows, size),
             (4.0 * rows * size, 6.0 * stem * rows * size),
             ours,
-            {"Liger-Kernel": (_liger_norm(weight_D), "a loop over cotangents; forms the frozen weight's gradient too")},
+            [_liger(_liger_norm(weight_D), "a loop over cotangents; forms the frozen weight's gradient too")],
         )
     yield from _with_vjp(
         "SwiGLU",
@@ -123,8 +146,7 @@ def operations(widths: Widths, device: torch.device, ours: Implementation, seed:
         draw(stem, w.Lz, w.inner),
         (5.0 * w.Lz * w.inner, (9.0 + 2.0 * stem) * w.Lz * w.inner),
         ours,
-        {"Liger-Kernel": (_liger_swiglu, "a loop over cotangents, forward each time: its VJP overwrites its inputs")},
-        once=False,
+        [_liger(_liger_swiglu, "a loop over cotangents, forward each time: its VJP overwrites its inputs", once=False)],
     )
     yield from _head(w, draw, device, ours)
     for name, rollouts, past, tokens, count in (
@@ -142,10 +164,9 @@ def _with_vjp(
     cotangent_C: Tensor,
     flops: tuple[float, float],
     ours: Implementation,
-    peers: dict[str, tuple[Function, str]],
+    peers: Sequence[Way] = (),
     *,
-    once: bool = True,
-    compiled_peers: Sequence[str] = (),
+    frozen: Sequence[Tensor] = (),
 ) -> Iterator[Operation]:
     """Yield an operation forward, and forward with the gradients of all inputs under C cotangents.
 
@@ -157,34 +178,28 @@ def _with_vjp(
         cotangent_C: the cotangents.
         flops: of the forward, of the VJP.
         ours: which implementation is measured.
-        peers: name -> inputs -> values, and what it computes with its VJP.
-        once: whether the peers' graphs bear several backward passes.
-        compiled_peers: which of them go through torch.compile.
+        peers: other implementations.
+        frozen: tensors that the operation reads too.
     """
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
 
     def definition(*tensors: Tensor) -> Tensor:
         return door(*tensors, "torch")
 
-    compiled = torch.compile(definition, dynamic=False)
-    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    functions: list[tuple[str, Function, str, bool, str | None, bool]] = [
-        ("cepo", lambda *tensors: door(*tensors, ours), "all cotangents in one launch a kernel", True, None, False),
-        (EAGER, definition, "all cotangents by vmap", True, None, False),
-        ("torch.compile", compiled, "forward and backward compiled, a loop over cotangents", False, "cuda", True),
-    ]
-    for peer, (function, computes) in peers.items():
-        package = "liger_kernel" if peer == "Liger-Kernel" else "cuda" if peer in compiled_peers else None
-        functions.append((peer, function, computes, False, package, peer in compiled_peers))
+    compiled, loop = torch.compile(definition, dynamic=False), "forward and backward compiled, a loop over cotangents"
+    ways = (
+        Way("cepo", lambda *tensors: door(*tensors, ours), "all cotangents in one launch per kernel", batched=True),
+        Way(EAGER, definition, "all cotangents by vmap", batched=True),
+        Way("torch.compile", compiled, loop, "cuda", compiled=True),
+        *peers,
+    )
     yield Operation(
         f"{name}, forward",
         shapes,
         _values(definition, wide),
-        tuple(
-            Contender(who, "values", _values(function, inputs), needs, slow)
-            for who, function, _, _, needs, slow in functions
-        ),
-        tuple(inputs),
+        tuple(Contender(way.name, "values", _values(way.function, inputs), way.needs, way.compiled) for way in ways),
+        (*inputs, *frozen),
         float(cotangent_C[0].nbytes),
         flops[0],
         inputs[0].dtype,
@@ -192,20 +207,12 @@ def _with_vjp(
     yield Operation(
         f"{name}, forward and VJP",
         f"{shapes}, {len(cotangent_C)} cotangents",
-        _loop(definition, wide, cotangent_C.float(), once=True),
+        _pulled(Way("", definition, ""), wide, cotangent_C.float()),
         tuple(
-            Contender(
-                who,
-                computes,
-                _batched(function, leaves, cotangent_C)
-                if batched
-                else _loop(function, leaves, cotangent_C, once=once or who == "torch.compile"),
-                needs,
-                slow,
-            )
-            for who, function, computes, batched, needs, slow in functions
+            Contender(way.name, way.computes, _pulled(way, leaves, cotangent_C), way.needs, way.compiled)
+            for way in ways
         ),
-        (*inputs, cotangent_C),
+        (*inputs, *frozen, cotangent_C),
         float(cotangent_C[0].nbytes + len(cotangent_C) * sum(tensor.nbytes for tensor in inputs)),
         sum(flops),
         inputs[0].dtype,
@@ -220,29 +227,22 @@ def _values(function: Function, inputs: Sequence[Tensor]) -> Callable[[], Output
     return run
 
 
-def _batched(function: Function, leaves: Sequence[Tensor], cotangent_C: Tensor) -> Callable[[], Output]:
-    def run() -> Output:
-        output = function(*leaves)
-        used = [leaf for leaf in leaves if leaf.numel()]
-        pulled = torch.func.vmap(lambda row: torch.autograd.grad(output, used, row, retain_graph=True))(cotangent_C)
-        return (output.detach(), *pulled)
+def _pulled(way: Way, leaves: Sequence[Tensor], cotangent_C: Tensor) -> Callable[[], Output]:
+    """Return a run that forms the values and the gradients of all leaves under all cotangents."""
+    used = [leaf for leaf in leaves if leaf.numel()]
 
-    return run
-
-
-def _loop(function: Function, leaves: Sequence[Tensor], cotangent_C: Tensor, *, once: bool) -> Callable[[], Output]:
-    """Return one backward pass a cotangent, from one forward pass or, where the graph bears no second, from as many."""
+    def gradients(output: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, used, row, retain_graph=way.once)
 
     def run() -> Output:
-        output = function(*leaves)
-        used = [leaf for leaf in leaves if leaf.numel()]
-        pulled: list[list[Tensor]] = [[] for _ in used]
+        output = way.function(*leaves)
+        if way.batched:
+            return (output.detach(), *torch.func.vmap(lambda row: gradients(output, row))(cotangent_C))
+        each = []
         for place, row in enumerate(cotangent_C):
-            output = output if once or not place else function(*leaves)
-            gradients = torch.autograd.grad(output, used, row.clone() if not once else row, retain_graph=once)
-            for rows, gradient in zip(pulled, gradients, strict=True):
-                rows.append(gradient)
-        return (output.detach(), *pulled)
+            output = output if way.once or not place else way.function(*leaves)
+            each.append(gradients(output, row if way.once else row.clone()))
+        return (output.detach(), *map(list, zip(*each, strict=True)))
 
     return run
 
@@ -261,26 +261,16 @@ def _head(w: Widths, draw: Callable[..., Tensor], device: torch.device, ours: Im
         torch.ones(1, rows, device=device),
         (products, 2.0 * products),
         ours,
-        {},
+        frozen=[weight_VD],
     )
 
     def liger() -> Output:
         leaf_PD = hidden_PD.detach().requires_grad_()
-        loss = _liger().liger_fused_linear_cross_entropy(leaf_PD, weight_VD, ids_P, reduction="sum")
+        loss = _liger_functions().liger_fused_linear_cross_entropy(leaf_PD, weight_VD, ids_P, reduction="sum")
         return None, [-torch.autograd.grad(loss, leaf_PD)[0]]
 
-    peer = Contender("Liger-Kernel", "the gradient of the sum alone, logits in chunks of rows", liger, "liger_kernel")
-    for operation, more in ((forward, ()), (both, (peer,))):
-        yield Operation(
-            operation.name,
-            operation.shapes,
-            operation.truth,
-            (*operation.contenders, *more),
-            (*operation.inputs, weight_VD),
-            operation.written,
-            operation.flops,
-            operation.dtype,
-        )
+    fused = Contender("Liger-Kernel", "the gradient of the sum alone, logits in chunks of rows", liger, "liger_kernel")
+    yield from (forward, replace(both, contenders=(*both.contenders, fused)))
     candidates = torch.arange(min(10, w.vocabulary), device=device)
     few_PD = hidden_PD[: 2 * w.G]
     yield from _with_vjp(
@@ -291,7 +281,6 @@ def _head(w: Widths, draw: Callable[..., Tensor], device: torch.device, ours: Im
         torch.ones(1, len(few_PD), device=device),
         (2.0 * few_PD.numel() * len(candidates),) * 2,
         ours,
-        {},
     )
 
 
@@ -337,28 +326,31 @@ def _attention(
     products = 4.0 * rollouts * w.heads * w.head * tokens * (past + tokens / 2)
     yield from _with_vjp(
         name,
-        f"{rollouts} x {w.heads} heads ({w.key_heads} of keys) of {w.head}, {tokens} tokens behind {past}",
+        f"{rollouts} x {w.heads} heads ({w.key_heads} of keys) of {w.head}, {tokens} tokens after {past}",
         door,
         inputs,
         draw(count, rollouts, w.heads, tokens, w.head),
         (products, (0.5 + 2.0 * count) * products),  # scores again once; for each cotangent dP, dQ, dK and dV
         ours,
-        {
-            "SDPA": (sdpa, "a loop over cotangents, keys put behind one another"),
-            "FlexAttention": (flex, "compiled, a loop over cotangents, keys put behind one another"),
-        },
-        compiled_peers=("FlexAttention",),
+        [
+            Way("SDPA", sdpa, "a loop over cotangents, keys concatenated"),
+            Way("FlexAttention", flex, "compiled, a loop over cotangents, keys concatenated", "cuda", compiled=True),
+        ],
     )
 
 
+def _liger(function: Function, computes: str, *, once: bool = True) -> Way:
+    return Way("Liger-Kernel", function, computes, "liger_kernel", once=once)
+
+
 def _liger_norm(weight_D: Tensor) -> Function:
-    return lambda hidden_ND: _liger().liger_rms_norm(hidden_ND, weight_D, 1e-6, in_place=False)
+    return lambda hidden_ND: _liger_functions().liger_rms_norm(hidden_ND, weight_D, 1e-6, in_place=False)
 
 
 def _liger_swiglu(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
-    gated_ND: Tensor = _liger().liger_swiglu(gate_ND.clone(), up_ND.clone())
+    gated_ND: Tensor = _liger_functions().liger_swiglu(gate_ND.clone(), up_ND.clone())
     return gated_ND
 
 
-def _liger() -> Any:
+def _liger_functions() -> Any:
     return importlib.import_module("liger_kernel.transformers.functional")

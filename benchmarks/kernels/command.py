@@ -1,12 +1,11 @@
 """`cepo bench --kernels`: every kernel, and the engine on all of them, beside their peers, on one GPU.
 
-Values first: what does not agree with the float32 definition gets no time. Floors are measured on the same device: a
-copy for bytes, a large product for operations. Parts are boxed in time, so that the whole ends when it should.
+Values first: only what agrees with the float32 definition is timed. Floors are measured on the same device: a copy for
+bytes, a large product for operations. Each part has a deadline, so that the whole ends in time.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +26,18 @@ from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
 from cepo.benchmarks.kernels.cases import EAGER, Operation, Widths, operations
 from cepo.benchmarks.kernels.rows import Recorder, Row, case_row, measured_floors, missing_reason, operation_row
 from cepo.benchmarks.measure import environment
+from cepo.files import make_folder, write_text
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps
 from cepo.kernels.launch import Implementation, use_triton
 
-# By when each part ends, as a share of all the time.
+# When each part ends, as a share of all the time.
 _UNTIL = {"kernels": 0.4, "engine": 0.7, "compiled kernels": 0.88, "compiled engine": 1.0}
 
 
 @dataclass(frozen=True)
 class KernelSize:
-    """What one name stands for: the operations' shapes, and the engine's model and workloads (see `sizes.Size`)."""
+    """The operations' shapes, and the engine's model and workloads (see `sizes.Size`)."""
 
     widths: Widths
     model: str
@@ -82,25 +82,25 @@ def run_kernel_benchmark(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Table, bool]:
-    """Compare the values of every road, time those that agree, and record what came of it.
+    """Compare the values of every contender, time those that agree, and record both.
 
-    `output` gets one line a contender in kernels.jsonl (appended) and the table in kernels.txt (replaced). On a CPU
-    nothing is timed: the pass shows that the command works and the values agree, by the kernels themselves where Triton
-    interprets (TRITON_INTERPRET=1), else by plain PyTorch.
+    `output` gets one line per contender in kernels.jsonl (appended) and the table in kernels.txt (replaced). On a CPU
+    nothing is timed: the run shows that the command works and the values agree, with the kernels themselves in Triton's
+    interpreter (TRITON_INTERPRET=1), else with plain PyTorch.
 
     Args:
         size: "qwen3" (Qwen3-0.6B's shapes, bfloat16) or "tiny".
-        output: folder of the results.
-        device: "cuda" or "cpu"; a CPU takes "tiny" alone.
-        minutes: when to be done, > 0; what is left then is recorded as out of time.
+        output: folder for the results.
+        device: "cuda" or "cpu"; a CPU takes "tiny" only.
+        minutes: time limit, > 0; what does not fit is recorded as out of time.
         seed: of inputs, weights and rollouts.
-        progress: told what is run next.
+        progress: called with the name of each contender before it runs.
 
     Returns:
         The table, and whether all of ours agreed.
 
     Raises:
-        ValueError: for an unknown size or device, a device that is not there, or no time.
+        ValueError: for an unknown size or device, a missing device, or a time limit of 0 or less.
     """
     if size not in KERNEL_SIZES:
         raise ValueError(f"size is {size!r}; expected one of {', '.join(KERNEL_SIZES)}")
@@ -112,7 +112,7 @@ def run_kernel_benchmark(
         raise ValueError(f"size is {size!r}, which needs a CUDA device; expected --size tiny on a CPU")
     if not minutes > 0:
         raise ValueError(f"minutes is {minutes}; expected more than 0")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     chosen, place, ours = KERNEL_SIZES[size], torch.device(device), _our_implementation(device)
     floors = measured_floors(place, chosen.widths)
     how = "interpreted" if ours == "triton" else "compiled" if place.type == "cuda" else "plain PyTorch"
@@ -164,8 +164,8 @@ def _run_operations(
 
 
 def _run_engine(run: Recorder, size: KernelSize, ours: Implementation, seed: int) -> tuple[Subject, Workload]:
-    """Measure the engine on the kernels, the engine on plain PyTorch, and the peers as they come."""
-    run.progress(f"{size.model}: what the oracle says")
+    """Measure the engine on the kernels, the engine on plain PyTorch, and the peers without compilation."""
+    run.progress(f"{size.model}: oracle")
     vocabulary = size.config.vocab_size
     check = random_workload(vocabulary, size.check, seed)
     workload = random_workload(vocabulary, size.shapes, seed)
@@ -173,7 +173,7 @@ def _run_engine(run: Recorder, size: KernelSize, ours: Implementation, seed: int
     on_kernels = replace(subject, engine=GroupEngine(subject.model, kernels=ours))
     problem = on_kernels.engine.unserved
     if problem is None and on_kernels.engine.swaps == Swaps() and run.facts["kernels"] != "plain PyTorch":
-        problem = "the engine went on without kernels; its log says why"
+        problem = "the engine continued without kernels; its log says why"
     cases = [
         replace(case, name=f"cepo, {how}, {case.name.removeprefix('group: ')}")
         for how, own in (("kernels", on_kernels), ("plain", subject))
@@ -191,31 +191,19 @@ def _run_engine(run: Recorder, size: KernelSize, ours: Implementation, seed: int
 
 
 def _run_compiled_engine(run: Recorder, subject: Subject, workload: Workload) -> None:
-    """Measure padded autograd on a compiled model, and last of all on Liger's, which changes transformers' classes."""
-    everything, only = (case for case in contenders(subject, ("padded",)) if case.peer is not None)
-    models: dict[str, Any] = {}
-    liger = "its norms, which form weight gradients, and its SwiGLU, whose graph bears one backward pass"
-    for base, name, needs, computes in (
-        (everything, "torch.compile", "cuda", "the model compiled"),
-        (only, "torch.compile", "cuda", "the model compiled"),
-        (only, "Liger-Kernel", "liger_kernel", liger),
-    ):
+    """Measure padded autograd on the model compiled by PyTorch."""
+    model: Any = torch.compile(subject.model)
+    for base in contenders(subject, ("padded",)):
+        if base.peer is None:
+            continue
 
-        def jacobians(given: Workload, batch: int, base: Case = base, name: str = name) -> Jacobians:
-            if name not in models:
-                models[name] = _liger(subject) if name == "Liger-Kernel" else torch.compile(subject.model)
-            return padded_jacobians(models[name], given, links=base.links, batch=batch)
+        def jacobians(given: Workload, batch: int, base: Case = base) -> Jacobians:
+            return padded_jacobians(model, given, links=base.links, batch=batch)
 
-        case = replace(base, name=f"{base.name}, {name}", run=jacobians)
+        case = replace(base, name=f"{base.name}, torch.compile", run=jacobians)
         run.progress(f"{subject.name}: {case.name}")
-        missing = missing_reason(needs, run.device)
-        run.add(case_row(run, "compiled engine", subject, case, workload, computes, missing))
-
-
-def _liger(subject: Subject) -> Any:
-    apply = importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_qwen3
-    apply(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, model=subject.model)
-    return subject.model
+        missing = missing_reason("cuda", run.device)
+        run.add(case_row(run, "compiled engine", subject, case, workload, "the model compiled", missing))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -254,22 +242,21 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _write(path: Path, table: Table, facts: Row) -> None:
-    console = Console(file=io.StringIO(), width=200)
+    text = io.StringIO()
+    console = Console(file=text, width=200)
     console.print(table)
     console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(console.file.getvalue())  # type: ignore[attr-defined]
-    unfinished.replace(path)
+    write_text(path, text.getvalue())
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for kernels.jsonl and kernels.txt.")] = Path("runs/kernels"),
     size: Annotated[str, typer.Option(help="qwen3 (Qwen3-0.6B's shapes, bfloat16) or tiny.")] = "qwen3",
-    device: Annotated[str, typer.Option(help="cuda; or cpu, which compares values and times nothing.")] = "cuda",
-    minutes: Annotated[float, typer.Option(help="When to be done; what is left then is left out.")] = 9.0,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to compare values without timing.")] = "cuda",
+    minutes: Annotated[float, typer.Option(help="Time limit in minutes; what does not fit is left out.")] = 9.0,
     seed: Annotated[int, typer.Option(help="Seed of inputs, weights and rollouts.")] = 0,
 ) -> None:
-    """Every Triton kernel and the engine on all of them, beside their peers, on one GPU in one call."""
+    """Measure every Triton kernel, and the engine on all of them, beside their peers on one GPU."""
     errors = Console(stderr=True)
     try:
         table, sound = run_kernel_benchmark(
@@ -280,7 +267,7 @@ def main(
         raise typer.Exit(2) from None
     Console().print(table)
     if not sound:
-        errors.print("error: a kernel failed, disagreed or had no time; see the table", markup=False)
+        errors.print("error: a kernel failed, disagreed or ran out of time; see the table", markup=False)
         raise typer.Exit(1)
 
 

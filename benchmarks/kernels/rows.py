@@ -1,10 +1,9 @@
-"""How one contender of the kernels' benchmark becomes a row: values first, then a time, beside the device's floors."""
+"""One row per contender of the kernel benchmark: its error first, then its time, beside the device's floors."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,16 +16,17 @@ from cepo.benchmarks.engine.cases import Case, Subject, base_keys, worst_error
 from cepo.benchmarks.engine.peers import Workload
 from cepo.benchmarks.kernels.cases import Contender, Operation, Output, Widths
 from cepo.benchmarks.measure import matmul_rate, measure
+from cepo.files import append_jsonl
 
 Row = dict[str, Any]
-# Largest error over the largest true value. bfloat16: roads round what they hand on at different places.
+# Largest error over the largest true value. bfloat16: contenders round intermediate values at different places.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _LENGTHS = {"Lz": "prompt", "Lx": "rationale", "Ly": "answer"}
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Where rows go (the file at once, so that a killed run keeps them), on what device, and by when."""
+    """Where rows go (to the file at once, so that a killed run keeps them), the device, and when each part must end."""
 
     path: Path
     facts: Row
@@ -37,8 +37,7 @@ class Recorder:
 
     def add(self, row: Row) -> Row:
         self.rows.append({**self.facts, **row})
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        append_jsonl(self.path, self.rows[-1:])
         return self.rows[-1]
 
     def left(self, part: str) -> float:
@@ -46,6 +45,7 @@ class Recorder:
 
 
 def operation_row(run: Recorder, part: str, operation: Operation, contender: Contender, truth: Output | None) -> Row:
+    """Compare a contender with its operation's truth, which is None when the part's time is over, and time it."""
     row: Row = {
         "section": "kernel",
         "operation": operation.name,
@@ -58,24 +58,86 @@ def operation_row(run: Recorder, part: str, operation: Operation, contender: Con
         "seconds": None,
         **_floor_of(run, operation),
     }
-    if missing := missing_reason(contender.needs, run.device):
-        return {**row, "status": missing}
-    if truth is None or run.left(part) <= 0:
-        return {**row, "status": "out of time"}
+
+    def timed() -> Row:
+        seconds = _seconds(contender.run)
+        return {"seconds": seconds, "of_floor": row["floor_seconds"] / seconds if row["floor_seconds"] else None}
+
+    missing = missing_reason(contender.needs, run.device) or ("out of time" if truth is None else None)
+    return _filled(run, part, row, missing, lambda: _error(contender.run(), truth or ()), timed)
+
+
+def case_row(
+    run: Recorder,
+    part: str,
+    subject: Subject,
+    case: Case,
+    workload: Workload,
+    computes: str,
+    missing: str | None = None,
+) -> Row:
+    """Compare a schedule on the small workload; time it on the whole one if the time expected for that is left."""
+    row: Row = {
+        "section": "engine",
+        "operation": f"the Jacobians of {len(workload.rollouts)} rollouts",
+        "shapes": _shapes_of(workload),
+        "contender": case.name,
+        "computes": computes,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "tolerance": subject.tolerance,
+        "error": None,
+        "seconds": None,
+        "flops": case.count(workload).flops,
+    }
+    batch = len(subject.check.rollouts)
+
+    def error() -> float:
+        return worst_error(case.run(subject.check, batch), subject.wanted, base_keys(case, subject.check))
+
+    def timed() -> Row:
+        _, small = measure(lambda: case.run(subject.check, batch), run.device)
+        measured_on = replace(workload, rollouts=workload.rollouts[: 2 if case.alone else None])
+        expected = small.seconds * case.count(measured_on).flops / case.count(subject.check).flops
+        if expected > run.left(part):
+            return {"status": f"out of time: about {expected:.0f} s"}
+        _, took = measure(lambda: case.run(measured_on, len(measured_on.rollouts)), run.device)
+        seconds = took.seconds * len(workload.rollouts) / len(measured_on.rollouts)
+        return {
+            "seconds": seconds,
+            "measured_rollouts": len(measured_on.rollouts),
+            "runs": took.runs,
+            "peak_bytes": took.peak_bytes,
+            "of_floor": row["flops"] / seconds / run.facts["matmul_flops_per_s"],
+            "bound": "operations",
+        }
+
+    return _filled(run, part, row, missing, error, timed)
+
+
+def _filled(
+    run: Recorder,
+    part: str,
+    row: Row,
+    missing: str | None,
+    error: Callable[[], float],
+    timed: Callable[[], Row],
+) -> Row:
+    """Return the row with its status, its error if it ran, and what `timed` finds on a GPU if its values agree."""
+    if missing or run.left(part) <= 0:
+        return {**row, "status": missing or "out of time"}
     try:
         with _several_backward_passes():
-            error = _error(contender.run(), truth)
-            if not error <= row["tolerance"]:
-                return {**row, "status": f"disagrees by {error:.1e}", "error": error if error < float("inf") else None}
-            seconds = _seconds(contender.run) if run.device.type == "cuda" else None
-    except Exception as failure:  # a road that fails is a row, and no reason to lose the others'
+            found = error()
+            row["error"] = found if found < float("inf") else None
+            if not found <= row["tolerance"]:
+                return {**row, "status": f"disagrees by {found:.1e}"}
+            return {**row, "status": "ok", **(timed() if run.device.type == "cuda" else {})}
+    except Exception as failure:  # a contender that fails is a row, not the end of the others
         return {**row, "status": _failure(failure)}
-    of_floor = row["floor_seconds"] / seconds if seconds and row["floor_seconds"] else None
-    return {**row, "status": "ok", "error": error, "seconds": seconds, "of_floor": of_floor}
 
 
 def _floor_of(run: Recorder, operation: Operation) -> Row:
-    """Return the least time for reading the inputs once, writing the values once, and the operations."""
+    """Return the least time that the device needs to read the inputs once, write the values once, and compute them."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in operation.inputs}
     moved = operation.written + sum(storages.values())
     copy, product = run.facts["copy_bytes_per_s"], run.facts["matmul_flops_per_s"]
@@ -93,7 +155,7 @@ def _floor_of(run: Recorder, operation: Operation) -> Row:
 
 
 def _error(found: Output, truth: Output) -> float:
-    """Return the largest error over the largest true value, of what the road puts out at all."""
+    """Return the largest error over the largest true value, of the outputs that the contender forms."""
     worst = 0.0
     for mine, true in zip(found, truth, strict=True):
         if mine is None or true is None:
@@ -104,7 +166,7 @@ def _error(found: Output, truth: Output) -> float:
         if got.numel():
             largest = float(right.abs().max())
             error = float((got.to(right.dtype) - right).abs().max()) / max(largest, 1e-30)
-            worst = error if not error <= worst else worst  # a NaN stays
+            worst = error if not error <= worst else worst  # keeps a NaN
     return worst if worst == worst else float("inf")
 
 
@@ -119,7 +181,7 @@ def missing_reason(needs: str | None, device: torch.device) -> str | None:
 
 
 def _several_backward_passes() -> Any:
-    """Have graphs that torch.compile makes bear several backward passes, by the setting that its own error names."""
+    """Let graphs of torch.compile run backward several times, by the setting that its own error message names."""
     return importlib.import_module("torch._functorch.config").patch(donated_buffer=False)
 
 
@@ -129,64 +191,6 @@ def _failure(failure: Exception) -> str:
     return " ".join(f"failed with {type(failure).__name__}: {failure}".split())[:200]
 
 
-def case_row(
-    run: Recorder,
-    part: str,
-    subject: Subject,
-    case: Case,
-    workload: Workload,
-    computes: str,
-    missing: str | None = None,
-) -> Row:
-    """Compare a schedule on the small workload, then time it on the whole one if the time that it will take is left."""
-    row: Row = {
-        "section": "engine",
-        "operation": f"the Jacobians of {len(workload.rollouts)} rollouts",
-        "shapes": _shapes_of(workload),
-        "contender": case.name,
-        "computes": computes,
-        "dtype": str(subject.model.dtype).removeprefix("torch."),
-        "tolerance": subject.tolerance,
-        "error": None,
-        "seconds": None,
-        "flops": case.count(workload).flops,
-    }
-    if missing:
-        return {**row, "status": missing}
-    if run.left(part) <= 0:
-        return {**row, "status": "out of time"}
-    try:
-        with _several_backward_passes():
-            batch = len(subject.check.rollouts)
-            found = case.run(subject.check, batch)
-            error = worst_error(found, subject.wanted, base_keys(case, subject.check))
-            if not error <= row["tolerance"]:
-                return {**row, "status": f"disagrees by {error:.1e}", "error": error if error < float("inf") else None}
-            row["error"] = error
-            if run.device.type != "cuda":
-                return {**row, "status": "ok"}
-            _, small = measure(lambda: case.run(subject.check, batch), run.device)
-            measured_on = replace(workload, rollouts=workload.rollouts[: 2 if case.alone else None])
-            expected = small.seconds * case.count(measured_on).flops / case.count(subject.check).flops
-            if expected > run.left(part):
-                return {**row, "status": f"out of time: about {expected:.0f} s"}
-            _, took = measure(lambda: case.run(measured_on, len(measured_on.rollouts)), run.device)
-    except Exception as failure:
-        return {**row, "status": _failure(failure)}
-    seconds = took.seconds * len(workload.rollouts) / len(measured_on.rollouts)
-    rate = row["flops"] / seconds / run.facts["matmul_flops_per_s"]
-    return {
-        **row,
-        "status": "ok",
-        "seconds": seconds,
-        "measured_rollouts": len(measured_on.rollouts),
-        "runs": took.runs,
-        "peak_bytes": took.peak_bytes,
-        "of_floor": rate,
-        "bound": "operations",
-    }
-
-
 def _shapes_of(workload: Workload) -> str:
     spans = workload.rollouts[0].spans
     lengths = [f"{axis} {len(spans[name].positions)}" for axis, name in _LENGTHS.items()]
@@ -194,7 +198,7 @@ def _shapes_of(workload: Workload) -> str:
 
 
 def measured_floors(device: torch.device, widths: Widths) -> Row:
-    """Return the device's rates: of a copy, bytes read and written, and of large products in both dtypes."""
+    """Return the device's rates: bytes read and written by a copy, and operations of large products in both dtypes."""
     if device.type != "cuda":
         return {"copy_bytes_per_s": None, "matmul_flops_per_s": None, "float32_flops_per_s": None}
     source = torch.empty(2**28, dtype=torch.float32, device=device)

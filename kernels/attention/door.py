@@ -68,16 +68,10 @@ def attend(
     )
 
 
-def _check_shapes(
-    query_BHTE: Tensor,
-    past_key_BJLE: Tensor,
-    past_value_BJLE: Tensor,
-    key_BJTE: Tensor,
-    value_BJTE: Tensor,
-    past_lengths_B: Tensor,
-) -> None:
+def _check_shapes(*inputs: Tensor) -> None:
     """Refuse what the kernels, which only see addresses, would read wrongly."""
-    tensors = (query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE)
+    *tensors, past_lengths_B = inputs
+    query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE = tensors
     if any(tensor.ndim != 4 or tensor.dtype != query_BHTE.dtype for tensor in tensors):
         seen = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
         raise ValueError(f"query, past and segment must be 4-dimensional and of one dtype, got {seen}")

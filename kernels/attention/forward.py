@@ -17,6 +17,7 @@ from cepo.kernels.attention.tiles import (
     padded_size,
     seen,
     store_rows,
+    strides,
     token_major,
 )
 from cepo.kernels.launch import Tile, Variant, architecture, interpreted
@@ -63,11 +64,7 @@ def attention_forward(
         *inputs,
         output_BHTE,
         lse_BHT,
-        *query_BHTE.stride()[:3],
-        *past_key_BJLE.stride()[:3],
-        *past_value_BJLE.stride()[:3],
-        *key_BJTE.stride()[:3],
-        *value_BJTE.stride()[:3],
+        *strides(*inputs[:5]),
         tokens,
         scale,
         softcap or 0.0,

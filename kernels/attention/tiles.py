@@ -31,6 +31,11 @@ def token_major(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty((*batch, tokens, heads, size), dtype=like.dtype, device=like.device).transpose(-3, -2)
 
 
+def strides(*tensors: Tensor) -> list[int]:
+    """Return the strides of tensors one after another, in elements, without those of their last axes (which are 1)."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+
+
 @triton.jit
 def load_rows(base, stride_h, stride_t, row_M, rows, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK_E: tl.constexpr):
     """Load folded rows of the heads that start at `base`; rows past the last and columns past the size are zeros."""

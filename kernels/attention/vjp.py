@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cepo.kernels.attention.tiles import attention_variants, padded_size, token_major
+from cepo.kernels.attention.tiles import attention_variants, padded_size, strides, token_major
 from cepo.kernels.attention.vjp_kernels import (
     attention_delta_kernel,
     attention_key_vjp_kernel,
@@ -44,31 +44,25 @@ DELTA_TILE = Tile(32, 0, 4, 1)
 
 def attention_vjp(
     cotangent_CBHTE: Tensor,
-    query_BHTE: Tensor,
-    past_key_BJLE: Tensor,
-    past_value_BJLE: Tensor,
-    key_BJTE: Tensor,
-    value_BJTE: Tensor,
-    past_lengths_B: Tensor,
-    output_BHTE: Tensor,
-    lse_BHT: Tensor,
-    *,
+    *saved: Tensor,
     scale: float,
     softcap: float | None,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Launch the VJP kernels; arguments without a line of their own are those of `attention_forward`.
+    """Launch the VJP kernels.
 
     Args:
         cotangent_CBHTE: C cotangents of the output.
-        output_BHTE: the output.
-        lse_BHT: the logsumexp that it saved.
+        saved: what `attention_forward` saved: its tensors, the output, and the logsumexp.
+        scale: as there.
+        softcap: as there.
         wanted: whether gradients are asked for the query, the past's keys and values, the segment's keys and values.
 
     Returns:
         dQ (C, B, H, T, E), dK and dV of the past (C, B, J, L, E), dK and dV of the segment (C, B, J, T, E), of the
         inputs' dtypes; None for what is not wanted.
     """
+    query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE, past_lengths_B, output_BHTE, lse_BHT = saved
     cotangent_CBHTE = unit_last(cotangent_CBHTE)
     count, rollouts, heads, tokens, size = cotangent_CBHTE.shape
     key_heads, past = past_key_BJLE.shape[1:3]
@@ -80,7 +74,7 @@ def attention_vjp(
         cotangent_CBHTE,
         output_BHTE,
         delta_CBHT,
-        *cotangent_CBHTE.stride()[:4],
+        *strides(cotangent_CBHTE),
         count,
         tokens,
         **shape,
@@ -94,21 +88,11 @@ def attention_vjp(
         tile = QUERY_TILES[key]
         attention_query_vjp_kernel[count * triton.cdiv(tokens * group, tile.rows), key_heads, rollouts](
             cotangent_CBHTE,
-            query_BHTE,
-            past_key_BJLE,
-            past_value_BJLE,
-            key_BJTE,
-            value_BJTE,
-            past_lengths_B,
+            *saved[:6],
             lse_BHT,
             delta_CBHT,
             gradients[0],
-            *cotangent_CBHTE.stride()[:4],
-            *query_BHTE.stride()[:3],
-            *past_key_BJLE.stride()[:3],
-            *past_value_BJLE.stride()[:3],
-            *key_BJTE.stride()[:3],
-            *value_BJTE.stride()[:3],
+            *strides(cotangent_CBHTE, *saved[:5]),
             count,
             tokens,
             scale,
@@ -143,10 +127,7 @@ def attention_vjp(
             delta_CBHT,
             key_gradient,
             value_gradient,
-            *cotangent_CBHTE.stride()[:4],
-            *query_BHTE.stride()[:3],
-            *keys.stride()[:3],
-            *values.stride()[:3],
+            *strides(cotangent_CBHTE, query_BHTE, keys, values),
             count,
             tokens,
             length,

@@ -1,4 +1,4 @@
-"""Triton kernels of the head for a few candidates: expected values and their VJP; see `head_expected_value`."""
+"""The Triton kernel of the head for a few candidates, and the VJP of its expected values; see `head_expected_value`."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -57,28 +57,14 @@ def expected_forward(
 def expected_vjp(
     cotangent_CP: Tensor, weight_VD: Tensor, candidate_ids_PN: Tensor, slopes_PN: Tensor
 ) -> tuple[Tensor, ...]:
-    """Launch the expected value's VJP kernel: the rows' gradient (C, P, D) of the weight's dtype from C cotangents."""
-    count, rows = cotangent_CP.shape
-    size, candidates = weight_VD.shape[1], candidate_ids_PN.shape[1]
-    gradient_CPD = torch.empty((count, rows, size), dtype=weight_VD.dtype, device=weight_VD.device)
-    tile = TILES[architecture(weight_VD.device)]
-    head_expected_vjp_kernel[rows, triton.cdiv(size, tile.columns)](
-        cotangent_CP.contiguous(),
-        weight_VD,
-        candidate_ids_PN,
-        slopes_PN,
-        gradient_CPD,
-        weight_VD.stride(0),
-        count,
-        rows,
-        size,
-        weight_VD.shape[0],
-        candidates,
-        BLOCK_N=max(2, triton.next_power_of_2(candidates)),
-        BLOCK_K=tile.columns,
-        **tile.options,
-    )
-    return (gradient_CPD,)
+    """Return the rows' gradient (C, P, D), of the weight's dtype, from C cotangents.
+
+    A row's direction, sum_n slope_n W_n, is formed once for all cotangents, by PyTorch: the few rows of the weight that
+    it reads are gathered. Bytes, e per element: P N D (e + 8), then C P D e written. FLOPs: (2 N + C) P D.
+    """
+    known_PN = candidate_ids_PN.clamp(0, weight_VD.shape[0] - 1)  # of an id outside the slope is NaN
+    direction_PD = torch.einsum("pn,pnd->pd", slopes_PN, weight_VD[known_PN].float())
+    return ((cotangent_CP[..., None] * direction_PD).to(weight_VD.dtype),)
 
 
 @triton.jit
@@ -125,48 +111,9 @@ def head_expected_kernel(
     tl.store(slopes_f32_ptr + row * candidates + slot_N, shares_N * (values_N - expected), mask=real_N)
 
 
-@triton.jit
-def head_expected_vjp_kernel(
-    cotangent_f32_ptr,
-    weight_ptr,
-    candidates_i64_ptr,
-    slopes_f32_ptr,
-    gradient_ptr,
-    weight_stride_v,
-    count,
-    rows,
-    size,
-    vocabulary,
-    candidates,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Form one tile of one row's direction sum_n slope_n W_n and write it times every cotangent.
-
-    Bytes, e per element: P N D e read once for all cotangents (from L2 where rows share candidates), C P D e written.
-    FLOPs: (2 N + C) P D.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    inner_K = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    slot_N = tl.arange(0, BLOCK_N)
-    real_N = slot_N < candidates
-    id_N = tl.load(candidates_i64_ptr + row * candidates + slot_N, mask=real_N, other=0)
-    slopes_N = tl.load(slopes_f32_ptr + row * candidates + slot_N, mask=real_N, other=0.0)
-    known_N = real_N & (id_N >= 0) & (id_N < vocabulary)
-    place_NK = id_N[:, None] * weight_stride_v + inner_K[None, :]
-    weight_NK = tl.load(weight_ptr + place_NK, mask=known_N[:, None] & (inner_K < size)[None, :], other=0.0)
-    direction_K = tl.sum(slopes_N[:, None] * weight_NK.to(tl.float32), 0)
-    for which in range(0, count):
-        pull = tl.load(cotangent_f32_ptr + which * rows + row)
-        place_K = (which * rows + row) * size + inner_K
-        tl.store(gradient_ptr + place_K, (pull * direction_K).to(gradient_ptr.dtype.element_ty), mask=inner_K < size)
-
-
 def expected_variants(arch: int) -> Iterator[Variant]:
-    """Yield every form in which these kernels are launched on an architecture, by the number of candidates."""
+    """Yield every form in which the kernel is launched on an architecture, by the number of candidates."""
     tile = TILES[arch]
     for dtype in (torch.float32, torch.bfloat16):
         for slots in (2, 16, 64):
-            meta = {"BLOCK_N": slots, "BLOCK_K": tile.columns}
-            yield Variant(head_expected_kernel, dtype, meta, tile)
-            yield Variant(head_expected_vjp_kernel, dtype, meta, tile)
+            yield Variant(head_expected_kernel, dtype, {"BLOCK_N": slots, "BLOCK_K": tile.columns}, tile)

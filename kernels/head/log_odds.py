@@ -47,7 +47,8 @@ def log_odds_forward(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> tup
     """
     rows, size = hidden_PD.shape
     vocabulary = weight_VD.shape[0]
-    tile, meta = _tile_and_meta(hidden_PD)
+    width = hidden_PD.element_size()
+    tile = TILES[architecture(hidden_PD.device), width]
     blocks = triton.cdiv(vocabulary, tile.columns)
     splits = max(1, min(blocks, PROGRAMS // max(1, triton.cdiv(rows, tile.rows))))
     blocks_each = triton.cdiv(blocks, splits)
@@ -66,7 +67,8 @@ def log_odds_forward(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> tup
         size,
         vocabulary,
         blocks_each,
-        **meta,
+        **_constants(tile, width, interpreted(hidden_PD)),
+        **tile.options,
     )
     others_P = others_NP.logsumexp(0)
     return chosen_P - others_P, (hidden_PD, weight_VD, ids_P, others_P)
@@ -78,19 +80,20 @@ def log_odds_vjp(
     """Launch the VJP kernels: per chunk of the vocabulary, the others' shares and then their mean of the weight's rows.
 
     Args:
-        cotangent_CP: C cotangents of the log-odds, float32.
-        hidden_PD: this and the others are what `log_odds_forward` saved.
-        weight_VD: as there.
-        ids_P: as there.
-        others_P: as there.
+        cotangent_CP: C cotangents of the log-odds, float32; the other arguments are what `log_odds_forward` saved.
+        hidden_PD: rows.
+        weight_VD: head.
+        ids_P: targets.
+        others_P: logsumexp of all other logits.
 
     Returns:
         The rows' gradient (C, P, D), of their dtype.
     """
     rows, size = hidden_PD.shape
     vocabulary = weight_VD.shape[0]
-    tile, meta = _tile_and_meta(hidden_PD)
-    inner = INNER[hidden_PD.element_size()]
+    width = hidden_PD.element_size()
+    tile, inner = TILES[architecture(hidden_PD.device), width], INNER[width]
+    meta = {**_constants(tile, width, interpreted(hidden_PD)), **tile.options}
     row_blocks = triton.cdiv(rows, tile.rows)
     chunk = min(vocabulary, max(tile.columns, CHUNK_ELEMENTS // max(1, rows) // tile.columns * tile.columns))
     shares_PN = torch.empty((rows, triton.cdiv(chunk, 16) * 16), dtype=hidden_PD.dtype, device=hidden_PD.device)
@@ -131,20 +134,9 @@ def log_odds_vjp(
     return ((cotangent_CP[..., None] * direction_PD).to(hidden_PD.dtype),)
 
 
-def _tile_and_meta(hidden_PD: Tensor) -> tuple[Tile, dict[str, Any]]:
-    """Return the tile of all three kernels for such rows, with their compile-time arguments and options."""
-    width = hidden_PD.element_size()
-    tile = TILES[architecture(hidden_PD.device), width]
-    return tile, {**_constants(tile, width, interpreted(hidden_PD)), **tile.options}
-
-
 def _constants(tile: Tile, width: int, is_interpreted: bool) -> dict[str, Any]:
-    return {
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.columns,
-        "BLOCK_K": INNER[width],
-        "INTERPRETED": is_interpreted,
-    }
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": INNER[width]}
+    return {**blocks, "INTERPRETED": is_interpreted}
 
 
 @triton.jit
