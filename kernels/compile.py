@@ -42,17 +42,14 @@ class Compiled:
 
 
 def compile_all(arch: int) -> Iterator[Compiled]:
-    """Compile every kernel in every form of its tables, for compute capability 8.0 (80) or 9.0 (90).
+    """Compile every kernel in every form in which the package launches it.
+
+    Args:
+        arch: compute capability, 80 (A100) or 90 (H100).
 
     Yields:
         One row per kernel and form; one that does not compile is a row with its error, never an exception.
     """
-    for variant in all_variants(arch):
-        yield _compile(variant, arch)
-
-
-def all_variants(arch: int) -> Iterator[Variant]:
-    """Yield every form in which the package launches a kernel on an architecture (80 or 90)."""
     from cepo.kernels.attention.forward import forward_variants
     from cepo.kernels.attention.vjp import vjp_variants
     from cepo.kernels.head.expected import expected_variants
@@ -60,12 +57,10 @@ def all_variants(arch: int) -> Iterator[Variant]:
     from cepo.kernels.norm.triton import norm_variants
     from cepo.kernels.swiglu.triton import swiglu_variants
 
-    yield from forward_variants(arch)
-    yield from vjp_variants(arch)
-    yield from log_odds_variants(arch)
-    yield from expected_variants(arch)
-    yield from norm_variants(arch)
-    yield from swiglu_variants(arch)
+    attention, head = (forward_variants, vjp_variants), (log_odds_variants, expected_variants)
+    for variants in (*attention, *head, norm_variants, swiglu_variants):
+        for variant in variants(arch):
+            yield _compile(variant, arch)
 
 
 def as_table(rows: list[Compiled]) -> str:

@@ -31,7 +31,8 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps
 from cepo.kernels.launch import Implementation, use_triton
 
-# When each part ends, as a share of all the time.
+_MINUTES = 9.0  # time limit; what does not fit is recorded as out of time
+# When each part ends, as a share of that.
 _UNTIL = {"kernels": 0.4, "engine": 0.7, "compiled kernels": 0.88, "compiled engine": 1.0}
 
 
@@ -74,25 +75,17 @@ KERNEL_SIZES = {
 
 
 def run_kernel_benchmark(
-    size: str,
-    output: Path,
-    *,
-    device: str = "cuda",
-    minutes: float = 9.0,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    output: Path, *, device: str = "cuda", seed: int = 0, progress: Callable[[str], None] = lambda text: None
 ) -> tuple[Table, bool]:
     """Compare the values of every contender, time those that agree, and record both.
 
     `output` gets one line per contender in kernels.jsonl (appended) and the table in kernels.txt (replaced). On a CPU
-    nothing is timed: the run shows that the command works and the values agree, with the kernels themselves in Triton's
-    interpreter (TRITON_INTERPRET=1), else with plain PyTorch.
+    shapes are tiny and nothing is timed: the run shows that the command works and the values agree, with the kernels
+    themselves in Triton's interpreter (TRITON_INTERPRET=1), else with plain PyTorch.
 
     Args:
-        size: "qwen3" (Qwen3-0.6B's shapes, bfloat16) or "tiny".
         output: folder for the results.
-        device: "cuda" or "cpu"; a CPU takes "tiny" only.
-        minutes: time limit, > 0; what does not fit is recorded as out of time.
+        device: "cuda", with Qwen3-0.6B's shapes in bfloat16, or "cpu".
         seed: of inputs, weights and rollouts.
         progress: called with the name of each contender before it runs.
 
@@ -100,26 +93,21 @@ def run_kernel_benchmark(
         The table, and whether all of ours agreed.
 
     Raises:
-        ValueError: for an unknown size or device, a missing device, or a time limit of 0 or less.
+        ValueError: for an unknown or a missing device.
     """
-    if size not in KERNEL_SIZES:
-        raise ValueError(f"size is {size!r}; expected one of {', '.join(KERNEL_SIZES)}")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device is {device!r}; expected cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but there is no CUDA device; expected --size tiny --device cpu here")
-    if device == "cpu" and size != "tiny":
-        raise ValueError(f"size is {size!r}, which needs a CUDA device; expected --size tiny on a CPU")
-    if not minutes > 0:
-        raise ValueError(f"minutes is {minutes}; expected more than 0")
+        raise ValueError("device is 'cuda', but there is no CUDA device; expected --device cpu here")
+    size = "qwen3" if device == "cuda" else "tiny"
     make_folder(output)
     chosen, place, ours = KERNEL_SIZES[size], torch.device(device), _our_implementation(device)
     floors = measured_floors(place, chosen.widths)
     how = "interpreted" if ours == "triton" else "compiled" if place.type == "cuda" else "plain PyTorch"
     facts = {"size": size, "seed": seed, "kernels": how, **floors, **environment(place)}
     started = time.perf_counter()
-    deadlines = {part: started + 60 * minutes * share for part, share in _UNTIL.items()}
-    run = Recorder(output / "kernels.jsonl", facts, place, deadlines, [], progress or (lambda text: None))
+    deadlines = {part: started + 60 * _MINUTES * share for part, share in _UNTIL.items()}
+    run = Recorder(output / "kernels.jsonl", facts, place, deadlines, [], progress)
     _run_operations(run, "kernels", operations(chosen.widths, place, ours, seed), compiled=False)
     subject, workload = _run_engine(run, chosen, ours, seed)
     _run_operations(run, "compiled kernels", operations(chosen.widths, place, ours, seed), compiled=True)
@@ -132,16 +120,11 @@ def run_kernel_benchmark(
 
 
 def _our_implementation(device: str) -> Implementation:
-    if device == "cuda":
-        return "auto"
+    """Return "triton" for Triton's interpreter on a CPU; "auto" is the kernels on CUDA, and plain PyTorch elsewhere."""
     try:
-        use_triton("triton", torch.empty(0))
-    except (ValueError, RuntimeError):  # no interpreter: plain PyTorch stands in
+        return "triton" if device == "cpu" and use_triton("triton", torch.empty(0)) else "auto"
+    except (ValueError, RuntimeError):
         return "auto"
-    return "triton"
-
-
-# --- the operations ---------------------------------------------------------------------------------------------------
 
 
 def _run_operations(
@@ -158,9 +141,6 @@ def _run_operations(
         del truth
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-# --- the engine -------------------------------------------------------------------------------------------------------
 
 
 def _run_engine(run: Recorder, size: KernelSize, ours: Implementation, seed: int) -> tuple[Subject, Workload]:
@@ -206,9 +186,6 @@ def _run_compiled_engine(run: Recorder, subject: Subject, workload: Workload) ->
         run.add(case_row(run, "compiled engine", subject, case, workload, "the model compiled", missing))
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
-
-
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="cepo kernels: times only where values agree; × eager and share of the floor")
     table.add_column("contender")
@@ -251,17 +228,13 @@ def _write(path: Path, table: Table, facts: Row) -> None:
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for kernels.jsonl and kernels.txt.")] = Path("runs/kernels"),
-    size: Annotated[str, typer.Option(help="qwen3 (Qwen3-0.6B's shapes, bfloat16) or tiny.")] = "qwen3",
     device: Annotated[str, typer.Option(help="cuda, or cpu to compare values without timing.")] = "cuda",
-    minutes: Annotated[float, typer.Option(help="Time limit in minutes; what does not fit is left out.")] = 9.0,
     seed: Annotated[int, typer.Option(help="Seed of inputs, weights and rollouts.")] = 0,
 ) -> None:
     """Measure every Triton kernel, and the engine on all of them, beside their peers on one GPU."""
     errors = Console(stderr=True)
     try:
-        table, sound = run_kernel_benchmark(
-            size, output, device=device, minutes=minutes, seed=seed, progress=lambda text: errors.print(text)
-        )
+        table, sound = run_kernel_benchmark(output, device=device, seed=seed, progress=errors.print)
     except ValueError as error:
         errors.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None

@@ -115,12 +115,7 @@ def case_row(
 
 
 def _filled(
-    run: Recorder,
-    part: str,
-    row: Row,
-    missing: str | None,
-    error: Callable[[], float],
-    timed: Callable[[], Row],
+    run: Recorder, part: str, row: Row, missing: str | None, error: Callable[[], float], timed: Callable[[], Row]
 ) -> Row:
     """Return the row with its status, its error if it ran, and what `timed` finds on a GPU if its values agree."""
     if missing or run.left(part) <= 0:

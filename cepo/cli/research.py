@@ -111,7 +111,7 @@ def bench(
     if kernels:
         from cepo.benchmarks.kernels.command import main as run_kernels
 
-        return run_kernels(output, "tiny" if device == "cpu" else "qwen3", device or "cuda", seed=seed)
+        return run_kernels(output, device or "cuda", seed)
     from cepo.benchmarks.engine.command import run_benchmark
 
     with progress_bar() as progress:

@@ -1,14 +1,14 @@
-"""What of a live model the kernels take over while the group engine runs it, and how it gets everything back.
+"""Replace parts of a live model by kernels while the group engine runs it, and put everything back afterwards.
 
-| operation | taken over where | otherwise |
+| operation | replaced if | otherwise |
 | --- | --- | --- |
-| attention | the head size is 16 to 128 | plain PyTorch, batched all the same |
+| attention | the head size is 16 to 128 | plain PyTorch, also batched |
 | RMS norm, of heads too | its name ends in RMSNorm, and a trial finds h / rms(h) * w, or (1 + w) | its own forward |
 | gated MLP | it has gate_proj, up_proj and down_proj, and a trial finds down(silu(gate) * up) | its own forward |
-| head | a plain nn.Linear without bias whose output is the model's, untouched, in a trial | logits and autograd |
+| head | a plain nn.Linear without bias whose output is the model's, unchanged, in a trial | logits and autograd |
 
 In an MLP only silu(gate) * up is replaced: its linear layers are called as modules, so adapters and hooks stay theirs.
-Rotary positions stay the model's own: its layers call a function of their source file, which is no module's to swap.
+Rotary positions stay the model's own: its layers call a function of their source file, which is not a module.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Swaps:
-    """What the kernels take over of one model; by default nothing.
+    """What the kernels replace in one model; by default nothing.
 
     Attributes:
         attention: which attention the layers call.
         head: which implementation forms the targets at the head; "torch" goes through the model's logits.
-        forwards: modules, each with what stands in for its forward.
+        forwards: modules, each with the function that replaces its forward.
     """
 
     attention: Implementation = "torch"
@@ -50,15 +51,15 @@ class Swaps:
 
 
 def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implementation) -> Swaps:
-    """Return what the kernels can take over, found out by trials on the model's own modules.
+    """Find what the kernels can replace, by trials on the model's own modules.
 
-    Run with the model in eval mode. A trial compares values: a norm of another formula is left alone.
+    The model must be in eval mode. A trial compares values: a norm with another formula is left alone.
 
     Args:
         model: a causal LM, without PEFT's wrapper around it.
         forward: its class's forward, called with the model.
-        implementation: "torch" takes nothing over, and neither does "auto" where the model is not on CUDA or is in
-            float64, or the GPU is older than they need. With "triton" what they can serve is served by them.
+        implementation: "torch" replaces nothing, and neither does "auto" if the model is not on CUDA or is in float64,
+            or the GPU is too old. "triton" replaces everything that the kernels can serve.
 
     Raises:
         ValueError: if Triton is asked for by name and the model is in float64, or not on CUDA and not interpreted.
@@ -94,9 +95,9 @@ def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implemen
 
 @contextlib.contextmanager
 def swapped(swaps: Swaps) -> Iterator[None]:
-    """Put the stand-ins in the modules' place, on the instances alone, and take them out again whatever happens.
+    """Set the replacing forwards on the module instances for this context, and remove them whatever happens.
 
-    A module whose instance already carries a forward (an offloading hook's, say) keeps that one.
+    A module whose instance already carries a forward (of an offloading hook, for example) keeps that one.
     """
     taken = []
     try:
@@ -147,34 +148,29 @@ def sum_of_terms_through_head(
 
 
 def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:
-    """Return the kernels' forward of a norm, or None if the module is none that they know."""
+    """Return a forward of a norm by the kernels, or None if the module computes something else."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight_D = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float):
         return None
     if not isinstance(weight_D, Tensor) or weight_D.ndim != 1 or len(weight_D) > MAX_NORM_SIZE:
         return None
+
+    def forward(offset: float, hidden_ND: Tensor, implementation: Implementation = implementation) -> Tensor:
+        weight: Any = module.weight  # the live one: training goes on between two calls
+        return rms_norm(hidden_ND, weight, epsilon=epsilon, offset=offset, implementation=implementation)
+
     # Small rows, in which epsilon shows, and large ones.
     sizes = torch.tensor([1.0, epsilon**0.5, 100.0], device=weight_D.device)
     trial_PD = (_noise(3, len(weight_D), weight_D.device) * sizes[:, None]).to(dtype)
     for offset in (0.0, 1.0):  # Gemma's norms scale by 1 + w
-
-        def plain(hidden_ND: Tensor, offset: float = offset) -> Tensor:
-            return rms_norm(hidden_ND, weight_D, epsilon=epsilon, offset=offset, implementation="torch")
-
-        if _agree(module, plain, trial_PD):
-
-            def forward(hidden_ND: Tensor, offset: float = offset) -> Tensor:
-                # The live weight: training goes on between two calls.
-                weight: Any = module.weight
-                return rms_norm(hidden_ND, weight, epsilon=epsilon, offset=offset, implementation=implementation)
-
-            return forward
+        if _agree(module, partial(forward, offset, implementation="torch"), trial_PD):
+            return partial(forward, offset)
     return None
 
 
 def _mlp_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:
-    """Return the kernels' forward of a gated MLP, or None if the module is none that they know."""
+    """Return a forward of a gated MLP by the kernels, or None if the module computes something else."""
     gate, up, down = (getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down"))
     width = getattr(gate, "in_features", None)
     if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
@@ -193,7 +189,7 @@ def _mlp_forward(module: nn.Module, dtype: torch.dtype, implementation: Implemen
     # Near zero all activations are alike: gates of a few units tell them apart.
     gates = float(gate(trial_BTD).float().std())
     trial_BTD = trial_BTD * (3.0 / gates if gates > 0 else 1.0)
-    return forward if _agree(module, lambda hidden_ND: forward(hidden_ND, "torch"), trial_BTD) else None
+    return forward if _agree(module, partial(forward, implementation="torch"), trial_BTD) else None
 
 
 def _head_is_plain(model: Any, forward: Callable[..., Any]) -> bool:
@@ -206,21 +202,21 @@ def _head_is_plain(model: Any, forward: Callable[..., Any]) -> bool:
     try:
         ids_BT = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
         logits = forward(model, input_ids=ids_BT, use_cache=False, return_dict=True).logits
-    except Exception:  # whatever a foreign forward raises: such a model is served as it is, or by the oracle
+    except Exception:  # a foreign forward may raise anything: such a model is served as it is, or by the oracle
         return False
     finally:
         handle.remove()
     return len(put_out) == 1 and torch.equal(logits.to(put_out[0].dtype), put_out[0])
 
 
-def _agree(module: nn.Module, stand_in: Forward, trial: Tensor) -> bool:
-    """Tell whether a module's own forward and a plain stand-in give the same, to a narrow dtype's rounding."""
+def _agree(module: nn.Module, replacement: Forward, trial: Tensor) -> bool:
+    """Tell whether a module's own forward and a plain replacement agree up to the dtype's rounding."""
     if "forward" in module.__dict__:
         return False
     try:
         own = type(module).forward(module, trial)
-        other = stand_in(trial)
-    except Exception:  # more arguments, other shapes: not what we take it for
+        other = replacement(trial)
+    except Exception:  # more arguments or other shapes: not the module that its name suggests
         return False
     if not isinstance(own, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
         return False

@@ -18,12 +18,10 @@ from torch import Tensor
 from cepo.kernels.launch import Tile, Variant, architecture, interpreted
 from cepo.kernels.product import product
 
-# (architecture, bytes of an element) -> tile of logits, or of the direction; both walk their inner axis in INNER steps.
+# (architecture, bytes of an element) -> tile of logits; hidden states and weights are read INNER columns at a time.
 TILES = {
-    (80, 2): Tile(128, 128, 8, 3),
-    (80, 4): Tile(64, 32, 8, 1),
-    (90, 2): Tile(128, 128, 8, 3),
-    (90, 4): Tile(64, 32, 8, 1),
+    **{(arch, 2): Tile(128, 128, 8, 3) for arch in (80, 90)},
+    **{(arch, 4): Tile(64, 32, 8, 1) for arch in (80, 90)},
 }
 INNER = {2: 64, 4: 16}
 # Enough programs for every multiprocessor of the device to hold two: rows * columns is split until there are as many.
@@ -77,11 +75,13 @@ def log_odds_forward(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> tup
 def log_odds_vjp(
     cotangent_CP: Tensor, hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor, others_P: Tensor
 ) -> tuple[Tensor, ...]:
-    """Launch the VJP kernels: per chunk of the vocabulary, the others' shares and then their mean of the weight's rows.
+    """Form the direction per chunk of the vocabulary: the kernel forms the others' shares, and one product their mean.
+
+    Bytes of the product, e per element: V D e + P V e read, 8 P D per chunk. FLOPs: 2 P V D.
 
     Args:
-        cotangent_CP: C cotangents of the log-odds, float32; the other arguments are what `log_odds_forward` saved.
-        hidden_PD: rows.
+        cotangent_CP: C cotangents of the log-odds, float32.
+        hidden_PD: this and the next are what `log_odds_forward` saved.
         weight_VD: head.
         ids_P: targets.
         others_P: logsumexp of all other logits.
@@ -90,19 +90,14 @@ def log_odds_vjp(
         The rows' gradient (C, P, D), of their dtype.
     """
     rows, size = hidden_PD.shape
-    vocabulary = weight_VD.shape[0]
-    width = hidden_PD.element_size()
-    tile, inner = TILES[architecture(hidden_PD.device), width], INNER[width]
-    meta = {**_constants(tile, width, interpreted(hidden_PD)), **tile.options}
-    row_blocks = triton.cdiv(rows, tile.rows)
+    vocabulary, width = weight_VD.shape[0], hidden_PD.element_size()
+    tile = TILES[architecture(hidden_PD.device), width]
     chunk = min(vocabulary, max(tile.columns, CHUNK_ELEMENTS // max(1, rows) // tile.columns * tile.columns))
     shares_PN = torch.empty((rows, triton.cdiv(chunk, 16) * 16), dtype=hidden_PD.dtype, device=hidden_PD.device)
-    programs = max(1, row_blocks * triton.cdiv(size, tile.columns))
-    splits = max(1, min(PROGRAMS // programs, triton.cdiv(chunk, inner)))
-    mean_NPD = torch.zeros((splits, rows, size), dtype=torch.float32, device=hidden_PD.device)
+    direction_PD = weight_VD[ids_P].float()
     for first in range(0, vocabulary, chunk):
         columns = min(chunk, vocabulary - first)
-        head_shares_kernel[row_blocks, triton.cdiv(columns, tile.columns)](
+        head_shares_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)](
             hidden_PD,
             weight_VD,
             ids_P,
@@ -115,22 +110,10 @@ def log_odds_vjp(
             size,
             first,
             columns,
-            **meta,
+            **_constants(tile, width, interpreted(hidden_PD)),
+            **tile.options,
         )
-        head_mean_kernel[row_blocks, triton.cdiv(size, tile.columns), splits](
-            shares_PN,
-            weight_VD,
-            mean_NPD,
-            shares_PN.stride(0),
-            weight_VD.stride(0),
-            rows,
-            size,
-            first,
-            columns,
-            triton.cdiv(triton.cdiv(columns, splits), inner) * inner,
-            **meta,
-        )
-    direction_PD = weight_VD[ids_P].float() - mean_NPD.sum(0)
+        direction_PD -= shares_PN[:, :columns] @ weight_VD[first : first + columns]
     return ((cotangent_CP[..., None] * direction_PD).to(hidden_PD.dtype),)
 
 
@@ -226,49 +209,6 @@ def head_shares_kernel(
 
 
 @triton.jit
-def head_mean_kernel(
-    shares_ptr,
-    weight_ptr,
-    mean_f32_ptr,
-    shares_stride_p,
-    weight_stride_v,
-    rows,
-    size,
-    first,
-    columns,
-    columns_each,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Add one split of a chunk's shares times the weight's rows to the sums of one tile, in float32.
-
-    Bytes, e per element, N the chunk: N D e + P N e read, 8 splits P D read and written. FLOPs: 2 P N D.
-    """
-    row_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
-    mask_MN = (row_M < rows)[:, None] & (column_N < size)[None, :]
-    place_MN = (split * rows + row_M).to(tl.int64)[:, None] * size + column_N[None, :]
-    sum_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    last = tl.minimum((split + 1) * columns_each, columns)
-    shares_M = shares_ptr + row_M.to(tl.int64)[:, None] * shares_stride_p
-    for start in range(split * columns_each, last, BLOCK_K):
-        inner_K = start + tl.arange(0, BLOCK_K)
-        mask_MK = (row_M < rows)[:, None] & (inner_K < last)[None, :]
-        shares_MK = tl.load(shares_M + inner_K[None, :], mask=mask_MK, other=0.0)
-        weight_KN = tl.load(
-            weight_ptr + (first + inner_K).to(tl.int64)[:, None] * weight_stride_v + column_N[None, :],
-            mask=(inner_K < last)[:, None] & (column_N < size)[None, :],
-            other=0.0,
-        )
-        sum_MN += product(shares_MK, weight_KN, INTERPRETED)
-    before_MN = tl.load(mean_f32_ptr + place_MN, mask=mask_MN, other=0.0)
-    tl.store(mean_f32_ptr + place_MN, before_MN + sum_MN, mask=mask_MN)
-
-
-@triton.jit
 def _logits(
     hidden_M,
     weight_N,
@@ -297,5 +237,5 @@ def log_odds_variants(arch: int) -> Iterator[Variant]:
         if table_arch != arch:
             continue
         dtype = torch.float32 if width == 4 else torch.bfloat16
-        for kernel in (head_forward_kernel, head_shares_kernel, head_mean_kernel):
+        for kernel in (head_forward_kernel, head_shares_kernel):
             yield Variant(kernel, dtype, _constants(tile, width, False), tile)

@@ -14,12 +14,7 @@ MAX_NORM_SIZE = 8192
 
 
 def rms_norm(
-    hidden_ND: Tensor,
-    weight_D: Tensor,
-    *,
-    epsilon: float,
-    offset: float = 0.0,
-    implementation: Implementation = "auto",
+    hidden_ND: Tensor, weight_D: Tensor, *, epsilon: float, offset: float = 0.0, implementation: Implementation = "auto"
 ) -> Tensor:
     """Return h / rms(h) * (offset + w) over the last axis, rms(h) = sqrt(mean h^2 + epsilon).
 

@@ -26,7 +26,7 @@ from tests.models import judge_rollout, tiny_model
 
 LAYERS = {"norm_forward_kernel", "norm_vjp_kernel", "swiglu_forward_kernel", "swiglu_vjp_kernel"}
 ATTENTION = {f"attention_{name}_kernel" for name in ("forward", "delta", "query_vjp", "key_vjp")}
-HEAD = {"head_forward_kernel", "head_shares_kernel", "head_mean_kernel"}
+HEAD = {"head_forward_kernel", "head_shares_kernel"}
 EXPECTED = {"head_expected_kernel"}
 SIZE = {"head_dim": 16}  # the smallest that the attention takes
 
@@ -47,12 +47,13 @@ def state_of(model: nn.Module) -> list[tuple[str, dict[str, Any], Any]]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "lora", "gemma"])
 def test_the_engine_on_kernels_equals_the_engine_without(family: str, launches: Counter[str]) -> None:
-    """A ragged group, the paper's links with the context's energy: 1e-5 in float32, GQA, per-head norms, LoRA."""
+    """The paper's links with the context's energy: 1e-5 in float32, on ragged groups, GQA, per-head norms, LoRA."""
     layers = 2 if family == "qwen3" else 1
     shape = {"num_hidden_layers": layers, **SIZE}
     plain = tiny_model("qwen3" if family == "lora" else family, dtype=torch.float32, **shape)
     model = with_lora(plain) if family == "lora" else plain
-    group = Group(tuple(ragged_rollout(seed) for seed in (0, 3)))
+    seeds = (0, 3) if family in ("llama", "qwen3") else (0,)  # LoRA and 1 + w have nothing to do with raggedness
+    group = Group(tuple(ragged_rollout(seed) for seed in seeds))
     wanted = GroupEngine(model).jacobians(group, PAPER)
     assert not launches
     engine = GroupEngine(model, kernels="triton")

@@ -30,14 +30,9 @@ from tests.paths import ROOT
 def test_the_engine_on_kernels_in_the_interpreter() -> None:
     """Every test of interpreted_engine.py."""
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.kernels.checks"]
+    tests = str(ROOT / "tests" / "jacobian" / "group" / "interpreted_engine.py")
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            *options,
-            str(ROOT / "tests" / "jacobian" / "group" / "interpreted_engine.py"),
-        ],
+        [sys.executable, "-m", "pytest", *options, tests],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
