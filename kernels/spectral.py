@@ -146,7 +146,7 @@ def _block_iteration(gram_BNN: Tensor, width: int, rank: int) -> tuple[Tensor, T
     scaled_BNN = gram_BNN / _trace(gram_BNN)[:, None, None]
     fourth_BNN = scaled_BNN @ scaled_BNN
     fourth_BNN = fourth_BNN @ fourth_BNN
-    # A fixed start, whatever the batch: a result must not depend on what stands beside it.
+    # A fixed start, whatever the batch: a result must not depend on what else is in it.
     generator = torch.Generator().manual_seed(0)
     start_NR = torch.randn(gram_BNN.shape[1], width, generator=generator, dtype=torch.float64).to(gram_BNN.device)
     block_BNR = torch.linalg.qr(gram_BNN @ start_NR).Q
@@ -174,7 +174,7 @@ def _grams(matrices_ND: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
         if matrix_ND.numel():
             sizes.setdefault((min(matrix_ND.shape), str(matrix_ND.device)), []).append(index)
     for (size, _), members in sizes.items():
-        # On a CPU a batch gains nothing, and one by one a result is the same to the bit whatever stands beside it.
+        # On a CPU a batch gains nothing, and one by one a result is the same to the bit whatever else is in the batch.
         alone = matrices_ND[members[0]].device.type == "cpu"
         step = 1 if alone else max(1, _BATCH_ENTRIES // size**2)
         for start in range(0, len(members), step):

@@ -31,7 +31,7 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps
 from cepo.kernels.launch import Implementation, use_triton
 
-_MINUTES = 9.0  # time limit; what does not fit is recorded as out of time
+_MINUTES = 9.0  # time limit on a GPU; what does not fit is recorded as out of time
 # When each part ends, as a share of that.
 _UNTIL = {"kernels": 0.4, "engine": 0.7, "compiled kernels": 0.88, "compiled engine": 1.0}
 
@@ -105,8 +105,8 @@ def run_kernel_benchmark(
     floors = measured_floors(place, chosen.widths)
     how = "interpreted" if ours == "triton" else "compiled" if place.type == "cuda" else "plain PyTorch"
     facts = {"size": size, "seed": seed, "kernels": how, **floors, **environment(place)}
-    started = time.perf_counter()
-    deadlines = {part: started + 60 * _MINUTES * share for part, share in _UNTIL.items()}
+    started, limit = time.perf_counter(), 60 * _MINUTES if device == "cuda" else float("inf")
+    deadlines = {part: started + limit * share for part, share in _UNTIL.items()}
     run = Recorder(output / "kernels.jsonl", facts, place, deadlines, [], progress)
     _run_operations(run, "kernels", operations(chosen.widths, place, ours, seed), compiled=False)
     subject, workload = _run_engine(run, chosen, ours, seed)

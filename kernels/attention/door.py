@@ -30,7 +30,7 @@ def attend(
 
     In Triton no score is ever in memory, and a batch of cotangents (`torch.func.vmap` over `torch.autograd.grad`) goes
     through each VJP kernel once. Gradients of the past are per rollout, and formed only if the past requires grad:
-    detach it where nobody asks. There is no second derivative.
+    detach it if they are not needed. There is no second derivative.
 
     Args:
         query_BHTE: queries; this and the other tensors are as in `prefix_attention`, with any strides.

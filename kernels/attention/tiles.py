@@ -47,7 +47,7 @@ def load_rows(base, stride_h, stride_t, row_M, rows, GROUP: tl.constexpr, SIZE: 
 
 @triton.jit
 def store_rows(base, heads, row_M, rows, value_ME, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Store folded rows into a `token_major` tensor of so many heads; `base` is the place of the first row."""
+    """Store folded rows into a `token_major` tensor with this number of heads; `base` is the place of the first row."""
     column_E = tl.arange(0, BLOCK_E)
     mask_ME = (row_M < rows)[:, None] & (column_E < SIZE)[None, :]
     place_M = (row_M % GROUP + row_M // GROUP * heads) * SIZE

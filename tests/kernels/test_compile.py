@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def compiled_table(folder: Path, target: str) -> list[dict[str, str]]:
-    """Return the rows of the printed table; a fresh cache, so that nothing stands in for a compilation."""
+    """Return the rows of the printed table; with a fresh cache, so that every form is compiled."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     command = [sys.executable, "-m", "cepo.kernels.compile", target]

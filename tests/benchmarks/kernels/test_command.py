@@ -1,6 +1,6 @@
-"""`cepo bench --kernels`: no time without equal values, on time, refused where it cannot run.
+"""`cepo bench --kernels` times only equal values, keeps its deadlines, and refuses devices that it cannot run on.
 
-Nothing here looks at how long anything took.
+No test here depends on how long anything takes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from cepo.benchmarks.kernels.rows import Recorder, case_row, operation_row
 from cepo.benchmarks.measure import Measurement
 from tests.paths import ROOT
 
-# What a GPU machine may lack, and what a benchmark of kernels has no use for.
+# Packages that a GPU machine may lack and that the benchmark of kernels does not need.
 ABSENT = ("trl", "datasets", "math_verify", "gguf", "liger_kernel", "captum", "tensorboard", "sentencepiece")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is published for Linux only")
-def test_every_road_agrees_by_the_kernels_themselves_and_without_training_packages(tmp_path: Path) -> None:
-    """The command in the interpreter: each operation and the engine have a row for each road, values compared."""
+def test_every_contender_agrees_in_the_interpreter_and_without_training_packages(tmp_path: Path) -> None:
+    """The command in the interpreter: each operation and the engine have a row per contender, values compared."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
         "from cepo.benchmarks.kernels.command import main; import typer; typer.run(main)"
@@ -51,11 +51,11 @@ def test_every_road_agrees_by_the_kernels_themselves_and_without_training_packag
     for name in ("RMS norm", "SwiGLU", "attention of the stem", "log-likelihood through the head"):
         assert {f"{name}, forward", f"{name}, forward and VJP"} <= operations
     for operation in operations:
-        roads = {row["contender"]: row["status"] for row in rows if row["operation"] == operation}
-        assert roads["cepo"] == roads["eager PyTorch"] == "ok", (operation, roads)
-        assert roads.get("torch.compile", "needs CUDA") == "needs CUDA"
-        assert roads.get("Liger-Kernel", "not installed") == "not installed"
-        assert roads.get("SDPA", "ok") == "ok"
+        found = {row["contender"]: row["status"] for row in rows if row["operation"] == operation}
+        assert found["cepo"] == found["eager PyTorch"] == "ok", (operation, found)
+        assert found.get("torch.compile", "needs CUDA") == "needs CUDA"
+        assert found.get("Liger-Kernel", "not installed") == "not installed"
+        assert found.get("SDPA", "ok") == "ok"
     engine = {row["contender"]: row for row in rows if row["section"] == "engine"}
     assert engine["cepo, kernels, all links, exact"]["status"] == "ok"
     assert "attention: triton, head: triton, 4 modules" in engine["cepo, kernels, all links, exact"]["computes"]
@@ -73,7 +73,7 @@ def recorder(path: Path, *, left: float = 100.0) -> Recorder:
 
 
 def test_only_values_that_agree_get_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong road, one that is NaN, one of another shape and one that raises are rows without seconds."""
+    """A wrong contender, one that is NaN, one of another shape and one that raises are rows without seconds."""
     monkeypatch.setattr(kernel_rows, "_seconds", lambda run: (run(), 8.0)[1])
     right = torch.arange(6.0).reshape(2, 3)
     truth = (right.double(), [right[0].double(), right[1].double()])
@@ -81,7 +81,7 @@ def test_only_values_that_agree_get_a_time(tmp_path: Path, monkeypatch: pytest.M
     def fails() -> Any:
         raise RuntimeError("no such\ninstruction")
 
-    roads = {
+    contenders_by_name = {
         "right": lambda: (right, right + 1e-5),
         "part": lambda: (None, [right[0], right[1]]),
         "wrong": lambda: (right, right + 1.0),
@@ -92,7 +92,8 @@ def test_only_values_that_agree_get_a_time(tmp_path: Path, monkeypatch: pytest.M
     operation = Operation("doubling", "2 x 3", lambda: truth, (), (right, right[0]), 16.0, 120.0, torch.float32)
     run = recorder(tmp_path)
     rows = {
-        name: operation_row(run, "kernels", operation, Contender(name, "", road), truth) for name, road in roads.items()
+        name: operation_row(run, "kernels", operation, Contender(name, "", run_once), truth)
+        for name, run_once in contenders_by_name.items()
     }
     assert {name for name, row in rows.items() if row["seconds"] is not None} == {"right", "part"}
     assert rows["right"]["seconds"] == 8.0

@@ -98,7 +98,7 @@ def test_attention_takes_strides_and_an_expanded_past(launches: Counter[str]) ->
 
 
 def test_attention_forms_only_the_gradients_that_are_asked(launches: Counter[str]) -> None:
-    """A detached past costs no launch, and neither does a query that is no leaf of anything."""
+    """A detached past costs no launch, and neither does a query that requires no gradient."""
     from cepo.kernels.attention.door import attend
 
     tensors, lengths_B = attention_inputs(2, 2, 1, 20, 9, 64, torch.float32)

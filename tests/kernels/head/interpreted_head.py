@@ -42,7 +42,7 @@ def test_head_equals_the_definition(
     wide = hidden.detach().double().requires_grad_()
     true = operation(wide, weight.double(), ids)
     each = [torch.autograd.grad(true, wide, row.double(), retain_graph=True)[0] for row in cotangents]
-    # The values are float32 in every dtype, and the products behind them exact: the tightest tolerance holds.
+    # The values are float32 in every dtype, from exact products: the tightest tolerance holds.
     assert_close(got.detach(), true.detach(), "values")
     assert_close(gradients, torch.stack(each), "gradients")
     assert launches == {"head_forward_kernel": 1, "head_shares_kernel": 1}
