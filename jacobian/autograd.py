@@ -36,7 +36,7 @@ class JacobianEngine(ModelEngine):
 
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`."""
-        self._check(requests)
+        self._check(request.group for request in requests)
         for request in requests:
             with self._held.prepared():
                 answers = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -131,10 +131,10 @@ class ModelEngine(abc.ABC):
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`."""
 
-    def _check(self, requests: Sequence[Request]) -> None:
-        """Raise ValueError if a rollout of the requests has no Jacobians."""
-        for request in requests:
-            for rollout in request.group.rollouts:
+    def _check(self, groups: Iterable[Group]) -> None:
+        """Raise ValueError if a rollout has no Jacobians."""
+        for group in groups:
+            for rollout in group.rollouts:
                 problem = rollout.malformed or self.refusal(rollout)
                 if problem:
                     raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")

@@ -89,9 +89,9 @@ class GroupEngine(ModelEngine):
         Raises:
             ValueError: if a rollout is malformed or refused, or the oracle serves the model (it has no plan).
         """
+        self._check([requests] if isinstance(requests, Group) else (request.group for request in requests))
         if isinstance(requests, Group):
             requests = [Request(requests, default_links(requests) if links is None else tuple(links))]
-        self._check(requests)
         served = self._tried()
         if isinstance(served, str):
             raise ValueError(f"the oracle serves this model, so there is no plan: {served}")
@@ -106,7 +106,7 @@ class GroupEngine(ModelEngine):
         Raises:
             ValueError: if a rollout is malformed or refused, before the first is run.
         """
-        self._check(requests)
+        self._check(request.group for request in requests)
         served = self._tried()
         if isinstance(served, str):
             yield from self._oracle.compute(requests)

@@ -380,6 +380,8 @@ def test_bad_arguments() -> None:
     engine, sound = GroupEngine(model), ragged_rollout(0)
     with pytest.raises(ValueError, match="no Jacobians: nothing there"):
         engine.jacobians(Group((replace(sound, malformed="nothing there"),)), PAPER)
+    with pytest.raises(ValueError, match="no Jacobians: nothing there"):
+        engine.plan(Group((Rollout(sound.prompt_ids, sound.completion_ids, malformed="nothing there"),)))
     with pytest.raises(ValueError, match="links is empty"):
         Request(Group((sound,)), ())
 
