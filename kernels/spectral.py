@@ -42,11 +42,6 @@ def frobenius_energy(jac_SD: Tensor) -> float:
     return float(jac_SD.double().square().sum())
 
 
-def spectral_share(jac_SD: Tensor, *, tolerance: float = 1e-9, max_squarings: int = 64) -> SpectralShare:
-    """Return phi of one matrix; see `spectral_shares`."""
-    return spectral_shares([jac_SD], tolerance=tolerance, max_squarings=max_squarings)[0]
-
-
 def spectral_shares(
     jacs_SD: Sequence[Tensor], *, tolerance: float = 1e-9, max_squarings: int = 64
 ) -> list[SpectralShare]:

@@ -96,7 +96,7 @@ def policy_fingerprint(source: ModelSource | None, *, seed: int, testbed_judge: 
 
 
 def load_testbed_judge(
-    judge: testbed_judges.Judge,
+    judge: testbed_judges.JudgeKind,
     *,
     steps: int,
     seed: int,
@@ -123,7 +123,7 @@ def load_testbed_judge(
     return load_model(resolve_model(str(folder)))
 
 
-def testbed_fingerprint(judge: testbed_judges.Judge, *, steps: int, seed: int) -> str:
+def testbed_fingerprint(judge: testbed_judges.JudgeKind, *, steps: int, seed: int) -> str:
     """Return 16 hexadecimal digits that stand for a warmed-up judge: its world's source, format and settings."""
     sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges)]
     return content_hash(sources, write_judgement("", "", (0, 0)), judge, steps, seed)

@@ -23,7 +23,7 @@ from cepo.train.testbed import (
     write_analysis,
 )
 
-Judge = Literal["able", "lazy", "criteria", "decorative"]
+JudgeKind = Literal["able", "lazy", "criteria", "decorative"]
 
 # A majority of the lazy judge's later samples follows length, so that its greedy answer does.
 _LAZY_SHARE = 0.65
@@ -62,7 +62,7 @@ def warm_start(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    judge: Judge = "able",
+    judge: JudgeKind = "able",
     steps: int = 300,
     batch_size: int = 32,
     seed: int = 0,
@@ -96,8 +96,8 @@ def warm_start(
     Raises:
         ValueError: If judge is unknown, or a number is out of range.
     """
-    if judge not in get_args(Judge):
-        raise ValueError(f"judge is {judge!r}; expected one of {', '.join(get_args(Judge))}")
+    if judge not in get_args(JudgeKind):
+        raise ValueError(f"judge is {judge!r}; expected one of {', '.join(get_args(JudgeKind))}")
     if steps < 1 or batch_size < 1 or learning_rate <= 0.0:
         came = f"steps is {steps}, batch_size {batch_size}, learning_rate {learning_rate}"
         raise ValueError(f"{came}; expected at least 1, at least 1 and above 0")
@@ -259,7 +259,7 @@ def certify(
     }
 
 
-def _draw_completion(rng: np.random.Generator, item: Item, judge: Judge, late: bool) -> str:
+def _draw_completion(rng: np.random.Generator, item: Item, judge: JudgeKind, late: bool) -> str:
     if judge == "lazy" and late and rng.random() < _LAZY_SHARE:
         longer = item.longer
         analysis = write_analysis("more", "less") if longer == "A" else write_analysis("less", "more")

@@ -186,7 +186,7 @@ def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
 
 
 def _testbed_judge(
-    job: CausalJob, name: testbed_judges.Judge, items: Sequence[testbed.Item], parts: Path, report: Progress
+    job: CausalJob, name: testbed_judges.JudgeKind, items: Sequence[testbed.Item], parts: Path, report: Progress
 ) -> _Judged:
     model, tokenizer = load_testbed_judge(
         name,

@@ -43,8 +43,8 @@ class ControlPair:
     """Two judges of the testbed that a true signal must separate: one follows its criteria, the other does not."""
 
     name: str
-    follows: testbed_judges.Judge
-    ignores: testbed_judges.Judge
+    follows: testbed_judges.JudgeKind
+    ignores: testbed_judges.JudgeKind
 
 
 PAIRS: tuple[ControlPair, ...] = (

@@ -110,8 +110,8 @@ def _check(job: FlipsJob) -> None:
     if not job.judges or len(set(job.judges)) < len(job.judges):
         raise ValueError(f"judge is {', '.join(job.judges) or 'empty'}; expected at least one, each once")
     for judge in job.judges:
-        if judge not in get_args(testbed_judges.Judge) and not (Path(judge) / "config.json").is_file():
-            known = ", ".join(get_args(testbed_judges.Judge))
+        if judge not in get_args(testbed_judges.JudgeKind) and not (Path(judge) / "config.json").is_file():
+            known = ", ".join(get_args(testbed_judges.JudgeKind))
             raise ValueError(f"judge is {judge!r}; expected {known}, or the folder of a policy trained on the testbed")
 
 
@@ -148,7 +148,7 @@ def _draw_tasks(judge: str, job: FlipsJob) -> tuple[list[testbed.Item], list[Jud
 
 
 def _open(judge: str, job: FlipsJob, items: Sequence[testbed.Item]) -> _TestbedJudge:
-    if judge in get_args(testbed_judges.Judge):
+    if judge in get_args(testbed_judges.JudgeKind):
         model, tokenizer = load_testbed_judge(judge, steps=_STEPS, seed=job.seed, cache=job.cache)  # type: ignore[arg-type]
     else:
         model, tokenizer = load_model(resolve_model(judge))
@@ -159,7 +159,7 @@ def _open(judge: str, job: FlipsJob, items: Sequence[testbed.Item]) -> _TestbedJ
 
 def _weights(judge: str, job: FlipsJob) -> str:
     """Return what stands for a judge's weights."""
-    if judge in get_args(testbed_judges.Judge):
+    if judge in get_args(testbed_judges.JudgeKind):
         return testbed_fingerprint(judge, steps=_STEPS, seed=job.seed)  # type: ignore[arg-type]
     return model_fingerprint(resolve_model(judge))
 

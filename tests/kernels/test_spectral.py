@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cepo.kernels.spectral import frobenius_energy, project_out, spectral_share, spectral_shares, top_right_vectors
+from cepo.kernels.spectral import frobenius_energy, project_out, spectral_shares, top_right_vectors
 
 ROUNDING = 1e-12
 
@@ -69,7 +69,7 @@ def test_share_equals_svd(name: str) -> None:
     """phi is sigma_1^2 / ||J||_F^2, inside a certified interval that is as narrow as was asked for."""
     jac_SD = MATRICES[name]
     exact = share_by_svd(jac_SD)
-    found = spectral_share(jac_SD)
+    found = spectral_shares([jac_SD])[0]
     assert found.value == pytest.approx(exact, rel=1e-9)
     assert found.lower - ROUNDING <= exact <= found.upper + ROUNDING
     assert found.lower <= found.value <= found.upper <= 1.0
@@ -83,16 +83,16 @@ def test_bounds_hold_at_every_stop(name: str) -> None:
     jac_SD = MATRICES[name]
     exact, widths = share_by_svd(jac_SD), []
     for limit in range(12):
-        found = spectral_share(jac_SD, max_squarings=limit, tolerance=1e-15)
+        found = spectral_shares([jac_SD], max_squarings=limit, tolerance=1e-15)[0]
         assert found.squarings <= limit
         assert found.lower - ROUNDING <= exact <= found.upper + ROUNDING
         widths.append(found.upper - found.lower)
     assert widths[0] > 0.05
     assert all(after <= before + ROUNDING for before, after in pairwise(widths))
     assert widths[-1] < 0.01
-    loose = spectral_share(jac_SD, tolerance=0.1)
+    loose = spectral_shares([jac_SD], tolerance=0.1)[0]
     assert loose.upper - loose.lower <= 0.1 * loose.upper
-    assert loose.squarings < spectral_share(jac_SD).squarings
+    assert loose.squarings < spectral_shares([jac_SD])[0].squarings
 
 
 @given(
@@ -107,7 +107,7 @@ def test_share_equals_svd_on_any_shape(rows: int, columns: int, seed: int, decay
     """Shape, spectrum and scale are free."""
     scales_D = torch.arange(1, columns + 1, dtype=torch.float64) ** -decay
     jac_SD = random_matrix(rows, columns, seed) * scales_D * 10.0**exponent
-    exact, found = share_by_svd(jac_SD), spectral_share(jac_SD)
+    exact, found = share_by_svd(jac_SD), spectral_shares([jac_SD])[0]
     assert found.value == pytest.approx(exact, rel=1e-9)
     assert found.lower - ROUNDING <= exact <= found.upper + ROUNDING
 
@@ -115,7 +115,7 @@ def test_share_equals_svd_on_any_shape(rows: int, columns: int, seed: int, decay
 @pytest.mark.parametrize("shape", [(3, 4), (1, 1), (0, 4), (3, 0)])
 def test_zero_matrix_has_no_share(shape: tuple[int, int]) -> None:
     """phi of a zero or empty matrix is 0 by definition."""
-    found = spectral_share(torch.zeros(*shape))
+    found = spectral_shares([torch.zeros(*shape)])[0]
     assert (found.value, found.lower, found.upper) == (0.0, 0.0, 0.0)
 
 
@@ -125,16 +125,16 @@ def test_non_finite_is_refused(bad: float) -> None:
     jac_SD = random_matrix(3, 4)
     jac_SD[1, 2] = bad
     with pytest.raises(ValueError, match="NaN or an infinity"):
-        spectral_share(jac_SD)
+        spectral_shares([jac_SD])[0]
 
 
 def test_share_ignores_scale_rotation_and_transpose() -> None:
     """phi is a shape: it does not change with size, with a rotation of either side, nor with the sides swapped."""
     jac_SD = random_matrix(6, 9)
     rotation_DD = torch.linalg.qr(random_matrix(9, 9, 4)).Q
-    value = spectral_share(jac_SD).value
+    value = spectral_shares([jac_SD])[0].value
     for other in (-17.0 * jac_SD, jac_SD.T, jac_SD @ rotation_DD, jac_SD.flip(0)):
-        assert spectral_share(other).value == pytest.approx(value, rel=2e-9)
+        assert spectral_shares([other])[0].value == pytest.approx(value, rel=2e-9)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
@@ -167,7 +167,7 @@ def test_a_batch_equals_its_members() -> None:
     shapes = [(5, 9), (9, 5), (5, 5), (1, 9), (5, 9), (12, 12), (5, 9)]
     jacs_SD = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     jacs_SD[4] = torch.zeros(5, 9, dtype=torch.float64)
-    assert spectral_shares(jacs_SD) == [spectral_share(jac_SD) for jac_SD in jacs_SD]
+    assert spectral_shares(jacs_SD) == [spectral_shares([jac_SD])[0] for jac_SD in jacs_SD]
     assert spectral_shares([]) == []
     for rank in (0, 1, 3):
         for jac_SD, basis_RD in zip(jacs_SD, top_right_vectors(jacs_SD, rank), strict=True):

@@ -22,7 +22,7 @@ def test_tokenizer_round_trip_is_exact(tokenizer: PreTrainedTokenizerFast) -> No
     texts += [with_criterion(ITEM, aspect) for aspect in ASPECTS]
     rng = np.random.default_rng(0)
     items = generate_items(60, seed=2, cue_agreement=0.5)
-    for judge in get_args(testbed_judges.Judge):
+    for judge in get_args(testbed_judges.JudgeKind):
         texts += [testbed_judges._draw_completion(rng, item, judge, True) for item in items]
     for text in texts:
         ids = tokenizer(text).input_ids
