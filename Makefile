@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff check .
