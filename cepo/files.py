@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ BrokenLine: TypeAlias = tuple[int, str]
 
 SETTINGS = "settings.json"
 _SHOWN = 60  # characters of a setting in an error
+_FINGERPRINT = re.compile("[0-9a-f]{16}")  # says nothing to people
+_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 
 
 # Writing
@@ -121,6 +124,11 @@ def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[BrokenLine
     return rows, broken
 
 
+def is_file_name(source: str | Path) -> bool:
+    """Return whether a source of data is a file, there or not, rather than a hub data set."""
+    return Path(source).is_file() or Path(source).suffix in _FILE_ENDINGS
+
+
 # Resuming
 
 
@@ -140,8 +148,8 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
         Whether there are results to go on from.
 
     Raises:
-        ValueError: for results of other settings, by the name of each that differs, or results without settings,
-            which another program wrote.
+        ValueError: for results of other settings, by the name of each that differs; for an output of another command,
+            with or without results; for results without settings, which another program wrote.
     """
     make_folder(settings_file.parent)
     there = [path.name for path in results if path.exists()]
@@ -153,13 +161,14 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
             f"output {str(settings_file.parent)!r} holds {foreign}, which no earlier run of this command wrote; name "
             "another output"
         )
-    if there and before is not None and before.get("command") != now.get("command"):
+    if before is not None and before["command"] != now["command"]:
         raise ValueError(
-            f"output {str(settings_file.parent)!r} holds results of {before.get('command')!r}; name another output"
+            f"output {str(settings_file.parent)!r} holds results of {before['command']!r}; name another output"
         )
-    differing = [name for name in {**(before or {}), **now} if (before or {}).get(name) != now.get(name)]
+    before = before or {}
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if there and differing:
-        told = ", ".join(f"{name} was {_shown(before, name)} and is {_shown(now, name)}" for name in differing)
+        told = ", ".join(_difference(name, before, now) for name in differing)
         raise ValueError(
             f"output {str(settings_file.parent)!r} holds {', '.join(there)}, made with other settings: {told}; name "
             "another output, or move this one away"
@@ -218,11 +227,13 @@ def _read_settings(path: Path) -> Row | None:
     return found if isinstance(found, dict) and "command" in found else None
 
 
-def _shown(settings: Mapping[str, Any] | None, name: str) -> str:
-    if name not in (settings or {}):
-        return "absent"
-    text = json.dumps((settings or {})[name])
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    values = before.get(name), now.get(name)
+    if all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in values):
+        return f"{name} has other content"
+    shown = ["absent" if name not in settings else json.dumps(settings[name]) for settings in (before, now)]
+    was, is_ = (text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..." for text in shown)
+    return f"{name} was {was} and is {is_}"
 
 
 def _remove(path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value
 
-from cepo.files import BrokenLine, Row, content_hash, read_jsonl
+from cepo.files import BrokenLine, Row, content_hash, is_file_name, read_jsonl
 from cepo.train.prompts import judge_prompt, reasoning_prompt
 
 _TEXT = Value("string")
@@ -172,7 +172,7 @@ def _collect(
 
 
 def _open(source: str | Path, split: str | None) -> tuple[Iterable[tuple[int, Row]], list[BrokenLine]]:
-    if Path(source).is_file() or Path(source).suffix == ".jsonl":
+    if is_file_name(source):
         if split is not None:
             raise ValueError(f"split is {split!r}, but source {source} is a file; expected None, files have no splits")
         return read_jsonl(source)

@@ -96,7 +96,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read as YAML: {error}") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"config {str(path)!r} holds a {type(loaded).__name__}; expected a mapping")
+        held = "is empty" if loaded is None else f"holds a {type(loaded).__name__}"
+        raise ValueError(f"config {str(path)!r} {held}; expected a mapping with model, data, rewards and output")
     for key, value in overrides.items():
         place, *rest = key.split(".")
         if rest:

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,16 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None)
     """
     make_folder(output)
     console = Console(file=sys.stderr)  # the stream that the libraries lose below
+    if checkpoint is not None:
+        console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
     with _printed_to(output / _LOG):
         trainer = build()
         with _progress(console, visible=trainer.is_world_process_zero()) as progress:
             trainer.add_callback(_RunRecord(output, progress))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
+    if warning := _nothing_learned([row for _, row in read_jsonl(output / METRICS)[0]]):
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     reached = last_complete_checkpoint(output)
     assert reached is not None  # _RunRecord saves the last step
     return reached
@@ -147,6 +151,9 @@ class _RunRecord(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if shown := _shown(logs or {}):
             self._progress.update(self._bar, description=f"training: {shown}")
+            if not self._progress.console.is_terminal:  # there a bar shows nothing until the end
+                line = f"step {state.global_step} of {state.max_steps}: {shown}"
+                self._progress.console.print(line, highlight=False, soft_wrap=True)
         if state.is_world_process_zero:
             append_jsonl(self._output / METRICS, [{"step": state.global_step, **(logs or {})}])
 
@@ -161,6 +168,23 @@ def _shown(logs: Mapping[str, float]) -> str:
     task = [name for name in _TASK_REWARDS if name in logs][:1]
     names = {"task reward": task, "causal reward": ["rewards/causal/mean"], "loss": [] if task else ["loss"]}
     return ", ".join(f"{label} {logs[name]:.2f}" for label, found in names.items() for name in found if name in logs)
+
+
+def _nothing_learned(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return a warning if no completion of the run earned any reward, with what was wrong with them."""
+    steps = [row for row in metrics if "reward" in row]
+    if not steps or any(row["reward"] or row.get("reward_std") for row in steps):
+        return None
+    shares = {"malformed": "causal/malformed", "cut off at the maximum length": "completions/clipped_ratio"}
+    told = [
+        f"{sum(row[name] for row in steps) / len(steps):.0%} of the completions were {label}"
+        for label, name in shares.items()
+        if all(name in row for row in steps)
+    ]
+    return (
+        f"every reward was 0, so nothing was learned{': ' if told else ''}{', '.join(told)}. Try a larger "
+        "grpo.max_completion_length, or cepo warm-start to teach the format"
+    )
 
 
 def _progress(console: Console, *, visible: bool) -> Progress:

@@ -25,7 +25,7 @@ Pairs = Annotated[
     typer.Option(help="rewardbench, rewardbench2, another hub data set, or a JSONL file of prompt, chosen, rejected."),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set. Default: the benchmark's own, or train.")]
-Subset = Annotated[list[str] | None, typer.Option(help="Name of a subset to keep; repeat it. Default: all.")]
+Subset = Annotated[list[str] | None, typer.Option(help="Name of a subset to keep; may be repeated. Default: all.")]
 
 
 @eval_app.command()
@@ -70,7 +70,8 @@ def robustness(
     data: Pairs,
     output: Output,
     transformation: Annotated[
-        list[str] | None, typer.Option(help="Name of a transformation; repeat it. Default: all that apply to the data.")
+        list[str] | None,
+        typer.Option(help="Name of a transformation; may be repeated. Default: all that apply to the data."),
     ] = None,
     split: Split = None,
     subset: Subset = None,
@@ -134,7 +135,9 @@ def best_of_n(
 def cue_flips(
     judge: Annotated[
         list[str],
-        typer.Option(help="able, lazy, criteria, decorative, or the folder of a policy trained there; repeat it."),
+        typer.Option(
+            help="able, lazy, criteria, decorative, or the folder of a policy trained there; may be repeated."
+        ),
     ],
     output: Output,
     items: Annotated[int, typer.Option(help="Items per agreement of the cue.")] = 200,
@@ -144,7 +147,7 @@ def cue_flips(
     """Does a judge of the testbed follow a spurious cue, the length of a response?
 
     The table shows each judge's accuracy where the longer response is the better one in 10%, 30%, 50%, 70% and 90% of
-    the items. The testbed's own judges are warmed up first, which takes a minute or two each, and are then cached.
+    the items. The testbed's own judges are warmed up first; each takes a minute or two and is then cached.
 
     Run a killed command again with the same arguments, and it resumes.
     """
@@ -175,7 +178,9 @@ def causal(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Take minutes: one pair of judges, 60 items, 4 resamples, 200 bootstrap draws."),
+        typer.Option(
+            "--quick", help="Finish in minutes: one pair of judges, 60 items, 4 resamples, 200 bootstrap draws."
+        ),
     ] = False,
     items: Annotated[
         int | None,

@@ -55,7 +55,7 @@ def _judge_settings(
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = JudgeSettings.timeout_s,
     retries: Annotated[int, typer.Option(help="How often a failed request is sent again.")] = JudgeSettings.retries,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Most tokens per judgement. On a CPU, 32 to 128 keep 100 pairs within minutes.")
+        int, typer.Option(help="Maximum tokens per judgement. On a CPU, 32 to 128 keep 100 pairs within minutes.")
     ] = JudgeSettings.max_new_tokens,
     temperature: Annotated[
         float, typer.Option(help="0 is greedy; above 0, judgements are sampled.")

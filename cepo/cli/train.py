@@ -40,7 +40,8 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the data split, sampling and training.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Set any other key to a YAML value, e.g. grpo.learning_rate=1e-5.")
+        list[str] | None,
+        typer.Option("--set", help="Set any other key, e.g. grpo.learning_rate=1e-5; may be repeated."),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse an output that already holds checkpoints.")] = False,
     trust_remote_code: TrustRemoteCode = False,

@@ -11,7 +11,7 @@ from typing import Any
 
 from cepo.eval.judges.journal import JudgeTask
 from cepo.eval.judges.settings import PLACES, Place
-from cepo.files import BrokenLine, Row, content_hash, read_jsonl
+from cepo.files import BrokenLine, Row, content_hash, is_file_name, read_jsonl
 from cepo.train.data import read_dialogue, read_response
 from cepo.train.prompts import judge_prompt
 
@@ -167,7 +167,7 @@ def _numbered(items: Sequence[PreferenceItem]) -> list[PreferenceItem]:
 
 
 def _open(source: str, split: str | None) -> tuple[Iterable[tuple[int, Row]], list[BrokenLine]]:
-    if Path(source).is_file() or Path(source).suffix == ".jsonl":
+    if is_file_name(source):
         if split is not None:
             raise ValueError(f"split is {split!r}, but data {source!r} is a file, which has no splits")
         return read_jsonl(source)

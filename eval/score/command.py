@@ -287,7 +287,7 @@ def _write_page(
         "input": str(job.input),
         "links": ", ".join(f"{name} (weight {weight:g})" for name, weight in config.links.items()),
         "score": config.score,
-        "hardening": f"K = {config.counterfactuals}, {rank}",
+        "hardening": f"K = {config.counterfactuals}, {rank}" if config.counterfactuals else "none (K = 0)",
     }
     assert job.html is not None
     write_report(job.html, title="cepo score", summary=summary, heat_maps={"Rollouts": maps})

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from cepo.files import append_jsonl, claim, content_hash, fingerprint, read_jsonl, replacing, write_jsonl, write_text
+from cepo.files import (
+    append_jsonl,
+    claim,
+    content_hash,
+    fingerprint,
+    is_file_name,
+    read_jsonl,
+    replacing,
+    write_jsonl,
+    write_text,
+)
 from tests.paths import ROOT
 
 SETTINGS = {"command": "cepo score", "model": "abc", "config": {"p": 0.2, "links": {"X->Y": 1.0}}, "ranks": (1, 2)}
@@ -99,6 +109,7 @@ def test_the_same_settings_go_on(tmp_path: Path) -> None:
         ({"config": {"p": 1.0, "links": {"X->Y": 1.0}}}, "config.p was 0.2 and is 1.0"),
         ({"config": {"p": 0.2, "links": {"X->Y": 1.0, "Z->X": 0.5}}}, "config.links.Z->X was absent and is 0.5"),
         ({"config": {"p": math.inf, "links": {"X->Y": 1.0}}}, 'config.p was 0.2 and is "inf"'),
+        ({"model": "0123456789abcdef"}, 'model was "abc" and is "0123456789abcdef"'),
         ({"ranks": [2, 1]}, r"ranks was \[1, 2\] and is \[2, 1\]"),
     ],
 )
@@ -112,6 +123,20 @@ def test_other_settings_are_refused_by_name_where_there_are_results(changes: dic
     assert claimed(tmp_path, SETTINGS), "a refusal leaves the settings as they were"
 
 
+def test_fingerprints_that_differ_are_not_spelled_out(tmp_path: Path) -> None:
+    claimed(tmp_path, {"command": "train", "data": content_hash(1)})
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ValueError, match="made with other settings: data has other content; name"):
+        claimed(tmp_path, {"command": "train", "data": content_hash(2)})
+
+
+def test_a_name_of_a_file_is_never_taken_for_a_hub_data_set(tmp_path: Path) -> None:
+    (tmp_path / "rows").touch()
+    assert is_file_name(tmp_path / "rows")
+    assert is_file_name("judge.json")
+    assert not is_file_name("allenai/reward-bench")
+
+
 def test_results_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("mine")
     for foreign in (None, "not JSON", '{"model": "abc"}'):
@@ -123,6 +148,9 @@ def test_results_of_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds results of 'cepo bench'"):
         claimed(tmp_path, SETTINGS)
     assert (tmp_path / "rows.jsonl").read_text() == "mine"
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(ValueError, match="holds results of 'cepo bench'"):
+        claimed(tmp_path, SETTINGS)  # it may hold what only the other command knows
 
 
 def test_half_written_files_of_others_stay(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cepo.train.run import _printed_to, _shown
+from cepo.train.run import _nothing_learned, _printed_to, _shown
 
 
 def test_the_bar_shows_the_tasks_and_the_causal_reward_or_the_loss() -> None:
@@ -17,6 +17,17 @@ def test_the_bar_shows_the_tasks_and_the_causal_reward_or_the_loss() -> None:
     assert _shown({**logs, "causal/task": 0.75}) == "task reward 0.75, causal reward 0.25"
     assert _shown({"loss": 1.5}) == "loss 1.50"
     assert _shown({"train_runtime": 3.0}) == ""
+
+
+def test_a_run_that_earned_nothing_says_so() -> None:
+    """Zero rewards train nothing, whatever the loss curve looks like; the causes are told where they were logged."""
+    nothing = {"step": 1, "reward": 0.0, "reward_std": 0.0}
+    told = _nothing_learned([{**nothing, "causal/malformed": 1.0, "completions/clipped_ratio": 0.75}, {"loss": 0.0}])
+    assert told is not None
+    assert "nothing was learned: 100% of the completions were malformed, 75% of the completions were cut off" in told
+    assert _nothing_learned([nothing, {**nothing, "reward": 0.2}]) is None
+    assert _nothing_learned([{**nothing, "reward_std": 0.1}]) is None
+    assert _nothing_learned([{"step": 1, "loss": 0.3}]) is None, "a warm start has no rewards"
 
 
 def test_prints_and_logs_go_to_the_file_until_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

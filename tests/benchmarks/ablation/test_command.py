@@ -265,7 +265,7 @@ def test_other_arguments_and_other_files_are_refused(
         run_ablation(replace(job, config=replace(job.config, seed=1)))
     other = tmp_path / "other.jsonl"
     other.write_text("".join(rollouts.read_text().splitlines(keepends=True)[:2]))
-    with pytest.raises(ValueError, match="made with other settings: input was"):
+    with pytest.raises(ValueError, match="made with other settings: input has other content"):
         run_ablation(replace(job, input=other))
     with pytest.raises(ValueError, match="which no earlier run of this command wrote"):
         run_ablation(replace(job, output=tmp_path))

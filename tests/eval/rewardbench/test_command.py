@@ -630,7 +630,7 @@ def test_judgements_of_weights_that_were_overwritten_are_refused(
     untrained.save_pretrained(model)
     code, _, err = cepo(*arguments)
     assert code == 2
-    assert "made with other settings: weights was" in " ".join(err.split())
+    assert "made with other settings: weights has other content" in " ".join(err.split())
     assert (tmp_path / "out" / "judgements.jsonl").read_bytes() == judged
 
 

@@ -231,7 +231,7 @@ def test_other_weights_under_the_same_name_are_refused(judge: Path, tmp_path: Pa
     save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
     code, message = cepo("--model", model, *arguments)
     assert code == 2
-    assert "made with other settings: model was" in message
+    assert "made with other settings: model has other content" in message
     assert out.read_bytes() == records
 
 
