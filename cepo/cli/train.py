@@ -19,7 +19,7 @@ def demo(
         bool, typer.Option("--without-causal", help="Train without the causal reward, for comparison.")
     ] = False,
 ) -> None:
-    """Train a tiny judge with a causal reward and show what changed: CPU only, no download, about two minutes.
+    """Train a tiny judge with a causal reward and show what changed: CPU only, no download, about three minutes.
 
     The judge is warmed up to follow response length (or read from the cache), measured, trained with GRPO on format,
     argmax and exact causal rewards, and measured again. Prints a table of before and after; the page has the pictures.
