@@ -96,7 +96,7 @@ def test_the_model_learns_goes_on_after_a_kill_and_loads(
     with pytest.raises(ValueError, match="steps was 3 and is 4"):
         warm_start.warm_start(replace(wanted, steps=4))
     write(tmp_path / "pairs.jsonl", ROWS[1:])
-    with pytest.raises(ValueError, match="data was"):
+    with pytest.raises(ValueError, match="data has other content"):
         warm_start.warm_start(wanted)
 
 

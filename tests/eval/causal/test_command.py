@@ -206,10 +206,10 @@ def test_parts_of_other_weights_or_data_are_refused(
     moved = replace(job, model=str(model), input=rows)
     run_causal(moved)
     rows.write_text(rows.read_text() + "\n")
-    with pytest.raises(ValueError, match="other settings: input was"):
+    with pytest.raises(ValueError, match="other settings: input has other content"):
         run_causal(moved)
     (model / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(ValueError, match="other settings: model was"):
+    with pytest.raises(ValueError, match="other settings: model has other content"):
         run_causal(replace(moved, input=job.input))
 
 
