@@ -138,3 +138,14 @@ class ModelEngine(abc.ABC):
                 problem = rollout.malformed or self.refusal(rollout)
                 if problem:
                     raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
+
+
+@contextlib.contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Run the model's own eager attention, which forms its attention weights and supports batched backward passes."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -45,16 +45,19 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None)
     """
     make_folder(output)
     console = Console(file=sys.stderr)  # the stream that the libraries lose below
-    if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
     with _printed_to(output / _LOG):
         trainer = build()
-        with _progress(console, visible=trainer.is_world_process_zero()) as progress:
+        console.quiet = not trainer.is_world_process_zero()
+        if checkpoint is not None:
+            console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
+        with _progress(console) as progress:
             trainer.add_callback(_RunRecord(output, progress))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
-    if warning := _nothing_learned([row for _, row in read_jsonl(output / METRICS)[0]]):
-        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+    if not console.quiet:  # the other processes may not see the first one's disk
+        warning = _nothing_learned([row for _, row in read_jsonl(output / METRICS)[0]])
+        if warning is not None:
+            console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     reached = last_complete_checkpoint(output)
     assert reached is not None  # _RunRecord saves the last step
     return reached
@@ -187,9 +190,9 @@ def _nothing_learned(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def _progress(console: Console, *, visible: bool) -> Progress:
+def _progress(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False, disable=not visible)
+    return Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False)
 
 
 @contextlib.contextmanager

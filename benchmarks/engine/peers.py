@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from cepo.counterfactual.permute import permute_rollout
 from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.links import Link, parse_link
+from cepo.jacobian.model import eager_attention
 from cepo.jacobian.reading.reasoner import ReasonerLayout
 from cepo.jacobian.records import Rollout
 
@@ -159,7 +159,7 @@ def functional_jacobians(model: Any, workload: Workload) -> Jacobians:
         (gradients_CBTD,) = torch.func.vmap(pull)(cotangents_CC)
         return dict(zip(_BOTH, gradients_CBTD, strict=True))
 
-    with _eager_attention(model):
+    with eager_attention(model):
         return _differentiate(workload, ALL_LINKS, 1, gradients)
 
 
@@ -299,13 +299,3 @@ def _differentiate(
                     # Indexing by a list copies, so that the whole gradient can be released.
                     found[name, rollout.token_ids] = gradients[link.target][row][positions].detach()
     return found
-
-
-@contextlib.contextmanager
-def _eager_attention(model: Any) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -20,6 +19,7 @@ from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import named_scores, score_links
 from cepo.fusion.requests import LinkGradients
 from cepo.fusion.score import harden
+from cepo.jacobian.model import eager_attention
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.records import Rollout
 from cepo.train.rewards.proxy import measure_sensitivity
@@ -197,17 +197,6 @@ def random_angle(rank: int, width: int, *, draws: int = 200, seed: int = 0) -> f
         one, other = (np.linalg.qr(rng.standard_normal((width, min(rank, width))))[0].T for _ in range(2))
         angles += angles_between(torch.from_numpy(one), torch.from_numpy(other))
     return float(np.mean(angles))
-
-
-@contextlib.contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """Let the model return its attention weights, which fused attention never forms."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _gradients(
