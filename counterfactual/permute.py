@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
 
+from cepo.counterfactual.donors import replace_span
 from cepo.jacobian.records import Rollout
 
 Permutation = Literal["uniform", "sentence", "block"]
@@ -41,7 +41,7 @@ def permute_rollout(
     """
     check_permutation(kind)
     span = rollout.spans[source]
-    token_ids = list(rollout.token_ids)
+    token_ids = rollout.token_ids
     ids = [token_ids[position] for position in span.movable]
     key = repr((int(seed), kind, [token_ids[position] for position in span.positions], index)).encode()
     generator = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:16], "big"))
@@ -49,10 +49,7 @@ def permute_rollout(
         order = _draw(generator, kind, span.sentences)
         permuted = [ids[place] for place in order]
         if permuted != ids:
-            for position, token in zip(span.movable, permuted, strict=True):
-                token_ids[position] = token
-            split = len(rollout.prompt_ids)
-            return replace(rollout, prompt_ids=tuple(token_ids[:split]), completion_ids=tuple(token_ids[split:]))
+            return replace_span(rollout, source, permuted)
     return None
 
 

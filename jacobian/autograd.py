@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cepo.jacobian.model import HeldModel, ModelEngine
 from cepo.jacobian.passes import Pass, link_jacobians, passes_of
-from cepo.jacobian.protocol import Answer, Request
+from cepo.jacobian.path import Point, between, path_answer
+from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, sum_of_terms, target_terms
 
@@ -45,27 +46,46 @@ class JacobianEngine(ModelEngine):
                     answers.append(link_jacobians(rollout, request.links, gradients, request.context_energy))
             yield answers
 
+    def paths(self, requests: Sequence[PathRequest]) -> Iterator[PathAnswer]:
+        """Yield the answer to each path request, in order; see `cepo.jacobian.protocol.PathRequest`."""
+        self._check_paths(requests)
+        for request in requests:
+            with self._held.prepared():
+                passes, rollouts = passes_of(request.links), request.group.rollouts
+                with torch.no_grad():
+                    values = [
+                        [
+                            {key: float(value) for key, value in self._values(each, passes).items()}
+                            for each in (rollout, *others)
+                        ]
+                        for rollout, others in zip(rollouts, request.counterfactuals, strict=True)
+                    ]
+
+                def contract(points: Sequence[Point], request: PathRequest = request) -> list[dict[Pass, Tensor]]:
+                    return [
+                        self._contraction(
+                            request.group.rollouts[at.rollout],
+                            request.counterfactuals[at.rollout][at.other],
+                            at.fraction,
+                            request,
+                        )
+                        for at in points
+                    ]
+
+                answer = path_answer(request, values, contract)
+            yield answer
+
     def _gradients(self, rollout: Rollout, passes: Sequence[Pass]) -> dict[Pass, Tensor]:
         """Return the (T, D) gradient of each pass with respect to all embedding rows, from one forward pass."""
-        terms_of = {key: target_terms(rollout, key.target, key.function) for key in passes}
-        rows = sorted({term.position - 1 for terms in terms_of.values() for term in terms})
-        row_of = {position: index for index, position in enumerate(rows)}
-        filled = rows + rows[-1:] * (FEWEST_HEAD_ROWS - len(rows))
-        # Tokens after the last row that predicts a target have no part in any target function.
-        ids_BT = torch.tensor([rollout.token_ids[: rows[-1] + 1]], device=self._held.embedding.weight.device)
         with _watched(self._held, needs_layers=any(key.blocked for key in passes)) as watch:
-            logits_PV = self._logits(ids_BT, filled)
-            values = {
-                key: sum_of_terms(logits_PV[[row_of[term.position - 1] for term in terms]], terms)
-                for key, terms in terms_of.items()
-            }
+            values = self._values(rollout, passes)
             gradients = {}
             for index, key in enumerate(passes):
                 watch.blocked = [
                     position
                     for name in key.blocked
                     for position in rollout.spans[name].positions
-                    if position < ids_BT.shape[1]
+                    if position < watch.leaf_BTD.shape[1]
                 ]
                 (gradient_BTD,) = torch.autograd.grad(
                     values[key], [watch.leaf_BTD], retain_graph=index + 1 < len(passes)
@@ -74,6 +94,34 @@ class JacobianEngine(ModelEngine):
                 padding = (0, 0, 0, len(rollout.token_ids) - gradient_TD.shape[0])
                 gradients[key] = nn.functional.pad(gradient_TD, padding).detach()
         return gradients
+
+    def _values(self, rollout: Rollout, passes: Sequence[Pass]) -> dict[Pass, Tensor]:
+        """Return the target function of each pass, a scalar with a graph where gradients are on."""
+        terms_of = {key: target_terms(rollout, key.target, key.function) for key in passes}
+        rows = sorted({term.position - 1 for terms in terms_of.values() for term in terms})
+        row_of = {position: index for index, position in enumerate(rows)}
+        # Tokens after the last row that predicts a target have no part in any target function.
+        ids_BT = torch.tensor([rollout.token_ids[: rows[-1] + 1]], device=self._held.embedding.weight.device)
+        logits_PV = self._logits(ids_BT, rows + rows[-1:] * (FEWEST_HEAD_ROWS - len(rows)))
+        return {
+            key: sum_of_terms(logits_PV[[row_of[term.position - 1] for term in terms]], terms)
+            for key, terms in terms_of.items()
+        }
+
+    def _contraction(
+        self, rollout: Rollout, other: Rollout, fraction: float, request: PathRequest
+    ) -> dict[Pass, Tensor]:
+        """Return the gradient at a point of the path, contracted with E(X) - E(X') row by row: (S,), by pass."""
+        source = list(rollout.spans[request.links[0].source].positions)
+        with _watched(self._held, needs_layers=False) as watch:
+            watch.other_ids, watch.fraction = other.token_ids, fraction
+            values = self._values(rollout, passes_of(request.links))
+            contracted = {}
+            for index, (key, value) in enumerate(values.items()):
+                (gradient_BTD,) = torch.autograd.grad(value, [watch.leaf_BTD], retain_graph=index + 1 < len(values))
+                rows_SD = gradient_BTD[0, source].to(watch.step_BTD.dtype) * watch.step_BTD[0, source]
+                contracted[key] = rows_SD.double().sum(-1).cpu()
+        return contracted
 
     def _logits(self, ids_BT: Tensor, rows: Sequence[int]) -> Tensor:
         keeps_rows = "logits_to_keep" in self._held.forward_takes
@@ -88,9 +136,16 @@ class _Watch:
     def __init__(self) -> None:
         self.leaf_BTD: Tensor = torch.empty(0)
         self.blocked: list[int] = []
+        self.other_ids: Sequence[int] = ()  # of a counterfactual, where the leaf lies on the path from it
+        self.fraction = 1.0
+        self.step_BTD: Tensor = torch.empty(0)  # E(X) - E(X')
 
     def embed(self, module: nn.Module, inputs: Any, output_BTD: Tensor) -> Tensor:
-        self.leaf_BTD = output_BTD.detach().clone().requires_grad_()
+        own_BTD = output_BTD.detach()
+        if self.other_ids:
+            ids_BT = torch.tensor([self.other_ids[: own_BTD.shape[1]]], device=own_BTD.device)
+            own_BTD, self.step_BTD = between(own_BTD, module.forward(ids_BT).detach(), self.fraction)
+        self.leaf_BTD = own_BTD.clone().requires_grad_()
         return self.leaf_BTD
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

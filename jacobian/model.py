@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cepo.jacobian.links import Link
-from cepo.jacobian.protocol import Answer, Request
+from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, Rollout
 
 
@@ -131,6 +131,10 @@ class ModelEngine(abc.ABC):
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`."""
 
+    @abc.abstractmethod
+    def paths(self, requests: Sequence[PathRequest]) -> Iterator[PathAnswer]:
+        """Yield the answer to each path request, in order; see `cepo.jacobian.protocol.PathRequest`."""
+
     def _check(self, groups: Iterable[Group]) -> None:
         """Raise ValueError if a rollout has no Jacobians."""
         for group in groups:
@@ -138,6 +142,11 @@ class ModelEngine(abc.ABC):
                 problem = rollout.malformed or self.refusal(rollout)
                 if problem:
                     raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
+
+    def _check_paths(self, requests: Sequence[PathRequest]) -> None:
+        """Raise ValueError if a rollout or a counterfactual cannot be run."""
+        self._check(request.group for request in requests)
+        self._check(Group((other,)) for request in requests for others in request.counterfactuals for other in others)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def passes_of(links: Sequence[Link]) -> list[Pass]:
     """Return the distinct passes that the links need."""
     passes: dict[Pass, None] = {}
     for link in links:
-        passes[_pass_of(link)] = None
+        passes[pass_of(link)] = None
         if link.effect == "residual":
             passes[_mediated_pass_of(link)] = None
     return list(passes)
@@ -45,7 +45,7 @@ def link_jacobians(
     """
     jacobians = {}
     for link in links:
-        gradient_TD = gradients[_pass_of(link)]
+        gradient_TD = gradients[pass_of(link)]
         source = rollout.spans[link.source].positions
         jac_SD = gradient_TD[list(source)]
         energy = float(gradient_TD.double().square().sum()) if context_energy else None
@@ -61,7 +61,8 @@ def link_jacobians(
     return jacobians
 
 
-def _pass_of(link: Link) -> Pass:
+def pass_of(link: Link) -> Pass:
+    """Return the pass that gives a link its gradient; that of a residual effect needs the mediator's too."""
     return Pass(link.target, link.function, link.mediator if link.effect == "direct" else ())
 
 

@@ -1,16 +1,21 @@
-"""The protocol of an engine: requests in, Jacobians out."""
+"""The protocol of an engine: requests in, Jacobians or paths out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cepo.jacobian.links import Link
-from cepo.jacobian.records import Group, LinkJacobian, Rollout
+from cepo.jacobian.records import Group, LinkJacobian, LinkPath, Rollout
 
 Answer = list[dict[str, LinkJacobian]]
 """For each rollout of a request, the Jacobian of each link by the link's name."""
+
+PathAnswer = list[dict[str, LinkPath]]
+"""For each rollout of a path request, what its counterfactuals did to each link, by the link's name."""
+
+Nodes = int | Literal["auto"]
 
 
 class Engine(Protocol):
@@ -25,6 +30,9 @@ class Engine(Protocol):
 
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Yield the answer to each request, in order."""
+
+    def paths(self, requests: Sequence[PathRequest]) -> Iterator[PathAnswer]:
+        """Yield the answer to each path request, in order."""
 
 
 @dataclass(frozen=True)
@@ -45,3 +53,60 @@ class Request:
     def __post_init__(self) -> None:
         if not self.links:
             raise ValueError("links is empty; a request needs at least one link")
+
+
+@dataclass(frozen=True)
+class PathRequest:
+    """Rollouts that share a prompt, each with counterfactuals in which the content of one span is another's.
+
+    Attributes:
+        group: the rollouts.
+        counterfactuals: for each rollout any number of counterfactual rollouts. With nodes, they differ from it in the
+            tokens of the links' source alone. Without, they may differ in any token before the target, and the prompt
+            may be shorter or longer.
+        links: from `parse_link`, of one source, each a total effect.
+        nodes: nodes of the quadrature along the path; 0 computes values alone, which gives the effect. "auto" doubles
+            them from 1 until every sum lies within `tolerance * max(1, |delta|)` of its delta, or at `most_nodes`.
+        tolerance: of "auto", in nats, above 0.
+        most_nodes: of "auto", at least 1.
+    """
+
+    group: Group
+    counterfactuals: tuple[tuple[Rollout, ...], ...]
+    links: tuple[Link, ...]
+    nodes: Nodes = 0
+    tolerance: float = 0.1
+    most_nodes: int = 32
+
+    def __post_init__(self) -> None:
+        if len({link.source for link in self.links}) != 1:
+            raise ValueError(f"links holds {len(self.links)} links; expected at least one, all of the same source")
+        for link in self.links:
+            if link.effect != "total":
+                raise ValueError(f"link {link.name!r} is a {link.effect} effect; a path measures total effects alone")
+        if len(self.counterfactuals) != len(self.group.rollouts):
+            raise ValueError(
+                f"counterfactuals holds {len(self.counterfactuals)} entries for {len(self.group.rollouts)} rollouts; "
+                "expected one for each"
+            )
+        check_nodes(self.nodes)
+        for rollout, others in zip(self.group.rollouts, self.counterfactuals, strict=True) if self.nodes else ():
+            _check_aligned(rollout, others, self.links[0].source)
+
+
+def check_nodes(nodes: Nodes) -> None:
+    """Raise ValueError unless `nodes` is a number of nodes, or "auto"."""
+    if nodes != "auto" and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 0):
+        raise ValueError(f"nodes is {nodes!r}; expected an integer >= 0, or 'auto'")
+
+
+def _check_aligned(rollout: Rollout, others: Sequence[Rollout], source: str) -> None:
+    own, positions = rollout.token_ids, set(rollout.spans[source].positions)
+    for other in others:
+        theirs = other.token_ids
+        if len(theirs) != len(own) or any(
+            a != b and at not in positions for at, (a, b) in enumerate(zip(own, theirs, strict=True))
+        ):
+            raise ValueError(
+                f"counterfactuals holds a rollout that differs outside of {source!r}; expected the same tokens there"
+            )

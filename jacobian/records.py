@@ -1,4 +1,4 @@
-"""The records that the stages pass on: spans, rollouts, groups, and the Jacobian of a link."""
+"""The records that the stages pass on: spans, rollouts, groups, and a link's Jacobian and path."""
 
 from __future__ import annotations
 
@@ -102,3 +102,50 @@ class LinkJacobian:
     source_positions: tuple[int, ...]
     target_positions: tuple[int, ...]
     context_energy: float | None
+
+
+@dataclass(frozen=True)
+class LinkPath:
+    """What a link's target function becomes along the path from each counterfactual to the rollout.
+
+    With E(X) the embeddings of the source and E(X') those of a counterfactual, the path is E(X') + a (E(X) - E(X')) for
+    a in [0, 1]. The gradient along it, contracted with E(X) - E(X') and integrated, is s_B(X) - s_B(X') exactly.
+
+    Attributes:
+        link: the link.
+        own: s_B of the rollout; nats for log_likelihood and log_odds.
+        others: s_B with each counterfactual's tokens, in their order.
+        sums: the quadrature's estimate of own - other, one for each counterfactual; empty without nodes.
+        attribution_S: (S,) what each token of the source adds to the estimate, mean over the counterfactuals; it sums
+            to the mean of `sums`. None without nodes or counterfactuals.
+        source_positions: S positions in token_ids.
+        target_positions: positions in token_ids of the target tokens.
+        nodes: nodes of the quadrature; 0 for values alone.
+    """
+
+    link: Link
+    own: float
+    others: tuple[float, ...]
+    sums: tuple[float, ...]
+    attribution_S: Tensor | None
+    source_positions: tuple[int, ...]
+    target_positions: tuple[int, ...]
+    nodes: int
+
+    @property
+    def delta(self) -> float:
+        """The effect: s_B(X) - s_B(X'), mean over the counterfactuals; 0 without any."""
+        return self.own - sum(self.others) / len(self.others) if self.others else 0.0
+
+    @property
+    def path_sum(self) -> float | None:
+        """The path's estimate of delta; None without nodes."""
+        return sum(self.sums) / len(self.sums) if self.sums else None
+
+    @property
+    def certificate(self) -> float | None:
+        """The largest completeness error |sum - (own - other)| of a counterfactual; None without nodes."""
+        errors = [
+            abs(found - (self.own - other)) for found, other in zip(self.sums, self.others, strict=bool(self.sums))
+        ]
+        return max(errors) if errors else None

@@ -69,27 +69,37 @@ def target_positions(rollout: Rollout, span_name: str, function: TargetFunction)
 
 
 def sum_of_terms(logits_PV: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Return the weighted sum of the terms.
+    """Return the weighted sum of the terms, a scalar; see `values_of_terms`."""
+    return values_of_terms(logits_PV, terms).sum()
+
+
+def values_of_terms(logits_PV: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Return each term's weighted value.
 
     Args:
         logits_PV: row i predicts the token of terms[i], so it stands one position earlier; further rows are ignored.
         terms: at most P of them, of any rollouts and kinds.
 
     Returns:
-        Scalar tensor, in float32 or wider; 0 for no terms.
+        (len(terms),) in float32 or wider.
     """
     device = logits_PV.device
-    total = logits_PV.new_zeros((), dtype=torch.promote_types(logits_PV.dtype, torch.float32))
+    weights_P = torch.tensor(
+        [term.weight for term in terms],
+        dtype=torch.promote_types(logits_PV.dtype, torch.float32),
+        device=device,
+    )
+    places, values = [], []
     for kind, selected in (("log_likelihood", selected_log_likelihood), ("log_odds", selected_log_odds)):
         rows = [row for row, term in enumerate(terms) if term.kind == kind]
         if rows:
             ids_P = torch.tensor([terms[row].token for row in rows], device=device)
-            weights_P = total.new_tensor([terms[row].weight for row in rows])
-            logits_of_kind_PV = logits_PV if len(rows) == len(logits_PV) else logits_PV[rows]
-            total = total + (weights_P * selected(logits_of_kind_PV, ids_P)).sum()
+            places += rows
+            values.append(selected(logits_PV if len(rows) == len(logits_PV) else logits_PV[rows], ids_P))
     for row, term in enumerate(terms):
         if term.kind == "expected_value":
             ids_N = torch.tensor([token for token, _ in term.candidates], device=device)
             values_N = torch.tensor([value for _, value in term.candidates], device=device)
-            total = total + term.weight * expected_value(logits_PV[row], ids_N, values_N)
-    return total
+            places.append(row)
+            values.append(expected_value(logits_PV[row], ids_N, values_N)[None])
+    return weights_P * torch.cat(values)[sorted(range(len(places)), key=places.__getitem__)] if values else weights_P

@@ -170,7 +170,7 @@ def stems_of(jobs_by_prompt: Sequence[Sequence[Job]]) -> tuple[Segment | None, l
         for jobs, first, end in zip(jobs_by_prompt, firsts, ends, strict=True)
         if first > 0
     ]
-    shared = _shared_length(can_share) if can_share else 0
+    shared = shared_length(can_share) if can_share else 0
     shared = shared if shared >= _WORTH_A_SEGMENT else 0
     found = []
     for jobs, first, end in zip(jobs_by_prompt, firsts, ends, strict=True):
@@ -274,10 +274,10 @@ def _run_of(rollout: Rollout, name: str) -> tuple[int, int]:
 
 
 def _stem_end(jobs: Sequence[Job]) -> int:
-    return min(_shared_length([job.rollout.token_ids for job in jobs]), *(job.edges[0] for job in jobs))
+    return min(shared_length([job.rollout.token_ids for job in jobs]), *(job.edges[0] for job in jobs))
 
 
-def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
+def shared_length(sequences: Sequence[Sequence[int]]) -> int:
     for length, column in enumerate(zip(*sequences, strict=False)):
         if any(token != column[0] for token in column):
             return length

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.chunk import StemRun, chunk_answers, chunk_gradients, run_opening, run_stem
-from cepo.jacobian.group.cost import free_memory
+from cepo.jacobian.group.cost import free_memory, is_out_of_memory, release_memory
 from cepo.jacobian.group.cuts import UnservedError
+from cepo.jacobian.group.paths import PathRunner
 from cepo.jacobian.group.run import KeyValues
 from cepo.jacobian.group.schedule import Chunk, Plan, Schedule, bytes_needed, chunks_of, plan_of, schedule
 from cepo.jacobian.group.swaps import Swaps
 from cepo.jacobian.group.trial import Served, default_links, try_segments
 from cepo.jacobian.links import Link
 from cepo.jacobian.model import ModelEngine
-from cepo.jacobian.protocol import Answer, Request
+from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, LinkJacobian
 from cepo.kernels.launch import Implementation, takes_over
 
@@ -129,6 +128,25 @@ class GroupEngine(ModelEngine):
                     answers |= chunk_answers(request, chunk, gradient_PBTD)
             yield [answers[number] for number in sorted(answers)]
 
+    def paths(self, requests: Sequence[PathRequest]) -> Iterator[PathAnswer]:
+        """Yield the answer to each path request, in order; see `cepo.jacobian.protocol.PathRequest`.
+
+        What the rollouts of a prompt begin with is run once, and so is what a rollout shares with its counterfactuals.
+
+        Raises:
+            ValueError: if a rollout or a counterfactual is malformed or refused, before the first is run.
+        """
+        self._check_paths(requests)
+        served = self._tried()
+        if isinstance(served, str):
+            yield from self._oracle.paths(requests)
+            return
+        runner = PathRunner(served, self._budget_now())
+        for request in requests:
+            with served.model.prepared():
+                answer = runner.answer(request)
+            yield answer
+
     def _run_chunks(self, chunks: Sequence[Chunk], stem: StemRun, served: Served) -> Iterator[tuple[Chunk, Tensor]]:
         """Yield the gradients of each chunk; one that runs out of memory is halved, and so are the later ones."""
         self._warn_over_budget(chunks[0], stem, served)
@@ -138,7 +156,7 @@ class GroupEngine(ModelEngine):
             try:
                 gradient_PBTD = chunk_gradients(served.model, chunk, stem)
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or len(chunk.jobs) == 1:
+                if not is_out_of_memory(error) or len(chunk.jobs) == 1:
                     raise
             else:
                 yield chunk, gradient_PBTD
@@ -147,7 +165,7 @@ class GroupEngine(ModelEngine):
             logger.warning("out of memory with %d rollouts at once; going on with %d", len(chunk.jobs), size)
             jobs = [job for each in (chunk, *waiting) for job in each.jobs]
             waiting = list(chunks_of(jobs, stem.stem, size=size, at_once=chunk.at_once))
-            _release_memory()  # outside of the handler, whose traceback holds the failed chunk
+            release_memory()
 
     def _warn_over_budget(self, chunk: Chunk, stem: StemRun, served: Served) -> None:
         needed = bytes_needed(chunk, stem.stem, served.cost)
@@ -159,8 +177,10 @@ class GroupEngine(ModelEngine):
             )
 
     def _schedule(self, requests: Sequence[Request], served: Served) -> Schedule:
-        budget = self._budget if self._budget is not None else free_memory(self._held.embedding.weight.device) / 2
-        return schedule(requests, served.cost, budget)
+        return schedule(requests, served.cost, self._budget_now())
+
+    def _budget_now(self) -> float:
+        return self._budget if self._budget is not None else free_memory(self._held.embedding.weight.device) / 2
 
     def _tried(self) -> Served | str:
         """Return the model as it is served, or why it is not; tried once."""
@@ -171,13 +191,3 @@ class GroupEngine(ModelEngine):
                 self._trial, name = str(error), type(self._held.causal_lm).__name__
                 logger.warning("the group engine hands %s to the oracle: %s", name, error)
         return self._trial
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

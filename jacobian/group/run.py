@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from cepo.jacobian.group.cuts import Segment
-from cepo.jacobian.group.swaps import Swaps, sum_of_terms_through_head, swapped
+from cepo.jacobian.group.swaps import Swaps, swapped, values_of_terms_through_head
 from cepo.jacobian.model import HeldModel
-from cepo.jacobian.targets import FEWEST_HEAD_ROWS, sum_of_terms
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS, values_of_terms
 from cepo.kernels.attention.door import attend
 from cepo.kernels.launch import Implementation
 
@@ -34,12 +34,15 @@ class SegmentRun:
         keys_values: of the segment's own tokens.
         leaf_BTD: what replaces the embeddings' output.
         hidden_BTD: what enters the head.
-        head_PD: d(sum of the target functions) / d(hidden state), one row per row of the segment's head.
+        values_P: what each row of the segment's head adds to its target function, in float32 or wider.
+        head_PD: d(sum of the target functions) / d(hidden state), one row per row of the segment's head; empty where
+            the segment is not differentiated.
     """
 
     keys_values: KeyValues
     leaf_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
     hidden_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
+    values_P: Tensor = field(default_factory=lambda: torch.empty(0))
     head_PD: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -58,7 +61,11 @@ class SegmentModel:
 
 
 def run_segment(
-    model: SegmentModel, segment: Segment, past: Sequence[KeyValues] = (), past_lengths: Sequence[int] = (0,)
+    model: SegmentModel,
+    segment: Segment,
+    past: Sequence[KeyValues] = (),
+    past_lengths: Sequence[int] = (0,),
+    moved: Callable[[Tensor], Tensor] | None = None,
 ) -> SegmentRun:
     """Run one segment forward; inside `model.prepared()`.
 
@@ -67,6 +74,7 @@ def run_segment(
         segment: its tokens and the rows of its head.
         past: keys and values before the segment, in pieces along their length; the last may be ragged.
         past_lengths: real length of each sequence's past.
+        moved: what enters the first layer instead of the embeddings (B, T, D), as a function of them.
     """
     causal_lm, device, length = model.held.causal_lm, model.held.embedding.weight.device, segment.length
     ids_BT = torch.tensor([[*row, *[0] * (length - len(row))] for row in segment.ids], device=device)
@@ -89,7 +97,8 @@ def run_segment(
     rows_PD = torch.empty(0)
 
     def embed(module: Any, inputs: Any, output_BTD: Tensor) -> Tensor:
-        run.leaf_BTD = output_BTD.detach().clone().requires_grad_(segment.differentiated)
+        entered_BTD = output_BTD.detach().clone() if moved is None else moved(output_BTD.detach())
+        run.leaf_BTD = entered_BTD.requires_grad_(segment.differentiated)
         return run.leaf_BTD
 
     def enter_head(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -121,13 +130,16 @@ def run_segment(
             handle.remove()
     if read:
         terms = [row.term for row in segment.head]
-        if model.swaps.head == "torch":
-            value = sum_of_terms(output.logits[0], terms)
-        else:
-            weight_VD = causal_lm.get_output_embeddings().weight
-            value = sum_of_terms_through_head(rows_PD, weight_VD, terms, implementation=model.swaps.head)
-        (gradient_PD,) = torch.autograd.grad(value, [rows_PD])
-        run.head_PD = gradient_PD[: len(read)]
+        with torch.set_grad_enabled(segment.differentiated):
+            if model.swaps.head == "torch":
+                values_P = values_of_terms(output.logits[0], terms)
+            else:
+                weight_VD = causal_lm.get_output_embeddings().weight
+                values_P = values_of_terms_through_head(rows_PD, weight_VD, terms, implementation=model.swaps.head)
+        run.values_P = values_P.detach()
+        if segment.differentiated:
+            (gradient_PD,) = torch.autograd.grad(values_P.sum(), [rows_PD])
+            run.head_PD = gradient_PD[: len(read)]
     return run
 
 

@@ -111,10 +111,10 @@ def swapped(swaps: Swaps) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-def sum_of_terms_through_head(
+def values_of_terms_through_head(
     hidden_PD: Tensor, weight_VD: Tensor, terms: Sequence[Term], *, implementation: Implementation
 ) -> Tensor:
-    """Return `targets.sum_of_terms` of the logits W h, without the logits.
+    """Return `targets.values_of_terms` of the logits W h, without the logits.
 
     Args:
         hidden_PD: the rows that enter the head; row i predicts the token of terms[i], further rows are ignored.
@@ -123,28 +123,32 @@ def sum_of_terms_through_head(
         implementation: of the kernels' head.
 
     Returns:
-        Scalar tensor, in float32 or wider; 0 for no terms.
+        (len(terms),) in float32 or wider.
     """
-    device = hidden_PD.device
-    total = hidden_PD.new_zeros((), dtype=torch.promote_types(hidden_PD.dtype, torch.float32))
+    device, wide = hidden_PD.device, torch.promote_types(hidden_PD.dtype, torch.float32)
+    places: list[int] = []
+    values: list[Tensor] = []
     # Terms of one kind, and expectations over equally many candidates, make one launch.
     kinds: dict[tuple[str, int], list[int]] = {}
     for row, term in enumerate(terms):
         kinds.setdefault((term.kind, len(term.candidates)), []).append(row)
     for (kind, candidates), rows in kinds.items():
         rows_PD = hidden_PD[rows]
-        weights_P = total.new_tensor([terms[row].weight for row in rows])
+        weights_P = torch.tensor([terms[row].weight for row in rows], dtype=wide, device=device)
         if kind == "expected_value":
             pairs = torch.tensor([terms[row].candidates for row in rows], dtype=torch.float64, device=device)
-            ids_PN, values_PN = pairs[..., 0].long(), pairs[..., 1].to(total.dtype)
+            ids_PN, values_PN = pairs[..., 0].long(), pairs[..., 1].to(wide)
             serving = implementation if candidates <= MAX_CANDIDATES else "torch"
             values_P = head_expected_value(rows_PD, weight_VD, ids_PN, values_PN, implementation=serving)
         else:
             ids_P = torch.tensor([terms[row].token for row in rows], device=device)
             log_p = head_log_likelihood if kind == "log_likelihood" else head_log_odds
             values_P = log_p(rows_PD, weight_VD, ids_P, implementation=implementation)
-        total = total + (weights_P * values_P).sum()
-    return total
+        places += rows
+        values.append(weights_P * values_P)
+    if not values:
+        return hidden_PD.new_zeros(0, dtype=wide)
+    return torch.cat(values)[sorted(range(len(places)), key=places.__getitem__)]
 
 
 def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:

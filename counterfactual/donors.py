@@ -1,0 +1,109 @@
+"""Counterfactual rollouts: the content of the source span as a rollout of another prompt has it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from cepo.jacobian.records import Rollout
+
+# Candidates beyond this many add nothing to a mean over a few donors, and each span looks at all of them.
+POOL = 512
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """Content that may take a span's place.
+
+    Attributes:
+        prompt: stands for the prompt that it was written for; content of a span's own prompt is never its donor.
+        ids: its movable tokens.
+    """
+
+    prompt: str
+    ids: tuple[int, ...]
+
+
+def with_donors(
+    rollout: Rollout, source: str, pool: Iterable[Candidate], count: int, *, seed: int
+) -> tuple[Rollout, ...]:
+    """Return the rollout with the movable tokens of the source replaced by those of up to `count` donors.
+
+    A donor is the content of the same span in a rollout of another prompt, tiled or cropped to the length of the span;
+    tags and places stay. Which donors a span gets depends on (seed, the span's own ids, the set of candidates) alone,
+    so a reward does not depend on batch order, batch size or rank. Two donors never have the same content.
+
+    Args:
+        rollout: a well-formed rollout.
+        source: name of the span.
+        pool: candidates, those of the rollout's own prompt included.
+        count: K >= 1, the number of donors wanted.
+        seed: seed of the whole run.
+
+    Returns:
+        At most `count` rollouts; fewer where the pool has fewer contents that differ from the span's own.
+    """
+    own = _content(rollout, source)
+    prompt = _prompt_key(rollout)
+    fitted = dict.fromkeys(_fit(candidate.ids, len(own)) for candidate in set(pool) if candidate.prompt != prompt)
+    fitted.pop(own, None)
+    chosen = sorted(fitted, key=lambda ids: _digest(seed, own, ids))[:count]
+    return tuple(replace_span(rollout, source, ids) for ids in chosen)
+
+
+def has_donors(rollout: Rollout, pool: Iterable[Candidate]) -> bool:
+    """Return whether the pool holds content of another prompt, whatever it says."""
+    prompt = _prompt_key(rollout)
+    return any(candidate.prompt != prompt for candidate in pool)
+
+
+def candidates(rollouts: Iterable[Rollout], source: str, *, most: int = POOL) -> list[Candidate]:
+    """Return the distinct contents of a span among well-formed rollouts, sorted.
+
+    Args:
+        rollouts: any rollouts; malformed ones and those without movable tokens are passed over.
+        source: name of the span.
+        most: more candidates than this are thinned out, by their content alone.
+    """
+    found = {
+        Candidate(_prompt_key(rollout), _content(rollout, source))
+        for rollout in rollouts
+        if rollout.malformed is None and rollout.spans[source].movable
+    }
+    return sorted(sorted(found, key=lambda one: _digest(0, (), one.ids, one.prompt))[:most])
+
+
+def replace_span(rollout: Rollout, source: str, ids: Sequence[int]) -> Rollout:
+    """Return the rollout with other tokens in place of the movable ones of a span.
+
+    Args:
+        rollout: a well-formed rollout.
+        source: name of the span.
+        ids: one token for each movable token of the span.
+
+    Raises:
+        ValueError: for another number of tokens.
+    """
+    token_ids = list(rollout.token_ids)
+    for position, token in zip(rollout.spans[source].movable, ids, strict=True):
+        token_ids[position] = token
+    split = len(rollout.prompt_ids)
+    return replace(rollout, prompt_ids=tuple(token_ids[:split]), completion_ids=tuple(token_ids[split:]))
+
+
+def _content(rollout: Rollout, source: str) -> tuple[int, ...]:
+    token_ids = rollout.token_ids
+    return tuple(token_ids[position] for position in rollout.spans[source].movable)
+
+
+def _fit(ids: Sequence[int], length: int) -> tuple[int, ...]:
+    return tuple(ids[place % len(ids)] for place in range(length))
+
+
+def _prompt_key(rollout: Rollout) -> str:
+    return hashlib.sha256(repr(rollout.prompt_ids).encode()).hexdigest()[:16]
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()

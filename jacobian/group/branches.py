@@ -1,0 +1,183 @@
+"""How the variants of a path request are cut so that common tokens run once: its schedule, without tensors.
+
+Variants are a rollout, its counterfactuals, and points between the two. All variants of a prompt share a stem; those
+of one rollout share a prefix after it, up to the first token in which they differ; from there on each runs alone, in a
+tail that ends at the last row that predicts a target. Nothing is ever sent back into stem and prefix: the gradient is
+wanted at the source alone, which lies in the tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cepo.jacobian.group.cost import ALLOCATOR, CostModel
+from cepo.jacobian.group.cuts import HeadRow, Segment, shared_length
+from cepo.jacobian.passes import Pass
+from cepo.jacobian.records import Rollout
+from cepo.jacobian.targets import target_terms
+
+Placed = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A sequence to run: a rollout, a counterfactual, or a point between the two.
+
+    Attributes:
+        family: the variants of one rollout have the same.
+        rollout: whose tokens are run.
+        other: the counterfactual towards which the embeddings are moved, or None.
+        fraction: how far they are from it, in [0, 1].
+    """
+
+    family: int
+    rollout: Rollout
+    other: Rollout | None = None
+    fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Tails:
+    """Tails that run at once.
+
+    Attributes:
+        placed: for each its index among the variants, the index of its prefix, and where it starts.
+        segment: their tokens and head rows.
+    """
+
+    placed: tuple[Placed, ...]
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The variants of one prompt.
+
+    Attributes:
+        stem: tokens shared by all of them; None where they share none.
+        prefixes: what the variants of each family share after it, ragged; None where no family shares more.
+        lengths: tokens of each prefix.
+        tails: in chunks that fit the budget.
+    """
+
+    stem: Segment | None
+    prefixes: Segment | None
+    lengths: tuple[int, ...]
+    tails: tuple[Tails, ...]
+
+
+def branches_of(variants: Sequence[Variant], passes: Sequence[Pass], cost: CostModel, budget: float) -> list[Branches]:
+    """Return the schedule of variants, prompt by prompt.
+
+    Args:
+        variants: all with a counterfactual to move towards, which are differentiated, or all without.
+        passes: what is read of each.
+        cost: of the model.
+        budget: bytes that may be added to what the model holds.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, variant in enumerate(variants):
+        by_prompt.setdefault(variant.rollout.prompt_ids, []).append(index)
+    return [_branches(variants, members, passes, cost, budget) for members in by_prompt.values()]
+
+
+def tails_of(
+    variants: Sequence[Variant], members: Sequence[Placed], passes: Sequence[Pass], size: int
+) -> tuple[Tails, ...]:
+    """Return tails in chunks of `size`.
+
+    Args:
+        variants: all variants.
+        members: see `Tails.placed`.
+        passes: what is read of each.
+        size: how many run at once, at least 1.
+    """
+    return tuple(_tails(variants, members[at : at + size], passes) for at in range(0, len(members), size))
+
+
+def tails_bytes(tails: Tails, passes: int, stem: int, cost: CostModel) -> float:
+    """Return the bytes that tails need while they run, what the allocator holds back included."""
+    segment = tails.segment
+    count, past = len(segment.ids), max(segment.starts)
+    head = 4.0 * 3 * len(segment.head) * cost.head / cost.width
+    needed = 2 * cost.cache(count, past - stem) + cost.cache(count, segment.length) + head
+    if segment.differentiated:
+        needed += cost.graph(count, segment.length, past) + cost.backward(passes, count, segment.length, past)
+    else:  # two layers of activations at a time
+        needed += 2 * cost.graph(count, segment.length, past) / cost.layers
+    return ALLOCATOR * needed
+
+
+def _branches(
+    variants: Sequence[Variant], members: Sequence[int], passes: Sequence[Pass], cost: CostModel, budget: float
+) -> Branches:
+    families: dict[int, list[int]] = {}
+    for index in members:
+        families.setdefault(variants[index].family, []).append(index)
+    first_rows = {index: min(_rows(variants[index], passes)) for index in members}
+    splits = [
+        min(_shared([variants[index] for index in of_family]), *(first_rows[index] for index in of_family))
+        for of_family in families.values()
+    ]
+    end = min(_shared([variants[index] for index in members]), *splits)
+    ids = variants[members[0]].rollout.token_ids
+    pieces = [
+        variants[of_family[0]].rollout.token_ids[end:split]
+        for of_family, split in zip(families.values(), splits, strict=True)
+    ]
+    placed = [
+        (index, branch, split)
+        for branch, (of_family, split) in enumerate(zip(families.values(), splits, strict=True))
+        for index in of_family
+    ]
+    # Neighbours of equal length need least padding.
+    placed.sort(key=lambda each: each[2] - max(_rows(variants[each[0]], passes)))
+    size = _size(variants, placed, passes, end, cost, budget)
+    return Branches(
+        Segment((ids[:end],), (0,)) if end else None,
+        Segment(tuple(pieces), (end,) * len(pieces)) if any(pieces) else None,
+        tuple(map(len, pieces)),
+        tails_of(variants, placed, passes, size),
+    )
+
+
+def _size(
+    variants: Sequence[Variant],
+    members: Sequence[Placed],
+    passes: Sequence[Pass],
+    stem: int,
+    cost: CostModel,
+    budget: float,
+) -> int:
+    longest = _tails(variants, members[:1], passes).segment.length
+    size = min(len(members), max(1, cost.rows_at_once // longest))
+    while size > 1 and tails_bytes(_tails(variants, members[:size], passes), len(passes), stem, cost) > budget:
+        size = (size + 1) // 2
+    return size
+
+
+def _tails(variants: Sequence[Variant], members: Sequence[Placed], passes: Sequence[Pass]) -> Tails:
+    ids, head = [], []
+    for place, (index, _, start) in enumerate(members):
+        rollout = variants[index].rollout
+        ids.append(rollout.token_ids[start : max(_rows(variants[index], passes)) + 1])
+        head += [
+            HeadRow(place, number, place, term.position - 1 - start, term)
+            for number, key in enumerate(passes)
+            for term in target_terms(rollout, key.target, key.function)
+        ]
+    differentiated = variants[members[0][0]].other is not None
+    segment = Segment(tuple(ids), tuple(start for _, _, start in members), tuple(head), differentiated)
+    return Tails(tuple(members), segment)
+
+
+def _rows(variant: Variant, passes: Sequence[Pass]) -> list[int]:
+    """Return the rows that predict a target of a variant."""
+    return [term.position - 1 for key in passes for term in target_terms(variant.rollout, key.target, key.function)]
+
+
+def _shared(variants: Sequence[Variant]) -> int:
+    """Return how many tokens variants begin with in common, at both ends of their paths."""
+    ends = [end for one in variants for end in (one.rollout, one.other) if end is not None]
+    return shared_length([end.token_ids for end in ends])

@@ -1,0 +1,152 @@
+"""Path requests in the group engine: values of counterfactuals, and gradients on the paths to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cepo.jacobian.group.branches import Branches, Tails, Variant, branches_of, tails_of
+from cepo.jacobian.group.cost import is_out_of_memory, release_memory
+from cepo.jacobian.group.cotangents import Asked
+from cepo.jacobian.group.cuts import Segment
+from cepo.jacobian.group.run import KeyValues, SegmentRun, backward, run_segment
+from cepo.jacobian.group.trial import Served
+from cepo.jacobian.passes import Pass, passes_of
+from cepo.jacobian.path import Point, between, path_answer
+from cepo.jacobian.protocol import PathAnswer, PathRequest
+
+logger = logging.getLogger("cepo")
+
+Read = TypeVar("Read")
+
+
+class PathRunner:
+    """Answers path requests of one model; consecutive requests of a prompt share its stem.
+
+    Args:
+        served: the model.
+        budget: bytes that may be added to what the model holds.
+    """
+
+    def __init__(self, served: Served, budget: float) -> None:
+        self._served, self._budget = served, budget
+        self._stem: tuple[Segment | None, KeyValues] = (None, [])
+
+    def answer(self, request: PathRequest) -> PathAnswer:
+        """Return the answer to a request; inside `model.prepared()`."""
+        passes, source = passes_of(request.links), request.links[0].source
+
+        def values_of(tails: Tails, run: SegmentRun, step_BTD: Tensor) -> list[dict[Pass, float]]:
+            found = [dict.fromkeys(passes, 0.0) for _ in tails.placed]
+            for row, value in zip(tails.segment.head, run.values_P.double().tolist(), strict=True):
+                found[row.job][passes[row.pass_index]] += value
+            return found
+
+        def contract(points: Sequence[Point]) -> list[dict[Pass, Tensor]]:
+            variants = point_variants(request, points)
+
+            def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor) -> list[dict[Pass, Tensor]]:
+                asked = Asked(range(len(passes)))
+                asked.add_head(tails.segment.head, run.head_PD, run.hidden_BTD.shape)
+                (leaf_CBTD,) = backward(run, asked.of_outputs(len(run.keys_values)), [run.leaf_BTD])
+                rows_CBT = (leaf_CBTD.to(step_BTD.dtype) * step_BTD).double().sum(-1).cpu()
+                found = []
+                for place, (index, _, start) in enumerate(tails.placed):
+                    # A source may begin before the first token that differs: there is no step there.
+                    at = [position - start for position in variants[index].rollout.spans[source].positions]
+                    before = rows_CBT.new_zeros(sum(row < 0 for row in at))
+                    kept = [row for row in at if row >= 0]
+                    found.append({key: torch.cat([before, rows_CBT[c, place, kept]]) for c, key in enumerate(passes)})
+                return found
+
+            return self._run(variants, passes, rows_of)
+
+        in_order = iter(self._run(value_variants(request), passes, values_of))
+        values = [list(islice(in_order, 1 + len(others))) for others in request.counterfactuals]
+        return path_answer(request, values, contract)
+
+    def _run(
+        self,
+        variants: Sequence[Variant],
+        passes: Sequence[Pass],
+        read: Callable[[Tails, SegmentRun, Tensor], Sequence[Read]],
+    ) -> list[Read]:
+        """Run variants, and return what is read of each, in order."""
+        found: dict[int, Read] = {}
+        for branches in branches_of(variants, passes, self._served.cost, self._budget):
+            stem = self._run_stem(branches)
+            prefixes = self._run_prefixes(branches, stem)
+            waiting = list(branches.tails)
+            while waiting:
+                tails = waiting.pop(0)
+                try:
+                    of_tails = read(tails, *self._run_tails(tails, variants, stem, prefixes))
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or len(tails.placed) == 1:
+                        raise
+                else:
+                    found |= {index: one for (index, _, _), one in zip(tails.placed, of_tails, strict=True)}
+                    continue
+                size = (len(tails.placed) + 1) // 2
+                logger.warning("out of memory with %d sequences at once; going on with %d", len(tails.placed), size)
+                waiting = list(
+                    tails_of(variants, [one for each in (tails, *waiting) for one in each.placed], passes, size)
+                )
+                release_memory()
+        return [found[index] for index in range(len(variants))]
+
+    def _run_stem(self, branches: Branches) -> KeyValues:
+        if branches.stem != self._stem[0]:
+            self._stem = (None, [])  # freed before the next one is built
+            if branches.stem is not None:
+                self._stem = (branches.stem, run_segment(self._served.model, branches.stem).keys_values)
+        return self._stem[1]
+
+    def _run_prefixes(self, branches: Branches, stem: KeyValues) -> KeyValues:
+        if branches.prefixes is None:
+            return []
+        return run_segment(self._served.model, branches.prefixes, [stem], branches.prefixes.starts).keys_values
+
+    def _run_tails(
+        self, tails: Tails, variants: Sequence[Variant], stem: KeyValues, prefixes: KeyValues
+    ) -> tuple[SegmentRun, Tensor]:
+        """Return a run of tails, and the step of each from its counterfactual (empty where values alone are read)."""
+        segment, embedding = tails.segment, self._served.model.held.embedding
+        device, step_BTD = embedding.weight.device, torch.empty(0)
+
+        def moved(embedded_BTD: Tensor) -> Tensor:
+            nonlocal step_BTD
+            ids_BT = torch.zeros(embedded_BTD.shape[:2], dtype=torch.long)
+            for place, ((index, _, start), row) in enumerate(zip(tails.placed, segment.ids, strict=True)):
+                other = variants[index].other
+                assert other is not None
+                ids_BT[place, : len(row)] = torch.tensor(other.token_ids[start : start + len(row)])
+            fraction_B = torch.tensor([variants[index].fraction for index, _, _ in tails.placed], dtype=torch.float64)
+            other_BTD = embedding.forward(ids_BT.to(device)).detach()
+            entered_BTD, step_BTD = between(embedded_BTD, other_BTD, fraction_B[:, None, None].to(device))
+            return entered_BTD
+
+        branch_B = torch.tensor([branch for _, branch, _ in tails.placed], device=device)
+        past = [stem, [tensor[branch_B] for tensor in prefixes]]
+        run = run_segment(self._served.model, segment, past, segment.starts, moved if segment.differentiated else None)
+        return run, step_BTD
+
+
+def value_variants(request: PathRequest) -> list[Variant]:
+    """Return each rollout of a request, followed by its counterfactuals."""
+    return [
+        Variant(family, each)
+        for family, (rollout, others) in enumerate(zip(request.group.rollouts, request.counterfactuals, strict=True))
+        for each in (rollout, *others)
+    ]
+
+
+def point_variants(request: PathRequest, points: Sequence[Point]) -> list[Variant]:
+    """Return the variant of each point."""
+    rollouts, others = request.group.rollouts, request.counterfactuals
+    return [Variant(at.rollout, rollouts[at.rollout], others[at.rollout][at.other], at.fraction) for at in points]

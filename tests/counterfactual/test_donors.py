@@ -1,0 +1,76 @@
+"""Donors: content of other prompts, fitted to the span, drawn by seed, content and the set of candidates alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cepo.counterfactual.donors import Candidate, candidates, has_donors, replace_span, with_donors
+from cepo.jacobian.records import Rollout
+from tests.models import judge_rollout
+
+
+def ids_of(rollout: Rollout, source: str) -> tuple[int, ...]:
+    return tuple(rollout.token_ids[at] for at in rollout.spans[source].movable)
+
+
+ROLLOUTS = [judge_rollout(seed, prompt_seed=100 + seed % 4) for seed in range(12)]
+
+
+def test_donors_are_other_prompts_contents_and_nothing_else_moves() -> None:
+    pool = candidates(ROLLOUTS, "criteria")
+    own = ROLLOUTS[0]
+    others = {ids_of(each, "criteria") for each in ROLLOUTS if each.prompt_ids != own.prompt_ids}
+    drawn = with_donors(own, "criteria", pool, 3, seed=0)
+    assert len(drawn) == 3
+    assert len({ids_of(each, "criteria") for each in drawn}) == 3
+    for each in drawn:
+        assert ids_of(each, "criteria") in others
+        moved = [at for at, (a, b) in enumerate(zip(own.token_ids, each.token_ids, strict=True)) if a != b]
+        assert set(moved) <= set(own.spans["criteria"].movable)
+        assert each.spans == own.spans
+        assert each.prompt_ids == own.prompt_ids
+
+
+def test_the_draw_depends_on_the_set_of_candidates_alone() -> None:
+    pool = candidates(ROLLOUTS, "criteria")
+    wanted = with_donors(ROLLOUTS[3], "criteria", pool, 2, seed=5)
+    shuffled = pool + pool[:5]
+    random.Random(0).shuffle(shuffled)
+    assert with_donors(ROLLOUTS[3], "criteria", shuffled, 2, seed=5) == wanted
+    assert with_donors(ROLLOUTS[3], "criteria", candidates(reversed(ROLLOUTS), "criteria"), 2, seed=5) == wanted
+    assert any(with_donors(ROLLOUTS[3], "criteria", pool, 2, seed=seed) != wanted for seed in range(6, 10))
+
+
+def test_donors_are_tiled_and_cropped() -> None:
+    own = ROLLOUTS[0]  # four tokens of criteria
+    drawn = with_donors(own, "criteria", [Candidate("x", (7, 8, 9)), Candidate("y", (5, 6, 5, 6, 5, 6))], 5, seed=0)
+    assert {ids_of(each, "criteria") for each in drawn} == {(7, 8, 9, 7), (5, 6, 5, 6)}
+
+
+def test_the_same_words_and_the_own_prompt_are_no_donors() -> None:
+    own = ROLLOUTS[0]
+    same = [Candidate("elsewhere", ids_of(own, "criteria"))]
+    assert with_donors(own, "criteria", same, 2, seed=0) == ()
+    assert has_donors(own, same)
+    alone = candidates([each for each in ROLLOUTS if each.prompt_ids == own.prompt_ids], "criteria")
+    assert with_donors(own, "criteria", alone, 2, seed=0) == ()
+    assert not has_donors(own, alone)
+
+
+def test_a_large_pool_is_thinned_by_content() -> None:
+    many = [judge_rollout(seed, prompt_seed=seed) for seed in range(40)]
+    few = candidates(many, "analysis", most=10)
+    assert len(few) == 10
+    assert few == candidates(many[::-1], "analysis", most=10)
+    assert set(few) <= set(candidates(many, "analysis"))
+
+
+def test_malformed_rollouts_give_nothing() -> None:
+    assert candidates([Rollout((1,), (2,), malformed="missing <analysis>")], "criteria") == []
+
+
+def test_replace_span_wants_one_token_for_each() -> None:
+    with pytest.raises(ValueError, match="shorter|argument"):
+        replace_span(ROLLOUTS[0], "criteria", (1, 2))
