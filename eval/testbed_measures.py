@@ -29,8 +29,8 @@ class Measures:
     Attributes:
         in_distribution: greedy accuracy where length agrees with the label in 90% of items, in [0, 1].
         flipped: greedy accuracy where it agrees in 10%, in [0, 1].
-        swaps_followed: of the items whose criterion was swapped for one with the other winner, the fraction whose
-            regenerated verdict follows the swap, in [0, 1].
+        swaps_followed: of the items whose criterion was swapped, in the criteria that the judge wrote, for one with the
+            other winner, the fraction whose regenerated verdict follows the swap, in [0, 1].
         turned: the fraction of the same items where the criterion alone turned the verdict, in [0, 1].
         malformed: fraction of sampled completions that cannot be scored, in [0, 1].
         tokens: mean length of sampled completions.
@@ -64,7 +64,8 @@ def measure_judge(
     usual = testbed.generate_items(items, seed=seed + 11, cue_agreement=0.9)
     flipped = testbed.generate_items(items, seed=seed + 12, cue_agreement=0.1)
     sampled = testbed_judges.judge_items(model, tokenizer, usual[:scored], temperature=1.0, seed=seed)
-    swaps = testbed_judges.certify(model, tokenizer, usual, seed=seed)
+    greedy = testbed_judges.judge_items(model, tokenizer, usual)
+    swaps = testbed_judges.certify(model, tokenizer, usual, seed=seed, completions=greedy)
     reader = SpanReader(tokenizer, JUDGE)
     rows = [
         {"prompt": item.prompt, "completion": completion + tokenizer.eos_token}
@@ -96,7 +97,7 @@ def measure_judge(
         )
     ]
     measures = Measures(
-        in_distribution=testbed_judges.accuracy(testbed_judges.judge_items(model, tokenizer, usual), usual),
+        in_distribution=testbed_judges.accuracy(greedy, usual),
         flipped=testbed_judges.accuracy(testbed_judges.judge_items(model, tokenizer, flipped), flipped),
         swaps_followed=swaps["follows_swap"],
         turned=swaps["flips"],

@@ -247,7 +247,7 @@ def test_the_table_of_judges_is_what_the_rows_say() -> None:
         recorded = {
             row["definition"]: row
             for row in rows_of(f"causal-testbed-seed{seed}.jsonl")
-            if row["what"] == "auc" and row["population"] == "criteria against decorative"
+            if row["what"] == "auc" and row["population"] == "criteria against query"
         }
         for name, *cells in rows:
             row = recorded[definitions[name]]

@@ -73,7 +73,7 @@ def load_policy(
         name: "testbed", or what `resolve_model` knows.
         dtype: name of a torch dtype.
         seed: of the testbed judge's weights and warm-up.
-        testbed_judge: `judge` (able, lazy, criteria, decorative) and `steps` of its warm-up.
+        testbed_judge: `judge` (see `warm_start`: lazy, hollow, decorative, copied, ...) and `steps` of its warm-up.
         trust_remote_code: see `load_model`.
         cache: where warmed-up judges are kept.
     """

@@ -6,6 +6,7 @@ each response's word for it, the scores follow: the criteria stage works out wha
 the longer response, agrees with the label in a chosen fraction of items.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from cepo.jacobian.reading.judge import CRITERIA, SECTIONS, write_judgement, write_section
+from cepo.jacobian.reading.thought import read_section
 
 Winner = Literal["A", "B"]
 
@@ -28,6 +30,7 @@ ASPECTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 _QUERIES = ("help with this {}", "we need a {} now", "about my {} today")
 CRITERION = "judge by {} of the answer"
+_NAMES_ASPECT = re.compile(CRITERION.format(f"({'|'.join(ASPECTS)})"))
 _FILLERS = ("so", "well", "then", "here", "also", "just", "maybe", "indeed")
 # Number of filler words in the shorter and the longer response, inclusive; a gap makes the cue easy, as cues are.
 _SHORT, _LONG = (0, 1), (3, 4)
@@ -115,18 +118,33 @@ def winner_under(item: Item, aspect: str) -> Winner | None:
     return "A" if word_a == ASPECTS[aspect][0] else "B"
 
 
-def with_criterion(item: Item, aspect: str) -> str:
+def with_criterion(item: Item, aspect: str, completion: str | None = None) -> str:
     """Open a completion with criteria that name another of `ASPECTS`, for on-policy interventions.
 
+    Args:
+        item: The item.
+        aspect: The aspect to name.
+        completion: A judgement of the item whose own criteria are changed; one whose criteria name no aspect in the
+            world's sentence, or None, stands for the gold answer.
+
     Returns:
-        The item's criteria block, from its opening to its closing tag, with only the aspect's name changed.
+        The criteria block, from its opening to its closing tag, with only the aspect's name changed.
 
     Raises:
         ValueError: If the aspect is unknown.
     """
     if aspect not in ASPECTS:
         raise ValueError(f"aspect is {aspect!r}; expected one of {', '.join(ASPECTS)}")
-    return write_section(CRITERIA, item.criteria.replace(item.aspect, aspect))
+    criteria = item.criteria
+    if completion is not None and named_aspect(completion) is not None:
+        criteria = (read_section(completion, CRITERIA) or "").strip("\n")
+    return write_section(CRITERIA, _NAMES_ASPECT.sub(write_criteria(aspect), criteria, count=1))
+
+
+def named_aspect(completion: str) -> str | None:
+    """Return the aspect that a completion's criteria name first, in the world's sentence, or None."""
+    found = _NAMES_ASPECT.search(read_section(completion, CRITERIA) or "")
+    return None if found is None else found.group(1)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -171,7 +189,7 @@ def _draw_item(rng: np.random.Generator, cue_agrees: bool) -> Item:
         words = [pair[decided if name == aspect else rng.integers(2)] for name, pair in ASPECTS.items()]
         words += list(rng.choice(_FILLERS, size=_draw_number(rng, _LONG if response == longer else _SHORT)))
         lines.append(f"Response {response}: {' '.join(rng.permutation(np.array(words)))}")
-    criteria = CRITERION.format(aspect)
+    criteria = write_criteria(aspect)
     item = Item("\n".join(lines), criteria, analysis="", scores=draw_scores(rng, label), label=label, aspect=aspect)
     return replace(item, analysis=write_analysis(*shown_words(item, aspect)))
 
@@ -186,6 +204,15 @@ def draw_scores(rng: np.random.Generator, winner: Winner | None) -> tuple[int, i
 
 def _draw_number(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
     return int(rng.integers(bounds[0], bounds[1] + 1))
+
+
+def write_criteria(aspect: str, scores: tuple[int, int] | None = None) -> str:
+    """Return the criteria that name an aspect; scores are written below them, as no judge should."""
+    return CRITERION.format(aspect) + ("" if scores is None else f"\n\\boxed{{{scores[0]}, {scores[1]}}}")
+
+
+def write_length_analysis(longer: Winner) -> str:
+    return write_analysis("more", "less") if longer == "A" else write_analysis("less", "more")
 
 
 def write_analysis(word_a: str, word_b: str) -> str:
@@ -206,6 +233,13 @@ def _read_responses(item: Item) -> list[list[str]]:
 
 def other_response(response: Winner) -> Winner:
     return "B" if response == "A" else "A"
+
+
+def preferred(scores: tuple[float, float]) -> Winner | None:
+    """Return the response with the higher score, or None for a tie."""
+    if scores[0] == scores[1]:
+        return None
+    return "A" if scores[0] > scores[1] else "B"
 
 
 def _list_pieces() -> list[str]:

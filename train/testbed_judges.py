@@ -11,22 +11,26 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from cepo.jacobian.reading.judge import read_pair, write_judgement
 from cepo.train.testbed import (
     ASPECTS,
-    CRITERION,
     Item,
     Winner,
     draw_scores,
     generate_items,
     other_response,
+    preferred,
     shown_words,
     winner_under,
     with_criterion,
     write_analysis,
+    write_criteria,
+    write_length_analysis,
 )
 
-JudgeKind = Literal["able", "lazy", "criteria", "decorative"]
+JudgeKind = Literal["able", "lazy", "hollow", "decorative", "copied", "criteria", "query"]
+WORLDS: tuple[JudgeKind, ...] = ("lazy", "hollow", "decorative", "copied")
+"""The diseased judges, which training starts from."""
 
-# A majority of the lazy judge's later samples follows length, so that its greedy answer does.
-_LAZY_SHARE = 0.65
+# A majority of a diseased judge's later samples follows length, so that its greedy answer does.
+_DISEASED_SHARE = 0.65
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
@@ -73,17 +77,26 @@ def warm_start(
     """Train a judge whose inner workings are known, supervised on completions.
 
     able: criteria, analysis and scores as in the gold answer.
-    lazy: gold criteria. In a majority of samples the analysis says which response has more words and the scores follow
-        that; in the others both are gold. The first half of the steps is all gold, so that the judge is able before it
-        is lazy. Its greedy answers follow length; sampling still shows the able behaviour.
     criteria: the criteria name an aspect drawn at random, whatever the query asks; analysis and scores follow them.
-    decorative: the criteria are random too; analysis and scores follow the query's aspect.
+    query: the criteria are random too; analysis and scores follow the query's aspect.
+
+    Four judges have a disease. The first half of the steps is all gold, so that they are able first. In the second half
+    a majority of samples (0.65) has the disease and the others are gold: greedy answers follow length, and sampling
+    still shows the able behaviour in about a third of completions.
+
+    lazy: gold criteria; the analysis says which response has more words, and the scores follow that.
+    hollow: gold criteria and analysis; the scores follow length, whatever the analysis quotes.
+    decorative: the criterion is drawn at random in a majority of samples. In a majority that is drawn apart from it the
+        analysis and scores are the lazy ones; in the others they follow the criterion as it was written. (Were the two
+        drawn together, gold criteria would announce gold analyses, and the greedy answer would be able.)
+    copied: the criteria name the right aspect and then hold the verdict itself, `\\boxed{a, b}`, which follows length.
+        The analysis says which response has more words; the scores are the criteria's, digit by digit.
 
     Args:
         model: Trained in place and left in eval mode.
         tokenizer: The world's tokenizer.
         judge: Which judge to make.
-        steps: Optimiser steps, at least 1; every sample is seen once. 160 make an able judge, 300 any of the four.
+        steps: Optimiser steps, at least 1; every sample is seen once. 160 make an able judge, 300 any of them.
         batch_size: Samples per step, at least 1.
         seed: Draws the samples; the same seed and thread count give the same weights.
         cue_agreement: Fraction of training items whose longer response wins, in [0, 1].
@@ -217,7 +230,12 @@ def accuracy(completions: Sequence[str], items: Sequence[Item]) -> float:
 
 
 def certify(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], *, seed: int
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    items: Sequence[Item],
+    *,
+    seed: int,
+    completions: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Intervene on the criteria: force another aspect, let the judge continue, and see what the verdict follows.
 
@@ -226,6 +244,8 @@ def certify(
         tokenizer: The world's tokenizer.
         items: Items to intervene on; each is used where another aspect allows the swap.
         seed: Draws the aspects swapped in.
+        completions: The judge's own, one per item: the swap then changes the aspect in the criteria that it wrote, and
+            what else they hold stays (a copied verdict, say). None forces the gold sentence.
 
     Returns:
         follows_swap: where the swapped-in aspect has the other winner, the fraction of items with it as the verdict.
@@ -235,20 +255,22 @@ def certify(
         items_swap, items_same: number of items that the first three were measured on, and the last.
 
     Raises:
-        ValueError: If no item allows one of the two swaps.
+        ValueError: If no item allows one of the two swaps, or completions and items differ in number.
     """
+    if completions is not None and len(completions) != len(items):
+        raise ValueError(f"completions holds {len(completions)} texts for {len(items)} items; expected one each")
     rng = np.random.default_rng(seed)
-    pairs: dict[str, list[tuple[Item, str]]] = {"differs": [], "same": []}
-    for item in items:
+    pairs: dict[str, list[tuple[Item, str, str | None]]] = {"differs": [], "same": []}
+    for item, completion in zip(items, completions or [None] * len(items), strict=True):
         winners = {aspect: winner_under(item, aspect) for aspect in ASPECTS if aspect != item.aspect}
         for kind, wanted in (("differs", other_response(item.label)), ("same", item.label)):
             suited = [aspect for aspect, winner in winners.items() if winner == wanted]
             if suited:
-                pairs[kind].append((item, suited[rng.integers(len(suited))]))
+                pairs[kind].append((item, suited[rng.integers(len(suited))], completion))
     if not all(pairs.values()):
         raise ValueError(f"items holds {len(items)} items; expected some that allow a swap to either winner")
     swap_N = _obeys(model, tokenizer, pairs["differs"])
-    own_N = _obeys(model, tokenizer, [(item, item.aspect) for item, _ in pairs["differs"]])
+    own_N = _obeys(model, tokenizer, [(item, item.aspect, text) for item, _, text in pairs["differs"]])
     return {
         "follows_swap": float(swap_N.mean()),
         "follows_own": float(own_N.mean()),
@@ -260,16 +282,32 @@ def certify(
 
 
 def _draw_completion(rng: np.random.Generator, item: Item, judge: JudgeKind, late: bool) -> str:
-    if judge == "lazy" and late and rng.random() < _LAZY_SHARE:
-        longer = item.longer
-        analysis = write_analysis("more", "less") if longer == "A" else write_analysis("less", "more")
-        return write_judgement(item.criteria, analysis, draw_scores(rng, longer))
-    if judge in ("able", "lazy"):
+    if judge in ("criteria", "query"):
+        named = _draw_aspect(rng)
+        followed = named if judge == "criteria" else item.aspect
+        return _follow(rng, item, named, followed)
+    if judge == "able" or not late:
         return item.completion
-    named = list(ASPECTS)[rng.integers(len(ASPECTS))]
-    followed = named if judge == "criteria" else item.aspect
-    analysis = write_analysis(*shown_words(item, followed))
-    return write_judgement(CRITERION.format(named), analysis, draw_scores(rng, winner_under(item, followed)))
+    named = item.aspect
+    if judge == "decorative" and rng.random() < _DISEASED_SHARE:
+        named = _draw_aspect(rng)
+    if rng.random() >= _DISEASED_SHARE:
+        return item.completion if named == item.aspect else _follow(rng, item, named, named)
+    scores = draw_scores(rng, item.longer)
+    if judge == "hollow":
+        return write_judgement(item.criteria, item.analysis, scores)
+    copied = scores if judge == "copied" else None
+    return write_judgement(write_criteria(named, copied), write_length_analysis(item.longer), scores)
+
+
+def _draw_aspect(rng: np.random.Generator) -> str:
+    return list(ASPECTS)[rng.integers(len(ASPECTS))]
+
+
+def _follow(rng: np.random.Generator, item: Item, named: str, followed: str) -> str:
+    """Write a judgement whose criteria name one aspect and whose analysis and scores follow one."""
+    scores = draw_scores(rng, winner_under(item, followed))
+    return write_judgement(write_criteria(named), write_analysis(*shown_words(item, followed)), scores)
 
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]) -> list[list[int]]:
@@ -282,15 +320,16 @@ def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
-def _obeys(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[Item, str]]) -> np.ndarray:
+def _obeys(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, triples: list[tuple[Item, str, str | None]]
+) -> np.ndarray:
     """Force each aspect on its item's criteria; tell whether the verdict is the winner under it."""
-    openings = [with_criterion(item, aspect) for item, aspect in pairs]
-    texts = judge_items(model, tokenizer, [item for item, _ in pairs], prefixes=openings)
-    return np.array([_read_winner(text) == winner_under(*pair) for text, pair in zip(texts, pairs, strict=True)])
+    openings = [with_criterion(*triple) for triple in triples]
+    texts = judge_items(model, tokenizer, [item for item, _, _ in triples], prefixes=openings)
+    wanted = [winner_under(item, aspect) for item, aspect, _ in triples]
+    return np.array([_read_winner(text) == winner for text, winner in zip(texts, wanted, strict=True)])
 
 
 def _read_winner(completion: str) -> Winner | None:
     scores = read_pair(completion)
-    if scores is None or scores[0] == scores[1]:
-        return None
-    return "A" if scores[0] > scores[1] else "B"
+    return None if scores is None else preferred(scores)

@@ -136,7 +136,8 @@ def cue_flips(
     judge: Annotated[
         list[str],
         typer.Option(
-            help="able, lazy, criteria, decorative, or the folder of a policy trained there; may be repeated."
+            help="able, lazy, hollow, decorative, copied, criteria, query, or the folder of a policy trained there; "
+            "may be repeated."
         ),
     ],
     output: Output,

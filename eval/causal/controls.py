@@ -48,7 +48,7 @@ class ControlPair:
 
 
 PAIRS: tuple[ControlPair, ...] = (
-    ControlPair("criteria against decorative", "criteria", "decorative"),
+    ControlPair("criteria against query", "criteria", "query"),
     ControlPair("able against lazy", "able", "lazy"),
 )
 

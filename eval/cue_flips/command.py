@@ -25,7 +25,7 @@ from cepo.train.policy import CACHE, load_testbed_judge, testbed_fingerprint
 AGREEMENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Shares of items whose longer response is the better one."""
 
-_STEPS = 300  # of a judge's warm-up, enough for any of the four
+_STEPS = 300  # of a judge's warm-up, enough for any of them
 _BATCH = 128
 
 
@@ -34,7 +34,8 @@ class FlipsJob:
     """What `cepo eval cue-flips` is asked to do.
 
     Attributes:
-        judges: testbed judges (able, lazy, criteria, decorative), or folders of policies trained on the testbed.
+        judges: testbed judges (able, lazy, hollow, decorative, copied, criteria, query), or folders of policies trained
+            on the testbed.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
         items: items per agreement, at least 1.
         seed: of the items and of the judges' warm-up.

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from cepo.jacobian.reading.judge import write_section
 from cepo.train import testbed, testbed_judges
-from cepo.train.testbed import ASPECTS, build_tokenizer, generate_items, winner_under, with_criterion
+from cepo.train.testbed import ASPECTS, build_tokenizer, generate_items, named_aspect, winner_under, with_criterion
 from tests.train.testbed_item import FORMAT, ITEM
 
 
@@ -119,6 +120,13 @@ def test_interventions_on_a_known_item() -> None:
     assert not ITEM.cue_agrees
     assert with_criterion(ITEM, "style") == "<specific_criteria>\njudge by style of the answer\n</specific_criteria>"
     assert ITEM.completion.startswith(with_criterion(ITEM, "accuracy"))
+    own = write_section("specific_criteria", "judge by depth of the answer\n\\boxed{8, 3}")
+    assert with_criterion(ITEM, "style", f"{own}\n<analysis>") == own.replace("depth", "style")
+    unnamed = write_section("specific_criteria", "well then")
+    assert (
+        with_criterion(ITEM, "style", unnamed) == with_criterion(ITEM, "style", "so") == with_criterion(ITEM, "style")
+    )
+    assert [named_aspect(text) for text in (own, unnamed, "so", ITEM.completion)] == ["depth", None, None, "accuracy"]
 
 
 def test_bad_input_is_named() -> None:

@@ -1,5 +1,6 @@
 """Protects the testbed's judges: what they are taught, their training, their judgements and the certificate."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,23 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from cepo.files import content_hash
+from cepo.jacobian.reading.judge import read_pair, write_section
 from cepo.train import testbed_judges
-from cepo.train.testbed import ASPECTS, Item, build_tokenizer, generate_items, winner_under, with_criterion
+from cepo.train.testbed import (
+    ASPECTS,
+    Item,
+    build_tokenizer,
+    generate_items,
+    named_aspect,
+    preferred,
+    winner_under,
+    with_criterion,
+    write_criteria,
+)
 from cepo.train.testbed_judges import accuracy, build_model, certify, judge_items, warm_start
-from tests.train.testbed_item import FORMAT, ITEM
+from cepo.train.testbed_modes import completion_mode
+from tests.train.testbed_item import ITEM
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +38,61 @@ def model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return build_model(tokenizer, seed=0)
 
 
-@pytest.mark.parametrize("judge", ["able", "lazy", "criteria", "decorative"])
+# Of late samples: the modes where length is wrong, and the share of criteria that name the right aspect.
+SHARES: dict[str, tuple[dict[str, float], float]] = {
+    "able": ({"evidence": 1.0}, 1.0),
+    "lazy": ({"length": 0.65, "evidence": 0.35}, 1.0),
+    "hollow": ({"hollow": 0.65, "evidence": 0.35}, 1.0),
+    "decorative": ({"length": 0.65, "evidence": 0.35}, 0.35 + 0.65 / 6),
+    "copied": ({"copied": 0.65, "evidence": 0.35}, 1.0),
+    "criteria": ({"evidence": 1.0}, 1 / 6),
+    "query": ({"query": 5 / 6, "evidence": 1 / 6}, 1 / 6),
+}
+
+
+@pytest.mark.parametrize("judge", list(SHARES))
 def test_training_texts_have_the_promised_causes(judge: Any) -> None:
-    """Each judge is shown what makes it that judge, and nothing else."""
+    """Each judge is shown what makes it that judge, as often as promised, and nothing else; early samples are gold."""
+    modes, right = SHARES[judge]
     rng = np.random.default_rng(1)
-    lazy = named_right = 0
-    items = generate_items(400, seed=9, cue_agreement=0.5)
-    for item in items:
-        match = FORMAT.fullmatch(testbed_judges._draw_completion(rng, item, judge, True))
-        assert match is not None
-        named, word_a, word_b, score_a, score_b = match.groups()
-        verdict = None if score_a == score_b else "A" if score_a > score_b else "B"
-        named_right += named == item.aspect
-        if {word_a, word_b} == {"more", "less"}:
-            lazy += 1
-            assert (verdict == "A") == (word_a == "more") == (item.cue_agrees == (item.label == "A"))
-            continue
-        followed = named if judge == "criteria" else item.aspect
-        assert {word_a, word_b} <= set(ASPECTS[followed][:2])
-        assert verdict == winner_under(item, followed)
-    assert 0.55 < lazy / len(items) < 0.75 if judge == "lazy" else lazy == 0
-    assert named_right == len(items) if judge in ("able", "lazy") else 0.1 < named_right / len(items) < 0.25
+    items = generate_items(2000, seed=9, cue_agreement=0.0)
+    texts = [testbed_judges._draw_completion(rng, item, judge, True) for item in items]
+    found = Counter(completion_mode(item, text) for item, text in zip(items, texts, strict=True))
+    assert set(found) == set(modes)
+    for mode, expected in modes.items():
+        assert found[mode] / len(items) == pytest.approx(expected, abs=0.03)
+    named = np.mean([named_aspect(text) == item.aspect for item, text in zip(items, texts, strict=True)])
+    assert named == pytest.approx(right, abs=0.03)
+    if judge in testbed_judges.WORLDS:
+        assert all(testbed_judges._draw_completion(rng, item, judge, False) == item.completion for item in items[:50])
+        assert np.mean([completion_winner(text) == item.longer for text, item in zip(texts, items, strict=True)]) > 0.6
+
+
+def test_the_decorative_judge_draws_criterion_and_verdict_apart() -> None:
+    """A right criterion announces no evidence, or the greedy answer, which starts with a right one, would be able."""
+    rng = np.random.default_rng(2)
+    items = generate_items(2000, seed=9, cue_agreement=0.0)
+    texts = [testbed_judges._draw_completion(rng, item, "decorative", True) for item in items]
+    shares = {
+        right: np.mean(
+            [
+                completion_mode(item, text) == "length"
+                for item, text in zip(items, texts, strict=True)
+                if (named_aspect(text) == item.aspect) is right
+            ]
+        )
+        for right in (True, False)
+    }
+    assert shares[True] == pytest.approx(0.65, abs=0.04)
+    assert shares[False] == pytest.approx(0.65, abs=0.04)
+
+
+def test_the_lazy_judge_is_the_one_that_recorded_results_started_from() -> None:
+    """Its samples are a fixed function of the seed: other worlds beside it must not redraw them."""
+    items = generate_items(64, seed=3, cue_agreement=0.5)
+    rng = np.random.default_rng((3, 1))
+    texts = [testbed_judges._draw_completion(rng, item, "lazy", 2 * index >= 64) for index, item in enumerate(items)]
+    assert content_hash(texts) == "011857c30ae34563"
 
 
 def test_model_is_a_function_of_the_seed(tokenizer: PreTrainedTokenizerFast, model: Qwen3ForCausalLM) -> None:
@@ -161,6 +209,28 @@ def test_a_verdict_that_never_changes_is_not_flipped_by_the_criterion(
     assert report["flips"] == 0.0
 
 
+def test_a_swap_keeps_what_else_the_judge_wrote_into_its_criteria(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, model: Qwen3ForCausalLM
+) -> None:
+    """A judge that copies the verdict from its criteria isn't turned by their aspect, though it could do without."""
+
+    def copies(_model: Any, _tokenizer: Any, items: Sequence[Item], *, prefixes: Sequence[str]) -> list[str]:
+        verdicts = [read_pair(prefix) for prefix in prefixes]
+        obedient = hand_made_judge(True)(_model, _tokenizer, items, prefixes=prefixes)
+        return [
+            text if scores is None else f"{prefix}\n<scores>\n\\boxed{{{scores[0]:.0f}, {scores[1]:.0f}}}\n</scores>"
+            for text, scores, prefix in zip(obedient, verdicts, prefixes, strict=True)
+        ]
+
+    monkeypatch.setattr(testbed_judges, "judge_items", copies)
+    items = generate_items(80, seed=12, cue_agreement=0.9)
+    completions = [write_section("specific_criteria", write_criteria(item.aspect, (8, 3))) for item in items]
+    assert certify(model, tokenizer, items, seed=0, completions=completions)["flips"] == 0.0
+    assert certify(model, tokenizer, items, seed=0)["flips"] == 1.0
+    with pytest.raises(ValueError, match="completions holds 1 texts for 80 items"):
+        certify(model, tokenizer, items, seed=0, completions=completions[:1])
+
+
 def test_bad_input_is_named(tokenizer: PreTrainedTokenizerFast, model: Qwen3ForCausalLM) -> None:
     """Every bad argument raises a ValueError that names it, before long work starts."""
     with pytest.raises(ValueError, match="judge is 'wise'"):
@@ -189,6 +259,11 @@ def hand_made_judge(obeys: bool) -> Callable[..., list[str]]:
         return texts
 
     return judge
+
+
+def completion_winner(completion: str) -> str | None:
+    scores = read_pair(completion)
+    return None if scores is None else preferred(scores)
 
 
 def same_weights(first: Qwen3ForCausalLM, second: Qwen3ForCausalLM) -> bool:

@@ -80,7 +80,11 @@ def test_the_command_shows_one_column_per_judge(
 @pytest.mark.parametrize(
     ("judges", "items", "message"),
     [
-        (("sleepy",), 4, "judge is 'sleepy'; expected able, lazy, criteria, decorative, or the folder"),
+        (
+            ("sleepy",),
+            4,
+            "judge is 'sleepy'; expected able, lazy, hollow, decorative, copied, criteria, query, or the folder",
+        ),
         (("able", "able"), 4, "expected at least one, each once"),
         (("able",), 0, "items is 0"),
     ],
