@@ -30,7 +30,8 @@ from cepo.train.run import (
 logger = logging.getLogger(__name__)
 
 _TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
-_REWARDS = ("format", "causal", "proxy", *_TASKS)
+_PEERS = ("cir", "log_cir", "csr", "necessary")
+_REWARDS = ("format", "causal", "proxy", *_PEERS, *_TASKS)
 # Fields of GRPOConfig that a run may change when it goes on: its length, and what it writes where.
 _FREE = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions", "disable_tqdm")
 _RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
@@ -46,7 +47,7 @@ class TrainConfig:
         data: `source` and the loader's options, see `cepo.train.policy.load_data`.
         rewards: mappings with `name`, `weight` (default 1) and, for causal, CausalReward's settings. Its `task` names a
             task reward to fuse with the links (CE-PO); `preset: paper` takes the paper's values. Names: format, argmax,
-            exact_match, math_verify, bertscore, proxy, causal.
+            exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr, necessary.
         output: folder of the run: checkpoints, metrics.jsonl, log.txt, settings.json, final/.
         grpo: any field of TRL's GRPOConfig.
         lora: any field of peft's LoraConfig, or None to train all weights.
@@ -254,6 +255,7 @@ def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) 
 def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     from cepo.fusion.config import PAPER
     from cepo.train.prompts import JUDGE, REASONER
+    from cepo.train.rewards import peers
     from cepo.train.rewards import task as task_rewards
     from cepo.train.rewards.causal import CausalReward, TaskReward
     from cepo.train.rewards.proxy import ProxyReward
@@ -265,9 +267,18 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
         "math_verify": task_rewards.math_verify_reward,
         "bertscore": task_rewards.bertscore_reward,
     }
+    published: dict[str, type[peers.PeerReward]] = {
+        "cir": peers.CausalImportance,
+        "log_cir": peers.LogCausalImportance,
+        "csr": peers.CounterfactualSensitivity,
+        "necessary": peers.Necessity,
+    }
+    layout = JUDGE if kind == "judge" else REASONER
     try:
         if name == "proxy":
             return ProxyReward(**settings)
+        if name in published:
+            return published[name](**{"layout": layout, **settings})
         if name == "causal":
             task = settings.pop("task", None)
             if task is not None and task not in _TASKS:
@@ -276,7 +287,7 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
             if preset not in (None, "paper"):
                 raise ValueError(f"preset is {preset!r}; expected paper, or none")
             settings = {**(PAPER if preset else {}), **settings}
-            settings.setdefault("layout", JUDGE if kind == "judge" else REASONER)
+            settings.setdefault("layout", layout)
             return CausalReward(task=plain[task] if task else None, **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"rewards: {name} cannot be built: {error}") from error

@@ -1,0 +1,373 @@
+"""Published rewards for reasoning that causes the answer, to compare ours with: cir, log_cir, csr and necessary.
+
+Each runs the live policy forward on the completion's own ids, with the rationale shortened, edited or hidden, and
+measures how the probability of the completion's own answer changes. None of them needs a gradient.
+"""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cepo.counterfactual.donors import Candidate, candidates, with_donors
+from cepo.counterfactual.permute import permute_rollout
+from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.model import HeldModel
+from cepo.jacobian.reading.layout import Layout
+from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.records import Rollout
+from cepo.train.prompts import JUDGE
+from cepo.train.rewards.answer import Variant, answer_log_probabilities, joint_log_probabilities, without
+from cepo.train.rewards.causal import _parameters_are_sharded, _prompt_ids, _tokenizer
+
+Edit = Literal["donor", "permutation"]
+_BOUND_NATS = 10.0
+
+
+class PeerReward(abc.ABC):
+    """A reward that compares the completion's own answer under the rationale as written and under changed ones.
+
+    Called, bound, logged and copied as `CausalReward` is: the policy in eval mode and outside of autocast, on the very
+    ids that were sampled. Malformed completions score 0 and are counted: where a reward can be negative, another reward
+    must ask for the format. The sequences of one completion share forward passes with no other's, so a reward depends
+    on neither batch size nor order.
+
+    The answer is the span that the layout calls Y: a judge's score digits, a reasoner's answer.
+
+    Args:
+        source: the rationale: names of one or more spans, such as ["criteria", "analysis"]; None for the layout's X
+            (a judge's criteria, a reasoner's rationale). Only their movable tokens are dropped, edited or hidden.
+        scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
+        layout: what a completion looks like.
+        name: the name in TRL's logs.
+
+    Raises:
+        ValueError: for a source that the layout does not have, or that is its answer or its prompt.
+    """
+
+    def __init__(self, *, source: str | Sequence[str] | None, scorer: Any, layout: Layout, name: str) -> None:
+        names = [source or layout.roles["X"]] if source is None or isinstance(source, str) else list(source)
+        allowed = [name for name in layout.names if name not in (layout.roles["Z"], layout.roles["Y"])]
+        self.source = tuple(dict.fromkeys(layout.roles.get(name, name) for name in names))
+        if not self.source or not set(self.source) <= set(allowed):
+            raise ValueError(f"source is {source!r}; expected one or more of {', '.join(allowed)}")
+        self.scorer = scorer
+        self.layout = layout
+        self.__name__ = name
+        self._trainer: Any = None
+        self._held: HeldModel | None = None
+        self._reader: SpanReader | None = None
+
+    @abc.abstractmethod
+    def variants(self, rollouts: Sequence[Rollout]) -> list[list[Variant]]:
+        """Return, for each well-formed rollout, the sequence as written and then the changed ones."""
+
+    @abc.abstractmethod
+    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+        """Return the reward of one rollout.
+
+        Args:
+            log_p_NPV: the answer tokens' distributions under the N variants, in nats; N is 1 where nothing changed.
+            answer_P: the ids of the answer's tokens.
+        """
+
+    def bind(self, trainer: Any) -> PeerReward:
+        """Tie the reward to a TRL trainer, as `CausalReward.bind` does.
+
+        Raises:
+            ValueError: if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3).
+        """
+        if self.scorer is None and _parameters_are_sharded(trainer):
+            raise ValueError(
+                "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
+                "run; use DDP, ZeRO-2, or a frozen model as scorer=..."
+            )
+        model = trainer.model if self.scorer is None else self.scorer
+        if isinstance(model, str):
+            model, _ = load_model(resolve_model(model), device=str(trainer.accelerator.device))
+        self._held = HeldModel(model)
+        self._reader = SpanReader(_tokenizer(trainer), self.layout)
+        self._trainer = trainer
+        return self
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Return the reward of each completion; called by TRL.
+
+        Raises:
+            ValueError: if `bind` was not called.
+        """
+        if self._trainer is None or self._held is None or self._reader is None:
+            raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
+        started = time.perf_counter()
+        rollouts = [
+            self._reader.read(prompt, completion, messages if isinstance(messages, list) else None)
+            for prompt, completion, messages in zip(
+                _prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
+            )
+        ]
+        problems = [rollout.malformed or self._held.refusal(rollout) for rollout in rollouts]
+        sound = [place for place, problem in enumerate(problems) if problem is None]
+        variants = dict(zip(sound, self.variants([rollouts[place] for place in sound]), strict=True))
+        rewards = [0.0] * len(rollouts)
+        with self._held.prepared():
+            for place, changed in variants.items():
+                answer_P = torch.tensor([changed[0].token_ids[position] for position in changed[0].targets])
+                rewards[place] = self.value(answer_log_probabilities(self._held, changed).cpu(), answer_P)
+        if log_metric is not None:
+            count = max(len(rollouts), 1)
+            log_metric(f"{self.__name__}/malformed", 1.0 - len(sound) / count)
+            log_metric(f"{self.__name__}/unchanged", sum(len(v) == 1 for v in variants.values()) / count)
+            log_metric(f"{self.__name__}/seconds", time.perf_counter() - started)
+        if log_extra is not None:
+            log_extra(f"{self.__name__} malformed", problems)
+        return rewards
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the trainer out: a copy must be bound again."""
+        return {**self.__dict__, "_trainer": None, "_held": None, "_reader": None}
+
+    def _rationale(self, rollout: Rollout) -> list[int]:
+        """Return the ascending positions of the rationale's movable tokens."""
+        return sorted({position for name in self.source for position in rollout.spans[name].movable})
+
+    def _whole(self, rollout: Rollout) -> Variant:
+        targets = rollout.spans[self.layout.roles["Y"]].positions
+        return Variant(rollout.token_ids[: targets[-1] + 1], targets)
+
+
+class CausalImportance(PeerReward):
+    """Reward `cir`: the mean over prefixes of the rationale of JS(Bernoulli(p_k), Bernoulli(p_T)), in [0, log 2] nats.
+
+    p_k is the probability of the completion's own answer, all its tokens jointly, after the prompt and the first k of
+    the rationale's T tokens; what stands between the rationale and the answer (tags, a judge's analysis unless it is
+    part of the source) is kept. p_T is that probability after the whole rationale. The divergence is symmetric: a
+    rationale that makes the own answer less likely is rewarded too.
+
+    Args:
+        prefixes: number of prefixes, evenly spaced from k = 0, at least 1; more than T gives each k below T once.
+        source, scorer, layout, name: see `PeerReward`.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Source:
+        Yu et al., Outcome Rewards Do Not Guarantee Verifiable or Causally Important Reasoning (2026), arXiv 2604.22074,
+        CIR; the paper adds it to the task reward with a weight of up to 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefixes: int = 4,
+        source: str | Sequence[str] | None = None,
+        scorer: Any = None,
+        layout: Layout = JUDGE,
+        name: str = "cir",
+    ) -> None:
+        if not isinstance(prefixes, int) or isinstance(prefixes, bool) or prefixes < 1:
+            raise ValueError(f"prefixes is {prefixes!r}; expected an integer of at least 1")
+        super().__init__(source=source, scorer=scorer, layout=layout, name=name)
+        self.prefixes = prefixes
+
+    def variants(self, rollouts: Sequence[Rollout]) -> list[list[Variant]]:
+        """Return the sequence as written, then with each prefix of the rationale alone."""
+        changed = []
+        for rollout in rollouts:
+            rationale = self._rationale(rollout)
+            lengths = dict.fromkeys(place * len(rationale) // self.prefixes for place in range(self.prefixes))
+            whole = self._whole(rollout)
+            changed.append([whole, *(without(whole, rationale[kept:]) for kept in lengths)])
+        return changed
+
+    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+        """Return the mean divergence, in nats."""
+        p_whole, *p_prefixes = joint_log_probabilities(log_p_NPV, answer_P).exp().tolist()
+        return sum(bernoulli_js(p, p_whole) for p in p_prefixes) / len(p_prefixes)
+
+
+class LogCausalImportance(CausalImportance):
+    """Reward `log_cir`: the mean over prefixes of log p_T - log p_k, in nats, signed; p_k as in `CausalImportance`.
+
+    Unlike `cir` it tells a rationale that raises its own answer from one that lowers it, and it does not vanish for
+    long answers, whose joint probabilities are small. It has no bound of its own, so it is clipped.
+
+    Args:
+        bound: the reward is clipped to [-bound, bound], in nats, above 0. Where rewards of other units are added,
+            standardise each within its group (GRPO's `multi_objective_aggregation: normalize_then_sum`).
+        prefixes, source, scorer, layout, name: see `CausalImportance`.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Source:
+        The probabilities are those of arXiv 2604.22074; the logarithmic form is ours.
+    """
+
+    def __init__(self, *, bound: float = _BOUND_NATS, name: str = "log_cir", **settings: Any) -> None:
+        _check_bound(bound)
+        super().__init__(name=name, **settings)
+        self.bound = bound
+
+    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+        """Return the mean log-ratio, clipped, in nats."""
+        whole, *prefixes = joint_log_probabilities(log_p_NPV, answer_P).tolist()
+        return _clip(whole - sum(prefixes) / len(prefixes), self.bound)
+
+
+class CounterfactualSensitivity(PeerReward):
+    """Reward `csr`: KL(p(Y | X) || p(Y | X')) of the answer tokens under the own rationale and an edited one.
+
+    Teacher-forced on the completion's own answer: the divergence over the whole vocabulary is averaged over the
+    answer's tokens and over edits, in nats, >= 0, clipped at `bound`. Edits keep the rationale's length and its tags.
+    A completion that no edit changes (no donor in the step, a rationale of one repeated token) scores 0 and is counted
+    as `unchanged`.
+
+    Args:
+        edit: "donor" puts the content of another prompt's rationale of the same step in its place, tiled or cropped to
+            its length; "permutation" puts its own tokens into another order.
+        edits: number of edits averaged over, at least 1.
+        seed: draws donors and orders; with the rationale's ids (and the donors there are) it alone decides them.
+        bound: largest reward in nats, above 0.
+        source, scorer, layout, name: see `PeerReward`.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Source:
+        Shihab et al., Counterfactual Sensitivity Regularization (2025), arXiv 2509.01544, L_CSR. The paper subtracts
+        lambda L_CSR from the task's loss, and edits operators of a formal rationale; here the term is a reward.
+    """
+
+    def __init__(
+        self,
+        *,
+        edit: Edit = "donor",
+        edits: int = 1,
+        seed: int = 0,
+        bound: float = _BOUND_NATS,
+        source: str | Sequence[str] | None = None,
+        scorer: Any = None,
+        layout: Layout = JUDGE,
+        name: str = "csr",
+    ) -> None:
+        if edit not in get_args(Edit):
+            raise ValueError(f"edit is {edit!r}; expected one of {', '.join(get_args(Edit))}")
+        if not isinstance(edits, int) or isinstance(edits, bool) or edits < 1:
+            raise ValueError(f"edits is {edits!r}; expected an integer of at least 1")
+        _check_bound(bound)
+        super().__init__(source=source, scorer=scorer, layout=layout, name=name)
+        self.edit = edit
+        self.edits = edits
+        self.seed = seed
+        self.bound = bound
+
+    def variants(self, rollouts: Sequence[Rollout]) -> list[list[Variant]]:
+        """Return the sequence as written, then with each edit of the rationale."""
+        pools = {name: candidates(rollouts, name) for name in self.source}
+        changed = []
+        for rollout in rollouts:
+            whole = self._whole(rollout)
+            edited = dict.fromkeys(ids[: len(whole.token_ids)] for ids in self._edited(rollout, pools))
+            edited.pop(whole.token_ids, None)
+            changed.append([whole, *(replace(whole, token_ids=ids) for ids in edited)])
+        return changed
+
+    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+        """Return the mean divergence, clipped, in nats."""
+        own_PV, edited_NPV = log_p_NPV[0].double(), log_p_NPV[1:].double()
+        if not len(edited_NPV):
+            return 0.0
+        kl_NP = (own_PV.exp() * (own_PV - edited_NPV)).sum(-1)
+        return _clip(float(kl_NP.mean()), self.bound)
+
+    def _edited(self, rollout: Rollout, pools: Mapping[str, Sequence[Candidate]]) -> Iterator[tuple[int, ...]]:
+        """Yield the ids of the rollout with the k-th edit of every span of the rationale."""
+        for index in range(self.edits):
+            edited = rollout
+            for name in self.source:
+                if self.edit == "permutation":
+                    edited = permute_rollout(edited, name, index, seed=self.seed) or edited
+                else:
+                    found = with_donors(edited, name, pools[name], self.edits, seed=self.seed)
+                    edited = found[index] if index < len(found) else edited
+            yield edited.token_ids
+
+
+class Necessity(PeerReward):
+    """Reward `necessary`: log p(Y | whole) - log p(Y | rationale hidden), in nats, signed, clipped to +-`bound`.
+
+    The rationale is hidden by the attention mask, not deleted: no token attends to it, and every other token keeps its
+    position. The answer's tokens count jointly.
+
+    Args:
+        bound: the reward is clipped to [-bound, bound], in nats, above 0.
+        source, scorer, layout, name: see `PeerReward`.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Source:
+        Jia et al., Faithfulness as Information Flow (2026), arXiv 2605.24286: the necessity of the rationale, under its
+        mask that hides the rationale from all tokens. The paper reports KL and gradient forms as diagnoses; the reward
+        is the log-likelihood ratio of the answer that was given.
+    """
+
+    def __init__(
+        self,
+        *,
+        bound: float = _BOUND_NATS,
+        source: str | Sequence[str] | None = None,
+        scorer: Any = None,
+        layout: Layout = JUDGE,
+        name: str = "necessary",
+    ) -> None:
+        _check_bound(bound)
+        super().__init__(source=source, scorer=scorer, layout=layout, name=name)
+        self.bound = bound
+
+    def variants(self, rollouts: Sequence[Rollout]) -> list[list[Variant]]:
+        """Return the sequence as written, then with the rationale hidden."""
+        wholes = [self._whole(rollout) for rollout in rollouts]
+        hidden = [tuple(self._rationale(rollout)) for rollout in rollouts]
+        return [[whole, replace(whole, hidden=places)] for whole, places in zip(wholes, hidden, strict=True)]
+
+    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+        """Return the log-likelihood ratio, clipped, in nats."""
+        whole, hidden = joint_log_probabilities(log_p_NPV, answer_P).tolist()
+        return _clip(whole - hidden, self.bound)
+
+
+def bernoulli_js(p: float, q: float) -> float:
+    """Return the Jensen-Shannon divergence of Bernoulli(p) and Bernoulli(q) in nats, in [0, log 2].
+
+    Args:
+        p: in [0, 1].
+        q: in [0, 1].
+    """
+    probabilities_NK = torch.tensor([[p, 1.0 - p], [q, 1.0 - q]], dtype=torch.float64)
+    mean_K = probabilities_NK.mean(0)
+    js = torch.xlogy(probabilities_NK, probabilities_NK).sum(-1).mean() - torch.xlogy(mean_K, mean_K).sum()
+    return max(float(js), 0.0)  # not below by rounding
+
+
+def _clip(value: float, bound: float) -> float:
+    return min(max(value, -bound), bound)
+
+
+def _check_bound(bound: float) -> None:
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
+        raise ValueError(f"bound is {bound!r}; expected a number of nats above 0")
