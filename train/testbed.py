@@ -7,6 +7,7 @@ the longer response, agrees with the label in a chosen fraction of items.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -157,12 +158,22 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     Returns:
         A tokenizer with pad, eos, unk and role tokens, and a chat template.
     """
+    return build_word_tokenizer(_list_pieces(), _PIECE)
+
+
+def build_word_tokenizer(pieces: Sequence[str], pattern: str) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with a token for each piece of text, as `build_tokenizer` describes it.
+
+    Args:
+        pieces: Every text that is one token, distinct.
+        pattern: Regular expression that cuts a text into pieces.
+    """
     specials = (_PAD, _EOS, _UNK, *_ROLES)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    spelled = [byte_level.pre_tokenize_str(piece)[0][0] for piece in _list_pieces()]
+    spelled = [byte_level.pre_tokenize_str(piece)[0][0] for piece in pieces]
     vocabulary = {token: index for index, token in enumerate([*specials, *spelled])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNK))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_PIECE), "isolated"), byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return PreTrainedTokenizerFast(

@@ -30,7 +30,7 @@ WORLDS: tuple[JudgeKind, ...] = ("lazy", "hollow", "decorative", "copied")
 """The diseased judges, which training starts from."""
 
 # A majority of a diseased judge's later samples follows length, so that its greedy answer does.
-_DISEASED_SHARE = 0.65
+DISEASED_SHARE = 0.65
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
@@ -117,12 +117,38 @@ def warm_start(
     items = generate_items(steps * batch_size, seed=seed, cue_agreement=cue_agreement)
     # A stream of its own, so that all judges of a seed see the same items.
     rng = np.random.default_rng((seed, 1))
-    prompt_ids = _encode_prompts(tokenizer, items)
-    texts = [
-        _draw_completion(rng, item, judge, 2 * index >= len(items)) + tokenizer.eos_token
-        for index, item in enumerate(items)
-    ]
-    completion_ids = tokenizer(texts).input_ids
+    texts = [_draw_completion(rng, item, judge, 2 * index >= len(items)) for index, item in enumerate(items)]
+    prompts = [item.prompt for item in items]
+    return fit(model, tokenizer, prompts, texts, batch_size=batch_size, learning_rate=learning_rate, progress=progress)
+
+
+def fit(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    batch_size: int = 32,
+    learning_rate: float = 2.5e-3,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train a testbed's model on completions, each seen once, in order.
+
+    Args:
+        model: Trained in place and left in eval mode.
+        tokenizer: The world's tokenizer.
+        prompts: Contents of the user messages.
+        completions: One per prompt, without the eos token.
+        batch_size: Samples per step; what is left over after whole batches is not seen.
+        learning_rate: Peak of AdamW's schedule, above 0: linear over a tenth of the steps, then cosine to zero.
+        progress: Called after every step with the number of steps done and the loss.
+
+    Returns:
+        The loss of every step: mean negative log-likelihood, in nats, over completion and eos tokens.
+    """
+    steps = len(prompts) // batch_size
+    prompt_ids = _encode_prompts(tokenizer, prompts)
+    completion_ids = tokenizer([text + tokenizer.eos_token for text in completions]).input_ids
     gains = [weight for weight in model.parameters() if weight.ndim == 1]
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     # The gains of norms set how sharp attention and logits are. At the matrices' rate they would hardly move in so few
@@ -153,7 +179,6 @@ def warm_start(
     return losses
 
 
-@torch.no_grad()
 def judge_items(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -183,15 +208,40 @@ def judge_items(
     Raises:
         ValueError: If a number is out of range, or prefixes and items differ in number.
     """
+    return generate(
+        model,
+        tokenizer,
+        [item.prompt for item in items],
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        prefixes=prefixes,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 128,
+    prefixes: Sequence[str] | None = None,
+    max_new_tokens: int = 48,
+) -> list[str]:
+    """Complete the contents of user messages; as `judge_items`, whose items are prompts here."""
     if temperature < 0.0 or batch_size < 1 or max_new_tokens < 1:
         came = f"temperature is {temperature}, batch_size {batch_size}, max_new_tokens {max_new_tokens}"
         raise ValueError(f"{came}; expected at least 0, 1 and 1")
-    openings = [""] * len(items) if prefixes is None else list(prefixes)
-    if len(openings) != len(items):
-        raise ValueError(f"prefixes holds {len(openings)} texts for {len(items)} items; expected one per item")
-    if not items:
+    openings = [""] * len(prompts) if prefixes is None else list(prefixes)
+    if len(openings) != len(prompts):
+        raise ValueError(f"prefixes holds {len(openings)} texts for {len(prompts)} prompts; expected one per prompt")
+    if not prompts:
         return []
-    opened = zip(_encode_prompts(tokenizer, items), tokenizer(openings).input_ids, strict=True)
+    opened = zip(_encode_prompts(tokenizer, prompts), tokenizer(openings).input_ids, strict=True)
     contexts = [prompt + opening for prompt, opening in opened]
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0.0:
@@ -289,9 +339,9 @@ def _draw_completion(rng: np.random.Generator, item: Item, judge: JudgeKind, lat
     if judge == "able" or not late:
         return item.completion
     named = item.aspect
-    if judge == "decorative" and rng.random() < _DISEASED_SHARE:
+    if judge == "decorative" and rng.random() < DISEASED_SHARE:
         named = _draw_aspect(rng)
-    if rng.random() >= _DISEASED_SHARE:
+    if rng.random() >= DISEASED_SHARE:
         return item.completion if named == item.aspect else _follow(rng, item, named, named)
     scores = draw_scores(rng, item.longer)
     if judge == "hollow":
@@ -310,8 +360,8 @@ def _follow(rng: np.random.Generator, item: Item, named: str, followed: str) -> 
     return write_judgement(write_criteria(named), write_analysis(*shown_words(item, followed)), scores)
 
 
-def _encode_prompts(tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]) -> list[list[int]]:
-    conversations = [[{"role": "user", "content": item.prompt}] for item in items]
+def _encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
     return tokenizer(texts).input_ids
 

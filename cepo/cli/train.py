@@ -50,7 +50,8 @@ def train(
 
     Data: rows with `prompt`, `chosen` and `rejected` for a judge; with `question` and `answer` for a reasoner.
     Rewards: a list of `name`, `weight` and settings. Names: format, argmax, exact_match, math_verify, bertscore,
-    causal; to compare with: proxy, cir, log_cir, csr, necessary. `--set rewards='[{name: format}, ...]'` replaces the whole list.
+    causal; to compare with: proxy, cir, log_cir, csr, necessary. `--set rewards='[{name: format}, ...]'` replaces the
+    whole list.
     The options override the config. Started again with the same settings, data and weights, a killed run resumes from
     its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
     """
