@@ -71,7 +71,15 @@ def candidates(rollouts: Iterable[Rollout], source: str, *, most: int = POOL) ->
         for rollout in rollouts
         if rollout.malformed is None and rollout.spans[source].movable
     }
-    return sorted(sorted(found, key=lambda one: _digest(0, (), one.ids, one.prompt))[:most])
+    return thinned(found, most=most)
+
+
+def thinned(pool: Iterable[Candidate], *, most: int = POOL) -> list[Candidate]:
+    """Return at most so many of the candidates, chosen by their content alone, sorted.
+
+    Thinning parts of a pool first and then their union gives the same.
+    """
+    return sorted(sorted(set(pool), key=lambda one: _digest(one.prompt, one.ids))[:most])
 
 
 def replace_span(rollout: Rollout, source: str, ids: Sequence[int]) -> Rollout:

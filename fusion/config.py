@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from cepo.counterfactual.donors import Candidate
 from cepo.counterfactual.nuisance import check_rank
 from cepo.counterfactual.permute import Permutation, check_permutation
 from cepo.fusion.power_mean import check_power, check_weights
-from cepo.fusion.records import INFLUENCE_SCORES, Measure, Score
-from cepo.fusion.requests import GroupRequests, reward_requests
-from cepo.jacobian.links import NUMERIC_FUNCTIONS, Link, parse_link
+from cepo.fusion.records import EFFECT_SCORES, INFLUENCE_SCORES, PHI_SCORES, Measure, Score
+from cepo.fusion.requests import EffectRequests, GroupRequests, NoDonor, effect_requests, reward_requests
+from cepo.jacobian.links import NUMERIC_FUNCTIONS, Chain, Link, parse_chain
+from cepo.jacobian.protocol import Nodes, check_nodes
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.records import Rollout
 
@@ -33,9 +36,13 @@ class RewardConfig:
     """What to compute and how to fuse it. The defaults are what we recommend.
 
     Attributes:
-        links: weight of each link, >= 0; a link of weight 0 is not computed. See `parse_link`.
+        links: weight of each link or chain of links, >= 0; one of weight 0 is not computed. "chain" stands for the
+            layout's own: criteria->analysis->scores for a judge, prompt->rationale->answer for a reasoner. See
+            `cepo.jacobian.links.parse_chain`.
         task_weight: w_0, weight of the task reward where there is one, >= 0.
         p: exponent of the power mean; any real number, inf or -inf.
+        join: exponent of the power mean that joins the scores of a chain's links; -inf takes the smallest, so that
+            no link can make up for another.
         counterfactuals: K >= 0 permutations of each source span. None are computed where neither the score nor `also`
             reads what hardening leaves.
         permutation: "uniform", "sentence" or "block", see `permute_rollout`.
@@ -43,23 +50,33 @@ class RewardConfig:
         energy: tau in (0, 1], instead of rank: the smallest rank that holds this share of the energy.
         nuisance: "svd" projects the nuisance subspace out, "mean" only the mean counterfactual (as the reference
             implementation of CE-PO does).
-        score: the named score S of a link, see `cepo.fusion.records`. `influence` separates a judge whose criteria
-            cause its verdict from one whose criteria are decoration; the paper's `phi` does not (see the README).
+        score: the named score S of a link, see `cepo.fusion.records`. "effect", "explained" and "path" compare the
+            span with donors, and tell completions of one prompt apart; the paper's "phi" does not (see docs/results).
+        donors: K >= 1 donors for each source span: the content of that span in rollouts of other prompts.
+        no_donor: what a span gets when no other prompt offers content: "zero" scores it 0 and counts it; "permute"
+            compares it with its own tokens in another order.
+        nodes: nodes of the quadrature along the path to each donor, at least 1, or "auto": doubled until the path's
+            sum agrees with the effect. Only "path" reads them.
         target: default target function of the links.
         seed: seed of the permutations.
         also: measures to record beside what the score reads: "phi" (phi, its bounds, and phi of the base Jacobian),
-            "influence" (costs one backward pass through the prompt per rollout and target) and "angles".
+            "influence" (costs one backward pass through the prompt per rollout and target), "angles", "effect" (delta)
+            and "path" (delta, the path's sum, its certificate, and what each token adds to it).
     """
 
     links: Mapping[str, float] = field(default_factory=lambda: {"X->Y": 1.0})
     task_weight: float = 0.7
     p: float = 0.2
+    join: float = -math.inf
     counterfactuals: int = 0
     permutation: Permutation = "uniform"
     rank: int | None = 2
     energy: float | None = None
     nuisance: Nuisance = "svd"
     score: Score = "influence"
+    donors: int = 2
+    no_donor: NoDonor = "zero"
+    nodes: Nodes = "auto"
     target: str = "log_likelihood"
     seed: int = 0
     also: Sequence[Measure] = ()
@@ -77,9 +94,20 @@ class RewardConfig:
         check_power(self.p)
         if not isinstance(self.counterfactuals, int) or self.counterfactuals < 0:
             raise ValueError(f"counterfactuals (K) is {self.counterfactuals!r}; expected an integer >= 0")
+        check_power(self.join)
+        if not isinstance(self.donors, int) or self.donors < 1:
+            raise ValueError(f"donors is {self.donors!r}; expected an integer >= 1")
+        check_nodes(self.nodes)
+        if self.nodes == 0:
+            raise ValueError("nodes is 0; expected at least 1, or 'auto'; the score 'effect' needs none")
         check_permutation(self.permutation)
         check_rank(self.rank, self.energy)
-        for name, value, known in (("nuisance", self.nuisance, Nuisance), ("score", self.score, Score)):
+        named = (
+            ("nuisance", self.nuisance, Nuisance),
+            ("score", self.score, Score),
+            ("no_donor", self.no_donor, NoDonor),
+        )
+        for name, value, known in named:
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(known))}")
         if self.score in ("phi_retained", "influence_retained") and not self.counterfactuals:
@@ -98,26 +126,52 @@ class RewardConfig:
     @property
     def reads_hardening(self) -> bool:
         """Whether anything that is recorded depends on what hardening leaves of a Jacobian."""
-        return self.score != "influence" or "phi" in self.also or "angles" in self.also
+        return self.score in ("phi_retained", "influence_retained", *PHI_SCORES) or bool(
+            {"phi", "angles"} & {*self.also}
+        )
+
+    @property
+    def reads_jacobians(self) -> bool:
+        """Whether anything that is recorded depends on the Jacobian at the rollout itself."""
+        return self.score not in EFFECT_SCORES or bool({"phi", "influence", "angles"} & {*self.also})
+
+    @property
+    def reads_effects(self) -> bool:
+        """Whether anything that is recorded compares the rollout with donors."""
+        return self.score in EFFECT_SCORES or bool({"effect", "path"} & {*self.also})
+
+    @property
+    def reads_paths(self) -> bool:
+        """Whether anything that is recorded depends on gradients along the path to a donor."""
+        return self.score == "path" or "path" in self.also
 
     @property
     def reads_influence(self) -> bool:
         """Whether anything that is recorded depends on the context energy."""
         return self.score in INFLUENCE_SCORES or "influence" in self.also
 
-    def parsed_links(self, layout: Layout) -> list[Link]:
-        """Return the links of positive weight, parsed; ValueError for one that the layout does not have."""
-        links = [
-            parse_link(text, names=layout.names, roles=layout.roles, default_function=self.target)
+    def chains(self, layout: Layout) -> list[Chain]:
+        """Return what has a positive weight, parsed; ValueError for what the layout does not have or S cannot score."""
+        chains = [
+            parse_chain(text, names=layout.names, roles=layout.roles, chain=layout.chain, default_function=self.target)
             for text in self.links
         ]
-        for index, link in enumerate(links):
-            for other in links[:index]:
-                if replace(link, name="") == replace(other, name=""):
-                    raise ValueError(f"links names one link twice, as {other.name!r} and {link.name!r}; expected once")
+        alike: dict[tuple[Link, ...], str] = {}
+        for chain in chains:
+            content = tuple(replace(link, name="") for link in chain.links)
+            if content in alike:
+                raise ValueError(f"links names one link twice, as {alike[content]!r} and {chain.name!r}; expected once")
+            alike[content] = chain.name
+        links = [link for chain in chains for link in chain.links]
         if self.target in NUMERIC_FUNCTIONS and not any(link.function == self.target for link in links):
             raise ValueError(f"target is {self.target!r}, but no link ends in the scores; expected one such as 'X->Y'")
-        return [link for link in links if self.links[link.name] > 0.0]
+        for link in links if self.reads_effects else ():
+            _check_effect(link, self.score)
+        return [chain for chain in chains if self.links[chain.name] > 0.0]
+
+    def parsed_links(self, layout: Layout) -> list[Link]:
+        """Return the distinct links of `chains`, in order."""
+        return list({link.name: link for chain in self.chains(layout) for link in chain.links}.values())
 
     def requests(self, rollouts: Mapping[int, Rollout], links: Sequence[Link]) -> list[GroupRequests]:
         """Return what to ask an engine for, see `reward_requests`."""
@@ -130,7 +184,37 @@ class RewardConfig:
             context_energy=self.reads_influence,
         )
 
+    def effects(
+        self, rollouts: Mapping[int, Rollout], links: Sequence[Link], pools: Mapping[str, Sequence[Candidate]]
+    ) -> list[EffectRequests]:
+        """Return what to ask an engine for to compare spans with donors, see `effect_requests`."""
+        return effect_requests(
+            rollouts,
+            links,
+            pools,
+            donors=self.donors,
+            no_donor=self.no_donor,
+            permutation=self.permutation,
+            seed=self.seed,
+            nodes=self.nodes if self.reads_paths else 0,
+        )
+
     def check_width(self, width: int) -> None:
         """Raise ValueError if the nuisance rank exceeds the model's embedding size."""
         if self.rank is not None and self.rank > width:
             raise ValueError(f"rank is {self.rank}, but the model's embeddings have d = {width}; expected rank <= d")
+
+
+def _check_effect(link: Link, score: Score) -> None:
+    if link.effect != "total":
+        raise ValueError(
+            f"link {link.name!r} is a {link.effect} effect, and comparing with donors measures total effects; "
+            f"expected '{link.source}->{link.target}:total', or another score than {score!r}"
+        )
+    if score in EFFECT_SCORES and link.function in NUMERIC_FUNCTIONS:
+        raise ValueError(
+            f"link {link.name!r} ends in {link.function}, which has no likelihood to explain; expected log_likelihood "
+            f"or log_odds with the score {score!r}"
+        )
+    if score == "explained" and link.function != "log_likelihood":
+        raise ValueError(f"link {link.name!r} ends in {link.function}; the score 'explained' expects log_likelihood")

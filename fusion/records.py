@@ -10,11 +10,17 @@ from typing import Literal
 from torch import Tensor
 
 from cepo.counterfactual.nuisance import angles_between, nuisance_bases
+from cepo.fusion.requests import Against, Compared
+from cepo.jacobian.links import Link
 from cepo.jacobian.records import LinkJacobian
-from cepo.kernels.spectral import frobenius_energy, spectral_shares
+from cepo.kernels.spectral import SpectralShare, frobenius_energy, spectral_shares
 
-Score = Literal["phi", "phi_retained", "influence", "phi_influence", "influence_retained"]
-Measure = Literal["phi", "influence", "angles"]
+Score = Literal[
+    "effect", "explained", "path", "influence", "phi", "phi_retained", "phi_influence", "influence_retained"
+]
+Measure = Literal["phi", "influence", "angles", "effect", "path"]
+GRADIENT_SCORES: tuple[Score, ...] = ("influence", "phi", "phi_retained", "phi_influence", "influence_retained")
+EFFECT_SCORES: tuple[Score, ...] = ("effect", "explained", "path")
 PHI_SCORES: tuple[Score, ...] = ("phi", "phi_retained", "phi_influence")
 INFLUENCE_SCORES: tuple[Score, ...] = ("influence", "phi_influence", "influence_retained")
 
@@ -44,7 +50,14 @@ class LinkScore:
 
     Attributes:
         link: the link's name.
-        function: the target function that was differentiated.
+        function: the target function.
+        tokens: L, the tokens of the source.
+        delta: the effect s_B(X) - s_B(X') in nats, mean over the donors X'; exactly 0 where all donors say the same.
+        path_sum: what the gradients along the paths to the donors sum to, in nats; an estimate of delta.
+        certificate: the largest error of a path's sum, in nats.
+        nodes: nodes of the quadrature; 0 where none were asked for.
+        donors: counterfactuals that the span was compared with.
+        against: what they were, see `cepo.fusion.requests.Against`; None where no score reads them.
         phi: sigma_1^2 / ||.||_F^2 of the residual Jacobian, in (0, 1]; 0 for a zero matrix. A shape, not a size.
         phi_lower: certified lower bound of phi.
         phi_upper: certified upper bound of phi.
@@ -52,7 +65,6 @@ class LinkScore:
         retained: ||J_res||_F^2 / ||J||_F^2, in [0, 1].
         influence: ||J||_F^2 over the energy of the target's gradient at all rows of the context, in [0, 1].
         norm: ||J||_F.
-        tokens: L, the rows of the Jacobian.
         counterfactuals: number of counterfactual Jacobians (fewer than K where no order of the tokens differs).
         rank: dimension of the nuisance subspace that was removed.
         nuisance_angles: principal angles in degrees, ascending, between the nuisance subspace and the Jacobian's own
@@ -62,73 +74,150 @@ class LinkScore:
 
     link: str
     function: str
+    tokens: int
+    delta: float | None
+    path_sum: float | None
+    certificate: float | None
+    nodes: int
+    donors: int
+    against: Against | None
     phi: float | None
     phi_lower: float | None
     phi_upper: float | None
     phi_base: float | None
-    retained: float
+    retained: float | None
     influence: float | None
-    norm: float
-    tokens: int
+    norm: float | None
     counterfactuals: int
     rank: int
     nuisance_angles: tuple[float, ...]
     value: float
 
 
-def score_links(links: Sequence[HardenedLink], *, score: Score, also: Sequence[Measure] = ()) -> list[LinkScore]:
+@dataclass(frozen=True)
+class Measured:
+    """What was computed of one link of one rollout.
+
+    Attributes:
+        rollout: index of the rollout.
+        link: the link.
+        tokens: L, the tokens of its source.
+        hardened: its Jacobian and what hardening left of it, where something reads them.
+        compared: the link beside its counterfactuals, where something reads them.
+    """
+
+    rollout: int
+    link: Link
+    tokens: int
+    hardened: HardenedLink | None = None
+    compared: Compared | None = None
+
+    @classmethod
+    def by_gradient(cls, hardened: HardenedLink) -> Measured:
+        """Return a link of which its Jacobian alone was computed."""
+        base = hardened.base
+        return cls(hardened.rollout, base.link, len(base.source_positions), hardened)
+
+
+def score_links(measured: Sequence[Measured], *, score: Score, also: Sequence[Measure] = ()) -> list[LinkScore]:
     """Return the record of each link, with only what the score or `also` reads; spectra are taken in one batch.
 
     Args:
-        links: what hardening left.
+        measured: what was computed.
         score: the named score that becomes `value`.
         also: measures to record beside what the score reads.
 
     Raises:
-        ValueError: for a score that reads the influence of a Jacobian without context energy, or a matrix with a NaN or
-            an infinity whose spectrum is taken.
+        ValueError: for a score that reads what was not computed, or a matrix with a NaN or an infinity whose spectrum
+            is taken.
     """
+    hardened = {place: one.hardened for place, one in enumerate(measured) if one.hardened is not None}
     reads_phi = score in PHI_SCORES or "phi" in also
-    shares = dict(enumerate(spectral_shares([link.residual_SD for link in links]))) if reads_phi else {}
+    shares: dict[int, SpectralShare] = {}
+    if reads_phi:
+        shares = dict(zip(hardened, spectral_shares([one.residual_SD for one in hardened.values()]), strict=True))
     # Without counterfactuals the residual is the base.
-    of_base = {place: share for place, share in shares.items() if not links[place].counterfactuals}
+    of_base = {place: share for place, share in shares.items() if not hardened[place].counterfactuals}
     if "phi" in also:
-        hardened = [place for place, link in enumerate(links) if link.counterfactuals]
-        of_base |= zip(hardened, spectral_shares([links[place].base.jac_SD for place in hardened]), strict=True)
-    records = []
-    for place, link in enumerate(links):
-        share, share_of_base, base = shares.get(place), of_base.get(place), link.base
-        energy = frobenius_energy(base.jac_SD)
-        retained = _share(frobenius_energy(link.residual_SD) if link.counterfactuals else energy, energy)
-        influence = None if base.context_energy is None else _share(energy, base.context_energy)
-        phi = None if share is None else share.value
-        named = named_scores(phi, retained, influence)
-        if score not in named:
-            raise ValueError(f"score is {score!r}, but the Jacobian of {base.link.name} carries no context_energy")
-        records.append(
-            LinkScore(
-                link=base.link.name,
-                function=base.link.function,
-                phi=phi,
-                phi_lower=None if share is None else share.lower,
-                phi_upper=None if share is None else share.upper,
-                phi_base=None if share_of_base is None else share_of_base.value,
-                retained=retained,
-                influence=influence,
-                norm=math.sqrt(energy),
-                tokens=len(base.source_positions),
-                counterfactuals=link.counterfactuals,
-                rank=len(link.basis_RD),
-                nuisance_angles=_nuisance_angles(link) if "angles" in also else (),
-                value=named[score],
-            )
-        )
-    return records
+        places = [place for place, one in hardened.items() if one.counterfactuals]
+        of_base |= zip(places, spectral_shares([hardened[place].base.jac_SD for place in places]), strict=True)
+    return [
+        _record(one, score, shares.get(place), of_base.get(place), angles="angles" in also)
+        for place, one in enumerate(measured)
+    ]
 
 
-def named_scores(phi: float | None, retained: float, influence: float | None) -> dict[Score, float]:
-    """Return each named score S of a link whose measures are known, in [0, 1]."""
+def _record(
+    one: Measured, score: Score, share: SpectralShare | None, of_base: SpectralShare | None, *, angles: bool
+) -> LinkScore:
+    hardened, path = one.hardened, one.compared.path if one.compared else None
+    retained = influence = norm = None
+    if hardened is not None:
+        energy = frobenius_energy(hardened.base.jac_SD)
+        norm = math.sqrt(energy)
+        left = frobenius_energy(hardened.residual_SD) if hardened.counterfactuals else energy
+        retained = _share(left, energy)
+        context = hardened.base.context_energy
+        influence = None if context is None else _share(energy, context)
+    phi = None if share is None else share.value
+    named = named_scores(phi, retained, influence) | effect_scores(one.compared)
+    if score not in named:
+        raise ValueError(f"score is {score!r}, and what it reads of {one.link.name} was not computed")
+    delta = path.delta if path is not None else 0.0 if one.compared and one.compared.against == "same" else None
+    return LinkScore(
+        link=one.link.name,
+        function=one.link.function,
+        tokens=one.tokens,
+        delta=delta,
+        path_sum=path.path_sum if path is not None else None,
+        certificate=path.certificate if path is not None else None,
+        nodes=path.nodes if path is not None else 0,
+        donors=len(path.others) if path is not None else 0,
+        against=one.compared.against if one.compared else None,
+        phi=phi,
+        phi_lower=None if share is None else share.lower,
+        phi_upper=None if share is None else share.upper,
+        phi_base=None if of_base is None else of_base.value,
+        retained=retained,
+        influence=influence,
+        norm=norm,
+        counterfactuals=hardened.counterfactuals if hardened is not None else 0,
+        rank=len(hardened.basis_RD) if hardened is not None else 0,
+        nuisance_angles=_nuisance_angles(hardened) if angles and hardened is not None else (),
+        value=named[score],
+    )
+
+
+def effect_scores(compared: Compared | None) -> dict[Score, float]:
+    """Return the named scores of a link beside its counterfactuals, in [0, 1].
+
+    - effect: tanh(delta / 2), 0 where delta < 0: how surely one tells that B was written after X and not after X'.
+    - path: the same of the path's sum.
+    - explained: 1 - s(X) / s(X'), 0 where it is negative: the part of B's surprisal that X accounts for.
+
+    A link that is compared with nothing, or with donors that say the same, scores 0.
+
+    Source:
+        McFadden, Conditional logit analysis of qualitative choice behavior (1974), for `explained`, his pseudo R^2.
+    """
+    if compared is None:
+        return {}
+    path = compared.path
+    if path is None:
+        return dict.fromkeys(EFFECT_SCORES, 0.0)
+    named: dict[Score, float] = {"effect": _certainty(path.delta)}
+    surprisal = -sum(path.others) / len(path.others)
+    named["explained"] = min(1.0, max(0.0, 1.0 + path.own / surprisal)) if surprisal > 0.0 else 0.0
+    if path.path_sum is not None:
+        named["path"] = _certainty(path.path_sum)
+    return named
+
+
+def named_scores(phi: float | None, retained: float | None, influence: float | None) -> dict[Score, float]:
+    """Return each named score S of a Jacobian whose measures are known, in [0, 1]."""
     named: dict[Score, float] = {}
+    if retained is None:
+        return named
     if phi is not None:
         named |= {"phi": phi, "phi_retained": math.sqrt(phi * retained)}
     if influence is not None:
@@ -145,3 +234,7 @@ def _nuisance_angles(link: HardenedLink) -> tuple[float, ...]:
 
 def _share(part: float, whole: float) -> float:
     return min(1.0, part / whole) if whole > 0.0 else 0.0
+
+
+def _certainty(nats: float) -> float:
+    return max(0.0, math.tanh(nats / 2.0))

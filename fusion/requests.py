@@ -1,17 +1,24 @@
-"""What to ask the engine for: base Jacobians and counterfactual ones, group by group, and which answer is whose."""
+"""What to ask the engine for: Jacobians and effects, base and counterfactual, and which answer is whose."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cepo.counterfactual.donors import Candidate, has_donors, with_donors
 from cepo.counterfactual.permute import Permutation, permute_rollout
 from cepo.jacobian.links import Link
-from cepo.jacobian.protocol import Answer, Request
-from cepo.jacobian.records import Group, LinkJacobian, Rollout
+from cepo.jacobian.protocol import Answer, Nodes, PathAnswer, PathRequest, Request
+from cepo.jacobian.records import Group, LinkJacobian, LinkPath, Rollout
+
+NoDonor = Literal["zero", "permute"]
+Against = Literal["donors", "permuted", "same", "nothing"]
+"""What a span was compared with: donors, its own tokens permuted, donors that all say the same as it (so that its
+effect is exactly 0), or nothing, since no other prompt offered content."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +98,8 @@ def reward_requests(
         seed: seed of the permutations.
         context_energy: whether the base records carry it.
     """
-    by_prompt: dict[tuple[int, ...], dict[int, Rollout]] = {}
-    for index, rollout in rollouts.items():
-        by_prompt.setdefault(rollout.prompt_ids, {})[index] = rollout
     found = []
-    for prompt_ids, members in by_prompt.items():
+    for prompt_ids, members in _by_prompt(rollouts).items():
         batches: dict[tuple[bool, str, int], list[tuple[int, Rollout]]] = {}
         for source in dict.fromkeys(link.source for link in links):
             for k in range(counterfactuals):
@@ -111,3 +115,103 @@ def reward_requests(
             owners.append(tuple(index for index, _ in chosen))
         found.append(GroupRequests(tuple(members), tuple(requests), tuple(owners)))
     return found
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A link of a rollout beside its counterfactuals.
+
+    Attributes:
+        against: what they are.
+        path: what they do to the link; None where there are none.
+    """
+
+    against: Against
+    path: LinkPath | None
+
+
+@dataclass(frozen=True)
+class EffectRequests:
+    """The path requests of one group of rollouts, one for each source.
+
+    Attributes:
+        members: index of each rollout of the group among all rollouts.
+        requests: the requests.
+        owners: for each request, the member that each of its rollouts is.
+        against: what each member's span is compared with, by member and source.
+        links: the links that are compared.
+    """
+
+    members: tuple[int, ...]
+    requests: tuple[PathRequest, ...]
+    owners: tuple[tuple[int, ...], ...]
+    against: Mapping[tuple[int, str], Against]
+    links: tuple[Link, ...]
+
+    def compared(self, answers: Sequence[PathAnswer]) -> dict[tuple[int, str], Compared]:
+        """Return each link of each member beside its counterfactuals, by member and the link's name."""
+        paths = {
+            (owner, name): path
+            for owners, answer in zip(self.owners, answers, strict=True)
+            for owner, of_links in zip(owners, answer, strict=True)
+            for name, path in of_links.items()
+        }
+        return {
+            (member, link.name): Compared(self.against[member, link.source], paths.get((member, link.name)))
+            for member in self.members
+            for link in self.links
+        }
+
+
+def effect_requests(
+    rollouts: Mapping[int, Rollout],
+    links: Sequence[Link],
+    pools: Mapping[str, Sequence[Candidate]],
+    *,
+    donors: int,
+    no_donor: NoDonor,
+    permutation: Permutation,
+    seed: int,
+    nodes: Nodes,
+) -> list[EffectRequests]:
+    """Return the path requests of each group of rollouts that share a prompt, in order of first appearance.
+
+    Args:
+        rollouts: well-formed rollouts by index.
+        links: total effects, from `parse_chain`.
+        pools: candidates for each source.
+        donors: K >= 1.
+        no_donor: "permute" compares a span without donors with its own tokens permuted.
+        permutation: how these are permuted.
+        seed: seed of donors and permutations.
+        nodes: see `PathRequest`.
+    """
+    found = []
+    for members in _by_prompt(rollouts).values():
+        requests, owners, against = [], [], {}
+        for source in dict.fromkeys(link.source for link in links):
+            others = {}
+            for index, rollout in members.items():
+                chosen = with_donors(rollout, source, pools[source], donors, seed=seed)
+                kind: Against = "donors" if chosen else "same" if has_donors(rollout, pools[source]) else "nothing"
+                if kind == "nothing" and no_donor == "permute":
+                    drawn = [permute_rollout(rollout, source, k, seed=seed, kind=permutation) for k in range(donors)]
+                    chosen = tuple(each for each in drawn if each is not None)
+                    kind = "permuted" if chosen else "same"
+                against[index, source] = kind
+                if chosen:
+                    others[index] = chosen
+            if others:
+                group = Group(tuple(members[index] for index in others))
+                from_source = tuple(link for link in links if link.source == source)
+                requests.append(PathRequest(group, tuple(others.values()), from_source, nodes))
+                owners.append(tuple(others))
+        found.append(EffectRequests(tuple(members), tuple(requests), tuple(owners), against, tuple(links)))
+    return found
+
+
+def _by_prompt(rollouts: Mapping[int, Rollout]) -> dict[tuple[int, ...], dict[int, Rollout]]:
+    by_prompt: dict[tuple[int, ...], dict[int, Rollout]] = {}
+    for index, rollout in rollouts.items():
+        by_prompt.setdefault(rollout.prompt_ids, {})[index] = rollout
+    return by_prompt

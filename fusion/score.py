@@ -1,23 +1,26 @@
-"""The whole story: rollouts in; Jacobians, counterfactuals, hardening, link scores; fused rewards out."""
+"""The whole story: rollouts in; donors, effects, Jacobians, hardening, link scores, chains; fused rewards out."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 
+from cepo.counterfactual.donors import Candidate, candidates
 from cepo.counterfactual.nuisance import nuisance_bases, remove_mean, remove_nuisance
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.power_mean import power_mean
-from cepo.fusion.records import HardenedLink, LinkScore, score_links
-from cepo.fusion.requests import LinkGradients
+from cepo.fusion.records import HardenedLink, LinkScore, Measured, score_links
+from cepo.fusion.requests import Compared, LinkGradients
+from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
-from cepo.jacobian.records import Rollout
+from cepo.jacobian.records import LinkPath, Rollout
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,24 @@ class RolloutScore:
     """The score of one rollout.
 
     Attributes:
-        links: record of each link by name; empty where the rollout is malformed.
+        links: record of each single link by its name; empty where the rollout is malformed.
         reward: the fused reward in [0, 1]; 0 where malformed.
         malformed: why nothing could be computed, or None.
+        values: S of each link or chain as the config names it, in [0, 1]; empty where the rollout is malformed.
+        paths: by link's name, what its counterfactuals do to it, token by token, where something reads them.
         jacobians: the matrices of each link by name, where they were asked for.
     """
 
     links: Mapping[str, LinkScore]
     reward: float
     malformed: str | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    paths: Mapping[str, LinkPath] = field(default_factory=dict)
     jacobians: Mapping[str, HardenedLink] = field(default_factory=dict)
+
+
+Pools = Mapping[str, Sequence[Candidate]]
+"""Candidates for the place of each source span, by the span's name."""
 
 
 def score_rollouts(
@@ -44,34 +55,108 @@ def score_rollouts(
     layout: Layout,
     *,
     task_rewards: Sequence[float | None] | None = None,
+    pools: Pools | None = None,
     keep_jacobians: bool = False,
     seconds: dict[str, float] | None = None,
 ) -> list[RolloutScore]:
     """Return the score of each rollout, in order.
 
-    rollouts -> Jacobians -> counterfactual Jacobians -> hardening -> link scores -> fused reward.
+    rollouts -> donors -> effects and path gradients -> Jacobians -> counterfactual Jacobians -> hardening -> link
+    scores -> chains -> fused reward; what neither the score nor `also` reads is not computed.
 
     Args:
         rollouts: from `SpanReader.read`; malformed ones score 0 with their reason.
-        engine: what computes Jacobians.
+        engine: what computes effects and Jacobians.
         config: links, hardening, score and fusion.
         layout: the layout that the rollouts were read with.
         task_rewards: the task reward r_base in [0, 1] of each rollout; None fuses the links alone.
+        pools: where donors are drawn from; None draws them from the rollouts themselves.
         keep_jacobians: whether to return the matrices.
-        seconds: where to add the time spent on "links" (base Jacobians, and what they share with the others),
-            "counterfactuals" and "spectral" (hardening and link scores).
+        seconds: where to add the time spent on "effects", "links" (base Jacobians, and what they share with the
+            others), "counterfactuals" and "spectral" (hardening and link scores).
 
     Raises:
         ValueError: for links that the layout does not have, a rank above the model's width, or task rewards that are
             not one per rollout in [0, 1]; all before the first Jacobian.
     """
-    links = config.parsed_links(layout)
+    chains, links = config.chains(layout), config.parsed_links(layout)
     config.check_width(engine.width)
     if task_rewards is not None:
         _check_task_rewards(task_rewards, len(rollouts))
-    scores = [RolloutScore({}, 0.0, engine.refusal(rollout) or rollout.malformed) for rollout in rollouts]
+    scores = [_refused(engine.refusal(rollout) or rollout.malformed) for rollout in rollouts]
     sound = {index: rollout for index, rollout in enumerate(rollouts) if scores[index].malformed is None}
-    groups = config.requests(sound, links)
+    compared = _compare(sound, engine, config, links, pools, seconds) if config.reads_effects else {}
+    groups = _differentiate(sound, engine, config, links, seconds) if config.reads_jacobians else [(tuple(sound), {})]
+    for members, hardened in groups:
+        measured = []
+        for index in members:
+            of_links = [
+                Measured(
+                    index,
+                    link,
+                    len(rollouts[index].spans[link.source].positions),
+                    hardened.get((index, link.name)),
+                    compared.get((index, link.name)),
+                )
+                for link in links
+            ]
+            problem = next(filter(None, (_problem(one, config) for one in of_links)), None)
+            if problem is None:
+                measured += of_links
+            else:
+                scores[index] = _refused(problem)
+        with _timed("spectral", seconds):
+            records = score_links(measured, score=config.score, also=config.also)
+        for index, of_rollout in groupby(zip(measured, records, strict=True), key=lambda pair: pair[0].rollout):
+            parts = list(of_rollout)
+            by_name = {record.link: record for _, record in parts}
+            values = {
+                chain.name: power_mean([by_name[link.name].value for link in chain.links], p=config.join)
+                for chain in chains
+            }
+            scores[index] = RolloutScore(
+                values=values,
+                links=by_name,
+                reward=fuse(values, config, task_rewards[index] if task_rewards is not None else None),
+                paths={one.link.name: one.compared.path for one, _ in parts if one.compared and one.compared.path},
+                jacobians={one.link.name: one.hardened for one, _ in parts if one.hardened} if keep_jacobians else {},
+            )
+    return scores
+
+
+def pools_of(rollouts: Iterable[Rollout], links: Iterable[Link]) -> dict[str, list[Candidate]]:
+    """Return what the rollouts offer for the place of each link's source."""
+    rollouts = list(rollouts)
+    return {source: candidates(rollouts, source) for source in dict.fromkeys(link.source for link in links)}
+
+
+def _compare(
+    rollouts: Mapping[int, Rollout],
+    engine: Engine,
+    config: RewardConfig,
+    links: Sequence[Link],
+    pools: Pools | None,
+    seconds: dict[str, float] | None,
+) -> dict[tuple[int, str], Compared]:
+    """Return each link of each rollout beside its donors, by the rollout's index and the link's name."""
+    with _timed("effects", seconds):
+        groups = config.effects(rollouts, links, pools_of(rollouts.values(), links) if pools is None else pools)
+        answers = engine.paths([request for group in groups for request in group.requests])
+        found: dict[tuple[int, str], Compared] = {}
+        for group in groups:
+            found |= group.compared([next(answers) for _ in group.requests])
+        return found
+
+
+def _differentiate(
+    rollouts: Mapping[int, Rollout],
+    engine: Engine,
+    config: RewardConfig,
+    links: Sequence[Link],
+    seconds: dict[str, float] | None,
+) -> Iterator[tuple[tuple[int, ...], dict[tuple[int, str], HardenedLink]]]:
+    """Yield, group by group, its members and the finite Jacobians of their links with what hardening leaves of them."""
+    groups = config.requests(rollouts, links)
     answers = engine.compute([request for group in groups for request in group.requests])
     for group in groups:
         with _timed("links", seconds):
@@ -79,21 +164,23 @@ def score_rollouts(
         with _timed("counterfactuals", seconds):
             counterfactuals = [next(answers) for _ in group.requests[1:]]
         with _timed("spectral", seconds):
-            gradients = group.gradients(base, counterfactuals)
-            for one in gradients:
-                if scores[one.rollout].malformed is None and not one.is_finite:
-                    scores[one.rollout] = RolloutScore({}, 0.0, f"non-finite gradient on {one.base.link.name}")
-            hardened = harden([one for one in gradients if scores[one.rollout].malformed is None], config)
-            records = score_links(hardened, score=config.score, also=config.also)
-        for index, of_rollout in groupby(zip(hardened, records, strict=True), key=lambda pair: pair[0].rollout):
-            matrices, of_links = zip(*of_rollout, strict=True)
-            values = {record.link: record.value for record in of_links}
-            scores[index] = RolloutScore(
-                links={record.link: record for record in of_links},
-                reward=fuse(values, config, task_rewards[index] if task_rewards is not None else None),
-                jacobians={link.base.link.name: link for link in matrices} if keep_jacobians else {},
-            )
-    return scores
+            gradients = [one for one in group.gradients(base, counterfactuals) if one.is_finite]
+            hardened = {(one.rollout, one.base.link.name): one for one in harden(gradients, config)}
+        yield group.members, hardened
+
+
+def _problem(one: Measured, config: RewardConfig) -> str | None:
+    """Return why a link has no score, or None."""
+    path = one.compared.path if one.compared is not None else None
+    if path is not None and not all(map(math.isfinite, (path.own, *path.others, *path.sums))):
+        return f"non-finite effect on {one.link.name}"
+    if one.hardened is None and config.reads_jacobians:
+        return f"non-finite gradient on {one.link.name}"
+    return None
+
+
+def _refused(reason: str | None) -> RolloutScore:
+    return RolloutScore({}, 0.0, reason)
 
 
 def harden(gradients: Sequence[LinkGradients], config: RewardConfig) -> list[HardenedLink]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 Effect = Literal["direct", "total", "residual"]
@@ -31,6 +32,58 @@ class Link:
     effect: Effect
     mediator: tuple[str, ...]
     function: TargetFunction
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a weight is given to: one link, or links that follow each other.
+
+    Attributes:
+        name: as the user wrote it, e.g. "criteria->analysis->scores".
+        links: its links in order; each is one of the layout's, named without the others.
+    """
+
+    name: str
+    links: tuple[Link, ...]
+
+
+def parse_chain(
+    text: str,
+    *,
+    names: tuple[str, ...],
+    roles: Mapping[str, str],
+    chain: str,
+    default_function: str = "log_likelihood",
+) -> Chain:
+    """Parse a link, "A->B->C[@FUNCTION]", or "chain", which stands for the layout's own.
+
+    A->B->C are the links A->B and B->C, each a total effect. A numeric function applies to the links that end in the
+    scores; the others keep log_likelihood.
+
+    Args:
+        text: the chain, or a link as `parse_link` takes it.
+        names: span names in their order within a rollout.
+        roles: the span names that Z, X and Y stand for.
+        chain: the layout's own chain.
+        default_function: see `parse_link`.
+
+    Raises:
+        ValueError: as `parse_link`, or for a chain that names an effect.
+    """
+    body, at, function = text.partition("@")
+    spans = (chain if body.strip() == "chain" else body).split("->")
+    if len(spans) < 3:
+        return Chain(text, (parse_link(text, names=names, roles=roles, default_function=default_function),))
+    if ":" in body:
+        raise ValueError(f"link {text!r} is a chain with an effect; expected SPAN->SPAN->SPAN, whose links are total")
+    links = [
+        parse_link(
+            f"{source}->{target}:total", names=names, roles=roles, default_function=function if at else default_function
+        )
+        for source, target in pairwise([span.strip() for span in spans])
+    ]
+    suffix = f"@{function}" if at else ""
+    return Chain(text, tuple(replace(link, name=f"{link.source}->{link.target}{suffix}") for link in links))
 
 
 def parse_link(

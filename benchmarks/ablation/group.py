@@ -8,7 +8,7 @@ from typing import Any
 
 from cepo.benchmarks.ablation.sweep import Hardening, Sweep
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.records import LinkScore, Score, named_scores, score_links
+from cepo.fusion.records import LinkScore, Measured, Score, named_scores, score_links
 from cepo.fusion.requests import LinkGradients, reward_requests
 from cepo.fusion.score import fuse, harden
 from cepo.jacobian.group.engine import GroupEngine
@@ -93,7 +93,8 @@ def _score_settings(
         count = hardening.counterfactuals
         chosen = [replace(one, counterfactuals=one.counterfactuals[:count]) for one in gradients]
         hardened = harden(chosen, hardening.applied_to(config))
-        for link, record in zip(hardened, score_links(hardened, score="phi", also=("angles",)), strict=True):
+        measured = [Measured.by_gradient(link) for link in hardened]
+        for link, record in zip(hardened, score_links(measured, score="phi", also=("angles",)), strict=True):
             scored[link.rollout, record.link, hardening] = record
     return scored
 

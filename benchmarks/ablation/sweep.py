@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cepo.fusion.config import PAPER, RewardConfig
-from cepo.fusion.records import Score
+from cepo.fusion.records import GRADIENT_SCORES, Score
 from cepo.train.prompts import JUDGE
 
 
@@ -99,6 +99,11 @@ def plan_sweep(
     hardened = PAPER_HARDENING.applied_to(config)
     for score in scores:
         replace(hardened, score=score)
+    swept = [score for score in scores if score not in GRADIENT_SCORES]
+    if swept:
+        raise ValueError(
+            f"scores holds {swept[0]!r}; expected some of {', '.join(GRADIENT_SCORES)}, which hardening changes"
+        )
     for p in powers:
         replace(hardened, p=p)
     links = tuple(link.name for link in config.parsed_links(JUDGE))

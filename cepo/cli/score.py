@@ -22,6 +22,7 @@ from cepo.cli.shared import (
 )
 
 _links = partial(typer.Option, rich_help_panel="Links and score")
+_donors = partial(typer.Option, rich_help_panel="Donors")
 _hardening = partial(typer.Option, rich_help_panel="Hardening")
 _model = partial(typer.Option, rich_help_panel="Model")
 _output = partial(typer.Option, rich_help_panel="Output")
@@ -35,7 +36,8 @@ def score(
         list[str] | None,
         _links(
             "--link",
-            help="Link to score, such as X->Y, Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat for more.",
+            help="Link or chain to score, such as X->Y, criteria->analysis->scores, chain (the format's own), "
+            "Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat for more.",
         ),
     ] = None,
     kind: Annotated[str, typer.Option(help="Format of the completions: judge or reasoning.")] = "judge",
@@ -45,12 +47,16 @@ def score(
     score: Annotated[
         str | None,
         _links(
-            help="Score S of a link: influence, phi (the paper's), phi_retained, phi_influence or influence_retained."
+            help="Score S of a link: effect, explained or path, which compare a span with donors; or influence, phi "
+            "(the paper's), phi_retained, phi_influence or influence_retained, which read the gradient at the rollout."
         ),
     ] = None,
     also: Annotated[
         list[str] | None,
-        _links(help="Measure to record beside what the score reads: phi, influence or angles; repeat for more."),
+        _links(
+            help="Measure to record beside what the score reads: phi, influence, angles, effect or "
+            "path; repeat for more."
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -61,6 +67,25 @@ def score(
     ] = None,
     p: Annotated[float | None, _links("-p", "--p", help="Exponent of the power mean, inf and -inf included.")] = None,
     task_weight: Annotated[float | None, _links(help="Weight of a row's task_reward in the power mean.")] = None,
+    join: Annotated[
+        float | None, _links(help="Exponent of the power mean over a chain's links; -inf takes the smallest.")
+    ] = None,
+    donors: Annotated[
+        int | None,
+        _donors(
+            "--donor-count", help="Number K of donors: the same span of other prompts' rollouts, put in its place."
+        ),
+    ] = None,
+    donors_file: Annotated[
+        Path | None,
+        _donors("--donors", help="JSONL file of rollouts to draw donors from; by default the input itself."),
+    ] = None,
+    no_donor: Annotated[
+        str | None, _donors(help="What a span without donors gets: zero, or permute (its own tokens permuted).")
+    ] = None,
+    nodes: Annotated[
+        str | None, _donors(help="Nodes along the path to a donor: a number, or auto. Only the score path reads them.")
+    ] = None,
     counterfactuals: Annotated[
         int | None, _hardening("--counterfactuals", "-K", help="Number K of permutations of each source span.")
     ] = None,
@@ -74,7 +99,7 @@ def score(
         float | None,
         _hardening(help="Fraction in (0, 1] of the energy that the nuisance subspace holds; sets its rank."),
     ] = None,
-    seed: Annotated[int | None, _hardening(help="Seed of the permutations.")] = None,
+    seed: Annotated[int | None, _hardening(help="Seed of donors and permutations.")] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = None,
@@ -114,6 +139,10 @@ def score(
         links=weighted_links(links) if links else None,
         task_weight=task_weight,
         p=p,
+        join=join,
+        donors=donors,
+        no_donor=no_donor,
+        nodes=int(nodes) if nodes is not None and nodes.isdigit() else nodes,
         counterfactuals=counterfactuals,
         permutation=permutation,
         rank=rank,
@@ -139,6 +168,7 @@ def score(
         layout=layout,
         raw=raw,
         batch_size=batch_size,
+        donors=donors_file,
         jacobians=save_jacobians,
         html=html,
         dtype=dtype,

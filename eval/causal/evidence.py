@@ -16,7 +16,7 @@ from cepo.counterfactual.nuisance import angles_between
 from cepo.counterfactual.permute import Permutation
 from cepo.eval.causal.judge_model import JudgeModel
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.records import named_scores, score_links
+from cepo.fusion.records import Measured, named_scores, score_links
 from cepo.fusion.requests import LinkGradients
 from cepo.fusion.score import harden
 from cepo.jacobian.model import eager_attention
@@ -109,7 +109,10 @@ def gather_evidence(rollouts: Sequence[Rollout], judge: JudgeModel, engine: Engi
             if everywhere or one.base.link.name == DEFAULT_LINK
         ]
         hardened = harden(cut, RewardConfig(counterfactuals=count, rank=rank))
-        for link, record in zip(hardened, score_links(hardened, score="phi_influence"), strict=True):
+        measured = [Measured.by_gradient(link) for link in hardened]
+        for link, record in zip(hardened, score_links(measured, score="phi_influence"), strict=True):
+            assert record.norm is not None
+            assert record.retained is not None
             named: dict[str, float] = {"norm": record.norm * math.sqrt(record.retained)}
             named.update(named_scores(record.phi, record.retained, record.influence).items())
             for score in HARDENED_SCORES if count else BARE_SCORES:

@@ -16,9 +16,10 @@ from cepo.eval.report.heat_maps import HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices, save_matrices
 from cepo.eval.score.rows import Line, is_text, read_input, read_rollout, task_reward
-from cepo.files import append_jsonl, claim, content_hash, make_folder, read_jsonl, write_jsonl
+from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.score import RolloutScore, score_rollouts
+from cepo.fusion.records import LinkScore
+from cepo.fusion.score import Pools, RolloutScore, pools_of, score_rollouts
 from cepo.jacobian.engines import EngineName, check_engine, new_engine
 from cepo.jacobian.loading import (
     ModelSource,
@@ -49,6 +50,7 @@ class ScoreJob:
         layout: what completions look like.
         raw: take prompt text as it is, without the chat template.
         batch_size: rows after which records are written, at least 1; changes no result.
+        donors: JSONL file of rollouts, rows as in the input, whose spans serve as donors; None for the input itself.
         jacobians: safetensors file for the matrices, or None.
         html: file for the heat maps, or None.
         dtype: dtype of the weights.
@@ -66,6 +68,7 @@ class ScoreJob:
     layout: Layout
     raw: bool = False
     batch_size: int = 8
+    donors: Path | None = None
     jacobians: Path | None = None
     html: Path | None = None
     dtype: str = "float32"
@@ -119,7 +122,7 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     lines, broken = read_input(job.input)
     source = _check(job)
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
-    claim(_beside(job.output, ".settings.json"), _settings(job, source), results=[job.output, partial, shards])
+    claim(_beside(job.output, ".settings.json"), _settings(job, source, lines), results=[job.output, partial, shards])
     done = _earlier_records(job, lines)
     resumed = frozenset(done)
     drop_matrices(shards, keep=resumed)
@@ -128,10 +131,11 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         write_jsonl(partial, done.values())
     pending = [row for row in range(len(lines)) if row not in done]
     reader, engine = _open_model(job, source, lines, pending)
+    pools = _pools(job, lines, reader) if engine is not None and job.config.reads_effects else None
     for start in range(0, len(pending), job.batch_size):
         batch = pending[start : start + job.batch_size]
         for row in batch:
-            done[row] = _score_line(job, row, lines[row], reader, engine)
+            done[row] = _score_line(job, row, lines[row], reader, engine, pools)
         append_jsonl(partial, (done[row] for row in batch))
         if progress is not None:
             progress(len(resumed) + start + len(batch), len(lines))
@@ -176,9 +180,13 @@ def _check(job: ScoreJob) -> ModelSource:
     return source
 
 
-def _settings(job: ScoreJob, source: ModelSource) -> dict[str, Any]:
-    """Return what decides the records."""
+def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict[str, Any]:
+    """Return what decides the records; where spans are compared with donors, all rows decide each of them."""
+    donors = {}
+    if job.config.reads_effects:
+        donors["donors"] = fingerprint(job.donors) if job.donors else content_hash([*map(content_hash, lines)])
     return {
+        **donors,
         "command": "cepo score",
         "model": model_fingerprint(source),
         "adapters": job.adapters,
@@ -222,25 +230,36 @@ def _open_model(
     return reader, new_engine(job.engine, model, adapters=job.adapters, memory_budget=job.memory_gib * 2**30)
 
 
-def _score_line(job: ScoreJob, row: int, line: Line, reader: SpanReader, engine: Engine | None) -> dict[str, Any]:
+def _pools(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> Pools:
+    """Return the candidates that the donors file, or else the input, offers for each source."""
+    offered = lines if job.donors is None else read_input(job.donors)[0]
+    links = job.config.parsed_links(job.layout)
+    rollouts = [read_rollout(line, reader, raw=job.raw) for line in offered]
+    pools = pools_of(rollouts, links)
+    prompts = {candidate.prompt for pool in pools.values() for candidate in pool}
+    if job.config.no_donor == "zero" and len(prompts) < (2 if job.donors is None else 1):
+        where = "input" if job.donors is None else "donors"
+        raise ValueError(
+            f"{where} {str(job.donors or job.input)!r} holds well-formed rollouts of {len(prompts)} prompt(s), so no "
+            "span has a donor, the content of another prompt's rollout; name a file of rollouts with --donors, or "
+            "compare with permuted tokens by --no-donor permute"
+        )
+    return pools
+
+
+def _score_line(
+    job: ScoreJob, row: int, line: Line, reader: SpanReader, engine: Engine | None, pools: Pools | None
+) -> dict[str, Any]:
     """Return the record of a line, scored alone: to the last bit, it does not depend on the lines beside it."""
     rollout, task = read_rollout(line, reader, raw=job.raw), task_reward(line)
     score = RolloutScore({}, 0.0, rollout.malformed)
     if engine is not None and rollout.token_ids:
-        (score,) = score_rollouts([rollout], engine, job.config, job.layout, task_rewards=[task], keep_jacobians=True)
+        (score,) = score_rollouts(
+            [rollout], engine, job.config, job.layout, task_rewards=[task], pools=pools, keep_jacobians=True
+        )
     if job.jacobians is not None and rollout.token_ids:
         save_matrices(_beside(job.output, ".jacobians"), row, rollout, score)
-    links = {}
-    for name, link in score.links.items():
-        jacobian = score.jacobians[name].base
-        facts = asdict(link)
-        links[name] = {
-            "S": facts.pop("value"),
-            **{key: value for key, value in facts.items() if key != "link"},
-            "source_positions": list(jacobian.source_positions),
-            "target_positions": list(jacobian.target_positions),
-            "row_norms": [float(f"{norm:.6g}") for norm in jacobian.jac_SD.double().norm(dim=1).tolist()],
-        }
+    links = {name: _link_record(link, score) for name, link in score.links.items()}
     return {
         "row": row,
         "id": line.get("id") if isinstance(line, dict) else None,
@@ -251,9 +270,26 @@ def _score_line(job: ScoreJob, row: int, line: Line, reader: SpanReader, engine:
         "prompt_tokens": len(rollout.prompt_ids),
         "completion_tokens": len(rollout.completion_ids),
         "spans": {name: {"text": span.text, "tokens": len(span.positions)} for name, span in rollout.spans.items()},
+        "S": dict(score.values),
         "links": links,
         "content": content_hash(line),
     }
+
+
+def _link_record(link: LinkScore, score: RolloutScore) -> dict[str, Any]:
+    """Return a link's record, with one number for each token of its source: the Jacobian's norms, the path's nats."""
+    facts = asdict(link)
+    record = {"S": facts.pop("value"), **{key: value for key, value in facts.items() if key != "link"}}
+    hardened, path = score.jacobians.get(link.link), score.paths.get(link.link)
+    where = hardened.base if hardened is not None else path
+    if where is not None:
+        record["source_positions"] = list(where.source_positions)
+        record["target_positions"] = list(where.target_positions)
+    if hardened is not None:
+        record["row_norms"] = [float(f"{norm:.6g}") for norm in hardened.base.jac_SD.double().norm(dim=1).tolist()]
+    if path is not None and path.attribution_S is not None:
+        record["attribution"] = [float(f"{nats:.6g}") for nats in path.attribution_S.tolist()]
+    return record
 
 
 def _write_page(
@@ -271,11 +307,12 @@ def _write_page(
                 links={
                     name: dict(zip(link["source_positions"], link["row_norms"], strict=True))
                     for name, link in links.items()
+                    if "row_norms" in link
                 },
-                targets={name: tuple(link["target_positions"]) for name, link in links.items()},
+                targets={name: tuple(link["target_positions"]) for name, link in links.items() if "row_norms" in link},
                 facts={
                     "reward": f"{record['reward']:.4f}",
-                    **{f"S {name}": f"{link['S']:.4f}" for name, link in links.items()},
+                    **{f"S {name}": f"{value:.4f}" for name, value in record["S"].items()},
                 },
                 malformed=record["malformed"],
             )
@@ -302,8 +339,8 @@ def _summarise(
 ) -> ScoreSummary:
     sound = [record for record in records if record["malformed"] is None]
     means = {
-        f"S {name}": sum(record["links"][name]["S"] for record in sound) / len(sound)
-        for name in (sound[0]["links"] if sound else ())
+        f"S {name}": sum(record["S"][name] for record in sound) / len(sound)
+        for name in (sound[0]["S"] if sound else ())
     }
     if sound:
         means["reward"] = sum(record["reward"] for record in sound) / len(sound)

@@ -55,6 +55,10 @@ class JudgeLayout:
         return {"Z": "prompt", "X": "criteria", "Y": "scores"}
 
     @property
+    def chain(self) -> str:
+        return "criteria->analysis->scores"
+
+    @property
     def tags(self) -> tuple[str, ...]:
         return (self.thought_tag, self.criteria_tag, self.analysis_tag, self.scores_tag)
 

@@ -27,13 +27,17 @@ class MalformedError(ValueError):
 
 
 class Layout(Protocol):
-    """What a completion looks like: its spans' names in order, the roles Z, X, Y, its tags, and how to find them."""
+    """What a completion looks like: its spans' names in order, the roles Z, X, Y, the chain of spans through which the
+    verdict or answer should come about, its tags, and how to find them."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
 
     @property
     def roles(self) -> Mapping[str, str]: ...
+
+    @property
+    def chain(self) -> str: ...
 
     @property
     def tags(self) -> tuple[str, ...]: ...

@@ -48,6 +48,10 @@ class ReasonerLayout:
         return {"Z": "prompt", "X": "rationale", "Y": "answer"}
 
     @property
+    def chain(self) -> str:
+        return "prompt->rationale->answer"
+
+    @property
     def tags(self) -> tuple[str, ...]:
         return (self.rationale_tag, self.answer_tag)
 

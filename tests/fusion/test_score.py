@@ -15,7 +15,7 @@ from cepo.counterfactual.nuisance import nuisance_bases
 from cepo.counterfactual.permute import permute_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.power_mean import power_mean
-from cepo.fusion.records import HardenedLink, score_links
+from cepo.fusion.records import HardenedLink, Measured, score_links
 from cepo.fusion.score import RolloutScore, fuse, score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.links import Link
@@ -300,7 +300,7 @@ def test_zero_jacobian_scores_zero() -> None:
     for score in ("phi", "phi_retained", "influence", "phi_influence", "influence_retained"):
         jacobian = LinkJacobian(link, zero_SD, (1, 2, 3), (5,), 0.0)
         hardened = HardenedLink(0, jacobian, 0, torch.zeros(0, WIDTH), zero_SD)
-        (record,) = score_links([hardened], score=score, also=("phi",))  # type: ignore[arg-type]
+        (record,) = score_links([Measured.by_gradient(hardened)], score=score, also=("phi",))  # type: ignore[arg-type]
         assert (record.value, record.phi, record.influence, record.retained, record.norm) == (0.0,) * 5
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+from accelerate.utils import gather_object
+
+from cepo.counterfactual.donors import Candidate, thinned
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.score import RolloutScore, score_rollouts
+from cepo.fusion.score import RolloutScore, pools_of, score_rollouts
 from cepo.jacobian.engines import EngineName, check_engine, new_engine
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.protocol import Engine
@@ -22,7 +25,7 @@ from cepo.train.prompts import JUDGE
 TaskReward = Callable[..., Sequence[float | None]]
 
 logger = logging.getLogger(__name__)
-_LOGGED = ("phi", "retained", "influence", "norm", "tokens")
+_LOGGED = ("delta", "path_sum", "certificate", "phi", "retained", "influence", "norm", "tokens")
 
 
 class CausalReward:
@@ -90,7 +93,8 @@ class CausalReward:
                 self.config.counterfactuals,
                 self.config.score,
             )
-        self._links = [link.name for link in self.config.parsed_links(layout)]
+        self._chains = [chain.name for chain in self.config.chains(layout)]
+        self._links = self.config.parsed_links(layout)
         self.kernels = kernels
         self.memory_gib = memory_gib
         self.task = task
@@ -113,12 +117,20 @@ class CausalReward:
 
         Raises:
             ValueError: if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3), since no rank holds the model
-                it would differentiate, or if the nuisance rank exceeds the model's width.
+                it would differentiate; if the nuisance rank exceeds the model's width; if the score needs donors and
+                the trainer generates for one prompt at a time, unless `no_donor` says what to do instead.
         """
         if self.scorer is None and _parameters_are_sharded(trainer):
             raise ValueError(
                 "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
                 "differentiate; use DDP, ZeRO-2, or a frozen model as scorer=..."
+            )
+        prompts = _prompts_per_batch(trainer)
+        if self.config.reads_effects and self.config.no_donor == "zero" and prompts < 2:
+            raise ValueError(
+                f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the content of "
+                "another prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or "
+                "steps_per_generation, or set no_donor='permute'"
             )
         model = trainer.model if self.scorer is None else self.scorer
         if isinstance(model, str):
@@ -159,7 +171,13 @@ class CausalReward:
         ]
         parts: dict[str, float] = {}
         scores = score_rollouts(
-            rollouts, self._engine, self.config, self.layout, task_rewards=task_rewards, seconds=parts
+            rollouts,
+            self._engine,
+            self.config,
+            self.layout,
+            task_rewards=task_rewards,
+            pools=self._gathered_pools(rollouts) if self.config.reads_effects else None,
+            seconds=parts,
         )
         rewards: list[float | None] = [score.reward for score in scores]
         if task_rewards is not None:
@@ -167,17 +185,22 @@ class CausalReward:
         if self.shuffle:
             rewards = _shuffled(rewards, rollouts, self.config.seed)
         if log_metric is not None:
-            _log_means(log_metric, self.__name__, self._links, scores, task_rewards)
+            _log_means(log_metric, self.__name__, self._chains, scores, task_rewards)
             log_metric(f"{self.__name__}/seconds", time.perf_counter() - started)
-            for part in ("links", "counterfactuals", "spectral"):
+            for part in ("effects", "links", "counterfactuals", "spectral"):
                 log_metric(f"{self.__name__}/seconds/{part}", parts.get(part, 0.0))
         if log_extra is not None:
-            for link in self._links:
-                log_extra(
-                    f"{self.__name__} S {link}", [s.links[link].value if link in s.links else None for s in scores]
-                )
+            for chain in self._chains:
+                log_extra(f"{self.__name__} S {chain}", [score.values.get(chain) for score in scores])
             log_extra(f"{self.__name__} malformed", [score.malformed for score in scores])
         return rewards
+
+    def _gathered_pools(self, rollouts: Sequence[Rollout]) -> dict[str, list[Candidate]]:
+        """Return what the rollouts of all ranks offer for each source."""
+        pools = pools_of(rollouts, self._links)
+        # Every rank calls its rewards once for each generation batch, so this meets no other collective.
+        gathered = gather_object([pools]) if self._trainer.accelerator.num_processes > 1 else [pools]
+        return {source: thinned(one for each in gathered for one in each[source]) for source in pools}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer out: a copy must be bound again."""
@@ -200,7 +223,7 @@ def _shuffled(rewards: Sequence[float | None], rollouts: Sequence[Rollout], seed
 def _log_means(
     log_metric: Callable[[str, float], None],
     name: str,
-    links: Iterable[str],
+    chains: Sequence[str],
     scores: Sequence[RolloutScore],
     task_rewards: Sequence[float | None] | None,
 ) -> None:
@@ -210,18 +233,30 @@ def _log_means(
     known = [task for task in task_rewards or () if task is not None]
     if known:
         log_metric(f"{name}/task", sum(known) / len(known))
-    for link in links:
-        log_metric(f"{name}/{link}/value", sum(score.links[link].value for score in sound) / len(scores))
-        for field in _LOGGED if sound else ():
-            values = [getattr(score.links[link], field) for score in sound]
-            if None not in values:  # a measure that nothing reads
+    for chain in chains:
+        log_metric(f"{name}/{chain}/value", sum(score.values[chain] for score in sound) / len(scores))
+    for link in sound[0].links if sound else ():
+        records = [score.links[link] for score in sound]
+        if link not in chains:
+            log_metric(f"{name}/{link}/value", sum(record.value for record in records) / len(scores))
+        for field in _LOGGED:
+            values = [value for record in records if (value := getattr(record, field)) is not None]
+            if values:  # else a measure that nothing reads
                 log_metric(f"{name}/{link}/{field}", sum(values) / len(values))
+        if records[0].against is not None:
+            alone = sum(record.against == "nothing" for record in records)
+            log_metric(f"{name}/{link}/without_donor", alone / len(records))
 
 
 def _prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
     """Return the ids of the prompts as the trainer itself renders them for generation (TRL hands rewards no ids)."""
     prompt_ids, _, _ = trainer._tokenize_prompts(list(prompts))
     return [list(ids) for ids in prompt_ids]
+
+
+def _prompts_per_batch(trainer: Any) -> int:
+    """Return the number of prompts in a generation batch, all ranks together."""
+    return int(trainer.args.generation_batch_size // trainer.num_generations)
 
 
 def _tokenizer(trainer: Any) -> Any:

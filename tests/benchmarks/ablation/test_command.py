@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,7 +22,7 @@ from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
 from cepo.cli.app import main
 from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.records import Score
+from cepo.fusion.records import GRADIENT_SCORES
 from cepo.fusion.score import score_rollouts
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import load_model, resolve_model
@@ -114,7 +114,7 @@ def well_formed(job: AblateJob) -> tuple[GroupEngine, dict[int, Rollout], dict[i
 
 def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
     """K below the largest, ranks and energies, all scores: as if that setting were run alone."""
-    job = changed(job, scores=get_args(Score))
+    job = changed(job, scores=GRADIENT_SCORES)
     run_ablation(job)
     engine, found, tasks = well_formed(job)
     links = pq.read_table(job.output / "ablation.parquet").to_pylist()
