@@ -142,6 +142,39 @@ def with_criterion(item: Item, aspect: str, completion: str | None = None) -> st
     return write_section(CRITERIA, _NAMES_ASPECT.sub(write_criteria(aspect), criteria, count=1))
 
 
+Swap = tuple[Item, str, str | None]
+"""An item, the aspect to force on it, and the completion whose criteria are changed, see `with_criterion`."""
+
+
+def draw_swaps(
+    items: Sequence[Item], *, seed: int, completions: Sequence[str] | None = None
+) -> dict[Literal["differs", "same"], list[Swap]]:
+    """Draw for each item an aspect with the other winner (differs), and one with the same winner (same).
+
+    Args:
+        items: Items to intervene on; each is used where another aspect allows the swap.
+        seed: Draws the aspects.
+        completions: The judge's own, one per item, or None.
+
+    Raises:
+        ValueError: If no item allows one of the two swaps, or completions and items differ in number.
+    """
+    if completions is not None and len(completions) != len(items):
+        raise ValueError(f"completions holds {len(completions)} texts for {len(items)} items; expected one each")
+    rng = np.random.default_rng(seed)
+    swaps: dict[Literal["differs", "same"], list[Swap]] = {"differs": [], "same": []}
+    for item, completion in zip(items, completions or [None] * len(items), strict=True):
+        winners = {aspect: winner_under(item, aspect) for aspect in ASPECTS if aspect != item.aspect}
+        wanted = {"differs": other_response(item.label), "same": item.label}
+        for kind, drawn in swaps.items():
+            suited = [aspect for aspect, winner in winners.items() if winner == wanted[kind]]
+            if suited:
+                drawn.append((item, suited[rng.integers(len(suited))], completion))
+    if not all(swaps.values()):
+        raise ValueError(f"items holds {len(items)} items; expected some that allow a swap to either winner")
+    return swaps
+
+
 def named_aspect(completion: str) -> str | None:
     """Return the aspect that a completion's criteria name first, in the world's sentence, or None."""
     found = _NAMES_ASPECT.search(read_section(completion, CRITERIA) or "")

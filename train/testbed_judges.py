@@ -1,4 +1,7 @@
-"""Judges of the testbed: their warm-up on completions whose causes are known, their judgements, and the certificate."""
+"""Judges of the testbed: their warm-up on completions whose causes are known, their judgements, and interventions.
+
+All but `build_model` take any causal model whose tokenizer has a chat template, pretrained ones too.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -6,16 +9,17 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from cepo.jacobian.reading.judge import read_pair, write_judgement
 from cepo.train.testbed import (
     ASPECTS,
     Item,
+    Swap,
     Winner,
     draw_scores,
+    draw_swaps,
     generate_items,
-    other_response,
     preferred,
     shown_words,
     winner_under,
@@ -63,8 +67,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCau
 
 
 def warm_start(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     judge: JudgeKind = "able",
     steps: int = 300,
@@ -72,6 +76,8 @@ def warm_start(
     seed: int = 0,
     cue_agreement: float = 0.5,
     learning_rate: float = 2.5e-3,
+    gain_rate: float = 10.0,
+    autocast: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train a judge whose inner workings are known, supervised on completions.
@@ -94,13 +100,15 @@ def warm_start(
 
     Args:
         model: Trained in place and left in eval mode.
-        tokenizer: The world's tokenizer.
+        tokenizer: The model's tokenizer.
         judge: Which judge to make.
         steps: Optimiser steps, at least 1; every sample is seen once. 160 make an able judge, 300 any of them.
         batch_size: Samples per step, at least 1.
         seed: Draws the samples; the same seed and thread count give the same weights.
         cue_agreement: Fraction of training items whose longer response wins, in [0, 1].
         learning_rate: Peak of AdamW's schedule, above 0: linear over a tenth of the steps, then cosine to zero.
+        gain_rate: See `fit`.
+        autocast: See `fit`.
         progress: Called after every step with the number of steps done and the loss.
 
     Returns:
@@ -111,36 +119,51 @@ def warm_start(
     """
     if judge not in get_args(JudgeKind):
         raise ValueError(f"judge is {judge!r}; expected one of {', '.join(get_args(JudgeKind))}")
-    if steps < 1 or batch_size < 1 or learning_rate <= 0.0:
-        came = f"steps is {steps}, batch_size {batch_size}, learning_rate {learning_rate}"
-        raise ValueError(f"{came}; expected at least 1, at least 1 and above 0")
+    if steps < 1 or batch_size < 1 or learning_rate <= 0.0 or gain_rate <= 0.0:
+        came = f"steps is {steps}, batch_size {batch_size}, learning_rate {learning_rate}, gain_rate {gain_rate}"
+        raise ValueError(f"{came}; expected at least 1, at least 1, above 0 and above 0")
     items = generate_items(steps * batch_size, seed=seed, cue_agreement=cue_agreement)
     # A stream of its own, so that all judges of a seed see the same items.
     rng = np.random.default_rng((seed, 1))
     texts = [_draw_completion(rng, item, judge, 2 * index >= len(items)) for index, item in enumerate(items)]
     prompts = [item.prompt for item in items]
-    return fit(model, tokenizer, prompts, texts, batch_size=batch_size, learning_rate=learning_rate, progress=progress)
+    return fit(
+        model,
+        tokenizer,
+        prompts,
+        texts,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        gain_rate=gain_rate,
+        autocast=autocast,
+        progress=progress,
+    )
 
 
 def fit(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     completions: Sequence[str],
     *,
     batch_size: int = 32,
     learning_rate: float = 2.5e-3,
+    gain_rate: float = 10.0,
+    autocast: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train a testbed's model on completions, each seen once, in order.
 
     Args:
         model: Trained in place and left in eval mode.
-        tokenizer: The world's tokenizer.
+        tokenizer: The model's tokenizer.
         prompts: Contents of the user messages.
         completions: One per prompt, without the eos token.
         batch_size: Samples per step; what is left over after whole batches is not seen.
         learning_rate: Peak of AdamW's schedule, above 0: linear over a tenth of the steps, then cosine to zero.
+        gain_rate: Learning rate of the gains of norms, in units of `learning_rate`, above 0. Ten suits an untrained
+            model, one a pretrained model, whose gains are right already.
+        autocast: Run forward and backward passes in bfloat16; weights and optimiser keep the model's dtype.
         progress: Called after every step with the number of steps done and the loss.
 
     Returns:
@@ -153,7 +176,7 @@ def fit(
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     # The gains of norms set how sharp attention and logits are. At the matrices' rate they would hardly move in so few
     # steps, and a soft head samples stray tokens.
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "lr": 10 * learning_rate}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "lr": gain_rate * learning_rate}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(10 * (step + 1) / steps, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
@@ -166,7 +189,8 @@ def fit(
         ids_BT = _pad([prompt + completion for prompt, completion in pairs], tokenizer.pad_token_id, "right")
         labels_BT = _pad([[-100] * len(prompt) + completion for prompt, completion in pairs], -100, "right")
         # No attention mask: padding lies at the right, where a causal model never looks.
-        loss = model(input_ids=ids_BT.to(model.device), labels=labels_BT.to(model.device), use_cache=False).loss
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids_BT.to(model.device), labels=labels_BT.to(model.device), use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -180,27 +204,27 @@ def fit(
 
 
 def judge_items(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     *,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 128,
     prefixes: Sequence[str] | None = None,
-    max_new_tokens: int = 48,
+    max_new_tokens: int | None = None,
 ) -> list[str]:
     """Let the model judge items.
 
     Args:
         model: Any causal model over the tokenizer's ids.
-        tokenizer: The world's tokenizer.
+        tokenizer: The model's tokenizer.
         items: What to judge.
         temperature: 0 takes the likeliest token; above 0, tokens are sampled.
         seed: Of the sampling; the global random state is left as it was.
         batch_size: Items run together, at least 1.
         prefixes: For each item, the text that its completion is forced to start with; None for none.
-        max_new_tokens: Most tokens generated after the prefix, at least 1.
+        max_new_tokens: Most tokens generated after the prefix, at least 1. None: half more than the gold answers.
 
     Returns:
         One completion per item, its prefix included, without special tokens.
@@ -208,6 +232,9 @@ def judge_items(
     Raises:
         ValueError: If a number is out of range, or prefixes and items differ in number.
     """
+    if max_new_tokens is None:
+        gold_ids = tokenizer([item.completion for item in items] or [""]).input_ids
+        max_new_tokens = max(1, 3 * max(map(len, gold_ids)) // 2)
     return generate(
         model,
         tokenizer,
@@ -222,8 +249,8 @@ def judge_items(
 
 @torch.no_grad()
 def generate(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     temperature: float = 0.0,
@@ -280,8 +307,8 @@ def accuracy(completions: Sequence[str], items: Sequence[Item]) -> float:
 
 
 def certify(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     *,
     seed: int,
@@ -291,7 +318,7 @@ def certify(
 
     Args:
         model: The judge.
-        tokenizer: The world's tokenizer.
+        tokenizer: The model's tokenizer.
         items: Items to intervene on; each is used where another aspect allows the swap.
         seed: Draws the aspects swapped in.
         completions: The judge's own, one per item: the swap then changes the aspect in the criteria that it wrote, and
@@ -307,18 +334,7 @@ def certify(
     Raises:
         ValueError: If no item allows one of the two swaps, or completions and items differ in number.
     """
-    if completions is not None and len(completions) != len(items):
-        raise ValueError(f"completions holds {len(completions)} texts for {len(items)} items; expected one each")
-    rng = np.random.default_rng(seed)
-    pairs: dict[str, list[tuple[Item, str, str | None]]] = {"differs": [], "same": []}
-    for item, completion in zip(items, completions or [None] * len(items), strict=True):
-        winners = {aspect: winner_under(item, aspect) for aspect in ASPECTS if aspect != item.aspect}
-        for kind, wanted in (("differs", other_response(item.label)), ("same", item.label)):
-            suited = [aspect for aspect, winner in winners.items() if winner == wanted]
-            if suited:
-                pairs[kind].append((item, suited[rng.integers(len(suited))], completion))
-    if not all(pairs.values()):
-        raise ValueError(f"items holds {len(items)} items; expected some that allow a swap to either winner")
+    pairs = draw_swaps(items, seed=seed, completions=completions)
     swap_N = _obeys(model, tokenizer, pairs["differs"])
     own_N = _obeys(model, tokenizer, [(item, item.aspect, text) for item, _, text in pairs["differs"]])
     return {
@@ -360,7 +376,7 @@ def _follow(rng: np.random.Generator, item: Item, named: str, followed: str) -> 
     return write_judgement(write_criteria(named), write_analysis(*shown_words(item, followed)), scores)
 
 
-def _encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
+def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
     return tokenizer(texts).input_ids
@@ -370,9 +386,7 @@ def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
-def _obeys(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, triples: list[tuple[Item, str, str | None]]
-) -> np.ndarray:
+def _obeys(model: Any, tokenizer: PreTrainedTokenizerBase, triples: Sequence[Swap]) -> np.ndarray:
     """Force each aspect on its item's criteria; tell whether the verdict is the winner under it."""
     openings = [with_criterion(*triple) for triple in triples]
     texts = judge_items(model, tokenizer, [item for item, _, _ in triples], prefixes=openings)
