@@ -1,10 +1,12 @@
-"""What the interpreted kernel tests share: poisoned allocation, launch counting, one tolerance table.
+"""What the kernel tests share: their device, poisoned allocation, launch counting, one tolerance table.
 
-A pytest plugin of the process that test_interpreter.py starts; the interpreted_*.py files run in it.
+The interpreted_*.py files run in two ways: on the CPU in the process that test_interpreter.py starts, whose plugin this
+file is, and compiled on a GPU by tests/gpu/.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,8 @@ from torch import Tensor
 # (the interpreter truncates to bfloat16: a whole unit, 2^-8 of the value, where hardware has half of it).
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 DTYPES = tuple(TOLERANCES)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -38,26 +42,28 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the launches of every kernel by name, and refuse a grid that would take the interpreter too long."""
     import triton
     from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
 
-    assert triton.knobs.runtime.interpret
+    assert triton.knobs.runtime.interpret == INTERPRETED
     counts: Counter[str] = Counter()
-    launch = InterpretedFunction.__getitem__
+    launcher = InterpretedFunction if INTERPRETED else JITFunction
+    launch = launcher.__getitem__
 
-    def counted(kernel: InterpretedFunction, grid: object) -> object:
+    def counted(kernel: Any, grid: object) -> object:
         programs = 1
         for size in grid if isinstance(grid, tuple) else (grid,):
             programs *= int(size)
-        assert programs < 100, f"{kernel.__name__} would run {programs} programs"
+        assert programs < 100 or not INTERPRETED, f"{kernel.__name__} would run {programs} programs"
         counts[kernel.__name__] += 1
         return launch(kernel, grid)
 
-    monkeypatch.setattr(InterpretedFunction, "__getitem__", counted)
+    monkeypatch.setattr(launcher, "__getitem__", counted)
     return counts
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return standard normals that do not depend on the dtype, but for its rounding."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    """Return standard normals that depend on neither the device nor the dtype, but for its rounding."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def assert_close(got: Tensor, expected: Tensor, name: str = "") -> None:

@@ -1,6 +1,6 @@
-"""The group engine on the Triton kernels, interpreted: the same Jacobians, by the kernels, and nothing left behind.
+"""The group engine on the Triton kernels: the same Jacobians, by the kernels, and nothing left behind.
 
-Run by tests/jacobian/group/test_swaps.py, in a process of its own.
+Run in the interpreter by test_swaps.py, in a process of its own, and compiled on a GPU by tests/gpu/.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cepo.jacobian.group.swaps import Swaps, find_swaps, swapped
 from cepo.jacobian.records import Group
 from tests.jacobian.group.test_engine import PAPER, assert_same, ragged_rollout
 from tests.jacobian.test_autograd import link
+from tests.kernels.checks import DEVICE, normal
 from tests.models import judge_rollout, tiny_model
 
 LAYERS = {"norm_forward_kernel", "norm_vjp_kernel", "swiglu_forward_kernel", "swiglu_vjp_kernel"}
@@ -50,7 +51,7 @@ def test_the_engine_on_kernels_equals_the_engine_without(family: str, launches: 
     """The paper's links with the context's energy: 1e-5 in float32, on ragged groups, GQA, per-head norms, LoRA."""
     layers = 2 if family == "qwen3" else 1
     shape = {"num_hidden_layers": layers, **SIZE}
-    plain = tiny_model("qwen3" if family == "lora" else family, dtype=torch.float32, **shape)
+    plain = tiny_model("qwen3" if family == "lora" else family, dtype=torch.float32, **shape).to(DEVICE)
     model = with_lora(plain) if family == "lora" else plain
     seeds = (0, 3) if family in ("llama", "qwen3") else (0,)  # LoRA and 1 + w have nothing to do with raggedness
     group = Group(tuple(ragged_rollout(seed) for seed in seeds))
@@ -69,7 +70,7 @@ def test_the_engine_on_kernels_equals_the_engine_without(family: str, launches: 
 def test_prompts_with_an_opening_and_counterfactuals(launches: Counter[str]) -> None:
     """What runs without a graph, and ragged stages after one another, on the kernels too."""
     shape = {"num_hidden_layers": 1, "max_position_embeddings": 128, **SIZE}
-    model = tiny_model("llama", dtype=torch.float32, **shape)
+    model = tiny_model("llama", dtype=torch.float32, **shape).to(DEVICE)
     opening = [(7 * place + 5) % 40 for place in range(18)]
     rollouts = {}
     for number in range(2):
@@ -87,7 +88,7 @@ def test_prompts_with_an_opening_and_counterfactuals(launches: Counter[str]) -> 
 
 def test_numeric_targets_and_several_links_go_through_the_head(launches: Counter[str]) -> None:
     """Margins, expected scores and log-odds as well, of one call."""
-    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1, **SIZE)
+    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1, **SIZE).to(DEVICE)
     links = [link(text) for text in ("X->Y@margin", "Z->Y:total@expected_score", "X->Y@log_odds", "Z->X")]
     group = Group((judge_rollout(0),))
     engine = GroupEngine(model, kernels="triton")
@@ -97,7 +98,7 @@ def test_numeric_targets_and_several_links_go_through_the_head(launches: Counter
 
 def test_everything_is_given_back_after_an_exception() -> None:
     """A layer that raises inside a swapped forward pass: forwards, attention, hooks are those from before."""
-    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1, **SIZE)
+    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1, **SIZE).to(DEVICE)
     engine = GroupEngine(model, kernels="triton")
     assert engine.unserved is None
     handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("inside")))
@@ -144,8 +145,8 @@ def test_what_is_taken_over(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_swap_follows_the_live_weights() -> None:
     """Training changes the weights between two calls; the stand-in reads them each time."""
-    model = tiny_model("llama", dtype=torch.float32, **SIZE)
-    norm, rows = model.model.norm, torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    model = tiny_model("llama", dtype=torch.float32, **SIZE).to(DEVICE)
+    norm, rows = model.model.norm, normal(0, 3, 16)
     swaps = find_swaps(model, type(model).forward, "triton")
     for weight in (norm.weight.detach() * 2.0, norm.weight.detach() - 0.5):
         norm.weight = nn.Parameter(weight)
@@ -171,12 +172,12 @@ def test_a_grpo_step_with_lora_is_rewarded_on_the_kernels(
 
     tokenizer = testbed.build_tokenizer()
     shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "num_hidden_layers": 1}
-    model = tiny_model("qwen3", dtype=torch.float32, **shape, **SIZE)
+    model = tiny_model("qwen3", dtype=torch.float32, **shape, **SIZE).to(DEVICE)
     item = testbed.generate_items(1, seed=5, cue_agreement=0.5)[0]
     written = torch.tensor([*tokenizer(item.completion)["input_ids"], tokenizer.eos_token_id])
 
     def generate(self: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.cat([input_ids, written.expand(len(input_ids), -1)], dim=1)
+        return torch.cat([input_ids, written.to(input_ids.device).expand(len(input_ids), -1)], dim=1)
 
     monkeypatch.setattr(type(model), "generate", generate)
     settings = {"counterfactuals": 1, "rank": 1, "score": "phi"}
@@ -196,7 +197,7 @@ def test_a_grpo_step_with_lora_is_rewarded_on_the_kernels(
 
     arguments = GRPOConfig(
         output_dir=str(tmp_path),
-        use_cpu=True,
+        use_cpu=DEVICE.type == "cpu",
         bf16=False,
         gradient_checkpointing=False,
         report_to=[],

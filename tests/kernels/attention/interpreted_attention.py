@@ -1,4 +1,4 @@
-"""The Triton attention in the interpreter, against the float64 definition; run by test_interpreter.py."""
+"""The Triton attention against the float64 definition; run by test_interpreter.py and, on a GPU, by tests/gpu/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.checks import assert_close, batched_gradients, normal
+from tests.kernels.checks import DEVICE, assert_close, batched_gradients, normal
 
 
 def attention_inputs(
@@ -18,7 +18,7 @@ def attention_inputs(
     """Return q, past k, past v, k, v as leaves, and ragged lengths of the past (the first whole, the last empty)."""
     shapes = [(heads, tokens), (key_heads, past), (key_heads, past), (key_heads, tokens), (key_heads, tokens)]
     tensors = [normal(i, rollouts, *shape, size, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
-    lengths_B = torch.tensor([past, past // 3, 0][:rollouts])
+    lengths_B = torch.tensor([past, past // 3, 0][:rollouts], device=DEVICE)
     return tensors, lengths_B
 
 
@@ -87,9 +87,9 @@ def test_attention_takes_strides_and_an_expanded_past(launches: Counter[str]) ->
     past_value = normal(2, 1, 33, 1, 128)[..., ::2].transpose(1, 2).expand(2, 1, 33, 64).detach().requires_grad_()
     key = normal(3, 2, 10, 1, 64).transpose(1, 2).requires_grad_()
     value = normal(4, 2, 1, 64, 10).mT.detach().requires_grad_()
-    tensors, lengths_B = [query, past_key, past_value, key, value], torch.tensor([33, 7])
+    tensors, lengths_B = [query, past_key, past_value, key, value], torch.tensor([33, 7], device=DEVICE)
     output = attend(*tensors, lengths_B, scale=0.1, implementation="triton")
-    for cotangents in (torch.ones(1).expand(2, *output.shape), normal(5, 2, 2, 2, 64, 10).mT):
+    for cotangents in (torch.ones(1, device=DEVICE).expand(2, *output.shape), normal(5, 2, 2, 2, 64, 10).mT):
         expected = attention_oracle(tensors, lengths_B, cotangents, scale=0.1)
         assert_close(output.detach(), expected[0])
         for got, true in zip(batched_gradients(output, tensors, cotangents), expected[1:], strict=True):
@@ -155,7 +155,7 @@ def test_attention_refuses_what_it_would_read_wrongly(change: dict[int, tuple[in
     tensors, lengths_B = attention_inputs(2, 2, 1, 20, 9, 64, torch.float32)
     arguments = [*tensors, lengths_B]
     for place, shape in change.items():
-        arguments[place] = torch.zeros(shape, dtype=arguments[place].dtype)
+        arguments[place] = torch.zeros(shape, dtype=arguments[place].dtype, device=DEVICE)
     with pytest.raises(ValueError, match=re.escape(message)):
         attend(*arguments, scale=0.125, implementation="triton")
     with pytest.raises(ValueError, match="float64"):

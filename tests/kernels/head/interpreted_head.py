@@ -1,4 +1,4 @@
-"""The Triton kernels of the head in the interpreter, against float64; run by test_interpreter.py."""
+"""The Triton kernels of the head against float64; run by test_interpreter.py and, on a GPU, by tests/gpu/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.kernels.checks import DTYPES, assert_close, batched_gradients, normal
+from tests.kernels.checks import DEVICE, DTYPES, assert_close, batched_gradients, normal
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_head_equals_the_definition(
     operation = getattr(head, f"head_{target}")
     hidden = normal(0, rows, size, dtype=dtype).requires_grad_()
     weight = (normal(1, vocabulary, size) * size**-0.5).to(dtype)
-    ids = torch.arange(rows) * 7 % vocabulary
+    ids = torch.arange(rows, device=DEVICE) * 7 % vocabulary
     ids[-1] = vocabulary - 1
     got = operation(hidden, weight, ids, implementation="triton")
     assert got.dtype == torch.float32
@@ -57,7 +57,7 @@ def test_head_in_chunks_and_splits_of_the_vocabulary(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_head, "PROGRAMS", 3)
     hidden = normal(0, 20, 128)[:, ::2].requires_grad_()
     weight = normal(1, 500, 80)[:, :64]
-    ids = torch.arange(20) * 25
+    ids = torch.arange(20, device=DEVICE) * 25
     got = head_log_odds(hidden, weight, ids, implementation="triton")
     wide = hidden.detach().double().requires_grad_()
     true = head_log_odds(wide, weight.double(), ids)
@@ -71,7 +71,7 @@ def test_head_of_a_confident_model_keeps_its_digits() -> None:
     from cepo.kernels.head.door import head_log_likelihood, head_log_odds
 
     weight = normal(1, 100, 64)
-    ids = torch.arange(9)
+    ids = torch.arange(9, device=DEVICE)
     hidden = (weight[ids] * 0.4).requires_grad_()
     for operation in (head_log_likelihood, head_log_odds):
         got = operation(hidden, weight, ids, implementation="triton")
@@ -97,7 +97,8 @@ def test_expected_value_equals_the_definition(
     hidden = normal(0, rows, size, dtype=dtype).requires_grad_()
     weight = (normal(1, 100, size) * size**-0.5).to(dtype)
     ids_PN = torch.argsort(normal(2, rows, 100))[:, :candidates]
-    for ids, values in ((ids_PN, normal(3, rows, candidates)), (ids_PN[0], torch.arange(candidates) + 1)):
+    numbers_N = torch.arange(candidates, device=DEVICE) + 1
+    for ids, values in ((ids_PN, normal(3, rows, candidates)), (ids_PN[0], numbers_N)):
         got = head_expected_value(hidden, weight, ids, values, implementation="triton")
         cotangents = normal(4, count, rows)
         (gradients,) = batched_gradients(got, [hidden], cotangents)
@@ -115,7 +116,7 @@ def test_expected_value_equals_the_definition(
 def test_head_refuses_what_it_would_read_wrongly() -> None:
     from cepo.kernels.head.door import head_expected_value, head_log_odds
 
-    hidden, weight, ids = normal(0, 5, 64), normal(1, 100, 64), torch.arange(5)
+    hidden, weight, ids = normal(0, 5, 64), normal(1, 100, 64), torch.arange(5, device=DEVICE)
     for arguments in (
         (hidden, weight[:, :32], ids),
         (hidden, weight.half(), ids),
@@ -128,7 +129,7 @@ def test_head_refuses_what_it_would_read_wrongly() -> None:
     for candidates, values in ((ids[None], ids), (ids.int(), ids.int()), (ids[:, None].expand(5, 65),) * 2):
         with pytest.raises(ValueError, match="candidates"):
             head_expected_value(hidden, weight, candidates, values, implementation="triton")
-    outside = torch.tensor([0, 100, -1, 3, 4])
+    outside = torch.tensor([0, 100, -1, 3, 4], device=DEVICE)
     unknown = head_log_odds(hidden, weight, outside, implementation="triton").isnan()
     assert unknown.tolist() == [False, True, True, False, False]
     assert head_expected_value(hidden, weight, outside, ids, implementation="triton").isnan().all()

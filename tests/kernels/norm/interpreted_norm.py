@@ -1,4 +1,4 @@
-"""The Triton RMS norm in the interpreter, against the float64 definition; run by test_interpreter.py."""
+"""The Triton RMS norm against the float64 definition; run by test_interpreter.py and, on a GPU, by tests/gpu/."""
 
 from __future__ import annotations
 

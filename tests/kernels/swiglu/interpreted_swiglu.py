@@ -1,4 +1,4 @@
-"""The Triton gated activation in the interpreter, against the float64 definition; run by test_interpreter.py."""
+"""The Triton gated activation against float64; run by test_interpreter.py and, on a GPU, by tests/gpu/."""
 
 from __future__ import annotations
 
