@@ -82,8 +82,11 @@ def parse_chain(
         )
         for source, target in pairwise([span.strip() for span in spans])
     ]
-    suffix = f"@{function}" if at else ""
-    return Chain(text, tuple(replace(link, name=f"{link.source}->{link.target}{suffix}") for link in links))
+    named = [
+        f"{link.source}->{link.target}{f'@{link.function}' if at and link.function == function else ''}"
+        for link in links
+    ]
+    return Chain(text, tuple(replace(link, name=name) for link, name in zip(links, named, strict=True)))
 
 
 def parse_link(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from cepo.jacobian.group.cost import ALLOCATOR, CostModel
 from cepo.jacobian.group.cuts import HeadRow, Segment, shared_length
+from cepo.jacobian.group.schedule import Plan, Rows
 from cepo.jacobian.passes import Pass
 from cepo.jacobian.records import Rollout
-from cepo.jacobian.targets import target_terms
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS, target_terms
 
 Placed = tuple[int, int, int]
 
@@ -80,6 +81,40 @@ def branches_of(variants: Sequence[Variant], passes: Sequence[Pass], cost: CostM
     for index, variant in enumerate(variants):
         by_prompt.setdefault(variant.rollout.prompt_ids, []).append(index)
     return [_branches(variants, members, passes, cost, budget) for members in by_prompt.values()]
+
+
+def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> Plan:
+    """Return the rows, FLOPs and memory that branches add up to.
+
+    Args:
+        work: from `branches_of`; equal stems that follow each other are run once.
+        passes: cotangents that go back through each differentiated tail.
+        cost: of the model.
+    """
+    total = {kind: Rows(kind) for kind in ("stem", "prefixes", "tails")}
+    flops = peak = 0.0
+
+    def add(kind: str, segment: Segment, cotangents: int = 0) -> None:
+        nonlocal flops
+        head, back = (max(FEWEST_HEAD_ROWS, len(segment.head)) if segment.head else 0), cotangents * segment.rows
+        old = total[kind]
+        total[kind] = Rows(kind, old.forward + segment.rows, old.backward + back, old.head + head)
+        context = sum(segment.starts) / len(segment.starts) + segment.length / 2
+        flops += cost.flops(segment.rows, context, backward=False) + cost.flops(back, context, backward=True)
+        flops += (4.0 if cotangents else 2.0) * cost.head * head
+
+    before: Segment | None = None
+    for each in work:
+        if each.stem is not None and each.stem != before:
+            add("stem", each.stem)
+        before = each.stem
+        if each.prefixes is not None:
+            add("prefixes", each.prefixes)
+        stem = each.stem.length if each.stem is not None else 0
+        for tails in each.tails:
+            add("tails", tails.segment, passes if tails.segment.differentiated else 0)
+            peak = max(peak, ALLOCATOR * cost.cache(1, stem) + tails_bytes(tails, passes, stem, cost))
+    return Plan(tuple(total.values()), flops, peak, tuple(len(tails.placed) for each in work for tails in each.tails))
 
 
 def tails_of(

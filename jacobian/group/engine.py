@@ -12,7 +12,7 @@ from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.chunk import StemRun, chunk_answers, chunk_gradients, run_opening, run_stem
 from cepo.jacobian.group.cost import free_memory, is_out_of_memory, release_memory
 from cepo.jacobian.group.cuts import UnservedError
-from cepo.jacobian.group.paths import PathRunner
+from cepo.jacobian.group.paths import PathRunner, plan_paths
 from cepo.jacobian.group.run import KeyValues
 from cepo.jacobian.group.schedule import Chunk, Plan, Schedule, bytes_needed, chunks_of, plan_of, schedule
 from cepo.jacobian.group.swaps import Swaps
@@ -95,6 +95,18 @@ class GroupEngine(ModelEngine):
         if isinstance(served, str):
             raise ValueError(f"the oracle serves this model, so there is no plan: {served}")
         return plan_of(self._schedule(requests, served), served.cost)
+
+    def plan_paths(self, requests: Sequence[PathRequest]) -> Plan:
+        """Return what `paths` would run, without running it; of nodes "auto", the first.
+
+        Raises:
+            ValueError: as `plan`.
+        """
+        self._check_paths(requests)
+        served = self._tried()
+        if isinstance(served, str):
+            raise ValueError(f"the oracle serves this model, so there is no plan: {served}")
+        return plan_paths(requests, served.cost, self._budget_now())
 
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`.

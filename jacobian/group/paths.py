@@ -10,14 +10,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cepo.jacobian.group.branches import Branches, Tails, Variant, branches_of, tails_of
-from cepo.jacobian.group.cost import is_out_of_memory, release_memory
+from cepo.jacobian.group.branches import Branches, Tails, Variant, branches_of, plan_of_branches, tails_of
+from cepo.jacobian.group.cost import CostModel, is_out_of_memory, release_memory
 from cepo.jacobian.group.cotangents import Asked
 from cepo.jacobian.group.cuts import Segment
 from cepo.jacobian.group.run import KeyValues, SegmentRun, backward, run_segment
+from cepo.jacobian.group.schedule import Plan
 from cepo.jacobian.group.trial import Served
 from cepo.jacobian.passes import Pass, passes_of
-from cepo.jacobian.path import Point, between, path_answer
+from cepo.jacobian.path import Point, between, gauss_nodes, path_answer
 from cepo.jacobian.protocol import PathAnswer, PathRequest
 
 logger = logging.getLogger("cepo")
@@ -135,6 +136,25 @@ class PathRunner:
         past = [stem, [tensor[branch_B] for tensor in prefixes]]
         run = run_segment(self._served.model, segment, past, segment.starts, moved if segment.differentiated else None)
         return run, step_BTD
+
+
+def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) -> Plan:
+    """Return the plan of path requests; of nodes "auto", the first."""
+    work: list[Branches] = []
+    for request in requests:
+        passes = passes_of(request.links)
+        work += branches_of(value_variants(request), passes, cost, budget)
+        count = 1 if request.nodes == "auto" else request.nodes
+        points = [
+            Point(row, other, fraction)
+            for row, others in enumerate(request.counterfactuals)
+            for other in range(len(others))
+            for fraction, _ in (gauss_nodes(count) if count else ())
+        ]
+        if points:
+            work += branches_of(point_variants(request, points), passes, cost, budget)
+    cotangents = max((len(passes_of(request.links)) for request in requests), default=1)
+    return plan_of_branches(work, cotangents, cost)
 
 
 def value_variants(request: PathRequest) -> list[Variant]:

@@ -204,6 +204,32 @@ def test_out_of_memory_halves_the_tails(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "going on with" in caplog.text
 
 
+def test_the_plan_counts_the_rows_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with padding of every segment; K (1 + M) + 1 tails a rollout, nothing goes back in stems."""
+    engine, rollouts = GroupEngine(tiny_model("llama", dtype=torch.float32)), [ragged_rollout(s) for s in range(3)]
+    asked = [request(rollouts, text, nodes=2) for text in ("criteria->analysis", "analysis->scores")]
+    plan = engine.plan_paths(asked)
+    seen = {"forward": 0, "backward": 0, "head": 0}
+    run, back = paths_module.run_segment, paths_module.backward
+
+    def counting(model, segment, *rest):  # type: ignore[no-untyped-def]
+        seen["forward"] += segment.rows
+        seen["head"] += max(4, len(segment.head)) if segment.head else 0
+        return run(model, segment, *rest)
+
+    def counting_back(of, cotangents, inputs, **options):  # type: ignore[no-untyped-def]
+        seen["backward"] += len(inputs[0]) * inputs[0].shape[1]
+        return back(of, cotangents, inputs, **options)
+
+    monkeypatch.setattr(paths_module, "run_segment", counting)
+    monkeypatch.setattr(paths_module, "backward", counting_back)
+    list(engine.paths(asked))
+    assert seen == {"forward": plan.forward_rows, "backward": plan.backward_rows, "head": plan.head_rows}
+    by_segment = {row.segment: row for row in plan.rows}
+    assert by_segment["stem"].backward == by_segment["prefixes"].backward == 0
+    assert sum(plan.chunks) == 2 * len(rollouts) * (1 + 2 + 2 * 2)
+
+
 def test_live_adapters_and_narrow_dtypes() -> None:
     """LoRA on, the embeddings' included, equals the oracle; bfloat16 stays near float32."""
     asked = [request([ragged_rollout(seed) for seed in range(2)], "criteria->analysis", nodes=2)]
