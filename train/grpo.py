@@ -16,8 +16,11 @@ import yaml
 import cepo
 from cepo.files import SETTINGS, claim
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
+from cepo.jacobian.reading.layout import Layout
+from cepo.train.causal_loss import CausalLoss
 from cepo.train.data import DataSplit
 from cepo.train.policy import TESTBED, load_data, load_policy, policy_fingerprint
+from cepo.train.prompts import JUDGE, REASONER
 from cepo.train.run import (
     is_finished,
     last_complete_checkpoint,
@@ -48,6 +51,8 @@ class TrainConfig:
         rewards: mappings with `name`, `weight` (default 1) and, for causal, CausalReward's settings. Its `task` names a
             task reward to fuse with the links (CE-PO); `preset: paper` takes the paper's values. Names: format, argmax,
             exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr, necessary.
+        causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None to add no term to the
+            loss of GRPO.
         output: folder of the run: checkpoints, metrics.jsonl, log.txt, settings.json, final/.
         grpo: any field of TRL's GRPOConfig.
         lora: any field of peft's LoraConfig, or None to train all weights.
@@ -63,6 +68,7 @@ class TrainConfig:
     rewards: Sequence[Mapping[str, Any]]
     output: str
     kind: str = "judge"
+    causal_loss: Mapping[str, Any] | None = None
     grpo: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None
     dtype: str = "float32"
@@ -142,6 +148,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     final = output / "final"
     arguments = grpo_arguments(config)
     functions, arguments.reward_weights = build_rewards(config)
+    causal_loss = build_causal_loss(config)
     lora = lora_config(config.lora)
     source = resolve_model(config.model) if config.model != TESTBED else None
     _check_rank(source, functions)
@@ -163,16 +170,26 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     if is_first_process:
         shutil.rmtree(final, ignore_errors=True)
     if checkpoint is None or not is_finished(checkpoint, arguments.max_steps):
-        checkpoint = run_trainer(lambda: _trainer(config, arguments, functions, data, lora), output, checkpoint)
+        checkpoint = run_trainer(
+            lambda: _trainer(config, arguments, functions, causal_loss, data, lora), output, checkpoint
+        )
     with arguments.main_process_first(local=False):  # the other processes return when final/ is there
         return write_final(output, checkpoint) if is_first_process else final
 
 
-def _trainer(config: TrainConfig, arguments: Any, functions: Sequence[Any], data: DataSplit, lora: Any) -> Any:
+def _trainer(
+    config: TrainConfig,
+    arguments: Any,
+    functions: Sequence[Any],
+    causal_loss: CausalLoss | None,
+    data: DataSplit,
+    lora: Any,
+) -> Any:
     import torch
     from trl import GRPOTrainer
 
     from cepo.train.timing import time_steps
+    from cepo.train.trainer import CausalTrainer
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -185,7 +202,11 @@ def _trainer(config: TrainConfig, arguments: Any, functions: Sequence[Any], data
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    trainer = GRPOTrainer(
+    options: dict[str, Any] = {}
+    if causal_loss is not None:
+        tasks = [f.__name__ for f, reward in zip(functions, config.rewards, strict=True) if reward["name"] in _TASKS]
+        options = {"causal_loss": causal_loss, "layout": _layout(config.kind), "task_rewards": tasks}
+    trainer = (CausalTrainer if options else GRPOTrainer)(
         model=model,
         reward_funcs=functions,
         args=arguments,
@@ -193,6 +214,7 @@ def _trainer(config: TrainConfig, arguments: Any, functions: Sequence[Any], data
         eval_dataset=data.test if arguments.eval_strategy != "no" and len(data.test) else None,
         processing_class=tokenizer,
         peft_config=lora,
+        **options,
     )
     for function in functions:
         if hasattr(function, "bind"):
@@ -238,6 +260,20 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
     return functions, weights
 
 
+def build_causal_loss(config: TrainConfig) -> CausalLoss | None:
+    """Return the settings of the causal loss, checked, or None."""
+    if config.causal_loss is None:
+        return None
+    if not isinstance(config.causal_loss, Mapping):
+        raise ValueError(f"causal_loss is {config.causal_loss!r}; expected a mapping such as {{weight: 0.5}}, or none")
+    try:
+        settings = CausalLoss(**config.causal_loss)
+        settings.parsed_links(_layout(config.kind))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"causal_loss cannot be used: {error}") from error
+    return settings
+
+
 def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) -> dict[str, Any]:
     """Return all that decides the trained weights except the number of steps; data and weights by their content."""
     settings = dataclasses.asdict(config)
@@ -254,7 +290,6 @@ def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) 
 
 def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     from cepo.fusion.config import PAPER
-    from cepo.train.prompts import JUDGE, REASONER
     from cepo.train.rewards import peers
     from cepo.train.rewards import task as task_rewards
     from cepo.train.rewards.causal import CausalReward, TaskReward
@@ -273,7 +308,7 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
         "csr": peers.CounterfactualSensitivity,
         "necessary": peers.Necessity,
     }
-    layout = JUDGE if kind == "judge" else REASONER
+    layout = _layout(kind)
     try:
         if name == "proxy":
             return ProxyReward(**settings)
@@ -294,6 +329,10 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     if settings:
         raise ValueError(f"rewards: {name} takes no settings but weight; got {', '.join(settings)}")
     return plain[name]
+
+
+def _layout(kind: str) -> Layout:
+    return JUDGE if kind == "judge" else REASONER
 
 
 def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:

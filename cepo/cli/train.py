@@ -52,6 +52,7 @@ def train(
     Rewards: a list of `name`, `weight` and settings. Names: format, argmax, exact_match, math_verify, bertscore,
     causal; to compare with: proxy, cir, log_cir, csr, necessary. `--set rewards='[{name: format}, ...]'` replaces the
     whole list.
+    `--set causal_loss.weight=0.5` adds the causal loss to GRPO's own; its other settings are in docs/glossary.md.
     The options override the config. Started again with the same settings, data and weights, a killed run resumes from
     its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
     """

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from cepo.cli.app import main
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import testbed, testbed_judges
-from cepo.train.grpo import build_rewards, grpo_arguments, load_config, train
+from cepo.train.grpo import build_causal_loss, build_rewards, grpo_arguments, load_config, train
 from cepo.train.policy import load_testbed_judge
 from cepo.train.run import last_complete_checkpoint
 from tests.paths import ROOT
@@ -135,6 +135,8 @@ def test_a_finished_run_is_not_trained_on_and_another_run_is_not_mixed_in(
         train(replace(config, seed=5))
     with pytest.raises(ValueError, match="rewards was"):
         train(replace(config, rewards=[{"name": "format"}, {"name": "argmax"}]))
+    with pytest.raises(ValueError, match="causal_loss.weight was"):
+        train(replace(config, causal_loss={"weight": 0.5}))
     with pytest.raises(ValueError, match="already holds checkpoints"):
         train(config, fresh=True)
 
@@ -217,6 +219,7 @@ def test_a_partial_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
 def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
     config = load_config(recipe, {})
     grpo_arguments(config)
+    build_causal_loss(config)
     functions, weights = build_rewards(config)
     assert len(functions) == len(weights) > 0
 
@@ -235,6 +238,9 @@ def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
         ({"rewards": [{"name": "causal", "colour": "red"}]}, "colour"),
         ({"rewards": [{"name": "format", "weight": -1.0}]}, "weight of format"),
         ({"rewards": [{"name": "format", "links": {}}]}, "no settings"),
+        ({"causal_loss": {"weight": -1.0}}, "causal_loss cannot be used: weight is -1.0"),
+        ({"causal_loss": {"colour": "red"}}, "colour"),
+        ({"causal_loss": 0.5}, "causal_loss is 0.5"),
         ({"grpo": {"warp": 9}}, "warp"),
         ({"grpo": {"learning_rate": "fast"}}, "grpo.learning_rate is 'fast'"),
         ({"lora": {"rank": 4}}, "LoraConfig"),

@@ -1,4 +1,4 @@
-"""The causal reward as TRL sees it: a plain, picklable callable. All contact with TRL's insides is in this file."""
+"""The causal reward as TRL sees it: a plain, picklable callable. `train/trainer.py` knows TRL's insides."""
 
 from __future__ import annotations
 
@@ -120,12 +120,14 @@ class CausalReward:
                 it would differentiate; if the nuisance rank exceeds the model's width; if the score needs donors and
                 the trainer generates for one prompt at a time, unless `no_donor` says what to do instead.
         """
-        if self.scorer is None and _parameters_are_sharded(trainer):
+        from cepo.train.trainer import parameters_are_sharded, prompts_per_batch, tokenizer
+
+        if self.scorer is None and parameters_are_sharded(trainer):
             raise ValueError(
                 "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
                 "differentiate; use DDP, ZeRO-2, or a frozen model as scorer=..."
             )
-        prompts = _prompts_per_batch(trainer)
+        prompts = prompts_per_batch(trainer)
         if self.config.reads_effects and self.config.no_donor == "zero" and prompts < 2:
             raise ValueError(
                 f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the content of "
@@ -139,7 +141,7 @@ class CausalReward:
             self.engine, model, memory_budget=self.memory_gib and self.memory_gib * 2**30, kernels=self.kernels
         )
         self.config.check_width(self._engine.width)
-        self._reader = SpanReader(_tokenizer(trainer), self.layout)
+        self._reader = SpanReader(tokenizer(trainer), self.layout)
         self._trainer = trainer
         return self
 
@@ -159,6 +161,8 @@ class CausalReward:
         """
         if self._trainer is None or self._engine is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
+        from cepo.train.trainer import prompt_ids  # TRL is imported by now
+
         started = time.perf_counter()
         task_rewards: list[float | None] | None = None
         if self.task is not None:
@@ -166,7 +170,7 @@ class CausalReward:
         rollouts = [
             self._reader.read(prompt, completion, messages if isinstance(messages, list) else None)
             for prompt, completion, messages in zip(
-                _prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
+                prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
             )
         ]
         parts: dict[str, float] = {}
@@ -246,23 +250,3 @@ def _log_means(
         if records[0].against is not None:
             alone = sum(record.against == "nothing" for record in records)
             log_metric(f"{name}/{link}/without_donor", alone / len(records))
-
-
-def _prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """Return the ids of the prompts as the trainer itself renders them for generation (TRL hands rewards no ids)."""
-    prompt_ids, _, _ = trainer._tokenize_prompts(list(prompts))
-    return [list(ids) for ids in prompt_ids]
-
-
-def _prompts_per_batch(trainer: Any) -> int:
-    """Return the number of prompts in a generation batch, all ranks together."""
-    return int(trainer.args.generation_batch_size // trainer.num_generations)
-
-
-def _tokenizer(trainer: Any) -> Any:
-    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-
-
-def _parameters_are_sharded(trainer: Any) -> bool:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return bool(getattr(trainer, "is_fsdp_enabled", False)) or (plugin is not None and plugin.zero_stage == 3)

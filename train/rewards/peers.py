@@ -24,7 +24,6 @@ from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
 from cepo.train.prompts import JUDGE
 from cepo.train.rewards.answer import Variant, answer_log_probabilities, joint_log_probabilities, without
-from cepo.train.rewards.causal import _parameters_are_sharded, _prompt_ids, _tokenizer
 
 Edit = Literal["donor", "permutation"]
 _BOUND_NATS = 10.0
@@ -83,7 +82,9 @@ class PeerReward(abc.ABC):
         Raises:
             ValueError: if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3).
         """
-        if self.scorer is None and _parameters_are_sharded(trainer):
+        from cepo.train.trainer import parameters_are_sharded, tokenizer
+
+        if self.scorer is None and parameters_are_sharded(trainer):
             raise ValueError(
                 "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
                 "run; use DDP, ZeRO-2, or a frozen model as scorer=..."
@@ -92,7 +93,7 @@ class PeerReward(abc.ABC):
         if isinstance(model, str):
             model, _ = load_model(resolve_model(model), device=str(trainer.accelerator.device))
         self._held = HeldModel(model)
-        self._reader = SpanReader(_tokenizer(trainer), self.layout)
+        self._reader = SpanReader(tokenizer(trainer), self.layout)
         self._trainer = trainer
         return self
 
@@ -112,11 +113,13 @@ class PeerReward(abc.ABC):
         """
         if self._trainer is None or self._held is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
+        from cepo.train.trainer import prompt_ids  # TRL is imported by now
+
         started = time.perf_counter()
         rollouts = [
             self._reader.read(prompt, completion, messages if isinstance(messages, list) else None)
             for prompt, completion, messages in zip(
-                _prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
+                prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
             )
         ]
         problems = [rollout.malformed or self._held.refusal(rollout) for rollout in rollouts]

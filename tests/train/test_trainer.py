@@ -1,0 +1,170 @@
+"""Protects the contract with TRL: a GRPO step with the causal loss, in one process or two, whole or accumulated."""
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from peft import LoraConfig
+from trl import GRPOConfig
+
+from cepo import format_reward
+from cepo.train import testbed, testbed_judges
+from cepo.train.causal_loss import CausalLoss, divergence
+from cepo.train.policy import items_dataset
+from cepo.train.trainer import CausalTrainer
+
+ITEMS = testbed.generate_items(4, seed=5, cue_agreement=0.5)
+RATE = 0.5  # of plain gradient descent: weights before and after tell the gradient
+
+
+def make_trainer(
+    folder: Path, loss: CausalLoss, *, completions: Any = None, lora: bool = False, dtype: Any = None, **settings: Any
+) -> CausalTrainer:
+    """A trainer that generates the gold completion of each prompt, so that TRL's own loss is 0 by equal rewards."""
+    tokenizer = testbed.build_tokenizer()
+    model = testbed_judges.build_model(tokenizer, seed=0).to(dtype or torch.float64)
+    arguments = GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        **{
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": [],
+            "per_device_train_batch_size": 8,
+            "num_generations": 2,
+            "max_steps": 1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "optim": "sgd",
+            "learning_rate": RATE,
+            "max_grad_norm": 0.0,
+            **settings,
+        },
+    )
+    trainer = CausalTrainer(
+        model=model,
+        reward_funcs=[format_reward],
+        args=arguments,
+        train_dataset=items_dataset(ITEMS),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear") if lora else None,
+        causal_loss=loss,
+        task_rewards=[],
+    )
+    gold = {item.prompt: [*tokenizer(item.completion)["input_ids"], tokenizer.eos_token_id] for item in ITEMS}
+
+    def generate(prompt_ids: Any, *_: Any) -> Any:
+        prompts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids]
+        return (completions or (lambda ids: ids))([gold[prompt] for prompt in prompts]), None
+
+    trainer._generate_single_turn = generate
+    return trainer
+
+
+def trained(trainer: CausalTrainer) -> tuple[list[torch.Tensor], dict[str, float]]:
+    trainer.train()
+    logs = {key: value for log in trainer.state.log_history for key, value in log.items()}
+    return [weight.detach().clone() for weight in trainer.model.parameters()], logs
+
+
+def assert_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["divergence", "interchange"])
+def test_the_step_follows_the_gradient_of_the_term_alone_and_accumulates_to_it(objective: Any, tmp_path: Path) -> None:
+    """One batch of 8 or two of 4: the same weights, and for divergence those of the loss computed by hand."""
+    loss = CausalLoss(weight=0.02, objective=objective)
+    whole = make_trainer(tmp_path, loss)
+    before = [weight.detach().clone() for weight in whole.model.parameters()]
+    kept = {}
+    inner = whole._compute_loss
+
+    def keeping(model: Any, inputs: Any) -> Any:
+        kept.update(inputs)
+        return inner(model, inputs)
+
+    whole._compute_loss = keeping
+    weights, logs = trained(whole)
+    halves, half_logs = trained(
+        make_trainer(tmp_path, loss, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    )
+    assert_same(weights, halves)
+    for of_run in (logs, half_logs):
+        assert of_run["causal_loss/rows"] == 1.0
+        assert of_run["causal_loss/weight"] == 0.02
+    assert half_logs["causal_loss/value"] == pytest.approx(logs["causal_loss/value"], rel=1e-6)
+    moved = [after - b for after, b in zip(weights, before, strict=True)]
+    with torch.no_grad():
+        after = float(whole._causal_values(whole.model, kept)[0].mean())
+    assert (after > logs["causal_loss/value"]) == (objective == "divergence")  # a small step goes the right way
+    if objective == "divergence":
+        model = testbed_judges.build_model(whole.processing_class, seed=0).double()
+        ids, targets = kept["causal_ids_BRT"], kept["causal_targets_BRT"]
+        values = []
+        for (own, donor), (target, _) in zip(ids, targets, strict=True):
+            start = int((own != whole.processing_class.pad_token_id).long().argmax())
+            read = [model(input_ids=text[None, start:]).logits[:, :-1] for text in (own, donor)]
+            values.append(divergence(*read, target[None, start + 1 :]))
+        value = torch.cat(values).mean()
+        assert logs["causal_loss/value"] == pytest.approx(value.item(), rel=1e-6)
+        for gradient, m in zip(torch.autograd.grad(value, list(model.parameters())), moved, strict=True):
+            torch.testing.assert_close(m, RATE * 0.02 * gradient, rtol=1e-4, atol=1e-11)  # up: TRL's loss less the term
+
+
+def test_completions_without_a_donor_count_as_zero_and_none_at_all_is_no_error(tmp_path: Path) -> None:
+    def break_half(completions: list[list[int]]) -> list[list[int]]:
+        return [ids if place < 4 else ids[:5] for place, ids in enumerate(completions)]
+
+    _, logs = trained(make_trainer(tmp_path, CausalLoss(), completions=break_half))
+    assert logs["causal_loss/rows"] == 0.5
+    _, logs = trained(make_trainer(tmp_path, CausalLoss(), completions=lambda all_: [ids[:5] for ids in all_]))
+    assert logs["causal_loss/rows"] == 0.0
+    assert "causal_loss/value" not in logs or logs["causal_loss/value"] is None
+
+
+def test_a_lora_step_in_bfloat16_autocast_moves_the_adapters_and_nothing_else(tmp_path: Path) -> None:
+    loss = CausalLoss(weight=5.0, objective="interchange", donors=2)
+    trainer = make_trainer(tmp_path, loss, lora=True, bf16=True, dtype=torch.float32, gradient_checkpointing=True)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    _, logs = trained(trainer)
+    assert logs["causal_loss/value"] > 0.0
+    for name, value in trainer.model.named_parameters():
+        assert ("lora_B" in name) == (not torch.equal(value, before[name])), name
+
+
+def _train_as_rank(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    trainer = make_trainer(folder, CausalLoss(weight=2.0), per_device_train_batch_size=4)
+    assert PartialState().num_processes == 2
+    weights, logs = trained(trainer)
+    if rank == 0:
+        torch.save({"weights": weights, "value": logs["causal_loss/value"]}, folder / "ddp.pt")
+
+
+def test_two_ranks_take_the_step_of_one_process(tmp_path: Path) -> None:
+    """Ranks see other halves of the prompts, so a donor pool that is not gathered gives another gradient."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_train_as_rank, args=(rank, port, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    both = torch.load(tmp_path / "ddp.pt")
+    weights, logs = trained(make_trainer(tmp_path, CausalLoss(weight=2.0)))
+    assert both["value"] == pytest.approx(logs["causal_loss/value"], rel=1e-6)
+    assert_same(both["weights"], weights)

@@ -1,0 +1,131 @@
+"""What the causal loss lets the policy read: a completion as sampled, or with a donor's content in place of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cepo.counterfactual.donors import Candidate, candidates, with_donors
+from cepo.jacobian.links import Link
+from cepo.jacobian.records import Rollout
+from cepo.train.causal_loss import CausalLoss
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text up to its last target token.
+
+    Attributes:
+        ids: prompt and completion.
+        targets: ascending positions of the target tokens; the last one is the last of ids.
+    """
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Continuation:
+    """What a completion says from the content of a source to the end of a target, to be read in another prompt.
+
+    Attributes:
+        source: the content of the source and the prompt that it was written for.
+        ids: the tokens.
+        targets: which of them are target tokens.
+    """
+
+    source: Candidate
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+Pool = list[Candidate] | list[Continuation]
+
+
+def donor_pool(rollouts: Sequence[Rollout], link: Link, settings: CausalLoss, earned: Sequence[bool]) -> Pool:
+    """Return what these rollouts can lend to others: contents of the source, or for interchange continuations.
+
+    Args:
+        rollouts: malformed ones are passed over.
+        link: see `CausalLoss.parsed_links`.
+        settings: says which of the two.
+        earned: whether each rollout earned the task reward; a wrong verdict is no lesson, so it is not interchanged.
+    """
+    if settings.objective == "divergence":
+        return candidates(rollouts, link.source)
+    found = {
+        continuation
+        for rollout, is_right in zip(rollouts, earned, strict=True)
+        if is_right
+        for continuation in _continuation(rollout, link)
+    }
+    return sorted(found)
+
+
+def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalLoss) -> list[Reading]:
+    """Return the readings of a completion: the own one and up to K with donors, or for interchange the latter alone.
+
+    Divergence keeps the length of the source, so all readings have the same target positions. Interchange puts the
+    donor's continuation, from its source to its verdict, into the own context.
+    Which donors a rollout gets depends on (seed, the source's ids, the set of candidates) alone.
+
+    Returns:
+        No reading where the rollout is malformed or has no donor.
+    """
+    (own,) = candidates([rollout], link.source) or (None,)
+    if own is None:
+        return []
+    if settings.objective == "divergence":
+        contents = [one for one in pool if isinstance(one, Candidate)]
+        others = with_donors(rollout, link.source, contents, settings.donors, seed=settings.seed)
+        targets = rollout.spans[link.target].positions
+        texts = [rollout, *others] if others else []
+        return [Reading(text.token_ids[: targets[-1] + 1], targets) for text in texts]
+    others_said = {
+        one
+        for one in pool
+        if isinstance(one, Continuation) and one.source.prompt != own.prompt and one.source.ids != own.ids
+    }
+    chosen = sorted(others_said, key=lambda one: _digest(settings.seed, own.ids, one.ids))[: settings.donors]
+    start = rollout.spans[link.source].movable[0]
+    return [
+        Reading(rollout.token_ids[:start] + one.ids, tuple(start + place for place in one.targets)) for one in chosen
+    ]
+
+
+def pack_readings(readings_BR: Sequence[Sequence[Reading | None]], padding: int) -> dict[str, Tensor]:
+    """Return readings as tensors, padded on the left, so that the targets of all of them lie in the last columns.
+
+    Args:
+        readings_BR: R for each of B completions; None where there is none.
+        padding: id of the padding token.
+
+    Returns:
+        ids_BRT (int64), and whether each place is a token (`tokens_BRT`) and a target (`targets_BRT`); T >= 2.
+    """
+    length = max([len(reading.ids) for row in readings_BR for reading in row if reading] + [2])
+    shape = (len(readings_BR), len(readings_BR[0]), length)
+    ids_BRT = torch.full(shape, padding)
+    tokens_BRT, targets_BRT = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for place, row in enumerate(readings_BR):
+        for number, reading in enumerate(row):
+            if reading is not None:
+                shift = length - len(reading.ids)
+                ids_BRT[place, number, shift:] = torch.tensor(reading.ids)
+                tokens_BRT[place, number, shift:] = True
+                targets_BRT[place, number, [shift + target for target in reading.targets]] = True
+    return {"ids_BRT": ids_BRT, "tokens_BRT": tokens_BRT, "targets_BRT": targets_BRT}
+
+
+def _continuation(rollout: Rollout, link: Link) -> Iterable[Continuation]:
+    for source in candidates([rollout], link.source):
+        start, targets = rollout.spans[link.source].movable[0], rollout.spans[link.target].positions
+        yield Continuation(source, rollout.token_ids[start : targets[-1] + 1], tuple(at - start for at in targets))
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()
