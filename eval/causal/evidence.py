@@ -185,7 +185,8 @@ def nuisance_angles(
     records = []
     for rank in ranks:
         hardened = harden(gradients, RewardConfig(counterfactuals=counterfactuals, rank=rank))
-        for link, record in zip(hardened, score_links(hardened, score="influence", also=("angles",)), strict=True):
+        measured = [Measured.by_gradient(link) for link in hardened]
+        for link, record in zip(hardened, score_links(measured, score="influence", also=("angles",)), strict=True):
             if record.nuisance_angles:
                 labels = {"row": link.rollout, "link": record.link, "permutation": permutation, "rank": rank}
                 records.append({**labels, "angle": float(np.mean(record.nuisance_angles))})
