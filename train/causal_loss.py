@@ -18,6 +18,7 @@ from torch import Tensor
 from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.reading.layout import Layout
 
+FIRST_WEIGHT = 0.5
 Objective = Literal["divergence", "interchange"]
 
 
@@ -26,7 +27,8 @@ class CausalLoss:
     """The settings of the causal loss.
 
     Attributes:
-        weight: of the term beside TRL's loss, >= 0.
+        weight: of the term beside TRL's loss, >= 0; "auto" starts at 0.5 and leaves the rest to
+            `cepo.train.controller`.
         links: links whose source lies in the completion; () for the layout's last one (analysis->scores of a judge,
             rationale->answer of a reasoner).
         donors: K >= 1, counterfactuals per completion and link.
@@ -39,15 +41,15 @@ class CausalLoss:
         ValueError: for any setting out of range.
     """
 
-    weight: float = 0.5
+    weight: float | Literal["auto"] = FIRST_WEIGHT
     links: Sequence[str] = ()
     donors: int = 1
     objective: Objective = "divergence"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.weight) or not 0.0 <= self.weight < math.inf:
-            raise ValueError(f"weight is {self.weight!r}; expected a number >= 0")
+        if self.weight != "auto" and not (_is_number(self.weight) and 0.0 <= self.weight < math.inf):
+            raise ValueError(f"weight is {self.weight!r}; expected a number >= 0, or auto")
         if isinstance(self.links, str) or not all(isinstance(link, str) for link in self.links):
             raise ValueError(f"links is {self.links!r}; expected a list of links, such as ['analysis->scores']")
         if not isinstance(self.donors, int) or isinstance(self.donors, bool) or self.donors < 1:
@@ -56,6 +58,11 @@ class CausalLoss:
             raise ValueError(f"objective is {self.objective!r}; expected one of {', '.join(get_args(Objective))}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}; expected an integer")
+
+    @property
+    def first_weight(self) -> float:
+        """The weight at the first step."""
+        return FIRST_WEIGHT if self.weight == "auto" else float(self.weight)
 
     def parsed_links(self, layout: Layout) -> list[Link]:
         """Return the links, parsed.

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import cepo
 from cepo.files import SETTINGS, claim
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.jacobian.reading.layout import Layout
-from cepo.train.causal_loss import CausalLoss
+from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
+from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
 from cepo.train.policy import TESTBED, load_data, load_policy, policy_fingerprint
 from cepo.train.prompts import JUDGE, REASONER
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 _PEERS = ("cir", "log_cir", "csr", "necessary")
+AUTO = "auto"
 _REWARDS = ("format", "causal", "proxy", *_PEERS, *_TASKS)
 # Fields of GRPOConfig that a run may change when it goes on: its length, and what it writes where.
 _FREE = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions", "disable_tqdm")
@@ -48,9 +51,10 @@ class TrainConfig:
         model: hub id, folder, .gguf file, "smollm2" or "testbed".
         kind: "judge" (preference pairs) or "reasoning" (questions with answers).
         data: `source` and the loader's options, see `cepo.train.policy.load_data`.
-        rewards: mappings with `name`, `weight` (default 1) and, for causal, CausalReward's settings. Its `task` names a
-            task reward to fuse with the links (CE-PO); `preset: paper` takes the paper's values. Names: format, argmax,
-            exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr, necessary.
+        rewards: mappings with `name`, `weight` (default 1; "auto" for a causal reward, see `cepo.train.controller`, and
+            so for its `p`) and, for causal, CausalReward's settings. Its `task` names a task reward to fuse with the
+            links (CE-PO); `preset: paper` takes the paper's values. Names: format, argmax, exact_match, math_verify,
+            bertscore, causal, and to compare it with: proxy, cir, log_cir, csr, necessary.
         causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None to add no term to the
             loss of GRPO.
         output: folder of the run: checkpoints, metrics.jsonl, log.txt, settings.json, final/.
@@ -220,6 +224,8 @@ def _trainer(
         if hasattr(function, "bind"):
             function.bind(trainer)
     time_steps(trainer)
+    if _is_automatic(config):
+        trainer.add_callback(_control(config, trainer, functions))
     return trainer
 
 
@@ -253,10 +259,18 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
     for reward in config.rewards:
         settings = dict(reward)
         name, weight = settings.pop("name"), settings.pop("weight", 1.0)
+        if weight == AUTO and name in ("causal", *_PEERS):
+            weight = 1.0
         if not isinstance(weight, int | float) or not weight >= 0:
-            raise ValueError(f"rewards: the weight of {name} is {weight!r}; expected a number >= 0")
+            raise ValueError(
+                f"rewards: the weight of {name} is {weight!r}; expected a number >= 0, or auto for a causal reward"
+            )
+        if name == "causal" and settings.get("p") == AUTO:
+            del settings["p"]  # it starts at the default
         functions.append(_build_reward(name, settings, config.kind))
         weights.append(float(weight))
+    if _is_automatic(config) and not _watched(config, functions):
+        raise ValueError(f"auto needs a task reward to watch; expected one of {', '.join(_TASKS)} among the rewards")
     return functions, weights
 
 
@@ -272,6 +286,34 @@ def build_causal_loss(config: TrainConfig) -> CausalLoss | None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"causal_loss cannot be used: {error}") from error
     return settings
+
+
+def _is_automatic(config: TrainConfig) -> bool:
+    loss = config.causal_loss if isinstance(config.causal_loss, Mapping) else {}
+    return AUTO in [loss.get("weight"), *(reward.get(key) for reward in config.rewards for key in ("weight", "p"))]
+
+
+def _watched(config: TrainConfig, functions: Sequence[Any]) -> list[str]:
+    """Return the metrics that say how well the task is done."""
+    pairs = list(zip(config.rewards, functions, strict=True))
+    alone = [f"rewards/{function.__name__}/mean" for reward, function in pairs if reward["name"] in _TASKS]
+    return alone + [f"{function.__name__}/task" for reward, function in pairs if reward.get("task") is not None]
+
+
+def _control(config: TrainConfig, trainer: Any, functions: Sequence[Any]) -> ControlledPressure:
+    """Return the controller of every setting that is auto: weights start at 1 (of the loss 0.5), p at its default."""
+    from cepo.train.trainer import log_metric, watch_metrics
+
+    knobs = []
+    for index, (reward, function) in enumerate(zip(config.rewards, functions, strict=True)):
+        if reward.get("weight") == AUTO:
+            knobs.append(Knob(f"{function.__name__}/weight", float, partial(trainer.reward_weights.__setitem__, index)))
+        if reward.get("p") == AUTO:
+            start = function.config.p
+            knobs.append(Knob(f"{function.__name__}/p", lambda u, p=start: 1.0 - (1.0 - p) * u, function.set_power))
+    if config.causal_loss is not None and config.causal_loss.get("weight") == AUTO:
+        knobs.append(Knob("causal_loss/weight", lambda u: FIRST_WEIGHT * u, partial(setattr, trainer, "causal_weight")))
+    return ControlledPressure(knobs, watch_metrics(trainer, _watched(config, functions)), partial(log_metric, trainer))
 
 
 def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) -> dict[str, Any]:

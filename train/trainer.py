@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class CausalTrainer(GRPOTrainer):
         self._causal_loss = causal_loss
         self._causal_links = causal_loss.parsed_links(layout)
         super().__init__(*args, **options)
-        self.causal_weight = float(causal_loss.weight)
+        self.causal_weight = causal_loss.first_weight
         self._causal_reader = SpanReader(tokenizer(self), layout)
         self._causal_tasks = [index for index, name in enumerate(self.reward_func_names) if name in task_rewards]
         model = self.accelerator.unwrap_model(self.model)
@@ -157,6 +157,27 @@ class CausalTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             logits_NTV: Tensor = model(input_ids=ids_NT, attention_mask=tokens_NT.long(), **options).logits
         return logits_NTV[:, -kept - 1 : -1]
+
+
+def watch_metrics(trainer: Any, names: Sequence[str]) -> Callable[[], list[float]]:
+    """Return a function that returns the values of training metrics since it was last called, means over all ranks."""
+    seen: dict[str, tuple[list[float], int]] = {}
+
+    def since() -> list[float]:
+        fresh: list[float] = []
+        for name in names:
+            values = trainer._metrics["train"].get(name, [])
+            known, count = seen.get(name, ([], 0))
+            fresh += values[count if values is known else 0 :]  # TRL starts new lists when it logs
+            seen[name] = values, len(values)
+        return fresh
+
+    return since
+
+
+def log_metric(trainer: Any, name: str, value: float) -> None:
+    """Add a value to a metric, of which TRL logs the mean."""
+    trainer._metrics["train"][name].append(value)
 
 
 def prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from accelerate.utils import gather_object
@@ -205,6 +206,10 @@ class CausalReward:
         # Every rank calls its rewards once for each generation batch, so this meets no other collective.
         gathered = gather_object([pools]) if self._trainer.accelerator.num_processes > 1 else [pools]
         return {source: thinned(one for each in gathered for one in each[source]) for source in pools}
+
+    def set_power(self, p: float) -> None:
+        """Fuse with another exponent of the power mean from now on."""
+        self.config = replace(self.config, p=p)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer out: a copy must be bound again."""

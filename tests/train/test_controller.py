@@ -1,0 +1,110 @@
+"""Protects `weight: auto`: pressure rises while the task reward holds, falls when it falls, and survives a resume."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cepo.files import read_jsonl
+from cepo.train.controller import Controller, Pressure, step
+from cepo.train.grpo import build_rewards, load_config, train
+
+CONTROLLER = Controller()
+
+
+def series(rewards: list[float], controller: Controller = CONTROLLER) -> list[Pressure]:
+    states = [Pressure()]
+    for reward in rewards:
+        states.append(step(states[-1], reward, controller))
+    return states
+
+
+def test_pressure_rises_while_the_task_reward_holds_up_to_its_bound() -> None:
+    values = [state.value for state in series([0.8] * 100)]
+    assert values[:10] == [1.0] * 10  # the average is not settled yet
+    assert values[10:20] == pytest.approx([1.0 + 0.05 * n for n in range(1, 11)])
+    assert values[-1] == CONTROLLER.most == max(values)
+
+
+def test_pressure_falls_when_the_task_reward_falls_and_rises_again_when_it_is_back() -> None:
+    states = series([0.8] * 30 + [0.2] * 10 + [0.8] * 60)
+    values = [state.value for state in states]
+    assert values[40] == pytest.approx(values[30] * 0.8**10)
+    lowest = values.index(min(values))
+    assert 40 <= lowest < 70  # until the average is within the slack of its best
+    assert all(later > earlier for earlier, later in zip(values[lowest:], values[lowest + 1 :], strict=False))
+    assert min(values) > 0.0
+
+
+def test_the_average_is_a_plain_mean_at_first_and_one_lucky_start_is_not_the_best() -> None:
+    states = series([1.0] + [0.5] * 9)
+    assert states[-1].average == pytest.approx(0.55)
+    assert states[-1].best == states[-1].average
+    assert [state.best for state in states[:-1]] == [None] * 10
+    assert all(state.value >= 1.0 for state in series([1.0] + [0.5] * 60))
+    assert step(states[-1], float("nan"), CONTROLLER) == states[-1]
+
+
+def test_a_law_out_of_range_is_refused() -> None:
+    for changes in ({"slack": -1.0}, {"decay": 1.0}, {"rise": 0.0}, {"fall": 1.0}, {"most": 0.5}):
+        with pytest.raises(ValueError, match="out of range"):
+            Controller(**changes)
+
+
+def write_config(folder: Path, judge: Path, **changes: Any) -> Path:
+    config = {
+        "model": str(judge),
+        "output": str(folder / "run"),
+        "threads": 1,
+        "data": {"source": "testbed", "count": 16, "test_count": 4},
+        "rewards": [
+            {"name": "argmax"},
+            {"name": "causal", "weight": "auto", "links": {"X->Y": 1.0}, "score": "influence", "p": "auto"},
+        ],
+        "causal_loss": {"weight": "auto"},
+        "grpo": {
+            "per_device_train_batch_size": 4,
+            "num_generations": 2,
+            "max_completion_length": 2,
+            "save_steps": 1,
+            "report_to": [],
+        },
+        **changes,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
+def test_a_resumed_run_goes_on_with_the_pressure_of_an_uninterrupted_one(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three settings that can be auto, with a law that moves at the first step; one run stops after one of two."""
+    monkeypatch.setattr("cepo.train.controller.Controller.__init__.__defaults__", (0.05, 0.0, 0.05, 0.8, 4.0))
+    names = ("causal/pressure", "causal/weight", "causal_loss/weight", "causal/p")
+    config = load_config(write_config(tmp_path, judge), {})
+    logged = {}
+    for run, stops in (("whole", [2]), ("broken", [1, 2])):
+        for stop in stops:
+            output = str(tmp_path / run)
+            train(replace(config, output=output, grpo={**config.grpo, "max_steps": stop}))
+        rows = [row for _, row in read_jsonl(tmp_path / run / "metrics.jsonl")[0] if names[0] in row]
+        logged[run] = [[row[name] for name in names] for row in rows]
+        state = json.loads((tmp_path / run / "checkpoint-2" / "trainer_state.json").read_text())
+        assert state["stateful_callbacks"]["ControlledPressure"]["attributes"]["steps"] == 2
+    assert logged["whole"] == logged["broken"]
+    assert len(logged["whole"]) == 2
+    for place, values in enumerate(logged["whole"]):
+        pressure = 1.0 + 0.05 * place
+        assert values == pytest.approx([pressure, pressure, 0.5 * pressure, 1.0 - 0.8 * pressure])
+
+
+def test_auto_needs_a_task_reward_and_a_causal_one(judge: Path, tmp_path: Path) -> None:
+    for rewards, complaint in (
+        ([{"name": "format"}, {"name": "causal", "weight": "auto"}], "needs a task reward"),
+        ([{"name": "argmax", "weight": "auto"}], "auto for a causal reward"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            build_rewards(load_config(write_config(tmp_path, judge, rewards=rewards), {}))
