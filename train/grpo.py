@@ -309,11 +309,16 @@ def _control(config: TrainConfig, trainer: Any, functions: Sequence[Any]) -> Con
         if reward.get("weight") == AUTO:
             knobs.append(Knob(f"{function.__name__}/weight", float, partial(trainer.reward_weights.__setitem__, index)))
         if reward.get("p") == AUTO:
-            start = function.config.p
-            knobs.append(Knob(f"{function.__name__}/p", lambda u, p=start: 1.0 - (1.0 - p) * u, function.set_power))
+            power = partial(_power_at, function.config.p)
+            knobs.append(Knob(f"{function.__name__}/p", power, function.set_power))
     if config.causal_loss is not None and config.causal_loss.get("weight") == AUTO:
         knobs.append(Knob("causal_loss/weight", lambda u: FIRST_WEIGHT * u, partial(setattr, trainer, "causal_weight")))
     return ControlledPressure(knobs, watch_metrics(trainer, _watched(config, functions)), partial(log_metric, trainer))
+
+
+def _power_at(start: float, pressure: float) -> float:
+    """Return the exponent of the fused form: under more pressure, less of one score makes up for lack of another."""
+    return 1.0 - (1.0 - start) * pressure
 
 
 def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) -> dict[str, Any]:
