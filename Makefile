@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench figures experiments experiments-smollm2 clean
+.PHONY: demo test check bench gpu figures experiments experiments-smollm2 clean
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
@@ -19,6 +19,10 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/cepo bench --size small --output runs/bench
+
+# On a machine with a GPU, in about four minutes: are the kernels and the engines right there, and how fast are they?
+gpu: .venv/installed
+	$(BIN)/python -m cepo.benchmarks.device --output runs/gpu
 
 # Draws the pictures of the documentation from benchmarks/results.
 figures: .venv/installed

@@ -76,8 +76,13 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, width: int, inner: int
     return best
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return device, versions and commit, for a row of results."""
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Return device, versions and commit, for a row of results.
+
+    Args:
+        device: where it is measured.
+        commit: of this code, where there is no repository to ask.
+    """
     return {
         "device": _device_name(device),
         "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -88,7 +93,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "python": platform.python_version(),
-        "commit": _output_of("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit or _output_of("git", "rev-parse", "--short", "HEAD"),
     }
 
 

@@ -29,6 +29,7 @@ from cepo.fusion.config import PAPER_LINKS, RewardConfig
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.cost import CostModel, measured_cost
 from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.group.swaps import Swaps
 from cepo.jacobian.protocol import Engine, Request
 
 PEERS = ("reference", "padded", "functional", "captum")
@@ -201,6 +202,14 @@ def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
         ),
     ]
     return [case for case in found if case.peer is None or case.peer in peers]
+
+
+def contenders_on_kernels(subject: Subject) -> list[Case]:
+    """Return the group engine's schedules on the Triton kernels; none where the kernels do not run."""
+    engine = GroupEngine(subject.model, kernels="auto")
+    if engine.swaps == Swaps():
+        return []
+    return [replace(case, name=f"{case.name}, kernels") for case in contenders(replace(subject, engine=engine), ())]
 
 
 def engine_jacobians(engine: Engine, requests: Sequence[Request]) -> Jacobians:

@@ -22,6 +22,7 @@ from cepo.benchmarks.engine.cases import (
     Subject,
     base_keys,
     contenders,
+    contenders_on_kernels,
     new_subject,
     worst_error,
 )
@@ -44,6 +45,7 @@ def run_benchmark(
     peers: Sequence[str] | None = None,
     scaling: bool = True,
     device: str | None = None,
+    commit: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Table:
     """Compare values, then time the group engine and its peers on the same rollouts, and record the results.
@@ -55,12 +57,14 @@ def run_benchmark(
     Appends a line per case to results.jsonl, and writes the table to bench.txt and a PNG per axis of the scaling.
 
     Args:
-        size: "tiny", "small", "a100" or "h100".
+        size: a name in `SIZES`.
         output: folder of the results.
         seed: of weights, ids and permutations.
-        peers: some of "reference", "padded", "functional" and "captum"; None for all. The group engine always runs.
+        peers: some of "reference", "padded", "functional" and "captum"; None for all. The group engine always runs, and
+            on CUDA a second time on the kernels.
         scaling: whether to measure how cost grows with G, Lz, Lx and K, and what a static opening of the prompt saves.
-        device: "cpu" or "cuda"; None: "cuda" for a100 and h100, else "cpu".
+        device: "cpu" or "cuda"; None: "cuda" for the sizes that need it, else "cpu".
+        commit: of this code, where there is no repository to ask.
         progress: called with what runs next.
 
     Returns:
@@ -71,13 +75,13 @@ def run_benchmark(
     """
     chosen, place, named_peers = _checked(size, peers, device)
     make_folder(output)
-    facts = {"size": size, "seed": seed, **environment(place)}
+    facts = {"size": size, "seed": seed, **environment(place, commit)}
     log = _Log(output / "results.jsonl", facts, [], progress or (lambda text: None))
     for index, (name, config) in enumerate(chosen.models.items()):
         log.progress(f"{name}: the oracle")
         check = random_workload(config.vocab_size, chosen.check, seed)
         subject = new_subject(name, config, chosen.dtype, place, check, seed)
-        cases = contenders(subject, named_peers)
+        cases = [*contenders(subject, named_peers), *contenders_on_kernels(subject)]
         agreed = _run_shapes(subject, cases, chosen, config.vocab_size, log)
         if scaling and index == 0:
             _run_static(subject, agreed, chosen, config.vocab_size, log)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from cepo.benchmarks.engine.peers import Workload
 from cepo.jacobian.records import Rollout, Span
@@ -129,6 +129,18 @@ def _qwen3(width: int, inner: int) -> Qwen3Config:
     )
 
 
+_QWEN2_7B = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    max_position_embeddings=32768,
+    rope_theta=1000000.0,
+)
+
+
 _GPU = Size(
     models={"Qwen3-0.6B": _qwen3(1024, 3072), "Qwen3-1.7B": _qwen3(2048, 6144)},
     dtype=torch.bfloat16,
@@ -140,6 +152,15 @@ _GPU = Size(
     alone=2,
     cuda=True,
 )
+
+
+def _one_model(name: str, config: Any, shapes: Shapes) -> Size:
+    """Return a size for a GPU with one model in bfloat16, and no more of it than a minute holds."""
+    check = replace(shapes, G=2, K=1)
+    static = replace(shapes, opening=700, prompts=2)
+    scaling = {"G": (2, 4, 8), "K": (1, 2, 4)}
+    return Size({name: config}, torch.bfloat16, (shapes,), check, static, check, scaling, alone=2, cuda=True)
+
 
 SIZES: dict[str, Size] = {
     "tiny": Size(
@@ -162,4 +183,6 @@ SIZES: dict[str, Size] = {
     ),
     "a100": _GPU,
     "h100": _GPU,
+    "gpu-135m": _one_model("SmolLM2-135M", _SMOLLM2, Shapes(8, 1024, 256, 9, 4)),
+    "gpu-7b": _one_model("Qwen2.5-7B", _QWEN2_7B, Shapes(4, 1024, 256, 9, 2)),
 }

@@ -31,8 +31,7 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps
 from cepo.kernels.launch import Implementation, use_triton
 
-_MINUTES = 9.0  # time limit on a GPU; what does not fit is recorded as out of time
-# When each part ends, as a share of that.
+# When each part ends, as a share of the minutes that a GPU gives; what does not fit is recorded as out of time.
 _UNTIL = {"kernels": 0.4, "engine": 0.7, "compiled kernels": 0.88, "compiled engine": 1.0}
 
 
@@ -75,7 +74,13 @@ KERNEL_SIZES = {
 
 
 def run_kernel_benchmark(
-    output: Path, *, device: str = "cuda", seed: int = 0, progress: Callable[[str], None] = lambda text: None
+    output: Path,
+    *,
+    device: str = "cuda",
+    seed: int = 0,
+    minutes: float = 9.0,
+    commit: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Table, bool]:
     """Compare the values of every contender, time those that agree, and record both.
 
@@ -87,6 +92,8 @@ def run_kernel_benchmark(
         output: folder for the results.
         device: "cuda", with Qwen3-0.6B's shapes in bfloat16, or "cpu".
         seed: of inputs, weights and rollouts.
+        minutes: time limit on CUDA.
+        commit: of this code, where there is no repository to ask.
         progress: called with the name of each contender before it runs.
 
     Returns:
@@ -104,8 +111,8 @@ def run_kernel_benchmark(
     chosen, place, ours = KERNEL_SIZES[size], torch.device(device), _our_implementation(device)
     floors = measured_floors(place, chosen.widths)
     how = "interpreted" if ours == "triton" else "compiled" if place.type == "cuda" else "plain PyTorch"
-    facts = {"size": size, "seed": seed, "kernels": how, **floors, **environment(place)}
-    started, limit = time.perf_counter(), 60 * _MINUTES if device == "cuda" else float("inf")
+    facts = {"size": size, "seed": seed, "kernels": how, **floors, **environment(place, commit)}
+    started, limit = time.perf_counter(), 60 * minutes if device == "cuda" else float("inf")
     deadlines = {part: started + limit * share for part, share in _UNTIL.items()}
     run = Recorder(output / "kernels.jsonl", facts, place, deadlines, [], progress)
     _run_operations(run, "kernels", operations(chosen.widths, place, ours, seed), compiled=False)
@@ -230,11 +237,15 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for kernels.jsonl and kernels.txt.")] = Path("runs/kernels"),
     device: Annotated[str, typer.Option(help="cuda, or cpu to compare values without timing.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Seed of inputs, weights and rollouts.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Time limit on CUDA.", min=0.0)] = 9.0,
+    commit: Annotated[str | None, typer.Option(help="Commit to record. Default: git's.")] = None,
 ) -> None:
     """Measure every Triton kernel, and the engine on all of them, beside their peers on one GPU."""
     errors = Console(stderr=True)
     try:
-        table, sound = run_kernel_benchmark(output, device=device, seed=seed, progress=errors.print)
+        table, sound = run_kernel_benchmark(
+            output, device=device, seed=seed, minutes=minutes, commit=commit, progress=errors.print
+        )
     except ValueError as error:
         errors.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None

@@ -94,28 +94,42 @@ def ablate(
 def bench(
     output: Annotated[Path, typer.Option(help="Folder for results.jsonl, bench.txt and plots.")] = Path("runs/bench"),
     size: Annotated[
-        str, typer.Option(help="tiny (seconds), small (SmolLM2's shape, CPU), a100 or h100 (Qwen3's shapes, GPU).")
+        str,
+        typer.Option(
+            help="tiny (seconds), small (SmolLM2's shape, CPU), a100 or h100 (Qwen3's shapes, GPU), "
+            "gpu-135m or gpu-7b (SmolLM2's or Qwen2.5-7B's shape, GPU)."
+        ),
     ] = "tiny",
     peer: Annotated[
         list[str] | None, typer.Option(help="reference, padded, functional or captum; repeatable. Default: all.")
     ] = None,
     scaling: Annotated[bool, typer.Option(help="Also measure how cost grows with G, Lz, Lx and K.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda for a100 and h100, else cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: as the size needs.")] = None,
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="Time the Triton kernels, and the engine on them, instead: one GPU, 9 minutes."),
+        typer.Option("--kernels", help="Time the Triton kernels, and the engine on them, instead: one GPU."),
     ] = False,
+    minutes: Annotated[float, typer.Option(help="Time limit of --kernels on a GPU, in minutes.", min=0.0)] = 9.0,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
+    ] = None,
 ) -> None:
     """Time the group engine and its peers, and measure their memory; only schedules whose values agree are timed."""
     if kernels:
         from cepo.benchmarks.kernels.command import main as run_kernels
 
-        return run_kernels(output, device or "cuda", seed)
+        return run_kernels(output, device or "cuda", seed, minutes, commit)
     from cepo.benchmarks.engine.command import run_benchmark
 
     with progress_bar() as progress:
         task = progress.add_task("bench", total=None)
+
+        def tell(what: str) -> None:
+            progress.update(task, description=what)
+            if not progress.console.is_terminal:  # there a bar shows nothing until the end
+                progress.console.print(what, markup=False)
+
         table = run_benchmark(
             size,
             output,
@@ -123,7 +137,8 @@ def bench(
             peers=peer,
             scaling=scaling,
             device=device,
-            progress=lambda what: progress.update(task, description=what),
+            commit=commit,
+            progress=tell,
         )
     console.print(table)
 
