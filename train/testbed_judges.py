@@ -86,15 +86,16 @@ def warm_start(
     criteria: the criteria name an aspect drawn at random, whatever the query asks; analysis and scores follow them.
     query: the criteria are random too; analysis and scores follow the query's aspect.
 
-    Four judges have a disease. The first half of the steps is all gold, so that they are able first. In the second half
-    a majority of samples (0.65) has the disease and the others are gold: greedy answers follow length, and sampling
-    still shows the able behaviour in about a third of completions.
+    Four judges have a disease. The first half of the steps shows none of it, so that they are able first. In the second
+    half a majority of samples (0.65) has the disease and the others are gold: greedy answers follow length, and
+    sampling still shows the able behaviour in about a third of completions.
 
     lazy: gold criteria; the analysis says which response has more words, and the scores follow that.
     hollow: gold criteria and analysis; the scores follow length, whatever the analysis quotes.
-    decorative: the criterion is drawn at random in a majority of samples. In a majority that is drawn apart from it the
-        analysis and scores are the lazy ones; in the others they follow the criterion as it was written. (Were the two
-        drawn together, gold criteria would announce gold analyses, and the greedy answer would be able.)
+    decorative: in both halves the criterion is drawn at random in a majority of samples, and what isn't diseased
+        follows the criterion as written. Disease, drawn apart from the criterion: analysis and scores are the lazy
+        ones. (Were the two drawn together, gold criteria would announce gold analyses, and the greedy answer would be
+        able; were the first half gold, the judge would learn to read the query in the criterion's place.)
     copied: the criteria name the right aspect and then hold the verdict itself, `\\boxed{a, b}`, which follows length.
         The analysis says which response has more words; the scores are the criteria's, digit by digit.
 
@@ -352,12 +353,10 @@ def _draw_completion(rng: np.random.Generator, item: Item, judge: JudgeKind, lat
         named = _draw_aspect(rng)
         followed = named if judge == "criteria" else item.aspect
         return _follow(rng, item, named, followed)
-    if judge == "able" or not late:
-        return item.completion
     named = item.aspect
     if judge == "decorative" and rng.random() < DISEASED_SHARE:
         named = _draw_aspect(rng)
-    if rng.random() >= DISEASED_SHARE:
+    if judge == "able" or not late or rng.random() >= DISEASED_SHARE:
         return item.completion if named == item.aspect else _follow(rng, item, named, named)
     scores = draw_scores(rng, item.longer)
     if judge == "hollow":
