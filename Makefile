@@ -37,7 +37,7 @@ JUDGEMENTS ?= $(if $(QUICK),1,4)
 
 # Within an hour on two cores.
 experiments: .venv/installed
-	$(BIN)/cepo experiment $(QUICK) --output $(RUNS)/training
+	$(BIN)/cepo experiment $(QUICK) --recipe benchmarks/recipes/testbed-training.yaml --output $(RUNS)/training
 	$(BIN)/cepo eval causal --testbed $(QUICK) --output $(RUNS)/causal
 	$(BIN)/cepo ablate --testbed $(if $(QUICK),16,256) --output $(RUNS)/ablate-testbed
 	if test -d $(DATA); then \

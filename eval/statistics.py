@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student_t
 
 DRAWS = 1000
@@ -166,6 +166,22 @@ def mean_of_few(values: ArrayLike) -> Estimate:
     error = float(values_N.std(ddof=1)) / math.sqrt(count)
     reach = error * float(student_t.ppf((1.0 + LEVEL) / 2.0, count - 1))
     return Estimate(middle, middle - reach, middle + reach, count)
+
+
+def sign_flip_p(differences: ArrayLike) -> float:
+    """Return the two-sided p-value of paired differences under flips of their signs; NaN for none.
+
+    The probability that a mean at least as far from 0 comes about where each difference is as likely to have either
+    sign: of all sign patterns up to 13 differences, of 10,000 drawn ones beyond that. With n differences it is at least
+    2 / 2^n.
+
+    Source:
+        Fisher, The design of experiments (1935), section 21.
+    """
+    values_N = np.asarray(differences, dtype=float)
+    if len(values_N) < 2:
+        return 1.0 if len(values_N) else math.nan
+    return float(permutation_test((values_N,), np.mean, permutation_type="samples", n_resamples=9999, rng=0).pvalue)
 
 
 def widened(found: Estimate, independent: int, *, ends: tuple[float, float] = (0.0, 1.0)) -> Estimate:

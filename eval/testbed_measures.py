@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE
+from cepo.train.testbed_modes import MODES, completion_mode
 
 LINKS = ("Z->X", "criteria->analysis", "X->Y", "Z->Y")
-FIELDS = ("phi", "retained", "influence", "norm", "tokens")
+FIELDS = ("influence", "norm", "tokens")
 ITEMS = 200  # for each accuracy and intervention
 SCORED = 32  # sampled judgements whose links are scored
 _SHOWN = 4
@@ -32,6 +33,8 @@ class Measures:
         swaps_followed: of the items whose criterion was swapped, in the criteria that the judge wrote, for one with the
             other winner, the fraction whose regenerated verdict follows the swap, in [0, 1].
         turned: the fraction of the same items where the criterion alone turned the verdict, in [0, 1].
+        modes: share of each mode among completions sampled where the cue agrees in 10% of items: where it agrees, some
+            modes write the same text. See `cepo.train.testbed_modes.completion_mode`.
         malformed: fraction of sampled completions that cannot be scored, in [0, 1].
         tokens: mean length of sampled completions.
         links: mean of each field of the link records, by link.
@@ -41,6 +44,7 @@ class Measures:
     flipped: float
     swaps_followed: float
     turned: float
+    modes: Mapping[str, float]
     malformed: float
     tokens: float
     links: Mapping[str, Mapping[str, float]]
@@ -63,17 +67,19 @@ def measure_judge(
     """
     usual = testbed.generate_items(items, seed=seed + 11, cue_agreement=0.9)
     flipped = testbed.generate_items(items, seed=seed + 12, cue_agreement=0.1)
-    sampled = testbed_judges.judge_items(model, tokenizer, usual[:scored], temperature=1.0, seed=seed)
+    sampled = testbed_judges.judge_items(model, tokenizer, usual, temperature=1.0, seed=seed)
+    against = testbed_judges.judge_items(model, tokenizer, flipped, temperature=1.0, seed=seed)
     greedy = testbed_judges.judge_items(model, tokenizer, usual)
     swaps = testbed_judges.certify(model, tokenizer, usual, seed=seed, completions=greedy)
     reader = SpanReader(tokenizer, JUDGE)
     rows = [
         {"prompt": item.prompt, "completion": completion + tokenizer.eos_token}
-        for item, completion in zip(usual, sampled, strict=False)
+        for item, completion in zip(usual, sampled, strict=True)
     ]
     rollouts = [read_rollout(row, reader) for row in rows]
-    config = RewardConfig(links=dict.fromkeys(LINKS, 1.0), counterfactuals=4, also=("phi",))
-    scores = score_rollouts(rollouts, GroupEngine(model), config, JUDGE, keep_jacobians=True)
+    # No counterfactuals: of the links, what is shown is their influence.
+    config = RewardConfig(links=dict.fromkeys(LINKS, 1.0), score="influence")
+    scores = score_rollouts(rollouts[:scored], GroupEngine(model), config, JUDGE, keep_jacobians=True)
     sound = [score for score in scores if score.malformed is None]
     links = {
         name: {field: sum(getattr(score.links[name], field) for score in sound) / len(sound) for field in FIELDS}
@@ -101,8 +107,14 @@ def measure_judge(
         flipped=testbed_judges.accuracy(testbed_judges.judge_items(model, tokenizer, flipped), flipped),
         swaps_followed=swaps["follows_swap"],
         turned=swaps["flips"],
-        malformed=1.0 - len(sound) / len(scores),
+        modes=_mode_shares(flipped, against),
+        malformed=sum(rollout.malformed is not None for rollout in rollouts) / len(rollouts),
         tokens=sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
         links=links,
     )
     return measures, maps
+
+
+def _mode_shares(items: Sequence[testbed.Item], completions: Sequence[str]) -> dict[str, float]:
+    modes = [completion_mode(item, completion) for item, completion in zip(items, completions, strict=True)]
+    return {mode: modes.count(mode) / len(modes) for mode in MODES}

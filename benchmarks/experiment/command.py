@@ -1,4 +1,4 @@
-"""`cepo experiment`: which reward makes a testbed judge's criteria cause its verdict, over seeds, at equal steps."""
+"""`cepo experiment`: which reward makes a testbed judge's criteria cause its verdict, by world, over seeds."""
 
 from __future__ import annotations
 
@@ -16,49 +16,64 @@ from cepo.benchmarks.experiment.run import MEASURES, claim_run, execute, shared_
 from cepo.benchmarks.measure import environment
 from cepo.files import claim, read_jsonl, write_jsonl
 
+_SHOWN = 3  # failed runs named in an error
+
 
 def run_experiment(
     output: Path, plan: Sequence[Run], *, jobs: int = 2, progress: Callable[[int, int], None] | None = None
 ) -> Table:
-    """Train every arm from every seed, measure it, and write `results.jsonl` and `report.html`.
+    """Train every arm in every world from every seed, measure it, and write `results.jsonl` and `report.html`.
 
     A finished run is not repeated, and a killed one continues from its checkpoint, where settings, recipe and testbed
-    are the same. Runs of other arms and seeds that the output holds stay among the results.
+    are the same. Runs of other worlds, arms and seeds that the output holds stay among the results, which are written
+    anew after each run. A run that fails does not stop the others.
 
     Args:
-        output: folder of the runs and the results.
+        output: folder of the results; the runs are in a folder for each world.
         plan: from `read_plan`.
         jobs: processes side by side, one thread each.
         progress: called with (finished runs, all runs).
 
     Returns:
-        A table: per arm, the mean over seeds of the main measures, and their range.
+        A table: per world and arm, the mean over seeds of the main measures, and their range.
 
     Raises:
-        ValueError: for an output of other settings.
+        ValueError: for an output of other settings, before anything is run; for runs that failed, after all others.
     """
-    finished = sorted(path.parent for path in output.glob(f"*/{MEASURES}"))
+    finished = sorted(path.parent for path in output.glob(f"*/*/{MEASURES}"))
     claim(output / "settings.json", shared_settings(plan[0]), results=finished[:3])
     for run in plan:
         claim_run(run)
+    about = environment(torch.device("cpu"))
     done = 0
-    # The judges before training first: they fill the cache that the other runs of their seed read.
-    for stage in ([run for run in plan if not run.rewards], [run for run in plan if run.rewards]):
+    failed: dict[str, str] = {}
+    # The judges before training first: they fill the cache that the other runs of their world and seed read.
+    for stage in ([run for run in plan if not run.changes], [run for run in plan if run.changes]):
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(execute, run) for run in stage]):
-                future.result()
+            waiting = {pool.submit(execute, run): run for run in stage}
+            for future in as_completed(waiting):
+                error = future.exception()
+                if error is not None:
+                    run = waiting[future]
+                    failed[f"{run.world}, {run.arm}, seed {run.seed}"] = f"{type(error).__name__}: {error}"
+                write_jsonl(output / "results.jsonl", [{**row, **about} for row in _read_rows(output, plan)])
                 done += 1
                 if progress is not None:
                     progress(done, len(plan))
-    rows = _read_rows(output, list(dict.fromkeys(run.arm for run in plan)))
-    about = environment(torch.device("cpu"))
-    write_jsonl(output / "results.jsonl", [{**row, **about} for row in rows])
-    write_page(output / "report.html", rows, about["commit"])
+    rows = _read_rows(output, plan)
+    if rows:
+        write_page(output / "report.html", rows, about["commit"])
+    if failed:
+        told = "; ".join(f"{run} ({reason})" for run, reason in list(failed.items())[:_SHOWN])
+        raise ValueError(f"{len(failed)} of {len(plan)} runs failed, and the same command repeats them: {told}")
     return means_table(rows)
 
 
-def _read_rows(output: Path, arms: Sequence[str]) -> list[Row]:
-    """Return the rows of all finished runs, of earlier calls too, by seed and in the order of the arms."""
-    rows = [row for path in output.glob(f"*/{MEASURES}") for _, row in read_jsonl(path)[0]]
-    order = {name: place for place, name in enumerate(arms)}
-    return sorted(rows, key=lambda row: (row["seed"], order.get(row["arm"], len(order)), row["arm"]))
+def _read_rows(output: Path, plan: Sequence[Run]) -> list[Row]:
+    """Return the rows of all finished runs, of earlier calls too, in the order of the plan's worlds, seeds and arms."""
+    rows = [row for path in output.glob(f"*/*/{MEASURES}") for _, row in read_jsonl(path)[0]]
+    worlds, arms = (
+        list(dict.fromkeys([*first, *sorted(row[name] for row in rows)]))
+        for name, first in (("world", [run.world for run in plan]), ("arm", [run.arm for run in plan]))
+    )
+    return sorted(rows, key=lambda row: (worlds.index(row["world"]), row["seed"], arms.index(row["arm"])))

@@ -1,4 +1,4 @@
-"""What an experiment runs: every arm of its recipe from every seed."""
+"""What an experiment runs: every arm of its recipe in every world from every seed."""
 
 from __future__ import annotations
 
@@ -6,26 +6,31 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 import cepo
 from cepo.eval.testbed_measures import ITEMS, SCORED
+from cepo.train.testbed_judges import JudgeKind
 
 _PACKAGE = Path(cepo.__file__).parent
-RECIPE = _PACKAGE / "benchmarks" / "recipes" / "testbed-training.yaml"
+RECIPE = _PACKAGE / "benchmarks" / "recipes" / "testbed-worlds.yaml"
 TESTBED = _PACKAGE / "train" / "recipes" / "testbed.yaml"  # what all arms share
 BASELINE, UNTRAINED = "task", "untrained"  # arms that the others are compared with
+SHUFFLED = " shuffled"  # ends the name of an arm that is another one's control
+_KEYS = ("rewards", "causal_loss", "grpo")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm from one seed.
+    """One arm in one world from one seed.
 
     Attributes:
+        world: the testbed judge that training starts from, see `cepo.train.testbed_judges.warm_start`.
         arm: name of the arm.
-        rewards: as in `TrainConfig`; none for the judge before training.
+        changes: what the arm sets in the testbed's training recipe: `rewards`, and perhaps `causal_loss` and fields of
+            `grpo`; empty for the judge before training.
         seed: of everything.
         steps: GRPO steps.
         items: items per measure.
@@ -33,8 +38,9 @@ class Run:
         folder: where the run lives.
     """
 
+    world: str
     arm: str
-    rewards: tuple[Mapping[str, Any], ...]
+    changes: Mapping[str, Any]
     seed: int
     steps: int
     items: int
@@ -46,17 +52,20 @@ def read_plan(
     output: Path,
     recipe: Path = RECIPE,
     *,
+    worlds: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
     arms: Sequence[str] | None = None,
     items: int = ITEMS,
     scored: int = SCORED,
 ) -> list[Run]:
-    """Return the runs of a recipe, seed by seed; the judge before training is always among them.
+    """Return the runs of a recipe, seed by seed and world by world; the judge before training is always among them.
 
     Args:
         output: folder of all runs.
-        recipe: YAML with steps, seeds and arms.
+        recipe: YAML with worlds, steps, seeds and arms. An arm is a list of rewards as in `TrainConfig`, or a mapping
+            with `rewards` and any of `causal_loss` and `grpo`.
+        worlds: instead of the recipe's.
         seeds: instead of the recipe's.
         steps: GRPO steps instead of the recipe's.
         arms: names of the arms to run; None for all.
@@ -64,22 +73,45 @@ def read_plan(
         scored: sampled judgements whose links are scored.
 
     Raises:
-        ValueError: for a recipe that cannot be used, or an arm that it does not have.
+        ValueError: for a recipe that cannot be used, an arm that it does not have, or a world that there is not.
     """
     try:
         loaded = yaml.safe_load(recipe.read_text())
-        named = {str(name): tuple(rewards) for name, rewards in loaded["arms"].items()}
-        seeds, steps = list(seeds or loaded["seeds"]), steps or int(loaded["steps"])
+        named = {str(name): _changes(str(name), given) for name, given in loaded["arms"].items()}
+        worlds, seeds = list(worlds or loaded["worlds"]), list(seeds or loaded["seeds"])
+        steps = steps or int(loaded["steps"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"recipe {str(recipe)!r} cannot be used: {error!r}; expected steps, seeds and arms") from None
-    if not seeds or not named:
-        raise ValueError(f"recipe {str(recipe)!r} has no {'arms' if seeds else 'seeds'}; expected at least one of each")
-    unknown = sorted(set(arms or ()) - set(named))
-    if unknown:
-        raise ValueError(f"arms names {', '.join(unknown)}; expected some of {', '.join(named)}")
-    chosen = [name for name in named if not arms or name in arms or name == UNTRAINED]
+        raise ValueError(
+            f"recipe {str(recipe)!r} cannot be used: {error!r}; expected worlds, steps, seeds and arms"
+        ) from None
+    for what, found in (("worlds", worlds), ("seeds", seeds), ("arms", named)):
+        if not found:
+            raise ValueError(f"recipe {str(recipe)!r} has no {what}; expected at least one of each")
+    for what, given, known in (("worlds", worlds, get_args(JudgeKind)), ("arms", arms or (), tuple(named))):
+        unknown = sorted({*given} - {*known})
+        if unknown:
+            raise ValueError(f"{what} names {', '.join(unknown)}; expected some of {', '.join(known)}")
+    chosen = [name for name in {UNTRAINED: None, **named} if not arms or name in arms or name == UNTRAINED]
     return [
-        Run(name, named[name], seed, steps, items, scored, output / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}")
+        Run(world, name, named.get(name, {}), seed, steps, items, scored, output / world / _folder(name, seed))
         for seed in seeds
+        for world in worlds
         for name in chosen
     ]
+
+
+def _changes(name: str, given: Any) -> dict[str, Any]:
+    """Return what an arm changes, however it is written."""
+    changes = {"rewards": given} if isinstance(given, list) else dict(given)
+    unknown = sorted(set(changes) - set(_KEYS))
+    if unknown:
+        raise ValueError(f"arm {name!r} holds {', '.join(unknown)}; expected some of {', '.join(_KEYS)}")
+    if name == UNTRAINED and any(changes.values()):
+        raise ValueError(f"arm {name!r} holds {changes!r}; expected nothing: it is the judge before training")
+    if name != UNTRAINED and not changes.get("rewards"):
+        raise ValueError(f"arm {name!r} has no rewards; expected a list of mappings such as {{name: format}}")
+    return {key: value for key, value in changes.items() if value}
+
+
+def _folder(arm: str, seed: int) -> str:
+    return f"{re.sub('[^A-Za-z0-9]+', '-', arm)}-{seed}"

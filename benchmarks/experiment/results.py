@@ -1,4 +1,4 @@
-"""What an experiment found: means over seeds, differences paired by seed, and the page."""
+"""What an experiment found: means over seeds, differences paired by seed, world by world, and the page."""
 
 from __future__ import annotations
 
@@ -9,58 +9,72 @@ from typing import Any
 
 from rich.table import Table
 
-from cepo.benchmarks.experiment.recipe import BASELINE, UNTRAINED
+from cepo.benchmarks.experiment.recipe import BASELINE, SHUFFLED, UNTRAINED
 from cepo.eval.report.figures import forest
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import console_table
-from cepo.eval.statistics import Estimate, mean_of_few
+from cepo.eval.statistics import Estimate, mean_of_few, sign_flip_p
 
+# What is shown of a row; a slash leads into a mapping.
 COLUMNS = {
     "flipped": "accuracy where length is flipped",
     "turned": "verdict turned by the criterion alone",
     "in_distribution": "accuracy in distribution",
-    "tokens": "completion tokens",
+    "modes/evidence": "mode evidence",
+    "modes/length": "mode length",
+    "modes/hollow": "mode hollow",
+    "modes/copied": "mode copied",
+    "modes/other": "other modes",
     "malformed": "malformed",
-    "influence": "influence of X->Y",
-    "phi": "phi of X->Y",
+    "tokens": "completion tokens",
+    "links/X->Y/influence": "influence of X->Y",
+    "time/rewards": "seconds of the rewards, per step",
+    "time/policy_update": "seconds of the policy update, per step",
+    "time/step": "seconds per step",
 }
 _DRAWN = ("flipped", "turned")
 Row = Mapping[str, Any]
 
 
-def paired_gains(rows: Sequence[Row], measure: str) -> dict[str, Estimate]:
-    """Return each arm's mean difference to the baseline arm, within the seeds that both have.
+def paired_gains(
+    rows: Sequence[Row], measure: str, *, baseline: str = BASELINE, arms: Sequence[str] | None = None
+) -> dict[str, tuple[Estimate, float]]:
+    """Return each arm's mean difference to another arm, within the seeds that both have.
 
     Args:
-        rows: one per run, in any order.
+        rows: one per run of one world, in any order.
         measure: one of COLUMNS.
+        baseline: the arm to compare with.
+        arms: the arms to compare; None for all that were trained.
 
     Returns:
-        Estimates by arm, with t intervals; `count` is the number of shared seeds. Without one the estimate is NaN.
+        By arm, the estimate with its paired t interval, whose `count` is the number of shared seeds, and the p-value of
+        the sign-flip permutation test. Without a shared seed both are NaN.
     """
     by_arm = _by_arm(rows, measure)
-    baseline = by_arm.get(BASELINE, {})
+    theirs = by_arm.get(baseline, {})
     gains = {}
     for arm, values in by_arm.items():
-        if arm in (BASELINE, UNTRAINED):
+        if arm in (baseline, UNTRAINED) or (arms is not None and arm not in arms):
             continue
-        shared = [seed for seed in values if seed in baseline]
-        gains[arm] = mean_of_few([values[seed] - baseline[seed] for seed in shared])
+        differences = [values[seed] - theirs[seed] for seed in values if seed in theirs]
+        gains[arm] = mean_of_few(differences), sign_flip_p(differences)
     return gains
 
 
 def means_table(rows: Sequence[Row]) -> Table:
-    """Return the mean over seeds and the range of the main measures, per arm."""
+    """Return the mean over seeds and the range of the main measures, per world and arm."""
     shown = (*_DRAWN, "in_distribution")
     title = "mean over seeds (range); the report has the other measures"
-    table = console_table("arm", "seeds", *(measure.replace("_", " ") for measure in shown), title=title)
-    for cells in _mean_cells(rows, shown):
-        table.add_row(*cells)
+    table = console_table("world", "arm", "seeds", *(measure.replace("_", " ") for measure in shown), title=title)
+    for world, of_world in _by_world(rows).items():
+        for cells in _mean_cells(of_world, shown):
+            table.add_row(world, *cells)
     return table
 
 
 def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
-    """Write the page: means, differences to the baseline, and every run.
+    """Write the page: for each world means and differences, then every run.
 
     Args:
         path: of the page.
@@ -68,43 +82,67 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
         commit: of the code, or None where it is unknown.
     """
     seeds = sorted({row["seed"] for row in rows})
-    figures = {}
-    tables = {"Means over seeds (range)": (["arm", "seeds", *COLUMNS.values()], _mean_cells(rows, tuple(COLUMNS)))}
-    for measure in _DRAWN:
-        label = COLUMNS[measure]
-        by_arm = _by_arm(rows, measure)
-        means = [(arm, mean_of_few(list(values.values()))) for arm, values in by_arm.items()]
-        figures[f"{label}: mean over seeds, 95% t interval over seeds"] = forest(means, axis=label)
-        gains = paired_gains(rows, measure)
-        if BASELINE in by_arm and gains:
-            caption = f"{label}: difference to {BASELINE}, paired by seed"
-            figures[caption] = forest(list(gains.items()), axis=f"difference in {label}", reference=0.0)
-            header = ["arm", f"seeds shared with {BASELINE}", "seeds", "difference [95% interval]"]
-            cells = [[arm, str(gain.count), str(len(by_arm[arm])), str(gain)] for arm, gain in gains.items()]
-            tables[caption] = (header, cells)
+    figures, tables = {}, {}
+    for world, of_world in _by_world(rows).items():
+        cells = _mean_cells(of_world, tuple(COLUMNS))
+        tables[f"World {world}: means over seeds (range)"] = (["arm", "seeds", *COLUMNS.values()], cells)
+        for measure in _DRAWN:
+            label = COLUMNS[measure]
+            means = [(arm, mean_of_few(list(values.values()))) for arm, values in _by_arm(of_world, measure).items()]
+            figures[f"World {world}, {label}: mean over seeds, 95% t interval over seeds"] = forest(means, axis=label)
+            tables |= _gain_tables(world, of_world, measure)
     runs = [
-        [f"{row['arm']}, seed {row['seed']}", *(f"{_value(row, measure):.3f}" for measure in COLUMNS)] for row in rows
+        [row["world"], row["arm"], str(row["seed"]), *(_number(_value(row, measure)) for measure in COLUMNS)]
+        for row in rows
     ]
     write_report(
         path,
         title="Which reward makes the criteria cause the verdict?",
         summary={
+            "worlds": ", ".join(_by_world(rows)),
             "seeds": ", ".join(map(str, seeds)),
             "GRPO steps": str(max(row["steps"] for row in rows)),
             "seconds in total": f"{sum(row['seconds'] for row in rows):.0f}",
             "commit": str(commit),
         },
         figures=figures,
-        tables={**tables, "Every run": (["run", *COLUMNS.values()], runs)},
+        tables={**tables, "Every run": (["world", "arm", "seed", *COLUMNS.values()], runs)},
         notes=[
-            "All arms start from the testbed's lazy judge, which follows length, and train on items where length is "
-            "right 90% of the time. 'Turned' replaces the criterion with another one and lets the judge write on: the "
-            "fraction of items whose verdict the criterion alone turned. No reward reads this intervention.",
-            f"Intervals are over {len(seeds)} seeds only: read them as a range, not as a test."
+            "All arms of a world start from the same diseased judge, which follows length, and train on items where "
+            "length is right 90% of the time. 'Turned' replaces the aspect in the criteria that the judge wrote and "
+            "lets it go on: the fraction of items whose verdict the criterion alone turned. No reward reads this "
+            "intervention. Modes tell how sampled completions came to their verdict, on items where length is wrong "
+            "90% of the time. Seconds are medians over the steps of one process on one thread.",
+            f"Intervals are paired t intervals over {len(seeds)} seeds; p is of the sign-flip permutation test, which "
+            "asks only that a difference is as likely to have either sign."
             if len(seeds) > 1
             else "One seed: there are no intervals.",
         ],
     )
+
+
+def _gain_tables(world: str, rows: Sequence[Row], measure: str) -> dict[str, Any]:
+    """Return the differences to the baseline, and of each arm to its own shuffle."""
+    header = ["arm", "shared seeds", "difference [95% interval]", "p, sign flips"]
+    by_arm = _by_arm(rows, measure)
+    cells = []
+    if BASELINE in by_arm:
+        cells = [_gain_cells(arm, *gain) for arm, gain in paired_gains(rows, measure).items()]
+    tables = {f"World {world}, {COLUMNS[measure]}: difference to {BASELINE}, paired by seed": (header, cells)}
+    controls = [arm for arm in by_arm if f"{arm}{SHUFFLED}" in by_arm]
+    cells = []
+    for arm in controls:
+        (gain,) = paired_gains(rows, measure, baseline=f"{arm}{SHUFFLED}", arms=[arm]).values()
+        shared = set(by_arm[arm]) & set(by_arm[f"{arm}{SHUFFLED}"])
+        above = sum(by_arm[arm][seed] > by_arm[f"{arm}{SHUFFLED}"][seed] for seed in shared)
+        cells.append([*_gain_cells(arm, *gain), f"{above} of {len(shared)}"])
+    caption = f"World {world}, {COLUMNS[measure]}: difference to the same rewards shuffled within prompts"
+    tables[caption] = ([*header, "seeds above it"], cells)
+    return {name: (head, body) for name, (head, body) in tables.items() if body}
+
+
+def _gain_cells(arm: str, gain: Estimate, p: float) -> list[str]:
+    return [arm, str(gain.count), str(gain), _number(p)]
 
 
 def _mean_cells(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
@@ -116,7 +154,19 @@ def _mean_cells(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    known = [value for value in values if not math.isnan(value)]
+    return f"{sum(known) / len(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else "-"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _by_world(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["world"], []).append(row)
+    return found
 
 
 def _by_arm(rows: Sequence[Row], measure: str) -> dict[str, dict[int, float]]:
@@ -127,5 +177,8 @@ def _by_arm(rows: Sequence[Row], measure: str) -> dict[str, dict[int, float]]:
 
 
 def _value(row: Row, measure: str) -> float:
-    value = row[measure] if measure in row else row["links"].get("X->Y", {}).get(measure)
-    return math.nan if value is None else float(value)
+    """Return a measure of a row; NaN where it is not there, as the links of a judge that wrote nothing well formed."""
+    found: Any = row
+    for name in measure.split("/"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return math.nan if found is None else float(found)

@@ -1,9 +1,11 @@
-"""One run of an experiment: train an arm from a seed, measure the judge, and keep the row."""
+"""One run of an experiment: train an arm in a world from a seed, measure the judge, and keep the row."""
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +16,15 @@ import yaml
 
 from cepo.benchmarks.experiment.recipe import TESTBED, Run
 from cepo.eval.testbed_measures import measure_judge
-from cepo.files import claim, write_jsonl
+from cepo.files import claim, read_jsonl, write_jsonl
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import policy
-from cepo.train.grpo import load_config, train
+from cepo.train.grpo import TrainConfig, load_config, train
+from cepo.train.run import METRICS
 
 MEASURES = "measures.json"
+PARTS = ("generation", "rewards", "policy_update", "step")
+"""Parts of an optimiser step whose seconds are recorded."""
 
 
 def execute(run: Run) -> None:
@@ -35,45 +40,71 @@ def execute(run: Run) -> None:
     torch.set_num_threads(1)
     started = time.perf_counter()
     with (run.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        if run.rewards:
-            overrides = {
-                "output": str(run.folder / "grpo"),
-                "seed": run.seed,
-                "rewards": [_with_encoder(reward, run.seed) for reward in run.rewards],
-                "grpo.max_steps": run.steps,
-                "grpo.report_to": "none",
-            }
-            model, tokenizer = load_model(resolve_model(str(train(load_config(TESTBED, overrides)))))
-        else:
-            model, tokenizer = _untrained(run.seed)
-        measures, _ = measure_judge(model, tokenizer, seed=run.seed, items=run.items, scored=run.scored)
+        try:
+            if run.changes:
+                model, tokenizer = load_model(resolve_model(str(train(training(run)))))
+            else:
+                model, tokenizer = _untrained(run)
+            measures, _ = measure_judge(model, tokenizer, seed=run.seed, items=run.items, scored=run.scored)
+        except Exception:
+            traceback.print_exc()
+            raise
     row = {
+        "world": run.world,
         "arm": run.arm,
         "seed": run.seed,
-        "steps": run.steps if run.rewards else 0,
+        "steps": run.steps if run.changes else 0,
         "seconds": round(time.perf_counter() - started, 1),
         **asdict(measures),
-        "settings": {name: getattr(run, name) for name in ("rewards", "seed", "steps", "items", "scored")},
+        "time": step_seconds(run.folder / "grpo" / METRICS) if run.changes else {},
+        "settings": {name: getattr(run, name) for name in ("changes", "items", "scored")},
     }
     write_jsonl(done, [row])
 
 
+def training(run: Run) -> TrainConfig:
+    """Return the training of a run: the testbed's recipe with what the arm and the world change, on the CPU."""
+    settings = {
+        "max_steps": run.steps,
+        "report_to": "none",
+        "use_cpu": True,  # also where there is a GPU: rows of different machines are compared
+        "bf16": False,
+        "gradient_checkpointing": False,
+        **run.changes.get("grpo", {}),
+    }
+    overrides = {
+        "output": str(run.folder / "grpo"),
+        "seed": run.seed,
+        "testbed.judge": run.world,
+        "rewards": [_with_encoder(reward, run) for reward in run.changes["rewards"]],
+        **{name: value for name, value in run.changes.items() if name not in ("rewards", "grpo")},
+        **{f"grpo.{name}": value for name, value in settings.items()},
+    }
+    return load_config(TESTBED, overrides)
+
+
+def step_seconds(metrics: Path) -> dict[str, float]:
+    """Return the median seconds of each part of an optimiser step, see `cepo.train.timing`."""
+    rows = [row for _, row in read_jsonl(metrics)[0] if "time/step" in row]
+    return {part: round(statistics.median(row[f"time/{part}"] for row in rows), 4) for part in PARTS if rows}
+
+
 def claim_run(run: Run) -> None:
     """Make the run's folder its own, or refuse it by the name of what differs: settings, recipe or testbed."""
-    own = {"arm": run.arm, "rewards": run.rewards, "seed": run.seed}
+    own = {"world": run.world, "arm": run.arm, "changes": run.changes, "seed": run.seed}
     results = [run.folder / MEASURES, run.folder / "grpo"]
     claim(run.folder / "settings.json", {**shared_settings(run), **own}, results=results)
 
 
 def shared_settings(run: Run) -> dict[str, Any]:
-    """Return what all runs of an output share: lengths, the testbed's recipe, and the content of its world."""
+    """Return what all runs of an output share: lengths, the testbed's recipe, and the content of its worlds."""
     recipe = _recipe()
     return {
         "command": "experiment",
         "steps": run.steps,
         "items": run.items,
         "scored": run.scored,
-        "world": policy.policy_fingerprint(None, seed=0, testbed_judge=recipe["testbed"]),
+        "warm_up": policy.policy_fingerprint(None, seed=0, testbed_judge=recipe["testbed"]),
         "testbed": {name: value for name, value in recipe.items() if name not in ("output", "rewards", "seed")},
     }
 
@@ -83,16 +114,17 @@ def _recipe() -> dict[str, Any]:
     return loaded
 
 
-def _untrained(seed: int) -> tuple[Any, Any]:
-    return policy.load_policy(policy.TESTBED, dtype="float32", seed=seed, testbed_judge=_recipe()["testbed"])
+def _untrained(run: Run) -> tuple[Any, Any]:
+    judge = {**_recipe()["testbed"], "judge": run.world}
+    return policy.load_policy(policy.TESTBED, dtype="float32", seed=run.seed, testbed_judge=judge)
 
 
-def _with_encoder(reward: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _with_encoder(reward: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Return the reward, its encoder "testbed" replaced by the folder of the judge before training.
 
     No sentence encoder knows the testbed's words; the judge's own mean hidden state is the nearest thing.
     """
     if reward.get("encoder") != "testbed":
         return dict(reward)
-    model, _ = _untrained(seed)
+    model, _ = _untrained(run)
     return {**reward, "encoder": str(Path(model.config._name_or_path))}

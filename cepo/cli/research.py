@@ -148,7 +148,11 @@ def experiment(
         "runs/experiments/training"
     ),
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML with steps, seeds and arms. Default: the testbed's recipe.")
+        Path | None, typer.Option(help="YAML with worlds, steps, seeds and arms. Default: all worlds of the testbed.")
+    ] = None,
+    worlds: Annotated[
+        str | None,
+        typer.Option(help="Worlds to run, with commas between them, e.g. lazy,hollow. Default: the recipe's."),
     ] = None,
     arm: Annotated[
         list[str] | None, typer.Option(help="Run only this arm, such as task or 'X->Y influence'; repeatable.")
@@ -160,8 +164,9 @@ def experiment(
 ) -> None:
     """Compare rewards: which one makes the criteria cause the verdict, over seeds, at equal steps, on the testbed.
 
-    Every arm starts from the same judge, which follows length, and is measured by interventions. A killed experiment
-    continues when it is started again with the same arguments.
+    A world is a disease that the judge starts with: lazy, hollow, decorative or copied. Every arm of a world starts
+    from the same judge, which follows length, and is measured by interventions. A killed experiment continues when it
+    is started again with the same arguments, and each run's row is on the disk when the run ends.
     """
     from cepo.benchmarks.experiment.command import run_experiment
     from cepo.benchmarks.experiment.recipe import RECIPE, read_plan
@@ -170,6 +175,7 @@ def experiment(
     plan = read_plan(
         output,
         recipe or RECIPE,
+        worlds=None if worlds is None else [world.strip() for world in worlds.split(",")],
         seeds=seed or ([1] if quick else None),
         steps=steps or (4 if quick else None),
         arms=arm,

@@ -23,6 +23,7 @@ from cepo.eval.statistics import (
     mean_of_few,
     proportion,
     rank_correlations,
+    sign_flip_p,
     spearman,
     widened,
 )
@@ -306,3 +307,11 @@ def test_a_table_with_a_row_that_is_too_short_is_refused_before_anything_is_writ
             tmp_path / "page.html", title="t", summary={}, figures={}, tables={"By subset": (["a", "b"], [["x"]])}
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_sign_flips_by_hand() -> None:
+    """Of the eight patterns of three differences of one sign, two are as far from 0; ten give 2 in 1,024."""
+    assert sign_flip_p([0.1, 0.2, 0.3]) == 0.25
+    assert sign_flip_p([0.5] * 10) == pytest.approx(2 / 1024)
+    assert sign_flip_p([0.1, -0.1]) == sign_flip_p([0.0, 0.0]) == sign_flip_p([0.5]) == 1.0
+    assert np.isnan(sign_flip_p([]))
