@@ -7,7 +7,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 import cepo
 from cepo.files import SETTINGS, claim
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
+from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.layout import Layout
 from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
 from cepo.train.controller import ControlledPressure, Knob
@@ -53,8 +54,8 @@ class TrainConfig:
         data: `source` and the loader's options, see `cepo.train.policy.load_data`.
         rewards: mappings with `name`, `weight` (default 1; "auto" for a causal reward, see `cepo.train.controller`, and
             so for its `p`) and, for causal, CausalReward's settings. Its `task` names a task reward to fuse with the
-            links (CE-PO); `preset: paper` takes the paper's values. Names: format, argmax, exact_match, math_verify,
-            bertscore, causal, and to compare it with: proxy, cir, log_cir, csr, necessary.
+            links (CE-PO); `preset: paper` takes the paper's values; `guard` is that of `JudgeLayout`. Names: format,
+            argmax, exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr, necessary.
         causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None to add no term to the
             loss of GRPO.
         output: folder of the run: checkpoints, metrics.jsonl, log.txt, settings.json, final/.
@@ -355,8 +356,8 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
         "csr": peers.CounterfactualSensitivity,
         "necessary": peers.Necessity,
     }
-    layout = _layout(kind)
     try:
+        layout = _layout(kind, settings.pop("guard", None) if name == "causal" or name in published else None)
         if name == "proxy":
             return ProxyReward(**settings)
         if name in published:
@@ -378,8 +379,12 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     return plain[name]
 
 
-def _layout(kind: str) -> Layout:
-    return JUDGE if kind == "judge" else REASONER
+def _layout(kind: str, guard: Guard | None = None) -> Layout:
+    if guard is None:
+        return JUDGE if kind == "judge" else REASONER
+    if kind != "judge":
+        raise ValueError(f"guard is {guard!r}, but kind is {kind}; only a judge's criteria can hold a verdict")
+    return replace(JUDGE, guard=guard)
 
 
 def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:

@@ -6,6 +6,7 @@ The instructions open every prompt, so that their keys and values serve a whole 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cepo.jacobian.reading.judge import JudgeLayout
@@ -47,6 +48,9 @@ REASONING_LITERALS: tuple[str, ...] = (
 """What is fixed in the reasoner's message: the text before the question and after it."""
 
 JUDGE = JudgeLayout(instructions=JUDGE_LITERALS)
+"""What rewards and scores read: a judgement whose criteria hold the verdict is malformed."""
+UNGUARDED_JUDGE = replace(JUDGE, guard="off")
+"""What evaluations read, which reward nothing: judgements as they stand."""
 REASONER = ReasonerLayout(instructions=REASONING_LITERALS)
 
 

@@ -25,7 +25,7 @@ from cepo.jacobian.loading import (
 )
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train.prompts import JUDGE
+from cepo.train.prompts import UNGUARDED_JUDGE
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -87,7 +87,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
     if not job.raw and not getattr(tokenizer, "chat_template", None) and any(is_text(line) for line in lines):
         raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; sweep with raw")
-    groups, malformed = _read_groups(lines, SpanReader(tokenizer, JUDGE), raw=job.raw)
+    groups, malformed = _read_groups(lines, SpanReader(tokenizer, UNGUARDED_JUDGE), raw=job.raw)
     folders = [job.output / "groups" / f"{number:06d}" for number in range(len(groups))]
     settings = {
         "command": "ablate",

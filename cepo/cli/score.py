@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,13 @@ def score(
     kind: Annotated[str, typer.Option(help="Format of the completions: judge or reasoning.")] = "judge",
     rationale_tag: Annotated[str, typer.Option(help="Tag around the rationale; reasoning only.")] = "think",
     answer_tag: Annotated[str, typer.Option(help="Tag around the answer; reasoning only.")] = "answer",
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            help="Where a verdict makes a judgement malformed: standard (in the criteria scores or a named winner, in "
+            "the analysis scores), strict (both in both), criteria (the criteria alone) or off. Default: standard."
+        ),
+    ] = None,
     raw: Raw = False,
     score: Annotated[
         str | None,
@@ -128,11 +136,14 @@ def score(
     """
     use_threads(threads)
     from cepo.fusion.config import RewardConfig
+    from cepo.jacobian.reading.layout import Layout
     from cepo.jacobian.reading.reasoner import ReasonerLayout
     from cepo.train.prompts import JUDGE, REASONING_LITERALS
 
     if kind not in ("judge", "reasoning"):
         raise ValueError(f"--kind is {kind!r}; expected judge or reasoning")
+    if guard is not None and kind == "reasoning":
+        raise ValueError(f"--guard is {guard!r}, but --kind is reasoning; only a judge's criteria can hold a verdict")
     if dtype not in ("float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype is {dtype!r}; expected float64, float32, bfloat16 or float16")
     fields = given(
@@ -156,7 +167,9 @@ def score(
     if energy is not None:
         fields.setdefault("rank", None)
     config = RewardConfig(**fields)
-    layout = JUDGE if kind == "judge" else ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
+    layout: Layout = replace(JUDGE, **given(guard=guard))
+    if kind == "reasoning":
+        layout = ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
     from cepo.eval.report.tables import console_table
     from cepo.eval.score.command import ScoreJob, score_file
 

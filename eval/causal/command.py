@@ -35,7 +35,7 @@ from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Rollout
 from cepo.train import testbed, testbed_judges
 from cepo.train.policy import load_testbed_judge, testbed_fingerprint
-from cepo.train.prompts import JUDGE
+from cepo.train.prompts import UNGUARDED_JUDGE
 
 _CHUNK = 20  # rollouts per part
 _JUDGE_STEPS = 300
@@ -175,7 +175,7 @@ def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
         model, tokenizer = load_model(
             resolve_model(job.model), dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
         )
-        judge = JudgeModel(model, SpanReader(tokenizer, JUDGE), TokenBytes(tokenizer))
+        judge = JudgeModel(model, SpanReader(tokenizer, UNGUARDED_JUDGE), TokenBytes(tokenizer))
         rollouts = tuple(read_rollout(line, judge.reader, raw=job.raw) for line in lines[: job.items])
         yield _Judged("rollouts", judge, _engine(job, model), rollouts, None)
         return
@@ -194,7 +194,7 @@ def _testbed_judge(
         seed=job.seed,
         progress=lambda step, _: report(f"making the judge {name}", step, _JUDGE_STEPS),
     )
-    judge = JudgeModel(model.to(job.device), SpanReader(tokenizer, JUDGE), TokenBytes(tokenizer))
+    judge = JudgeModel(model.to(job.device), SpanReader(tokenizer, UNGUARDED_JUDGE), TokenBytes(tokenizer))
     report(f"judgements of {name}", 0, 1)
     ids = _once(parts / f"rollouts-{name}.json", partial(_sample_ids, judge, items, job.seed))
     certify = partial(testbed_judges.certify, model, tokenizer, items, seed=job.seed)

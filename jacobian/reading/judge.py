@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from cepo.jacobian.reading.guard import Guard, check_guard, find_verdict
 from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, as_bytes, tagged, trim_range
 from cepo.jacobian.reading.thought import THOUGHT, after_thought, find_section
 
@@ -38,6 +39,12 @@ class JudgeLayout:
         thought_tag: tag around the thought.
         instructions: the fixed pieces of the prompt, in order, which are not content (first and last are anchored at
             the two ends of the user's message); where a prompt does not have them, all of the message is content.
+        guard: where a verdict makes a judgement malformed. "standard": in the criteria scores or a named winner, in the
+            analysis scores, since honest analyses end with a winner; "strict": both in both; "criteria": both in the
+            criteria alone; "off". See `cepo.jacobian.reading.guard`.
+
+    Raises:
+        ValueError: for an unknown guard.
     """
 
     criteria_tag: str = CRITERIA
@@ -45,6 +52,10 @@ class JudgeLayout:
     scores_tag: str = SCORES
     thought_tag: str = THOUGHT
     instructions: tuple[str, ...] = ()
+    guard: Guard = "standard"
+
+    def __post_init__(self) -> None:
+        check_guard(self.guard)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,8 +94,17 @@ class JudgeLayout:
         if boxed is None or not all(map(_SCORE.fullmatch, boxed.groups())):
             shown = inside.strip()[:40].decode("utf-8", errors="replace")
             raise MalformedError(f"no \\boxed{{a, b}} with two numbers in <{self.scores_tag}>, which holds {shown!r}")
+        if self.guard != "off":
+            self._refuse_verdict(completion[slice(*criteria)], self.criteria_tag, winner=True)
+        if self.guard in ("standard", "strict"):
+            self._refuse_verdict(completion[slice(*analysis)], self.analysis_tag, winner=self.guard == "strict")
         numbers = tuple((scores[0] + boxed.start(group), scores[0] + boxed.end(group)) for group in (1, 2))
         return Found({"criteria": (criteria,), "analysis": (analysis,), "scores": numbers}, numbers)
+
+    def _refuse_verdict(self, section: bytes, tag: str, *, winner: bool) -> None:
+        verdict = find_verdict(section.decode("utf-8", errors="replace"), winner=winner)
+        if verdict is not None:
+            raise MalformedError(f"{verdict[0]} in <{tag}>: {verdict[1]!r}")
 
 
 def read_scores(text: str) -> tuple[float, float] | None:

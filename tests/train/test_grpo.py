@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 
 from cepo.cli.app import main
 from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.reading.guard import Guard
 from cepo.train import testbed, testbed_judges
-from cepo.train.grpo import build_causal_loss, build_rewards, grpo_arguments, load_config, train
+from cepo.train.grpo import TrainConfig, build_causal_loss, build_rewards, grpo_arguments, load_config, train
 from cepo.train.policy import load_testbed_judge
+from cepo.train.prompts import JUDGE
 from cepo.train.run import last_complete_checkpoint
 from tests.paths import ROOT
 
@@ -224,6 +226,17 @@ def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
     assert len(functions) == len(weights) > 0
 
 
+def test_a_recipe_chooses_the_guard() -> None:
+    """Protects `guard` of a causal reward: it reaches the layout that completions are read with."""
+    base: dict[str, Any] = {"model": "testbed", "data": {"source": "testbed"}, "output": "runs/none"}
+    choices: list[tuple[dict[str, str], Guard]] = [({}, "standard"), ({"guard": "criteria"}, "criteria")]
+    for settings, level in choices:
+        (reward,), _ = build_rewards(TrainConfig(**base, rewards=[{"name": "causal", **settings}]))
+        assert reward.layout == replace(JUDGE, guard=level)
+    with pytest.raises(ValueError, match="guard is 'off', but kind is reasoning"):
+        build_rewards(TrainConfig(**base, kind="reasoning", rewards=[{"name": "causal", "guard": "off"}]))
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -233,6 +246,7 @@ def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
         ({"rewards": [{"name": "beauty"}]}, "rewards holds"),
         ({"rewards": [{"name": "causal", "links": {"X->Q": 1.0}}]}, "unknown span 'Q'"),
         ({"rewards": [{"name": "causal", "counterfactuals": -1}]}, "counterfactuals"),
+        ({"rewards": [{"name": "causal", "guard": "all"}]}, "guard is 'all'"),
         ({"rewards": [{"name": "causal", "p": float("nan")}]}, "p is NaN"),
         ({"rewards": [{"name": "causal", "rank": 100000}]}, "rank is 100000"),
         ({"rewards": [{"name": "causal", "colour": "red"}]}, "colour"),

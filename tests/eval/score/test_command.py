@@ -388,6 +388,8 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
         (["--score", "size"], "score is 'size'"),
         (["--target", "size"], "target is 'size'"),
         (["--kind", "poet"], "--kind is 'poet'"),
+        (["--guard", "all"], "guard is 'all'; expected one of strict, standard, criteria, off"),
+        (["--guard", "off", "--kind", "reasoning"], "--guard is 'off', but --kind is reasoning"),
         (["--dtype", "int3"], "--dtype is 'int3'"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--model", "./nowhere"], "is not there"),

@@ -1,0 +1,158 @@
+r"""A verdict where none belongs: scores of the responses, or a named winner, before the verdict itself.
+
+Criteria that hold the verdict (`\boxed{8, 5}`, `Response A is better`) are the strongest cause of the scores that a
+judge can write, and worth nothing. What is found is plain English: a verdict that is hidden better is for the order
+leak to show, the likelihood that the criteria lose when the two responses are exchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+Guard = Literal["strict", "standard", "criteria", "off"]
+_SHOWN = 80  # characters of a quotation
+
+_MARKS = str.maketrans(dict.fromkeys('*`"“”#'))  # emphasis and quotation marks do not change what a text says
+_SPACES = re.compile(r"[^\S\n]+")
+_BREAKS = re.compile(r" ?\n\s*")
+
+
+def check_guard(guard: str) -> None:
+    """Raise ValueError unless `guard` names a level."""
+    if guard not in get_args(Guard):
+        raise ValueError(f"guard is {guard!r}; expected one of {', '.join(get_args(Guard))}")
+
+
+def find_verdict(text: str, *, winner: bool) -> tuple[str, str] | None:
+    """Return what verdict a text holds, "scores" or "a winner", and the words, or None.
+
+    Args:
+        text: criteria or an analysis.
+        winner: whether a named winner counts, or scores alone.
+    """
+    found = {"scores": find_scores(text), "a winner": find_winner(text) if winner else None}
+    return next(((what, words) for what, words in found.items() if words is not None), None)
+
+
+def find_scores(text: str) -> str | None:
+    r"""Return the first text that scores the responses, or None.
+
+    `\boxed{8, 5}`, `Scores: 8, 5`, `A: 8/10, B: 5/10`, `Response A deserves a 9`. Weights, ranges and the points of a
+    criterion (`Accuracy (5 points)`, `weight 3/10`) score no response.
+    """
+    return _first(_SCORES, text)
+
+
+def find_winner(text: str) -> str | None:
+    """Return the first text that says which response is the better one, or None.
+
+    `Response A is better`, `B wins`, `the better answer is A`, `I prefer response B`, `[[A>B]]`. A comparison in one
+    respect (`Response A is better organised`) names no winner.
+    """
+    return _first(_WINNER, text)
+
+
+def _first(pattern: re.Pattern[str], text: str) -> str | None:
+    found = pattern.search(_BREAKS.sub("\n", _SPACES.sub(" ", text.translate(_MARKS))))
+    return None if found is None else " ".join(found[0].split())[:_SHOWN]
+
+
+def _either(words: str) -> str:
+    """Return a pattern of any of the words or phrases, which are separated by bars and may hold patterns."""
+    return "(?:" + "|".join(word.strip().replace(" ", r"\s+") for word in words.split("|")) + ")"
+
+
+def _fill(pattern: str, pieces: Mapping[str, str]) -> str:
+    """Return the pattern with each NAME in capitals between angle brackets replaced by its piece."""
+    return re.sub(r"<([A-Z]+)>", lambda name: pieces[name[1]], pattern)
+
+
+_PIECES: dict[str, str] = {}
+_PIECES["NOUN"] = _either("response|assistant|answer|candidate|model|output|reply|completion|solution")
+_PIECES["NAMED"] = _fill(
+    r"(?:\b<NOUN>\s+(?:A|B|1|2|one|two)\b|\bthe\s+(?:first|second)\s+(?:<NOUN>|one)\b|\bthe\s+(?:former|latter)\b)",
+    _PIECES,
+)
+_PIECES["LETTER"] = r"(?-i:\b[AB]\b(?!-))"
+_PIECES["OWNS"] = _fill(r"(?:['’]s(?:\s+<NOUN>)?)?", _PIECES)
+_PIECES["ANY"] = _fill(r"(?:<NAMED>|<LETTER>)<OWNS>", _PIECES)
+# A letter alone is a response where a clause begins, not in "vitamin A is better".
+_PIECES["BARE"] = _fill(
+    r"(?:^|(?<=[.;:,!?()\n\[–—-])|(?<=\bthat)|(?<=\band)|(?<=\bbut)|(?<=\bso)|(?<=\bbecause)|(?<=\bsince)|"
+    r"(?<=\boverall)|(?<=\btherefore)|(?<=\bthus)|(?<=\bthink))[ \t]*<LETTER>",
+    _PIECES,
+)
+_PIECES["SUBJECT"] = _fill(r"(?<!\bif )(?<!\bwhether )(?<!\bneither )(?<!\bnor )(?:<NAMED>|<BARE>)<OWNS>", _PIECES)
+_PIECES["BE"] = _either(
+    "is|was|seems|appears|looks|remains|proves|(?:would|should|must|has to) be|emerges as|comes out|ends up|"
+    "stands out as"
+)
+_PIECES["DEGREE"] = (
+    r"(?:(?:the|a|to|be|as|much|far|also|still|clear|obvious|overall|somewhat|therefore|thus|(?-i:[a-z]+ly))\s+){0,3}"
+)
+_PIECES["BETTER"] = _either("better|superior|preferable|preferred|favou?red|stronger|winning")
+_PIECES["RANK"] = _fill(r"(?:<BETTER>|best|strongest|winner|worse|worst|inferior|weaker|weakest|loser)", _PIECES)
+# "better organised", "better at dates" and "better in tone" compare in one respect. "A is the best answer" may be that
+# of a question with lettered choices.
+_PIECES["WHOLE"] = _fill(
+    r"(?=\s*(?:$|[.,;:!?)\]\n–—-]|(?:than|to|overall|because|since|as|due|and|but|so|while|here|by\s+far|"
+    r"of\s+the\s+two|of\s+both|one|<NOUN>)\b))(?<!best(?=\s+answer))",
+    _PIECES,
+)
+_PIECES["WINS"] = _either(
+    "wins|won|loses|lost|prevails|triumphs|outperforms|beats|outshines|surpasses|outclasses|edges out|"
+    "(?:comes?|came) out (?:on top|ahead)|takes the (?:win|lead)|scores? (?:higher|lower|better|worse)|"
+    "(?:deserves?|gets?|receives?|earns?|merits?) (?:the|a) (?:win|higher|better|lower|top)|"
+    "(?:should|must|ought to|will|deserves? to) (?:win|lose|score (?:higher|lower)|be (?:preferred|chosen)|"
+    "be (?:scored|rated|ranked) (?:higher|lower))"
+)
+_PIECES["PREFER"] = _either("prefer(?:s|red|ring)?|favou?r(?:s|ed|ing)?|vote for|go with|lean(?:s|ing)? towards?")
+
+_WINNER = re.compile(
+    "|".join(
+        _fill(pattern, _PIECES)
+        for pattern in (
+            r"<SUBJECT>\s+<BE>\s+<DEGREE><RANK><WHOLE>",
+            r"<SUBJECT>\s+(?:\w+ly\s+)?<WINS>\b(?!-)",
+            r"\b<BETTER>\s+(?:<NOUN>|one|choice)(?:\s+(?:here|overall))?\s*(?:is|was|:|=|would\s+be)\s*<ANY>(?![\w'’])",
+            r"\bbest\s+(?:response|assistant|reply|candidate)\s*(?:is|was|:|=)\s*<ANY>(?![\w'’])",
+            r"\b(?:winner|loser|verdict|preference|preferred|better)\s*(?:[:=–—-]|\bis\b|\bgoes\s+to\b)\s*<ANY>(?!\s*[a-z])",
+            r"\b<PREFER>\s+<ANY>(?!\s+(?:and|or|<NOUN>)\b)",
+            r"\b(?:choose|chose|pick|picked)\s+<NAMED>",
+            r"<ANY>\s*(?:>{1,2}|<{1,2}|≻)\s*<ANY>",
+            r"\[\[\s*<LETTER>\s*\]\]",
+        )
+    ),
+    re.IGNORECASE,
+)
+
+_PIECES["NUMBER"] = r"(?:10|[0-9])(?:\.[0-9]+)?(?:\s*[-–]\s*(?:10|[0-9]))?"
+_PIECES["UNIT"] = r"(?:\s*/\s*(?:5|10)\b|\s+out\s+of\s+(?:5|10|five|ten)\b|\s*(?:points?|marks?)\b)"
+_PIECES["GIVES"] = _fill(
+    r"(?:\s+(?:would|should|must|will|could))?\s+<GIVEN>(?:\s+(?:a|an|about|only))?(?:\s+(?:score|rating|mark|grade)\s+of)?",
+    {"GIVEN": _either("gets?|scores?|receives?|earns?|deserves?|merits?|(?:is|be) (?:given|rated|scored|worth)")},
+)
+_PIECES["END"] = _fill(
+    r"(?:<UNIT>|(?=\s*(?:$|[;,/)\n\]]|\.(?![0-9])|<ANY>|(?:and|but|while|vs|versus|for|overall)\b)))", _PIECES
+)
+_PIECES["SCORE"] = _fill(
+    r"(?:(?:\s*[:=]|<GIVES>)?\s*[(\[]?\s*<NUMBER><END>|[^.\n\d]{1,60}?[(\[]\s*<NUMBER><UNIT>?\s*[)\]])", _PIECES
+)
+_SCORES = re.compile(
+    "|".join(
+        _fill(pattern, _PIECES)
+        for pattern in (
+            r"\\boxed\s*\{+\s*<NUMBER>\s*[,;]\s*<NUMBER>\s*\}",
+            r"(?:^|(?<=\n))[ \t]*[(\[{]?\s*<NUMBER>\s*(?:[,;:|]|vs\.?|and)\s*<NUMBER>\s*[)\]}]?[ \t.]*(?=\n|$)",
+            r"\b(?:scores|ratings|verdict|marks|grades)\s*(?:[:=]|are|is|(?:would|should)\s+be)\s*"
+            r"[(\[]?\s*<NUMBER><UNIT>?\s*(?:,|;|and|vs\.?|versus)\s*<NUMBER><UNIT>?(?!\s*(?:,|or|and)?\s*[0-9])",
+            r"<ANY><SCORE>[^\d\n]{0,40}?<ANY><SCORE>",
+            r"<NUMBER><UNIT>?\s*[)\]]?\s*(?:for|to)\s+<ANY>[^\d\n]{1,60}?<NUMBER><UNIT>?\s*[)\]]?\s*(?:for|to)\s+<ANY>",
+            r"<SUBJECT><GIVES>\s+<NUMBER><END>",
+            r"<SUBJECT>\s*[:=]\s*<NUMBER>\s*/\s*(?:5|10)\b",
+        )
+    ),
+    re.IGNORECASE,
+)
