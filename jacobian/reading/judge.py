@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from cepo.jacobian.reading.guard import Guard, check_guard, find_verdict
-from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, as_bytes, tagged, trim_range
+from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, ResponseMarks, as_bytes, tagged, trim_range
 from cepo.jacobian.reading.thought import THOUGHT, after_thought, find_section
 
 CRITERIA, ANALYSIS, SCORES = SECTIONS = ("specific_criteria", "analysis", "scores")
@@ -19,6 +19,9 @@ SCORES_OPENING = f"\n<{SCORES}>\n\\boxed{{"
 """What is appended to a judgement without a verdict, for the model to continue with two numbers."""
 SCORES_CLOSING = f"\n</{SCORES}>"
 """What is appended after these numbers."""
+
+RESPONSE_LINES: ResponseMarks = ("\nResponse A: ", "\nResponse B: ", "")
+"""Responses that each open a line with their name, the second to the end of the message."""
 
 _PAIR = re.compile(rb"\\boxed\{\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\}")
 # A longer number is not a score: the targets of links hold numbers of a few tokens.
@@ -39,6 +42,7 @@ class JudgeLayout:
         thought_tag: tag around the thought.
         instructions: the fixed pieces of the prompt, in order, which are not content (first and last are anchored at
             the two ends of the user's message); where a prompt does not have them, all of the message is content.
+        responses: the ways in which a prompt may mark the two responses, of which the first that fits is taken.
         guard: where a verdict makes a judgement malformed. "standard": in the criteria scores or a named winner, in the
             analysis scores, since honest analyses end with a winner; "strict": both in both; "criteria": both in the
             criteria alone; "off". See `cepo.jacobian.reading.guard`.
@@ -52,6 +56,7 @@ class JudgeLayout:
     scores_tag: str = SCORES
     thought_tag: str = THOUGHT
     instructions: tuple[str, ...] = ()
+    responses: tuple[ResponseMarks, ...] = (RESPONSE_LINES,)
     guard: Guard = "standard"
 
     def __post_init__(self) -> None:

@@ -26,6 +26,11 @@ class MalformedError(ValueError):
     """A completion in which the layout's spans cannot be found; the message is the reason that users see."""
 
 
+ResponseMarks = tuple[str, str, str]
+"""What stands before response A in a judge's prompt, between A and B, and after B; an empty last one is the end of the
+message."""
+
+
 class Layout(Protocol):
     """What a completion looks like: its spans' names in order, the roles Z, X, Y, the chain of spans through which the
     verdict or answer should come about, its tags, and how to find them."""
@@ -44,6 +49,9 @@ class Layout(Protocol):
 
     @property
     def instructions(self) -> tuple[str, ...]: ...
+
+    @property
+    def responses(self) -> tuple[ResponseMarks, ...]: ...
 
     def find(self, completion: bytes) -> Found: ...
 

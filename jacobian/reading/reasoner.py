@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, as_bytes, as_text, tagged, trim_range
+from cepo.jacobian.reading.layout import (
+    ByteRange,
+    Found,
+    MalformedError,
+    ResponseMarks,
+    as_bytes,
+    as_text,
+    tagged,
+    trim_range,
+)
 from cepo.jacobian.reading.thought import THOUGHT, after_thought, find_section
 
 ANSWER = "answer"
@@ -38,6 +47,10 @@ class ReasonerLayout:
     boxed: bool = True
     fallback: bool = True
     instructions: tuple[str, ...] = ()
+
+    @property
+    def responses(self) -> tuple[ResponseMarks, ...]:
+        return ()
 
     @property
     def names(self) -> tuple[str, ...]:

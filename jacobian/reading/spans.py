@@ -80,6 +80,33 @@ class SpanReader:
         numbers = tuple(self._number((a + shift, b + shift), text, ids, ends) for a, b in found.numbers)
         return Rollout(prompt_ids, completion_ids, spans, numbers, None, found.found_by)
 
+    def responses(self, rollout: Rollout) -> tuple[ByteRange, ByteRange] | None:
+        """Return where the two responses stand in the bytes of the prompt, or None where nothing marks them clearly.
+
+        The first of the layout's forms fits whose marks all stand exactly once, in order, around text without special
+        tokens.
+
+        Args:
+            rollout: well-formed, of this reader.
+        """
+        pieces = self._bytes.of(rollout.prompt_ids)
+        ends = list(accumulate(len(piece) for piece in pieces))
+        last = max(at for at in rollout.spans[self.layout.roles["Z"]].positions if at < len(pieces))
+        special = [
+            (end - len(piece), end)
+            for token, piece, end in zip(rollout.prompt_ids, pieces, ends, strict=True)
+            if token in self._bytes.special_ids
+        ]
+        for marks in self.layout.responses:
+            found = _between(b"".join(pieces), [as_bytes(mark) for mark in marks], ends[last])
+            if found and not any(start < found[1][1] and found[0][0] < end for start, end in special):
+                return found
+        return None
+
+    def text_of(self, token_ids: Sequence[int]) -> bytes:
+        """Return the bytes of the ids, those of special tokens included."""
+        return b"".join(self._bytes.of(tuple(token_ids)))
+
     def texts(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token for display: joined, they are the text; a character that spans several tokens
         is given to the last of them."""
@@ -258,6 +285,16 @@ def _without_instructions(prompt: bytes, content: ByteRange, pieces: Sequence[by
         gaps.append((cursor, at))
         cursor = at + len(piece)
     return (*gaps, (cursor, end)) if cursor <= end else (content,)
+
+
+def _between(prompt: bytes, marks: Sequence[bytes], end: int) -> tuple[ByteRange, ByteRange] | None:
+    """Return the two gaps between three marks that stand exactly once and in order; an empty last mark is the end."""
+    if any(mark and prompt.count(mark) != 1 for mark in marks):
+        return None
+    before, middle = prompt.index(marks[0]) + len(marks[0]), prompt.index(marks[1])
+    after = prompt.index(marks[2]) if marks[2] else end
+    second = middle + len(marks[1])
+    return ((before, middle), (second, after)) if before <= middle and second <= after else None
 
 
 def _lenient_float(written: bytes) -> float:
