@@ -54,7 +54,8 @@ def test_the_exchanged_prompt_is_that_of_the_responses_in_the_other_order(
     rollout, reader = read(byte_level, own_prompt(query, first, second))
     other, _ = read(byte_level, own_prompt(query, second, first))
     exchanged = exchange(rollout, reader)
-    assert exchanged is not None and exchanged == other
+    assert exchanged is not None
+    assert exchanged == other
     assert exchange(exchanged, reader) == rollout
     moved = len(exchanged.prompt_ids) - len(rollout.prompt_ids)
     for name in ("criteria", "analysis", "scores"):
