@@ -55,7 +55,8 @@ class TrainConfig:
         rewards: mappings with `name`, `weight` (default 1; "auto" for a causal reward, see `cepo.train.controller`, and
             so for its `p`) and, for causal, CausalReward's settings. Its `task` names a task reward to fuse with the
             links (CE-PO); `preset: paper` takes the paper's values; `guard` is that of `JudgeLayout`. Names: format,
-            argmax, exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr, necessary.
+            argmax, exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr,
+            necessary.
         causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None to add no term to the
             loss of GRPO.
         output: folder of the run: checkpoints, metrics.jsonl, log.txt, settings.json, final/.
