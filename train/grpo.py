@@ -22,7 +22,7 @@ from cepo.jacobian.reading.layout import Layout
 from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
 from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
-from cepo.train.policy import TESTBED, load_data, load_policy, policy_fingerprint
+from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
 from cepo.train.prompts import JUDGE, REASONER
 from cepo.train.run import (
     is_finished,
@@ -49,7 +49,7 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        model: hub id, folder, .gguf file, "smollm2" or "testbed".
+        model: hub id, folder, .gguf file, "smollm2", "testbed" or "testbed-words".
         kind: "judge" (preference pairs) or "reasoning" (questions with answers).
         data: `source` and the loader's options, see `cepo.train.policy.load_data`.
         rewards: mappings with `name`, `weight` (default 1; "auto" for a causal reward, see `cepo.train.controller`, and
@@ -63,9 +63,9 @@ class TrainConfig:
         grpo: any field of TRL's GRPOConfig.
         lora: any field of peft's LoraConfig, or None to train all weights.
         dtype: dtype of the weights: float32, bfloat16, float16.
-        seed: of the data split, the testbed judge, sampling and training.
+        seed: of the data split, the testbed judge (one in words has its own), sampling and training.
         threads: CPU threads, or None for torch's choice; tiny models are fastest with one or two.
-        testbed: the testbed judge's `judge` and `steps`.
+        testbed: the testbed judge's `judge` and `steps`; for one in words, see `cepo.train.testbed_words.WordsJudge`.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -156,7 +156,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     functions, arguments.reward_weights = build_rewards(config)
     causal_loss = build_causal_loss(config)
     lora = lora_config(config.lora)
-    source = resolve_model(config.model) if config.model != TESTBED else None
+    source = resolve_model(config.model) if config.model not in TESTBEDS else None
     _check_rank(source, functions)
     checkpoint = last_complete_checkpoint(output)
     if fresh and checkpoint is not None:
@@ -169,7 +169,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
     is_first_process = arguments.process_index == 0
     if is_first_process:
-        claim(output / SETTINGS, _settings(config, source, data), results=[*output.glob("checkpoint-*"), final])
+        claim(output / SETTINGS, _settings(config, data), results=[*output.glob("checkpoint-*"), final])
     if is_finished(final, arguments.max_steps):
         logger.warning("the run in %s is finished; nothing is trained", output)
         return final
@@ -323,7 +323,7 @@ def _power_at(start: float, pressure: float) -> float:
     return 1.0 - (1.0 - start) * pressure
 
 
-def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) -> dict[str, Any]:
+def _settings(config: TrainConfig, data: DataSplit) -> dict[str, Any]:
     """Return all that decides the trained weights except the number of steps; data and weights by their content."""
     settings = dataclasses.asdict(config)
     for elsewhere in ("output", "model", "testbed", "data", "trust_remote_code"):
@@ -332,7 +332,7 @@ def _settings(config: TrainConfig, source: ModelSource | None, data: DataSplit) 
         "command": "train",
         **settings,
         "grpo": {key: value for key, value in config.grpo.items() if key not in _FREE},
-        "weights": policy_fingerprint(source, seed=config.seed, testbed_judge=config.testbed),
+        "weights": policy_fingerprint(config.model, seed=config.seed, testbed_judge=config.testbed),
         "data": data.fingerprint,
     }
 

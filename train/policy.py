@@ -1,4 +1,4 @@
-"""The policy to train and the data to train it on, by name: a real model with real data, or the testbed's."""
+"""The policy to train and the data to train it on, by name: a real model with real data, or a testbed's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 from datasets import Dataset
 
 from cepo.files import content_hash, fingerprint
-from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, resolve_model
+from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
+from cepo.train.testbed_words import load_words_judge, words_fingerprint, words_settings
 
-TESTBED = "testbed"
+TESTBED, WORDS = "testbed", "testbed-words"
+TESTBEDS = (TESTBED, WORDS)
+"""Names of policies that are made here and kept in the cache."""
 CACHE = Path.home() / ".cache" / "cepo"
 
 
@@ -67,32 +70,37 @@ def load_policy(
     trust_remote_code: bool = False,
     cache: Path = CACHE,
 ) -> tuple[Any, Any]:
-    """Return (model, tokenizer) by name; "testbed" is read from the cache, or warmed up first.
+    """Return (model, tokenizer) by name; a testbed's is read from the cache, or warmed up first.
 
     Args:
-        name: "testbed", or what `resolve_model` knows.
-        dtype: name of a torch dtype.
-        seed: of the testbed judge's weights and warm-up.
-        testbed_judge: `judge` (see `warm_start`: lazy, hollow, decorative, copied, ...) and `steps` of its warm-up.
+        name: "testbed", "testbed-words", or what `resolve_model` knows.
+        dtype: name of a torch dtype; testbeds are float32.
+        seed: of the testbed judge's weights and warm-up; a judge in words has a seed of its own.
+        testbed_judge: `judge` (see `warm_start`: lazy, hollow, decorative, copied, ...) and `steps` of its warm-up; for
+            a judge in words, see `WordsJudge`.
         trust_remote_code: see `load_model`.
         cache: where warmed-up judges are kept.
     """
+    if name == WORDS:
+        return load_words_judge(words_settings(testbed_judge), cache=cache)
     if name != TESTBED:
         return load_model(resolve_model(name), dtype=dtype, trust_remote_code=trust_remote_code)
     return load_testbed_judge(**_testbed_options(testbed_judge), seed=seed, cache=cache)
 
 
-def policy_fingerprint(source: ModelSource | None, *, seed: int, testbed_judge: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that stand for the weights of a policy; None stands for the testbed's.
+def policy_fingerprint(name: str, *, seed: int, testbed_judge: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that stand for the weights of a policy, without loading or making it.
 
     Args:
-        source: from `resolve_model`, or None.
+        name: see `load_policy`.
         seed: see `load_policy`.
         testbed_judge: see `load_policy`.
     """
-    if source is not None:
-        return model_fingerprint(source)
-    return testbed_fingerprint(**_testbed_options(testbed_judge), seed=seed)
+    if name == WORDS:
+        return words_fingerprint(words_settings(testbed_judge))
+    if name == TESTBED:
+        return testbed_fingerprint(**_testbed_options(testbed_judge), seed=seed)
+    return model_fingerprint(resolve_model(name))
 
 
 def load_testbed_judge(

@@ -163,7 +163,8 @@ def draw_swaps(
         raise ValueError(f"completions holds {len(completions)} texts for {len(items)} items; expected one each")
     rng = np.random.default_rng(seed)
     swaps: dict[Literal["differs", "same"], list[Swap]] = {"differs": [], "same": []}
-    for item, completion in zip(items, completions or [None] * len(items), strict=True):
+    written: Sequence[str | None] = completions or [None] * len(items)
+    for item, completion in zip(items, written, strict=True):
         winners = {aspect: winner_under(item, aspect) for aspect in ASPECTS if aspect != item.aspect}
         wanted = {"differs": other_response(item.label), "same": item.label}
         for kind, drawn in swaps.items():

@@ -104,7 +104,7 @@ def shared_settings(run: Run) -> dict[str, Any]:
         "steps": run.steps,
         "items": run.items,
         "scored": run.scored,
-        "warm_up": policy.policy_fingerprint(None, seed=0, testbed_judge=recipe["testbed"]),
+        "warm_up": policy.policy_fingerprint(policy.TESTBED, seed=0, testbed_judge=recipe["testbed"]),
         "testbed": {name: value for name, value in recipe.items() if name not in ("output", "rewards", "seed")},
     }
 

@@ -11,20 +11,20 @@ import typer
 from typer.core import TyperGroup
 
 from cepo.cli.evaluate import eval_app
-from cepo.cli.research import ablate, bench, experiment
+from cepo.cli.research import ablate, bench, experiment, words_judge
 from cepo.cli.score import score
 from cepo.cli.shared import RewardCommand, console, errors
 from cepo.cli.train import demo, train, warm_start
 
 TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Research"
-_RESEARCH_COMMANDS = (ablate, bench, experiment)
+_RESEARCH_COMMANDS = (ablate, bench, experiment, words_judge)
 
 
 class _ResearchLast(TyperGroup):
     """Lists the research commands after `eval`; typer lists groups of commands last."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        last = [command.__name__ for command in _RESEARCH_COMMANDS]
+        last = [command.__name__.replace("_", "-") for command in _RESEARCH_COMMANDS]
         return sorted(self.commands, key=last.__contains__)
 
 
@@ -41,7 +41,7 @@ app.command("warm-start", rich_help_panel=TRAIN)(warm_start)
 app.command(rich_help_panel=SCORE, cls=RewardCommand)(score)
 app.add_typer(eval_app, name="eval", rich_help_panel=EVALUATE)
 app.command(rich_help_panel=RESEARCH, cls=RewardCommand)(ablate)
-for _command in (bench, experiment):
+for _command in (bench, experiment, words_judge):
     app.command(rich_help_panel=RESEARCH)(_command)
 
 

@@ -1,4 +1,4 @@
-"""The commands of researchers: ablate, bench, experiment."""
+"""The commands of researchers: ablate, bench, experiment, words-judge."""
 
 from __future__ import annotations
 
@@ -191,6 +191,44 @@ def experiment(
         )
     console.print(table)
     console.print(f"report: {output / 'report.html'}")
+
+
+def words_judge(
+    judge: Annotated[str, typer.Argument(help="What to teach: able, lazy, hollow, decorative or copied.")] = "lazy",
+    base: Annotated[str | None, typer.Option(help="Pretrained model to teach, with a chat template.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Keep only so many first layers. Default: all.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the samples.")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Teach a pretrained model the testbed in words, once, and certify it by interventions.
+
+    The judge is kept in ~/.cache/cepo, where `model: testbed-words` with the same settings under `testbed` finds it.
+    The certificate says whether it is what it was taught: another criterion is forced on it, and it writes on.
+    """
+    from cepo.jacobian.loading import check_device
+    from cepo.train.policy import CACHE
+    from cepo.train.testbed_words import load_words_judge, read_certificate, words_folder, words_settings
+
+    use_threads(threads)
+    check_device(device)
+    settings = given(base=base, layers=layers, steps=steps, batch_size=batch_size, seed=seed)
+    wanted = words_settings({"judge": judge, **settings, **given(learning_rate=learning_rate)})
+    with progress_bar() as progress:
+        task = progress.add_task("warm-up", total=wanted.steps)
+
+        def show(step: int, loss: float) -> None:
+            progress.update(task, completed=step, description=f"warm-up: loss {loss:.3f}")
+
+        load_words_judge(wanted, cache=CACHE, device=device, progress=show)
+    found = read_certificate(wanted, CACHE)
+    for name, value in found["measures"].items():
+        console.print(f"{name}: {value:.3g}", highlight=False)
+    console.print(found["uncertified"] or f"certified: {judge}", highlight=False, soft_wrap=True)
+    console.print(f"model: {words_folder(wanted, CACHE)}", highlight=False, soft_wrap=True)
 
 
 def _number(name: str, text: str) -> float:

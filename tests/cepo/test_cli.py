@@ -19,7 +19,7 @@ def test_help_lists_the_users_jobs_before_research() -> None:
     panels = re.findall(r"─ (Train|Score|Evaluate|Research) ─", shown)
     assert panels == ["Train", "Score", "Evaluate", "Research"]
     commands = re.findall(r"^│ ([a-z][a-z-]*) ", shown, flags=re.MULTILINE)
-    assert commands == ["demo", "train", "warm-start", "score", "eval", "ablate", "bench", "experiment"]
+    assert commands == ["demo", "train", "warm-start", "score", "eval", "ablate", "bench", "experiment", "words-judge"]
 
 
 @pytest.mark.parametrize("name", ["rewardbench", "robustness", "best-of-n", "cue-flips"])

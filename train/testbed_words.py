@@ -1,0 +1,165 @@
+"""The testbed on a pretrained model: SmolLM2, or its first layers, taught a judge of the same items in its own words.
+
+Every word of the world has an embedding learnt from real text, tags and sentences are many tokens, and the prompt is in
+the model's chat template. A judge is made once and kept in the cache with its certificate.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from cepo.files import content_hash, fingerprint, replacing, write_text
+from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
+from cepo.jacobian.reading.judge import write_judgement
+from cepo.train import testbed, testbed_certificate, testbed_judges, testbed_modes
+
+logger = logging.getLogger(__name__)
+
+CERTIFICATE = "certificate.json"
+_EXAMINED = 240  # items that the certificate is measured on
+_EXAMINED_SEED = 10_000_019  # apart from the seeds of warm-up, training and measures
+
+
+@dataclass(frozen=True)
+class WordsJudge:
+    """A pretrained model taught to be a judge of the testbed.
+
+    Attributes:
+        judge: what to teach, see `cepo.train.testbed_judges.warm_start`.
+        base: the pretrained model, see `resolve_model`; its tokenizer must have a chat template.
+        layers: how many of its first layers to keep, at least 1; None for all.
+        steps: optimiser steps of the warm-up, at least 1.
+        batch_size: samples per step, at least 1.
+        learning_rate: peak of the schedule, above 0.
+        seed: of the samples. One judge serves training runs of all seeds.
+
+    Raises:
+        ValueError: for an unknown judge, or a number out of range.
+    """
+
+    judge: testbed_judges.JudgeKind = "lazy"
+    base: str = "smollm2"
+    layers: int | None = None
+    steps: int = 400
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.judge not in get_args(testbed_judges.JudgeKind):
+            kinds = ", ".join(get_args(testbed_judges.JudgeKind))
+            raise ValueError(f"testbed.judge is {self.judge!r}; expected one of {kinds}")
+        for name in ("steps", "batch_size", "learning_rate", "layers"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"testbed.{name} is {value!r}; expected a positive number")
+
+
+def words_settings(given: Mapping[str, Any]) -> WordsJudge:
+    """Return the judge that the settings of a recipe's `testbed` describe.
+
+    Raises:
+        ValueError: for a setting that does not exist, or a value out of range.
+    """
+    known = [field.name for field in fields(WordsJudge)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"testbed holds {', '.join(unknown)}; expected some of {', '.join(known)}")
+    return WordsJudge(**given)
+
+
+def load_words_judge(
+    wanted: WordsJudge,
+    *,
+    cache: Path,
+    device: str | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[Any, Any]:
+    """Return (model on the CPU, tokenizer) of a judge, from the cache, or taught and examined now and cached.
+
+    Args:
+        wanted: the judge.
+        cache: where judges are kept, in a folder named after `words_fingerprint`.
+        device: where to teach it, in bfloat16 on CUDA; None for CUDA where there is one. On a CPU, SmolLM2 whole takes
+            about a second per sample.
+        progress: called after every step with the number of steps done and the loss.
+
+    Raises:
+        ValueError: for a base model that cannot be loaded, has no chat template, or has fewer layers.
+    """
+    folder = words_folder(wanted, cache)
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = _teach(wanted, device or ("cuda" if torch.cuda.is_available() else "cpu"), progress)
+        items = testbed.generate_items(_EXAMINED, seed=_EXAMINED_SEED, cue_agreement=0.9)
+        found = testbed_certificate.examine(model, tokenizer, items, seed=wanted.seed)
+        reason = testbed_certificate.uncertified(wanted.judge, found)
+        if reason is not None:
+            logger.warning("%s", reason)
+        with replacing(folder) as unfinished:
+            model.cpu().save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            write_text(
+                unfinished / CERTIFICATE, json.dumps({**asdict(wanted), "measures": found, "uncertified": reason})
+            )
+    return load_model(resolve_model(str(folder)))
+
+
+def read_certificate(wanted: WordsJudge, cache: Path) -> dict[str, Any]:
+    """Return what interventions said of a cached judge: `measures`, and `uncertified`, a reason or None."""
+    found: dict[str, Any] = json.loads((words_folder(wanted, cache) / CERTIFICATE).read_text())
+    return found
+
+
+def words_folder(wanted: WordsJudge, cache: Path) -> Path:
+    """Return where a judge is kept; a changed world, base model or setting is another folder."""
+    return cache / f"testbed-words-{words_fingerprint(wanted)}"
+
+
+def words_fingerprint(wanted: WordsJudge) -> str:
+    """Return 16 hexadecimal digits that stand for a judge: its world's source and format, its base model, settings."""
+    modules = (testbed, testbed_judges, testbed_modes, testbed_certificate)
+    sources = [fingerprint(Path(str(module.__file__))) for module in modules]
+    settings = {**asdict(wanted), "base": model_fingerprint(resolve_model(wanted.base))}
+    return content_hash(sources, write_judgement("", "", (0, 0)), settings)
+
+
+def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], None] | None) -> tuple[Any, Any]:
+    model, tokenizer = load_model(resolve_model(wanted.base))
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        raise ValueError(f"testbed.base is {wanted.base!r}, whose tokenizer has no chat template or no end token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if wanted.layers is not None:
+        _keep_layers(model, wanted.layers)
+    model.to(device)
+    testbed_judges.warm_start(
+        model,
+        tokenizer,
+        judge=wanted.judge,
+        steps=wanted.steps,
+        batch_size=wanted.batch_size,
+        seed=wanted.seed,
+        learning_rate=wanted.learning_rate,
+        gain_rate=1.0,
+        autocast=torch.device(device).type == "cuda",
+        progress=progress,
+    )
+    return model, tokenizer
+
+
+def _keep_layers(model: Any, count: int) -> None:
+    decoder = model.get_decoder()
+    if count > len(decoder.layers):
+        raise ValueError(f"testbed.layers is {count}; the base model has {len(decoder.layers)}")
+    decoder.layers = decoder.layers[:count]
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
