@@ -31,6 +31,7 @@ COLUMNS = {
     "time/rewards": "seconds of the rewards, per step",
     "time/policy_update": "seconds of the policy update, per step",
     "time/step": "seconds per step",
+    "time/cost": "rewards over policy update, in seconds",
 }
 _DRAWN = ("flipped", "turned")
 Row = Mapping[str, Any]
@@ -112,7 +113,8 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
             "length is right 90% of the time. 'Turned' replaces the aspect in the criteria that the judge wrote and "
             "lets it go on: the fraction of items whose verdict the criterion alone turned. No reward reads this "
             "intervention. Modes tell how sampled completions came to their verdict, on items where length is wrong "
-            "90% of the time. Seconds are medians over the steps of one process on one thread.",
+            "90% of the time. Seconds are medians over the steps of one process on one thread; a causal loss is "
+            "paid inside the policy update.",
             f"Intervals are paired t intervals over {len(seeds)} seeds; p is of the sign-flip permutation test, which "
             "asks only that a difference is as likely to have either sign."
             if len(seeds) > 1

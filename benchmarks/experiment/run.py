@@ -84,9 +84,18 @@ def training(run: Run) -> TrainConfig:
 
 
 def step_seconds(metrics: Path) -> dict[str, float]:
-    """Return the median seconds of each part of an optimiser step, see `cepo.train.timing`."""
+    """Return the median seconds of each part of an optimiser step, see `cepo.train.timing`.
+
+    `cost` is the median of rewards / policy_update within a step. A causal loss is paid inside the policy update.
+    """
     rows = [row for _, row in read_jsonl(metrics)[0] if "time/step" in row]
-    return {part: round(statistics.median(row[f"time/{part}"] for row in rows), 4) for part in PARTS if rows}
+    if not rows:
+        return {}
+    seconds = {part: round(statistics.median(row[f"time/{part}"] for row in rows), 4) for part in PARTS}
+    return {
+        **seconds,
+        "cost": round(statistics.median(row["time/rewards"] / row["time/policy_update"] for row in rows), 4),
+    }
 
 
 def claim_run(run: Run) -> None:

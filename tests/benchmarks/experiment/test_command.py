@@ -51,7 +51,7 @@ def test_an_arm_is_trained_and_measured_once_on_items_it_has_not_seen(
     execute(one)
     row = json.loads((one.folder / MEASURES).read_text())
     assert (row["world"], row["arm"], row["steps"]) == ("hollow", "proxy", 1)
-    assert set(row["time"]) == set(run.PARTS)
+    assert set(row["time"]) == {*run.PARTS, "cost"}
     assert 0.0 < row["time"]["rewards"] < row["time"]["step"]
     assert sum(row["modes"].values()) == pytest.approx(1.0)
     assert 0.0 <= row["flipped"] <= 1.0
@@ -208,8 +208,13 @@ def test_a_run_that_fails_stops_no_other_and_is_named(
 def test_seconds_are_medians_over_steps(tmp_path: Path) -> None:
     """One slow step, the first as a rule, says nothing of the others; lines without times are left out."""
     steps = [{f"time/{part}": value for part in run.PARTS} for value in (9.0, 1.0, 2.0)]
+    steps[0]["time/policy_update"] = 1.0
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*steps, {"train_loss": 1.0}]))
-    assert run.step_seconds(tmp_path / "metrics.jsonl") == dict.fromkeys(run.PARTS, 2.0)
+    assert run.step_seconds(tmp_path / "metrics.jsonl") == {
+        **dict.fromkeys(run.PARTS, 2.0),
+        "policy_update": 1.0,
+        "cost": 1.0,
+    }
 
 
 def rows_of(arms: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
