@@ -1,4 +1,4 @@
-"""Token heat maps: how strongly a link's target depends on each token of a rollout."""
+"""Token heat maps: how strongly a link's target depends on each token of a rollout, or what each token did to it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,39 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 LEVELS = 20
-"""Number of steps in which a token's colour grows with its norm."""
+"""Number of steps in which a token's colour grows with its norm, or its nats."""
 
 _STRONGEST = 5  # source tokens that are listed above a heat map
 
 
 @dataclass(frozen=True)
+class Attribution:
+    """What the tokens of a link's source did to its target, from the path Jacobian.
+
+    Attributes:
+        nats: what the token at each source position adds to the path's estimate of the effect; negative where it made
+            the target less likely, NaN or infinite where there is no number.
+        delta: the exact effect in nats.
+        path_sum: what the tokens' nats add up to.
+        parts: text, nats and share of the effect (None where the effect is 0) of each sentence or list item.
+    """
+
+    nats: Mapping[int, float]
+    delta: float
+    path_sum: float
+    parts: tuple[tuple[str, float, float | None], ...] = ()
+
+
+@dataclass(frozen=True)
 class HeatMap:
-    """One rollout to show, with one heat map per link.
+    """One rollout to show, with one heat map per link, and one more for what is known of its effect.
 
     Attributes:
         title: heading, e.g. "row 12".
         tokens: text of every token of prompt + completion, in order.
         prompt_tokens: how many of them are the prompt's.
         links: by link, the L2 norm (>= 0, NaN or infinite) of the Jacobian row at each source position.
+        attributions: by link, what each token of the source did to the target.
         targets: by link, the positions of its target.
         facts: short values by label, shown above the text, e.g. {"reward": "0.71"}.
         malformed: why nothing could be computed, or None.
@@ -31,6 +50,7 @@ class HeatMap:
     tokens: tuple[str, ...]
     prompt_tokens: int
     links: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    attributions: Mapping[str, Attribution] = field(default_factory=dict)
     targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     malformed: str | None = None
@@ -39,9 +59,11 @@ class HeatMap:
         count = len(self.tokens)
         if not 0 <= self.prompt_tokens <= count:
             raise ValueError(f"prompt_tokens is {self.prompt_tokens}; expected 0 to {count}, the number of tokens")
-        if unknown := set(self.targets) - set(self.links):
-            raise ValueError(f"targets names {sorted(unknown)}, which links does not have; it has {sorted(self.links)}")
-        for name, positions in (*self.links.items(), *self.targets.items()):
+        known = {*self.links, *self.attributions}
+        if unknown := set(self.targets) - known:
+            raise ValueError(f"targets names {sorted(unknown)}, which links does not have; it has {sorted(known)}")
+        attributed = {name: one.nats for name, one in self.attributions.items()}
+        for name, positions in (*self.links.items(), *attributed.items(), *self.targets.items()):
             if outside := [position for position in positions if not 0 <= position < count]:
                 raise ValueError(f"{name} has the position {outside[0]}; expected 0 to {count - 1}")
         for name, norms in self.links.items():
@@ -76,60 +98,96 @@ class Part:
 
 @dataclass(frozen=True)
 class LinkView:
-    """The heat map of one link."""
+    """The heat map of one link: of norms, or signed, of nats."""
 
     name: str
     count: int
     largest: float
     strongest: tuple[tuple[str, int, float], ...]
     parts: tuple[Part, ...]
+    attribution: Attribution | None = None
 
 
 def link_view(heat_map: HeatMap, name: str) -> LinkView:
-    norms = heat_map.links[name]
-    finite = {position: norm for position, norm in norms.items() if math.isfinite(norm)}
-    order = sorted(finite, key=lambda position: (-finite[position], position))[:_STRONGEST]
+    return _view(heat_map, name, heat_map.links[name], None)
+
+
+def attribution_view(heat_map: HeatMap, name: str) -> LinkView:
+    attribution = heat_map.attributions[name]
+    return _view(heat_map, name, attribution.nats, attribution)
+
+
+def criteria_rows(attribution: Attribution) -> list[tuple[str, str, str]]:
+    """Return text, nats and share of each part of the source, as cells of a table."""
+    return [
+        (text, f"{nats:+.3f}", "" if share is None else f"{100 * share:+.0f}%")
+        for text, nats, share in attribution.parts
+    ]
+
+
+def text_parts(heat_map: HeatMap) -> tuple[Part, ...]:
+    """Return prompt and completion without colours."""
+    return _parts(heat_map, {}, frozenset(), signed=False)
+
+
+def _view(heat_map: HeatMap, name: str, values: Mapping[int, float], attribution: Attribution | None) -> LinkView:
+    finite = {position: value for position, value in values.items() if math.isfinite(value)}
+    order = sorted(finite, key=lambda position: (-abs(finite[position]), position))[:_STRONGEST]
+    targets = frozenset(heat_map.targets.get(name, ()))
     return LinkView(
         name=name,
-        count=len(norms),
-        largest=max(finite.values(), default=0.0),
+        count=len(values),
+        largest=_largest(values),
         strongest=tuple((_visible(heat_map.tokens[position]), position, finite[position]) for position in order),
-        parts=text_parts(heat_map, name),
+        parts=_parts(heat_map, values, targets, signed=attribution is not None),
+        attribution=attribution,
     )
 
 
-def text_parts(heat_map: HeatMap, name: str | None = None) -> tuple[Part, ...]:
-    """Return prompt and completion, coloured for a link or plain; a prompt without source tokens is folded."""
-    norms = heat_map.links[name] if name is not None else {}
-    targets = frozenset(heat_map.targets.get(name, ())) if name is not None else frozenset[int]()
+def _parts(
+    heat_map: HeatMap, values: Mapping[int, float], targets: frozenset[int], *, signed: bool
+) -> tuple[Part, ...]:
+    """Return prompt and completion, coloured by the values; a prompt without source tokens is folded."""
     border, end = heat_map.prompt_tokens, len(heat_map.tokens)
-    in_prompt = any(position < border for position in norms)
-    return (
-        Part("Prompt", border, in_prompt, _pieces(heat_map.tokens, 0, border, norms, targets)),
-        Part("Completion", end - border, True, _pieces(heat_map.tokens, border, end, norms, targets)),
+    in_prompt = any(position < border for position in values)
+    return tuple(
+        Part(name, stop - start, unfolded, _pieces(heat_map.tokens, start, stop, values, targets, signed=signed))
+        for name, start, stop, unfolded in (("Prompt", 0, border, in_prompt), ("Completion", border, end, True))
     )
 
 
 def _pieces(
-    tokens: Sequence[str], start: int, end: int, norms: Mapping[int, float], targets: frozenset[int]
+    tokens: Sequence[str],
+    start: int,
+    end: int,
+    values: Mapping[int, float],
+    targets: frozenset[int],
+    *,
+    signed: bool,
 ) -> tuple[Piece, ...]:
     """Cut tokens[start:end] into one piece for each source token and one for each run of others."""
-    largest = max((norm for norm in norms.values() if math.isfinite(norm)), default=0.0)
+    largest = _largest(values)
     pieces = []
     for (source, target), run in groupby(
-        range(start, end), key=lambda position: (position if position in norms else None, position in targets)
+        range(start, end), key=lambda position: (position if position in values else None, position in targets)
     ):
         text = "".join(tokens[position] for position in run)
         outline = "target" if target else ""
         if source is None:
             pieces.append(Piece(text, "target of the link" if target else "", outline))
             continue
-        norm = norms[source]
-        share = norm / largest if largest > 0.0 and math.isfinite(norm) else 0.0
-        kind = f"h{math.ceil(share * LEVELS)} {outline} {'line' if chr(10) in text else ''}"
-        tip = f"norm {norm:.3g}, {share:.0%} of the largest, token {source}{', target of the link' if target else ''}"
+        value = values[source]
+        share = abs(value) / largest if largest > 0.0 and math.isfinite(value) else 0.0
+        colour = "c" if value < 0.0 else "h"  # cold, hot
+        kind = f"{colour}{math.ceil(share * LEVELS)} {outline} {'line' if chr(10) in text else ''}"
+        number = f"{value:+.3g} nats" if signed else f"norm {value:.3g}"
+        tip = f"{number}, {share:.0%} of the largest, token {source}{', target of the link' if target else ''}"
         pieces.append(Piece(text, tip, " ".join(kind.split())))
     return tuple(pieces)
+
+
+def _largest(values: Mapping[int, float]) -> float:
+    return max((abs(value) for value in values.values() if math.isfinite(value)), default=0.0)
 
 
 def _visible(text: str) -> str:

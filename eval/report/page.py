@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from cepo.eval.report.figures import picture
-from cepo.eval.report.heat_maps import LEVELS, HeatMap, link_view, text_parts
+from cepo.eval.report.heat_maps import LEVELS, HeatMap, attribution_view, criteria_rows, link_view, text_parts
 from cepo.eval.report.tables import PageTable
 from cepo.files import replacing
 
@@ -64,6 +64,8 @@ def write_report(
         tables=tables,
         sections=sections,
         link_view=link_view,
+        attribution_view=attribution_view,
+        criteria_rows=criteria_rows,
         text_parts=text_parts,
         unfolded=_UNFOLDED,
         levels=LEVELS,

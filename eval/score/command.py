@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.eval.report.heat_maps import HeatMap
+from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.page import write_report
+from cepo.eval.score.criteria import criteria_of
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices, save_matrices
 from cepo.eval.score.rows import Line, is_text, read_input, read_rollout, task_reward
 from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
@@ -33,8 +34,13 @@ from cepo.jacobian.loading import (
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.records import Rollout
 
 _REASONS = 3  # shown in the summary
+_WITHOUT_ATTRIBUTION = (
+    "The effect was computed without its path, so it is not spread over tokens. For signed heat maps, and a table of "
+    "what each criterion did, score with --also path (or --score path)."
+)
 
 
 @dataclass(frozen=True)
@@ -259,7 +265,8 @@ def _score_line(
         )
     if job.jacobians is not None and rollout.token_ids:
         save_matrices(_beside(job.output, ".jacobians"), row, rollout, score)
-    links = {name: _link_record(link, score) for name, link in score.links.items()}
+    texts = reader.texts(rollout.token_ids) if score.links else []
+    links = {name: _link_record(link, score, rollout, texts) for name, link in score.links.items()}
     return {
         "row": row,
         "id": line.get("id") if isinstance(line, dict) else None,
@@ -276,7 +283,7 @@ def _score_line(
     }
 
 
-def _link_record(link: LinkScore, score: RolloutScore) -> dict[str, Any]:
+def _link_record(link: LinkScore, score: RolloutScore, rollout: Rollout, texts: Sequence[str]) -> dict[str, Any]:
     """Return a link's record, with one number for each token of its source: the Jacobian's norms, the path's nats."""
     facts = asdict(link)
     record = {"S": facts.pop("value"), **{key: value for key, value in facts.items() if key != "link"}}
@@ -289,6 +296,7 @@ def _link_record(link: LinkScore, score: RolloutScore) -> dict[str, Any]:
         record["row_norms"] = [float(f"{norm:.6g}") for norm in hardened.base.jac_SD.double().norm(dim=1).tolist()]
     if path is not None and path.attribution_S is not None:
         record["attribution"] = [float(f"{nats:.6g}") for nats in path.attribution_S.tolist()]
+        record["criteria"] = [asdict(one) for one in criteria_of(path, rollout.spans[path.link.source], texts)]
     return record
 
 
@@ -309,7 +317,12 @@ def _write_page(
                     for name, link in links.items()
                     if "row_norms" in link
                 },
-                targets={name: tuple(link["target_positions"]) for name, link in links.items() if "row_norms" in link},
+                attributions={name: _attribution(link) for name, link in links.items() if "attribution" in link},
+                targets={
+                    name: tuple(link["target_positions"])
+                    for name, link in links.items()
+                    if "row_norms" in link or "attribution" in link
+                },
                 facts={
                     "reward": f"{record['reward']:.4f}",
                     **{f"S {name}": f"{value:.4f}" for name, value in record["S"].items()},
@@ -326,8 +339,21 @@ def _write_page(
         "score": config.score,
         "hardening": f"K = {config.counterfactuals}, {rank}" if config.counterfactuals else "none (K = 0)",
     }
+    if config.reads_effects:
+        nodes = f", {config.nodes} nodes along the path to each" if config.reads_paths else ""
+        summary["donors"] = f"K = {config.donors}{nodes}"
+    notes = [_WITHOUT_ATTRIBUTION] if config.reads_effects and not config.reads_paths else []
     assert job.html is not None
-    write_report(job.html, title="cepo score", summary=summary, heat_maps={"Rollouts": maps})
+    write_report(job.html, title="cepo score", summary=summary, notes=notes, heat_maps={"Rollouts": maps})
+
+
+def _attribution(link: Mapping[str, Any]) -> Attribution:
+    return Attribution(
+        nats=dict(zip(link["source_positions"], link["attribution"], strict=True)),
+        delta=link["delta"],
+        path_sum=link["path_sum"],
+        parts=tuple((one["text"], one["nats"], one["share"]) for one in link["criteria"]),
+    )
 
 
 def _beside(path: Path, suffix: str) -> Path:

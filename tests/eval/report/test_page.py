@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cepo.eval.report.figures import curves, forest, grid, history, picture
-from cepo.eval.report.heat_maps import HeatMap
+from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.statistics import Estimate
 
@@ -160,6 +160,25 @@ def test_colour_is_linear_and_never_alone(tmp_path: Path) -> None:
     ]
 
 
+def test_attributions_have_a_sign_and_say_what_they_add_up_to(tmp_path: Path) -> None:
+    """Protects the meaning of an attribution: a colour for each sign, both on one scale, sums and parts in words."""
+    parts = ((SCRIPT, 2.0, 0.8), ("matters.", -0.5, None))
+    attribution = Attribution({4: 2.0, 5: -0.5, 6: 0.0}, delta=2.5, path_sum=1.5, parts=parts)
+    page = score_page(tmp_path, heat_map(links={}, attributions={"X->Y": attribution}, targets={"X->Y": (7,)}))
+    assert [(text, values["class"], values["title"]) for values, text in page.marks] == [
+        (" Clarity", "h20", "+2 nats, 100% of the largest, token 4"),
+        (" matters", "c5", "-0.5 nats, 25% of the largest, token 5"),
+        (".", "h0", "+0 nats, 0% of the largest, token 6"),
+        (" 9", "target", "target of the link"),
+    ]
+    words = " ".join(page.words.split())
+    assert "The tokens add up to +1.5 nats; the exact effect is +2.5 nats." in words
+    assert f"{SCRIPT} +2.000 +80% matters. -0.500" in words
+    assert "An attribution shows" in words
+    assert "A heat map shows" not in words
+    assert page.texts == ["".join(heat_map().tokens[:4]), "".join(heat_map().tokens[4:])]
+
+
 def test_the_prompt_is_folded_unless_it_holds_the_source(tmp_path: Path) -> None:
     """Protects readability: the prompt is open for Z->Y and folded for X->Y, the completion is always open."""
     assert score_page(tmp_path, heat_map()).folded == [True, False, False, False]
@@ -282,6 +301,7 @@ def test_long_reports_stay_small(tmp_path: Path) -> None:
         ({"links": {"X->Y": {10: 1.0}}, "targets": {}}, "position 10; expected 0 to 9"),
         ({"targets": {"X->Y": (-1,)}}, "position -1"),
         ({"targets": {"A->B": (1,)}}, r"targets names \['A->B'\]"),
+        ({"attributions": {"X->Y": Attribution({10: 0.5}, 1.0, 1.0)}}, "position 10; expected 0 to 9"),
         ({"links": {"X->Y": {1: -0.5}}, "targets": {}}, "norm -0.5; expected norms >= 0"),
     ],
 )

@@ -107,6 +107,27 @@ def test_records_and_matrices_agree_with_each_other(judge: Path, tmp_path: Path,
     assert not list(tmp_path.glob("*.jacobians"))
 
 
+def test_paths_give_attributions_that_add_up(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    """Tokens and criteria of a link sum to the path's estimate; the page has both; an effect alone says what to ask."""
+    source, out, page = write_jsonl(tmp_path / "in.jsonl", gold_rows()[:3]), tmp_path / "out", tmp_path / "o.html"
+    arguments = ("--model", judge, "--input", source, "--link", "chain", "--score", "effect", "--donor-count", 1)
+    assert cepo(*arguments, "--also", "path", "--nodes", 1, "--output", out, "--html", page)[0] == 0
+    for record in read_jsonl(out):
+        for link in record["links"].values():
+            assert sum(link["attribution"]) == pytest.approx(link["path_sum"], abs=1e-4)
+            assert sum(one["nats"] for one in link["criteria"]) == pytest.approx(link["path_sum"], abs=1e-6)
+            shares = sum(one["share"] for one in link["criteria"])
+            assert shares == pytest.approx(link["path_sum"] / link["delta"], rel=1e-4)
+        item = ITEMS[record["row"]]
+        assert [one["text"] for one in record["links"]["criteria->analysis"]["criteria"]] == [item.criteria]
+    written = page.read_text()
+    assert "Attribution of criteria-&gt;analysis" in written
+    assert "--also path" not in written
+    assert cepo(*arguments, "--output", tmp_path / "effect", "--html", page)[0] == 0
+    assert "criteria" not in read_jsonl(tmp_path / "effect")[0]["links"]["criteria->analysis"]
+    assert "score with --also path" in page.read_text()
+
+
 def test_batch_size_order_and_repetition_change_nothing(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
     rows = gold_rows()
     outputs = []

@@ -1,0 +1,92 @@
+"""What each criterion did: the list items or sentences of a source span, each with its share of a link's effect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from cepo.jacobian.records import LinkPath, Span
+
+_LIST_ITEM = re.compile(r"^\s*(?:[-*+•‣–]|\(?(?:\d{1,3}|[A-Za-z])[.)])\s", re.MULTILINE)
+_WORD = re.compile(r"\w")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A part of a source span, and what it did to the link's target.
+
+    Attributes:
+        text: the list item or sentence, without white space around it.
+        nats: what its tokens add to the path's estimate of the effect, mean over the donors; negative where the part
+            made the target less likely.
+        share: nats over delta, the exact effect; None where delta is 0. Shares add up to 1 but for the path's error.
+    """
+
+    text: str
+    nats: float
+    share: float | None
+
+
+def criteria_of(path: LinkPath, span: Span, texts: Sequence[str]) -> list[Criterion]:
+    """Return each part of a link's source with what it did to the target; their nats sum to the path's estimate.
+
+    Args:
+        path: what donors do to the link, with the attribution of its tokens.
+        span: the link's source.
+        texts: the text of every token of the rollout.
+
+    Raises:
+        ValueError: if the path carries no attribution.
+    """
+    if path.attribution_S is None:
+        raise ValueError("path has no attribution; expected one with nodes, and at least one counterfactual")
+    nats_of = dict(zip(path.source_positions, path.attribution_S.double().tolist(), strict=True))
+    delta = path.delta
+    sums = [(text, sum(nats_of[position] for position in places)) for text, places in parts_of(span, texts)]
+    return [Criterion(text, nats, nats / delta if delta else None) for text, nats in sums]
+
+
+def parts_of(span: Span, texts: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return text and positions of each list item of a span, or of each sentence where it holds no list.
+
+    A text holds a list where a line of it starts with a bullet, a number or a letter; then each line is a part. A
+    sentence ends in punctuation that white space follows.
+
+    Args:
+        span: any span of a rollout.
+        texts: the text of every token of the rollout.
+    """
+    has_list = _LIST_ITEM.search(span.text) is not None
+    sentence_of = dict(zip(span.movable, span.sentences, strict=True))
+    # A token that also carries a piece of a tag has no number; it belongs to the sentence before it, or else the first.
+    numbers: list[int] = []
+    for position in span.positions:
+        numbers.append(sentence_of.get(position, numbers[-1] if numbers else 0))
+    parts: list[list[int]] = []
+    for _, run in groupby(range(len(numbers)), key=numbers.__getitem__):
+        before = texts[parts[-1][-1]] if parts else ""
+        positions = [span.positions[place] for place in run]
+        ends = before.endswith("\n") if has_list else before[-1:].isspace() or texts[positions[0]][:1].isspace()
+        if parts and (not ends or not _has_words(parts[-1], texts)):
+            parts[-1] += positions
+        else:
+            parts.append(positions)
+    if len(parts) > 1 and not _has_words(parts[-1], texts):
+        parts[-2:] = [parts[-2] + parts[-1]]
+    # Where the content is one stretch of text, what a token carries of the tags beside it is left out.
+    whole = "".join(texts[position] for position in span.positions)
+    start = whole.find(span.text)
+    start, end = (start, start + len(span.text)) if start >= 0 else (0, len(whole))
+    found, cursor = [], 0
+    for positions in parts:
+        text = "".join(texts[position] for position in positions)
+        shown = text[max(0, start - cursor) : max(0, end - cursor)].strip()
+        found.append((shown, tuple(positions)))
+        cursor += len(text)
+    return found
+
+
+def _has_words(positions: Sequence[int], texts: Sequence[str]) -> bool:
+    return _WORD.search("".join(texts[position] for position in positions)) is not None
