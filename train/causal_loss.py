@@ -8,7 +8,7 @@ asks what the policy would say after other content.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.reading.layout import Layout
 
 FIRST_WEIGHT = 0.5
-Objective = Literal["divergence", "interchange"]
+Objective = Literal["divergence", "csr", "interchange"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class CausalLoss:
             rationale->answer of a reasoner).
         donors: K >= 1, counterfactuals per completion and link.
         objective: "divergence" raises the Jensen-Shannon divergence between the target's distributions after the own
-            source and after a donor's; "interchange" asks the target to be the donor's after the donor's source, which
-            is right where the target depends on nothing but the source: the link must end in the scores or the answer.
+            source and after a donor's; "csr" raises KL(own, donor) instead, which has no bound; "interchange" asks the
+            target to be the donor's after the donor's source, which is right where the target depends on nothing but
+            the source: the link must end in the scores or the answer.
         seed: of the choice of donors.
 
     Raises:
@@ -64,6 +65,16 @@ class CausalLoss:
         """The weight at the first step."""
         return FIRST_WEIGHT if self.weight == "auto" else float(self.weight)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the loss raises a distance of what follows the own source from what follows a donor's."""
+        return self.objective != "interchange"
+
+    @property
+    def distance(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The distance of an objective that compares."""
+        return sensitivity if self.objective == "csr" else divergence
+
     def parsed_links(self, layout: Layout) -> list[Link]:
         """Return the links, parsed.
 
@@ -81,7 +92,7 @@ class CausalLoss:
             if self.objective == "interchange" and link.target != layout.names[-1]:
                 raise ValueError(
                     f"links holds {link.name!r}, but interchange asks the target to follow from the source alone; "
-                    f"expected a link that ends in {layout.names[-1]!r}, or the objective divergence"
+                    f"expected a link that ends in {layout.names[-1]!r}, or the objective divergence or csr"
                 )
         if len({(link.source, link.target) for link in links}) < len(links):
             raise ValueError(f"links is {list(written)!r}, which names one link twice; expected each once")
@@ -109,6 +120,17 @@ def divergence(own_NPV: Tensor, donor_NPV: Tensor, targets_NP: Tensor) -> Tensor
     mean = torch.logaddexp(own, donor) - math.log(2.0)
     js_NP = 0.5 * (own.exp() * (own - mean) + donor.exp() * (donor - mean)).sum(-1)
     return _mean_over(js_NP, targets_NP)
+
+
+def sensitivity(own_NPV: Tensor, donor_NPV: Tensor, targets_NP: Tensor) -> Tensor:
+    """Return the mean of KL(own, donor) over the target tokens, in nats, >= 0; arguments and result as `divergence`.
+
+    Source:
+        Shihab et al., Counterfactual Sensitivity Regularization, 2025, arXiv 2509.01544: L - lambda KL. The paper edits
+        operators of a formal rationale; the edit here is a donor's content.
+    """
+    own, donor = _log_probabilities(own_NPV), _log_probabilities(donor_NPV)
+    return _mean_over((own.exp() * (own - donor)).sum(-1), targets_NP)
 
 
 def interchange(logits_NPV: Tensor, ids_NP: Tensor, targets_NP: Tensor) -> Tensor:

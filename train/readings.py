@@ -55,7 +55,7 @@ def donor_pool(rollouts: Sequence[Rollout], link: Link, settings: CausalLoss, ea
         settings: says which of the two.
         earned: whether each rollout earned the task reward; a wrong verdict is no lesson, so it is not interchanged.
     """
-    if settings.objective == "divergence":
+    if settings.compares:
         return candidates(rollouts, link.source)
     found = {
         continuation
@@ -69,7 +69,7 @@ def donor_pool(rollouts: Sequence[Rollout], link: Link, settings: CausalLoss, ea
 def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalLoss) -> list[Reading]:
     """Return the readings of a completion: the own one and up to K with donors, or for interchange the latter alone.
 
-    Divergence keeps the length of the source, so all readings have the same target positions. Interchange puts the
+    A comparison keeps the length of the source, so all readings have the same target positions. Interchange puts the
     donor's continuation, from its source to its verdict, into the own context.
     Which donors a rollout gets depends on (seed, the source's ids, the set of candidates) alone.
 
@@ -79,7 +79,7 @@ def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalL
     (own,) = candidates([rollout], link.source) or (None,)
     if own is None:
         return []
-    if settings.objective == "divergence":
+    if settings.compares:
         contents = [one for one in pool if isinstance(one, Candidate)]
         others = with_donors(rollout, link.source, contents, settings.donors, seed=settings.seed)
         targets = rollout.spans[link.target].positions

@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train.causal_loss import CausalLoss, divergence, interchange
+from cepo.train.causal_loss import CausalLoss, interchange
 from cepo.train.prompts import JUDGE
 from cepo.train.readings import donor_pool, pack_readings, read_with_donors
 
@@ -25,8 +25,9 @@ _EARNED = 0.5  # the least task reward of a completion whose verdict is a lesson
 class CausalTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with the causal loss added to its own.
 
-    The loss is TRL's less weight times the divergence, or plus weight times the interchange's negative log-likelihood:
-    the mean over completions, of which those without a donor (malformed, or no other prompt in the batch) count as 0,
+    The loss is TRL's less weight times the divergence (or csr), or plus weight times the interchange's negative
+    log-likelihood: the mean over completions, of which those without a donor (malformed, or no other prompt in the
+    batch) count as 0,
     so that gradient accumulation and data parallelism change nothing. Donors are gathered over all ranks. Logits are
     untempered. Evaluation adds no term.
 
@@ -97,7 +98,7 @@ class CausalTrainer(GRPOTrainer):
         return {_PREFIX + name: tensor.to(self.accelerator.device) for name, tensor in packed.items()}
 
     def _of_one_link(self, rollout: Rollout, link: Any, pool: Any) -> list[Any]:
-        wanted = self._causal_loss.donors + (self._causal_loss.objective == "divergence")
+        wanted = self._causal_loss.donors + self._causal_loss.compares
         readings = [] if rollout.malformed else read_with_donors(rollout, link, pool, self._causal_loss)
         return [*readings, *[None] * (wanted - len(readings))]
 
@@ -106,7 +107,7 @@ class CausalTrainer(GRPOTrainer):
         if not self.model.training:
             return loss
         value_B, has_donor_B = self._causal_values(model, inputs)
-        sign = -1.0 if self._causal_loss.objective == "divergence" else 1.0
+        sign = -1.0 if self._causal_loss.compares else 1.0
         term = value_B.mean() / self.current_gradient_accumulation_steps
         totals = torch.stack([value_B.detach().sum(), has_donor_B.sum(), has_donor_B.new_tensor(len(value_B))])
         value, rows, count = self.accelerator.gather(totals.unsqueeze(0)).sum(0).tolist()
@@ -137,9 +138,11 @@ class CausalTrainer(GRPOTrainer):
         def by_link(tensor: Tensor) -> Tensor:
             return tensor.unflatten(1, (links, -1))
 
-        if self._causal_loss.objective == "divergence":
+        if self._causal_loss.compares:
             logits, targets = by_link(logits_BRPV), by_link(targets_BRP)[:, :, 1:]
-            values = divergence(logits[:, :, :1].expand_as(logits[:, :, 1:]), logits[:, :, 1:], targets).flatten(1)
+            values = self._causal_loss.distance(
+                logits[:, :, :1].expand_as(logits[:, :, 1:]), logits[:, :, 1:], targets
+            ).flatten(1)
         else:
             targets = targets_BRP
             values = interchange(logits_BRPV, ids_BRP, targets)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cepo.jacobian.records import Rollout
-from cepo.train.causal_loss import CausalLoss, divergence, interchange
+from cepo.train.causal_loss import CausalLoss, divergence, interchange, sensitivity
 from cepo.train.prompts import JUDGE, REASONER
 from cepo.train.readings import Reading, donor_pool, pack_readings, read_with_donors
 from tests.models import InDouble, judge_rollout, tiny_model
@@ -16,7 +16,7 @@ from tests.models import InDouble, judge_rollout, tiny_model
 LINK = CausalLoss().parsed_links(JUDGE)[0]
 
 
-def test_both_objectives_equal_a_case_worked_out_by_hand() -> None:
+def test_all_objectives_equal_a_case_worked_out_by_hand() -> None:
     p, q = (0.5, 0.5, 0.0), (0.25, 0.25, 0.5)  # m is 3/8, 3/8, 2/8
     by_hand = 0.5 * math.log(4 / 3) + 0.5 * (0.5 * math.log(2 / 3) + 0.5 * math.log(2))
     own = torch.tensor([[p, (1.0, 1.0, 1.0)]], dtype=torch.float64).clamp(min=1e-300).log()
@@ -25,6 +25,11 @@ def test_both_objectives_equal_a_case_worked_out_by_hand() -> None:
     assert divergence(own, donor, first).item() == pytest.approx(by_hand, abs=1e-14)
     assert divergence(own, donor, both).item() == pytest.approx(by_hand / 2, abs=1e-14)  # equal at the second token
     assert divergence(own, donor, both) == divergence(donor, own, both)
+    kl = 0.5 * math.log(2) + 0.5 * math.log(2)  # KL(p, q), its third term 0
+    assert sensitivity(own, donor, first).item() == pytest.approx(kl, abs=1e-14)
+    assert CausalLoss().distance is divergence
+    assert CausalLoss(objective="csr").distance is sensitivity
+    assert sensitivity(own, donor, both).item() == pytest.approx(kl / 2, abs=1e-14)
     nll = interchange(donor, torch.tensor([[2, 0]]), both)
     assert nll.item() == pytest.approx((math.log(2) + math.log(3)) / 2, abs=1e-14)
     assert divergence(own, donor, ~both).item() == interchange(donor, torch.tensor([[2, 0]]), ~both).item() == 0.0
@@ -45,7 +50,7 @@ def rollouts() -> list[Rollout]:
     return [judge_rollout(10 * prompt + number, prompt_seed=prompt) for prompt in range(3) for number in range(2)]
 
 
-@pytest.mark.parametrize("objective", ["divergence", "interchange"])
+@pytest.mark.parametrize("objective", ["divergence", "csr", "interchange"])
 def test_the_gradient_of_the_loss_is_that_of_finite_differences(objective: str) -> None:
     """A tiny model in float64; one random direction in the space of all weights that the head and the layers have."""
     settings = CausalLoss(objective=objective, donors=2)  # type: ignore[arg-type]
@@ -60,7 +65,7 @@ def test_the_gradient_of_the_loss_is_that_of_finite_differences(objective: str) 
         logits = model(input_ids=ids).logits[:, :-1]
         if objective == "interchange":
             return interchange(logits, ids[:, 1:], targets).mean()
-        return divergence(logits[:1].expand_as(logits[1:]), logits[1:], targets[1:]).mean()
+        return settings.distance(logits[:1].expand_as(logits[1:]), logits[1:], targets[1:]).mean()
 
     generator = torch.Generator().manual_seed(1)
     weights = list(model.parameters())
@@ -107,7 +112,7 @@ def test_interchange_reads_a_donors_source_to_verdict_in_the_own_context_and_onl
 
 
 def test_donors_do_not_depend_on_order_and_a_malformed_completion_has_none() -> None:
-    for objective in ("divergence", "interchange"):
+    for objective in ("divergence", "csr", "interchange"):
         settings = CausalLoss(objective=objective, donors=1)  # type: ignore[arg-type]
         pool = donor_pool(rollouts(), LINK, settings, [True] * 6)
         backwards = donor_pool(rollouts()[::-1], LINK, settings, [True] * 6) * 2  # two ranks may send the same

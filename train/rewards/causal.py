@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -181,7 +181,7 @@ class CausalReward:
             self.config,
             self.layout,
             task_rewards=task_rewards,
-            pools=self._gathered_pools(rollouts) if self.config.reads_effects else None,
+            pools=gathered(self._trainer, pools_of(rollouts, self._links)) if self.config.reads_effects else None,
             seconds=parts,
         )
         rewards: list[float | None] = [score.reward for score in scores]
@@ -200,13 +200,6 @@ class CausalReward:
             log_extra(f"{self.__name__} malformed", [score.malformed for score in scores])
         return rewards
 
-    def _gathered_pools(self, rollouts: Sequence[Rollout]) -> dict[str, list[Candidate]]:
-        """Return what the rollouts of all ranks offer for each source."""
-        pools = pools_of(rollouts, self._links)
-        # Every rank calls its rewards once for each generation batch, so this meets no other collective.
-        gathered = gather_object([pools]) if self._trainer.accelerator.num_processes > 1 else [pools]
-        return {source: thinned(one for each in gathered for one in each[source]) for source in pools}
-
     def set_power(self, p: float) -> None:
         """Fuse with another exponent of the power mean from now on."""
         self.config = replace(self.config, p=p)
@@ -214,6 +207,13 @@ class CausalReward:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer out: a copy must be bound again."""
         return {**self.__dict__, "_trainer": None, "_engine": None, "_reader": None}
+
+
+def gathered(trainer: Any, pools: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
+    """Return what the rollouts of all ranks offer for each source, given what those of this rank do."""
+    # Every rank calls its rewards once for each generation batch, so this meets no other collective.
+    of_ranks = gather_object([pools]) if trainer.accelerator.num_processes > 1 else [pools]
+    return {source: thinned(one for each in of_ranks for one in each[source]) for source in pools}
 
 
 def _shuffled(rewards: Sequence[float | None], rollouts: Sequence[Rollout], seed: int) -> list[float | None]:

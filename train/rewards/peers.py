@@ -24,6 +24,7 @@ from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
 from cepo.train.prompts import JUDGE
 from cepo.train.rewards.answer import Variant, answer_log_probabilities, joint_log_probabilities, without
+from cepo.train.rewards.causal import gathered
 
 Edit = Literal["donor", "permutation"]
 _BOUND_NATS = 10.0
@@ -280,7 +281,9 @@ class CounterfactualSensitivity(PeerReward):
 
     def variants(self, rollouts: Sequence[Rollout]) -> list[list[Variant]]:
         """Return the sequence as written, then with each edit of the rationale."""
-        pools = {name: candidates(rollouts, name) for name in self.source}
+        pools: Mapping[str, Sequence[Candidate]] = {name: candidates(rollouts, name) for name in self.source}
+        if self.edit == "donor" and self._trainer is not None:
+            pools = gathered(self._trainer, pools)
         changed = []
         for rollout in rollouts:
             whole = self._whole(rollout)
