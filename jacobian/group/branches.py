@@ -87,7 +87,7 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
     """Return the rows, FLOPs and memory that branches add up to.
 
     Args:
-        work: from `branches_of`; equal stems that follow each other are run once.
+        work: from `branches_of`; equal stems and prefixes that follow each other are run once.
         passes: cotangents that go back through each differentiated tail.
         cost: of the model.
     """
@@ -103,13 +103,17 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
         flops += cost.flops(segment.rows, context, backward=False) + cost.flops(back, context, backward=True)
         flops += (4.0 if cotangents else 2.0) * cost.head * head
 
-    before: Segment | None = None
+    stem_before: Segment | None = None
+    prefixes_before: Segment | None = None
     for each in work:
-        if each.stem is not None and each.stem != before:
-            add("stem", each.stem)
-        before = each.stem
-        if each.prefixes is not None:
-            add("prefixes", each.prefixes)
+        if each.stem != stem_before:
+            stem_before, prefixes_before = each.stem, None
+            if each.stem is not None:
+                add("stem", each.stem)
+        if each.prefixes != prefixes_before:
+            prefixes_before = each.prefixes
+            if each.prefixes is not None:
+                add("prefixes", each.prefixes)
         stem = each.stem.length if each.stem is not None else 0
         for tails in each.tails:
             add("tails", tails.segment, passes if tails.segment.differentiated else 0)

@@ -37,6 +37,7 @@ class PathRunner:
     def __init__(self, served: Served, budget: float) -> None:
         self._served, self._budget = served, budget
         self._stem: tuple[Segment | None, KeyValues] = (None, [])
+        self._prefixes: tuple[Segment | None, KeyValues] = (None, [])
 
     def answer(self, request: PathRequest) -> PathAnswer:
         """Return the answer to a request; inside `model.prepared()`."""
@@ -103,15 +104,19 @@ class PathRunner:
 
     def _run_stem(self, branches: Branches) -> KeyValues:
         if branches.stem != self._stem[0]:
-            self._stem = (None, [])  # freed before the next one is built
+            self._stem = self._prefixes = (None, [])  # freed before the next ones are built
             if branches.stem is not None:
                 self._stem = (branches.stem, run_segment(self._served.model, branches.stem).keys_values)
         return self._stem[1]
 
     def _run_prefixes(self, branches: Branches, stem: KeyValues) -> KeyValues:
-        if branches.prefixes is None:
-            return []
-        return run_segment(self._served.model, branches.prefixes, [stem], branches.prefixes.starts).keys_values
+        """Return what families share; values and points of a request have it in common."""
+        if branches.prefixes != self._prefixes[0]:
+            self._prefixes = (None, [])
+            if branches.prefixes is not None:
+                run = run_segment(self._served.model, branches.prefixes, [stem], branches.prefixes.starts)
+                self._prefixes = (branches.prefixes, run.keys_values)
+        return self._prefixes[1]
 
     def _run_tails(
         self, tails: Tails, variants: Sequence[Variant], stem: KeyValues, prefixes: KeyValues
