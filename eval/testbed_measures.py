@@ -21,6 +21,7 @@ FIELDS = ("influence", "norm", "tokens")
 ITEMS = 200  # for each accuracy and intervention
 SCORED = 32  # sampled judgements whose links are scored
 _SHOWN = 4
+_MEMORY = 2.0**30  # bytes that scoring may add; several judges may be measured at once on a GPU
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def measure_judge(
     rollouts = [read_rollout(row, reader) for row in rows]
     # No counterfactuals: of the links, what is shown is their influence.
     config = RewardConfig(links=dict.fromkeys(LINKS, 1.0), score="influence")
-    scores = score_rollouts(rollouts[:scored], GroupEngine(model), config, JUDGE, keep_jacobians=True)
+    engine = GroupEngine(model, memory_budget=_MEMORY)
+    scores = score_rollouts(rollouts[:scored], engine, config, JUDGE, keep_jacobians=True)
     sound = [score for score in scores if score.malformed is None]
     links = {
         name: {field: sum(getattr(score.links[name], field) for score in sound) / len(sound) for field in FIELDS}

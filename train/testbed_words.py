@@ -6,9 +6,11 @@ the model's chat template. A judge is made once and kept in the cache with its c
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -95,20 +97,9 @@ def load_words_judge(
         ValueError: for a base model that cannot be loaded, has no chat template, or has fewer layers.
     """
     folder = words_folder(wanted, cache)
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = _teach(wanted, device or ("cuda" if torch.cuda.is_available() else "cpu"), progress)
-        items = testbed.generate_items(_EXAMINED, seed=_EXAMINED_SEED, cue_agreement=0.9)
-        found = testbed_certificate.examine(model, tokenizer, items, seed=wanted.seed)
-        reason = testbed_certificate.uncertified(wanted.judge, found)
-        if reason is not None:
-            logger.warning("%s", reason)
-        with replacing(folder) as unfinished:
-            model.cpu().save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-            write_text(
-                unfinished / CERTIFICATE, json.dumps({**asdict(wanted), "measures": found, "uncertified": reason})
-            )
+    with _one_at_a_time(folder):
+        if not folder.is_dir():
+            _make(wanted, folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), progress)
     return load_model(resolve_model(str(folder)))
 
 
@@ -129,6 +120,29 @@ def words_fingerprint(wanted: WordsJudge) -> str:
     sources = [fingerprint(Path(str(module.__file__))) for module in modules]
     settings = {**asdict(wanted), "base": model_fingerprint(resolve_model(wanted.base))}
     return content_hash(sources, write_judgement("", "", (0, 0)), settings)
+
+
+def _make(wanted: WordsJudge, folder: Path, device: str, progress: Callable[[int, float], None] | None) -> None:
+    model, tokenizer = _teach(wanted, device, progress)
+    items = testbed.generate_items(_EXAMINED, seed=_EXAMINED_SEED, cue_agreement=0.9)
+    found = testbed_certificate.examine(model, tokenizer, items, seed=wanted.seed)
+    reason = testbed_certificate.uncertified(wanted.judge, found)
+    if reason is not None:
+        logger.warning("%s", reason)
+    with replacing(folder) as unfinished:
+        model.cpu().save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        certificate = {**asdict(wanted), "measures": found, "uncertified": reason}
+        write_text(unfinished / CERTIFICATE, json.dumps(certificate))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let other processes that want the same judge wait until it is made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], None] | None) -> tuple[Any, Any]:

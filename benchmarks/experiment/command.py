@@ -31,7 +31,7 @@ def run_experiment(
     Args:
         output: folder of the results; the runs are in a folder for each world.
         plan: from `read_plan`.
-        jobs: processes side by side, one thread each.
+        jobs: processes side by side, one CPU thread each; on a GPU they share its memory.
         progress: called with (finished runs, all runs).
 
     Returns:
@@ -44,7 +44,7 @@ def run_experiment(
     claim(output / "settings.json", shared_settings(plan[0]), results=finished[:3])
     for run in plan:
         claim_run(run)
-    about = environment(torch.device("cpu"))
+    about = environment(torch.device(plan[0].device))
     done = 0
     failed: dict[str, str] = {}
     # The judges before training first: they fill the cache that the other runs of their world and seed read.

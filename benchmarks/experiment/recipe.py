@@ -12,11 +12,14 @@ import yaml
 
 import cepo
 from cepo.eval.testbed_measures import ITEMS, SCORED
+from cepo.train.policy import WORDS
 from cepo.train.testbed_judges import JudgeKind
 
 _PACKAGE = Path(cepo.__file__).parent
 RECIPE = _PACKAGE / "benchmarks" / "recipes" / "testbed-worlds.yaml"
-TESTBED = _PACKAGE / "train" / "recipes" / "testbed.yaml"  # what all arms share
+# What all arms share, in the testbed's own worlds and in those of a pretrained model.
+TESTBED, TESTBED_WORDS = (_PACKAGE / "train" / "recipes" / f"{name}.yaml" for name in ("testbed", WORDS))
+IN_WORDS = "words-"  # begins the name of a world whose judge is a pretrained model
 BASELINE, UNTRAINED = "task", "untrained"  # arms that the others are compared with
 SHUFFLED = " shuffled"  # ends the name of an arm that is another one's control
 _KEYS = ("rewards", "causal_loss", "grpo")
@@ -27,7 +30,8 @@ class Run:
     """One arm in one world from one seed.
 
     Attributes:
-        world: the testbed judge that training starts from, see `cepo.train.testbed_judges.warm_start`.
+        world: the testbed judge that training starts from, see `cepo.train.testbed_judges.warm_start`; after "words-",
+            one of a pretrained model, see `cepo.train.testbed_words`.
         arm: name of the arm.
         changes: what the arm sets in the testbed's training recipe: `rewards`, and perhaps `causal_loss` and fields of
             `grpo`; empty for the judge before training.
@@ -36,6 +40,7 @@ class Run:
         items: items per measure.
         scored: sampled judgements whose links are scored.
         folder: where the run lives.
+        device: where it is trained and measured.
     """
 
     world: str
@@ -46,6 +51,17 @@ class Run:
     items: int
     scored: int
     folder: Path
+    device: str = "cpu"
+
+    @property
+    def judge(self) -> str:
+        """The kind of judge that training starts from."""
+        return self.world.removeprefix(IN_WORDS)
+
+    @property
+    def in_words(self) -> bool:
+        """Whether that judge is a pretrained model."""
+        return self.world.startswith(IN_WORDS)
 
 
 def read_plan(
@@ -58,6 +74,7 @@ def read_plan(
     arms: Sequence[str] | None = None,
     items: int = ITEMS,
     scored: int = SCORED,
+    device: str = "cpu",
 ) -> list[Run]:
     """Return the runs of a recipe, seed by seed and world by world; the judge before training is always among them.
 
@@ -71,9 +88,11 @@ def read_plan(
         arms: names of the arms to run; None for all.
         items: items per measure.
         scored: sampled judgements whose links are scored.
+        device: where runs are trained and measured.
 
     Raises:
-        ValueError: for a recipe that cannot be used, an arm that it does not have, or a world that there is not.
+        ValueError: for a recipe that cannot be used, an arm that it does not have, a world that there is not, or worlds
+            of both testbeds.
     """
     try:
         loaded = yaml.safe_load(recipe.read_text())
@@ -87,13 +106,17 @@ def read_plan(
     for what, found in (("worlds", worlds), ("seeds", seeds), ("arms", named)):
         if not found:
             raise ValueError(f"recipe {str(recipe)!r} has no {what}; expected at least one of each")
-    for what, given, known in (("worlds", worlds, get_args(JudgeKind)), ("arms", arms or (), tuple(named))):
+    judges = get_args(JudgeKind)
+    all_worlds = (*judges, *(IN_WORDS + judge for judge in judges))
+    for what, given, known in (("worlds", worlds, all_worlds), ("arms", arms or (), tuple(named))):
         unknown = sorted({*given} - {*known})
         if unknown:
             raise ValueError(f"{what} names {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if len({world.startswith(IN_WORDS) for world in worlds}) > 1:
+        raise ValueError(f"worlds names {', '.join(worlds)}; expected all in words, or none: they share no settings")
     chosen = [name for name in {UNTRAINED: None, **named} if not arms or name in arms or name == UNTRAINED]
     return [
-        Run(world, name, named.get(name, {}), seed, steps, items, scored, output / world / _folder(name, seed))
+        Run(world, name, named.get(name, {}), seed, steps, items, scored, output / world / _folder(name, seed), device)
         for seed in seeds
         for world in worlds
         for name in chosen

@@ -92,6 +92,7 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
             means = [(arm, mean_of_few(list(values.values()))) for arm, values in _by_arm(of_world, measure).items()]
             figures[f"World {world}, {label}: mean over seeds, 95% t interval over seeds"] = forest(means, axis=label)
             tables |= _gain_tables(world, of_world, measure)
+    tables |= _certificate_table(rows)
     runs = [
         [row["world"], row["arm"], str(row["seed"]), *(_number(_value(row, measure)) for measure in COLUMNS)]
         for row in rows
@@ -121,6 +122,18 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
             else "One seed: there are no intervals.",
         ],
     )
+
+
+def _certificate_table(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what interventions said of the pretrained judges that training starts from, once per world."""
+    cells = []
+    for world, of_world in _by_world(rows).items():
+        certificate = next((row["certificate"] for row in of_world if "certificate" in row), None)
+        if certificate is not None:
+            measured = "; ".join(f"{name} {value:.3g}" for name, value in certificate["measures"].items())
+            cells.append([world, certificate["uncertified"] or "certified", measured])
+    header = ["world", "verdict", "interventions on the judge before training"]
+    return {"Certificates of the judges in words": (header, cells)} if cells else {}
 
 
 def _gain_tables(world: str, rows: Sequence[Row], measure: str) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import yaml
 
-from cepo.benchmarks.experiment.recipe import TESTBED, Run
+from cepo.benchmarks.experiment.recipe import TESTBED, TESTBED_WORDS, Run
 from cepo.eval.testbed_measures import measure_judge
 from cepo.files import claim, read_jsonl, write_jsonl
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import policy
 from cepo.train.grpo import TrainConfig, load_config, train
 from cepo.train.run import METRICS
+from cepo.train.testbed_words import read_certificate, words_settings
 
 MEASURES = "measures.json"
 PARTS = ("generation", "rewards", "policy_update", "step")
@@ -28,7 +29,7 @@ PARTS = ("generation", "rewards", "policy_update", "step")
 
 
 def execute(run: Run) -> None:
-    """Train and measure in this process, on one thread, unless the run is finished; TRL's output goes to `log.txt`.
+    """Train and measure in this process, on one CPU thread, unless the run is finished; TRL's output is in `log.txt`.
 
     Raises:
         ValueError: for a folder that holds a run with other settings or content.
@@ -42,9 +43,10 @@ def execute(run: Run) -> None:
     with (run.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             if run.changes:
-                model, tokenizer = load_model(resolve_model(str(train(training(run)))))
+                model, tokenizer = load_model(resolve_model(str(train(training(run)))), device=run.device)
             else:
                 model, tokenizer = _untrained(run)
+            model.to(run.device)
             measures, _ = measure_judge(model, tokenizer, seed=run.seed, items=run.items, scored=run.scored)
         except Exception:
             traceback.print_exc()
@@ -57,17 +59,18 @@ def execute(run: Run) -> None:
         "seconds": round(time.perf_counter() - started, 1),
         **asdict(measures),
         "time": step_seconds(run.folder / "grpo" / METRICS) if run.changes else {},
+        **({"certificate": _certificate(run)} if run.in_words else {}),
         "settings": {name: getattr(run, name) for name in ("changes", "items", "scored")},
     }
     write_jsonl(done, [row])
 
 
 def training(run: Run) -> TrainConfig:
-    """Return the training of a run: the testbed's recipe with what the arm and the world change, on the CPU."""
+    """Return the training of a run: the testbed's recipe with what the arm and the world change."""
     settings = {
         "max_steps": run.steps,
         "report_to": "none",
-        "use_cpu": True,  # also where there is a GPU: rows of different machines are compared
+        "use_cpu": run.device == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         **run.changes.get("grpo", {}),
@@ -75,12 +78,12 @@ def training(run: Run) -> TrainConfig:
     overrides = {
         "output": str(run.folder / "grpo"),
         "seed": run.seed,
-        "testbed.judge": run.world,
+        "testbed.judge": run.judge,
         "rewards": [_with_encoder(reward, run) for reward in run.changes["rewards"]],
         **{name: value for name, value in run.changes.items() if name not in ("rewards", "grpo")},
         **{f"grpo.{name}": value for name, value in settings.items()},
     }
-    return load_config(TESTBED, overrides)
+    return load_config(_shared(run), overrides)
 
 
 def step_seconds(metrics: Path) -> dict[str, float]:
@@ -107,25 +110,36 @@ def claim_run(run: Run) -> None:
 
 def shared_settings(run: Run) -> dict[str, Any]:
     """Return what all runs of an output share: lengths, the testbed's recipe, and the content of its worlds."""
-    recipe = _recipe()
+    recipe = _recipe(run)
     return {
         "command": "experiment",
         "steps": run.steps,
         "items": run.items,
         "scored": run.scored,
-        "warm_up": policy.policy_fingerprint(policy.TESTBED, seed=0, testbed_judge=recipe["testbed"]),
+        "warm_up": policy.policy_fingerprint(recipe["model"], seed=0, testbed_judge=recipe["testbed"]),
         "testbed": {name: value for name, value in recipe.items() if name not in ("output", "rewards", "seed")},
     }
 
 
-def _recipe() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(TESTBED.read_text())
+def _shared(run: Run) -> Path:
+    return TESTBED_WORDS if run.in_words else TESTBED
+
+
+def _recipe(run: Run) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(_shared(run).read_text())
     return loaded
 
 
 def _untrained(run: Run) -> tuple[Any, Any]:
-    judge = {**_recipe()["testbed"], "judge": run.world}
-    return policy.load_policy(policy.TESTBED, dtype="float32", seed=run.seed, testbed_judge=judge)
+    recipe = _recipe(run)
+    judge = {**recipe["testbed"], "judge": run.judge}
+    return policy.load_policy(recipe["model"], dtype="float32", seed=run.seed, testbed_judge=judge)
+
+
+def _certificate(run: Run) -> dict[str, Any]:
+    """Return what interventions said of the judge that training starts from."""
+    found = read_certificate(words_settings({**_recipe(run)["testbed"], "judge": run.judge}), policy.CACHE)
+    return {name: found[name] for name in ("measures", "uncertified")}
 
 
 def _with_encoder(reward: Mapping[str, Any], run: Run) -> dict[str, Any]:

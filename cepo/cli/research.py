@@ -160,18 +160,23 @@ def experiment(
     seed: Annotated[list[int] | None, typer.Option(help="Run only this seed; repeatable.", min=0)] = None,
     steps: Annotated[int | None, typer.Option(help="GRPO steps of every arm. Default: the recipe's.", min=1)] = None,
     jobs: Annotated[int, typer.Option(help="Processes to run at once, one thread each.", min=1)] = 2,
+    items: Annotated[int | None, typer.Option(help="Items per measure. Default: 200.", min=1)] = None,
+    device: Device = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Check that it works: one seed, 4 steps, 32 items.")] = False,
 ) -> None:
     """Compare rewards: which one makes the criteria cause the verdict, over seeds, at equal steps, on the testbed.
 
-    A world is a disease that the judge starts with: lazy, hollow, decorative or copied. Every arm of a world starts
+    A world is a disease that the judge starts with: lazy, hollow, decorative or copied; after `words-`, it is SmolLM2's
+    (see `cepo words-judge`), best on a GPU. Every arm of a world starts
     from the same judge, which follows length, and is measured by interventions. A killed experiment continues when it
     is started again with the same arguments, and each run's row is on the disk when the run ends.
     """
     from cepo.benchmarks.experiment.command import run_experiment
     from cepo.benchmarks.experiment.recipe import RECIPE, read_plan
+    from cepo.jacobian.loading import check_device
 
-    small = {"items": 32, "scored": 8} if quick else {}
+    check_device(device)
+    small = {**({"items": 32, "scored": 8} if quick else {}), **given(items=items)}
     plan = read_plan(
         output,
         recipe or RECIPE,
@@ -179,6 +184,7 @@ def experiment(
         seeds=seed or ([1] if quick else None),
         steps=steps or (4 if quick else None),
         arms=arm,
+        device=device,
         **small,
     )
     with progress_bar() as progress:

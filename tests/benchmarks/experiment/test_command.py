@@ -143,7 +143,7 @@ def test_a_run_goes_on_only_with_its_own_rewards_and_recipe(tmp_path: Path, monk
         run.claim_run(one)
 
 
-@pytest.mark.parametrize("path", [RECIPE, RECIPE.with_name("testbed-training.yaml")])
+@pytest.mark.parametrize("path", [RECIPE, *map(RECIPE.with_name, ("testbed-training.yaml", "testbed-words.yaml"))])
 def test_every_arm_of_the_recipes_can_be_built(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward or loss that cannot be built must not be found out after an hour; runs train on the CPU."""
     monkeypatch.setattr(
@@ -158,7 +158,8 @@ def test_every_arm_of_the_recipes_can_be_built(path: Path, tmp_path: Path, monke
         config = run.training(one)
         functions, _ = build_rewards(config)
         assert len(functions) == len(one.changes["rewards"]), one.arm
-        assert config.testbed["judge"] == one.world
+        assert config.testbed["judge"] == one.judge
+        assert config.model == ("testbed-words" if one.in_words else "testbed")
         assert grpo_arguments(config).use_cpu
         assert (build_causal_loss(config) is None) == ("causal_loss" not in one.changes), one.arm
 
@@ -180,6 +181,20 @@ def test_an_arm_may_change_the_loss_and_grpo_beside_its_rewards(tmp_path: Path) 
         path.write_text(yaml.safe_dump({"worlds": ["copied"], "steps": 3, "seeds": [1], "arms": {"loss": changed}}))
         with pytest.raises(ValueError, match=told):
             read_plan(tmp_path, path)
+
+
+def test_worlds_in_words_have_a_recipe_and_an_output_of_their_own(tmp_path: Path) -> None:
+    """A pretrained judge is trained with other lengths and rates, so its rows never stand beside the small ones'."""
+    with pytest.raises(ValueError, match="worlds names lazy, words-lazy; expected all in words, or none"):
+        read_plan(tmp_path, worlds=["lazy", "words-lazy"])
+    (one, *_) = read_plan(tmp_path, worlds=["words-hollow"], seeds=[1], arms=["task"], device="cuda")
+    assert (one.judge, one.in_words, one.device) == ("hollow", True, "cuda")
+    found = {"measures": {"quotes_swap": 0.975}, "uncertified": "the hollow judge is not certified: turned is 0.30"}
+    rows = [{**row, "world": "words-hollow", "certificate": found} for row in rows_of({"task": {1: 0.5}})]
+    write_page(tmp_path / "page.html", rows, None)
+    page = (tmp_path / "page.html").read_text()
+    assert "not certified: turned is 0.30" in page
+    assert "quotes_swap 0.975" in page
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(
