@@ -60,8 +60,11 @@ class RewardConfig:
         target: default target function of the links.
         seed: seed of the permutations.
         also: measures to record beside what the score reads: "phi" (phi, its bounds, and phi of the base Jacobian),
-            "influence" (costs one backward pass through the prompt per rollout and target), "angles", "effect" (delta)
-            and "path" (delta, the path's sum, its certificate, and what each token adds to it).
+            "influence" (costs one backward pass through the prompt per rollout and target), "angles", "effect" (delta),
+            "path" (delta, the path's sum, its certificate, and what each token adds to it) and "order_leak".
+        leak_weight: how much of the order leak is taken off every S, >= 0: S - leak_weight * tanh(leak / 2), at least
+            0, where the leak is how much less likely the judge's criteria are, in nats, with the two responses
+            exchanged in the prompt. It costs one more forward pass through prompt and criteria.
     """
 
     links: Mapping[str, float] = field(default_factory=lambda: {"X->Y": 1.0})
@@ -80,6 +83,7 @@ class RewardConfig:
     target: str = "log_likelihood"
     seed: int = 0
     also: Sequence[Measure] = ()
+    leak_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.links, Mapping):
@@ -115,6 +119,8 @@ class RewardConfig:
                 f"score is {self.score!r}, the share that hardening retains, with counterfactuals (K) 0, which harden "
                 "nothing; expected K >= 1"
             )
+        if not isinstance(self.leak_weight, int | float) or not 0.0 <= self.leak_weight < math.inf:
+            raise ValueError(f"leak_weight is {self.leak_weight!r}; expected a number >= 0")
         if isinstance(self.also, str) or any(measure not in get_args(Measure) for measure in self.also):
             raise ValueError(f"also is {self.also!r}; expected a sequence of some of {', '.join(get_args(Measure))}")
 
@@ -150,6 +156,11 @@ class RewardConfig:
         """Whether anything that is recorded depends on the context energy."""
         return self.score in INFLUENCE_SCORES or "influence" in self.also
 
+    @property
+    def reads_leak(self) -> bool:
+        """Whether anything that is recorded depends on the prompt with its responses exchanged."""
+        return self.leak_weight > 0.0 or "order_leak" in self.also
+
     def chains(self, layout: Layout) -> list[Chain]:
         """Return what has a positive weight, parsed; ValueError for what the layout does not have or S cannot score."""
         chains = [
@@ -167,6 +178,11 @@ class RewardConfig:
             raise ValueError(f"target is {self.target!r}, but no link ends in the scores; expected one such as 'X->Y'")
         for link in links if self.reads_effects else ():
             _check_effect(link, self.score)
+        if self.reads_leak and not layout.responses:
+            raise ValueError(
+                "the order leak (also='order_leak', or leak_weight) exchanges the two responses that a judge compares; "
+                f"{type(layout).__name__} has none"
+            )
         return [chain for chain in chains if self.links[chain.name] > 0.0]
 
     def parsed_links(self, layout: Layout) -> list[Link]:

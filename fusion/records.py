@@ -18,7 +18,7 @@ from cepo.kernels.spectral import SpectralShare, frobenius_energy, spectral_shar
 Score = Literal[
     "effect", "explained", "path", "influence", "phi", "phi_retained", "phi_influence", "influence_retained"
 ]
-Measure = Literal["phi", "influence", "angles", "effect", "path"]
+Measure = Literal["phi", "influence", "angles", "effect", "path", "order_leak"]
 GRADIENT_SCORES: tuple[Score, ...] = ("influence", "phi", "phi_retained", "phi_influence", "influence_retained")
 EFFECT_SCORES: tuple[Score, ...] = ("effect", "explained", "path")
 PHI_SCORES: tuple[Score, ...] = ("phi", "phi_retained", "phi_influence")

@@ -14,6 +14,7 @@ import torch
 from cepo.counterfactual.donors import Candidate, candidates
 from cepo.counterfactual.nuisance import nuisance_bases, remove_mean, remove_nuisance
 from cepo.fusion.config import RewardConfig
+from cepo.fusion.order_leak import less_leak, order_leaks
 from cepo.fusion.power_mean import power_mean
 from cepo.fusion.records import HardenedLink, LinkScore, Measured, score_links
 from cepo.fusion.requests import Compared, LinkGradients
@@ -34,6 +35,8 @@ class RolloutScore:
         values: S of each link or chain as the config names it, in [0, 1]; empty where the rollout is malformed.
         paths: by link's name, what its counterfactuals do to it, token by token, where something reads them.
         jacobians: the matrices of each link by name, where they were asked for.
+        order_leak: how much less likely the criteria are with the two responses exchanged in the prompt, in nats; None
+            where nothing reads it, or the responses could not be exchanged.
     """
 
     links: Mapping[str, LinkScore]
@@ -42,6 +45,7 @@ class RolloutScore:
     values: Mapping[str, float] = field(default_factory=dict)
     paths: Mapping[str, LinkPath] = field(default_factory=dict)
     jacobians: Mapping[str, HardenedLink] = field(default_factory=dict)
+    order_leak: float | None = None
 
 
 Pools = Mapping[str, Sequence[Candidate]]
@@ -56,6 +60,7 @@ def score_rollouts(
     *,
     task_rewards: Sequence[float | None] | None = None,
     pools: Pools | None = None,
+    exchanged: Sequence[Rollout | None] | None = None,
     keep_jacobians: bool = False,
     seconds: dict[str, float] | None = None,
 ) -> list[RolloutScore]:
@@ -71,21 +76,30 @@ def score_rollouts(
         layout: the layout that the rollouts were read with.
         task_rewards: the task reward r_base in [0, 1] of each rollout; None fuses the links alone.
         pools: where donors are drawn from; None draws them from the rollouts themselves.
+        exchanged: each rollout with its two responses exchanged, or None, from `exchanged_prompts`; needed where the
+            config reads the order leak.
         keep_jacobians: whether to return the matrices.
         seconds: where to add the time spent on "effects", "links" (base Jacobians, and what they share with the
             others), "counterfactuals" and "spectral" (hardening and link scores).
 
     Raises:
-        ValueError: for links that the layout does not have, a rank above the model's width, or task rewards that are
-            not one per rollout in [0, 1]; all before the first Jacobian.
+        ValueError: for links that the layout does not have, a rank above the model's width, task rewards that are not
+            one per rollout in [0, 1], or exchanged rollouts that are needed and missing; all before the first Jacobian.
     """
     chains, links = config.chains(layout), config.parsed_links(layout)
     config.check_width(engine.width)
     if task_rewards is not None:
         _check_task_rewards(task_rewards, len(rollouts))
+    if config.reads_leak and (exchanged is None or len(exchanged) != len(rollouts)):
+        came = "None" if exchanged is None else f"{len(exchanged)} entries"
+        raise ValueError(f"exchanged is {came}, for {len(rollouts)} rollouts; the order leak needs one for each")
     scores = [_refused(engine.refusal(rollout) or rollout.malformed) for rollout in rollouts]
     sound = {index: rollout for index, rollout in enumerate(rollouts) if scores[index].malformed is None}
     compared = _compare(sound, engine, config, links, pools, seconds) if config.reads_effects else {}
+    leaks: dict[int, float] = {}
+    if config.reads_leak and exchanged is not None:
+        with _timed("effects", seconds):
+            leaks = order_leaks(sound, dict(enumerate(exchanged)), engine, layout)
     groups = _differentiate(sound, engine, config, links, seconds) if config.reads_jacobians else [(tuple(sound), {})]
     for members, hardened in groups:
         measured = []
@@ -101,6 +115,8 @@ def score_rollouts(
                 for link in links
             ]
             problem = next(filter(None, (_problem(one, config) for one in of_links)), None)
+            if not math.isfinite(leaks.get(index, 0.0)):
+                problem = "non-finite order leak"
             if problem is None:
                 measured += of_links
             else:
@@ -117,9 +133,14 @@ def score_rollouts(
             scores[index] = RolloutScore(
                 values=values,
                 links=by_name,
-                reward=fuse(values, config, task_rewards[index] if task_rewards is not None else None),
+                reward=fuse(
+                    less_leak(values, leaks.get(index), config.leak_weight),
+                    config,
+                    task_rewards[index] if task_rewards is not None else None,
+                ),
                 paths={one.link.name: one.compared.path for one, _ in parts if one.compared and one.compared.path},
                 jacobians={one.link.name: one.hardened for one, _ in parts if one.hardened} if keep_jacobians else {},
+                order_leak=leaks.get(index),
             )
     return scores
 

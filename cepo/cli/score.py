@@ -62,8 +62,15 @@ def score(
     also: Annotated[
         list[str] | None,
         _links(
-            help="Measure to record beside what the score reads: phi, influence, angles, effect or "
-            "path; repeat for more."
+            help="Measure to record beside what the score reads: phi, influence, angles, effect, "
+            "path or order_leak; repeat for more."
+        ),
+    ] = None,
+    leak_weight: Annotated[
+        float | None,
+        _links(
+            help="How much of the order leak is taken off S: S - weight * tanh(leak / 2), at least 0. The leak is "
+            "the nats that the criteria lose with the two responses exchanged. Default: 0."
         ),
     ] = None,
     target: Annotated[
@@ -163,6 +170,7 @@ def score(
         target=target,
         seed=seed,
         also=also or None,
+        leak_weight=leak_weight,
     )
     if energy is not None:
         fields.setdefault("rank", None)
@@ -201,6 +209,8 @@ def score(
     table.add_row("lines that could not be used", str(len(summary.broken)))
     for name, mean in summary.means.items():
         table.add_row(f"mean {name}", f"{mean:.6f}")
+    if config.reads_leak:
+        table.add_row("responses that could not be exchanged", str(summary.without_leak))
     table.add_row("time", f"{summary.seconds:.1f} s")
     table.add_row("peak memory", f"{summary.peak_gib:.2f} GiB")
     console.print(table)

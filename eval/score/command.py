@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cepo.counterfactual.exchange import exchanged_prompts
 from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.score.criteria import criteria_of
@@ -95,7 +96,8 @@ class ScoreSummary:
         malformed: completions that the model wrote and that cannot be scored.
         reasons: the most frequent reasons why, with their counts.
         broken: lines of the input that cannot be used, with the reason.
-        means: mean S of each link and mean reward over the well-formed rows, by name.
+        means: mean S of each link, mean reward and mean order leak over the well-formed rows, by name.
+        without_leak: well-formed rows without an order leak, which are all where it was not asked for.
         seconds: time of this run.
         peak_gib: largest memory of the process, in GiB.
     """
@@ -106,6 +108,7 @@ class ScoreSummary:
     reasons: Mapping[str, int]
     broken: tuple[tuple[int, str], ...]
     means: Mapping[str, float]
+    without_leak: int
     seconds: float
     peak_gib: float
 
@@ -261,7 +264,14 @@ def _score_line(
     score = RolloutScore({}, 0.0, rollout.malformed)
     if engine is not None and rollout.token_ids:
         (score,) = score_rollouts(
-            [rollout], engine, job.config, job.layout, task_rewards=[task], pools=pools, keep_jacobians=True
+            [rollout],
+            engine,
+            job.config,
+            job.layout,
+            task_rewards=[task],
+            pools=pools,
+            exchanged=exchanged_prompts([rollout], reader) if job.config.reads_leak else None,
+            keep_jacobians=True,
         )
     if job.jacobians is not None and rollout.token_ids:
         save_matrices(_beside(job.output, ".jacobians"), row, rollout, score)
@@ -278,6 +288,7 @@ def _score_line(
         "completion_tokens": len(rollout.completion_ids),
         "spans": {name: {"text": span.text, "tokens": len(span.positions)} for name, span in rollout.spans.items()},
         "S": dict(score.values),
+        "order_leak": score.order_leak,
         "links": links,
         "content": content_hash(line),
     }
@@ -326,6 +337,7 @@ def _write_page(
                 facts={
                     "reward": f"{record['reward']:.4f}",
                     **{f"S {name}": f"{value:.4f}" for name, value in record["S"].items()},
+                    **({} if record["order_leak"] is None else {"order leak": f"{record['order_leak']:.3f} nats"}),
                 },
                 malformed=record["malformed"],
             )
@@ -370,6 +382,9 @@ def _summarise(
     }
     if sound:
         means["reward"] = sum(record["reward"] for record in sound) / len(sound)
+    leaks = [record["order_leak"] for record in sound if record["order_leak"] is not None]
+    if leaks:
+        means["order leak in nats"] = sum(leaks) / len(leaks)
     unusable = {reason for _, reason in broken}
     reasons = Counter(str(record["malformed"]) for record in records if record["malformed"] not in (None, *unusable))
     return ScoreSummary(
@@ -379,6 +394,7 @@ def _summarise(
         reasons=dict(reasons.most_common(_REASONS)),
         broken=tuple(broken),
         means=means,
+        without_leak=len(sound) - len(leaks),
         seconds=seconds,
         peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     )

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from accelerate.utils import gather_object
 
 from cepo.counterfactual.donors import Candidate, thinned
+from cepo.counterfactual.exchange import exchanged_prompts
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import RolloutScore, pools_of, score_rollouts
 from cepo.jacobian.engines import EngineName, check_engine, new_engine
@@ -182,6 +183,7 @@ class CausalReward:
             self.layout,
             task_rewards=task_rewards,
             pools=gathered(self._trainer, pools_of(rollouts, self._links)) if self.config.reads_effects else None,
+            exchanged=exchanged_prompts(rollouts, self._reader) if self.config.reads_leak else None,
             seconds=parts,
         )
         rewards: list[float | None] = [score.reward for score in scores]
@@ -192,11 +194,15 @@ class CausalReward:
         if log_metric is not None:
             _log_means(log_metric, self.__name__, self._chains, scores, task_rewards)
             log_metric(f"{self.__name__}/seconds", time.perf_counter() - started)
+            if self.config.reads_leak:
+                _log_leak(log_metric, self.__name__, scores)
             for part in ("effects", "links", "counterfactuals", "spectral"):
                 log_metric(f"{self.__name__}/seconds/{part}", parts.get(part, 0.0))
         if log_extra is not None:
             for chain in self._chains:
                 log_extra(f"{self.__name__} S {chain}", [score.values.get(chain) for score in scores])
+            if self.config.reads_leak:
+                log_extra(f"{self.__name__} order leak", [score.order_leak for score in scores])
             log_extra(f"{self.__name__} malformed", [score.malformed for score in scores])
         return rewards
 
@@ -227,6 +233,16 @@ def _shuffled(rewards: Sequence[float | None], rollouts: Sequence[Rollout], seed
         for place, other in zip(places, drawn.sample(places, len(places)), strict=True):
             shuffled[place] = rewards[other]
     return shuffled
+
+
+def _log_leak(log_metric: Callable[[str, float], None], name: str, scores: Sequence[RolloutScore]) -> None:
+    """Log the mean order leak of the sound completions, and the share of them whose responses nothing marks clearly."""
+    sound = [score for score in scores if score.malformed is None]
+    leaks = [score.order_leak for score in sound if score.order_leak is not None]
+    if leaks:
+        log_metric(f"{name}/order_leak", sum(leaks) / len(leaks))
+    if sound:
+        log_metric(f"{name}/order_leak/unknown", 1.0 - len(leaks) / len(sound))
 
 
 def _log_means(

@@ -150,10 +150,14 @@ def test_all_forms_of_input_give_the_same_rollout(judge: Path, tmp_path: Path, c
         {"prompt": messages, "completion": [{"role": "assistant", "content": item.completion}]},
         {"messages": messages, "completion": item.completion},
         {"prompt_ids": ids["input_ids"], "completion_ids": tokenizer(item.completion)["input_ids"]},
+        {"prompt": item.prompt.replace("Response B: ", "Response A: "), "completion": item.completion},
     ]
-    out = tmp_path / "out.jsonl"
-    assert cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, "-K", 1)[0] == 0
-    first, *others = read_jsonl(out)
+    out, options = tmp_path / "out.jsonl", ("-K", 1, "--also", "order_leak")
+    assert cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, *options)[0] == 0
+    first, *others, unclear = read_jsonl(out)
+    assert (unclear["malformed"], unclear["order_leak"]) == (None, None)  # nothing marks its second response
+    assert first["order_leak"] != 0.0
+    assert all(other["order_leak"] == first["order_leak"] for other in others)
     assert first["malformed"] is None
     assert all(other["links"] == first["links"] and other["spans"] == first["spans"] for other in others)
     raw = tmp_path / "raw.jsonl"
@@ -409,6 +413,7 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
         (["--score", "size"], "score is 'size'"),
         (["--target", "size"], "target is 'size'"),
         (["--kind", "poet"], "--kind is 'poet'"),
+        (["--leak-weight", "-1"], "leak_weight is -1"),
         (["--guard", "all"], "guard is 'all'; expected one of strict, standard, criteria, off"),
         (["--guard", "off", "--kind", "reasoning"], "--guard is 'off', but --kind is reasoning"),
         (["--dtype", "int3"], "--dtype is 'int3'"),

@@ -85,7 +85,7 @@ def test_a_real_step_scores_the_prompts_that_were_generated_from(kind: str, toke
 
 
 def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: Any, tmp_path: Path) -> None:
-    reward = CausalReward(links={"X->Y": 1.0, "Z->X": 0.5}, counterfactuals=2, also=("phi",))
+    reward = CausalReward(links={"X->Y": 1.0, "Z->X": 0.5}, counterfactuals=2, also=("phi", "order_leak"))
     trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
     reward.bind(trainer)
     trainer.model.train()
@@ -100,6 +100,8 @@ def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: An
             assert metrics[f"causal/{link}/{field}"] > 0.0
         assert len(extra[f"causal S {link}"]) == len(ITEMS)
     assert metrics["causal/malformed"] == 0.0
+    assert metrics["causal/order_leak"] == pytest.approx(sum(extra["causal order leak"]) / len(ITEMS))
+    assert metrics["causal/order_leak/unknown"] == 0.0
     assert trainer.model.training
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in trainer.model.named_parameters())

@@ -1,0 +1,60 @@
+"""The order leak: what a judge's criteria give away about which response stands where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from cepo.jacobian.links import parse_link
+from cepo.jacobian.protocol import Engine, PathRequest
+from cepo.jacobian.reading.layout import Layout
+from cepo.jacobian.records import Group, Rollout
+
+
+def order_leaks(
+    rollouts: Mapping[int, Rollout], exchanged: Mapping[int, Rollout | None], engine: Engine, layout: Layout
+) -> dict[int, float]:
+    """Return how much less likely each rollout's criteria are with the two responses exchanged, in nats.
+
+    leak = s_X(prompt as shown) - s_X(prompt with the responses exchanged), the criteria teacher-forced as they were
+    sampled. Criteria that say what a good answer needs are as likely in either order: their leak is near 0. Criteria
+    that hold the verdict, however it is worded, are not.
+
+    Args:
+        rollouts: well-formed rollouts by index.
+        exchanged: by the same index, the rollout with its responses exchanged, or None.
+        engine: what computes the two likelihoods.
+        layout: the layout that the rollouts were read with.
+
+    Returns:
+        The leak by index, of those that have an exchanged rollout.
+    """
+    link = parse_link("Z->X:total@log_likelihood", names=layout.names, roles=layout.roles)
+    groups: dict[tuple[int, ...], dict[int, tuple[Rollout, Rollout]]] = {}
+    for index, rollout in rollouts.items():
+        other = exchanged[index]
+        if other is not None and engine.refusal(other) is None:
+            groups.setdefault(rollout.prompt_ids, {})[index] = (rollout, other)
+    requests = [
+        PathRequest(
+            Group(tuple(own for own, _ in members.values())), tuple((other,) for _, other in members.values()), (link,)
+        )
+        for members in groups.values()
+    ]
+    return {
+        index: of_links[link.name].delta
+        for members, answer in zip(groups.values(), engine.paths(requests), strict=True)
+        for index, of_links in zip(members, answer, strict=True)
+    }
+
+
+def less_leak(values: Mapping[str, float], leak: float | None, weight: float) -> dict[str, float]:
+    """Return each S less what the order leak costs it: max(0, S - weight * max(0, tanh(leak / 2))).
+
+    Args:
+        values: S of each term, in [0, 1].
+        leak: in nats; None costs nothing.
+        weight: >= 0.
+    """
+    cost = weight * max(0.0, math.tanh((leak or 0.0) / 2.0))
+    return {name: max(0.0, value - cost) for name, value in values.items()}
