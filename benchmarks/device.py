@@ -49,10 +49,12 @@ def gpu_parts(output: Path, *, device: str = "cuda", commit: str | None = None, 
     bench = ("-m", "cepo", "bench", *(("--commit", commit) if commit else ()))
     parts = {}
     if device == "cuda":
-        tests = ("-m", "pytest", "tests/gpu", "-n", str(workers), "-v", "-rfE", "--tb=short", "--durations=8")
-        parts["tests"] = Part((*tests, "-p", "no:cacheprovider"), 150.0)
-    kernels = ("--kernels", "--device", device, "--minutes", "1.3", "--output", str(output / "kernels"))
-    parts["kernels"] = Part((*bench, *kernels), 130.0)
+        tests = (
+            f"-m pytest tests/gpu -n {workers} --dist worksteal -v -rfE --tb=short --durations=8 -p no:cacheprovider"
+        )
+        parts["tests"] = Part(tuple(tests.split()), 130.0)
+    kernels = ("--kernels", "--device", device, "--minutes", "1.6", "--output", str(output / "kernels"))
+    parts["kernels"] = Part((*bench, *kernels), 125.0)
     for size in ("gpu-135m", "gpu-7b") if device == "cuda" else ("tiny",):
         # Two peers are enough for a figure; `cepo bench --size` without --peer runs all of them.
         options = ("--size", size, "--no-scaling", "--peer", "reference", "--peer", "padded")

@@ -31,7 +31,8 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps
 from cepo.kernels.launch import Implementation, use_triton
 
-# When each part ends, as a share of the minutes that a GPU gives; what does not fit is recorded as out of time.
+_COMPILATION = 60.0  # seconds; a whole model is not compiled where fewer are left
+# When each part ends, as a share of the minutes that a GPU gets; what does not fit is recorded as out of time.
 _UNTIL = {"kernels": 0.4, "engine": 0.7, "compiled kernels": 0.88, "compiled engine": 1.0}
 
 
@@ -189,7 +190,8 @@ def _run_compiled_engine(run: Recorder, subject: Subject, workload: Workload) ->
 
         case = replace(base, name=f"{base.name}, torch.compile", run=jacobians)
         run.progress(f"{subject.name}: {case.name}")
-        missing = missing_reason("cuda", run.device)
+        too_late = "out of time" if run.left("compiled engine") < _COMPILATION else None
+        missing = missing_reason("cuda", run.device) or too_late
         run.add(case_row(run, "compiled engine", subject, case, workload, "the model compiled", missing))
 
 

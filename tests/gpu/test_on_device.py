@@ -22,7 +22,7 @@ from tests.kernels.checks import DEVICE, INTERPRETED, launches, poison
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
 from cepo.benchmarks.engine.cases import base_keys, contenders, new_subject, worst_error
 from cepo.benchmarks.engine.sizes import Shapes, random_workload
@@ -150,26 +150,31 @@ def test_rewards_equal_those_of_the_cpu(config: RewardConfig) -> None:
     assert max(wanted) > 0.0
 
 
+HEADS = {  # query heads, key heads, head size
+    "SmolLM2-135M": (LlamaConfig, 9, 3, 64),
+    "Qwen2.5-7B": (Qwen2Config, 14, 2, 128),
+    "Qwen3-0.6B": (Qwen3Config, 16, 8, 128),
+}
+
+
 @needs_a_gpu
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("heads", [(9, 3, 64), (14, 2, 128)], ids=str)
-def test_the_engine_in_bfloat16_errs_as_plain_autograd_does(
-    heads: tuple[int, int, int], kernels: Implementation
-) -> None:
-    """Against a float32 copy, at most twice the error of plain autograd in bfloat16; heads of SmolLM2 and Qwen2.5."""
-    count, key_heads, size = heads
-    shape = {
+@pytest.mark.parametrize("name", HEADS)
+def test_the_engine_in_bfloat16_errs_as_plain_autograd_does(name: str, kernels: Implementation) -> None:
+    """Against a float32 copy, at most twice the error of plain autograd in bfloat16; the heads of three models."""
+    config, heads, key_heads, size = HEADS[name]
+    shape: Any = {
         "vocab_size": 5000,
-        "hidden_size": count * size,
+        "hidden_size": heads * size // 2 if config is Qwen3Config else heads * size,
         "intermediate_size": 1536,
         "num_hidden_layers": 4,
-        "num_attention_heads": count,
+        "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
         "max_position_embeddings": 1024,
+        **({"head_dim": size} if config is Qwen3Config else {}),
     }
-    config = LlamaConfig(**shape) if size == 64 else Qwen2Config(**shape)
-    check = random_workload(5000, Shapes(3, 300, 70, 9, 1), 0)
-    subject = new_subject("", config, torch.bfloat16, DEVICE, check, 0)
+    check = random_workload(5000, Shapes(3, 304, 64, 9, 1), 0)
+    subject = new_subject(name, config(**shape), torch.bfloat16, DEVICE, check, 0)
     subject = replace(subject, engine=GroupEngine(subject.model, kernels=kernels))
     assert subject.engine.unserved is None
     assert (subject.engine.swaps == Swaps()) == (kernels == "torch")
