@@ -49,7 +49,7 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        model: hub id, folder, .gguf file, "smollm2", "testbed" or "testbed-words".
+        model: hub id, folder, .gguf file, "smollm2", "testbed", "testbed-words" or "testbed-reasoner".
         kind: "judge" (preference pairs) or "reasoning" (questions with answers).
         data: `source` and the loader's options, see `cepo.train.policy.load_data`.
         rewards: mappings with `name`, `weight` (default 1; "auto" for a causal reward, see `cepo.train.controller`, and

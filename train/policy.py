@@ -16,10 +16,12 @@ from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
+from cepo.train.reasoner_testbed import Question, generate_questions
+from cepo.train.reasoner_testbed_models import load_testbed_reasoner, reasoner_fingerprint, reasoner_settings
 from cepo.train.testbed_words import load_words_judge, words_fingerprint, words_settings
 
-TESTBED, WORDS = "testbed", "testbed-words"
-TESTBEDS = (TESTBED, WORDS)
+TESTBED, WORDS, REASONER_TESTBED = "testbed", "testbed-words", "testbed-reasoner"
+TESTBEDS = (TESTBED, WORDS, REASONER_TESTBED)
 """Names of policies that are made here and kept in the cache."""
 CACHE = Path.home() / ".cache" / "cepo"
 
@@ -29,8 +31,8 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
 
     Args:
         kind: "judge" or "reasoning".
-        settings: `source` (a .jsonl file, a hub id, or "testbed") and the loader's own options; for the testbed count,
-            test_count and cue_agreement.
+        settings: `source` (a .jsonl file, a hub id, "testbed" or "testbed-reasoner") and the loader's own options; for
+            a testbed count, test_count and cue_agreement, and for the reasoner's also task.
         seed: of positions, split and testbed items.
 
     Raises:
@@ -40,8 +42,10 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
     source = options.pop("source", None)
     if not source:
         raise ValueError("data.source is missing; expected a .jsonl file, a hub data set id, or testbed")
+    known = {"count": 512, "test_count": 128, "cue_agreement": 0.9}
+    if source == REASONER_TESTBED:
+        return _questions(kind, {**known, "task": "chain_sum"}, options, seed)
     if source == TESTBED:
-        known = {"count": 512, "test_count": 128, "cue_agreement": 0.9}
         _check_options(options, known)
         values = {**known, **options}
         train = testbed.generate_items(values["count"], seed=seed + 1, cue_agreement=values["cue_agreement"])
@@ -61,6 +65,16 @@ def items_dataset(items: list[testbed.Item]) -> Dataset:
     )
 
 
+def questions_dataset(questions: list[Question]) -> Dataset:
+    """Return questions of the reasoner's testbed as rows for TRL."""
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": question.prompt}], "answer": question.answer}
+            for question in questions
+        ]
+    )
+
+
 def load_policy(
     name: str,
     *,
@@ -73,16 +87,18 @@ def load_policy(
     """Return (model, tokenizer) by name; a testbed's is read from the cache, or warmed up first.
 
     Args:
-        name: "testbed", "testbed-words", or what `resolve_model` knows.
+        name: "testbed", "testbed-words", "testbed-reasoner", or what `resolve_model` knows.
         dtype: name of a torch dtype; testbeds are float32.
         seed: of the testbed judge's weights and warm-up; a judge in words has a seed of its own.
         testbed_judge: `judge` (see `warm_start`: lazy, hollow, decorative, copied, ...) and `steps` of its warm-up; for
-            a judge in words, see `WordsJudge`.
+            a judge in words, see `WordsJudge`; for a reasoner, see `ReasonerSettings`.
         trust_remote_code: see `load_model`.
         cache: where warmed-up judges are kept.
     """
     if name == WORDS:
         return load_words_judge(words_settings(testbed_judge), cache=cache)
+    if name == REASONER_TESTBED:
+        return load_testbed_reasoner(reasoner_settings(testbed_judge), seed=seed, cache=cache)
     if name != TESTBED:
         return load_model(resolve_model(name), dtype=dtype, trust_remote_code=trust_remote_code)
     return load_testbed_judge(**_testbed_options(testbed_judge), seed=seed, cache=cache)
@@ -98,6 +114,8 @@ def policy_fingerprint(name: str, *, seed: int, testbed_judge: Mapping[str, Any]
     """
     if name == WORDS:
         return words_fingerprint(words_settings(testbed_judge))
+    if name == REASONER_TESTBED:
+        return reasoner_fingerprint(reasoner_settings(testbed_judge), seed=seed)
     if name == TESTBED:
         return testbed_fingerprint(**_testbed_options(testbed_judge), seed=seed)
     return model_fingerprint(resolve_model(name))
@@ -135,6 +153,20 @@ def testbed_fingerprint(judge: testbed_judges.JudgeKind, *, steps: int, seed: in
     """Return 16 hexadecimal digits that stand for a warmed-up judge: its world's source, format and settings."""
     sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges)]
     return content_hash(sources, write_judgement("", "", (0, 0)), judge, steps, seed)
+
+
+def _questions(kind: str, known: Mapping[str, Any], given: Mapping[str, Any], seed: int) -> DataSplit:
+    if kind != "reasoning":
+        raise ValueError(f"kind is {kind!r}, but data.source is {REASONER_TESTBED}; expected reasoning")
+    _check_options(given, known)
+    values = {**known, **given}
+    train, test = (
+        generate_questions(
+            values[count], seed=seed + number, cue_agreement=values["cue_agreement"], task=values["task"]
+        )
+        for number, count in ((1, "count"), (2, "test_count"))
+    )
+    return DataSplit(questions_dataset(train), questions_dataset(test), ())
 
 
 def _testbed_options(given: Mapping[str, Any]) -> dict[str, Any]:

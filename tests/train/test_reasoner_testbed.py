@@ -8,6 +8,7 @@ import torch
 
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import reasoner_testbed
+from cepo.train.policy import REASONER_TESTBED, load_data, policy_fingerprint
 from cepo.train.prompts import REASONER
 from cepo.train.reasoner_testbed import Question, completion_mode, generate_questions, is_right, write_solution
 from cepo.train.reasoner_testbed_models import (
@@ -162,3 +163,21 @@ def test_settings_are_refused_by_name() -> None:
         generate_questions(1, seed=0, cue_agreement=2.0)
     with pytest.raises(ValueError, match="at least one"):
         accuracy([], [])
+
+
+def test_a_recipe_trains_it_by_name() -> None:
+    """Rows for TRL: the prompt, and the answer that `exact_match` reads; train and test share no draw; kinds agree."""
+    data = load_data("reasoning", {"source": REASONER_TESTBED, "count": 20, "test_count": 5}, seed=1)
+    (question, *_) = generate_questions(20, seed=2, cue_agreement=0.9)
+    assert data.train[0] == {"prompt": [{"role": "user", "content": question.prompt}], "answer": question.answer}
+    assert (len(data.train), len(data.test)) == (20, 5)
+    one = {"source": REASONER_TESTBED, "count": 1, "test_count": 1}
+    bits = load_data("reasoning", {**one, "task": "count_bits"}, seed=1)
+    assert "1 bits" in bits.train[0]["prompt"][0]["content"]
+    with pytest.raises(ValueError, match="expected reasoning"):
+        load_data("judge", {"source": REASONER_TESTBED}, seed=1)
+    with pytest.raises(ValueError, match="unknown option columns"):
+        load_data("reasoning", {"source": REASONER_TESTBED, "columns": {}}, seed=1)
+    assert policy_fingerprint(REASONER_TESTBED, seed=1, testbed_judge={}) == reasoner_fingerprint(
+        ReasonerSettings(), seed=1
+    )
