@@ -33,7 +33,7 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run; start from one in train/recipes/.")],
     model: Annotated[
-        str | None, typer.Option(help="Model to train: hub id, folder, .gguf file, smollm2 or testbed.")
+        str | None, typer.Option(help="Model to train: hub id, folder, .gguf file, smollm2 or a testbed's name.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Data to train on: JSONL file, hub data set id or testbed.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder for checkpoints, logs and the trained model.")] = None,
