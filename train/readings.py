@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cepo.counterfactual.donors import Candidate, candidates, with_donors
+from cepo.counterfactual.donors import POOL, Candidate, candidates, thinned, with_donors
 from cepo.jacobian.links import Link
 from cepo.jacobian.records import Rollout
 from cepo.train.causal_loss import CausalLoss
@@ -33,11 +33,13 @@ class Continuation:
     """What a completion says from the content of a source to the end of a target, to be read in another prompt.
 
     Attributes:
+        key: stands for all the rest; hashing it is cheaper than hashing a long text for every reader.
         source: the content of the source and the prompt that it was written for.
         ids: the tokens.
         targets: which of them are target tokens.
     """
 
+    key: str
     source: Candidate
     ids: tuple[int, ...]
     targets: tuple[int, ...]
@@ -57,13 +59,14 @@ def donor_pool(rollouts: Sequence[Rollout], link: Link, settings: CausalLoss, ea
     """
     if settings.compares:
         return candidates(rollouts, link.source)
-    found = {
-        continuation
-        for rollout, is_right in zip(rollouts, earned, strict=True)
-        if is_right
-        for continuation in _continuation(rollout, link)
-    }
-    return sorted(found)
+    right = [rollout for rollout, is_right in zip(rollouts, earned, strict=True) if is_right]
+    return merge_pools([continuation for rollout in right for continuation in _continuation(rollout, link)])
+
+
+def merge_pools(pools: Pool) -> Pool:
+    """Return the distinct members of pools that were gathered, thinned out by content alone: ranks do not matter."""
+    continuations = {one for one in pools if isinstance(one, Continuation)}
+    return sorted(continuations)[:POOL] if continuations else thinned(pools)  # type: ignore[arg-type]
 
 
 def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalLoss) -> list[Reading]:
@@ -90,7 +93,8 @@ def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalL
         for one in pool
         if isinstance(one, Continuation) and one.source.prompt != own.prompt and one.source.ids != own.ids
     }
-    chosen = sorted(others_said, key=lambda one: _digest(settings.seed, own.ids, one.ids))[: settings.donors]
+    own_key = _digest(settings.seed, own.ids)
+    chosen = sorted(others_said, key=lambda one: _digest(own_key, one.key))[: settings.donors]
     start = rollout.spans[link.source].movable[0]
     return [
         Reading(rollout.token_ids[:start] + one.ids, tuple(start + place for place in one.targets)) for one in chosen
@@ -124,8 +128,9 @@ def pack_readings(readings_BR: Sequence[Sequence[Reading | None]], padding: int)
 def _continuation(rollout: Rollout, link: Link) -> Iterable[Continuation]:
     for source in candidates([rollout], link.source):
         start, targets = rollout.spans[link.source].movable[0], rollout.spans[link.target].positions
-        yield Continuation(source, rollout.token_ids[start : targets[-1] + 1], tuple(at - start for at in targets))
+        said = source, rollout.token_ids[start : targets[-1] + 1], tuple(at - start for at in targets)
+        yield Continuation(_digest(*said), *said)
 
 
-def _digest(*parts: object) -> bytes:
-    return hashlib.sha256(repr(parts).encode()).digest()
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -16,7 +16,7 @@ from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
 from cepo.train.causal_loss import CausalLoss, interchange
 from cepo.train.prompts import JUDGE
-from cepo.train.readings import donor_pool, pack_readings, read_with_donors
+from cepo.train.readings import donor_pool, merge_pools, pack_readings, read_with_donors
 
 _PREFIX = "causal_"  # of the tensors that travel with TRL's own through its shuffling and splitting
 _EARNED = 0.5  # the least task reward of a completion whose verdict is a lesson for others
@@ -91,7 +91,7 @@ class CausalTrainer(GRPOTrainer):
         ]
         readings_BR: list[list[Any]] = [[] for _ in rollouts]
         for link in self._causal_links:
-            pool = gather_object(donor_pool(rollouts, link, self._causal_loss, self._causal_earned))
+            pool = merge_pools(gather_object(donor_pool(rollouts, link, self._causal_loss, self._causal_earned)))
             for row, rollout in zip(readings_BR, rollouts, strict=True):
                 row += self._of_one_link(rollout, link, pool)
         packed = pack_readings(readings_BR, tokenizer(self).pad_token_id)
