@@ -9,9 +9,11 @@ from typing import Any
 from cepo.eval.report.heat_maps import HeatMap
 from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.score import score_rollouts
+from cepo.fusion.score import RolloutScore, score_rollouts
 from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.records import Rollout
 from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE
 from cepo.train.testbed_modes import MODES, completion_mode
@@ -78,15 +80,7 @@ def measure_judge(
         for item, completion in zip(usual, sampled, strict=True)
     ]
     rollouts = [read_rollout(row, reader) for row in rows]
-    # No counterfactuals: of the links, what is shown is their influence.
-    config = RewardConfig(links=dict.fromkeys(LINKS, 1.0), score="influence")
-    engine = GroupEngine(model, memory_budget=_MEMORY)
-    scores = score_rollouts(rollouts[:scored], engine, config, JUDGE, keep_jacobians=True)
-    sound = [score for score in scores if score.malformed is None]
-    links = {
-        name: {field: sum(getattr(score.links[name], field) for score in sound) / len(sound) for field in FIELDS}
-        for name in (LINKS if sound else ())
-    }
+    scores, links = score_links(model, rollouts[:scored], JUDGE, LINKS)
     maps = [
         HeatMap(
             title=f"item {index + 1} (right answer: {item.label})",
@@ -115,6 +109,22 @@ def measure_judge(
         links=links,
     )
     return measures, maps
+
+
+def score_links(
+    model: Any, rollouts: Sequence[Rollout], layout: Layout, names: Sequence[str]
+) -> tuple[list[RolloutScore], dict[str, dict[str, float]]]:
+    """Return the scores of rollouts with their Jacobians, and the mean of each of FIELDS by link, of the sound ones."""
+    # No counterfactuals: of the links, what is shown is their influence.
+    config = RewardConfig(links=dict.fromkeys(names, 1.0), score="influence")
+    engine = GroupEngine(model, memory_budget=_MEMORY)
+    scores = score_rollouts(rollouts, engine, config, layout, keep_jacobians=True)
+    sound = [score for score in scores if score.malformed is None]
+    means = {
+        name: {field: sum(getattr(score.links[name], field) for score in sound) / len(sound) for field in FIELDS}
+        for name in (names if sound else ())
+    }
+    return scores, means
 
 
 def _mode_shares(items: Sequence[testbed.Item], completions: Sequence[str]) -> dict[str, float]:

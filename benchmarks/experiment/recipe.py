@@ -12,14 +12,18 @@ import yaml
 
 import cepo
 from cepo.eval.testbed_measures import ITEMS, SCORED
-from cepo.train.policy import WORDS
+from cepo.train.policy import REASONER_TESTBED, WORDS
+from cepo.train.reasoner_testbed_models import ReasonerKind
 from cepo.train.testbed_judges import JudgeKind
 
 _PACKAGE = Path(cepo.__file__).parent
 RECIPE = _PACKAGE / "benchmarks" / "recipes" / "testbed-worlds.yaml"
-# What all arms share, in the testbed's own worlds and in those of a pretrained model.
-TESTBED, TESTBED_WORDS = (_PACKAGE / "train" / "recipes" / f"{name}.yaml" for name in ("testbed", WORDS))
+# What all arms share, in the testbed's own worlds, in those of a pretrained model, and in those of a reasoner.
+TESTBED, TESTBED_WORDS, TESTBED_REASONER = (
+    _PACKAGE / "train" / "recipes" / f"{name}.yaml" for name in ("testbed", WORDS, REASONER_TESTBED)
+)
 IN_WORDS = "words-"  # begins the name of a world whose judge is a pretrained model
+REASONS = "reasoner-"  # begins the name of a world that has a reasoner instead of a judge
 BASELINE, UNTRAINED = "task", "untrained"  # arms that the others are compared with
 SHUFFLED = " shuffled"  # ends the name of an arm that is another one's control
 _KEYS = ("rewards", "causal_loss", "grpo")
@@ -31,7 +35,8 @@ class Run:
 
     Attributes:
         world: the testbed judge that training starts from, see `cepo.train.testbed_judges.warm_start`; after "words-",
-            one of a pretrained model, see `cepo.train.testbed_words`.
+            one of a pretrained model, see `cepo.train.testbed_words`; after "reasoner-", the reasoner, see
+            `cepo.train.reasoner_testbed_models.warm_start`.
         arm: name of the arm.
         changes: what the arm sets in the testbed's training recipe: `rewards`, and perhaps `causal_loss` and fields of
             `grpo`; empty for the judge before training.
@@ -55,13 +60,18 @@ class Run:
 
     @property
     def judge(self) -> str:
-        """The kind of judge that training starts from."""
-        return self.world.removeprefix(IN_WORDS)
+        """The kind of judge, or of reasoner, that training starts from."""
+        return self.world.removeprefix(IN_WORDS).removeprefix(REASONS)
 
     @property
     def in_words(self) -> bool:
         """Whether that judge is a pretrained model."""
         return self.world.startswith(IN_WORDS)
+
+    @property
+    def reasons(self) -> bool:
+        """Whether it is a reasoner."""
+        return self.world.startswith(REASONS)
 
 
 def read_plan(
@@ -92,7 +102,7 @@ def read_plan(
 
     Raises:
         ValueError: for a recipe that cannot be used, an arm that it does not have, a world that there is not, or worlds
-            of both testbeds.
+            of different testbeds.
     """
     try:
         loaded = yaml.safe_load(recipe.read_text())
@@ -107,13 +117,14 @@ def read_plan(
         if not found:
             raise ValueError(f"recipe {str(recipe)!r} has no {what}; expected at least one of each")
     judges = get_args(JudgeKind)
-    all_worlds = (*judges, *(IN_WORDS + judge for judge in judges))
+    in_words, reasoners = [IN_WORDS + judge for judge in judges], [REASONS + kind for kind in get_args(ReasonerKind)]
+    all_worlds = (*judges, *in_words, *reasoners)
     for what, given, known in (("worlds", worlds, all_worlds), ("arms", arms or (), tuple(named))):
         unknown = sorted({*given} - {*known})
         if unknown:
             raise ValueError(f"{what} names {', '.join(unknown)}; expected some of {', '.join(known)}")
-    if len({world.startswith(IN_WORDS) for world in worlds}) > 1:
-        raise ValueError(f"worlds names {', '.join(worlds)}; expected all in words, or none: they share no settings")
+    if len({(world in in_words, world in reasoners) for world in worlds}) > 1:
+        raise ValueError(f"worlds names {', '.join(worlds)}, of different testbeds, which share no settings")
     chosen = [name for name in {UNTRAINED: None, **named} if not arms or name in arms or name == UNTRAINED]
     return [
         Run(world, name, named.get(name, {}), seed, steps, items, scored, output / world / _folder(name, seed), device)

@@ -22,6 +22,7 @@ COLUMNS = {
     "in_distribution": "accuracy in distribution",
     "modes/evidence": "mode evidence",
     "modes/length": "mode length",
+    "modes/hint": "mode hint",
     "modes/hollow": "mode hollow",
     "modes/copied": "mode copied",
     "modes/other": "other modes",
@@ -116,6 +117,7 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
             "intervention. Modes tell how sampled completions came to their verdict, on items where length is wrong "
             "90% of the time. Seconds are medians over the steps of one process on one thread; a causal loss is "
             "paid inside the policy update.",
+            "In a reasoner's world a friend's hint stands for length, and 'turned' forces another question's thought.",
             f"Intervals are paired t intervals over {len(seeds)} seeds; p is of the sign-flip permutation test, which "
             "asks only that a difference is as likely to have either sign."
             if len(seeds) > 1

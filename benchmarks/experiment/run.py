@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import yaml
 
-from cepo.benchmarks.experiment.recipe import TESTBED, TESTBED_WORDS, Run
-from cepo.eval.testbed_measures import measure_judge
+from cepo.benchmarks.experiment.recipe import TESTBED, TESTBED_REASONER, TESTBED_WORDS, Run
+from cepo.eval.reasoner_measures import measure_reasoner
+from cepo.eval.testbed_measures import Measures, measure_judge
 from cepo.files import claim, read_jsonl, write_jsonl
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import policy
@@ -47,7 +48,7 @@ def execute(run: Run) -> None:
             else:
                 model, tokenizer = _untrained(run)
             model.to(run.device)
-            measures, _ = measure_judge(model, tokenizer, seed=run.seed, items=run.items, scored=run.scored)
+            measures = _measure(run, model, tokenizer)
         except Exception:
             traceback.print_exc()
             raise
@@ -65,6 +66,14 @@ def execute(run: Run) -> None:
     write_jsonl(done, [row])
 
 
+def _measure(run: Run, model: Any, tokenizer: Any) -> Measures:
+    lengths = {"seed": run.seed, "items": run.items, "scored": run.scored}
+    if run.reasons:
+        return measure_reasoner(model, tokenizer, task=_recipe(run)["data"]["task"], **lengths)
+    measures, _ = measure_judge(model, tokenizer, **lengths)
+    return measures
+
+
 def training(run: Run) -> TrainConfig:
     """Return the training of a run: the testbed's recipe with what the arm and the world change."""
     settings = {
@@ -78,7 +87,7 @@ def training(run: Run) -> TrainConfig:
     overrides = {
         "output": str(run.folder / "grpo"),
         "seed": run.seed,
-        "testbed.judge": run.judge,
+        f"testbed.{_kind(run)}": run.judge,
         "rewards": [_with_encoder(reward, run) for reward in run.changes["rewards"]],
         **{name: value for name, value in run.changes.items() if name not in ("rewards", "grpo")},
         **{f"grpo.{name}": value for name, value in settings.items()},
@@ -122,7 +131,12 @@ def shared_settings(run: Run) -> dict[str, Any]:
 
 
 def _shared(run: Run) -> Path:
-    return TESTBED_WORDS if run.in_words else TESTBED
+    return TESTBED_WORDS if run.in_words else TESTBED_REASONER if run.reasons else TESTBED
+
+
+def _kind(run: Run) -> str:
+    """Return the name of the setting that says what training starts from."""
+    return "reasoner" if run.reasons else "judge"
 
 
 def _recipe(run: Run) -> dict[str, Any]:
@@ -132,7 +146,7 @@ def _recipe(run: Run) -> dict[str, Any]:
 
 def _untrained(run: Run) -> tuple[Any, Any]:
     recipe = _recipe(run)
-    judge = {**recipe["testbed"], "judge": run.judge}
+    judge = {**recipe["testbed"], _kind(run): run.judge}
     return policy.load_policy(recipe["model"], dtype="float32", seed=run.seed, testbed_judge=judge)
 
 

@@ -167,7 +167,7 @@ def experiment(
     """Compare rewards: which one makes the criteria cause the verdict, over seeds, at equal steps, on the testbed.
 
     A world is a disease that the judge starts with: lazy, hollow, decorative or copied; after `words-`, it is SmolLM2's
-    (see `cepo words-judge`), best on a GPU. Every arm of a world starts
+    (see `cepo words-judge`), best on a GPU; after `reasoner-`, a reasoner's (lazy, hollow). Every arm of a world starts
     from the same judge, which follows length, and is measured by interventions. A killed experiment continues when it
     is started again with the same arguments, and each run's row is on the disk when the run ends.
     """

@@ -19,6 +19,7 @@ from cepo.files import write_jsonl
 from cepo.train import policy, testbed
 from cepo.train.grpo import build_causal_loss, build_rewards, grpo_arguments
 from cepo.train.policy import load_testbed_judge
+from cepo.train.reasoner_testbed_models import load_testbed_reasoner
 
 SMALL: dict[str, Any] = {"items": 24, "scored": 4}
 
@@ -143,7 +144,10 @@ def test_a_run_goes_on_only_with_its_own_rewards_and_recipe(tmp_path: Path, monk
         run.claim_run(one)
 
 
-@pytest.mark.parametrize("path", [RECIPE, *map(RECIPE.with_name, ("testbed-training.yaml", "testbed-words.yaml"))])
+NAMES = ("testbed-training.yaml", "testbed-words.yaml", "testbed-reasoner.yaml")
+
+
+@pytest.mark.parametrize("path", [RECIPE, *map(RECIPE.with_name, NAMES)])
 def test_every_arm_of_the_recipes_can_be_built(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward or loss that cannot be built must not be found out after an hour; runs train on the CPU."""
     monkeypatch.setattr(
@@ -158,8 +162,9 @@ def test_every_arm_of_the_recipes_can_be_built(path: Path, tmp_path: Path, monke
         config = run.training(one)
         functions, _ = build_rewards(config)
         assert len(functions) == len(one.changes["rewards"]), one.arm
-        assert config.testbed["judge"] == one.judge
-        assert config.model == ("testbed-words" if one.in_words else "testbed")
+        assert config.testbed["reasoner" if one.reasons else "judge"] == one.judge
+        testbed_of = {"words": "testbed-words", "reasoner": "testbed-reasoner"}
+        assert config.model == testbed_of.get(one.world.partition("-")[0], "testbed")
         assert grpo_arguments(config).use_cpu
         assert (build_causal_loss(config) is None) == ("causal_loss" not in one.changes), one.arm
 
@@ -185,7 +190,7 @@ def test_an_arm_may_change_the_loss_and_grpo_beside_its_rewards(tmp_path: Path) 
 
 def test_worlds_in_words_have_a_recipe_and_an_output_of_their_own(tmp_path: Path) -> None:
     """A pretrained judge is trained with other lengths and rates, so its rows never stand beside the small ones'."""
-    with pytest.raises(ValueError, match="worlds names lazy, words-lazy; expected all in words, or none"):
+    with pytest.raises(ValueError, match="worlds names lazy, words-lazy, of different testbeds"):
         read_plan(tmp_path, worlds=["lazy", "words-lazy"])
     (one, *_) = read_plan(tmp_path, worlds=["words-hollow"], seeds=[1], arms=["task"], device="cuda")
     assert (one.judge, one.in_words, one.device) == ("hollow", True, "cuda")
@@ -195,6 +200,22 @@ def test_worlds_in_words_have_a_recipe_and_an_output_of_their_own(tmp_path: Path
     page = (tmp_path / "page.html").read_text()
     assert "not certified: turned is 0.30" in page
     assert "quotes_swap 0.975" in page
+
+
+def test_a_reasoner_is_measured_by_its_own_interventions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row stands in the same columns: the cue is the hint, and what is swapped is the thought."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is an extra: pip install 'cepo[reasoning]'")
+
+    def load(wanted: Any, **options: Any) -> Any:
+        return load_testbed_reasoner(replace(wanted, steps=1), **{**options, "cache": tmp_path / "cache"})
+
+    monkeypatch.setattr(policy, "load_testbed_reasoner", load)
+    (one,) = read_plan(tmp_path, worlds=["reasoner-hollow"], seeds=[1], steps=1, arms=[UNTRAINED], items=12, scored=2)
+    execute(one)
+    row = json.loads((one.folder / MEASURES).read_text())
+    assert set(row["modes"]) == {"evidence", "hint", "hollow", "other"}
+    assert sum(row["modes"].values()) == pytest.approx(1.0)
+    assert 0.0 <= row["turned"] <= row["swaps_followed"] <= 1.0
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(
