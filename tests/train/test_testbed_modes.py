@@ -1,8 +1,16 @@
 """Protects the truth of the testbed's completions: how each came to its verdict, read from its text."""
 
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
 import pytest
 
 from cepo.jacobian.reading.judge import write_judgement
+from cepo.jacobian.reading.layout import MalformedError
+from cepo.train.prompts import JUDGE
+from cepo.train.testbed import generate_items
+from cepo.train.testbed_judges import JudgeKind, _draw_completion
 from cepo.train.testbed_modes import completion_mode
 from tests.train.testbed_item import ITEM
 
@@ -47,3 +55,18 @@ def test_a_completion_without_a_verdict_or_form_is_of_no_mode() -> None:
     cut = ITEM.completion.partition("<scores>")[0]
     for text in ("", "so", cut, ITEM.completion.replace("specific_", ""), ITEM.completion.replace("</analysis>", "")):
         assert completion_mode(ITEM, text) == "other"
+
+
+@pytest.mark.parametrize("kind", get_args(JudgeKind))
+def test_the_guard_refuses_copied_verdicts_and_nothing_else_of_the_worlds(kind: JudgeKind) -> None:
+    """A copied completion earns no causal reward unless the guard is off; no other behaviour is taken for one."""
+    rng = np.random.default_rng(0)
+    unguarded = replace(JUDGE, guard="off")
+    for item in generate_items(60, seed=1, cue_agreement=0.1):
+        text = _draw_completion(rng, item, kind, True)
+        unguarded.find(text.encode())
+        if completion_mode(item, text) == "copied":
+            with pytest.raises(MalformedError):
+                JUDGE.find(text.encode())
+        else:
+            JUDGE.find(text.encode())
