@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cepo.jacobian.model import HeldModel
 
-_ROWS = 16  # sequences per forward pass
+_MOST_LOGIT_ROWS = 256  # rows of logits per forward pass, unless one sequence has more
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,19 @@ class Variant:
 
 
 @torch.no_grad()
-def answer_log_probabilities(model: HeldModel, variants: Sequence[Variant]) -> Tensor:
-    """Return the log-probabilities that predict the answer's tokens, teacher-forced.
+def answer_log_probabilities(model: HeldModel, variants: Sequence[Variant]) -> Iterator[Tensor]:
+    """Yield, for each variant, the log-probabilities that predict the answer's tokens, teacher-forced.
 
     Args:
         model: already prepared.
-        variants: N sequences with P targets each; padded at the right, where a causal model never looks.
+        variants: sequences with P targets each. They share forward passes as far as the logits stay few, padded at the
+            right, where a causal model never looks.
 
-    Returns:
-        (N, P, V) in nats, float32 or wider.
+    Yields:
+        (P, V) in nats, float32 or wider, on the model's device.
     """
-    device = model.embedding.weight.device
-    found = []
-    for start in range(0, len(variants), _ROWS):
-        batch = variants[start : start + _ROWS]
+    for batch in _batches(variants):
+        device = model.embedding.weight.device
         ids_BT = pad_sequence([torch.tensor(variant.token_ids) for variant in batch], batch_first=True)
         seen_BT = pad_sequence([torch.ones(len(variant.token_ids), dtype=torch.long) for variant in batch], True)
         for row, variant in enumerate(batch):
@@ -56,6 +55,7 @@ def answer_log_probabilities(model: HeldModel, variants: Sequence[Variant]) -> T
             options["position_ids"] = torch.arange(ids_BT.shape[1], device=device).expand_as(ids_BT)
         if "logits_to_keep" in model.forward_takes:
             options["logits_to_keep"] = kept_N.to(device)
+            read_BP = torch.searchsorted(kept_N, read_BP)
         output = model.forward(
             model.causal_lm,
             input_ids=ids_BT.to(device),
@@ -64,15 +64,27 @@ def answer_log_probabilities(model: HeldModel, variants: Sequence[Variant]) -> T
             return_dict=True,
             **options,
         )
-        rows_BP = torch.searchsorted(kept_N, read_BP) if "logits_to_keep" in options else read_BP
-        logits_BPV = output.logits[torch.arange(len(batch))[:, None], rows_BP]
-        found.append(logits_BPV.to(torch.promote_types(logits_BPV.dtype, torch.float32)).log_softmax(-1))
-    return torch.cat(found)
+        for logits_NV, read_P in zip(output.logits, read_BP.to(device), strict=True):
+            logits_PV = logits_NV[read_P]
+            yield logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32)).log_softmax(-1)
 
 
-def joint_log_probabilities(log_p_NPV: Tensor, answer_P: Tensor) -> Tensor:
-    """Return log p of the whole answer under each variant: (N,), float64, in nats."""
-    return log_p_NPV[:, torch.arange(len(answer_P)), answer_P].double().sum(-1)
+def joint_log_probabilities(log_p: Iterable[Tensor], answer_P: Tensor) -> list[float]:
+    """Return log p of the whole answer under each variant, in nats, from its tokens' (P, V) log-probabilities."""
+    return [float(one_PV.gather(-1, answer_P.to(one_PV.device)[:, None]).double().sum()) for one_PV in log_p]
+
+
+def _batches(variants: Sequence[Variant]) -> Iterator[list[Variant]]:
+    """Yield runs of variants whose logits, of every position that one of them reads for all of them, stay few."""
+    batch: list[Variant] = []
+    for variant in variants:
+        positions = {target for one in [*batch, variant] for target in one.targets}
+        if batch and len(positions) * (len(batch) + 1) > _MOST_LOGIT_ROWS:
+            yield batch
+            batch = []
+        batch.append(variant)
+    if batch:
+        yield batch
 
 
 def without(variant: Variant, dropped: Sequence[int]) -> Variant:

@@ -7,8 +7,9 @@ measures how the probability of the completion's own answer changes. None of the
 from __future__ import annotations
 
 import abc
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -69,11 +70,12 @@ class PeerReward(abc.ABC):
         """Return, for each well-formed rollout, the sequence as written and then the changed ones."""
 
     @abc.abstractmethod
-    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+    def value(self, log_p: Iterable[Tensor], answer_P: Tensor) -> float:
         """Return the reward of one rollout.
 
         Args:
-            log_p_NPV: the answer tokens' distributions under the N variants, in nats; N is 1 where nothing changed.
+            log_p: for each variant the (P, V) log-probabilities of the answer's tokens, in nats; only that of the
+                sequence as written where nothing changed.
             answer_P: the ids of the answer's tokens.
         """
 
@@ -130,7 +132,7 @@ class PeerReward(abc.ABC):
         with self._held.prepared():
             for place, changed in variants.items():
                 answer_P = torch.tensor([changed[0].token_ids[position] for position in changed[0].targets])
-                rewards[place] = self.value(answer_log_probabilities(self._held, changed).cpu(), answer_P)
+                rewards[place] = self.value(answer_log_probabilities(self._held, changed), answer_P)
         if log_metric is not None:
             count = max(len(rollouts), 1)
             log_metric(f"{self.__name__}/malformed", 1.0 - len(sound) / count)
@@ -197,9 +199,9 @@ class CausalImportance(PeerReward):
             changed.append([whole, *(without(whole, rationale[kept:]) for kept in lengths)])
         return changed
 
-    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+    def value(self, log_p: Iterable[Tensor], answer_P: Tensor) -> float:
         """Return the mean divergence, in nats."""
-        p_whole, *p_prefixes = joint_log_probabilities(log_p_NPV, answer_P).exp().tolist()
+        p_whole, *p_prefixes = map(math.exp, joint_log_probabilities(log_p, answer_P))
         return sum(bernoulli_js(p, p_whole) for p in p_prefixes) / len(p_prefixes)
 
 
@@ -226,9 +228,9 @@ class LogCausalImportance(CausalImportance):
         super().__init__(name=name, **settings)
         self.bound = bound
 
-    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+    def value(self, log_p: Iterable[Tensor], answer_P: Tensor) -> float:
         """Return the mean log-ratio, clipped, in nats."""
-        whole, *prefixes = joint_log_probabilities(log_p_NPV, answer_P).tolist()
+        whole, *prefixes = joint_log_probabilities(log_p, answer_P)
         return _clip(whole - sum(prefixes) / len(prefixes), self.bound)
 
 
@@ -292,13 +294,11 @@ class CounterfactualSensitivity(PeerReward):
             changed.append([whole, *(replace(whole, token_ids=ids) for ids in edited)])
         return changed
 
-    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+    def value(self, log_p: Iterable[Tensor], answer_P: Tensor) -> float:
         """Return the mean divergence, clipped, in nats."""
-        own_PV, edited_NPV = log_p_NPV[0].double(), log_p_NPV[1:].double()
-        if not len(edited_NPV):
-            return 0.0
-        kl_NP = (own_PV.exp() * (own_PV - edited_NPV)).sum(-1)
-        return _clip(float(kl_NP.mean()), self.bound)
+        own_PV, *edited = (one_PV.double() for one_PV in log_p)
+        divergences = [float((own_PV.exp() * (own_PV - edited_PV)).sum(-1).mean()) for edited_PV in edited]
+        return _clip(sum(divergences) / len(divergences), self.bound) if divergences else 0.0
 
     def _edited(self, rollout: Rollout, pools: Mapping[str, Sequence[Candidate]]) -> Iterator[tuple[int, ...]]:
         """Yield the ids of the rollout with the k-th edit of every span of the rationale."""
@@ -351,9 +351,9 @@ class Necessity(PeerReward):
         hidden = [tuple(self._rationale(rollout)) for rollout in rollouts]
         return [[whole, replace(whole, hidden=places)] for whole, places in zip(wholes, hidden, strict=True)]
 
-    def value(self, log_p_NPV: Tensor, answer_P: Tensor) -> float:
+    def value(self, log_p: Iterable[Tensor], answer_P: Tensor) -> float:
         """Return the log-likelihood ratio, clipped, in nats."""
-        whole, hidden = joint_log_probabilities(log_p_NPV, answer_P).tolist()
+        whole, hidden = joint_log_probabilities(log_p, answer_P)
         return _clip(whole - hidden, self.bound)
 
 

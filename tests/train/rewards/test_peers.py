@@ -160,8 +160,8 @@ def test_padding_and_batching_change_nothing(family: str) -> None:
     variants = [v for group in CausalImportance(source=BOTH).variants(rollouts) for v in group]
     variants += [v for group in Necessity(source=BOTH).variants(rollouts) for v in group]
     with held.prepared(), InDouble():
-        together = answer_log_probabilities(held, variants)
-        single = torch.cat([answer_log_probabilities(held, [variant]) for variant in variants])
+        together = torch.stack(list(answer_log_probabilities(held, variants)))
+        single = torch.stack([one for variant in variants for one in answer_log_probabilities(held, [variant])])
     assert torch.isfinite(together).all()
     torch.testing.assert_close(together, single, rtol=1e-9, atol=1e-9)
 
