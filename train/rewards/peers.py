@@ -294,6 +294,24 @@ class CounterfactualSensitivity(PeerReward):
             changed.append([whole, *(replace(whole, token_ids=ids) for ids in edited)])
         return changed
 
+    def bind(self, trainer: Any) -> PeerReward:
+        """Tie the reward to a TRL trainer.
+
+        Raises:
+            ValueError: as `PeerReward.bind`, and if donors are asked of a trainer that generates for one prompt at a
+                time.
+        """
+        from cepo.train.trainer import prompts_per_batch
+
+        prompts = prompts_per_batch(trainer)
+        if self.edit == "donor" and prompts < 2:
+            raise ValueError(
+                f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the rationale of "
+                "another prompt; raise per_device_train_batch_size, gradient_accumulation_steps or "
+                "steps_per_generation, or set edit='permutation'"
+            )
+        return super().bind(trainer)
+
     def value(self, log_p: Iterable[Tensor], answer_P: Tensor) -> float:
         """Return the mean divergence, clipped, in nats."""
         own_PV, *edited = (one_PV.double() for one_PV in log_p)

@@ -189,6 +189,10 @@ def test_a_trainer_gets_rewards_metrics_and_its_model_back(tmp_path: Path) -> No
         backwards = {name: column[::-1] for name, column in batch.items()}
         assert reward(**backwards) == values[::-1]
         assert pickle.loads(pickle.dumps(reward)).bind(trainer)(**batch) == values
+    trainer.args.generation_batch_size = trainer.num_generations
+    with pytest.raises(ValueError, match="1 prompt at a time.*edit='permutation'"):
+        CounterfactualSensitivity().bind(trainer)
+    CounterfactualSensitivity(edit="permutation").bind(trainer)
     assert trainer.model.training
     assert all(parameter.grad is None and parameter.requires_grad for parameter in trainer.model.parameters())
 
