@@ -67,7 +67,7 @@ class RewardConfig:
             exchanged in the prompt. It costs one more forward pass through prompt and criteria.
     """
 
-    links: Mapping[str, float] = field(default_factory=lambda: {"X->Y": 1.0})
+    links: Mapping[str, float] = field(default_factory=lambda: {"chain": 1.0})
     task_weight: float = 0.7
     p: float = 0.2
     join: float = -math.inf
@@ -76,8 +76,8 @@ class RewardConfig:
     rank: int | None = 2
     energy: float | None = None
     nuisance: Nuisance = "svd"
-    score: Score = "influence"
-    donors: int = 2
+    score: Score = "effect"
+    donors: int = 3
     no_donor: NoDonor = "zero"
     nodes: Nodes = "auto"
     target: str = "log_likelihood"

@@ -69,6 +69,7 @@ def ablate(
         raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
     config = RewardConfig(
         links=weighted_links(link) if link else PAPER_LINKS,
+        score="phi",
         **given(permutation=permutation, target=target, seed=seed),
     )
     sweep = plan_sweep(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def command(name: str) -> Any:
 def test_defaults_are_what_we_recommend_and_the_preset_is_the_papers() -> None:
     """Written out once more on purpose: a default that changes must change here and in the CHANGELOG."""
     recommended, paper = RewardConfig(), RewardConfig.paper(seed=3)
-    assert (dict(recommended.links), recommended.score, recommended.counterfactuals) == ({"X->Y": 1.0}, "influence", 0)
+    assert (dict(recommended.links), recommended.score, recommended.counterfactuals) == ({"chain": 1.0}, "effect", 0)
+    assert (recommended.donors, recommended.no_donor, recommended.nodes) == (3, "zero", "auto")
+    assert recommended.join == -math.inf
     assert (recommended.task_weight, recommended.p, recommended.rank, recommended.energy) == (0.7, 0.2, 2, None)
     assert (recommended.permutation, recommended.nuisance, recommended.target) == ("uniform", "svd", "log_likelihood")
     assert (recommended.seed, recommended.also) == (0, ())
@@ -81,7 +84,9 @@ def test_recipes_name_only_fields_of_the_config(path: Path) -> None:
         assert set(entry) <= FIELDS | own | {"weight", "preset"}
         settings = {key: value for key, value in entry.items() if key not in ("name", "weight")}
         named = {key: value for key, value in settings.items() if key in FIELDS}
-        reward = _build_reward("causal", dict(settings), recipe.get("kind", "judge"))
+        reward = _build_reward(
+            "causal", dict(settings), recipe.get("kind") or ("reasoning" if "reasoner" in path.stem else "judge")
+        )
         wanted = RewardConfig.paper(**named) if settings.get("preset") == "paper" else RewardConfig(**named)
         assert reward.config == wanted
 
@@ -103,7 +108,7 @@ def test_commands_take_their_defaults_from_the_config(
         shown = capsys.readouterr().out
         assert f"[default: {RewardConfig().permutation}]" in shown
         assert f"[default: {RewardConfig().target}]" in shown
-        assert ("[default: X->Y=1]" in shown) == (name == "score")
+        assert ("[default: chain=1]" in shown) == (name == "score")
     assert {option.default for option in command("score").params if option.name in FIELDS} == {None}
 
 

@@ -144,9 +144,9 @@ def test_a_span_without_donors_is_zero_or_permuted_as_told(engine: JacobianEngin
     told = score_rollouts(alone, engine, replace(config, no_donor="permute"), LAYOUT)
     for rollout, found in zip(alone, told, strict=True):
         record = found.links["criteria->analysis"]
-        permuted = [permute_rollout(rollout, "criteria", k, seed=0) for k in range(2)]
+        permuted = [permute_rollout(rollout, "criteria", k, seed=0) for k in range(3)]
         asked = PathRequest(Group((rollout,)), (tuple(filter(None, permuted)),), (link("criteria->analysis"),))
-        assert (record.donors, record.against) == (2, "permuted")
+        assert (record.donors, record.against) == (3, "permuted")
         assert record.delta == pytest.approx(next(engine.paths([asked]))[0]["criteria->analysis"].delta)
 
 

@@ -74,7 +74,7 @@ def test_the_leak_is_taken_off_s_and_recorded(model: Any) -> None:
     rollouts.append(replace(rollouts[0], spans={}, numbers=(), malformed="no tags"))
     engine = GroupEngine(model)
     for weight in (0.0, 0.5, 100.0):
-        config = RewardConfig(also=("order_leak",), leak_weight=weight)
+        config = RewardConfig(links={"X->Y": 1.0}, score="influence", also=("order_leak",), leak_weight=weight)
         scores = score_rollouts(rollouts, engine, config, JUDGE, exchanged=[*exchanged, None])
         assert (scores[-1].reward, scores[-1].order_leak) == (0.0, None)
         for score in scores[:-1]:
@@ -97,7 +97,9 @@ def test_a_leak_costs_only_where_it_is_known_and_positive() -> None:
 def test_copied_verdicts_earn_nothing(model: Any) -> None:
     """Protects against the hack: the same judgements with their verdict in the criteria score 0, with the reason."""
     honest, copied = read(JUDGE)[0], read(JUDGE, copied=True)[0]
-    scores = score_rollouts([*honest, *copied], GroupEngine(model), RewardConfig(), JUDGE)
+    scores = score_rollouts(
+        [*honest, *copied], GroupEngine(model), RewardConfig(links={"X->Y": 1.0}, score="influence"), JUDGE
+    )
     assert all(score.reward > 0.0 for score in scores[:6])
     assert [score.reward for score in scores[6:]] == [0.0] * 6
     assert scores[6].malformed == "scores in <specific_criteria>: '\\\\boxed{8, 3}'"

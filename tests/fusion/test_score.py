@@ -72,7 +72,7 @@ def counterfactuals_of(engine: JacobianEngine, rollout: Rollout, link: Link, con
 )
 def test_records_equal_numpy(engine: JacobianEngine, options: dict[str, Any]) -> None:
     """Every number of every record follows from the kept matrices by a plain SVD, and the reward from the values."""
-    config = RewardConfig(links=LINKS, also=EVERYTHING, **options)
+    config = RewardConfig(**{"links": LINKS, "score": "influence", "also": EVERYTHING, **options})
     rollout = judge_rollout()
     wide = replace(rollout.spans["prompt"], positions=tuple(range(9)), movable=tuple(range(9)), sentences=(0,) * 9)
     rollout = replace(rollout, spans={**rollout.spans, "prompt": wide})
@@ -142,7 +142,7 @@ def malformed_rollouts() -> list[Rollout]:
 
 def test_malformed_rollouts_score_nothing(engine: JacobianEngine) -> None:
     """They get 0 and their reason, whatever their task reward, and change no bit of the others' scores."""
-    config = RewardConfig(links=LINKS, counterfactuals=4, also=EVERYTHING)
+    config = RewardConfig(links=LINKS, score="influence", counterfactuals=4, also=EVERYTHING)
     good = [judge_rollout(seed) for seed in range(3)]
     alone = score_rollouts(good, engine, config, LAYOUT, task_rewards=[0.5, 0.25, None])
     first, second, third = malformed_rollouts()
@@ -200,7 +200,7 @@ def test_non_finite_gradient_scores_nothing(engine: JacobianEngine, permuted: bo
 )
 def test_no_hardening_leaves_the_jacobian(engine: JacobianEngine, options: dict[str, Any]) -> None:
     """K = 0 and rank = 0 are the ablation without hardening: J itself, to the bit, all of it retained."""
-    config = RewardConfig(links=LINKS, also=EVERYTHING, **options)
+    config = RewardConfig(**{"links": LINKS, "score": "influence", "also": EVERYTHING, **options})
     (found,) = score_rollouts([judge_rollout()], engine, config, LAYOUT, keep_jacobians=True)
     for name, record in found.links.items():
         assert torch.equal(found.jacobians[name].base.jac_SD, found.jacobians[name].residual_SD)
@@ -279,7 +279,8 @@ def test_nothing_is_computed_that_nobody_reads(
     monkeypatch.setattr("cepo.fusion.records.spectral_shares", count_shares)
     monkeypatch.setattr("cepo.fusion.records.nuisance_bases", count_bases("own"))
     monkeypatch.setattr("cepo.fusion.score.nuisance_bases", count_bases("stacks"))
-    counting, config = Counting(engine), RewardConfig(**options)
+    config = RewardConfig(**{"links": {"X->Y": 1.0}, "score": "influence", **options})
+    counting = Counting(engine)
     found = score_rollouts([judge_rollout(0), judge_rollout(1)], counting, config, LAYOUT)
     assert (counting.counterfactuals, counting.energies) == (counterfactuals, energies)
     assert counted == {"spectra": spectra, "stacks": stacks, "own": own}
@@ -306,7 +307,7 @@ def test_zero_jacobian_scores_zero() -> None:
 
 def test_batch_and_order_do_not_matter(engine: JacobianEngine) -> None:
     """Scores are the same bits alone, together, reversed, and with the groups of two prompts interleaved."""
-    config = RewardConfig(links=LINKS, counterfactuals=4, also=EVERYTHING)
+    config = RewardConfig(links=LINKS, score="influence", counterfactuals=4, also=EVERYTHING)
     rollouts = [judge_rollout(seed, prompt_seed=100 + seed % 2) for seed in range(4)]
     assert len({rollout.prompt_ids for rollout in rollouts}) == 2
     tasks = [0.1, 0.9, 0.5, 1.0]

@@ -85,7 +85,9 @@ def test_a_real_step_scores_the_prompts_that_were_generated_from(kind: str, toke
 
 
 def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: Any, tmp_path: Path) -> None:
-    reward = CausalReward(links={"X->Y": 1.0, "Z->X": 0.5}, counterfactuals=2, also=("phi", "order_leak"))
+    reward = CausalReward(
+        links={"X->Y": 1.0, "Z->X": 0.5}, score="influence", counterfactuals=2, also=("phi", "order_leak")
+    )
     trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
     reward.bind(trainer)
     trainer.model.train()
@@ -109,7 +111,7 @@ def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: An
 
 def test_the_live_policy_is_scored_and_the_frozen_scorer_is_not_moved_by_it(tokenizer: Any, tmp_path: Path) -> None:
     frozen = testbed_judges.build_model(tokenizer, seed=1)
-    live, fixed = CausalReward(counterfactuals=1), CausalReward(counterfactuals=1, scorer=frozen)
+    live, fixed = CausalReward(), CausalReward(scorer=frozen)
     trainer = make_trainer("grpo", tokenizer, [live, fixed], tmp_path)
     batch = rows(tokenizer, ITEMS[:2])
     before = live.bind(trainer)(**batch), fixed.bind(trainer)(**batch)
@@ -135,6 +137,30 @@ def test_ce_po_form_fuses_the_task_reward_and_passes_its_none_on(tokenizer: Any,
     assert reward(**batch)[0] is None
 
 
+def test_donors_come_from_the_step_and_are_logged(tokenizer: Any, tmp_path: Path) -> None:
+    """The default compares with other prompts of the step, whatever its order; how many had none is logged."""
+    reward = CausalReward(score="explained")
+    trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+    metrics: dict[str, float] = {}
+    together = reward.bind(trainer)(**rows(tokenizer, ITEMS), log_metric=metrics.__setitem__)
+    assert together == pytest.approx(reward(**rows(tokenizer, ITEMS[::-1]))[::-1])
+    assert max(map(float, together)) > 0.0
+    for link in ("criteria->analysis", "analysis->scores"):
+        assert metrics[f"causal/{link}/without_donor"] == 0.0
+        assert metrics[f"causal/{link}/delta"] != 0.0
+    assert metrics["causal/chain/value"] == pytest.approx(sum(map(float, together)) / len(together))
+    assert reward(**rows(tokenizer, ITEMS[:1])) == [0.0]
+
+
+def test_one_prompt_at_a_time_has_no_donors_and_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    reward = CausalReward()
+    trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+    trainer.args.generation_batch_size = trainer.num_generations
+    with pytest.raises(ValueError, match="generates for 1 prompt at a time.*no_donor='permute'"):
+        reward.bind(trainer)
+    CausalReward(no_donor="permute").bind(trainer)
+
+
 def test_rewards_do_not_depend_on_batch_or_order(tokenizer: Any, tmp_path: Path) -> None:
     reward = CausalReward(RewardConfig.paper(counterfactuals=2))
     reward.bind(make_trainer("grpo", tokenizer, [reward], tmp_path))
@@ -148,7 +174,8 @@ def test_the_shuffled_control_gives_a_prompts_rewards_to_its_other_completions(t
     """The same rewards in each group, by a fixed draw, and some at another completion: nothing else may differ."""
     batch = rows(tokenizer, ITEMS[:8])
     batch["prompts"] = [batch["prompts"][0]] * 6 + [batch["prompts"][6]] * 2
-    plain, control = CausalReward(), CausalReward(shuffle=True)
+    settings: dict[str, Any] = {"links": {"X->Y": 1.0}, "score": "influence"}  # eight rewards that differ
+    plain, control = CausalReward(**settings), CausalReward(**settings, shuffle=True)
     trainer = make_trainer("grpo", tokenizer, [plain, control], tmp_path)
     honest, shuffled = plain.bind(trainer)(**batch), control.bind(trainer)(**batch)
     assert len(set(honest)) == 8
