@@ -20,7 +20,12 @@ _SHOWN = 3  # failed runs named in an error
 
 
 def run_experiment(
-    output: Path, plan: Sequence[Run], *, jobs: int = 2, progress: Callable[[int, int], None] | None = None
+    output: Path,
+    plan: Sequence[Run],
+    *,
+    jobs: int = 2,
+    commit: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Table:
     """Train every arm in every world from every seed, measure it, and write `results.jsonl` and `report.html`.
 
@@ -32,6 +37,7 @@ def run_experiment(
         output: folder of the results; the runs are in a folder for each world.
         plan: from `read_plan`.
         jobs: processes side by side, one CPU thread each; on a GPU they share its memory.
+        commit: of this code, where there is no repository to ask.
         progress: called with (finished runs, all runs).
 
     Returns:
@@ -44,11 +50,10 @@ def run_experiment(
     claim(output / "settings.json", shared_settings(plan[0]), results=finished[:3])
     for run in plan:
         claim_run(run)
-    about = environment(torch.device(plan[0].device))
+    about = environment(torch.device(plan[0].device), commit)
     done = 0
     failed: dict[str, str] = {}
-    # The judges before training first: they fill the cache that the other runs of their world and seed read.
-    for stage in ([run for run in plan if not run.changes], [run for run in plan if run.changes]):
+    for stage in _stages(plan):
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             waiting = {pool.submit(execute, run): run for run in stage}
             for future in as_completed(waiting):
@@ -67,6 +72,16 @@ def run_experiment(
         told = "; ".join(f"{run} ({reason})" for run, reason in list(failed.items())[:_SHOWN])
         raise ValueError(f"{len(failed)} of {len(plan)} runs failed, and the same command repeats them: {told}")
     return means_table(rows)
+
+
+def _stages(plan: Sequence[Run]) -> list[list[Run]]:
+    """Return the runs in groups, of which each is finished before the next is started.
+
+    The judges before training come first: they fill the cache that the other runs of their world and seed read. A judge
+    in words serves all seeds and is made under a lock, so its runs are one group, the longest of them first.
+    """
+    before, trained = [run for run in plan if not run.changes], [run for run in plan if run.changes]
+    return [trained + before] if plan[0].in_words else [before, trained]
 
 
 def _read_rows(output: Path, plan: Sequence[Run]) -> list[Row]:

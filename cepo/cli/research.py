@@ -163,6 +163,9 @@ def experiment(
     jobs: Annotated[int, typer.Option(help="Processes to run at once, one thread each.", min=1)] = 2,
     items: Annotated[int | None, typer.Option(help="Items per measure. Default: 200.", min=1)] = None,
     device: Device = "cpu",
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Check that it works: one seed, 4 steps, 32 items.")] = False,
 ) -> None:
     """Compare rewards: which one makes the criteria cause the verdict, over seeds, at equal steps, on the testbed.
@@ -194,6 +197,7 @@ def experiment(
             output,
             plan,
             jobs=jobs,
+            commit=commit,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(table)

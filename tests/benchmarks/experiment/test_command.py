@@ -192,7 +192,9 @@ def test_worlds_in_words_have_a_recipe_and_an_output_of_their_own(tmp_path: Path
     """A pretrained judge is trained with other lengths and rates, so its rows never stand beside the small ones'."""
     with pytest.raises(ValueError, match="worlds names lazy, words-lazy, of different testbeds"):
         read_plan(tmp_path, worlds=["lazy", "words-lazy"])
-    (one, *_) = read_plan(tmp_path, worlds=["words-hollow"], seeds=[1], arms=["task"], device="cuda")
+    plan = read_plan(tmp_path, worlds=["words-hollow"], seeds=[1], arms=["task"], device="cuda")
+    one = plan[0]
+    assert [[run.arm for run in stage] for stage in command._stages(plan)] == [["task", UNTRAINED]]
     assert (one.judge, one.in_words, one.device) == ("hollow", True, "cuda")
     found = {"measures": {"quotes_swap": 0.975}, "uncertified": "the hollow judge is not certified: turned is 0.30"}
     rows = [{**row, "world": "words-hollow", "certificate": found} for row in rows_of({"task": {1: 0.5}})]
