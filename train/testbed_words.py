@@ -50,7 +50,7 @@ class WordsJudge:
     base: str = "smollm2"
     layers: int | None = None
     steps: int = 400
-    batch_size: int = 32
+    batch_size: int = 48
     learning_rate: float = 2e-4
     seed: int = 0
 
