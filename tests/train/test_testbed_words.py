@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+import cepo
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import policy, testbed_certificate, testbed_words
 from cepo.train.testbed import (
@@ -73,6 +75,12 @@ def test_another_setting_or_base_is_another_judge(base: str, tmp_path: Path) -> 
     others = [{"judge": "hollow"}, {"layers": 2}, {"steps": 9}, {"batch_size": 9}, {"learning_rate": 1e-3}, {"seed": 1}]
     assert len({words_fingerprint(words_settings({"base": base, **other})) for other in others}) == len(others)
     assert words_fingerprint(first) not in {words_fingerprint(words_settings({"base": base, **o})) for o in others}
+
+
+def test_the_recipe_trains_from_the_judge_that_the_command_makes() -> None:
+    """`cepo words-judge lazy` fills the cache for `cepo train` and `cepo experiment`: one set of defaults."""
+    recipe = yaml.safe_load((Path(cepo.__file__).parent / "train" / "recipes" / "testbed-words.yaml").read_text())
+    assert words_settings(recipe["testbed"]) == WordsJudge("lazy")
 
 
 def test_bad_settings_are_named(base: str, tmp_path: Path) -> None:
