@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,14 +29,14 @@ from cepo.train.run import METRICS
 
 RECIPE = Path(cepo.__file__).parent / "train" / "recipes" / "testbed.yaml"
 RESULTS = Path(cepo.__file__).parent / "benchmarks" / "results"
-_CHOSEN_ON = 0  # the seed on which the recipe's causal reward was chosen
-_UNTRAINED, _CAUSAL, _TASK = "untrained", "X->Y influence", "task"  # arms of the recorded experiment
+_RECORDED = "testbed-worlds.jsonl"  # the experiment on seeds that had no part in choosing the reward
+_UNTRAINED, _CAUSAL, _TASK = "untrained", "effect chain", "task"  # its arms
 _SHARES: dict[str, str] = {
     "accuracy, length right in 90% of items": "in_distribution",
     "accuracy, length right in 10% (flipped)": "flipped",
     "verdict turned by the criterion alone": "turned",
+    "S: effect of the chain": "S",
 }
-_S = "S: influence of criteria on scores"
 # Of each curve: its name in the page, and in metrics.jsonl.
 _CURVES = {
     "Rewards (mean over the step's completions)": {
@@ -107,7 +106,7 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
         after = asdict(found)
     seconds = time.perf_counter() - started
     recorded = _recorded(_CAUSAL if causal else _TASK)
-    others = _other_seeds(*recorded, seed=seed, steps=steps, causal=causal)
+    others = _other_seeds(*recorded, seed=seed, steps=steps)
     title = f"Before and after {steps} GRPO steps, seed {seed}"
     write_report(
         output / "report.html",
@@ -144,23 +143,17 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
 
 
 def _compared(before: Row, after: Row) -> dict[str, tuple[float, float]]:
-    shares = {label: (before[name], after[name]) for label, name in _SHARES.items()}
-    return {**shares, _S: (_influence(before), _influence(after))}
-
-
-def _influence(measures: Row) -> float:
-    links = measures["links"]
-    return links["X->Y"]["influence"] if links else math.nan  # no sampled judgement was well formed
+    return {label: (before[name], after[name]) for label, name in _SHARES.items()}
 
 
 def _recorded(arm: str) -> tuple[dict[int, Row], dict[int, Row]]:
     """Return the rows of the recorded experiment by seed: before training, and after training with an arm's rewards."""
-    rows = [row for path in sorted(RESULTS.glob("testbed-training*.jsonl")) for _, row in read_jsonl(path)[0]]
+    rows = [row for _, row in read_jsonl(RESULTS / _RECORDED)[0] if row["world"] == "lazy"]
     before, after = ({row["seed"]: row for row in rows if row["arm"] == name} for name in (_UNTRAINED, arm))
     return {seed: before[seed] for seed in after}, after
 
 
-def _other_seeds(before: Mapping[int, Row], after: Mapping[int, Row], *, seed: int, steps: int, causal: bool) -> str:
+def _other_seeds(before: Mapping[int, Row], after: Mapping[int, Row], *, seed: int, steps: int) -> str:
     """Return a sentence on how every recorded seed fared."""
     (taken,) = {row["steps"] for row in after.values()}
     flipped, turned = (
@@ -168,10 +161,9 @@ def _other_seeds(before: Mapping[int, Row], after: Mapping[int, Row], *, seed: i
         f"{min(row[name] for row in after.values()):.2f} and {max(row[name] for row in after.values()):.2f})"
         for name in ("flipped", "turned")
     )
-    chosen = " (the seed on which this reward was chosen)" if causal and seed == _CHOSEN_ON else ""
     other_steps = "" if steps == taken else f", where this run took {steps}"
     return (
-        f"This is one run, with seed {seed}{chosen}. In all {len(after)} recorded runs with these rewards (seeds "
+        f"This is one run, with seed {seed}. In all {len(after)} recorded runs with these rewards (seeds "
         f"{min(after)} to {max(after)}, {taken} steps each{other_steps}), accuracy where length is flipped went from "
         f"{flipped}, and verdicts turned by the criterion alone from {turned}."
     )
@@ -183,29 +175,24 @@ def _mean(rows: Mapping[int, Row], name: str) -> float:
 
 def _picture(before: Row, after: Row, recorded: Mapping[int, Row]) -> Figure:
     """Draw an arrow from before to after for each measure, above a dot for each recorded seed after training."""
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
-    shares, influence = figure.subplots(2, 1, height_ratios=(3, 1))
-    dots = {label: [row[name] for row in recorded.values()] for label, name in _SHARES.items()}
-    dots[_S] = [_influence(row) for row in recorded.values()]
-    for axes, labels in ((shares, list(_SHARES)), (influence, [_S])):
-        for place, label in enumerate(labels):
-            left, right = _compared(before, after)[label]
-            axes.annotate("", (right, place), (left, place), arrowprops={"arrowstyle": "->", "color": "C0", "lw": 1.5})
-            axes.plot(left, place, "o", color="C0", markerfacecolor="white", label="before" if place == 0 else None)
-            axes.plot(right, place, "o", color="C0", label="after" if place == 0 else None)
-            axes.plot(
-                dots[label],
-                [place + 0.3] * len(dots[label]),
-                "|",
-                color="0.55",
-                label="after, recorded seeds" if place == 0 else None,
-            )
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.grid(axis="x", alpha=0.3)
-    shares.set_xlim(-0.02, 1.02)
-    influence.set_xlim(left=0.0)
-    shares.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3, frameon=False)
+    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    for place, (label, (left, right)) in enumerate(_compared(before, after).items()):
+        axes.annotate("", (right, place), (left, place), arrowprops={"arrowstyle": "->", "color": "C0", "lw": 1.5})
+        axes.plot(left, place, "o", color="C0", markerfacecolor="white", label="before" if place == 0 else None)
+        axes.plot(right, place, "o", color="C0", label="after" if place == 0 else None)
+        axes.plot(
+            [row[_SHARES[label]] for row in recorded.values()],
+            [place + 0.3] * len(recorded),
+            "|",
+            color="0.55",
+            label="after, recorded seeds" if place == 0 else None,
+        )
+    axes.set_yticks(range(len(_SHARES)), list(_SHARES))
+    axes.set_ylim(len(_SHARES) - 0.4, -0.6)
+    axes.set_xlim(-0.02, 1.02)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3, frameon=False)
     return figure
 
 

@@ -11,8 +11,6 @@ from cepo.train.prompts import REASONER
 from cepo.train.reasoner_testbed import MODES, Task, completion_mode, generate_questions
 from cepo.train.reasoner_testbed_models import accuracy, answer_questions, swap_thoughts
 
-LINKS = ("Z->X", "X->Y", "Z->Y")
-
 
 def measure_reasoner(
     model: Any, tokenizer: Any, *, seed: int, task: Task, items: int = ITEMS, scored: int = SCORED
@@ -45,7 +43,7 @@ def measure_reasoner(
         read_rollout({"prompt": question.prompt, "completion": completion + tokenizer.eos_token}, reader)
         for question, completion in zip(usual, sampled, strict=True)
     ]
-    _, links = score_links(model, rollouts[:scored], REASONER, LINKS)
+    mean_score, links = score_links(model, rollouts[:scored], REASONER)
     return Measures(
         in_distribution=accuracy(answer_questions(model, tokenizer, usual), usual),
         flipped=accuracy(answer_questions(model, tokenizer, flipped), flipped),
@@ -54,5 +52,6 @@ def measure_reasoner(
         modes={mode: modes.count(mode) / len(modes) for mode in MODES},
         malformed=sum(rollout.malformed is not None for rollout in rollouts) / len(rollouts),
         tokens=sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
+        S=mean_score,
         links=links,
     )

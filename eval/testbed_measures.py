@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cepo.eval.report.heat_maps import HeatMap
+from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.score import RolloutScore, score_rollouts
+from cepo.fusion.score import pools_of, score_rollouts
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
@@ -18,11 +19,11 @@ from cepo.train import testbed, testbed_judges
 from cepo.train.prompts import JUDGE
 from cepo.train.testbed_modes import MODES, completion_mode
 
-LINKS = ("Z->X", "criteria->analysis", "X->Y", "Z->Y")
-FIELDS = ("influence", "norm", "tokens")
+FIELDS = ("delta", "influence", "norm", "tokens")
 ITEMS = 200  # for each accuracy and intervention
 SCORED = 32  # sampled judgements whose links are scored
 _SHOWN = 4
+_NODES = 16  # along the paths behind the heat maps
 _MEMORY = 2.0**30  # bytes that scoring may add; several judges may be measured at once on a GPU
 
 
@@ -40,6 +41,7 @@ class Measures:
             modes write the same text. See `cepo.train.testbed_modes.completion_mode`.
         malformed: fraction of sampled completions that cannot be scored, in [0, 1].
         tokens: mean length of sampled completions.
+        S: mean over sampled completions of the default score, the effect of the chain, in [0, 1]; 0 where malformed.
         links: mean of each field of the link records, by link.
     """
 
@@ -50,6 +52,7 @@ class Measures:
     modes: Mapping[str, float]
     malformed: float
     tokens: float
+    S: float
     links: Mapping[str, Mapping[str, float]]
 
 
@@ -80,24 +83,7 @@ def measure_judge(
         for item, completion in zip(usual, sampled, strict=True)
     ]
     rollouts = [read_rollout(row, reader) for row in rows]
-    scores, links = score_links(model, rollouts[:scored], JUDGE, LINKS)
-    maps = [
-        HeatMap(
-            title=f"item {index + 1} (right answer: {item.label})",
-            tokens=tuple(reader.texts(rollout.token_ids)),
-            prompt_tokens=len(rollout.prompt_ids),
-            links={
-                name: dict(zip(link.base.source_positions, link.base.jac_SD.norm(dim=1).tolist(), strict=True))
-                for name, link in score.jacobians.items()
-            },
-            targets={name: link.base.target_positions for name, link in score.jacobians.items()},
-            facts={f"influence {name}": f"{link.influence:.4f}" for name, link in score.links.items()},
-            malformed=score.malformed,
-        )
-        for index, (item, rollout, score) in enumerate(
-            zip(usual[:_SHOWN], rollouts[:_SHOWN], scores[:_SHOWN], strict=True)
-        )
-    ]
+    mean_score, links = score_links(model, rollouts[:scored], JUDGE)
     measures = Measures(
         in_distribution=testbed_judges.accuracy(greedy, usual),
         flipped=testbed_judges.accuracy(testbed_judges.judge_items(model, tokenizer, flipped), flipped),
@@ -106,25 +92,57 @@ def measure_judge(
         modes=_mode_shares(flipped, against),
         malformed=sum(rollout.malformed is not None for rollout in rollouts) / len(rollouts),
         tokens=sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
+        S=mean_score,
         links=links,
     )
-    return measures, maps
+    return measures, _heat_maps(model, reader, usual, rollouts[:scored])
 
 
-def score_links(
-    model: Any, rollouts: Sequence[Rollout], layout: Layout, names: Sequence[str]
-) -> tuple[list[RolloutScore], dict[str, dict[str, float]]]:
-    """Return the scores of rollouts with their Jacobians, and the mean of each of FIELDS by link, of the sound ones."""
-    # No counterfactuals: of the links, what is shown is their influence.
-    config = RewardConfig(links=dict.fromkeys(names, 1.0), score="influence")
-    engine = GroupEngine(model, memory_budget=_MEMORY)
-    scores = score_rollouts(rollouts, engine, config, layout, keep_jacobians=True)
+def score_links(model: Any, rollouts: Sequence[Rollout], layout: Layout) -> tuple[float, dict[str, dict[str, float]]]:
+    """Return the mean default score of rollouts, 0 where malformed, and the mean of each of FIELDS by link.
+
+    The links are those of the layout's chain, and X->Y; means are over the sound rollouts where the field is known.
+    """
+    config = RewardConfig(links={"chain": 1.0, "X->Y": 1.0}, also=("influence",))
+    scores = score_rollouts(rollouts, GroupEngine(model, memory_budget=_MEMORY), config, layout)
     sound = [score for score in scores if score.malformed is None]
-    means = {
-        name: {field: sum(getattr(score.links[name], field) for score in sound) / len(sound) for field in FIELDS}
-        for name in (names if sound else ())
-    }
-    return scores, means
+    means: dict[str, dict[str, float]] = {}
+    for link in config.parsed_links(layout) if sound else ():
+        records = [score.links[link.name] for score in sound]
+        for name in FIELDS:
+            known = [value for record in records if (value := getattr(record, name)) is not None]
+            means.setdefault(link.name, {})[name] = sum(known) / len(known) if known else math.nan
+    return sum(score.values["chain"] for score in sound) / len(scores), means
+
+
+def _heat_maps(
+    model: Any, reader: SpanReader, items: Sequence[testbed.Item], rollouts: Sequence[Rollout]
+) -> list[HeatMap]:
+    """Return what each token of the first rollouts did to what followed, against donors among all of them."""
+    config = RewardConfig(score="path", nodes=_NODES)
+    pools = pools_of(rollouts, config.parsed_links(JUDGE))
+    engine = GroupEngine(model, memory_budget=_MEMORY)
+    scores = score_rollouts(rollouts[:_SHOWN], engine, config, JUDGE, pools=pools)
+    return [
+        HeatMap(
+            title=f"item {index + 1} (right answer: {item.label})",
+            tokens=tuple(reader.texts(rollout.token_ids)),
+            prompt_tokens=len(rollout.prompt_ids),
+            attributions={
+                name: Attribution(
+                    dict(zip(path.source_positions, path.attribution_S.tolist(), strict=True)),
+                    delta=path.delta,
+                    path_sum=float(path.attribution_S.sum()),
+                )
+                for name, path in score.paths.items()
+                if path.attribution_S is not None
+            },
+            targets={name: path.target_positions for name, path in score.paths.items()},
+            facts={f"S {name}": f"{record.value:.4f}" for name, record in score.links.items()},
+            malformed=score.malformed,
+        )
+        for index, (item, rollout, score) in enumerate(zip(items, rollouts, scores, strict=False))
+    ]
 
 
 def _mode_shares(items: Sequence[testbed.Item], completions: Sequence[str]) -> dict[str, float]:

@@ -28,7 +28,7 @@ COLUMNS = {
     "modes/other": "other modes",
     "malformed": "malformed",
     "tokens": "completion tokens",
-    "links/X->Y/influence": "influence of X->Y",
+    "S": "S: effect of the chain",
     "time/rewards": "seconds of the rewards, per step",
     "time/policy_update": "seconds of the policy update, per step",
     "time/step": "seconds per step",

@@ -14,7 +14,7 @@ from cepo.cli.shared import Dtype, Threads, TrustRemoteCode, console, use_thread
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the model, metrics and report.html.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(help="Number of GRPO steps.", min=1)] = 40,
-    seed: Annotated[int, typer.Option(help="Seed of warm-up, items, sampling and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of warm-up, items, sampling and training.")] = 16,
     without_causal: Annotated[
         bool, typer.Option("--without-causal", help="Train without the causal reward, for comparison.")
     ] = False,
