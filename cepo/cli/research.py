@@ -219,6 +219,7 @@ def words_judge(
 
     The judge is kept in ~/.cache/cepo, where `model: testbed-words` with the same settings under `testbed` finds it.
     The certificate says whether it is what it was taught: another criterion is forced on it, and it writes on.
+    Defaults are those of train/recipes/testbed-words.yaml.
     """
     from cepo.jacobian.loading import check_device
     from cepo.train.policy import CACHE

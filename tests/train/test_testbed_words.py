@@ -72,7 +72,14 @@ def test_another_setting_or_base_is_another_judge(base: str, tmp_path: Path) -> 
     moved = tmp_path / "moved"
     moved.symlink_to(base)
     assert words_fingerprint(WordsJudge(base=str(moved))) == words_fingerprint(first)
-    others = [{"judge": "hollow"}, {"layers": 2}, {"steps": 9}, {"batch_size": 9}, {"learning_rate": 1e-3}, {"seed": 1}]
+    others: list[dict[str, Any]] = [
+        {"judge": "hollow"},
+        {"layers": 2},
+        {"steps": 9},
+        {"batch_size": 9},
+        {"learning_rate": 1e-3},
+        {"seed": 1},
+    ]
     assert len({words_fingerprint(words_settings({"base": base, **other})) for other in others}) == len(others)
     assert words_fingerprint(first) not in {words_fingerprint(words_settings({"base": base, **o})) for o in others}
 
