@@ -32,10 +32,10 @@ class CausalLoss:
         links: links whose source lies in the completion; () for the layout's last one (analysis->scores of a judge,
             rationale->answer of a reasoner).
         donors: K >= 1, counterfactuals per completion and link.
-        objective: "divergence" raises the Jensen-Shannon divergence between the target's distributions after the own
-            source and after a donor's; "csr" raises KL(own, donor) instead, which has no bound; "interchange" asks the
-            target to be the donor's after the donor's source, which is right where the target depends on nothing but
-            the source: the link must end in the scores or the answer.
+        objective: "interchange" asks the target to be the donor's after the donor's source, which is right where the
+            target depends on nothing but the source: the link must end in the scores or the answer. "divergence" raises
+            the Jensen-Shannon divergence between the target's distributions after the own source and after a donor's,
+            in any direction, text that is no verdict included; "csr" raises KL(own, donor), which has no bound.
         seed: of the choice of donors.
 
     Raises:
@@ -45,7 +45,7 @@ class CausalLoss:
     weight: float | Literal["auto"] = FIRST_WEIGHT
     links: Sequence[str] = ()
     donors: int = 1
-    objective: Objective = "divergence"
+    objective: Objective = "interchange"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -112,7 +112,8 @@ class CausalTrainer(GRPOTrainer):
         totals = torch.stack([value_B.detach().sum(), has_donor_B.sum(), has_donor_B.new_tensor(len(value_B))])
         value, rows, count = self.accelerator.gather(totals.unsqueeze(0)).sum(0).tolist()
         metrics = self._metrics["train"]
-        metrics["causal_loss/value"].append(value / rows if rows else float("nan"))
+        if rows:
+            metrics["causal_loss/value"].append(value / rows)
         metrics["causal_loss/rows"].append(rows / count)
         metrics["causal_loss/weight"].append(self.causal_weight)
         return loss + sign * self.causal_weight * term
