@@ -42,7 +42,9 @@ class Compiled:
 
 
 def compile_all(arch: int) -> Iterator[Compiled]:
-    """Compile every kernel in every form in which the package launches it.
+    """Compile every kernel with every tile of its tables, every dtype and every option.
+
+    Not their whole product: where a tile is far from every limit, some of its forms stand for the others.
 
     Args:
         arch: compute capability, 80 (A100) or 90 (H100).

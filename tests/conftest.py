@@ -1,5 +1,6 @@
 """One thread a test process: on few cores, threads that fight make tiny models many times slower."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
@@ -8,6 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """Spare every later garbage collection the hundreds of thousands of objects that the imports have left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

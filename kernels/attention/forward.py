@@ -174,7 +174,7 @@ def _online(scores_MN, value_NE, largest_M, total_M, sum_ME, INTERPRETED: tl.con
 
 
 def forward_variants(arch: int) -> Iterator[Variant]:
-    """Yield every form in which the forward kernel is launched on an architecture."""
+    """Yield the forms of the forward kernel that stand for all its launches on an architecture."""
     for (table_arch, width, padded), tile in FORWARD_TILES.items():
         if table_arch == arch:
             yield from attention_variants(attention_forward_kernel, width, padded, tile, {})

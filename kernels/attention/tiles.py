@@ -78,10 +78,15 @@ def base2_scores(query_ME, key_NE, scale, softcap, SOFTCAP: tl.constexpr, INTERP
 def attention_variants(
     kernel: object, width: int, padded: int, tile: Tile, constants: dict[str, Any], capped_tile: Tile | None = None
 ) -> Iterator[Variant]:
-    """Yield one kernel of the attention for full heads, for masked ones, and with capped scores."""
+    """Yield one kernel of the attention for full heads, for masked ones, and with capped scores.
+
+    In float32, whose small tiles are far from every limit: masked heads alone, capped in one size, as they are in the
+    other.
+    """
     dtype = torch.float32 if width == 4 else torch.bfloat16
-    masked = [(96, 3, False)] if (width, padded) == (2, 128) else []
-    for size, group, capped in [(padded, 2, False), *masked, (padded if width == 2 else padded * 3 // 4, 1, True)]:
+    masked = [(96, 3, False)] if padded == 128 else []
+    forms = [(padded, 2, False), *masked, (padded, 1, True)] if width == 2 else [(padded * 3 // 4, 3, padded == 64)]
+    for size, group, capped in forms:
         used = capped_tile if capped and capped_tile else tile
         shape = {"GROUP": group, "SIZE": size, "BLOCK_E": padded, "BLOCK_M": used.rows, "BLOCK_N": used.columns}
         yield Variant(kernel, dtype, {**shape, "SOFTCAP": capped, "INTERPRETED": False, **constants}, used)

@@ -134,7 +134,7 @@ def attention_vjp(
 
 
 def vjp_variants(arch: int) -> Iterator[Variant]:
-    """Yield every form in which the VJP kernels are launched on an architecture."""
+    """Yield the forms of the VJP kernels that stand for all their launches on an architecture."""
     for (table_arch, width, padded), tile in QUERY_TILES.items():
         if table_arch != arch:
             continue

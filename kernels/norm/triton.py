@@ -160,10 +160,11 @@ def norm_vjp_kernel(
 
 
 def norm_variants(arch: int) -> Iterator[Variant]:
-    """Yield every form in which these kernels are launched on an architecture."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for (table_arch, _), tile in NORM_TILES.items():
-            if table_arch == arch:
-                constants = {"BLOCK_M": tile.rows, "BLOCK_D": tile.columns}
-                yield Variant(norm_forward_kernel, dtype, constants, tile)
-                yield Variant(norm_vjp_kernel, dtype, constants, tile)
+    """Yield these kernels with every tile in float32, and with the outer ones in bfloat16, which is no heavier."""
+    widths = [width for table_arch, width in NORM_TILES if table_arch == arch]
+    for dtype, chosen in ((torch.float32, widths), (torch.bfloat16, [min(widths), max(widths)])):
+        for width in chosen:
+            tile = NORM_TILES[arch, width]
+            constants = {"BLOCK_M": tile.rows, "BLOCK_D": tile.columns}
+            yield Variant(norm_forward_kernel, dtype, constants, tile)
+            yield Variant(norm_vjp_kernel, dtype, constants, tile)

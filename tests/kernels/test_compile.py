@@ -1,4 +1,4 @@
-"""Protects every kernel in every form of its tables: it compiles for A100 and H100 and spills nothing.
+"""Protects every kernel with every tile of its tables: it compiles for A100 and H100 and spills nothing.
 
 Ahead of time, so no GPU is needed. In a process of its own: Triton interprets or compiles, as told when imported.
 The table that comes out is a build artefact, build/kernels/resources-*.md.

@@ -35,7 +35,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     tokenizer = testbed.build_tokenizer()
     model = testbed_judges.build_model(tokenizer, seed=0)
-    testbed_judges.warm_start(model, tokenizer, judge="lazy", steps=40, batch_size=32, seed=0)
+    testbed_judges.warm_start(model, tokenizer, judge="lazy", steps=40, batch_size=16, seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -49,7 +49,7 @@ def write_config(path: Path, judge: Path, **changes: Any) -> Path:
         "data": {"source": "testbed", "count": 16, "test_count": 4},
         "rewards": [{"name": "format"}, {"name": "argmax"}, {"name": "causal", "counterfactuals": 1}],
         "grpo": {
-            "max_steps": 6,
+            "max_steps": 4,
             "per_device_train_batch_size": 8,
             "num_generations": 4,
             "max_completion_length": 40,
@@ -68,7 +68,9 @@ def start(config: Path, output: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def test_killed_and_started_again_ends_with_the_same_weights(judge: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again_ends_with_the_same_weights(
+    judge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = write_config(tmp_path / "config.yaml", judge)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     victim = start(config, broken)
@@ -79,13 +81,13 @@ def test_killed_and_started_again_ends_with_the_same_weights(judge: Path, tmp_pa
     assert victim.wait() == -signal.SIGKILL
     reached = last_complete_checkpoint(broken)
     assert reached is not None
-    assert int(reached.name.split("-")[1]) < 6, "the run was over before it could be killed"
+    assert int(reached.name.split("-")[1]) < 4, "the run was over before it could be killed"
     for output in (broken, whole):
-        run = start(config, output)
-        _, stderr = run.communicate()
-        assert run.returncode == 0, stderr.decode()[-2000:]
-        assert "causal reward" in stderr.decode()  # the progress bar
-        assert "'rewards/causal/mean'" not in stderr.decode()
+        capfd.readouterr()
+        train(load_config(config, {"output": str(output)}))
+        told = capfd.readouterr().err
+        assert "causal reward" in told  # the progress bar
+        assert "'rewards/causal/mean'" not in told
         assert "'rewards/causal/mean'" in (output / "log.txt").read_text()
     trained = load_file(whole / "final" / "model.safetensors")
     resumed = load_file(broken / "final" / "model.safetensors")
@@ -94,14 +96,14 @@ def test_killed_and_started_again_ends_with_the_same_weights(judge: Path, tmp_pa
     assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
     logs = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     steps = [log["step"] for log in logs if "rewards/causal/mean" in log]
-    assert steps == [1, 2, 3, 4, 5, 6]  # each step once, none lost, none doubled
+    assert steps == [1, 2, 3, 4]  # each step once, none lost, none doubled
     for log in (log for log in logs if "time/step" in log):  # where the seconds of a step go
         parts = [log[f"time/{part}"] for part in ("generation", "rewards", "policy_update")]
         assert all(part > 0.0 for part in parts)
         assert sum(parts) <= log["time/step"]
         spent = [log[f"causal/seconds/{part}"] for part in ("links", "counterfactuals", "spectral")]
         assert sum(spent) <= log["causal/seconds"] <= log["time/rewards"]
-    assert "causal/X->Y/influence" in logs[0] or logs[0]["causal/malformed"] == 1.0
+    assert "causal/criteria->analysis/value" in logs[0] or logs[0]["causal/malformed"] == 1.0
 
 
 def test_lora_saves_an_adapter_that_loads_again(judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

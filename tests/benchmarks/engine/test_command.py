@@ -25,6 +25,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 MEASURED = ("seconds", "rollouts_per_s", "rows_per_s", "flops", "matmul_fraction", "forward_rows", "backward_rows")
 
 
+@pytest.fixture(autouse=True)
+def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case is timed once, not three times."""
+    monkeypatch.setattr("cepo.benchmarks.measure._SHORT", 0.0)
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 

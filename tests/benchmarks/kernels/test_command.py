@@ -36,6 +36,7 @@ def test_every_contender_agrees_in_the_interpreter_and_without_training_packages
     """The command in the interpreter: each operation and the engine have a row per contender, values compared."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
+        "from tests.kernels.checks import stay_patched; stay_patched(); "
         "from cepo.benchmarks.kernels.command import main; import typer; typer.run(main)"
     )
     command = [sys.executable, "-c", code, "--device", "cpu", "--output", str(tmp_path)]

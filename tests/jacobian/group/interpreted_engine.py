@@ -30,6 +30,8 @@ ATTENTION = {f"attention_{name}_kernel" for name in ("forward", "delta", "query_
 HEAD = {"head_forward_kernel", "head_shares_kernel"}
 EXPECTED = {"head_expected_kernel"}
 SIZE = {"head_dim": 16}  # the smallest that the attention takes
+# One group of heads: the interpreter's time is that of the programs, and there is one for every group.
+SMALL: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, **SIZE}
 
 
 def with_lora(model: nn.Module) -> Any:
@@ -48,13 +50,15 @@ def state_of(model: nn.Module) -> list[tuple[str, dict[str, Any], Any]]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "lora", "gemma"])
 def test_the_engine_on_kernels_equals_the_engine_without(family: str, launches: Counter[str]) -> None:
-    """The paper's links with the context's energy: 1e-5 in float32, on ragged groups, GQA, per-head norms, LoRA."""
-    layers = 2 if family == "qwen3" else 1
-    shape = {"num_hidden_layers": layers, **SIZE}
+    """The paper's links with the context's energy: 1e-5 in float32.
+
+    A ragged group and two groups of heads (Llama), two layers and per-head norms (Qwen3), LoRA, norms of the form 1 + w
+    (Gemma).
+    """
+    shape = {"llama": {"num_hidden_layers": 1, **SIZE}, "qwen3": {**SMALL, "num_hidden_layers": 2}}.get(family, SMALL)
     plain = tiny_model("qwen3" if family == "lora" else family, dtype=torch.float32, **shape).to(DEVICE)
     model = with_lora(plain) if family == "lora" else plain
-    seeds = (0, 3) if family in ("llama", "qwen3") else (0,)  # LoRA and 1 + w have nothing to do with raggedness
-    group = Group(tuple(ragged_rollout(seed) for seed in seeds))
+    group = Group(tuple(ragged_rollout(seed) for seed in ((0, 3) if family == "llama" else (0,))))
     wanted = GroupEngine(model).jacobians(group, PAPER)
     assert not launches
     engine = GroupEngine(model, kernels="triton")
@@ -69,8 +73,7 @@ def test_the_engine_on_kernels_equals_the_engine_without(family: str, launches: 
 
 def test_prompts_with_an_opening_and_counterfactuals(launches: Counter[str]) -> None:
     """What runs without a graph, and ragged stages after one another, on the kernels too."""
-    shape = {"num_hidden_layers": 1, "max_position_embeddings": 128, **SIZE}
-    model = tiny_model("llama", dtype=torch.float32, **shape).to(DEVICE)
+    model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=128, **SMALL).to(DEVICE)
     opening = [(7 * place + 5) % 40 for place in range(18)]
     rollouts = {}
     for number in range(2):
@@ -88,7 +91,7 @@ def test_prompts_with_an_opening_and_counterfactuals(launches: Counter[str]) -> 
 
 def test_numeric_targets_and_several_links_go_through_the_head(launches: Counter[str]) -> None:
     """Margins, expected scores and log-odds as well, of one call."""
-    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1, **SIZE).to(DEVICE)
+    model = tiny_model("llama", dtype=torch.float32, **SMALL).to(DEVICE)
     links = [link(text) for text in ("X->Y@margin", "Z->Y:total@expected_score", "X->Y@log_odds", "Z->X")]
     group = Group((judge_rollout(0),))
     engine = GroupEngine(model, kernels="triton")
@@ -98,7 +101,7 @@ def test_numeric_targets_and_several_links_go_through_the_head(launches: Counter
 
 def test_everything_is_given_back_after_an_exception() -> None:
     """A layer that raises inside a swapped forward pass: forwards, attention, hooks are those from before."""
-    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1, **SIZE).to(DEVICE)
+    model = tiny_model("llama", dtype=torch.float32, **SMALL).to(DEVICE)
     engine = GroupEngine(model, kernels="triton")
     assert engine.unserved is None
     handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("inside")))
@@ -171,8 +174,8 @@ def test_a_grpo_step_with_lora_is_rewarded_on_the_kernels(
     from cepo.train.rewards.causal import CausalReward
 
     tokenizer = testbed.build_tokenizer()
-    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "num_hidden_layers": 1}
-    model = tiny_model("qwen3", dtype=torch.float32, **shape, **SIZE).to(DEVICE)
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, **SMALL}
+    model = tiny_model("qwen3", dtype=torch.float32, **shape).to(DEVICE)
     item = testbed.generate_items(1, seed=5, cue_agreement=0.5)[0]
     written = torch.tensor([*tokenizer(item.completion)["input_ids"], tokenizer.eos_token_id])
 
