@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cepo.jacobian.reading.judge import RESPONSE_LINES, JudgeLayout
+from cepo.jacobian.reading.judge import RESPONSE_FORMS, JudgeLayout
 from cepo.jacobian.reading.reasoner import ReasonerLayout
 
 _JUDGE_INSTRUCTIONS = r"""You compare two responses to one query and score each of them. Work in three steps.
@@ -47,7 +47,7 @@ REASONING_LITERALS: tuple[str, ...] = (
 )
 """What is fixed in the reasoner's message: the text before the question and after it."""
 
-JUDGE = JudgeLayout(instructions=JUDGE_LITERALS, responses=(JUDGE_LITERALS[1:], RESPONSE_LINES))
+JUDGE = JudgeLayout(instructions=JUDGE_LITERALS, responses=(JUDGE_LITERALS[1:], *RESPONSE_FORMS))
 """What rewards and scores read: a judgement whose criteria hold the verdict is malformed."""
 UNGUARDED_JUDGE = replace(JUDGE, guard="off")
 """What evaluations read, which reward nothing: judgements as they stand."""

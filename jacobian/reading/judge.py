@@ -20,8 +20,21 @@ SCORES_OPENING = f"\n<{SCORES}>\n\\boxed{{"
 SCORES_CLOSING = f"\n</{SCORES}>"
 """What is appended after these numbers."""
 
-RESPONSE_LINES: ResponseMarks = ("\nResponse A: ", "\nResponse B: ", "")
-"""Responses that each open a line with their name, the second to the end of the message."""
+RESPONSE_FORMS: tuple[ResponseMarks, ...] = (
+    (
+        "[The Begin of Response A]\n",
+        "\n[The End of Response A]\n[The Begin of Response B]\n",
+        "\n[The End of Response B]",
+    ),
+    (
+        "[The Start of Assistant A's Answer]\n",
+        "\n[The End of Assistant A's Answer]\n\n[The Start of Assistant B's Answer]\n",
+        "\n[The End of Assistant B's Answer]",
+    ),
+    ("\nResponse A: ", "\nResponse B: ", ""),
+)
+"""How prompts mark two responses: j1's (of DeepSeek-GRM), MT-Bench's, and lines that open with a name, the second to
+the end of the message."""
 
 _PAIR = re.compile(rb"\\boxed\{\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\}")
 # A longer number is not a score: the targets of links hold numbers of a few tokens.
@@ -56,7 +69,7 @@ class JudgeLayout:
     scores_tag: str = SCORES
     thought_tag: str = THOUGHT
     instructions: tuple[str, ...] = ()
-    responses: tuple[ResponseMarks, ...] = (RESPONSE_LINES,)
+    responses: tuple[ResponseMarks, ...] = RESPONSE_FORMS
     guard: Guard = "standard"
 
     def __post_init__(self) -> None:

@@ -75,6 +75,22 @@ def test_the_testbed_is_exchanged_by_its_lines() -> None:
 
 
 @pytest.mark.parametrize(
+    "form",
+    [
+        "[The Begin of Response A]\n{}\n[The End of Response A]\n"
+        "[The Begin of Response B]\n{}\n[The End of Response B]\nScore them.",
+        "[The Start of Assistant A's Answer]\n{}\n[The End of Assistant A's Answer]\n\n"
+        "[The Start of Assistant B's Answer]\n{}\n[The End of Assistant B's Answer]",
+    ],
+)
+def test_published_prompts_are_exchanged_by_their_marks(byte_level: Any, form: str) -> None:
+    """Protects the leak of judges that others prompt: the forms of j1 and of MT-Bench."""
+    rollout, reader = read(byte_level, "Query\n" + form.format("one", "two and more"))
+    other, _ = read(byte_level, "Query\n" + form.format("two and more", "one"))
+    assert exchange(rollout, reader) == other
+
+
+@pytest.mark.parametrize(
     "message",
     [
         "Which is better?",
