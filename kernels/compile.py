@@ -19,12 +19,26 @@ from cepo.kernels.launch import Variant
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, by compute capability
 # Numbers that models and our chunks make multiples of 16, which Triton is told at a launch (loads get wider).
 _ALIGNED = ("size", "first", "columns", "columns_each")
+_PRODUCTS = ("tt.dot", "ttng.warp_group_dot")  # at once and asynchronous, in Triton's GPU dialect
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one form on one architecture."""
+    """One kernel in one form on one architecture.
+
+    Attributes:
+        kernel: its name.
+        form: dtype, constants, warps and stages.
+        arch: compute capability, 80 or 90.
+        registers: of a thread.
+        spilled_bytes: registers written to memory and read back.
+        shared_bytes: shared memory of a block.
+        mixes_products: whether its loop loads ahead and has products of both of Hopper's forms, at once (mma) and
+            asynchronous (wgmma). A tile that both read gets a single buffer, and Triton (3.6 and 3.7) refills it
+            without waiting for the asynchronous product: on an H200 a gradient was wrong by a quarter.
+        error: why it does not compile.
+    """
 
     kernel: str
     form: str
@@ -32,13 +46,16 @@ class Compiled:
     registers: int = 0
     spilled_bytes: int = 0
     shared_bytes: int = 0
+    mixes_products: bool = False
     error: str = ""
 
     @property
     def falls_short(self) -> str:
-        """Why it can't be used as it is; empty if it compiles, spills nothing and fits the shared memory."""
+        """Why it can't be used as it is; empty if it compiles, spills nothing, fits the memory and waits for reads."""
+        if self.error or self.mixes_products:
+            return self.error or "refills a buffer that an asynchronous product reads"
         fits = self.spilled_bytes == 0 and self.shared_bytes <= SHARED_LIMITS[self.arch]
-        return self.error or ("" if fits else "spills or shared memory")
+        return "" if fits else "spills or shared memory"
 
 
 def compile_all(arch: int) -> Iterator[Compiled]:
@@ -108,7 +125,8 @@ def _compile(variant: Variant, arch: int) -> Compiled:
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     if registers is None or not spills:
         raise RuntimeError(f"ptxas -v names no registers and spills (empty for a cached kernel): {log.getvalue()!r}")
-    return Compiled(name, form, arch, int(registers[1]), sum(map(int, spills)), compiled.metadata.shared)
+    mixes = tile.stages > 1 and all(f" {product} " in compiled.asm["ttgir"] for product in _PRODUCTS)
+    return Compiled(name, form, arch, int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, mixes)
 
 
 def _type_of(argument: str, variant: Variant) -> str:

@@ -28,8 +28,9 @@ KEY_TILES = {
     **{(arch, 4, 64): Tile(32, 32, 8, 1) for arch in (80, 90)},
     **{(80, 4, 128): Tile(32, 32, 8, 1), (90, 4, 128): Tile(16, 32, 8, 1)},
 }
-# Capped scores keep their slope in registers too; where that spills, half the rows.
-CAPPED_KEY_TILES = {(80, 2, 128): Tile(32, 64, 8, 2), (90, 2, 128): Tile(32, 64, 8, 2)}
+# Capped scores keep their slope in registers too. Where that spills: half the rows, or on Hopper, whose tensor cores
+# take 64 rows at least, no pipeline (see `Compiled.mixes_products` for what 32 rows did there).
+CAPPED_KEY_TILES = {(80, 2, 128): Tile(32, 64, 8, 2), (90, 2, 128): Tile(64, 64, 8, 1)}
 DELTA_TILE = Tile(32, 0, 4, 1)
 
 

@@ -40,7 +40,7 @@ def test_head_equals_the_definition(
     (gradients,) = batched_gradients(got, [hidden], cotangents)
     assert gradients.dtype == dtype
     wide = hidden.detach().double().requires_grad_()
-    true = operation(wide, weight.double(), ids)
+    true = operation(wide, weight.double(), ids, implementation="torch")
     each = [torch.autograd.grad(true, wide, row.double(), retain_graph=True)[0] for row in cotangents]
     # The values are float32 in every dtype, from exact products: the tightest tolerance holds.
     assert_close(got.detach(), true.detach(), "values")
@@ -60,7 +60,7 @@ def test_head_in_chunks_and_splits_of_the_vocabulary(monkeypatch: pytest.MonkeyP
     ids = torch.arange(20, device=DEVICE) * 25
     got = head_log_odds(hidden, weight, ids, implementation="triton")
     wide = hidden.detach().double().requires_grad_()
-    true = head_log_odds(wide, weight.double(), ids)
+    true = head_log_odds(wide, weight.double(), ids, implementation="torch")
     assert_close(got.detach(), true.detach())
     assert_close(torch.autograd.grad(got.sum(), hidden)[0], torch.autograd.grad(true.sum(), wide)[0])
     assert launches["head_shares_kernel"] == 4
@@ -76,7 +76,7 @@ def test_head_of_a_confident_model_keeps_its_digits() -> None:
     for operation in (head_log_likelihood, head_log_odds):
         got = operation(hidden, weight, ids, implementation="triton")
         wide = hidden.detach().double().requires_grad_()
-        true = head_log_odds(wide, weight.double(), ids)
+        true = head_log_odds(wide, weight.double(), ids, implementation="torch")
         if operation is head_log_likelihood:
             assert float((-true).detach().exp().max()) < 1e-4
             true = torch.nn.functional.logsigmoid(true)
@@ -103,7 +103,7 @@ def test_expected_value_equals_the_definition(
         cotangents = normal(4, count, rows)
         (gradients,) = batched_gradients(got, [hidden], cotangents)
         wide = hidden.detach().double().requires_grad_()
-        true = head_expected_value(wide, weight.double(), ids, values)
+        true = head_expected_value(wide, weight.double(), ids, values, implementation="torch")
         each = [torch.autograd.grad(true, wide, row.double(), retain_graph=True)[0] for row in cotangents]
         assert_close(got.detach(), true.detach(), "values")
         if candidates == 1:
