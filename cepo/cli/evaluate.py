@@ -171,39 +171,42 @@ def cue_flips(
 def causal(
     output: Annotated[Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.")],
     testbed: Annotated[
-        bool, typer.Option("--testbed", help="Evaluate the testbed's four judges, whose inner workings are known.")
+        bool, typer.Option("--testbed", help="Evaluate on a testbed judge, whose completions have a known mode.")
     ] = False,
+    world: Annotated[
+        str, typer.Option(help="Testbed judge: lazy, hollow, decorative, copied, able, criteria or query.")
+    ] = "lazy",
     model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
     input: Annotated[
         Path | None, typer.Option(help="JSONL file of that model's judgements, as for cepo score.")
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="Finish in minutes: one pair of judges, 60 items, 4 resamples, 200 bootstrap draws."
-        ),
+        typer.Option("--quick", help="Finish in minutes: 16 prompts of 6 completions, no certified pair."),
     ] = False,
     items: Annotated[
         int | None,
-        typer.Option(help="Testbed items per judge, at least 8; or rows of the input to read.", min=1),
+        typer.Option(help="Testbed prompts, at least 8, by default 48; or rows of the input to read.", min=1),
     ] = None,
-    resamples: Annotated[
-        int | None, typer.Option(help="Criteria to sample per judgement. Default: 8, or 4 with --quick.", min=1)
+    completions: Annotated[
+        int | None, typer.Option(help="Completions to sample per testbed prompt. Default: 8, or 6 with --quick.", min=2)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of judges, items, sampling, permutations and intervals.")] = 0,
+    without_pair: Annotated[
+        bool, typer.Option("--without-pair", help="Leave the certified pair of testbed judges out.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of judge, items, sampling, donors and intervals.")] = 0,
     raw: Raw = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Does S measure what the criteria really do to the scores?
+    """Does S tell, within a prompt, the completion whose verdict came from its criteria?
 
-    Each judgement's criteria are changed in nine ways (resampled from the judge, swapped, cut, masked ...), the judge
-    continues from there, and the change of its scores is the ground truth. Every definition of S, and simpler measures,
-    are compared with it by rank correlation. With --testbed, judges that interventions certify (one follows its
-    criteria, one ignores them) must be told apart, and controls (masked criteria, redrawn parameters, permuted labels)
-    must fail.
+    Every score, and every approximation of the effect, is compared with the exact effect of each completion's own spans
+    (other donors, and more of them). With --testbed, several completions of each prompt are sampled from a judge whose
+    completions have a known mode, evidence or length, which a score must tell apart within the prompt; controls (a
+    certified pair of judges, hidden criteria, shuffled modes, redrawn parameters) must come out as they should.
 
     Run a killed command again with the same arguments, and it resumes.
     """
@@ -221,6 +224,8 @@ def causal(
         output=output,
         model=model,
         input=input,
+        world=world,  # type: ignore[arg-type]
+        pair=not without_pair,
         seed=seed,
         raw=raw,
         dtype=dtype,
@@ -228,8 +233,8 @@ def causal(
         trust_remote_code=trust_remote_code,
     )
     if quick:
-        job = replace(job, items=60, pairs=1, resamples=4, controlled=12, draws=200)
-    job = replace(job, items=items or job.items, resamples=resamples or job.resamples)
+        job = replace(job, items=16, completions=6, pair=False, controlled=8, draws=200)
+    job = replace(job, items=items or job.items, completions=completions or job.completions)
     with progress_bar() as progress:
         task = progress.add_task("causal", total=None)
         summary = run_causal(
@@ -239,11 +244,9 @@ def causal(
     for table in console_tables(summary):
         console.print(table)
     for name, reason in summary.refused.items():
-        console.print(f"no AUC for {name}: {reason}")
+        console.print(f"no figure for {name}: {reason}")
     for warning in summary.warnings:
         console.print(warning)
-    for group, name in summary.best.items():
-        console.print(f"agrees best with interventions, {group}: {name}")
     console.print(f"report: {output / 'report.html'}")
 
 

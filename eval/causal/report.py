@@ -10,37 +10,34 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from cepo.eval.causal.evidence import ANALYSIS_DEFINITION, BASELINES, DEFAULT_LINK, PAPER_DEFINITION, SWEPT, definition
-from cepo.eval.causal.summary import PRIMARY, SWEPT_ALONE, CausalSummary, JudgeResults, effect_of
-from cepo.eval.report.figures import curves, forest, grid, reliability
-from cepo.eval.report.heat_maps import HeatMap
+from cepo.eval.causal.controls import PAIR
+from cepo.eval.causal.measures import ESTIMATES, LINKS, NODES, PLACES
+from cepo.eval.causal.summary import EXACT, CausalSummary, JudgeResults
+from cepo.eval.report.figures import curves, forest
+from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import console_table
+from cepo.eval.report.tables import PageTable, console_table
 from cepo.eval.statistics import Estimate
 
-_SHOWN = 14  # definitions in a table for the console, beside those that every table shows
+_MAPS = 8  # judgements whose attributions are drawn
+_AGREEMENTS = {
+    "auc": "AUC within a prompt: how often the completion whose verdict came from evidence scores higher",
+    "rank correlation": "Rank correlation with the exact effect",
+    "auc, modes shuffled within prompts": "Control, modes shuffled within prompts: AUC, expected 0.5",
+    "pair": f"Control, certified: AUC of {PAIR[0]}, that follows its criteria, against {PAIR[1]}, that ignores them",
+}
 # Caption, kind of record, the keys that name a row, and the key that names a column.
 _PIVOTS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("Judgements", "count", ("population",), "figure"),
-    ("Certificates: what forced criteria do to each judge's verdict", "certificate", ("population",), "figure"),
-    ("What the interventions do to the scores", "effect", ("population", "intervention"), "measure"),
-    ("Criteria masked out: the largest value over all rollouts", "masked", ("population",), "figure"),
-    ("Permuted labels: rank correlation with the effects of other items", "permuted", ("population",), "definition"),
-    ("Parameters redrawn: rank correlation with the original", "randomised", ("population", "figure"), "redrawn"),
+    ("Certificates: what forced criteria do to a judge's verdict", "certificate", ("population",), "figure"),
+    ("Control, criteria that nothing can see: the largest value, expected 0", "masked", ("population",), "figure"),
     (
-        "Criteria tokens removed, or kept alone: loss of the scores' log-likelihood, nats, by share of the tokens",
-        "removal",
-        ("population", "figure", "ranking"),
-        "share",
+        "Control, parameters redrawn from the top: rank correlation with the original over judgements",
+        "randomised",
+        ("population", "figure"),
+        "redrawn",
     ),
-    (
-        "Nuisance subspace and the Jacobian's own: mean principal angle, degrees (90: orthogonal), by rank",
-        "angle",
-        ("population", "link", "permutation"),
-        "rank",
-    ),
-    ("Random subspaces of the same dimension: degrees, by rank", "random angle", ("population",), "rank"),
-    ("Captum: largest relative difference of J_XY", "captum", ("population",), "figure"),
+    ("Control, Captum: largest relative difference of J_XY", "captum", ("population",), "figure"),
 )
 
 
@@ -55,37 +52,34 @@ def console_tables(summary: CausalSummary) -> list[Table]:
     return found
 
 
-def text_tables(summary: CausalSummary, *, every: bool = False) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Return header and rows of each table by its caption.
-
-    Args:
-        summary: from `summarise_causal`.
-        every: whether to list all definitions, or only the best, the defaults and the baselines.
-    """
-    found: dict[str, tuple[list[str], list[list[str]]]] = {}
-    for group, members in summary.groups.items():
-        places = (
-            {group: "pooled", **{name: f"within {name}" for name in members}} if len(members) > 1 else {group: group}
-        )
-        known = {title: _correlations(summary, place) for place, title in places.items()}
-        columns = {title: of_place for title, of_place in known.items() if of_place}
-        areas = _areas(summary, group)
-        for caption, of_caption in (
-            (f"Rank correlation with what resampled criteria do ({PRIMARY}): {group}", columns),
-            (f"Area under the ROC curve, separating the two judges: {group}", {"AUC": areas} if areas else {}),
-        ):
-            if of_caption:
-                names = _ranked(next(iter(of_caption.values())))
-                names = names if every else _worth(names, summary, group)
-                rows = [[name, *(str(estimates[name]) for estimates in of_caption.values())] for name in names]
-                found[caption] = (["definition", *of_caption], rows)
+def text_tables(summary: CausalSummary) -> dict[str, PageTable]:
+    """Return header and rows of each table by its caption, the answers first."""
+    population = summary.records[0]["population"]
+    found: dict[str, PageTable] = {}
+    for place in ("chain", *LINKS):
+        rows = _approximations(summary, population, place)
+        if rows:
+            header = ["estimate of the effect", "AUC within a prompt", "rank correlation", "mean error, nats", "cost"]
+            found[f"What each approximation is worth: {place}"] = (header, rows)
+    for what, caption in _AGREEMENTS.items():
+        of_kind = summary.found(what, " against ".join(PAIR) if what == "pair" else population)
+        places = [place for place in PLACES if any(at == place for _, at in of_kind)]
+        if places:
+            names = list(dict.fromkeys(name for name, _ in of_kind))
+            names.sort(key=lambda name: -max(_rank(of_kind.get((name, place))) for place in places))
+            rows = [[name, *(str(of_kind.get((name, place), "")) for place in places)] for name in names]
+            found[caption] = (["score", *places], rows)
+    means = summary.found("mean", population)
+    if means:
+        header = ["effect of fresh donors", *(place for _, place in means)]
+        found["Mean exact effect, nats"] = (header, [["mean", *map(str, means.values())]])
     for caption, what, keys, across in _PIVOTS:
         records = [record for record in summary.records if record["what"] == what]
         headers = list(dict.fromkeys(str(record[across]) for record in records))
         cells: dict[tuple[str, ...], dict[str, str]] = {}
         for record in records:
-            shown = str(_estimate(record)) if "low" in record else f"{record['value']:.3g}"
-            cells.setdefault(tuple(str(record[key]) for key in keys), {})[str(record[across])] = shown
+            names = tuple(str(record[key]) for key in keys)
+            cells.setdefault(names, {})[str(record[across])] = f"{record['value']:.3g}"
         if records:
             rows = [[*names, *(of_row.get(header, "") for header in headers)] for names, of_row in cells.items()]
             found[caption] = ([*keys, *headers], rows)
@@ -95,7 +89,7 @@ def text_tables(summary: CausalSummary, *, every: bool = False) -> dict[str, tup
 def write_causal_report(
     path: Path, results: Sequence[JudgeResults], summary: CausalSummary, facts: Mapping[str, str]
 ) -> None:
-    """Write the page: forests, reliability, randomisation and angle figures, every table, and heat maps.
+    """Write the page: what each score is worth, figures, every table, and attributions.
 
     Args:
         path: the file to write.
@@ -103,124 +97,87 @@ def write_causal_report(
         summary: from `summarise_causal`.
         facts: what was run, by label.
     """
-    figures: dict[str, Figure] = {}
-    for group, members in summary.groups.items():
-        rows = [row for one in results if one.name in members for row in one.sound]
-        figures |= _group_figures(group, rows, summary)
-    for one in results:
-        figures |= _control_figures(
-            one.name, [record for record in summary.records if record["population"] == one.name]
-        )
+    main = results[0]
     notes = [
-        "An effect is what an intervention on the criteria does to the scores: tv is the total variation distance of "
-        "the digits' distributions (mean of the two scores), margin the absolute change of the expected margin, flip "
-        "whether the winner changed. direct keeps the analysis as it was sampled; total lets the judge write analysis "
-        "and scores anew, greedily, and reads the digits there.",
-        f"Definitions are compared by {PRIMARY}. Intervals are 95% bootstrap intervals over prompts. Choose on one "
-        "seed and confirm on another: the best of many looks better than it is on the data that chose it.",
+        "The truth of a completion is what its own text does: the exact effect of a span is how much less likely what "
+        "followed becomes with another prompt's content in the span's place, in nats, for donors that the scores did "
+        "not see (where the judgements hold enough different ones). On the testbed the mode of a completion is known "
+        "too: whether its verdict came from evidence that its criteria asked for, or from length.",
+        "GRPO compares completions of one prompt, so all agreement is measured within prompts. AUC is the probability "
+        "that the completion with the evidence scores higher than one of the same prompt without. Intervals are 95% "
+        "bootstrap intervals over prompts.",
+        "Estimates are compared with the effect of the donors that they saw: that difference is their error. Cost is "
+        "in token rows through the layers, forward and backward, over those of the effect itself, for the chain.",
         *summary.warnings,
-        *(f"No AUC for {name}: {reason}." for name, reason in summary.refused.items()),
+        *(f"No figure for {name}: {reason}." for name, reason in summary.refused.items()),
     ]
     write_report(
         path,
         title="cepo eval causal",
-        summary={**facts, **{f"best by {PRIMARY}, {group}": name for group, name in summary.best.items()}},
-        figures=figures,
-        tables=text_tables(summary, every=True),
-        heat_maps={one.name: [_heat_map(row) for row in one.sound[:4]] for one in results},
+        summary=facts,
+        figures=_figures(main, summary) if main.sound else {},
+        tables=text_tables(summary),
+        heat_maps={main.name: [_heat_map(row) for row in main.sound[:_MAPS]]},
         notes=notes,
     )
 
 
-def _group_figures(group: str, rows: Sequence[dict[str, Any]], summary: CausalSummary) -> dict[str, Figure]:
-    """Draw how the definitions of a group compare, and each one shown against the primary effect."""
-    found, areas = _correlations(summary, group), _areas(summary, group)
-    if not found:
-        return {}
-    figures = {
-        f"Rank correlation with {PRIMARY}: {group}": forest(
-            [(name, found[name]) for name in _worth(_ranked(found), summary, group)],
-            axis="Spearman's rank correlation",
-            reference=0.0,
-        )
-    }
-    known = [(row["evidence"], effect) for row in rows if (effect := effect_of(row, PRIMARY)) is not None]
-    for name in summary.shown(group):
-        figures[f"{name} against what resampling does: {group}"] = reliability(
-            [evidence[name] for evidence, _ in known], [effect for _, effect in known], across=name, up=PRIMARY
-        )
-    if areas:
-        figures[f"AUC: {group}"] = forest(
-            [(name, areas[name]) for name in _worth(_ranked(areas), summary, group)],
-            axis="area under the ROC curve",
-            reference=0.5,
-        )
-    sizes = (0, *SWEPT)
-    figures[f"Rank correlation of hardened phi on X->Y with {PRIMARY}, by K and r: {group}"] = grid(
-        [[found[definition("phi", DEFAULT_LINK, count, rank)].value for rank in sizes] for count in sizes],
-        [f"K={count}" for count in sizes],
-        [f"r={rank}" for rank in sizes],
-        label="Spearman",
+def _approximations(summary: CausalSummary, population: str, place: str) -> list[list[str]]:
+    """Return a row for each approximation, and one for what it approximates, with other donors."""
+    errors, costs = (summary.found(what, population) for what in ("error", "cost"))
+    areas, correlations = (summary.found(what, population) for what in ("auc", "rank correlation"))
+    rows = []
+    for name in (*ESTIMATES, EXACT):
+        cost = costs.get((name, place))
+        cells = [str(areas.get((name, place), "")), str(correlations.get((name, place), ""))]
+        cells += [str(errors.get((name, place), "")), "" if cost is None else f"{cost.value:.2f}"]
+        if any(cells):
+            rows.append([name, *cells])
+    return rows
+
+
+def _figures(main: JudgeResults, summary: CausalSummary) -> dict[str, Figure]:
+    """Draw what the scores of the chain are worth, and how the path's error falls with its nodes."""
+    figures: dict[str, Figure] = {}
+    for what, axis, reference in (
+        ("auc", "AUC within a prompt", 0.5),
+        ("rank correlation", "rank correlation with the exact effect", 0.0),
+    ):
+        found = summary.found(what, main.name)
+        rows = [(f"{name}, {place}", one) for (name, place), one in found.items() if place in ("chain", LINKS[-1])]
+        if rows:
+            rows.sort(key=lambda row: -_rank(row[1]))
+            figures[f"{axis}: {main.name}"] = forest(rows, axis=axis, reference=reference)
+    errors = summary.found("error", main.name)
+    lines = {place: [(float(count), errors[f"path {count}", place]) for count in NODES] for place in ("chain", *LINKS)}
+    figures[f"Error of the path by its nodes: {main.name}"] = curves(
+        lines, across="nodes along the path", up="mean error, nats", logarithmic=True
     )
     return figures
 
 
-def _control_figures(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """Draw what happens when a judge's parameters are redrawn, and the angles between nuisance and signal."""
-    redrawn: dict[str, list[tuple[float, Estimate]]] = {}
-    angles: dict[str, list[tuple[float, Estimate]]] = {}
-    for record in (record for record in records if record["population"] == name):
-        if record["what"] == "randomised":
-            redrawn.setdefault(record["figure"], []).append((record["depth"], _estimate(record)))
-        elif record["what"] == "angle" and record["permutation"] == "uniform":
-            angles.setdefault(record["link"], []).append((record["rank"], _estimate(record)))
-        elif record["what"] == "random angle":
-            angle = Estimate(record["value"], record["value"], record["value"], 0)
-            angles.setdefault("random subspaces", []).append((record["rank"], angle))
-    if not redrawn:
-        return {}
-    return {
-        f"Parameters redrawn from the top layer down, the embeddings last: {name}": curves(
-            redrawn, across="steps", up="rank correlation with the original"
-        ),
-        f"Angle of the nuisance subspace to the Jacobian's own, by rank: {name}": curves(
-            angles, across="rank r", up="mean principal angle, degrees", logarithmic=True
-        ),
-    }
-
-
 def _heat_map(row: Mapping[str, Any]) -> HeatMap:
-    links, targets = {}, {}
-    for name, norms in row["saliency"].items():
-        source, target = name.split("@")[0].split("->")
-        links[name] = dict(zip(row["positions"][source], norms, strict=True))
-        targets[name] = tuple(row["positions"][target])
-    facts = {name: f"{row['evidence'][name]:.4f}" for name in (PAPER_DEFINITION, ANALYSIS_DEFINITION)}
-    effect = effect_of(row, PRIMARY)
-    if effect is not None:
-        facts[PRIMARY] = f"{effect:.4f}"
-    return HeatMap(f"row {row['row']}", tuple(row["tokens"]), row["prompt_tokens"], links, targets, facts)
+    attributions = {
+        name: Attribution(
+            nats=dict(zip(row["positions"][name.split("->")[0]], nats, strict=True)),
+            delta=row["nats"]["effect"][name],
+            path_sum=row["nats"][f"path {NODES[-1]}"][name],
+        )
+        for name, nats in row["attributions"].items()
+    }
+    targets = {name: tuple(row["positions"][name.split("->")[1]]) for name in attributions}
+    facts = {f"effect, {name}": f"{row['exact'][name]:+.2f} nats" for name in LINKS if row["exact"][name] is not None}
+    if row["mode"] is not None:
+        facts = {"mode": row["mode"], **facts}
+    return HeatMap(
+        f"row {row['row']}",
+        tuple(row["tokens"]),
+        row["prompt_tokens"],
+        attributions=attributions,
+        targets=targets,
+        facts=facts,
+    )
 
 
-def _correlations(summary: CausalSummary, place: str) -> dict[str, Estimate]:
-    """Return each definition's correlation with the primary effect for a judge or a group."""
-    return {name: one for (at, name, effect), one in summary.correlations.items() if (at, effect) == (place, PRIMARY)}
-
-
-def _areas(summary: CausalSummary, group: str) -> dict[str, Estimate]:
-    return {name: one for (pair, name), one in summary.aucs.items() if pair == group}
-
-
-def _ranked(found: Mapping[str, Estimate]) -> list[str]:
-    return sorted(found, key=lambda name: -found[name].value if math.isfinite(found[name].value) else math.inf)
-
-
-def _worth(ranked: Sequence[str], summary: CausalSummary, group: str) -> list[str]:
-    """Return the best definitions, those that every table shows, and the baselines, in order."""
-    plain = [name for name in ranked if name not in SWEPT_ALONE]
-    kept = {*plain[:_SHOWN], *summary.shown(group), *BASELINES}
-    return [name for name in ranked if name in kept]
-
-
-def _estimate(record: Mapping[str, Any]) -> Estimate:
-    return Estimate(record["value"], record["low"], record["high"], record["count"])
+def _rank(found: Estimate | None) -> float:
+    return found.value if found is not None and math.isfinite(found.value) else -math.inf

@@ -79,6 +79,17 @@ class PeerReward(abc.ABC):
             answer_P: the ids of the answer's tokens.
         """
 
+    def values(self, model: HeldModel, variants: Sequence[Sequence[Variant]]) -> list[float]:
+        """Return the reward of each rollout from its variants, see `variants`."""
+        with model.prepared():
+            return [
+                self.value(
+                    answer_log_probabilities(model, changed),
+                    torch.tensor([changed[0].token_ids[position] for position in changed[0].targets]),
+                )
+                for changed in variants
+            ]
+
     def bind(self, trainer: Any) -> PeerReward:
         """Tie the reward to a TRL trainer, as `CausalReward.bind` does.
 
@@ -129,10 +140,8 @@ class PeerReward(abc.ABC):
         sound = [place for place, problem in enumerate(problems) if problem is None]
         variants = dict(zip(sound, self.variants([rollouts[place] for place in sound]), strict=True))
         rewards = [0.0] * len(rollouts)
-        with self._held.prepared():
-            for place, changed in variants.items():
-                answer_P = torch.tensor([changed[0].token_ids[position] for position in changed[0].targets])
-                rewards[place] = self.value(answer_log_probabilities(self._held, changed), answer_P)
+        for place, found in zip(sound, self.values(self._held, list(variants.values())), strict=True):
+            rewards[place] = found
         if log_metric is not None:
             count = max(len(rollouts), 1)
             log_metric(f"{self.__name__}/malformed", 1.0 - len(sound) / count)

@@ -1,0 +1,195 @@
+"""What every score says of a judgement, what each approximation makes of its effect, and the exact effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cepo.counterfactual.donors import Candidate, with_donors
+from cepo.eval.causal.judge import Judge
+from cepo.fusion.config import RewardConfig
+from cepo.fusion.records import effect_scores
+from cepo.fusion.requests import Compared
+from cepo.fusion.score import RolloutScore, score_rollouts
+from cepo.jacobian.curvature import expansions
+from cepo.jacobian.links import Link, parse_link
+from cepo.jacobian.records import Rollout
+from cepo.train.rewards.peers import CausalImportance, LogCausalImportance, Necessity, PeerReward
+from cepo.train.rewards.proxy import measure_sensitivity
+
+Pools = Mapping[str, Sequence[Candidate]]
+
+LINKS: tuple[str, ...] = ("criteria->analysis", "analysis->scores", "criteria->scores")
+CHAIN: tuple[str, str] = ("criteria->analysis", "analysis->scores")
+"""The links that are joined by their weakest: the place "chain"."""
+PLACES: tuple[str, ...] = ("chain", *LINKS, "both->scores")
+"""Where a measure is taken; "both" are criteria and analysis together, which only the published rewards read."""
+NODES: tuple[int, ...] = (1, 2, 4, 8, 16)
+ESTIMATES: tuple[str, ...] = ("gradient", "second order", *(f"path {count}" for count in NODES), "effect")
+"""Approximations of the effect, from the cheapest expansion to the effect itself."""
+DONORS = RewardConfig().donors  # of the scores, as a reward has them
+FRESH_DONORS = 8  # of the exact effect
+_FRESH = 1 << 20  # added to the seed for the exact effect's donors
+_PAPER = {"counterfactuals": 4, "rank": 2}
+_PEERS: tuple[tuple[Callable[..., PeerReward], str], ...] = (
+    (CausalImportance, "cir"),
+    (LogCausalImportance, "log_cir"),
+    (Necessity, "necessary"),
+)
+_READ = {"criteria->scores": ["criteria"], "analysis->scores": ["analysis"], "both->scores": ["criteria", "analysis"]}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one judgement.
+
+    Attributes:
+        values: by definition and place, what a reward would see: S in [0, 1] of a named score or an approximation, the
+            norm, or a published reward.
+        nats: by approximation and link, its estimate of the effect of the scores' donors; of "effect" that effect.
+        exact: by place, the effect of fresh donors, in nats; of the chain the smaller of its links'. None where no
+            other prompt offers content.
+        attributions: by link, what each token of the source adds to the path's estimate.
+        problem: why nothing is known, or None.
+    """
+
+    values: Mapping[str, Mapping[str, float]]
+    nats: Mapping[str, Mapping[str, float]]
+    exact: Mapping[str, float | None]
+    attributions: Mapping[str, Sequence[float]]
+    problem: str | None = None
+
+
+def scored(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, **settings: Any) -> list[RolloutScore]:
+    """Return the scores of the three links with some of the settings of a `RewardConfig`."""
+    config = RewardConfig(links=dict.fromkeys(LINKS, 1.0), **{"counterfactuals": 0, "donors": DONORS, **settings})
+    return score_rollouts(rollouts, judge.engine, config, judge.layout, pools=pools)
+
+
+def measure(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, seed: int) -> list[Measured]:
+    """Return every score, every approximation and the exact effect of each rollout.
+
+    Args:
+        rollouts: judgements; those that are malformed, or that the engine cannot serve, have a problem.
+        judge: the judge that wrote them.
+        pools: candidates for the place of each source span.
+        seed: of the scores' donors and permutations; the exact effect's donors are drawn by another.
+    """
+    base = scored(rollouts, judge, pools, score="effect", also=("influence", "phi"), seed=seed)
+    hardened = scored(rollouts, judge, pools, score="phi", seed=seed, **_PAPER)
+    paths = {f"path {count}": scored(rollouts, judge, pools, score="path", nodes=count, seed=seed) for count in NODES}
+    fresh = scored(rollouts, judge, pools, score="effect", donors=FRESH_DONORS, seed=seed + _FRESH)
+    found = []
+    for row, rollout in enumerate(rollouts):
+        runs = [base[row], hardened[row], fresh[row], *(of_path[row] for of_path in paths.values())]
+        problem = next((run.malformed for run in runs if run.malformed), None)
+        if problem is not None:
+            found.append(Measured({}, {}, {}, {}, problem))
+            continue
+        values = _named(base[row])
+        values["phi K=4 r=2"] = {name: link.value for name, link in hardened[row].links.items()}
+        nats = {"effect": {name: link.delta or 0.0 for name, link in base[row].links.items()}}
+        for name, of_path in paths.items():
+            values[name] = {link: record.value for link, record in of_path[row].links.items()}
+            nats[name] = {link: record.path_sum or 0.0 for link, record in of_path[row].links.items()}
+        nats |= _expanded(rollout, judge, pools, seed)
+        for name in ("gradient", "second order"):
+            values[name] = {link: certainty(estimate) for link, estimate in nats[name].items()}
+        for of_links in values.values():
+            of_links["chain"] = min(of_links[link] for link in CHAIN)
+        longest = paths[f"path {NODES[-1]}"][row].paths
+        exact = {name: link.delta for name, link in fresh[row].links.items()}
+        found.append(
+            Measured(
+                values={**values, **_others(rollout, judge)},
+                nats={name: nats[name] for name in ESTIMATES},
+                exact={**exact, "chain": _smallest([exact[link] for link in CHAIN])},
+                attributions={
+                    name: path.attribution_S.tolist()
+                    for name, path in longest.items()
+                    if path.attribution_S is not None
+                },
+            )
+        )
+    return found
+
+
+def certainty(nats: float) -> float:
+    """Return S of an effect, or of an estimate of it, as `effect_scores` defines it."""
+    return max(0.0, math.tanh(nats / 2.0))
+
+
+def links_of(judge: Judge) -> list[Link]:
+    """Return the three links, parsed."""
+    layout = judge.layout
+    return [parse_link(text, names=layout.names, roles=layout.roles) for text in LINKS]
+
+
+def _named(score: RolloutScore) -> dict[str, dict[str, float]]:
+    """Return the named scores of each link: those that one computation of effect, influence and phi gives."""
+    values: dict[str, dict[str, float]] = {}
+    for name, link in score.links.items():
+        compared = Compared(link.against or "nothing", score.paths.get(name))
+        of_link = {"influence": link.influence, "phi": link.phi, "norm": link.norm}
+        of_link |= {"effect": link.value, "explained": effect_scores(compared)["explained"]}
+        for definition, value in of_link.items():
+            values.setdefault(definition, {})[name] = float(value or 0.0)
+    return values
+
+
+def _expanded(rollout: Rollout, judge: Judge, pools: Pools, seed: int) -> dict[str, dict[str, float]]:
+    """Return the effect of the scores' donors on each link, expanded about the rollout to first and second order."""
+    found: dict[str, dict[str, float]] = {"gradient": {}, "second order": {}}
+    by_source: dict[str, list[Link]] = {}
+    for link in links_of(judge):
+        by_source.setdefault(link.source, []).append(link)
+    for source, links in by_source.items():
+        others = with_donors(rollout, source, pools[source], DONORS, seed=seed)
+        expanded = expansions(judge.held, rollout, others, links) if others else {link.name: [] for link in links}
+        for name, terms in expanded.items():
+            found["gradient"][name] = sum(one.first for one in terms) / max(1, len(terms))
+            found["second order"][name] = sum(one.total for one in terms) / max(1, len(terms))
+    return found
+
+
+def _others(rollout: Rollout, judge: Judge) -> dict[str, dict[str, float]]:
+    """Return the published rewards, and the similarity of criteria and analysis."""
+    values: dict[str, dict[str, float]] = {}
+    for kind, name in _PEERS:
+        for place, source in _READ.items():
+            reward = kind(source=source, layout=judge.layout)
+            (values.setdefault(name, {})[place],) = reward.values(judge.held, reward.variants([rollout]))
+    text = "".join(judge.reader.texts(rollout.completion_ids))
+    values["embedding similarity"] = {"both->scores": measure_sensitivity(text, _own_encoder(judge)).mean}
+    return values
+
+
+def _own_encoder(judge: Judge) -> Callable[[str], np.ndarray]:
+    """Return the judge itself as an encoder of texts: the mean of its last hidden states."""
+
+    @torch.no_grad()
+    def encode(text: str) -> np.ndarray:
+        ids = judge.reader.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids_BT = torch.tensor([ids], device=judge.model.device)
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in judge.held.forward_takes else {}
+        states = judge.model(input_ids=ids_BT, output_hidden_states=True, use_cache=False, **keep).hidden_states
+        hidden: np.ndarray = states[-1][0].double().mean(0).cpu().numpy()
+        return hidden
+
+    return encode
+
+
+def _smallest(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return min(known) if len(known) == len(values) else None
+
+
+def read_measured(record: Mapping[str, Any]) -> Measured:
+    """Return what a row of rows.jsonl holds."""
+    names = ("values", "nats", "exact", "attributions", "problem")
+    return replace(Measured({}, {}, {}, {}), **{name: record[name] for name in names})

@@ -1,0 +1,104 @@
+"""Agreement within prompts: which of two completions of one prompt, and how well their order is kept.
+
+GRPO compares completions of one prompt, so only that comparison counts. Each prompt gives sums, and an estimate is a
+ratio of sums over prompts: resampling prompts resamples these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import rankdata
+
+from cepo.eval.statistics import UNDETERMINED, Estimate, estimates, rank_correlations, widened
+
+AREA_ENDS = (0.0, 1.0)
+
+
+def areas_within(
+    values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequence[int], *, draws: int, seed: int
+) -> list[Estimate]:
+    """Return the probability that the positive of a prompt has a larger value than a negative of that prompt.
+
+    Every pair of completions of one prompt, a positive and a negative, counts the same; ties count half.
+
+    Args:
+        values_NM: M scores of N completions.
+        positive_N: 1 for a positive, 0 for a negative, NaN for neither.
+        prompts: the prompt of each completion.
+        draws: bootstrap resamples of prompts.
+        seed: of the bootstrap.
+
+    Returns:
+        One estimate for each score, its count the number of pairs; UNDETERMINED where no prompt has a pair.
+    """
+    wins, pairs = [], []
+    for members in _members(prompts):
+        positives_PM = values_NM[members[positive_N[members] == 1.0]]
+        negatives_QM = values_NM[members[positive_N[members] == 0.0]]
+        count = len(positives_PM) * len(negatives_QM)
+        if count:
+            differences_PQM = np.sign(positives_PM[:, None] - negatives_QM[None])
+            wins.append((0.5 + 0.5 * differences_PQM).sum((0, 1)))
+            pairs.append(float(count))
+    if not pairs:
+        return [UNDETERMINED] * values_NM.shape[1]
+    found = estimates(_ratio, np.stack(wins), np.array(pairs), draws=draws, seed=seed)
+    return [
+        widened(Estimate(one.value, one.low, one.high, int(sum(pairs))), len(pairs), ends=AREA_ENDS) for one in found
+    ]
+
+
+def correlations_within(
+    values_NM: np.ndarray, truth_N: np.ndarray, prompts: Sequence[int], *, draws: int, seed: int
+) -> list[Estimate]:
+    """Return the rank correlation of each score with the truth within prompts, pooled.
+
+    Ranks are taken within each prompt; the correlation is the sum of their covariances over prompts, divided by the
+    root of the sums of their variances. A prompt in which a score never varies adds to the truth's variance alone, so
+    a score that tells nothing apart is near 0. Where every prompt has one completion, the ranks are over all rows.
+
+    Args:
+        values_NM: M scores of N completions.
+        truth_N: the truth, finite.
+        prompts: the prompt of each completion.
+        draws: bootstrap resamples of prompts.
+        seed: of the bootstrap.
+
+    Returns:
+        One estimate for each score, its count the number of completions that were compared.
+    """
+    groups = [members for members in _members(prompts) if len(members) > 1]
+    if not groups:
+        if len(truth_N) < 3:
+            return [UNDETERMINED] * values_NM.shape[1]
+        return estimates(rank_correlations, values_NM, truth_N, draws=draws, seed=seed)
+    sums = []
+    for members in groups:
+        ranks_NM = rankdata(values_NM[members], axis=0) - (len(members) + 1) / 2
+        ranks_N = rankdata(truth_N[members]) - (len(members) + 1) / 2
+        variances_M = (ranks_NM**2).sum(0)
+        sums.append(np.stack([ranks_N @ ranks_NM, variances_M, np.full(len(variances_M), (ranks_N**2).sum())]))
+    columns = np.stack(sums)
+    found = estimates(_correlation, columns[:, 0], columns[:, 1], columns[:, 2], draws=draws, seed=seed)
+    return [Estimate(one.value, one.low, one.high, sum(map(len, groups))) for one in found]
+
+
+def _members(prompts: Sequence[int]) -> list[np.ndarray]:
+    """Return the places of each prompt's completions."""
+    prompts_N = np.asarray(prompts)
+    return [np.flatnonzero(prompts_N == prompt) for prompt in dict.fromkeys(prompts)]
+
+
+def _ratio(wins_PM: np.ndarray, pairs_P: np.ndarray, weights_BP: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (weights_BP @ wins_PM) / (weights_BP @ pairs_P)[:, None]
+    return found
+
+
+def _correlation(
+    products_PM: np.ndarray, variances_PM: np.ndarray, truths_PM: np.ndarray, weights_BP: np.ndarray
+) -> np.ndarray:
+    squares_BM = (weights_BP @ variances_PM) * (weights_BP @ truths_PM)
+    found: np.ndarray = (weights_BP @ products_PM) / np.sqrt(np.where(squares_BM > 0.0, squares_BM, np.nan))
+    return found
