@@ -78,10 +78,10 @@ def text_tables(summary: CausalSummary) -> dict[str, PageTable]:
         headers = list(dict.fromkeys(str(record[across]) for record in records))
         cells: dict[tuple[str, ...], dict[str, str]] = {}
         for record in records:
-            names = tuple(str(record[key]) for key in keys)
-            cells.setdefault(names, {})[str(record[across])] = f"{record['value']:.3g}"
+            labels = tuple(str(record[key]) for key in keys)
+            cells.setdefault(labels, {})[str(record[across])] = f"{record['value']:.3g}"
         if records:
-            rows = [[*names, *(of_row.get(header, "") for header in headers)] for names, of_row in cells.items()]
+            rows = [[*labels, *(of_row.get(header, "") for header in headers)] for labels, of_row in cells.items()]
             found[caption] = ([*keys, *headers], rows)
     return found
 
