@@ -174,7 +174,10 @@ def causal(
         bool, typer.Option("--testbed", help="Evaluate on a testbed judge, whose completions have a known mode.")
     ] = False,
     world: Annotated[
-        str, typer.Option(help="Testbed judge: lazy, hollow, decorative, copied, able, criteria or query.")
+        str,
+        typer.Option(
+            help="Testbed judge: lazy, hollow, decorative, copied, able, criteria or query; in words: words-lazy ..."
+        ),
     ] = "lazy",
     model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
     input: Annotated[
@@ -224,7 +227,7 @@ def causal(
         output=output,
         model=model,
         input=input,
-        world=world,  # type: ignore[arg-type]
+        world=world,
         pair=not without_pair,
         seed=seed,
         raw=raw,

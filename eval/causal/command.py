@@ -23,11 +23,13 @@ from cepo.fusion.score import pools_of
 from cepo.jacobian.loading import check_device, load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import testbed, testbed_judges
-from cepo.train.policy import load_testbed_judge, testbed_fingerprint
+from cepo.train.policy import CACHE, load_testbed_judge, testbed_fingerprint
 from cepo.train.prompts import JUDGE, UNGUARDED_JUDGE
+from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerprint
 
 _CHUNK = 16  # rollouts per part
 _JUDGE_STEPS = 300
+IN_WORDS = "words-"  # begins the name of a world whose judge is a pretrained model
 Progress = Callable[[str, int, int], None]
 
 
@@ -39,7 +41,8 @@ class CausalJob:
         output: folder for rows.jsonl, summary.jsonl, report.html, and parts/, from which a killed run goes on.
         model: see `resolve_model`; None for a judge of the testbed.
         input: JSONL of judgements of that model, rows as for `cepo score`; None for the testbed.
-        world: which judge of the testbed, see `cepo.train.testbed_judges.warm_start`.
+        world: which judge of the testbed, see `cepo.train.testbed_judges.warm_start`; after "words-", one of a
+            pretrained model, see `cepo.train.testbed_words`.
         items: number of testbed prompts, at least 8; or of rows read from the input.
         completions: completions sampled for each testbed prompt, at least 2.
         pair: whether to examine the certified pair of testbed judges too, which warms them up where they are new.
@@ -56,7 +59,7 @@ class CausalJob:
     output: Path
     model: str | None = None
     input: Path | None = None
-    world: testbed_judges.JudgeKind = "lazy"
+    world: str = "lazy"
     items: int = 48
     completions: int = 8
     pair: bool = True
@@ -132,9 +135,9 @@ def _check(job: CausalJob) -> None:
     for name, smallest in least.items():
         if getattr(job, name) < smallest:
             raise ValueError(f"{name} is {getattr(job, name)}; expected at least {smallest}")
-    if job.world not in get_args(testbed_judges.JudgeKind):
+    if job.world.removeprefix(IN_WORDS) not in get_args(testbed_judges.JudgeKind):
         known = ", ".join(get_args(testbed_judges.JudgeKind))
-        raise ValueError(f"world is {job.world!r}; expected one of {known}")
+        raise ValueError(f"world is {job.world!r}; expected one of {known}, with or without words- before it")
     if not job.memory_gib > 0:
         raise ValueError(f"memory_gib is {job.memory_gib}; expected a positive number of GiB")
     check_device(job.device)
@@ -146,10 +149,18 @@ def _settings(job: CausalJob) -> dict[str, Any]:
     settings = {"command": "cepo eval causal", **{name: getattr(job, name) for name in names}}
     if job.model is not None and job.input is not None:
         return {**settings, "model": model_fingerprint(resolve_model(job.model)), "input": fingerprint(job.input)}
-    judges = {
-        name: testbed_fingerprint(name, steps=_JUDGE_STEPS, seed=job.seed) for name in dict.fromkeys((job.world, *PAIR))
-    }
+    judges = {name: _judge_fingerprint(name, job.seed) for name in dict.fromkeys((job.world, *PAIR))}
     return {**settings, "world": job.world, "completions": job.completions, "judges": judges}
+
+
+def _judge_fingerprint(name: str, seed: int) -> str:
+    if name.startswith(IN_WORDS):
+        return words_fingerprint(_in_words(name))
+    return testbed_fingerprint(name, steps=_JUDGE_STEPS, seed=seed)  # type: ignore[arg-type]
+
+
+def _in_words(name: str) -> WordsJudge:
+    return WordsJudge(judge=name.removeprefix(IN_WORDS))  # type: ignore[arg-type]
 
 
 def _once(path: Path, work: Callable[[], Any]) -> Any:
@@ -184,17 +195,19 @@ def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
             yield _testbed_judge(job, name, 1, parts, report)
 
 
-def _testbed_judge(
-    job: CausalJob, name: testbed_judges.JudgeKind, completions: int, parts: Path, report: Progress
-) -> _Judged:
-    model, tokenizer = load_testbed_judge(
-        name,
-        steps=_JUDGE_STEPS,
-        seed=job.seed,
-        progress=lambda step, _: report(f"making the judge {name}", step, _JUDGE_STEPS),
-    )
+def _testbed_judge(job: CausalJob, name: str, completions: int, parts: Path, report: Progress) -> _Judged:
+    def show(step: int, _: float) -> None:
+        report(f"making the judge {name}", step, steps)
+
+    if name.startswith(IN_WORDS):  # one judge for all seeds
+        wanted = _in_words(name)
+        steps = wanted.steps
+        model, tokenizer = load_words_judge(wanted, cache=CACHE, device=job.device, progress=show)
+    else:
+        steps = _JUDGE_STEPS
+        model, tokenizer = load_testbed_judge(name, steps=steps, seed=job.seed, progress=show)  # type: ignore[arg-type]
     # Where the verdict is written into the criteria, the guard calls all judgements malformed, and nothing is measured.
-    layout = UNGUARDED_JUDGE if name == "copied" else JUDGE
+    layout = UNGUARDED_JUDGE if name.endswith("copied") else JUDGE
     judge = Judge(name, model.to(job.device), SpanReader(tokenizer, layout), job.memory_gib)
     items = testbed.generate_items(job.items, seed=job.seed + 11, cue_agreement=0.5)
     report(f"judgements of {name}", 0, 1)

@@ -240,3 +240,21 @@ def test_the_testbeds_judges_are_made_certified_and_measured(tmp_path: Path, mon
     assert {one["population"] for one in summary.records if one["what"] == "certificate"} == set(PAIR)
     assert set(summary.refused) == {"lazy", *PAIR, "the certified pair"}
     assert (output / "report.html").is_file()
+
+
+def test_a_judge_in_words_is_a_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--world words-lazy` examines the pretrained judge, by its own content, and not the small one."""
+    wanted = []
+
+    def load(judge: Any, **_: Any) -> tuple[Any, Any]:
+        wanted.append(judge.judge)
+        return tiny_judge().model.float(), TOKENIZER
+
+    monkeypatch.setattr(causal_module, "load_words_judge", load)
+    monkeypatch.setattr(causal_module, "words_fingerprint", lambda judge: f"{judge.judge} in words")
+    monkeypatch.setattr(causal_module, "load_testbed_judge", lambda *_, **__: pytest.fail("the small judge"))
+    job = CausalJob(tmp_path, world="words-lazy", items=8, completions=2, pair=False, draws=20)
+    run_causal(job)
+    assert wanted == ["lazy"]
+    assert {row["judge"] for row in read_lines(tmp_path / "rows.jsonl")} == {"words-lazy"}
+    assert "lazy in words" in (tmp_path / "settings.json").read_text()
