@@ -189,13 +189,23 @@ def causal(
     ] = False,
     items: Annotated[
         int | None,
-        typer.Option(help="Testbed prompts, at least 8, by default 48; or rows of the input to read.", min=1),
+        typer.Option(help="Testbed prompts, at least 8, by default 48; or rows of the input to measure.", min=1),
     ] = None,
     completions: Annotated[
         int | None, typer.Option(help="Completions to sample per testbed prompt. Default: 8, or 6 with --quick.", min=2)
     ] = None,
     without_pair: Annotated[
         bool, typer.Option("--without-pair", help="Leave the certified pair of testbed judges out.")
+    ] = False,
+    most_nodes: Annotated[
+        int, typer.Option(help="Largest number of nodes along a path; 1, 2, 4, 8 and 16 are tried.", min=1)
+    ] = 16,
+    estimates_only: Annotated[
+        bool,
+        typer.Option(
+            "--estimates-only",
+            help="Leave out scores that estimate no effect, and the controls; they cost most on a large model.",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of judge, items, sampling, donors and intervals.")] = 0,
     raw: Raw = False,
@@ -229,6 +239,8 @@ def causal(
         input=input,
         world=world,
         pair=not without_pair,
+        most_nodes=most_nodes,
+        estimates_only=estimates_only,
         seed=seed,
         raw=raw,
         dtype=dtype,

@@ -43,9 +43,13 @@ class CausalJob:
         input: JSONL of judgements of that model, rows as for `cepo score`; None for the testbed.
         world: which judge of the testbed, see `cepo.train.testbed_judges.warm_start`; after "words-", one of a
             pretrained model, see `cepo.train.testbed_words`.
-        items: number of testbed prompts, at least 8; or of rows read from the input.
+        items: number of testbed prompts, at least 8; or of rows of the input that are measured, the first ones. All
+            rows of the input offer donors.
         completions: completions sampled for each testbed prompt, at least 2.
         pair: whether to examine the certified pair of testbed judges too, which warms them up where they are new.
+        most_nodes: largest number of nodes along a path, at least 1; 16 is the largest that is tried.
+        estimates_only: whether to leave out the scores that estimate no effect, which cost most on a large model, and
+            the controls.
         controlled: number of judgements that the controls use, at least 1.
         draws: number of bootstrap resamples behind the intervals, at least 1.
         seed: seed of judge, items, sampling, donors and bootstrap.
@@ -63,6 +67,8 @@ class CausalJob:
     items: int = 48
     completions: int = 8
     pair: bool = True
+    most_nodes: int = 16
+    estimates_only: bool = False
     controlled: int = 24
     draws: int = 1000
     seed: int = 0
@@ -79,13 +85,9 @@ class _Judged:
 
     judge: Judge
     judgements: tuple[Judgement, ...]
+    pools: Pools
     certificate: dict[str, float] | None = None
     has_controls: bool = True
-
-    @property
-    def pools(self) -> Pools:
-        """What its judgements offer as donors."""
-        return pools_of((one.rollout for one in self.judgements), links_of(self.judge))
 
 
 def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSummary:
@@ -131,7 +133,7 @@ def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSum
 def _check(job: CausalJob) -> None:
     if (job.model is None) != (job.input is None):
         raise ValueError("model and input go together; expected both, or neither for the testbed's judges")
-    least = {"items": 8 if job.model is None else 1, "completions": 2, "controlled": 1, "draws": 1}
+    least = {"items": 8 if job.model is None else 1, "completions": 2, "most_nodes": 1, "controlled": 1, "draws": 1}
     for name, smallest in least.items():
         if getattr(job, name) < smallest:
             raise ValueError(f"{name} is {getattr(job, name)}; expected at least {smallest}")
@@ -145,7 +147,7 @@ def _check(job: CausalJob) -> None:
 
 def _settings(job: CausalJob) -> dict[str, Any]:
     """Return what decides the parts; more draws, or the pair, go on from the parts that are there."""
-    names = ("items", "controlled", "seed", "raw", "dtype")
+    names = ("items", "most_nodes", "estimates_only", "controlled", "seed", "raw", "dtype")
     settings = {"command": "cepo eval causal", **{name: getattr(job, name) for name in names}}
     if job.model is not None and job.input is not None:
         return {**settings, "model": model_fingerprint(resolve_model(job.model)), "input": fingerprint(job.input)}
@@ -180,14 +182,14 @@ def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
             resolve_model(job.model), dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
         )
         judge = Judge("judgements", model, SpanReader(tokenizer, JUDGE), job.memory_gib)
-        read = tuple(Judgement(read_rollout(line, judge.reader, raw=job.raw)) for line in lines[: job.items])
-        prompts = {one.rollout.prompt_ids for one in read if one.rollout.malformed is None}
+        read = [read_rollout(line, judge.reader, raw=job.raw) for line in lines]
+        prompts = {one.prompt_ids for one in read if one.malformed is None}
         if len(prompts) < 2:
             raise ValueError(
                 f"input {str(job.input)!r} holds well-formed judgements of {len(prompts)} prompt(s), so no span has a "
                 "donor, the content of another prompt's judgement; expected at least two prompts"
             )
-        yield _Judged(judge, read)
+        yield _Judged(judge, tuple(map(Judgement, read[: job.items])), pools_of(read, links_of(judge)))
         return
     yield _testbed_judge(job, job.world, job.completions, parts, report)
     for name in PAIR if job.pair else ():
@@ -218,9 +220,11 @@ def _testbed_judge(job: CausalJob, name: str, completions: int, parts: Path, rep
 
     certify = partial(testbed_judges.certify, model, tokenizer, items, seed=job.seed)
     known = _once(parts / f"judgements-{name}.json", sample)
+    judgements = tuple(Judgement(judge.reader.read(prompt, completion), mode) for prompt, completion, mode in known)
     return _Judged(
         judge,
-        tuple(Judgement(judge.reader.read(prompt, completion), mode) for prompt, completion, mode in known),
+        judgements,
+        pools_of((one.rollout for one in judgements), links_of(judge)),
         _once(parts / f"certificate-{name}.json", certify) if name in PAIR else None,
         has_controls=name == job.world,
     )
@@ -244,7 +248,9 @@ def _rows(job: CausalJob, judged: _Judged, parts: Path, report: Progress) -> lis
 
 def _chunk(job: CausalJob, judge: Judge, chunk: Sequence[Judgement], pools: Pools) -> list[dict[str, Any]]:
     rollouts = [one.rollout for one in chunk]
-    measured = measure(rollouts, judge, pools, seed=job.seed)
+    measured = measure(
+        rollouts, judge, pools, seed=job.seed, most_nodes=job.most_nodes, estimates_only=job.estimates_only
+    )
     return [
         {
             **asdict(one),
@@ -262,6 +268,8 @@ def _controls(job: CausalJob, judged: _Judged, rows: Sequence[dict[str, Any]]) -
     if not kept:
         return {}
     judge, pools, rollouts = judged.judge, judged.pools, [judged.judgements[row].rollout for row in kept]
+    if job.estimates_only:
+        return {"costs": relative_costs(rollouts, judge, pools, seed=job.seed)}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return {
             "costs": relative_costs(rollouts, judge, pools, seed=job.seed),

@@ -71,7 +71,15 @@ def scored(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, **settings: 
     return score_rollouts(rollouts, judge.engine, config, judge.layout, pools=pools)
 
 
-def measure(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, seed: int) -> list[Measured]:
+def measure(
+    rollouts: Sequence[Rollout],
+    judge: Judge,
+    pools: Pools,
+    *,
+    seed: int,
+    most_nodes: int = NODES[-1],
+    estimates_only: bool = False,
+) -> list[Measured]:
     """Return every score, every approximation and the exact effect of each rollout.
 
     Args:
@@ -79,20 +87,29 @@ def measure(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, seed: in
         judge: the judge that wrote them.
         pools: candidates for the place of each source span.
         seed: of the scores' donors and permutations; the exact effect's donors are drawn by another.
+        most_nodes: paths with more nodes than this are left out.
+        estimates_only: whether scores that estimate no effect are left out (influence, phi, norm, published rewards),
+            which cost most on a large model.
     """
-    base = scored(rollouts, judge, pools, score="effect", also=("influence", "phi"), seed=seed)
-    hardened = scored(rollouts, judge, pools, score="phi", seed=seed, **_PAPER)
-    paths = {f"path {count}": scored(rollouts, judge, pools, score="path", nodes=count, seed=seed) for count in NODES}
+    also = () if estimates_only else ("influence", "phi")
+    base = scored(rollouts, judge, pools, score="effect", also=also, seed=seed)
+    hardened = [] if estimates_only else scored(rollouts, judge, pools, score="phi", seed=seed, **_PAPER)
+    paths = {
+        f"path {count}": scored(rollouts, judge, pools, score="path", nodes=count, seed=seed)
+        for count in NODES
+        if count <= most_nodes
+    }
     fresh = scored(rollouts, judge, pools, score="effect", donors=FRESH_DONORS, seed=seed + _FRESH)
     found = []
     for row, rollout in enumerate(rollouts):
-        runs = [base[row], hardened[row], fresh[row], *(of_path[row] for of_path in paths.values())]
+        runs = [of_all[row] for of_all in (base, fresh, *paths.values(), *([hardened] if hardened else []))]
         problem = next((run.malformed for run in runs if run.malformed), None)
         if problem is not None:
             found.append(Measured({}, {}, {}, {}, problem))
             continue
         values = _named(base[row])
-        values["phi K=4 r=2"] = {name: link.value for name, link in hardened[row].links.items()}
+        if hardened:
+            values["phi K=4 r=2"] = {name: link.value for name, link in hardened[row].links.items()}
         nats = {"effect": {name: link.delta or 0.0 for name, link in base[row].links.items()}}
         for name, of_path in paths.items():
             values[name] = {link: record.value for link, record in of_path[row].links.items()}
@@ -102,12 +119,12 @@ def measure(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, seed: in
             values[name] = {link: certainty(estimate) for link, estimate in nats[name].items()}
         for of_links in values.values():
             of_links["chain"] = min(of_links[link] for link in CHAIN)
-        longest = paths[f"path {NODES[-1]}"][row].paths
+        longest = list(paths.values())[-1][row].paths
         exact = {name: link.delta for name, link in fresh[row].links.items()}
         found.append(
             Measured(
-                values={**values, **_others(rollout, judge)},
-                nats={name: nats[name] for name in ESTIMATES},
+                values=values if estimates_only else {**values, **_others(rollout, judge)},
+                nats={name: nats[name] for name in ESTIMATES if name in nats},
                 exact={**exact, "chain": _smallest([exact[link] for link in CHAIN])},
                 attributions={
                     name: path.attribution_S.tolist()
@@ -135,10 +152,11 @@ def _named(score: RolloutScore) -> dict[str, dict[str, float]]:
     values: dict[str, dict[str, float]] = {}
     for name, link in score.links.items():
         compared = Compared(link.against or "nothing", score.paths.get(name))
-        of_link = {"influence": link.influence, "phi": link.phi, "norm": link.norm}
-        of_link |= {"effect": link.value, "explained": effect_scores(compared)["explained"]}
+        of_link: dict[str, float | None] = {"effect": link.value, "explained": effect_scores(compared)["explained"]}
+        of_link |= {"influence": link.influence, "phi": link.phi, "norm": link.norm}
         for definition, value in of_link.items():
-            values.setdefault(definition, {})[name] = float(value or 0.0)
+            if value is not None:
+                values.setdefault(definition, {})[name] = value
     return values
 
 

@@ -131,7 +131,7 @@ def _approximations(summary: CausalSummary, population: str, place: str) -> list
         cost = costs.get((name, place))
         cells = [str(areas.get((name, place), "")), str(correlations.get((name, place), ""))]
         cells += [str(errors.get((name, place), "")), "" if cost is None else f"{cost.value:.2f}"]
-        if any(cells):
+        if any(cells[:3]):
             rows.append([name, *cells])
     return rows
 
@@ -149,7 +149,8 @@ def _figures(main: JudgeResults, summary: CausalSummary) -> dict[str, Figure]:
             rows.sort(key=lambda row: -_rank(row[1]))
             figures[f"{axis}: {main.name}"] = forest(rows, axis=axis, reference=reference)
     errors = summary.found("error", main.name)
-    lines = {place: [(float(count), errors[f"path {count}", place]) for count in NODES] for place in ("chain", *LINKS)}
+    counts = [count for count in NODES if (f"path {count}", "chain") in errors]
+    lines = {place: [(float(count), errors[f"path {count}", place]) for count in counts] for place in ("chain", *LINKS)}
     figures[f"Error of the path by its nodes: {main.name}"] = curves(
         lines, across="nodes along the path", up="mean error, nats", logarithmic=True
     )
@@ -161,7 +162,7 @@ def _heat_map(row: Mapping[str, Any]) -> HeatMap:
         name: Attribution(
             nats=dict(zip(row["positions"][name.split("->")[0]], nats, strict=True)),
             delta=row["nats"]["effect"][name],
-            path_sum=row["nats"][f"path {NODES[-1]}"][name],
+            path_sum=sum(nats),
         )
         for name, nats in row["attributions"].items()
     }

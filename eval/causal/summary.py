@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cepo.eval.causal.controls import PAIR, certificate
-from cepo.eval.causal.measures import CHAIN, ESTIMATES, LINKS, PLACES
+from cepo.eval.causal.measures import CHAIN, LINKS, PLACES
 from cepo.eval.causal.within import areas_within, correlations_within
 from cepo.eval.report.tables import summary_row
 from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, warning_of_few
@@ -138,6 +138,8 @@ def _agreement(one: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[dict
     for place in PLACES:
         truth_N = np.array([row["exact"]["chain" if place == "both->scores" else place] for row in rows], dtype=float)
         names, values_NM = _values(rows, place)
+        if not names:
+            continue
         known_N = np.isfinite(truth_N)
         kept = [prompt for prompt, known in zip(prompts, known_N, strict=True) if known]
         found = {"rank correlation": correlations_within(values_NM[known_N], truth_N[known_N], kept, **bootstrap)}
@@ -154,7 +156,7 @@ def _agreement(one: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[dict
             for name, value in zip(names, of_place, strict=True):
                 if name != EXACT or what != "rank correlation":
                     yield summary_row({"what": what, "definition": name, "place": place}, value)
-    for name in ESTIMATES:
+    for name in rows[0]["nats"]:
         errors_NL = np.array(
             [[abs(row["nats"][name][link] - row["nats"]["effect"][link]) for link in LINKS] for row in rows]
         )

@@ -211,12 +211,25 @@ def test_parts_of_other_weights_or_data_are_refused(
         ({"model": None}, "model and input go together"),
         ({"memory_gib": 0.0}, "memory_gib is 0.0"),
         ({"device": "warp:1"}, "device is 'warp:1'"),
-        ({"items": 2}, "well-formed judgements of 1 prompt"),
     ],
 )
 def test_what_cannot_be_run_is_named(job: CausalJob, changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         run_causal(replace(job, **changes))
+
+
+def test_every_row_offers_donors_and_one_prompt_is_too_few(job: CausalJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows are measured with the donors of all; a file of one prompt has none."""
+    monkeypatch.setattr(causal_module, "_CHUNK", 1)
+    run_causal(replace(job, items=1, most_nodes=1, estimates_only=True))
+    (row,) = read_lines(job.output / "rows.jsonl")
+    assert row["problem"] is None
+    assert row["exact"]["chain"] is not None
+    assert job.input is not None
+    alone = job.output / "alone.jsonl"
+    alone.write_text(job.input.read_text().splitlines()[0])
+    with pytest.raises(ValueError, match="well-formed judgements of 1 prompt"):
+        run_causal(replace(job, input=alone, output=job.output / "alone"))
 
 
 def test_the_command_wants_the_testbed_or_a_model_with_its_judgements(tmp_path: Path) -> None:

@@ -98,6 +98,14 @@ def test_what_cannot_be_measured_has_a_reason(measured: list[Measured]) -> None:
     assert measured[2].values == {}
 
 
+def test_a_large_model_can_be_asked_for_estimates_alone(measured: list[Measured]) -> None:
+    (few,) = measure(ROLLOUTS[:1], JUDGE, POOLS, seed=5, most_nodes=2, estimates_only=True)
+    assert set(few.values) == {"effect", "explained", "gradient", "second order", "path 1", "path 2"}
+    assert few.nats == {name: measured[0].nats[name] for name in few.nats}
+    assert few.exact == measured[0].exact
+    assert {name: sum(found) for name, found in few.attributions.items()} == pytest.approx(few.nats["path 2"])
+
+
 def test_costs_count_rows() -> None:
     """A path costs more with every node, the gradient at the rollout less than the effect of two donors."""
     costs = relative_costs(ROLLOUTS, JUDGE, POOLS, seed=5)
