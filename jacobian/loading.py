@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,14 +96,15 @@ def load_model(
 
         model, tokenizer = load_model(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         return PeftModel.from_pretrained(model, source.location).eval(), tokenizer
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
+    with _gguf_read_once() if source.gguf_file else contextlib.nullcontext():
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
     if source.gguf_file:
         # The weights are dequantised on loading. With these marks left, trainers and save_pretrained would refuse them.
         for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
@@ -165,6 +169,22 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         raise ValueError(
             f"the tokenizer of model {source.name!r} could not be loaded from {source.location}: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Let transformers read a GGUF file once, and not for the configuration, the tokenizer and the weights each.
+
+    And let it build the table of tensor names once, and not for every module: most of the time until a model is there.
+    """
+    import gguf
+
+    whole = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, whole)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = whole
 
 
 def _hub_commit(source: ModelSource) -> str:
