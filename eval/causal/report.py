@@ -23,7 +23,7 @@ _MAPS = 8  # judgements whose attributions are drawn
 _AGREEMENTS = {
     "auc": "AUC within a prompt: how often the completion whose verdict came from evidence scores higher",
     "rank correlation": "Rank correlation with the exact effect",
-    "auc, modes shuffled within prompts": "Control, modes shuffled within prompts: AUC, expected 0.5",
+    "auc, modes shuffled within prompts": "Control, modes shuffled within prompts: AUC, 95% of shuffles",
     "pair": f"Control, certified: AUC of {PAIR[0]}, that follows its criteria, against {PAIR[1]}, that ignores them",
 }
 # Caption, kind of record, the keys that name a row, and the key that names a column.

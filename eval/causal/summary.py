@@ -12,7 +12,7 @@ import numpy as np
 
 from cepo.eval.causal.controls import PAIR, certificate
 from cepo.eval.causal.measures import CHAIN, LINKS, PLACES
-from cepo.eval.causal.within import areas_within, correlations_within
+from cepo.eval.causal.within import areas_by_chance, areas_within, correlations_within
 from cepo.eval.report.tables import summary_row
 from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, warning_of_few
 
@@ -26,6 +26,7 @@ SHOWN: tuple[tuple[str, str], ...] = (
 )
 """The scores that every run is asked about: of the chain, the effect and one midpoint; influence; the paper's phi."""
 _MODES = {"evidence": 1.0, "length": 0.0, "hollow": 0.0, "query": 0.0, "copied": 0.0}
+_DEALS = 200  # of modes within prompts
 _ENOUGH = 40  # prompts from which a bootstrap over prompts holds its level
 
 
@@ -134,7 +135,6 @@ def _agreement(one: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[dict
     prompts = [row["prompt"] for row in rows]
     modes_N = np.array([_MODES.get(row["mode"], np.nan) for row in rows])
     has_modes = bool({0.0, 1.0} <= set(modes_N[np.isfinite(modes_N)]))
-    rng = np.random.default_rng(bootstrap["seed"])
     for place in PLACES:
         truth_N = np.array([row["exact"]["chain" if place == "both->scores" else place] for row in rows], dtype=float)
         names, values_NM = _values(rows, place)
@@ -146,12 +146,8 @@ def _agreement(one: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[dict
         if has_modes:
             found["auc"] = areas_within(values_NM, modes_N, prompts, **bootstrap)
             if place == "chain":
-                # Modes dealt anew within each prompt: what nothing can tell.
-                dealt_N = modes_N.copy()
-                for prompt in set(prompts):
-                    members = np.flatnonzero(np.array(prompts) == prompt)
-                    dealt_N[members] = rng.permutation(modes_N[members])
-                found["auc, modes shuffled within prompts"] = areas_within(values_NM, dealt_N, prompts, **bootstrap)
+                chance = areas_by_chance(values_NM, modes_N, prompts, deals=_DEALS, seed=bootstrap["seed"])
+                found["auc, modes shuffled within prompts"] = chance
         for what, of_place in found.items():
             for name, value in zip(names, of_place, strict=True):
                 if name != EXACT or what != "rank correlation":

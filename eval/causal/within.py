@@ -33,20 +33,45 @@ def areas_within(
     Returns:
         One estimate for each score, its count the number of pairs; UNDETERMINED where no prompt has a pair.
     """
-    wins, pairs = [], []
-    for members in _members(prompts):
-        positives_PM = values_NM[members[positive_N[members] == 1.0]]
-        negatives_QM = values_NM[members[positive_N[members] == 0.0]]
-        count = len(positives_PM) * len(negatives_QM)
-        if count:
-            differences_PQM = np.sign(positives_PM[:, None] - negatives_QM[None])
-            wins.append((0.5 + 0.5 * differences_PQM).sum((0, 1)))
-            pairs.append(float(count))
+    wins, pairs = _wins(values_NM, positive_N, _members(prompts))
     if not pairs:
         return [UNDETERMINED] * values_NM.shape[1]
     found = estimates(_ratio, np.stack(wins), np.array(pairs), draws=draws, seed=seed)
     return [
         widened(Estimate(one.value, one.low, one.high, int(sum(pairs))), len(pairs), ends=AREA_ENDS) for one in found
+    ]
+
+
+def areas_by_chance(
+    values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequence[int], *, deals: int, seed: int
+) -> list[Estimate]:
+    """Return what `areas_within` gives when the truth is dealt anew within each prompt, as often as is asked.
+
+    Args:
+        values_NM: M scores of N completions.
+        positive_N: as in `areas_within`.
+        prompts: the prompt of each completion.
+        deals: number of deals, at least 1.
+        seed: of the deals.
+
+    Returns:
+        For each score the mean over deals, near 0.5, and the range that holds 95% of them: what chance alone reaches.
+    """
+    rng = np.random.default_rng(seed)
+    members = _members(prompts)
+    areas = []
+    for _ in range(deals):
+        dealt_N = positive_N.copy()
+        for places in members:
+            dealt_N[places] = rng.permutation(positive_N[places])
+        wins, pairs = _wins(values_NM, dealt_N, members)
+        if not pairs:
+            return [UNDETERMINED] * values_NM.shape[1]
+        areas.append(np.sum(wins, axis=0) / sum(pairs))
+    low_M, high_M = np.quantile(areas, [0.025, 0.975], axis=0)
+    return [
+        Estimate(float(value), float(low), float(high), int(sum(pairs)))
+        for value, low, high in zip(np.mean(areas, axis=0), low_M, high_M, strict=True)
     ]
 
 
@@ -83,6 +108,22 @@ def correlations_within(
     columns = np.stack(sums)
     found = estimates(_correlation, columns[:, 0], columns[:, 1], columns[:, 2], draws=draws, seed=seed)
     return [Estimate(one.value, one.low, one.high, sum(map(len, groups))) for one in found]
+
+
+def _wins(
+    values_NM: np.ndarray, positive_N: np.ndarray, members: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], list[float]]:
+    """Return, for each prompt with a pair, how many pairs each score gets right, and the number of pairs."""
+    wins, pairs = [], []
+    for places in members:
+        positives_PM = values_NM[places[positive_N[places] == 1.0]]
+        negatives_QM = values_NM[places[positive_N[places] == 0.0]]
+        count = len(positives_PM) * len(negatives_QM)
+        if count:
+            differences_PQM = np.sign(positives_PM[:, None] - negatives_QM[None])
+            wins.append((0.5 + 0.5 * differences_PQM).sum((0, 1)))
+            pairs.append(float(count))
+    return wins, pairs
 
 
 def _members(prompts: Sequence[int]) -> list[np.ndarray]:

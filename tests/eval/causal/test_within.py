@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from cepo.eval.causal.within import areas_within, correlations_within
+from cepo.eval.causal.within import areas_by_chance, areas_within, correlations_within
 
 BOOTSTRAP = {"draws": 200, "seed": 0}
 
@@ -26,6 +26,22 @@ def test_the_area_counts_pairs_of_one_prompt_alone() -> None:
     (shifted,) = areas_within(values_N1 + 10.0 * np.array(prompts)[:, None], positive_N, prompts, **BOOTSTRAP)
     assert shifted == found
     (none,) = areas_within(values_N1[:2], np.array([1.0, 1.0]), [0, 0], **BOOTSTRAP)
+    assert math.isnan(none.value)
+
+
+def test_chance_is_a_half_and_as_wide_as_the_pairs_are_few() -> None:
+    """A perfect score lies far outside of what shuffled modes reach over 30 prompts, and not over two."""
+    widths = []
+    for count in (2, 30):
+        prompts = np.repeat(np.arange(count), 3).tolist()
+        positive_N = np.tile([1.0, 0.0, math.nan], count)
+        (found,) = areas_by_chance((positive_N == 1.0).astype(float)[:, None], positive_N, prompts, deals=300, seed=0)
+        assert found.value == pytest.approx(0.5, abs=0.05)
+        assert found.count == count
+        widths.append(found.high)
+    assert widths[0] == 1.0
+    assert widths[1] < 0.75
+    (none,) = areas_by_chance(np.ones((2, 1)), np.ones(2), [0, 0], deals=3, seed=0)
     assert math.isnan(none.value)
 
 
