@@ -82,7 +82,7 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(judge: Path, rollouts: Path, tmp_path: Path) -> AblateJob:
-    config = RewardConfig(links=LINKS)
+    config = RewardConfig(links=LINKS, score="phi")
     return AblateJob(str(judge), rollouts, tmp_path / "sweep", plan_sweep(config, **GRID), config, dtype="float64")
 
 
