@@ -47,7 +47,9 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(judge: Path, rollouts: Path, tmp_path: Path) -> CausalJob:
-    return CausalJob(output=tmp_path / "causal", model=str(judge), input=rollouts, controlled=1, draws=20, seed=3)
+    return CausalJob(
+        output=tmp_path / "causal", model=str(judge), input=rollouts, most_nodes=2, controlled=1, draws=20, seed=3
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
