@@ -23,6 +23,7 @@ from cepo.train.prompts import JUDGE, judge_prompt
 
 ITEMS = testbed.generate_items(5, seed=9, cue_agreement=0.5)
 LINKS = ["Z->X", "X->Y", "Z->Y"]
+ALONE = ("--link", "X->Y", "--score", "influence")  # what a row has without rows of other prompts, its donors
 PARTS = ("base", "residual", "source_positions", "target_positions")
 
 
@@ -62,7 +63,7 @@ def test_records_and_matrices_agree_with_each_other(judge: Path, tmp_path: Path,
     out, matrices, page = tmp_path / "out.jsonl", tmp_path / "j.safetensors", tmp_path / "o.html"
     code, _ = cepo(
         *("--model", judge, "--input", source, "--output", out, "--save-jacobians", matrices, "--html", page),
-        *("-K", 2, "--also", "phi", *(part for link in LINKS for part in ("--link", link))),
+        *("-K", 2, "--score", "influence", "--also", "phi", *(part for link in LINKS for part in ("--link", link))),
     )
     assert code == 0
     saved = load_file(matrices)
@@ -152,7 +153,7 @@ def test_all_forms_of_input_give_the_same_rollout(judge: Path, tmp_path: Path, c
         {"prompt_ids": ids["input_ids"], "completion_ids": tokenizer(item.completion)["input_ids"]},
         {"prompt": item.prompt.replace("Response B: ", "Response A: "), "completion": item.completion},
     ]
-    out, options = tmp_path / "out.jsonl", ("-K", 1, "--also", "order_leak")
+    out, options = tmp_path / "out.jsonl", (*ALONE, "-K", 1, "--also", "order_leak")
     assert cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, *options)[0] == 0
     first, *others, unclear = read_jsonl(out)
     assert (unclear["malformed"], unclear["order_leak"]) == (None, None)  # nothing marks its second response
@@ -162,7 +163,7 @@ def test_all_forms_of_input_give_the_same_rollout(judge: Path, tmp_path: Path, c
     assert all(other["links"] == first["links"] and other["spans"] == first["spans"] for other in others)
     raw = tmp_path / "raw.jsonl"
     source = write_jsonl(tmp_path / "raw", [{"prompt": rendered, "completion": item.completion}])
-    assert cepo("--model", judge, "--input", source, "--output", raw, "-K", 1, "--raw")[0] == 0
+    assert cepo("--model", judge, "--input", source, "--output", raw, *ALONE, "-K", 1, "--raw")[0] == 0
     assert read_jsonl(raw)[0]["links"] == first["links"]
 
 
@@ -263,7 +264,7 @@ def test_other_weights_under_the_same_name_are_refused(judge: Path, tmp_path: Pa
 def test_a_run_that_failed_before_its_first_record_binds_no_settings(
     judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", gold_rows()[:1])
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows()[:2])
     arguments = ("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
 
     def fail(*_: object, **__: object) -> None:
@@ -279,7 +280,7 @@ def test_rows_that_changed_are_scored_again(
     judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, out = gold_rows()[:3], tmp_path / "out.jsonl"
-    arguments = ("--model", judge, "--input", tmp_path / "in.jsonl", "--output", out, "-K", 0)
+    arguments = ("--model", judge, "--input", tmp_path / "in.jsonl", "--output", out, *ALONE, "-K", 0)
     write_jsonl(tmp_path / "in.jsonl", rows)
     assert cepo(*arguments)[0] == 0
     before = read_jsonl(out)
@@ -309,7 +310,7 @@ def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path:
 
 def test_broken_lines_are_not_counted_as_malformed_output(judge: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in", [gold_rows()[0], {"prompt": "x", "completion": "no tags"}, "{", {"x": 1}])
-    config = RewardConfig(links={"X->Y": 1.0}, counterfactuals=0)
+    config = RewardConfig(links={"X->Y": 1.0}, score="influence")
     done = score_module.score_file(score_module.ScoreJob(str(judge), source, tmp_path / "out", config, JUDGE))
     assert (done.rows, done.malformed, [number for number, _ in done.broken]) == (4, 1, [3, 4])
     assert done.reasons == {"empty completion": 1}  # the testbed has no such words
@@ -332,9 +333,8 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
         {"prompt_ids": [10**6], "completion_ids": [1, 2]},
     ]
     out, page = tmp_path / "out.jsonl", tmp_path / "o.html"
-    code, _ = cepo(
-        "--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, "-K", 1, "--html", page
-    )
+    source = write_jsonl(tmp_path / "in", rows)
+    code, _ = cepo("--model", judge, "--input", source, "--output", out, *ALONE, "-K", 1, "--html", page)
     assert code == 0
     records = read_jsonl(out)
     assert [record["row"] for record in records] == list(range(len(rows)))
@@ -364,7 +364,7 @@ def test_values_of_a_wrong_type_are_broken_lines_not_malformed_output(
     """Protects the count of malformed output, which is the model's: a mistake in the data is the data's."""
     out = tmp_path / "out.jsonl"
     source = write_jsonl(tmp_path / "in", [row, gold_rows()[0]])
-    code, message = cepo("--model", judge, "--input", source, "--output", out, "-K", 0)
+    code, message = cepo("--model", judge, "--input", source, "--output", out, *ALONE)
     assert code == 2
     assert f"line 1 {complaint}" in message
     broken, scored = read_jsonl(out)
@@ -376,7 +376,8 @@ def test_task_rewards_are_fused(judge: Path, tmp_path: Path, cepo: Cepo) -> None
     rows = [{**gold_rows()[0], "task_reward": task} for task in (0.0, 1.0)]
     out = tmp_path / "out.jsonl"
     source = write_jsonl(tmp_path / "in", rows)
-    assert cepo("--model", judge, "--input", source, "--output", out, "--link", "X->Y=0.3", "-p", 1)[0] == 0
+    options = ("--link", "X->Y=0.3", "--score", "influence", "-p", 1)
+    assert cepo("--model", judge, "--input", source, "--output", out, *options)[0] == 0
     lose, win = (record["reward"] for record in read_jsonl(out))
     assert win - lose == pytest.approx(0.7)
 
@@ -386,7 +387,7 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
     out = tmp_path / "out.jsonl"
     arguments = ("--kind", "reasoning", "--rationale-tag", "analysis", "--answer-tag", "scores")
     source = write_jsonl(tmp_path / "in", [row])
-    assert cepo("--model", judge, "--input", source, "--output", out, "-K", 1, *arguments)[0] == 0
+    assert cepo("--model", judge, "--input", source, "--output", out, *ALONE, *arguments)[0] == 0
     (record,) = read_jsonl(out)
     assert record["spans"]["rationale"]["text"] == "judge by clarity"
     assert record["spans"]["answer"]["text"] == "lucid"
