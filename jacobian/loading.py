@@ -110,6 +110,10 @@ def load_model(
         for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
             model.__dict__.pop(mark, None)
         model.config.__dict__.pop("quantization_config", None)
+        # transformers 5.17 gives SmolLM2's tokenizer another end than the file names, and generation would not stop.
+        end = model.config.eos_token_id
+        if isinstance(end, int) and tokenizer.eos_token_id != end:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     # An adapter saved later names its base by this.
     model.name_or_path = source.name
     return model.to(device).eval(), tokenizer

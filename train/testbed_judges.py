@@ -275,6 +275,8 @@ def generate(
     if temperature > 0.0:
         # Truncation off, which is generate's default: what is sampled is the policy itself.
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    # The end that the judge was taught, which its generation config may not name.
+    sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     texts: list[str] = []
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

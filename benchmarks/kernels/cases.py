@@ -256,7 +256,8 @@ def _head(w: Widths, draw: Callable[..., Tensor], device: torch.device, ours: Im
     forward, both = _with_vjp(
         "log-likelihood through the head",
         f"{rows:,} rows, vocabulary {w.vocabulary:,}",
-        lambda hidden, how: head_log_likelihood(hidden, weight_VD, ids_P, implementation=how),
+        # The truth is read in float32.
+        lambda hidden, how: head_log_likelihood(hidden, weight_VD.to(hidden.dtype), ids_P, implementation=how),
         [hidden_PD],
         torch.ones(1, rows, device=device),
         (products, 2.0 * products),
@@ -276,7 +277,9 @@ def _head(w: Widths, draw: Callable[..., Tensor], device: torch.device, ours: Im
     yield from _with_vjp(
         "expected score through the head",
         f"{len(few_PD)} rows, {len(candidates)} candidates",
-        lambda hidden, how: head_expected_value(hidden, weight_VD, candidates, candidates.float(), implementation=how),
+        lambda hidden, how: head_expected_value(
+            hidden, weight_VD.to(hidden.dtype), candidates, candidates.float(), implementation=how
+        ),
         [few_PD],
         torch.ones(1, len(few_PD), device=device),
         (2.0 * few_PD.numel() * len(candidates),) * 2,
