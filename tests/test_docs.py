@@ -254,6 +254,43 @@ def test_the_table_of_judges_is_what_the_rows_say() -> None:
             assert near(cells[seed], [row["value"], row["low"], row["high"]]), (name, seed)
 
 
+def test_the_tables_of_agreement_within_prompts_are_what_the_rows_say() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
+    recorded = [
+        {
+            (row["what"], row.get("definition"), row.get("place")): row
+            for row in rows_of(f"causal-lazy-seed{seed}.jsonl")
+        }
+        for seed in (21, 22)
+    ]
+    estimates = ["gradient", "second order", *(f"path {count}" for count in (1, 2, 4, 8, 16)), "effect", "exact effect"]
+    rows = table(text, "## Which score tells completions of one prompt apart")
+    for (_, *cells, cost), name in zip(rows, estimates, strict=True):
+        columns = [(what, of_seed) for what in ("auc", "rank correlation", "error") for of_seed in recorded]
+        for cell, (what, of_seed) in zip(cells, columns, strict=True):
+            row = of_seed.get((what, name, "chain"))
+            assert near(cell, [row["value"], row["low"], row["high"]] if row else []), (name, what)
+        row = recorded[0].get(("cost", name, "chain"))
+        assert cost == (f"{row['value']:.2f}" if row else ""), name
+    scores = [
+        "effect",
+        "explained",
+        "path 1",
+        "norm",
+        "influence",
+        "phi K=4 r=2",
+        "gradient",
+        "log_cir",
+        "cir",
+        "necessary",
+    ]
+    for (_, *cells), name in zip(table(text, "AUC within a prompt, by link"), scores, strict=True):
+        places = ("criteria->analysis", "analysis->scores", "criteria->scores")
+        for cell, (place, of_seed) in zip(cells, [(place, one) for place in places for one in recorded], strict=True):
+            row = of_seed.get(("auc", name, place))
+            assert near(cell, [row["value"], row["low"], row["high"]] if row else []), (name, place)
+
+
 def test_the_table_of_the_ablation_is_what_the_rows_say() -> None:
     settings = [(0, 2), (1, 2), (2, 2), (8, 2), (4, 1), (4, 4), (4, 8), (4, "tau 0.5"), (4, "tau 0.9")]
     recorded = {
