@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from cepo.jacobian.group.cost import ALLOCATOR, CostModel
 from cepo.jacobian.group.cuts import HeadRow, Segment, shared_length
 from cepo.jacobian.group.schedule import Plan, Rows
-from cepo.jacobian.passes import Pass
 from cepo.jacobian.records import Rollout
-from cepo.jacobian.targets import FEWEST_HEAD_ROWS, target_terms
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term
 
 Placed = tuple[int, int, int]
 
@@ -28,14 +27,26 @@ class Variant:
     Attributes:
         family: the variants of one rollout have the same.
         rollout: whose tokens are run.
+        terms: of each pass, what is read of it.
         other: the counterfactual towards which the embeddings are moved, or None.
         fraction: how far they are from it, in [0, 1].
     """
 
     family: int
     rollout: Rollout
+    terms: tuple[tuple[Term, ...], ...]
     other: Rollout | None = None
     fraction: float = 1.0
+
+    @property
+    def first_row(self) -> int:
+        """The first row that predicts a target."""
+        return min(term.position for terms in self.terms for term in terms) - 1
+
+    @property
+    def last_row(self) -> int:
+        """The last row that predicts a target."""
+        return max(term.position for terms in self.terms for term in terms) - 1
 
 
 @dataclass(frozen=True)
@@ -68,26 +79,26 @@ class Branches:
     tails: tuple[Tails, ...]
 
 
-def branches_of(variants: Sequence[Variant], passes: Sequence[Pass], cost: CostModel, budget: float) -> list[Branches]:
+def branches_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> list[Branches]:
     """Return the schedule of variants, prompt by prompt.
 
     Args:
         variants: all with a counterfactual to move towards, which are differentiated, or all without.
-        passes: what is read of each.
         cost: of the model.
         budget: bytes that may be added to what the model holds.
     """
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, variant in enumerate(variants):
         by_prompt.setdefault(variant.rollout.prompt_ids, []).append(index)
-    return [_branches(variants, members, passes, cost, budget) for members in by_prompt.values()]
+    return [_branches(variants, members, cost, budget) for members in by_prompt.values()]
 
 
 def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> Plan:
     """Return the rows, FLOPs and memory that branches add up to.
 
     Args:
-        work: from `branches_of`; equal stems and prefixes that follow each other are run once.
+        work: from `branches_of`; what a stem has in common with the one before it, and equal prefixes that follow each
+            other, are run once.
         passes: cotangents that go back through each differentiated tail.
         cost: of the model.
     """
@@ -107,9 +118,10 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
     prefixes_before: Segment | None = None
     for each in work:
         if each.stem != stem_before:
+            _, new = stem_after(stem_before, each.stem)
             stem_before, prefixes_before = each.stem, None
-            if each.stem is not None:
-                add("stem", each.stem)
+            if new is not None:
+                add("stem", new)
         if each.prefixes != prefixes_before:
             prefixes_before = each.prefixes
             if each.prefixes is not None:
@@ -121,18 +133,24 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
     return Plan(tuple(total.values()), flops, peak, tuple(len(tails.placed) for each in work for tails in each.tails))
 
 
-def tails_of(
-    variants: Sequence[Variant], members: Sequence[Placed], passes: Sequence[Pass], size: int
-) -> tuple[Tails, ...]:
+def stem_after(before: Segment | None, stem: Segment | None) -> tuple[int, Segment | None]:
+    """Return how many tokens a stem has in common with the one before it, and the others; None where there are none."""
+    if stem is None:
+        return 0, None
+    ids = stem.ids[0]
+    shared = shared_length([ids, before.ids[0]]) if before is not None else 0
+    return shared, Segment((ids[shared:],), (shared,)) if shared < len(ids) else None
+
+
+def tails_of(variants: Sequence[Variant], members: Sequence[Placed], size: int) -> tuple[Tails, ...]:
     """Return tails in chunks of `size`.
 
     Args:
         variants: all variants.
         members: see `Tails.placed`.
-        passes: what is read of each.
         size: how many run at once, at least 1.
     """
-    return tuple(_tails(variants, members[at : at + size], passes) for at in range(0, len(members), size))
+    return tuple(_tails(variants, members[at : at + size]) for at in range(0, len(members), size))
 
 
 def tails_bytes(tails: Tails, passes: int, stem: int, cost: CostModel) -> float:
@@ -148,15 +166,12 @@ def tails_bytes(tails: Tails, passes: int, stem: int, cost: CostModel) -> float:
     return ALLOCATOR * needed
 
 
-def _branches(
-    variants: Sequence[Variant], members: Sequence[int], passes: Sequence[Pass], cost: CostModel, budget: float
-) -> Branches:
+def _branches(variants: Sequence[Variant], members: Sequence[int], cost: CostModel, budget: float) -> Branches:
     families: dict[int, list[int]] = {}
     for index in members:
         families.setdefault(variants[index].family, []).append(index)
-    first_rows = {index: min(_rows(variants[index], passes)) for index in members}
     splits = [
-        min(_shared([variants[index] for index in of_family]), *(first_rows[index] for index in of_family))
+        min(_shared([variants[index] for index in of_family]), *(variants[index].first_row for index in of_family))
         for of_family in families.values()
     ]
     end = min(_shared([variants[index] for index in members]), *splits)
@@ -171,49 +186,44 @@ def _branches(
         for index in of_family
     ]
     # Neighbours of equal length need least padding.
-    placed.sort(key=lambda each: each[2] - max(_rows(variants[each[0]], passes)))
-    size = _size(variants, placed, passes, end, cost, budget)
+    placed.sort(key=lambda each: each[2] - variants[each[0]].last_row)
+    size = _size(variants, placed, end, cost, budget)
     return Branches(
         Segment((ids[:end],), (0,)) if end else None,
         Segment(tuple(pieces), (end,) * len(pieces)) if any(pieces) else None,
         tuple(map(len, pieces)),
-        tails_of(variants, placed, passes, size),
+        tails_of(variants, placed, size),
     )
 
 
 def _size(
     variants: Sequence[Variant],
     members: Sequence[Placed],
-    passes: Sequence[Pass],
     stem: int,
     cost: CostModel,
     budget: float,
 ) -> int:
-    longest = _tails(variants, members[:1], passes).segment.length
+    longest = _tails(variants, members[:1]).segment.length
+    passes = len(variants[members[0][0]].terms)
     size = min(len(members), max(1, cost.rows_at_once // longest))
-    while size > 1 and tails_bytes(_tails(variants, members[:size], passes), len(passes), stem, cost) > budget:
+    while size > 1 and tails_bytes(_tails(variants, members[:size]), passes, stem, cost) > budget:
         size = (size + 1) // 2
     return size
 
 
-def _tails(variants: Sequence[Variant], members: Sequence[Placed], passes: Sequence[Pass]) -> Tails:
+def _tails(variants: Sequence[Variant], members: Sequence[Placed]) -> Tails:
     ids, head = [], []
     for place, (index, _, start) in enumerate(members):
-        rollout = variants[index].rollout
-        ids.append(rollout.token_ids[start : max(_rows(variants[index], passes)) + 1])
+        variant = variants[index]
+        ids.append(variant.rollout.token_ids[start : variant.last_row + 1])
         head += [
             HeadRow(place, number, place, term.position - 1 - start, term)
-            for number, key in enumerate(passes)
-            for term in target_terms(rollout, key.target, key.function)
+            for number, terms in enumerate(variant.terms)
+            for term in terms
         ]
     differentiated = variants[members[0][0]].other is not None
     segment = Segment(tuple(ids), tuple(start for _, _, start in members), tuple(head), differentiated)
     return Tails(tuple(members), segment)
-
-
-def _rows(variant: Variant, passes: Sequence[Pass]) -> list[int]:
-    """Return the rows that predict a target of a variant."""
-    return [term.position - 1 for key in passes for term in target_terms(variant.rollout, key.target, key.function)]
 
 
 def _shared(variants: Sequence[Variant]) -> int:

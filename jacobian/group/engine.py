@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -154,10 +155,10 @@ class GroupEngine(ModelEngine):
             yield from self._oracle.paths(requests)
             return
         runner = PathRunner(served, self._budget_now())
-        for request in requests:
+        for _, of_prompt in groupby(requests, key=lambda request: request.group.rollouts[0].prompt_ids):
             with served.model.prepared():
-                answer = runner.answer(request)
-            yield answer
+                answers = [runner.answer(request) for request in of_prompt]
+            yield from answers
 
     def _run_chunks(self, chunks: Sequence[Chunk], stem: StemRun, served: Served) -> Iterator[tuple[Chunk, Tensor]]:
         """Yield the gradients of each chunk; one that runs out of memory is halved, and so are the later ones."""

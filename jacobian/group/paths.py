@@ -10,7 +10,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cepo.jacobian.group.branches import Branches, Tails, Variant, branches_of, plan_of_branches, tails_of
+from cepo.jacobian.group.branches import (
+    Branches,
+    Tails,
+    Variant,
+    branches_of,
+    plan_of_branches,
+    stem_after,
+    tails_of,
+)
 from cepo.jacobian.group.cost import CostModel, is_out_of_memory, release_memory
 from cepo.jacobian.group.cotangents import Asked
 from cepo.jacobian.group.cuts import Segment
@@ -20,6 +28,8 @@ from cepo.jacobian.group.trial import Served
 from cepo.jacobian.passes import Pass, passes_of
 from cepo.jacobian.path import Point, between, gauss_nodes, path_answer
 from cepo.jacobian.protocol import PathAnswer, PathRequest
+from cepo.jacobian.records import Rollout
+from cepo.jacobian.targets import Term, target_terms
 
 logger = logging.getLogger("cepo")
 
@@ -66,21 +76,20 @@ class PathRunner:
                     found.append({key: torch.cat([before, rows_CBT[c, place, kept]]) for c, key in enumerate(passes)})
                 return found
 
-            return self._run(variants, passes, rows_of)
+            return self._run(variants, rows_of)
 
-        in_order = iter(self._run(value_variants(request), passes, values_of))
+        in_order = iter(self._run(value_variants(request), values_of))
         values = [list(islice(in_order, 1 + len(others))) for others in request.counterfactuals]
         return path_answer(request, values, contract)
 
     def _run(
         self,
         variants: Sequence[Variant],
-        passes: Sequence[Pass],
         read: Callable[[Tails, SegmentRun, Tensor], Sequence[Read]],
     ) -> list[Read]:
         """Run variants, and return what is read of each, in order."""
         found: dict[int, Read] = {}
-        for branches in branches_of(variants, passes, self._served.cost, self._budget):
+        for branches in branches_of(variants, self._served.cost, self._budget):
             stem = self._run_stem(branches)
             prefixes = self._run_prefixes(branches, stem)
             waiting = list(branches.tails)
@@ -96,17 +105,21 @@ class PathRunner:
                     continue
                 size = (len(tails.placed) + 1) // 2
                 logger.warning("out of memory with %d sequences at once; going on with %d", len(tails.placed), size)
-                waiting = list(
-                    tails_of(variants, [one for each in (tails, *waiting) for one in each.placed], passes, size)
-                )
+                waiting = list(tails_of(variants, [one for each in (tails, *waiting) for one in each.placed], size))
                 release_memory()
         return [found[index] for index in range(len(variants))]
 
     def _run_stem(self, branches: Branches) -> KeyValues:
-        if branches.stem != self._stem[0]:
+        before, keys_values = self._stem
+        if branches.stem != before:
             self._stem = self._prefixes = (None, [])  # freed before the next ones are built
-            if branches.stem is not None:
-                self._stem = (branches.stem, run_segment(self._served.model, branches.stem).keys_values)
+            shared, new = stem_after(before, branches.stem)
+            keys_values = [tensor[:, :, :shared] for tensor in keys_values] if shared else []
+            if new is not None:
+                more = run_segment(self._served.model, new, [keys_values], [shared]).keys_values
+                joined = [torch.cat(pair, dim=2) for pair in zip(keys_values, more, strict=True)] if shared else more
+                keys_values = joined
+            self._stem = (branches.stem, keys_values)
         return self._stem[1]
 
     def _run_prefixes(self, branches: Branches, stem: KeyValues) -> KeyValues:
@@ -147,8 +160,7 @@ def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) 
     """Return the plan of path requests; of nodes "auto", the first."""
     work: list[Branches] = []
     for request in requests:
-        passes = passes_of(request.links)
-        work += branches_of(value_variants(request), passes, cost, budget)
+        work += branches_of(value_variants(request), cost, budget)
         count = 1 if request.nodes == "auto" else request.nodes
         points = [
             Point(row, other, fraction)
@@ -157,7 +169,7 @@ def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) 
             for fraction, _ in (gauss_nodes(count) if count else ())
         ]
         if points:
-            work += branches_of(point_variants(request, points), passes, cost, budget)
+            work += branches_of(point_variants(request, points), cost, budget)
     cotangents = max((len(passes_of(request.links)) for request in requests), default=1)
     return plan_of_branches(work, cotangents, cost)
 
@@ -165,7 +177,7 @@ def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) 
 def value_variants(request: PathRequest) -> list[Variant]:
     """Return each rollout of a request, followed by its counterfactuals."""
     return [
-        Variant(family, each)
+        Variant(family, each, _terms(request, each))
         for family, (rollout, others) in enumerate(zip(request.group.rollouts, request.counterfactuals, strict=True))
         for each in (rollout, *others)
     ]
@@ -174,4 +186,12 @@ def value_variants(request: PathRequest) -> list[Variant]:
 def point_variants(request: PathRequest, points: Sequence[Point]) -> list[Variant]:
     """Return the variant of each point."""
     rollouts, others = request.group.rollouts, request.counterfactuals
-    return [Variant(at.rollout, rollouts[at.rollout], others[at.rollout][at.other], at.fraction) for at in points]
+    terms = [_terms(request, rollout) for rollout in rollouts]
+    return [
+        Variant(at.rollout, rollouts[at.rollout], terms[at.rollout], others[at.rollout][at.other], at.fraction)
+        for at in points
+    ]
+
+
+def _terms(request: PathRequest, rollout: Rollout) -> tuple[tuple[Term, ...], ...]:
+    return tuple(target_terms(rollout, key.target, key.function) for key in passes_of(request.links))
