@@ -182,6 +182,31 @@ def near(text: str, values: list[float]) -> bool:
     )
 
 
+def test_the_table_of_worlds_is_what_the_rows_say() -> None:
+    """Every recorded run is counted, in its world and arm."""
+    runs: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in rows_of("testbed-worlds.jsonl"):
+        assert row["seed"] not in runs.setdefault((row["world"], row["arm"]), {}), "a run was recorded twice"
+        runs[row["world"], row["arm"]][row["seed"]] = row
+    text = (ROOT / "docs" / "results.md").read_text()
+    shown = {(row[0], re.findall(r"`([^`]+)`", row[1])[-1]): row for row in table(text, "## Which reward or loss")}
+    assert set(shown) == set(runs)
+    for (world, arm), row in shown.items():
+        of_arm, task = runs[world, arm], runs[world, "task"]
+        assert row[2] == str(len(of_arm))
+        for measure, summary, gain in (("flipped", row[3], row[4]), ("turned", row[5], row[6])):
+            values = [of_arm[seed][measure] for seed in of_arm]
+            assert near(summary, [mean(values), min(values), max(values)]), (world, arm, measure)
+            if arm not in ("untrained", "task"):
+                assert gain == difference(values, [task[seed][measure] for seed in of_arm]), (world, arm, measure)
+        assert near(row[7], [mean(of_arm[seed]["in_distribution"] for seed in of_arm)])
+    effect, shuffled = runs["lazy", "effect chain"], runs["lazy", "effect chain shuffled"]
+    prose = " ".join(text.split())
+    for measure in ("flipped", "turned"):
+        found = difference([effect[s][measure] for s in effect], [shuffled[s][measure] for s in effect])
+        assert found in prose, measure
+
+
 def test_the_first_training_table_is_what_the_rows_say() -> None:
     runs, seeds = recorded_runs(), range(1, 6)
     rows = table((ROOT / "docs" / "results.md").read_text(), "### Seeds 1 to 5")
@@ -235,7 +260,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 def test_the_table_of_judges_is_what_the_rows_say() -> None:
     definitions = {
         "phi of X->Y, K = 4, r = 2 (the paper's)": "phi criteria->scores@log_likelihood K=4 r=2",
-        "influence of X->Y (the default)": "influence criteria->scores@log_likelihood",
+        "influence of X->Y": "influence criteria->scores@log_likelihood",
         "influence of criteria->analysis": "influence criteria->analysis@log_likelihood",
         "influence of criteria->analysis times analysis->scores": "influence chain@log_likelihood",
         "attention mass": "attention mass",
@@ -336,12 +361,19 @@ def test_the_table_of_costs_is_what_the_rows_say() -> None:
 
 
 def test_the_readme_gives_the_numbers_of_the_results() -> None:
-    runs, seeds, readme = recorded_runs(), range(6, 16), README.read_text()
-    turned = {arm: {seed: row["turned"] for seed, row in of_arm.items()} for arm, of_arm in runs.items()}
-    for other in ("task", "X->Y influence shuffled"):
-        ours = [turned["X->Y influence"][seed] for seed in seeds]
-        assert difference(ours, [turned[other][seed] for seed in seeds]) in readme
-    for arm in ("X->Y phi", "CE-PO"):
+    readme = README.read_text()
+    worlds: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in rows_of("testbed-worlds.jsonl"):
+        worlds.setdefault((row["world"], row["arm"]), {})[row["seed"]] = row
+    for world, arm, other, measure in (
+        ("lazy", "effect chain", "task", "turned"),
+        ("lazy", "effect chain", "effect chain shuffled", "turned"),
+        ("hollow", "causal loss", "task", "flipped"),
+    ):
+        ours, theirs = ([run[measure] for run in worlds[world, name].values()] for name in (arm, other))
+        assert difference(ours, theirs) in readme, (world, arm, other)
+    turned = {arm: {seed: row["turned"] for seed, row in of_arm.items()} for arm, of_arm in recorded_runs().items()}
+    for arm in ("X->Y influence", "X->Y phi", "CE-PO"):
         fresh = [seed for seed in turned[arm] if seed > 5]
         found = difference([turned[arm][seed] for seed in fresh], [turned["task"][seed] for seed in fresh])
         assert found in readme, arm
