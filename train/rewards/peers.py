@@ -37,9 +37,7 @@ class PeerReward(abc.ABC):
     Called, bound, logged and copied as `CausalReward` is: the policy in eval mode and outside of autocast, on the very
     ids that were sampled. Malformed completions score 0 and are counted: where a reward can be negative, another reward
     must ask for the format. The sequences of one completion share forward passes with no other's, so a reward depends
-    on neither batch size nor order.
-
-    The answer is the span that the layout calls Y: a judge's score digits, a reasoner's answer.
+    on neither batch size nor order. The answer is the span that the layout calls Y.
 
     Args:
         source: the rationale: names of one or more spans, such as ["criteria", "analysis"]; None for the layout's X
@@ -82,13 +80,9 @@ class PeerReward(abc.ABC):
     def values(self, model: HeldModel, variants: Sequence[Sequence[Variant]]) -> list[float]:
         """Return the reward of each rollout from its variants, see `variants`."""
         with model.prepared():
-            return [
-                self.value(
-                    answer_log_probabilities(model, changed),
-                    torch.tensor([changed[0].token_ids[position] for position in changed[0].targets]),
-                )
-                for changed in variants
-            ]
+            answers = [torch.tensor([own.token_ids[at] for at in own.targets]) for own, *_ in variants]
+            changed = [answer_log_probabilities(model, of_rollout) for of_rollout in variants]
+            return [self.value(*pair) for pair in zip(changed, answers, strict=True)]
 
     def bind(self, trainer: Any) -> PeerReward:
         """Tie the reward to a TRL trainer, as `CausalReward.bind` does.
