@@ -162,8 +162,11 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     if fresh and checkpoint is not None:
         raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or leave out --fresh")
     data = load_data(config.kind, config.data, seed=config.seed)
-    if not len(data.train):
-        raise ValueError(f"data leaves no row to train on ({len(data.test)} to test on); lower data.test_fraction")
+    if len(data.train) < (wanted := arguments.generation_batch_size // arguments.num_generations):
+        raise ValueError(
+            f"data leaves {len(data.train)} row(s) to train on ({len(data.test)} to test on), and a generation batch "
+            f"takes {wanted} prompts; add rows, or lower data.test_fraction or grpo.per_device_train_batch_size"
+        )
     if data.skipped:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in data.skipped[:5])
         logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
@@ -286,7 +289,8 @@ def build_causal_loss(config: TrainConfig) -> CausalLoss | None:
         settings = CausalLoss(**config.causal_loss)
         settings.parsed_links(_layout(config.kind))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"causal_loss cannot be used: {error}") from error
+        names = ", ".join(item.name for item in dataclasses.fields(CausalLoss))
+        raise ValueError(f"causal_loss cannot be used: {error} (its fields are {names})") from error
     return settings
 
 

@@ -218,7 +218,10 @@ def score(
         console.print(f"malformed: {reason} ({count}x)", markup=False, highlight=False)
     if summary.broken:
         shown = "; ".join(reason for _, reason in summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
+        again = "run the same command again to score them alone"
+        if config.reads_effects and donors_file is None:
+            again = "name another --output: the rows are each other's donors, so all are scored anew"
         raise ValueError(
             f"input {str(input)!r} has {len(summary.broken)} line(s) that could not be used: {shown}. All other rows "
-            "were scored; correct these lines and run the same command again to score them alone"
+            f"were scored; correct these lines and {again}"
         )

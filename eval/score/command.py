@@ -57,14 +57,14 @@ class ScoreJob:
         layout: what completions look like.
         raw: take prompt text as it is, without the chat template.
         batch_size: rows after which records are written, at least 1; changes no result.
-        donors: JSONL file of rollouts, rows as in the input, whose spans serve as donors; None for the input itself.
+        donors: JSONL file of rollouts whose spans serve as donors, rows as in the input; None for the input itself.
         jacobians: safetensors file for the matrices, or None.
         html: file for the heat maps, or None.
         dtype: dtype of the weights.
         device: where to run.
         adapters: False switches the adapters of a PEFT model off.
         engine: "group" or "autograd" (the oracle).
-        memory_gib: memory that the group engine may use beyond the model's, in GiB; changes no result beyond rounding.
+        memory_gib: memory that the group engine may use beyond the model's, in GiB.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -191,11 +191,10 @@ def _check(job: ScoreJob) -> ModelSource:
 
 def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict[str, Any]:
     """Return what decides the records; where spans are compared with donors, all rows decide each of them."""
-    donors = {}
-    if job.config.reads_effects:
-        donors["donors"] = fingerprint(job.donors) if job.donors else content_hash([*map(content_hash, lines)])
+    name = "donors" if job.donors else "input (its rows are each other's donors)"
+    donors = fingerprint(job.donors) if job.donors else content_hash([*map(content_hash, lines)])
     return {
-        **donors,
+        **({name: donors} if job.config.reads_effects else {}),
         "command": "cepo score",
         "model": model_fingerprint(source),
         "adapters": job.adapters,
