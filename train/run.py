@@ -137,8 +137,12 @@ class _RunRecord(TrainerCallback):
         self._output, self._progress = output, progress
         self._bar = progress.add_task("training", total=None)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
         self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
+        if optimizer is not None and state.global_step:
+            _follow_schedule(optimizer, lr_scheduler)
         metrics = self._output / METRICS
         if state.is_world_process_zero and metrics.is_file():
             # Lines after the checkpoint that is resumed from are about to be written again.
@@ -164,6 +168,19 @@ class _RunRecord(TrainerCallback):
         folder = self._output / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             (folder / _COMPLETE).touch()
+
+
+def _follow_schedule(optimizer: Any, scheduler: Any) -> None:
+    """Set the learning rates to the schedule's, which more steps than the checkpoint knew of have changed.
+
+    A finished run was saved with the rate of its end, 0, and its first step more would teach nothing.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    factors = getattr(scheduler, "lr_lambdas", ())
+    for place, (group, base, factor) in enumerate(
+        zip(optimizer.param_groups, scheduler.base_lrs, factors, strict=False)
+    ):
+        group["lr"] = scheduler._last_lr[place] = base * factor(scheduler.last_epoch)
 
 
 def _shown(logs: Mapping[str, float]) -> str:

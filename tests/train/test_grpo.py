@@ -163,6 +163,8 @@ def test_final_is_of_the_last_step_that_was_asked_for(
     reached = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     written = load_file(final / "model.safetensors")
     assert all(torch.equal(written[name], reached[name]) for name in reached)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] > 0.0 for row in logged if row["step"] == 2 and "learning_rate" in row] == [True]
     with pytest.raises(ValueError, match="max_steps is 1, but the run in .* has taken 2 steps"):
         train(config)
 
