@@ -46,7 +46,7 @@ def with_donors(
     """
     own = _content(rollout, source)
     prompt = _prompt_key(rollout)
-    fitted = dict.fromkeys(_fit(candidate.ids, len(own)) for candidate in set(pool) if candidate.prompt != prompt)
+    fitted = dict.fromkeys(_fit(candidate.ids, len(own)) for candidate in pool if candidate.prompt != prompt)
     fitted.pop(own, None)
     chosen = sorted(fitted, key=lambda ids: _digest(seed, own, ids))[:count]
     return tuple(replace_span(rollout, source, ids) for ids in chosen)

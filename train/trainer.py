@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 
+from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
@@ -200,7 +201,30 @@ def tokenizer(trainer: Any) -> Any:
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
-def parameters_are_sharded(trainer: Any) -> bool:
+def model_to_read(trainer: Any, scorer: Any, *, purpose: str) -> Any:
+    """Return what a reward reads: the trainer's live policy, or the frozen scorer, loaded where it is a name.
+
+    Args:
+        trainer: the trainer.
+        scorer: None for the policy.
+        purpose: what the reward does with it, for the error.
+
+    Raises:
+        ValueError: if the policy is meant and its parameters are sharded (FSDP, DeepSpeed ZeRO-3).
+    """
+    if isinstance(scorer, str):
+        return load_model(resolve_model(scorer), device=str(trainer.accelerator.device))[0]
+    if scorer is not None:
+        return scorer
+    if _parameters_are_sharded(trainer):
+        raise ValueError(
+            "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
+            f"{purpose}; use DDP, ZeRO-2, or a frozen model as scorer=..."
+        )
+    return trainer.model
+
+
+def _parameters_are_sharded(trainer: Any) -> bool:
     """Return whether no rank holds the whole policy (FSDP, or ZeRO-3)."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     return bool(getattr(trainer, "is_fsdp_enabled", False)) or (plugin is not None and plugin.zero_stage == 3)

@@ -69,13 +69,11 @@ class Branches:
     Attributes:
         stem: tokens shared by all of them; None where they share none.
         prefixes: what the variants of each family share after it, ragged; None where no family shares more.
-        lengths: tokens of each prefix.
         tails: in chunks that fit the budget.
     """
 
     stem: Segment | None
     prefixes: Segment | None
-    lengths: tuple[int, ...]
     tails: tuple[Tails, ...]
 
 
@@ -191,7 +189,6 @@ def _branches(variants: Sequence[Variant], members: Sequence[int], cost: CostMod
     return Branches(
         Segment((ids[:end],), (0,)) if end else None,
         Segment(tuple(pieces), (end,) * len(pieces)) if any(pieces) else None,
-        tuple(map(len, pieces)),
         tails_of(variants, placed, size),
     )
 

@@ -16,7 +16,6 @@ from cepo.counterfactual.exchange import exchanged_prompts
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import RolloutScore, pools_of, score_rollouts
 from cepo.jacobian.engines import EngineName, check_engine, new_engine
-from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
@@ -122,13 +121,8 @@ class CausalReward:
                 it would differentiate; if the nuisance rank exceeds the model's width; if the score needs donors and
                 the trainer generates for one prompt at a time, unless `no_donor` says what to do instead.
         """
-        from cepo.train.trainer import parameters_are_sharded, prompts_per_batch, tokenizer
+        from cepo.train.trainer import model_to_read, prompts_per_batch, tokenizer
 
-        if self.scorer is None and parameters_are_sharded(trainer):
-            raise ValueError(
-                "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
-                "differentiate; use DDP, ZeRO-2, or a frozen model as scorer=..."
-            )
         prompts = prompts_per_batch(trainer)
         if self.config.reads_effects and self.config.no_donor == "zero" and prompts < 2:
             raise ValueError(
@@ -136,9 +130,7 @@ class CausalReward:
                 "another prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or "
                 "steps_per_generation, or set no_donor='permute'"
             )
-        model = trainer.model if self.scorer is None else self.scorer
-        if isinstance(model, str):
-            model, _ = load_model(resolve_model(model), device=str(trainer.accelerator.device))
+        model = model_to_read(trainer, self.scorer, purpose="differentiate")
         self._engine = new_engine(
             self.engine, model, memory_budget=self.memory_gib and self.memory_gib * 2**30, kernels=self.kernels
         )

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cepo.counterfactual.donors import Candidate, candidates, with_donors
 from cepo.counterfactual.permute import permute_rollout
-from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.model import HeldModel
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
@@ -90,17 +89,9 @@ class PeerReward(abc.ABC):
         Raises:
             ValueError: if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3).
         """
-        from cepo.train.trainer import parameters_are_sharded, tokenizer
+        from cepo.train.trainer import model_to_read, tokenizer
 
-        if self.scorer is None and parameters_are_sharded(trainer):
-            raise ValueError(
-                "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
-                "run; use DDP, ZeRO-2, or a frozen model as scorer=..."
-            )
-        model = trainer.model if self.scorer is None else self.scorer
-        if isinstance(model, str):
-            model, _ = load_model(resolve_model(model), device=str(trainer.accelerator.device))
-        self._held = HeldModel(model)
+        self._held = HeldModel(model_to_read(trainer, self.scorer, purpose="run"))
         self._reader = SpanReader(tokenizer(trainer), self.layout)
         self._trainer = trainer
         return self
