@@ -19,10 +19,12 @@ class Candidate:
     Attributes:
         prompt: stands for the prompt that it was written for; content of a span's own prompt is never its donor.
         ids: its movable tokens.
+        verdict: what the completion that it stood in concluded, see `Rollout.verdict`.
     """
 
     prompt: str
     ids: tuple[int, ...]
+    verdict: str = ""
 
 
 def with_donors(
@@ -31,8 +33,10 @@ def with_donors(
     """Return the rollout with the movable tokens of the source replaced by those of up to `count` donors.
 
     A donor is the content of the same span in a rollout of another prompt, tiled or cropped to the length of the span;
-    tags and places stay. Which donors a span gets depends on (seed, the span's own ids, the set of candidates) alone,
-    so a reward does not depend on batch order, batch size or rank. Two donors never have the same content.
+    tags and places stay. Donors whose rollout concluded otherwise than this one are taken alone where there are any:
+    after a donor that led to the same verdict this verdict is as likely as before, which says nothing about its cause.
+    Which donors a span gets depends on (seed, the span's own ids, the own verdict, the set of candidates) alone, so a
+    reward does not depend on batch order, batch size or rank. Two donors never have the same content.
 
     Args:
         rollout: a well-formed rollout.
@@ -42,13 +46,17 @@ def with_donors(
         seed: seed of the whole run.
 
     Returns:
-        At most `count` rollouts; fewer where the pool has fewer contents that differ from the span's own.
+        At most `count` rollouts; fewer where the pool has fewer such contents that differ from the span's own.
     """
-    own = _content(rollout, source)
-    prompt = _prompt_key(rollout)
-    fitted = dict.fromkeys(_fit(candidate.ids, len(own)) for candidate in pool if candidate.prompt != prompt)
-    fitted.pop(own, None)
-    chosen = sorted(fitted, key=lambda ids: _digest(seed, own, ids))[:count]
+    own, verdict, prompt = _content(rollout, source), rollout.verdict, _prompt_key(rollout)
+    led_elsewhere: dict[tuple[int, ...], bool] = {}
+    for candidate in pool:
+        if candidate.prompt != prompt:
+            fitted = _fit(candidate.ids, len(own))
+            led_elsewhere[fitted] = led_elsewhere.get(fitted, False) or candidate.verdict != verdict
+    led_elsewhere.pop(own, None)
+    fit = [ids for ids, elsewhere in led_elsewhere.items() if elsewhere] or [*led_elsewhere]
+    chosen = sorted(fit, key=lambda ids: _digest(seed, own, ids))[:count]
     return tuple(replace_span(rollout, source, ids) for ids in chosen)
 
 
@@ -67,7 +75,7 @@ def candidates(rollouts: Iterable[Rollout], source: str, *, most: int = POOL) ->
         most: more candidates than this are thinned out, by their content alone.
     """
     found = {
-        Candidate(_prompt_key(rollout), _content(rollout, source))
+        Candidate(_prompt_key(rollout), _content(rollout, source), rollout.verdict)
         for rollout in rollouts
         if rollout.malformed is None and rollout.spans[source].movable
     }
@@ -79,7 +87,7 @@ def thinned(pool: Iterable[Candidate], *, most: int = POOL) -> list[Candidate]:
 
     Thinning parts of a pool first and then their union gives the same.
     """
-    return sorted(sorted(set(pool), key=lambda one: _digest(one.prompt, one.ids))[:most])
+    return sorted(sorted(set(pool), key=lambda one: _digest(one.prompt, one.ids, one.verdict))[:most])
 
 
 def replace_span(rollout: Rollout, source: str, ids: Sequence[int]) -> Rollout:

@@ -70,6 +70,19 @@ class Rollout:
         """Prompt then completion, as scored."""
         return self.prompt_ids + self.completion_ids
 
+    @property
+    def verdict(self) -> str:
+        """What the completion concludes: which of a judge's two scores is greater, as ">", "<" or "="; else the text of
+        its last span. Of a well-formed rollout."""
+        token_ids = self.token_ids
+        if len(self.numbers) == 2:
+            first, second = (
+                sum(digit.place * dict(digit.candidates)[token_ids[digit.position]] for digit in number)
+                for number in self.numbers
+            )
+            return ">" if first > second else "<" if first < second else "="
+        return list(self.spans.values())[-1].text
+
 
 @dataclass(frozen=True)
 class Group:

@@ -74,7 +74,7 @@ def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalL
 
     A comparison keeps the length of the source, so all readings have the same target positions. Interchange puts the
     donor's continuation, from its source to its verdict, into the own context.
-    Which donors a rollout gets depends on (seed, the source's ids, the set of candidates) alone.
+    Which donors a rollout gets depends on (seed, the source's ids, its verdict, the set of candidates) alone.
 
     Returns:
         No reading where the rollout is malformed or has no donor.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from cepo.counterfactual.donors import Candidate, candidates, has_donors, replace_span, with_donors
-from cepo.jacobian.records import Rollout
+from cepo.jacobian.records import Digit, Rollout
 from tests.models import judge_rollout
 
 
@@ -47,6 +48,35 @@ def test_donors_are_tiled_and_cropped() -> None:
     own = ROLLOUTS[0]  # four tokens of criteria
     drawn = with_donors(own, "criteria", [Candidate("x", (7, 8, 9)), Candidate("y", (5, 6, 5, 6, 5, 6))], 5, seed=0)
     assert {ids_of(each, "criteria") for each in drawn} == {(7, 8, 9, 7), (5, 6, 5, 6)}
+
+
+def test_donors_that_led_to_another_verdict_come_alone() -> None:
+    """What led to the same verdict cannot tell its cause: such donors serve only where there are no others."""
+    own = ROLLOUTS[0]
+    same = [Candidate("x", (7, 8, 9, 6), own.verdict), Candidate("y", (5, 6, 5, 6), own.verdict)]
+    other = [Candidate("x", (9, 9, 8, 8), "other"), Candidate("z", (7, 8, 9, 6), "other")]
+    assert {ids_of(each, "criteria") for each in with_donors(own, "criteria", same, 3, seed=0)} == {
+        each.ids for each in same
+    }
+    drawn = with_donors(own, "criteria", [*same, *other], 3, seed=0)
+    assert {ids_of(each, "criteria") for each in drawn} == {each.ids for each in other}  # one of them led to both
+
+
+def test_a_verdict_is_which_score_is_greater() -> None:
+    """Not how the scores are written: 8, 3 and 9, 5 conclude alike. Without scores it is the last span's text."""
+    own = ROLLOUTS[0]
+    places = own.spans["scores"].positions[:2]
+    for a, b, verdict in ((8.0, 3.0, ">"), (9.0, 5.0, ">"), (3.0, 8.0, "<"), (7.5, 7.5, "=")):
+        numbers = tuple(
+            (Digit(at, 1.0, ((own.token_ids[at], value),)),) for at, value in zip(places, (a, b), strict=True)
+        )
+        assert replace(own, numbers=numbers).verdict == verdict
+    ten = (
+        Digit(places[0], 10.0, ((own.token_ids[places[0]], 1.0),)),
+        Digit(places[1], 1.0, ((own.token_ids[places[1]], 0.0),)),
+    )
+    assert replace(own, numbers=(ten, ten[1:])).verdict == ">"
+    assert replace(own, numbers=()).verdict == own.spans["scores"].text
 
 
 def test_the_same_words_and_the_own_prompt_are_no_donors() -> None:

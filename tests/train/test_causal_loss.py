@@ -103,7 +103,7 @@ def test_interchange_reads_a_donors_source_to_verdict_in_the_own_context_and_onl
     shifted = {name: replace(s, positions=tuple(p + 2 for p in s.positions)) for name, s in spans.items()}
     shifted["analysis"] = replace(spans["analysis"], positions=(16, 17, 18, 19, 20), movable=(16, 17, 18, 19, 20))
     ids = longer.completion_ids
-    longer = replace(longer, completion_ids=(*ids[:9], 5, 6, *ids[9:]), spans=shifted)
+    longer = replace(longer, completion_ids=(*ids[:9], 5, 6, *ids[9:]), spans=shifted, numbers=())
     pool = donor_pool([*donors, longer], LINK, settings, [False] * 6 + [True])
     (reading,) = read_with_donors(donors[0], LINK, pool, settings)
     assert reading.ids == donors[0].token_ids[:16] + longer.token_ids[16:26]  # lengths need not agree

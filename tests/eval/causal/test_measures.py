@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,8 +108,9 @@ def test_a_large_model_can_be_asked_for_estimates_alone(measured: list[Measured]
 
 
 def test_costs_count_rows() -> None:
-    """A path costs more with every node, the gradient at the rollout less than the effect of two donors."""
-    costs = relative_costs(ROLLOUTS, JUDGE, POOLS, seed=5)
+    """A path costs more with every node, the gradient at the rollout less than the effect of three donors."""
+    three = {source: [replace(one, verdict="?") for one in pool] for source, pool in POOLS.items()}
+    costs = relative_costs(ROLLOUTS, JUDGE, three, seed=5)
     assert costs["effect"] == 1.0
     assert costs["gradient"] < costs["second order"] < costs["path 1"] < costs["path 2"] < costs["path 16"]
     nodes = (costs["path 16"] - costs["path 8"]) / 8
