@@ -45,8 +45,7 @@ _SCORE = re.compile(rb"[0-9]{1,4}(?:\.[0-9]{1,4})?")
 class JudgeLayout:
     """A judge's output: optional thought, then criteria, analysis and scores, each in its tag, exactly once.
 
-    The thought (everything up to the first `</think>`, or the whole text where a `<think>` at its start is never
-    closed) is not searched: thinking judges rehearse their tags there.
+    The thought, see `cepo.jacobian.reading.thought`, is not searched: thinking judges rehearse their tags there.
 
     Attributes:
         criteria_tag: tag around X.
@@ -91,9 +90,15 @@ class JudgeLayout:
     def tags(self) -> tuple[str, ...]:
         return (self.thought_tag, self.criteria_tag, self.analysis_tag, self.scores_tag)
 
-    def find(self, completion: bytes) -> Found:
-        """Return the byte ranges of criteria, analysis and scores, or raise MalformedError with the reason."""
-        start = after_thought(completion, self.thought_tag)
+    def find(self, completion: bytes, *, thought_opened: bool = False) -> Found:
+        """Return the byte ranges of criteria, analysis and scores, or raise MalformedError with the reason.
+
+        Args:
+            completion: what the judge wrote.
+            thought_opened: whether the prompt ended inside a thought, see `find_thought`.
+        """
+        sections = (self.criteria_tag, self.analysis_tag, self.scores_tag)
+        start = after_thought(completion, self.thought_tag, opened=thought_opened, sections=sections)
         criteria = tagged(completion, self.criteria_tag, start)
         analysis = tagged(completion, self.analysis_tag, start)
         scores = tagged(completion, self.scores_tag, start)
@@ -125,19 +130,20 @@ class JudgeLayout:
             raise MalformedError(f"{verdict[0]} in <{tag}>: {verdict[1]!r}")
 
 
-def read_scores(text: str) -> tuple[float, float] | None:
+def read_scores(text: str, *, thought_opened: bool = False) -> tuple[float, float] | None:
     r"""Read the judge's verdict: the last `\boxed{a, b}` of the last closed scores section after the thought.
 
     The numbers are ASCII digits with an optional decimal part. As in j1 no range is enforced, but both must be finite.
 
     Args:
         text: Any text; never raises.
+        thought_opened: whether the prompt ended inside a thought, see `find_thought`.
 
     Returns:
         The scores of A and B, both at least 0, or None where there is no such pair.
     """
     completion = as_bytes(text)
-    return _finite(completion, find_numbers(completion))
+    return _finite(completion, find_numbers(completion, thought_opened=thought_opened))
 
 
 def read_pair(text: str) -> tuple[float, float] | None:
@@ -146,9 +152,9 @@ def read_pair(text: str) -> tuple[float, float] | None:
     return _finite(completion, _last_pair(completion, (0, len(completion))))
 
 
-def find_numbers(completion: bytes) -> tuple[ByteRange, ByteRange] | None:
+def find_numbers(completion: bytes, *, thought_opened: bool = False) -> tuple[ByteRange, ByteRange] | None:
     """Return where the two numbers stand that `read_scores` reads, or None."""
-    section = find_section(completion, SCORES)
+    section = find_section(completion, SCORES, opened=thought_opened, sections=SECTIONS)
     return None if section is None else _last_pair(completion, section)
 
 

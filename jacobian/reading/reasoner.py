@@ -68,8 +68,17 @@ class ReasonerLayout:
     def tags(self) -> tuple[str, ...]:
         return (self.rationale_tag, self.answer_tag)
 
-    def find(self, completion: bytes) -> Found:
-        """Return the byte ranges of rationale and answer, or raise MalformedError with the reason."""
+    @property
+    def thought_tag(self) -> str:
+        return self.rationale_tag
+
+    def find(self, completion: bytes, *, thought_opened: bool = False) -> Found:
+        """Return the byte ranges of rationale and answer, or raise MalformedError with the reason.
+
+        Args:
+            completion: what the reasoner wrote.
+            thought_opened: whether the prompt ended inside a thought, see `find_thought`.
+        """
         opened, closed = f"<{self.rationale_tag}>".encode(), f"</{self.rationale_tag}>".encode()
         has_rationale_tag = opened in completion or closed in completion
         rationale_end = 0

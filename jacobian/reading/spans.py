@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, Layout, MalformedError, as_bytes, trim_range
+from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Digit, Rollout, Span
 
@@ -68,7 +69,8 @@ class SpanReader:
         try:
             if not completion_text.strip(WHITE_SPACE):
                 raise MalformedError("empty completion")
-            found = self.layout.find(completion_text)
+            opened = thought_opened(prompt_text, self.layout.thought_tag)
+            found = self.layout.find(completion_text, thought_opened=opened)
             ranges = {
                 "prompt": self._prompt_ranges(prompt_text, messages),
                 **{name: tuple((a + shift, b + shift) for a, b in spans) for name, spans in found.ranges.items()},

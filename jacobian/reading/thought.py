@@ -1,47 +1,148 @@
-"""Where a thought ends, and the sections that stand after it."""
+"""Where a thought ends, decided once for judges and reasoners, and the sections that stand after it."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, MalformedError, as_bytes, as_text
 
 THOUGHT = "think"
+_QUOTES = b"`'\""
+_ENDS_A_LINE = re.compile(rb"[ \t]*(?:[\r\n<]|\Z)")
 
 
-def after_thought(completion: bytes, tag: str = THOUGHT) -> int:
-    """Return where a completion goes on after its thought.
+@dataclass(frozen=True)
+class Thought:
+    """The thought that a completion opens with.
 
-    The thought is everything up to the first closing tag, whether or not its opening tag is in the completion (the
-    prompt may have opened it): models rehearse their answer's tags there.
+    Attributes:
+        contents: what stands between its tags; one range for each of several thoughts in a row, () without a thought.
+        end: where the completion goes on after it; 0 without a thought.
+    """
 
-    Returns:
-        The offset after the first closing tag; 0 for a completion without a thought.
+    contents: tuple[ByteRange, ...] = ()
+    end: int = 0
+
+
+def find_thought(
+    completion: bytes, tag: str = THOUGHT, *, opened: bool = False, sections: Sequence[str] = ()
+) -> Thought:
+    """Return the thought of a completion.
+
+    There is one where the prompt opened it, or where the completion itself begins with the opening tag; thoughts that
+    follow each other count as one. `<thinking>` is another spelling of `<think>`. Anywhere else a tag is text, with one
+    exception, for texts whose prompt is not at hand or was rendered by another template: a closing tag that nothing
+    opened ends a thought, unless a section of the format opens before it and does not open again after it. A
+    `</think>` that is quoted in a judgement or after it is text by that.
+
+    The thought ends at its first closing tag. Two kinds of quotation inside it are text: a closing tag in quotation
+    marks or backticks, and one that follows an opening tag on the same line ("I reason inside <think> and </think>"),
+    unless it is the last one and ends its line.
+
+    Args:
+        completion: any bytes.
+        tag: name of the thought's tag.
+        opened: whether the prompt ended inside a thought, see `thought_opened`.
+        sections: names of the tags that may follow the thought.
 
     Raises:
-        MalformedError: for a thought at the start that is never closed.
+        MalformedError: for a thought that is never closed.
     """
-    opened, closed = f"<{tag}>".encode(), f"</{tag}>".encode()
-    end = completion.find(closed)
-    if end >= 0:
-        return end + len(closed)
-    if completion.lstrip(WHITE_SPACE).startswith(opened):
-        raise MalformedError(f"unclosed <{tag}>: the output ends inside its thought")
-    return 0
+    names = _spellings(tag)
+    openings = re.compile(rb"\s*<(" + _any_of(names) + b")>")
+    found = openings.match(completion)
+    if found is None and not opened and not _was_opened(completion, names, sections):
+        return Thought()
+    contents: list[ByteRange] = []
+    end = 0
+    while found is not None or not contents:
+        begin, spelled = (0, names) if found is None else (found.end(), (found[1],))
+        closing = _find_closing(completion, begin, spelled)
+        if closing is None:
+            raise MalformedError(f"unclosed <{spelled[0].decode()}>: the output ends inside its thought")
+        contents.append((begin, closing[0]))
+        end = closing[1]
+        found = openings.match(completion, end)
+    return Thought(tuple(contents), end)
 
 
-def find_section(completion: bytes, tag: str) -> ByteRange | None:
+def after_thought(completion: bytes, tag: str = THOUGHT, *, opened: bool = False, sections: Sequence[str] = ()) -> int:
+    """Return where a completion goes on after its thought, 0 without one; arguments and errors as `find_thought`."""
+    return find_thought(completion, tag, opened=opened, sections=sections).end
+
+
+def thought_opened(prompt: bytes | str, tag: str = THOUGHT) -> bool:
+    """Return whether a prompt, as the model sees it, ends inside a thought: in the opening tag and white space.
+
+    Chat templates that open a thought end so. A tag that a question quotes is followed by the end of its turn.
+    """
+    written = as_bytes(prompt) if isinstance(prompt, str) else prompt
+    return written.rstrip(WHITE_SPACE).endswith(tuple(b"<" + name + b">" for name in _spellings(tag)))
+
+
+def find_section(
+    completion: bytes, tag: str, *, opened: bool = False, sections: Sequence[str] = ()
+) -> ByteRange | None:
     """Return the content range of the last closed `tag` after the thought, or None where there is none."""
     try:
-        start = after_thought(completion)
+        start = after_thought(completion, opened=opened, sections=sections)
     except MalformedError:
         return None
-    opened = f"<{tag}>".encode()
+    opening = f"<{tag}>".encode()
     end = completion.rfind(f"</{tag}>".encode(), start)
-    begin = completion.rfind(opened, start, end) if end >= 0 else -1
-    return (begin + len(opened), end) if begin >= 0 else None
+    begin = completion.rfind(opening, start, end) if end >= 0 else -1
+    return (begin + len(opening), end) if begin >= 0 else None
 
 
-def read_section(text: str, tag: str) -> str | None:
+def read_section(text: str, tag: str, *, opened: bool = False, sections: Sequence[str] = ()) -> str | None:
     """Return the content of the last closed `tag` after the thought as it was written, or None; never raises."""
     completion = as_bytes(text)
-    found = find_section(completion, tag)
+    found = find_section(completion, tag, opened=opened, sections=sections)
     return None if found is None else as_text(completion[slice(*found)])
+
+
+def _spellings(tag: str) -> tuple[bytes, ...]:
+    return (b"think", b"thinking") if tag == THOUGHT else (tag.encode(),)
+
+
+def _any_of(names: tuple[bytes, ...]) -> bytes:
+    return b"|".join(map(re.escape, names))
+
+
+def _find_closing(completion: bytes, begin: int, names: tuple[bytes, ...]) -> ByteRange | None:
+    """Return where the closing tag stands that ends a thought whose content begins at `begin`, or None."""
+    closing = None
+    for closing, is_quoted in _closings(completion, begin, names):
+        if not is_quoted:
+            return closing
+    return closing if closing is not None and _ENDS_A_LINE.match(completion, closing[1]) else None
+
+
+def _closings(completion: bytes, begin: int, names: tuple[bytes, ...]) -> Iterator[tuple[ByteRange, bool]]:
+    """Yield where each closing tag stands, and whether it is part of a quotation."""
+    before = begin
+    for closing in re.compile(b"</(" + _any_of(names) + b")>").finditer(completion, begin):
+        start, end = closing.span()
+        line = completion.rfind(b"\n", before, start) + 1 or before
+        left, right = completion[max(before, start - 1) : start], completion[end : end + 1]
+        yield (
+            (start, end),
+            (left == right != b"" and left in _QUOTES) or b"<" + closing[1] + b">" in completion[line:start],
+        )
+        before = end
+
+
+def _was_opened(completion: bytes, names: tuple[bytes, ...], sections: Sequence[str]) -> bool:
+    """Return whether a completion closes a thought that it did not open itself."""
+    closing = _find_closing(completion, 0, names)
+    if closing is None:
+        return False
+    opened, closed = (
+        len(re.findall(mark + _any_of(names) + b")>", completion[: closing[0]])) for mark in (b"<(", b"</(")
+    )
+    marks = [f"<{name}>".encode() for name in sections]
+    return opened <= closed and all(
+        completion.find(mark, closing[1]) >= 0 for mark in marks if completion.find(mark, 0, closing[0]) >= 0
+    )

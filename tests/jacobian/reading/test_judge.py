@@ -24,7 +24,7 @@ from tests.jacobian.reading.texts import ANY_TEXT, FUZZ, GOOD
         ("<scores>\\boxed{1, 2}</scores><scores>\\boxed{3, 4}</scores>", (3.0, 4.0)),
         ("<scores>\\boxed{1, 2}</scores> <scores>\\boxed{3, ", (1.0, 2.0)),
         ("<scores>\\boxed{1, 2}</scores></think>" + GOOD, (9.0, 3.0)),
-        (GOOD + "</think>", None),
+        (GOOD + "</think>", (9.0, 3.0)),
         ("<think>" + GOOD + "</think>" + GOOD.replace("9, 3", "2, 8") + "</think>", (2.0, 8.0)),
         ("\n<think>" + GOOD, None),
         (GOOD.replace("right", "<think>"), (9.0, 3.0)),

@@ -332,6 +332,7 @@ BODY = "<specific_criteria>a</specific_criteria><analysis>b</analysis><scores>\\
         f"<think>Let me see.</think>{BODY}",
         f"<think>I write <scores>\\boxed{{1, 2}}</scores> and <analysis></think>{BODY}",
         f"Some thought whose tag the prompt opened: {BODY}</think>\n{BODY}",
+        f"{BODY}\nB left a </think> behind.",
         f"Certainly!\n{BODY}\nThat was it.<|im_end|>",
         BODY.replace(">a<", ">\n\n a \t\n<"),
         BODY.replace("\\boxed{9, 6}", "They get \\boxed{ 9 ,  6 } points"),
@@ -381,7 +382,6 @@ def test_well_formed(tokenizers: dict[str, Any], text: str) -> None:
         (BODY.replace("\\boxed{9, 6}", "\\boxed{9, 6} \\boxed{1, 2}"), "doubled \\boxed"),
         (f"<think>{BODY}", "unclosed <think>"),
         (f"\n <think>\n{BODY}", "unclosed <think>"),
-        (BODY.replace(">a<", ">a</think><"), "</specific_criteria> without <specific_criteria>"),
     ],
 )
 @pytest.mark.parametrize("kind", ["byte level", "fused"])

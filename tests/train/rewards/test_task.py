@@ -36,7 +36,7 @@ from tests.paths import DATA
         (GOOD.replace("\\boxed{9, 3}", "9, 3"), 0.15),
         (GOOD.replace("</specific_criteria>", "</specificcriteria>"), 0.175),
         ("<scores>\\boxed{9, 3}</scores>", 0.1),
-        (GOOD + "</think>", 0.15),
+        (GOOD + "</think>", 0.2),
     ],
 )
 def test_format_is_an_eighth_a_tag_and_a_quarter_for_the_pair(text: str, reward: float) -> None:
