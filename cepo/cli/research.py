@@ -15,6 +15,7 @@ from cepo.cli.shared import (
     Threads,
     TrustRemoteCode,
     console,
+    errors,
     given,
     progress_bar,
     use_threads,
@@ -191,8 +192,13 @@ def experiment(
         device=device,
         **small,
     )
+    counts = [len({getattr(run, field) for run in plan}) for field in ("world", "arm", "seed")]
+    errors.print(
+        "{} runs of {} steps (worlds: {}, arms: {}, seeds: {}), {} at once. The bar tells the time left once some are "
+        "done; --worlds, --arm and --seed run fewer.".format(len(plan), max(run.steps for run in plan), *counts, jobs)
+    )
     with progress_bar() as progress:
-        task = progress.add_task("runs", total=None)
+        task = progress.add_task("runs", total=len(plan))
         table = run_experiment(
             output,
             plan,

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from typer.core import TyperCommand
 
 console = Console()
@@ -45,9 +46,14 @@ def given(**options: Any) -> dict[str, Any]:
 
 def progress_bar() -> Progress:
     """Return the progress bar of all commands, on stderr."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors
-    )
+    return Progress(TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn(), console=errors)
+
+
+class _Count(MofNCompleteColumn):
+    """Done of all, once it is known how many there are."""
+
+    def render(self, task: Task) -> Text:
+        return Text("starting") if task.total is None else super().render(task)
 
 
 def use_threads(threads: int | None) -> None:
