@@ -1,157 +1,185 @@
-"""Estimates with bootstrap intervals: means, rank correlations, areas under the ROC curve.
+"""Estimates with 95% intervals that hold their level at the counts they meet: seeds, items, prompts.
+
+Over seeds, Student's t (`mean_over_seeds`) and a p-value by flips of the signs (`sign_flip_p`). Over items, or all
+items of a prompt, a jackknife that leaves out one unit (`estimates`): with Student's t and a pseudo-unit at each end
+for what has ends, such as rates, drops, areas and correlations (Clopper and Pearson's where every unit is at an end),
+and with Student's t corrected for skewness for what has none.
 
 A statistic is a function of columns and of weights (B, N): how often each of the N observations counts in each of B
-samples. It returns B values, or B arrays of values. The bootstrap's weights are how often each observation was drawn,
-so all resamples of a batch are computed at once and none is written out.
+samples. It returns B values, or B arrays of values. The jackknife's weights leave out one unit in each sample, so the
+result is the same each time: there is no seed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student_t
 
-DRAWS = 1000
 LEVEL = 0.95
-_FEW = 30
 _BATCH_NUMBERS = 2**22  # weights times columns held at once, which bounds memory
+SHARE = (0.0, 1.0)
+"""The ends of a rate, of an accuracy, of an area under the ROC curve."""
+DIFFERENCE = (-1.0, 1.0)
+"""The ends of a difference of two rates, and of a correlation."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic of a sample, with its percentile bootstrap interval.
+    """A statistic of a sample, with its 95% interval.
 
     Attributes:
         value: the statistic; NaN where the sample does not determine it (a correlation with a constant, say).
-        low: lower end of the interval; NaN where no resample determines it, or where there is one cluster.
+        low: lower end of the interval; NaN where there is none.
         high: upper end.
-        count: number of observations, not of clusters.
+        count: number of observations, not of independent units.
+        why: why there is no value or no interval; empty where there is one, or where none was asked for.
     """
 
     value: float
-    low: float
-    high: float
-    count: int
+    low: float = math.nan
+    high: float = math.nan
+    count: int = 0
+    why: str = ""
 
     @property
     def interval(self) -> str:
-        """The interval in words, or "none"."""
-        return "none" if math.isnan(self.low) else f"{self.low:.3f} to {self.high:.3f}"
+        """The interval in words, or why there is none."""
+        if math.isnan(self.low):
+            return f"undetermined: {self.why}" if self.why else "none"
+        return f"{self.low:.3f} to {self.high:.3f}"
 
     def __str__(self) -> str:
+        why = f"undetermined: {self.why}" if self.why else ""
         if math.isnan(self.value):
-            return "undetermined"
-        return f"{self.value:.3f}" + ("" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]")
+            return why or "undetermined"
+        interval = why if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
+        return f"{self.value:.3f}" + (f" [{interval}]" if interval else "")
 
 
-UNDETERMINED = Estimate(math.nan, math.nan, math.nan, 0)
-"""The estimate from no observations."""
+def undetermined(why: str) -> Estimate:
+    """Return the estimate from nothing, with the reason."""
+    return Estimate(math.nan, why=why)
 
 
 def estimate(
     statistic: Callable[..., np.ndarray],
     *columns: ArrayLike,
     clusters: ArrayLike | None = None,
-    draws: int = DRAWS,
-    level: float = LEVEL,
-    seed: int = 0,
+    ends: tuple[float, float] | None = None,
+    unit: str = "item",
+    lacking: str = "no spread",
 ) -> Estimate:
-    """Return one statistic with its percentile bootstrap interval: `estimates` for columns of one number each.
+    """Return one statistic with its interval: `estimates` for columns of one number each.
 
     Args:
         statistic: of the columns and weights (B, N); returns B values, NaN where they are not determined.
         columns: N numbers each, at least one column.
-        clusters: see `estimates`.
-        draws: number of resamples, at least 1.
-        level: of the interval, within (0, 1).
-        seed: of the resamples.
+        clusters: see `estimates`, as for the others.
+        ends: see `estimates`.
+        unit: see `estimates`.
+        lacking: see `estimates`.
 
     Raises:
-        ValueError: for columns of different lengths, no columns, empty ones, or a number out of range.
+        ValueError: for columns of different lengths, no columns, or empty ones.
     """
     shapes = [np.shape(column) for column in columns]
     if any(len(shape) != 1 for shape in shapes):
         raise ValueError(f"columns have the shapes {shapes}; expected one dimension each")
-    return estimates(statistic, *columns, clusters=clusters, draws=draws, level=level, seed=seed)[0]
+    return estimates(statistic, *columns, clusters=clusters, ends=ends, unit=unit, lacking=lacking)[0]
 
 
 def estimates(
     statistic: Callable[..., np.ndarray],
     *columns: ArrayLike,
     clusters: ArrayLike | None = None,
-    draws: int = DRAWS,
-    level: float = LEVEL,
-    seed: int = 0,
+    ends: tuple[float, float] | None = None,
+    unit: str = "item",
+    lacking: str = "no spread",
 ) -> list[Estimate]:
-    """Return many statistics of one sample with their percentile bootstrap intervals, all from the same resamples.
+    """Return many statistics of one sample with their intervals.
+
+    Each unit has a pseudo-value, which is the statistic itself plus what the unit adds to it; their spread is that of
+    the statistic, whatever it is: a mean, a ratio of sums, a rank correlation, an area under the ROC curve.
 
     Args:
-        statistic: of the columns and weights (B, N); returns (B, ...), NaN where an entry is not determined. Resamples
-            that do not determine an entry are left out of its interval.
+        statistic: of the columns and weights (B, N); returns (B, ...), NaN where an entry is not determined.
         columns: N rows each, (N,) or (N, M), at least one column.
-        clusters: N labels; observations with the same label are drawn together, such as the rollouts of a prompt. None:
-            each observation is drawn on its own.
-        draws: number of resamples, at least 1.
-        level: of the interval, within (0, 1).
-        seed: of the resamples.
+        clusters: N labels; observations with the same label are one unit, such as the rollouts of a prompt. None: each
+            observation is a unit.
+        ends: the smallest and the largest value that the statistic can have; None where there are none, or where the
+            values of the units stay far from them.
+        unit: what a unit is called where there are too few of them, in the singular.
+        lacking: why there is no value where the sample does not determine it.
 
     Returns:
         One estimate for each entry of the statistic, in the order of its flattened array.
 
     Raises:
-        ValueError: for columns of different lengths, no columns, empty ones, or a number out of range.
+        ValueError: for columns of different lengths, no columns, or empty ones.
 
     Source:
-        Efron and Tibshirani, An introduction to the bootstrap (1993), chapter 13 (percentile intervals).
+        Tukey, Bias and confidence in not-quite large samples (1958), for pseudo-values. MacKinnon, Nielsen and Webb,
+        Fast and reliable jackknife and bootstrap methods for cluster-robust inference (2023), for clusters.
     """
     arrays = [np.asarray(column, dtype=float) for column in columns]
     if not arrays or not len(arrays[0]) or any(len(array) != len(arrays[0]) for array in arrays):
         raise ValueError(f"columns have the shapes {[array.shape for array in arrays]}; expected equal lengths above 0")
-    if draws < 1 or not 0.0 < level < 1.0:
-        raise ValueError(f"draws is {draws}, level {level}; expected at least 1, and within (0, 1)")
     count = len(arrays[0])
     labels_N = np.arange(count) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1].ravel()
     if labels_N.shape != (count,):
         raise ValueError(f"clusters has the shape {labels_N.shape} for {count} observations; expected one label each")
-    values = np.ravel(statistic(*arrays, np.ones((1, count))))
-    groups = int(labels_N.max()) + 1
-    if groups == 1:
-        return [Estimate(float(value), math.nan, math.nan, count) for value in values]
-    rng = np.random.default_rng(seed)
-    batch = max(1, _BATCH_NUMBERS // sum(array.size for array in arrays))
-    drawn = []
-    for start in range(0, draws, batch):
-        size = min(batch, draws - start)
-        chosen_BG = rng.integers(groups, size=(size, groups)) + groups * np.arange(size)[:, None]
-        counts_BG = np.bincount(chosen_BG.ravel(), minlength=size * groups).reshape(size, groups)
-        drawn.append(np.reshape(statistic(*arrays, counts_BG[:, labels_N].astype(float)), (size, -1)))
-    tail = (1.0 - level) / 2.0
+    values_M = np.ravel(statistic(*arrays, np.ones((1, count))))
+    units = int(labels_N.max()) + 1
+    left_UM = np.empty((0, len(values_M)))
+    if units > 1:
+        batch = max(1, _BATCH_NUMBERS // sum(array.size for array in arrays))
+        parts = [range(start, min(start + batch, units)) for start in range(0, units, batch)]
+        of_parts = [statistic(*arrays, (labels_N != np.array(part)[:, None]).astype(float)) for part in parts]
+        left_UM = np.concatenate(
+            [np.reshape(found, (len(part), -1)) for found, part in zip(of_parts, parts, strict=True)]
+        )
     found = []
-    for value, of_draws in zip(values, np.concatenate(drawn).T, strict=True):
-        sound = of_draws[np.isfinite(of_draws)]
-        low, high = np.quantile(sound, [tail, 1.0 - tail]) if len(sound) else (math.nan, math.nan)
-        found.append(Estimate(float(value), float(low), float(high), count))
+    for value, left_U in zip(values_M.tolist(), left_UM.T, strict=True):
+        low, high, why = math.nan, math.nan, ""
+        if math.isnan(value):
+            why = lacking
+        elif units == 1:
+            why = f"1 {unit}"
+        elif not np.isfinite(left_U).all():
+            why = f"rests on 1 {unit} of {units}"
+        else:
+            shares_U = (units - 1) * (left_U.mean() - left_U)  # what each unit adds, 0 in the mean
+            low, high = _interval(value + shares_U, value, ends)
+            if math.isnan(low):
+                why = f"{units} equal {unit}s"
+        found.append(Estimate(value, low, high, count, why))
     return found
 
 
-def proportion(values: ArrayLike) -> Estimate:
+def proportion(values: ArrayLike, *, clusters: ArrayLike | None = None, unit: str = "item") -> Estimate:
     """Return the mean of numbers in [0, 1], such as verdicts that are right or wrong, with its interval.
 
-    No numbers give UNDETERMINED.
+    Args:
+        values: any number of them.
+        clusters: see `estimates`.
+        unit: see `estimates`.
     """
-    count = len(np.asarray(values))
-    return widened(estimate(mean, values), count) if count else UNDETERMINED
+    if not len(np.asarray(values)):
+        return undetermined(f"no {unit}")
+    return estimate(mean, values, clusters=clusters, ends=SHARE, unit=unit)
 
 
-def mean_of_few(values: ArrayLike) -> Estimate:
-    """Return the mean of a few independent numbers, such as one per seed, with its Student t interval at LEVEL.
+def mean_over_seeds(values: ArrayLike) -> Estimate:
+    """Return the mean of independent numbers, one per seed, with its Student t interval.
 
-    From five numbers a percentile bootstrap is too narrow. One number has no interval, none give UNDETERMINED.
+    One seed has no interval, and neither have seeds that are all equal: they say nothing of how far others would be.
 
     Source:
         Student, The probable error of a mean (1908).
@@ -159,12 +187,12 @@ def mean_of_few(values: ArrayLike) -> Estimate:
     values_N = np.asarray(values, dtype=float)
     count = len(values_N)
     if not count:
-        return UNDETERMINED
+        return undetermined("no seed")
     middle = float(values_N.mean())
-    if count == 1:
-        return Estimate(middle, math.nan, math.nan, 1)
-    error = float(values_N.std(ddof=1)) / math.sqrt(count)
-    reach = error * float(student_t.ppf((1.0 + LEVEL) / 2.0, count - 1))
+    error = float(values_N.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    if not error > 0.0:
+        return Estimate(middle, count=count, why="1 seed" if count == 1 else f"{count} equal seeds")
+    reach = error * _t(count - 1)
     return Estimate(middle, middle - reach, middle + reach, count)
 
 
@@ -184,41 +212,18 @@ def sign_flip_p(differences: ArrayLike) -> float:
     return float(permutation_test((values_N,), np.mean, permutation_type="samples", n_resamples=9999, rng=0).pvalue)
 
 
-def widened(found: Estimate, independent: int, *, ends: tuple[float, float] = (0.0, 1.0)) -> Estimate:
-    """Return a mean whose interval has a width even where all observations are at one end of their range.
-
-    A bootstrap of ten right verdicts out of ten says [1, 1]. Wilson's interval, which replaces it there, says
-    [0.72, 1]. Elsewhere the estimate is returned unchanged.
-
-    Args:
-        found: a mean of observations within `ends`, with the interval of `estimate` at the usual level.
-        independent: number of observations, or of their clusters, at least 1.
-        ends: the smallest and the largest value that an observation can have.
-
-    Source:
-        Wilson, Probable inference, the law of succession, and statistical inference (1927).
-    """
-    low, high = ends
-    if found.value not in ends or found.low < found.high:
-        return found
-    wilson = binomtest(independent if found.value == high else 0, independent).proportion_ci(LEVEL, method="wilson")
-    return replace(found, low=low + (high - low) * float(wilson.low), high=low + (high - low) * float(wilson.high))
-
-
-def warning_of_few(count: int, what: str) -> list[str]:
-    """Return a paragraph for a page whose intervals rest on few independent observations, else nothing."""
-    if count >= _FEW:
-        return []
-    return [
-        f"Only {count} {what}: bootstrap intervals from fewer than {_FEW} are too narrow. Treat this as a first look."
-    ]
-
-
 def mean(values: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
     """Return the means (B,) of values (N,), or (B, M) of values (N, M)."""
     totals_B = weights_BN.sum(1)
     means: np.ndarray = weights_BN @ values / totals_B.reshape(-1, *[1] * (values.ndim - 1))
     return means
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    """Return sum over sum, (B,) of columns (N,), or (B, M) of columns (N, M); NaN where the second is 0."""
+    totals = weights_BN @ counts
+    found: np.ndarray = weights_BN @ sums / np.where(totals > 0.0, totals, np.nan)
+    return found
 
 
 def mean_difference(values: np.ndarray, others: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
@@ -268,6 +273,63 @@ def aucs(values: np.ndarray, positive_N: np.ndarray, weights_BN: np.ndarray) -> 
     wins_BM = (ranks_BMN * chosen_BN[:, None]).sum(-1) - positives_B1 * (positives_B1 + 1) / 2
     found: np.ndarray = wins_BM / np.where(pairs_B1 > 0.0, pairs_B1, np.nan)
     return found
+
+
+def _interval(values_U: np.ndarray, middle: float, ends: tuple[float, float] | None) -> tuple[float, float]:
+    """Return the interval of the mean of at least two units; NaN where their spread is not known.
+
+    Within ends a unit is added at each end: five units that agree do not prove that all do.
+
+    Source:
+        Clopper and Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial (1934).
+        Agresti and Caffo, Simple and effective confidence intervals for proportions and differences of proportions
+        result from adding two successes and two failures (2000), for added units; with Student's t, one at each end is
+        enough.
+    """
+    units, quantile = len(values_U), _t(len(values_U) - 1)
+    if ends is None:
+        return _skewed_interval(values_U, middle, quantile)
+    low, high = ends
+    at_end_U = np.isclose(values_U, high, rtol=0.0, atol=1e-9 * (high - low))
+    if (at_end_U | np.isclose(values_U, low, rtol=0.0, atol=1e-9 * (high - low))).all():
+        first, last = _exact(int(at_end_U.sum()), units)
+        return low + (high - low) * first, low + (high - low) * last
+    padded = np.append(values_U, ends)
+    reach = quantile * float(padded.std(ddof=1)) / math.sqrt(len(padded))
+    return max(low, float(padded.mean()) - reach), min(high, float(padded.mean()) + reach)
+
+
+def _skewed_interval(values_U: np.ndarray, middle: float, quantile: float) -> tuple[float, float]:
+    """Return a t interval whose ends are moved by the skewness of the values; the t interval where they have none.
+
+    Source:
+        Hall, On the removal of skewness by transformation (1992), the cubic transformation.
+    """
+    units, spread = len(values_U), float(values_U.std())
+    if not spread > 1e-12 * max(1.0, abs(middle)):
+        return math.nan, math.nan
+    skewness = float(((values_U - values_U.mean()) ** 3).mean()) / spread**3
+    error = float(values_U.std(ddof=1))
+
+    def corrected(t: float) -> float:
+        straight = t / math.sqrt(units) - skewness / (6 * units)
+        if abs(skewness) < 1e-6:
+            return straight
+        return (float(np.cbrt(1.0 + skewness * straight)) - 1.0) / (skewness / 3.0)
+
+    return middle - error * corrected(quantile), middle - error * corrected(-quantile)
+
+
+@cache
+def _exact(hits: int, units: int) -> tuple[float, float]:
+    exact = binomtest(hits, units).proportion_ci(LEVEL, method="exact")
+    return float(exact.low), float(exact.high)
+
+
+@cache
+def _t(degrees: int) -> float:
+    """Return the quantile of Student's t beyond which half of what LEVEL leaves lies."""
+    return float(student_t.ppf((1.0 + LEVEL) / 2.0, degrees))
 
 
 def _unit_ranks(columns_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:

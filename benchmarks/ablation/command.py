@@ -118,7 +118,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     if len(malformed) == len(lines):
         first = next(iter(malformed.values()))
         raise ValueError(f"input {str(job.input)!r} has no rollout that can be scored; the first is malformed: {first}")
-    rows = summarise_sweep(read_values(folders, sweep), sweep, seed=job.config.seed)
+    rows = summarise_sweep(read_values(folders, sweep), sweep)
     write_jsonl(job.output / "summary.jsonl", rows)
     draw_figures(job.output, rows)
     resumed = len(groups) - len(pending)

@@ -1,4 +1,4 @@
-"""The plots of an ablation: S against K, S against rank, reward against p, with bootstrap intervals."""
+"""The plots of an ablation: S against K, S against rank, reward against p, with intervals."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def _panels(points: Sequence[Point], value: str, axis: str) -> Figure:
         panel.set_xlabel(axis)
         panel.set_ylabel(f"mean {value}")
         panel.set_ylim(bottom=0.0)  # each its own top: influences are small, shapes are not
-    figure.suptitle("95% bootstrap intervals over prompts", fontsize=9)
+    figure.suptitle("95% intervals over prompts", fontsize=9)
     figure.axes[0].legend(fontsize=8)
     return figure

@@ -15,7 +15,7 @@ from rich.table import Table
 from cepo.benchmarks.ablation.sweep import PAPER_HARDENING, Sweep, rank_label
 from cepo.benchmarks.ablation.tables import SweptValues
 from cepo.eval.report.tables import console_table
-from cepo.eval.statistics import Estimate, estimates, mean, rank_correlations
+from cepo.eval.statistics import DIFFERENCE, Estimate, estimates, mean, rank_correlations
 from cepo.fusion.config import PAPER
 
 _SHOWN = 48  # rows of a table that one can still read
@@ -62,31 +62,34 @@ class AblateSummary:
         return table
 
 
-def summarise_sweep(found: SweptValues, sweep: Sweep, *, seed: int) -> list[dict[str, Any]]:
+def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
     """Return one row per link and setting, and one per fused reward at the paper's hardening.
 
     `spearman_reference` compares S with the same score at the paper's hardening, `spearman_paper` with the paper's S.
-    Intervals are 95% percentile bootstraps over prompts, not rollouts: rollouts of one prompt are not independent
-    draws. A single prompt has no interval.
+    Intervals are over prompts, not rollouts: rollouts of one prompt are not independent draws. A single prompt has no
+    interval, and neither has the comparison of a score with itself.
 
     Args:
         found: from `read_values`.
         sweep: what was swept.
-        seed: of the bootstrap.
     """
-    bootstrap = partial(estimates, clusters=found.group_N, seed=seed)
+    over_prompts = partial(estimates, clusters=found.group_N, unit="prompt")
     at_paper = sweep.hardenings.index(PAPER_HARDENING)
     settings = [(hardening, score) for hardening in sweep.hardenings for score in sweep.scores]
     rollouts = len(found.group_N)
     rows: list[dict[str, Any]] = []
     for at_link, link in enumerate(sweep.links):
         values_NM = found.values_NAHF[:, at_link].reshape(rollouts, -1)
-        means = bootstrap(mean, values_NM)
+        means = over_prompts(mean, values_NM)
         # With every score at the paper's hardening, (M, F).
-        correlations = iter(bootstrap(rank_correlations, values_NM, found.values_NAHF[:, at_link, at_paper]))
+        correlations = iter(
+            over_prompts(rank_correlations, values_NM, found.values_NAHF[:, at_link, at_paper], ends=DIFFERENCE)
+        )
         angles_NH = found.nuisance_angles_NAH[:, at_link]
         for (hardening, score), of_setting in zip(settings, means, strict=True):
             to_score = {name: next(correlations) for name in sweep.scores}
+            if hardening == PAPER_HARDENING:
+                to_score[score] = Estimate(to_score[score].value, count=rollouts, why="compared with itself")
             angles_N = angles_NH[:, sweep.hardenings.index(hardening)]
             rows.append(
                 {"kind": "link", "link": link, **asdict(hardening), "score": score, "rollouts": rollouts}
@@ -95,7 +98,7 @@ def summarise_sweep(found: SweptValues, sweep: Sweep, *, seed: int) -> list[dict
                 | _interval("spearman_paper", to_score.get(PAPER["score"]))
                 | {"nuisance_angle": float(np.nanmean(angles_N)) if np.isfinite(angles_N).any() else None}
             )
-    rewards = iter(bootstrap(mean, found.rewards_NFUP.reshape(rollouts, -1)))
+    rewards = iter(over_prompts(mean, found.rewards_NFUP.reshape(rollouts, -1)))
     for score in sweep.scores:
         for chosen in sweep.link_sets:
             for p in sweep.powers:

@@ -13,7 +13,7 @@ from cepo.benchmarks.experiment.recipe import BASELINE, SHUFFLED, UNTRAINED
 from cepo.eval.report.figures import forest
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import console_table
-from cepo.eval.statistics import Estimate, mean_of_few, sign_flip_p
+from cepo.eval.statistics import Estimate, mean_over_seeds, sign_flip_p, undetermined
 
 # What is shown of a row; a slash leads into a mapping.
 COLUMNS = {
@@ -60,7 +60,8 @@ def paired_gains(
         if arm in (baseline, UNTRAINED) or (arms is not None and arm not in arms):
             continue
         differences = [values[seed] - theirs[seed] for seed in values if seed in theirs]
-        gains[arm] = mean_of_few(differences), sign_flip_p(differences)
+        gain = mean_over_seeds(differences) if differences else undetermined("no shared seed")
+        gains[arm] = gain, sign_flip_p(differences)
     return gains
 
 
@@ -90,7 +91,9 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
         tables[f"World {world}: means over seeds (range)"] = (["arm", "seeds", *COLUMNS.values()], cells)
         for measure in _DRAWN:
             label = COLUMNS[measure]
-            means = [(arm, mean_of_few(list(values.values()))) for arm, values in _by_arm(of_world, measure).items()]
+            means = [
+                (arm, mean_over_seeds(list(values.values()))) for arm, values in _by_arm(of_world, measure).items()
+            ]
             figures[f"World {world}, {label}: mean over seeds, 95% t interval over seeds"] = forest(means, axis=label)
             tables |= _gain_tables(world, of_world, measure)
     tables |= _certificate_table(rows)
@@ -121,7 +124,7 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
             f"Intervals are paired t intervals over {len(seeds)} seeds; p is of the sign-flip permutation test, which "
             "asks only that a difference is as likely to have either sign."
             if len(seeds) > 1
-            else "One seed: there are no intervals.",
+            else "One seed has no interval.",
         ],
     )
 

@@ -207,7 +207,7 @@ def causal(
             help="Leave out scores that estimate no effect, and the controls; they cost most on a large model.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of judge, items, sampling, donors and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of judge, items, sampling and donors.")] = 0,
     raw: Raw = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -248,7 +248,7 @@ def causal(
         trust_remote_code=trust_remote_code,
     )
     if quick:
-        job = replace(job, items=16, completions=6, pair=False, controlled=8, draws=200)
+        job = replace(job, items=16, completions=6, pair=False, controlled=8)
     job = replace(job, items=items or job.items, completions=completions or job.completions)
     with progress_bar() as progress:
         task = progress.add_task("causal", total=None)

@@ -66,7 +66,7 @@ def _judge_settings(
     ] = False,
     raw: Raw = False,
     batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = JudgeSettings.batch_size,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling, of all draws and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling and of all draws.")] = 0,
     threads: Threads = None,
     dtype: Dtype = JudgeSettings.dtype,
     device: Device = JudgeSettings.device,

@@ -47,7 +47,7 @@ def ablate(
     ] = "phi,phi_retained,influence,phi_influence,influence_retained",
     permutation: Annotated[str | None, typer.Option(help="uniform, sentence or block.")] = None,
     target: Annotated[str | None, typer.Option(help="log_likelihood, log_odds, expected_score or margin.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of permutations and bootstrap.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of permutations.")] = None,
     raw: Raw = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",

@@ -20,7 +20,7 @@ from cepo.eval.judges.settings import PLACES, Judge, JudgeSettings, Place, Progr
 from cepo.eval.report.figures import curves
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, console_table, summary_row
-from cepo.eval.statistics import Estimate, estimate, mean_difference, proportion, warning_of_few
+from cepo.eval.statistics import DIFFERENCE, Estimate, estimate, mean_difference, proportion
 from cepo.files import BrokenLine, content_hash, write_jsonl
 from cepo.train.prompts import judge_prompt
 
@@ -298,11 +298,11 @@ def majority_share(groups: Sequence[int | None], correct: Sequence[bool]) -> flo
 def estimate_curves(ways: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, list[tuple[float, Estimate]]]:
     """Return the accuracy of each way of picking at each N, and the judge's gain over random."""
     lines = {
-        way: [(float(size), proportion(values)) for size, values in sorted(by_size.items())]
+        way: [(float(size), proportion(values, unit="question")) for size, values in sorted(by_size.items())]
         for way, by_size in ways.items()
     }
     lines[GAIN] = [
-        (float(size), estimate(mean_difference, values, ways["random"][size]))
+        (float(size), estimate(mean_difference, values, ways["random"][size], ends=DIFFERENCE, unit="question"))
         for size, values in sorted(ways["judge"].items())
     ]
     return lines
@@ -349,11 +349,10 @@ def _write_report(job: BestOfJob, summary: BestOfSummary) -> None:
                 gain, across="N", up="gain of accuracy", logarithmic=True
             ),
         },
-        tables={"Accuracy, with 95% bootstrap intervals over questions": summary.page_table()},
+        tables={"Accuracy, with 95% intervals over questions": summary.page_table()},
         notes=[
             "The judge picks by a knockout: the solutions come in a random order, and each further one meets the "
             "winner so far. A match without a readable winner keeps the earlier solution, which is a random choice. "
             "Random, majority and oracle pick from the same solutions.",
-            *warning_of_few(summary.questions, "questions"),
         ],
     )

@@ -51,8 +51,7 @@ class CausalJob:
         estimates_only: whether to leave out the scores that estimate no effect, which cost most on a large model, and
             the controls.
         controlled: number of judgements that the controls use, at least 1.
-        draws: number of bootstrap resamples behind the intervals, at least 1.
-        seed: seed of judge, items, sampling, donors and bootstrap.
+        seed: seed of judge, items, sampling and donors.
         raw: take prompt text as it is, without the chat template.
         dtype: dtype of the weights.
         device: where to run.
@@ -70,7 +69,6 @@ class CausalJob:
     most_nodes: int = 16
     estimates_only: bool = False
     controlled: int = 24
-    draws: int = 1000
     seed: int = 0
     raw: bool = False
     dtype: str = "float32"
@@ -119,7 +117,7 @@ def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSum
         results.append(JudgeResults(judged.judge.name, tuple(rows), controls, judged.certificate))
     report("statistics", 0, 1)
     write_jsonl(rows_file, [row for one in results for row in one.rows])
-    summary = summarise_causal(results, draws=job.draws, seed=job.seed)
+    summary = summarise_causal(results, seed=job.seed)
     write_jsonl(summary_file, summary.records)
     facts = {
         "judge": job.model or f"the testbed's {job.world} world",
@@ -133,7 +131,7 @@ def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSum
 def _check(job: CausalJob) -> None:
     if (job.model is None) != (job.input is None):
         raise ValueError("model and input go together; expected both, or neither for the testbed's judges")
-    least = {"items": 8 if job.model is None else 1, "completions": 2, "most_nodes": 1, "controlled": 1, "draws": 1}
+    least = {"items": 8 if job.model is None else 1, "completions": 2, "most_nodes": 1, "controlled": 1}
     for name, smallest in least.items():
         if getattr(job, name) < smallest:
             raise ValueError(f"{name} is {getattr(job, name)}; expected at least {smallest}")
@@ -146,7 +144,7 @@ def _check(job: CausalJob) -> None:
 
 
 def _settings(job: CausalJob) -> dict[str, Any]:
-    """Return what decides the parts; more draws, or the pair, go on from the parts that are there."""
+    """Return what decides the parts; the pair goes on from the parts that are there."""
     names = ("items", "most_nodes", "estimates_only", "controlled", "seed", "raw", "dtype")
     settings = {"command": "cepo eval causal", **{name: getattr(job, name) for name in names}}
     if job.model is not None and job.input is not None:

@@ -105,7 +105,7 @@ def write_causal_report(
         "too: whether its verdict came from evidence that its criteria asked for, or from length.",
         "GRPO compares completions of one prompt, so all agreement is measured within prompts. AUC is the probability "
         "that the completion with the evidence scores higher than one of the same prompt without. Intervals are 95% "
-        "bootstrap intervals over prompts.",
+        "intervals over prompts.",
         "Estimates are compared with the effect of the donors that they saw: that difference is their error. Cost is "
         "in token rows through the layers, forward and backward, over those of the effect itself, for the chain.",
         *summary.warnings,

@@ -14,7 +14,7 @@ from cepo.eval.causal.controls import PAIR, certificate
 from cepo.eval.causal.measures import CHAIN, LINKS, PLACES
 from cepo.eval.causal.within import areas_by_chance, areas_within, correlations_within
 from cepo.eval.report.tables import summary_row
-from cepo.eval.statistics import Estimate, aucs, estimate, estimates, mean, warning_of_few
+from cepo.eval.statistics import SHARE, Estimate, aucs, estimate, estimates, mean
 
 EXACT = "exact effect"
 """The effect of fresh donors as a definition of its own: what no approximation of it can be expected to beat."""
@@ -27,7 +27,6 @@ SHOWN: tuple[tuple[str, str], ...] = (
 """The scores that every run is asked about: of the chain, the effect and one midpoint; influence; the paper's phi."""
 _MODES = {"evidence": 1.0, "length": 0.0, "hollow": 0.0, "query": 0.0, "copied": 0.0}
 _DEALS = 200  # of modes within prompts
-_ENOUGH = 40  # prompts from which a bootstrap over prompts holds its level
 
 
 @dataclass(frozen=True)
@@ -76,22 +75,21 @@ class CausalSummary:
         """Return the estimates of a kind by definition and place."""
         return {
             (record["definition"], record["place"]): Estimate(
-                record["value"], record.get("low", nan), record.get("high", nan), record.get("count", 0)
+                *(record["value"], record.get("low", nan), record.get("high", nan)),
+                *(record.get("count", 0), record.get("why", "")),
             )
             for record in self.records
             if (record["what"], record["population"]) == (what, population)
         }
 
 
-def summarise_causal(results: Sequence[JudgeResults], *, draws: int, seed: int) -> CausalSummary:
+def summarise_causal(results: Sequence[JudgeResults], *, seed: int) -> CausalSummary:
     """Return every figure: agreement within prompts with modes and exact effects, errors, costs, and the controls.
 
     Args:
         results: of the judge, and then of the certified pair, if it was examined.
-        draws: number of bootstrap resamples, at least 1.
-        seed: of the bootstrap and of the shuffled truths.
+        seed: of the shuffled truths.
     """
-    bootstrap = {"draws": draws, "seed": seed}
     records: list[dict[str, Any]] = []
     refused, warnings = {}, []
     for number, one in enumerate(results):
@@ -101,7 +99,7 @@ def summarise_causal(results: Sequence[JudgeResults], *, draws: int, seed: int) 
         if not one.sound:
             refused[one.name] = "no judgement could be measured"
         elif number == 0:
-            records += [{"population": one.name, **record} for record in _agreement(one, bootstrap)]
+            records += [{"population": one.name, **record} for record in _agreement(one, seed)]
             records += [{"population": one.name, **record} for record in _controls(one)]
             warnings += _warnings(one)
     pair = {one.name: one for one in results if one.name in PAIR}
@@ -111,7 +109,7 @@ def summarise_causal(results: Sequence[JudgeResults], *, draws: int, seed: int) 
         if not follows.sound or not ignores.sound:
             problem = "one of the judges has no judgement that could be measured"
         if problem is None:
-            records += _separation(follows, ignores, bootstrap)
+            records += _separation(follows, ignores)
         else:
             refused["the certified pair"] = problem
     return CausalSummary(tuple(records), refused, tuple(warnings))
@@ -129,7 +127,7 @@ def _counts(one: JudgeResults) -> Iterator[dict[str, Any]]:
         yield {"figure": figure, "value": float(count)}
 
 
-def _agreement(one: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _agreement(one: JudgeResults, seed: int) -> Iterator[dict[str, Any]]:
     """Yield how each score agrees with modes and exact effects, and the errors of the approximations."""
     rows = one.sound
     prompts = [row["prompt"] for row in rows]
@@ -142,11 +140,11 @@ def _agreement(one: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[dict
             continue
         known_N = np.isfinite(truth_N)
         kept = [prompt for prompt, known in zip(prompts, known_N, strict=True) if known]
-        found = {"rank correlation": correlations_within(values_NM[known_N], truth_N[known_N], kept, **bootstrap)}
+        found = {"rank correlation": correlations_within(values_NM[known_N], truth_N[known_N], kept)}
         if has_modes:
-            found["auc"] = areas_within(values_NM, modes_N, prompts, **bootstrap)
+            found["auc"] = areas_within(values_NM, modes_N, prompts)
             if place == "chain":
-                chance = areas_by_chance(values_NM, modes_N, prompts, deals=_DEALS, seed=bootstrap["seed"])
+                chance = areas_by_chance(values_NM, modes_N, prompts, deals=_DEALS, seed=seed)
                 found["auc, modes shuffled within prompts"] = chance
         for what, of_place in found.items():
             for name, value in zip(names, of_place, strict=True):
@@ -157,14 +155,14 @@ def _agreement(one: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[dict
             [[abs(row["nats"][name][link] - row["nats"]["effect"][link]) for link in LINKS] for row in rows]
         )
         chain_N = errors_NL[:, [LINKS.index(link) for link in CHAIN]].mean(1)
-        of_places = estimates(mean, np.column_stack([errors_NL, chain_N]), clusters=prompts, **bootstrap)
+        of_places = estimates(mean, np.column_stack([errors_NL, chain_N]), clusters=prompts, unit="prompt")
         for place, value in zip((*LINKS, "chain"), of_places, strict=True):
             yield summary_row({"what": "error", "definition": name, "place": place}, value)
     for place in ("chain", *LINKS):
         exact = [row["exact"][place] for row in rows if row["exact"][place] is not None]
         clusters = [row["prompt"] for row in rows if row["exact"][place] is not None]
         if exact:
-            value = estimate(mean, exact, clusters=clusters, **bootstrap)
+            value = estimate(mean, exact, clusters=clusters, unit="prompt")
             yield summary_row({"what": "mean", "definition": EXACT, "place": place}, value)
 
 
@@ -191,30 +189,23 @@ def _controls(one: JudgeResults) -> Iterator[dict[str, Any]]:
             yield {"what": "randomised", "figure": score, "redrawn": step["redrawn"], "value": step[score]}
 
 
-def _separation(follows: JudgeResults, ignores: JudgeResults, bootstrap: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _separation(follows: JudgeResults, ignores: JudgeResults) -> Iterator[dict[str, Any]]:
     """Yield how well each score tells the judge that follows its criteria from the one that ignores them."""
     rows = [*follows.sound, *ignores.sound]
     positive_N = [float(row["judge"] == follows.name) for row in rows]
     prompts = [row["prompt"] for row in rows]
     for place in PLACES:
         names, values_NM = _values(rows, place)
-        found = estimates(aucs, values_NM, positive_N, clusters=prompts, **bootstrap)
+        found = estimates(aucs, values_NM, positive_N, clusters=prompts, ends=SHARE, unit="prompt")
         for name, value in zip(names, found, strict=True):
             labels = {"what": "pair", "population": " against ".join(PAIR), "definition": name, "place": place}
             yield summary_row(labels, value)
 
 
 def _warnings(one: JudgeResults) -> list[str]:
-    count = len({row["prompt"] for row in one.sound})
-    if not one.is_within:
-        return [
-            "Every prompt has one judgement, so rank correlations are over all rows: they mix what differs between "
-            "prompts with what a reward inside GRPO could use.",
-            *warning_of_few(count, "prompts"),
-        ]
-    if count < _ENOUGH:
-        return [
-            f"Only {count} prompts: intervals resample prompts, and from fewer than {_ENOUGH} they are too narrow. "
-            "Treat this as a first look."
-        ]
-    return []
+    if one.is_within:
+        return []
+    return [
+        "Every prompt has one judgement, so rank correlations are over all rows: they mix what differs between prompts "
+        "with what a reward inside GRPO could use."
+    ]

@@ -1,24 +1,24 @@
 """Agreement within prompts: which of two completions of one prompt, and how well their order is kept.
 
 GRPO compares completions of one prompt, so only that comparison counts. Each prompt gives sums, and an estimate is a
-ratio of sums over prompts: resampling prompts resamples these rows.
+ratio of sums over prompts, which are the units of its interval.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.stats import rankdata
 
-from cepo.eval.statistics import UNDETERMINED, Estimate, estimates, rank_correlations, widened
+from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, rank_correlations, ratio, undetermined
 
-AREA_ENDS = (0.0, 1.0)
+_CONSTANT = "the score or the truth is the same everywhere"
+_NO_PAIR = undetermined("no prompt has completions both with evidence and without")
 
 
-def areas_within(
-    values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequence[int], *, draws: int, seed: int
-) -> list[Estimate]:
+def areas_within(values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequence[int]) -> list[Estimate]:
     """Return the probability that the positive of a prompt has a larger value than a negative of that prompt.
 
     Every pair of completions of one prompt, a positive and a negative, counts the same; ties count half.
@@ -27,19 +27,17 @@ def areas_within(
         values_NM: M scores of N completions.
         positive_N: 1 for a positive, 0 for a negative, NaN for neither.
         prompts: the prompt of each completion.
-        draws: bootstrap resamples of prompts.
-        seed: of the bootstrap.
 
     Returns:
-        One estimate for each score, its count the number of pairs; UNDETERMINED where no prompt has a pair.
+        One estimate for each score, its count the number of pairs; undetermined where no prompt has a pair.
     """
     wins, pairs = _wins(values_NM, positive_N, _members(prompts))
     if not pairs:
-        return [UNDETERMINED] * values_NM.shape[1]
-    found = estimates(_ratio, np.stack(wins), np.array(pairs), draws=draws, seed=seed)
-    return [
-        widened(Estimate(one.value, one.low, one.high, int(sum(pairs))), len(pairs), ends=AREA_ENDS) for one in found
-    ]
+        return [_NO_PAIR] * values_NM.shape[1]
+    wins_PM = np.stack(wins)
+    pairs_PM = np.repeat(np.array(pairs)[:, None], wins_PM.shape[1], axis=1)
+    found = estimates(ratio, wins_PM, pairs_PM, ends=SHARE, unit="prompt with a pair")
+    return [replace(one, count=int(sum(pairs))) for one in found]
 
 
 def areas_by_chance(
@@ -66,7 +64,7 @@ def areas_by_chance(
             dealt_N[places] = rng.permutation(positive_N[places])
         wins, pairs = _wins(values_NM, dealt_N, members)
         if not pairs:
-            return [UNDETERMINED] * values_NM.shape[1]
+            return [_NO_PAIR] * values_NM.shape[1]
         areas.append(np.sum(wins, axis=0) / sum(pairs))
     low_M, high_M = np.quantile(areas, [0.025, 0.975], axis=0)
     return [
@@ -75,9 +73,7 @@ def areas_by_chance(
     ]
 
 
-def correlations_within(
-    values_NM: np.ndarray, truth_N: np.ndarray, prompts: Sequence[int], *, draws: int, seed: int
-) -> list[Estimate]:
+def correlations_within(values_NM: np.ndarray, truth_N: np.ndarray, prompts: Sequence[int]) -> list[Estimate]:
     """Return the rank correlation of each score with the truth within prompts, pooled.
 
     Ranks are taken within each prompt; the correlation is the sum of their covariances over prompts, divided by the
@@ -88,8 +84,6 @@ def correlations_within(
         values_NM: M scores of N completions.
         truth_N: the truth, finite.
         prompts: the prompt of each completion.
-        draws: bootstrap resamples of prompts.
-        seed: of the bootstrap.
 
     Returns:
         One estimate for each score, its count the number of completions that were compared.
@@ -97,8 +91,8 @@ def correlations_within(
     groups = [members for members in _members(prompts) if len(members) > 1]
     if not groups:
         if len(truth_N) < 3:
-            return [UNDETERMINED] * values_NM.shape[1]
-        return estimates(rank_correlations, values_NM, truth_N, draws=draws, seed=seed)
+            return [undetermined(f"{len(truth_N)} judgements have no order to compare")] * values_NM.shape[1]
+        return estimates(rank_correlations, values_NM, truth_N, ends=DIFFERENCE, unit="judgement", lacking=_CONSTANT)
     sums = []
     for members in groups:
         ranks_NM = rankdata(values_NM[members], axis=0) - (len(members) + 1) / 2
@@ -106,8 +100,10 @@ def correlations_within(
         variances_M = (ranks_NM**2).sum(0)
         sums.append(np.stack([ranks_N @ ranks_NM, variances_M, np.full(len(variances_M), (ranks_N**2).sum())]))
     columns = np.stack(sums)
-    found = estimates(_correlation, columns[:, 0], columns[:, 1], columns[:, 2], draws=draws, seed=seed)
-    return [Estimate(one.value, one.low, one.high, sum(map(len, groups))) for one in found]
+    found = estimates(
+        *(_correlation, columns[:, 0], columns[:, 1], columns[:, 2]), ends=DIFFERENCE, unit="prompt", lacking=_CONSTANT
+    )
+    return [replace(one, count=sum(map(len, groups))) for one in found]
 
 
 def _wins(
@@ -130,11 +126,6 @@ def _members(prompts: Sequence[int]) -> list[np.ndarray]:
     """Return the places of each prompt's completions."""
     prompts_N = np.asarray(prompts)
     return [np.flatnonzero(prompts_N == prompt) for prompt in dict.fromkeys(prompts)]
-
-
-def _ratio(wins_PM: np.ndarray, pairs_P: np.ndarray, weights_BP: np.ndarray) -> np.ndarray:
-    found: np.ndarray = (weights_BP @ wins_PM) / (weights_BP @ pairs_P)[:, None]
-    return found
 
 
 def _correlation(

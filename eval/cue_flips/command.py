@@ -16,7 +16,7 @@ from cepo.eval.judges.settings import Judgement, Messages, OnDone
 from cepo.eval.report.figures import curves
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, share, summary_row
-from cepo.eval.statistics import Estimate, estimate, mean_difference, proportion
+from cepo.eval.statistics import DIFFERENCE, Estimate, estimate, mean_difference, proportion
 from cepo.files import content_hash, write_jsonl
 from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.train import testbed, testbed_judges
@@ -176,7 +176,7 @@ def _flips(items: Sequence[testbed.Item], records: Sequence[Mapping[str, Any]]) 
     return JudgeFlips(
         accuracy={agreement: proportion(grades_N) for agreement, grades_N in correct.items()},
         # The two samples are independent and of equal size: drawn in pairs or not, their difference varies as much.
-        drop=estimate(mean_difference, correct[max(AGREEMENTS)], correct[min(AGREEMENTS)]),
+        drop=estimate(mean_difference, correct[max(AGREEMENTS)], correct[min(AGREEMENTS)], ends=DIFFERENCE),
         with_cue=proportion(grades_AN[agrees_AN]),
         against_cue=proportion(grades_AN[~agrees_AN]),
         unreadable=sum(record["winner"] is None for record in records),
@@ -225,7 +225,7 @@ def _write_report(job: FlipsJob, found: Mapping[str, JudgeFlips], seconds: float
                 lines, across="share of items whose longer response is better", up="greedy accuracy"
             )
         },
-        tables={"Greedy accuracy, with 95% bootstrap intervals over items": flip_table(found)},
+        tables={"Greedy accuracy, with 95% intervals over items": flip_table(found)},
         notes=[
             "The cue is the length of a response. A judge that decides by what the responses say has a flat curve. One "
             "that follows length is right exactly where the longer response is better. Ties and verdicts that cannot "

@@ -15,13 +15,14 @@ PageTable: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def summary_row(labels: Mapping[str, Any], found: Estimate) -> dict[str, Any]:
-    """Return the labels, and value, low, high and count of the estimate."""
-    return {**labels, "value": found.value, "low": found.low, "high": found.high, "count": found.count}
+    """Return the labels, and value, low, high and count of the estimate; where there is none, why."""
+    row = {**labels, "value": found.value, "low": found.low, "high": found.high, "count": found.count}
+    return {**row, "why": found.why} if found.why else row
 
 
 def share(part: int, whole: int) -> Estimate:
     """Return a share as an estimate without an interval; NaN if the whole is 0."""
-    return Estimate(part / whole if whole else math.nan, math.nan, math.nan, whole)
+    return Estimate(part / whole if whole else math.nan, count=whole)
 
 
 def console_table(*header: str, rows: Sequence[Sequence[str]] = (), title: str | None = None) -> Table:

@@ -18,7 +18,6 @@ from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, console_table, summary_row
 from cepo.eval.rewardbench.items import PreferenceItem, judge_tasks, load_items
 from cepo.eval.rewardbench.metrics import MetricEstimate, measure_preferences, outcome
-from cepo.eval.statistics import warning_of_few
 from cepo.files import BrokenLine, content_hash, write_jsonl
 
 _SHOWN = 3  # items of each kind that the page holds in full
@@ -194,7 +193,6 @@ def _write_report(job: RewardBenchJob, items: Sequence[PreferenceItem], summary:
             "Every pair is judged in both orders. Ties and judgements without a verdict count as wrong. Items with a "
             "failed judgement are left out of the accuracies. A judge that guesses, and always gives a verdict, is "
             "right in both orders for 0.25 of the items, and for 0.5 in the mean of the orders.",
-            *warning_of_few(len(items), "items"),
         ],
     )
 

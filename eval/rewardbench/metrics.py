@@ -10,7 +10,7 @@ import numpy as np
 
 from cepo.eval.judges.settings import PLACES
 from cepo.eval.rewardbench.items import PreferenceItem
-from cepo.eval.statistics import Estimate, estimate, estimates, widened
+from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimate, ratio
 from cepo.files import content_hash
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
@@ -61,6 +61,7 @@ METRICS = (
     *("position_bias", "follows_position", "ties", "parse_failures", "forced", "not_judged"),
 )
 """In the order in which they are shown."""
+_ENDS = {"position_bias": DIFFERENCE, "expected_margin": None}
 _MISSING: Mapping[str, Any] = {"error": "missing"}
 
 
@@ -104,7 +105,7 @@ class Outcome:
 def measure_preferences(
     items: Sequence[PreferenceItem], records: Mapping[str, Mapping[str, Any]], *, seed: int = 0
 ) -> list[MetricEstimate]:
-    """Return every measure with its 95% bootstrap interval over items.
+    """Return every measure with its 95% interval; all items of a prompt are one unit.
 
     Accuracies (ties and judgements without a verdict count as wrong; items with a failed judgement are left out):
     `consistent`, right in both orders; `average`, the mean over the two orders; `single_swap`, one randomly drawn order
@@ -124,7 +125,7 @@ def measure_preferences(
     Args:
         items: what was judged, at least one.
         records: by the key of the task, see `collect_judgements`.
-        seed: of the drawn orders and the resamples.
+        seed: of the drawn orders.
     """
     tallies = [_tally(outcome(item, records, seed=seed)) for item in items]
     scopes = {"all": list(range(len(items)))}
@@ -132,11 +133,11 @@ def measure_preferences(
         scopes.setdefault(name, [place for place, item in enumerate(items) if item.subset == name])
     measures = []
     for scope, places in scopes.items():
-        measures += _rates(scope, [tallies[place] for place in places], seed)
+        measures += _rates(scope, [tallies[place] for place in places], [items[place].prompt for place in places])
     for metric in _ACCURACIES:
         judged = [place for place, tally in enumerate(tallies) if metric in tally]
         values = [float(np.mean(tallies[place][metric])) for place in judged]
-        measures += _weighted_measures(metric, values, [items[place].subset for place in judged], seed)
+        measures += _weighted_measures(metric, values, [items[place] for place in judged])
     return measures
 
 
@@ -203,31 +204,31 @@ def _tally(found: Outcome) -> dict[str, list[float]]:
     return {metric: values for metric, values in tally.items() if values}
 
 
-def _rates(scope: str, tallies: Sequence[Mapping[str, Sequence[float]]], seed: int) -> list[MetricEstimate]:
-    """Return the mean of each metric over its values, resampled by item, all metrics from the same resamples."""
-    there = [metric for metric in METRICS if any(metric in tally for tally in tallies)]
-    sums_NM = np.array([[sum(tally.get(metric, ())) for metric in there] for tally in tallies])
-    counts_NM = np.array([[len(tally.get(metric, ())) for metric in there] for tally in tallies])
-    found = estimates(_ratios, sums_NM, counts_NM, seed=seed)
+def _rates(
+    scope: str, tallies: Sequence[Mapping[str, Sequence[float]]], prompts: Sequence[str]
+) -> list[MetricEstimate]:
+    """Return the mean of each metric over its values; the values of a prompt are one unit."""
     measures = []
-    for metric, one, counts_N in zip(there, found, counts_NM.T, strict=True):
-        if metric != "expected_margin":
-            items = int((counts_N > 0).sum())
-            one = widened(one, items, ends=(-1.0, 1.0) if metric == "position_bias" else (0.0, 1.0))
-        measures.append(MetricEstimate(metric, scope, replace(one, count=int(counts_N.sum()))))
+    for metric in METRICS:
+        there = [place for place, tally in enumerate(tallies) if metric in tally]
+        if there:
+            values = [tallies[place][metric] for place in there]
+            sums_N, counts_N = [sum(of_item) for of_item in values], [len(of_item) for of_item in values]
+            found = estimate(
+                *(ratio, sums_N, counts_N),
+                clusters=[prompts[place] for place in there],
+                ends=_ENDS.get(metric, SHARE),
+                unit="prompt",
+            )
+            measures.append(MetricEstimate(metric, scope, replace(found, count=sum(counts_N))))
     return measures
 
 
-def _ratios(sums_NM: np.ndarray, counts_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    counts_BM = weights_BN @ counts_NM
-    means: np.ndarray = weights_BN @ sums_NM / np.where(counts_BM > 0.0, counts_BM, np.nan)
-    return means
-
-
-def _weighted_measures(metric: str, values: Sequence[float], subsets: Sequence[str], seed: int) -> list[MetricEstimate]:
+def _weighted_measures(metric: str, values: Sequence[float], items: Sequence[PreferenceItem]) -> list[MetricEstimate]:
     """Return the accuracies of the sections, of their mean, and of the mean of RewardBench 2's subsets."""
     if not values:
         return []
+    subsets = [item.subset for item in items]
     names = sorted(set(subsets))
     codes = [names.index(subset) for subset in subsets]
     measures = []
@@ -236,7 +237,9 @@ def _weighted_measures(metric: str, values: Sequence[float], subsets: Sequence[s
         statistic = _mean_of_weighted([[group.get(name, 0.0) for name in names] for group in weights])
         kept = [place for place, name in enumerate(subsets) if any(group.get(name) for group in weights)]
         columns = [values[place] for place in kept], [codes[place] for place in kept]
-        measures.append(MetricEstimate(metric, scope, estimate(statistic, *columns, seed=seed)))
+        prompts = [items[place].prompt for place in kept]
+        found = estimate(statistic, *columns, clusters=prompts, ends=SHARE, unit="prompt")
+        measures.append(MetricEstimate(metric, scope, found))
 
     there = {section: weights for section, weights in SECTIONS.items() if set(weights) & set(names)}
     for section, weights in there.items():
@@ -258,7 +261,7 @@ def _mean_of_weighted(weights: Sequence[Sequence[float]]) -> Callable[..., np.nd
         member_NS = codes_N[:, None] == np.arange(weights_GS.shape[1])
         counts_BS = weights_BN @ member_NS
         means_BS = (weights_BN * values_N) @ member_NS / np.maximum(counts_BS, 1.0)
-        there_BS = counts_BS > 0.0  # a resample may miss a small subset
+        there_BS = counts_BS > 0.0  # a subset of one item is missing where it is left out
         totals_BG = there_BS @ weights_GS.T
         scores_BG = (there_BS * means_BS) @ weights_GS.T / np.where(totals_BG > 0.0, totals_BG, np.nan)
         return np.asarray(scores_BG.mean(axis=1))

@@ -21,7 +21,7 @@ from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, console_table, share, summary_row
 from cepo.eval.rewardbench.items import PreferenceItem, load_items
 from cepo.eval.robustness.transformations import TRANSFORMATIONS, ResponsePair, check_names, transform
-from cepo.eval.statistics import Estimate, estimates, mean, proportion, warning_of_few, widened
+from cepo.eval.statistics import DIFFERENCE, Estimate, estimate, mean_difference, proportion, ratio
 from cepo.files import BrokenLine, content_hash, write_jsonl
 from cepo.train.prompts import judge_prompt
 
@@ -161,7 +161,9 @@ def measure_robustness(
         functools.partial(open_, job.judge),
         progress=progress,
     )
+    questions = {item.key: item.prompt for item in items}
     records = [collected.records[task.key] for task in tasks]
+    records = [{**record, "question": questions[record["row"]]} for record in records]
     original, worst = worst_case(records)
     summary = RobustnessSummary(
         effects=compare(records),
@@ -180,11 +182,12 @@ def compare(records: Sequence[Mapping[str, Any]]) -> dict[str, TransformationEff
     """Compare the verdicts on transformed pairs with those on their originals.
 
     Args:
-        records: with row, transformation (or ORIGINAL), label, winner and error; one original for every row.
+        records: with row, question, transformation (or ORIGINAL), label, winner, forced and error; one original for
+            every row.
 
     Returns:
-        The effect of each transformation, in order of first appearance, and under ALL over all of them, with the pairs
-        as clusters.
+        The effect of each transformation, in order of first appearance, and under ALL over all of them. All that was
+        judged of one question is one unit of the intervals.
     """
     paired = _paired(records)
     effects = {name: _effect(pairs) for name, pairs in paired.items()}
@@ -219,35 +222,27 @@ def worst_case(records: Sequence[Mapping[str, Any]]) -> tuple[Estimate, Estimate
         group for group in by_row.values() if len(group) > 1 and all(record["error"] is None for record in group)
     ]
     originals = [_right(record) for group in complete for record in group if record["transformation"] == ORIGINAL]
-    return proportion(originals), proportion([min(map(_right, group)) for group in complete])
-
-
-def _effect(pairs: Sequence[BeforeAfter]) -> TransformationEffect:
-    measured_NM = []
-    for one, other in pairs:
-        unread = [one["winner"] is None, other["winner"] is None]
-        changed = one["winner"] != other["winner"]
-        measured_NM.append([_right(one), _right(other), changed, *unread, one["forced"], other["forced"]])
-    rows = [original["row"] for original, _ in pairs]
-    before, after, turned, *rates, drop, ratio = estimates(_effect_values, measured_NM, clusters=rows)
-    independent = len(set(rows))
-    return TransformationEffect(
-        len(pairs),
-        widened(before, independent),
-        widened(after, independent),
-        drop,
-        ratio,
-        widened(turned, independent),
-        *(rate.value for rate in rates),
+    of_prompts: dict[str, Any] = {"clusters": [group[0]["question"] for group in complete], "unit": "question"}
+    return proportion(originals, **of_prompts), proportion(
+        [min(map(_right, group)) for group in complete], **of_prompts
     )
 
 
-def _effect_values(measured_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """Return the means of all columns, and drop and ratio of the accuracies in the first two."""
-    means_BM = mean(measured_NM, weights_BN)
-    before_B, after_B = means_BM[:, 0], means_BM[:, 1]
-    ratio_B = after_B / np.where(before_B > 0.0, before_B, np.nan)
-    return np.column_stack([means_BM, before_B - after_B, ratio_B])
+def _effect(pairs: Sequence[BeforeAfter]) -> TransformationEffect:
+    before, after, turned = np.array(
+        [(_right(one), _right(other), float(one["winner"] != other["winner"])) for one, other in pairs]
+    ).T
+    of_prompts: dict[str, Any] = {"clusters": [original["question"] for original, _ in pairs], "unit": "question"}
+    return TransformationEffect(
+        len(pairs),
+        proportion(before, **of_prompts),
+        proportion(after, **of_prompts),
+        estimate(mean_difference, before, after, ends=DIFFERENCE, **of_prompts),
+        estimate(ratio, after, before, lacking="nothing is right before", **of_prompts),
+        proportion(turned, **of_prompts),
+        *(float(np.mean([pair[place]["winner"] is None for pair in pairs])) for place in (0, 1)),
+        *(float(np.mean([pair[place]["forced"] for pair in pairs])) for place in (0, 1)),
+    )
 
 
 def _right(record: Mapping[str, Any]) -> float:
@@ -326,7 +321,7 @@ def _write_report(job: RobustnessJob, summary: RobustnessSummary, pairs: int, re
         },
         figures=figures,
         tables={
-            "Effects, with 95% bootstrap intervals over pairs": _effect_table(effects),
+            "Effects, with 95% intervals over questions": _effect_table(effects),
             "Verdicts that a transformation turned from right to wrong": (
                 ("pair", "transformation", "better response", "judgement before", "judgement after"),
                 _turned(records),
@@ -339,7 +334,6 @@ def _write_report(job: RobustnessJob, summary: RobustnessSummary, pairs: int, re
             "its scores were opened for it.",
             "Read the share of changed verdicts beside the drop: where as many verdicts turn right as turn wrong, the "
             "drop is zero and the judge is still not robust.",
-            *warning_of_few(pairs, "pairs"),
         ],
     )
 

@@ -297,7 +297,7 @@ def test_gains_are_those_of_the_seeds_that_both_arms_have(tmp_path: Path) -> Non
     assert gains["causal"][0].value == pytest.approx(0.2)
     assert gains["causal"][0].high == pytest.approx(0.2 + 1.2706, abs=1e-4)
     assert [gain.count for gain, _ in gains.values()] == [2, 0]
-    assert str(gains["alone"][0]) == "undetermined"
+    assert str(gains["alone"][0]) == "undetermined: no shared seed"
     write_page(tmp_path / "report.html", rows, None)
     page = (tmp_path / "report.html").read_text()
     told = re.sub(r"<[^>]+>|\s+", " ", page).split("Every run")[-1]

@@ -32,7 +32,7 @@ def job(tmp_path: Path, count: int = 6, **options: Any) -> RobustnessJob:
 
 def record(row: int, transformation: str, winner: str | None, label: str = "A", error: str | None = None) -> dict:
     facts = {"row": row, "transformation": transformation, "label": label, "winner": winner, "error": error}
-    return {**facts, "forced": winner == "tie"}
+    return {**facts, "question": f"question {row}", "forced": winner == "tie"}
 
 
 def test_effects_by_hand() -> None:
@@ -71,13 +71,17 @@ def test_a_judge_that_is_never_right_has_no_ratio() -> None:
     assert worst_case([record(0, ORIGINAL, "A", error="refused")])[0].count == 0
 
 
-def test_pooled_interval_takes_pairs_as_clusters() -> None:
-    """Ten transformations of the same two pairs are not twenty observations."""
+def test_pooled_interval_takes_questions_as_units() -> None:
+    """Ten transformations of the same four pairs are not forty observations, and two pairs of a question are one."""
     records = []
-    for row, right in ((0, "A"), (1, "B")):
+    for row, right in enumerate("AABB"):
         records += [record(row, ORIGINAL, "A"), *(record(row, f"t{number}", right) for number in range(10))]
-    pooled = compare(records)[ALL].drop
-    assert (pooled.low, pooled.value, pooled.high) == (0.0, 0.5, 1.0)
+    effects = compare(records)
+    drop, pooled = effects["t0"].drop, effects[ALL].drop
+    assert (pooled.low, pooled.value, pooled.high) == pytest.approx((drop.low, 0.5, drop.high))
+    assert pooled.count == 40
+    pairs_of_two = compare([{**one, "question": one["row"] % 2} for one in records])[ALL].drop
+    assert pairs_of_two.low < pooled.low
 
 
 def test_a_steady_judge_does_not_drop_and_a_shallow_one_does(tmp_path: Path) -> None:
@@ -97,7 +101,8 @@ def test_a_steady_judge_does_not_drop_and_a_shallow_one_does(tmp_path: Path) -> 
     assert found.worst.value == 0.0
     assert found.effects[ALL].drop.value == 0.5
     rows = [json.loads(line) for line in (other / "out" / "summary.jsonl").read_text().splitlines()]
-    assert {"transformation": "quotes", "metric": "drop", "value": 1.0, "low": 1.0, "high": 1.0, "count": 6} in rows
+    low = pytest.approx(2.0 * 0.025 ** (1 / 6) - 1.0)  # Clopper and Pearson's for six of six, stretched to [-1, 1]
+    assert {"transformation": "quotes", "metric": "drop", "value": 1.0, "low": low, "high": 1.0, "count": 6} in rows
     page = (other / "out" / "report.html").read_text()
     assert "Verdicts that a transformation turned from right to wrong" in page
     assert "no idea" in page
