@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-import cepo
-from cepo.files import SETTINGS, claim
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.layout import Layout
@@ -24,14 +18,8 @@ from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
 from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
 from cepo.train.prompts import JUDGE, REASONER
-from cepo.train.run import (
-    is_finished,
-    last_complete_checkpoint,
-    lora_config,
-    run_trainer,
-    trainer_defaults,
-    write_final,
-)
+from cepo.train.recipe import decisive, read_recipe, trainer_arguments
+from cepo.train.run import lora_config, train_to_end
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +27,6 @@ _TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 _PEERS = ("cir", "log_cir", "csr", "necessary")
 AUTO = "auto"
 _REWARDS = ("format", "causal", "proxy", *_PEERS, *_TASKS)
-# Fields of GRPOConfig that a run may change when it goes on: its length, and what it writes where.
-_FREE = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions", "disable_tqdm")
-_RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
 
 
 @dataclass(frozen=True)
@@ -101,37 +86,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError: if the file cannot be read, or holds a key that does not exist.
     """
-    try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        recipes = ", ".join(f"train/recipes/{name.name}" for name in sorted(_RECIPES.glob("*.yaml")))
-        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; recipes: {recipes}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read as YAML: {error}") from error
-    if not isinstance(loaded, dict):
-        held = "is empty" if loaded is None else f"holds a {type(loaded).__name__}"
-        raise ValueError(f"config {str(path)!r} {held}; expected a mapping with model, data, rewards and output")
-    for key, value in overrides.items():
-        place, *rest = key.split(".")
-        if rest:
-            if not isinstance(loaded.get(place) or {}, Mapping):
-                came = type(loaded[place]).__name__
-                raise ValueError(f"{key} cannot be set: {place} is a {came}; expected a mapping, or {place} set whole")
-            inner = dict(loaded.get(place) or {})
-            inner[".".join(rest)] = value
-            loaded[place] = inner
-        else:
-            loaded[place] = value
-    known = {item.name for item in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(loaded) - known)
-    if unknown:
-        raise ValueError(
-            f"config {str(path)!r} holds the unknown key {', '.join(unknown)}; expected {', '.join(known)}"
-        )
-    missing = [name for name in ("model", "data", "rewards", "output") if not loaded.get(name)]
-    if missing:
-        raise ValueError(f"config {str(path)!r} lacks {', '.join(missing)}")
-    return TrainConfig(**loaded)
+    return read_recipe(TrainConfig, path, overrides, needed=("model", "data", "rewards", "output"))
 
 
 def train(config: TrainConfig, *, fresh: bool = False) -> Path:
@@ -150,17 +105,12 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     Raises:
         ValueError: for anything about the run that cannot work, or an output of other settings, data or weights.
     """
-    output = Path(config.output)
-    final = output / "final"
     arguments = grpo_arguments(config)
     functions, arguments.reward_weights = build_rewards(config)
     causal_loss = build_causal_loss(config)
     lora = lora_config(config.lora)
     source = resolve_model(config.model) if config.model not in TESTBEDS else None
     _check_rank(source, functions)
-    checkpoint = last_complete_checkpoint(output)
-    if fresh and checkpoint is not None:
-        raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or leave out --fresh")
     data = load_data(config.kind, config.data, seed=config.seed)
     if len(data.train) < (wanted := arguments.generation_batch_size // arguments.num_generations):
         raise ValueError(
@@ -170,20 +120,12 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     if data.skipped:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in data.skipped[:5])
         logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
-    is_first_process = arguments.process_index == 0
-    if is_first_process:
-        claim(output / SETTINGS, _settings(config, data), results=[*output.glob("checkpoint-*"), final])
-    if is_finished(final, arguments.max_steps):
-        logger.warning("the run in %s is finished; nothing is trained", output)
-        return final
-    if is_first_process:
-        shutil.rmtree(final, ignore_errors=True)
-    if checkpoint is None or not is_finished(checkpoint, arguments.max_steps):
-        checkpoint = run_trainer(
-            lambda: _trainer(config, arguments, functions, causal_loss, data, lora), output, checkpoint
-        )
-    with arguments.main_process_first(local=False):  # the other processes return when final/ is there
-        return write_final(output, checkpoint) if is_first_process else final
+    return train_to_end(
+        lambda: _trainer(config, arguments, functions, causal_loss, data, lora),
+        arguments,
+        _settings(config, data),
+        fresh=fresh,
+    )
 
 
 def _trainer(
@@ -238,24 +180,7 @@ def grpo_arguments(config: TrainConfig) -> Any:
     """Return TRL's GRPOConfig for the run; raises ValueError for a field it does not have or refuses."""
     from trl import GRPOConfig
 
-    known = {item.name for item in dataclasses.fields(GRPOConfig)}
-    unknown = sorted(set(config.grpo) - known)
-    if unknown:
-        raise ValueError(f"grpo holds {', '.join(unknown)}, which TRL's GRPOConfig does not have")
-    for item in dataclasses.fields(GRPOConfig):
-        value = config.grpo.get(item.name)
-        is_number = isinstance(item.default, int | float) and not isinstance(item.default, bool)
-        if is_number and value is not None and not isinstance(value, int | float):
-            raise ValueError(f"grpo.{item.name} is {value!r}; expected a number")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of a field that TRL itself sets by its older name
-            arguments = GRPOConfig(output_dir=config.output, **{**trainer_defaults(config.seed), **config.grpo})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"grpo is not a valid GRPOConfig: {error}") from error
-    if arguments.save_total_limit is not None and arguments.save_total_limit < 2:
-        raise ValueError("grpo.save_total_limit is 1; expected at least 2, or a kill during a save loses both")
-    return arguments
+    return trainer_arguments(GRPOConfig, "grpo", config.grpo, output=config.output, seed=config.seed)
 
 
 def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
@@ -335,7 +260,7 @@ def _settings(config: TrainConfig, data: DataSplit) -> dict[str, Any]:
     return {
         "command": "train",
         **settings,
-        "grpo": {key: value for key, value in config.grpo.items() if key not in _FREE},
+        "grpo": decisive(config.grpo),
         "weights": policy_fingerprint(config.model, seed=config.seed, testbed_judge=config.testbed),
         "data": data.fingerprint,
     }

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from cepo.files import append_jsonl, make_folder, read_jsonl, replacing, write_jsonl
+from cepo.files import SETTINGS, append_jsonl, claim, make_folder, read_jsonl, replacing, write_jsonl
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 _LOG = "log.txt"
@@ -27,6 +29,42 @@ _TASK_REWARDS = (
     *(f"rewards/{name}/mean" for name in ("argmax_reward", "exact_match", "math_verify_reward", "bertscore_reward")),
     "rewards/format_reward/mean",
 )
+
+
+def train_to_end(build: Callable[[], Any], arguments: Any, settings: Mapping[str, Any], *, fresh: bool) -> Path:
+    """Train to the last step, going on from the last complete checkpoint if there is one, and write final/.
+
+    A finished run trains nothing; one that is asked for more steps goes on, and its old final/ is removed at once, so
+    that final/ is always of the last step.
+
+    Args:
+        build: makes the TRL trainer.
+        arguments: the trainer's own settings; `output_dir` is the run's folder.
+        settings: all that decides the trained weights except the number of steps, see `claim`.
+        fresh: start from nothing, and refuse an output that already holds checkpoints.
+
+    Returns:
+        Folder of the trained model.
+
+    Raises:
+        ValueError: for an output of other settings, or of more steps.
+    """
+    output = Path(arguments.output_dir)
+    final, checkpoint = output / "final", last_complete_checkpoint(output)
+    if fresh and checkpoint is not None:
+        raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or leave out --fresh")
+    is_first_process = arguments.process_index == 0
+    if is_first_process:
+        claim(output / SETTINGS, settings, results=[*output.glob("checkpoint-*"), final])
+    if is_finished(final, arguments.max_steps):
+        logger.warning("the run in %s is finished; nothing is trained", output)
+        return final
+    if is_first_process:
+        shutil.rmtree(final, ignore_errors=True)
+    if checkpoint is None or not is_finished(checkpoint, arguments.max_steps):
+        checkpoint = run_trainer(build, output, checkpoint)
+    with arguments.main_process_first(local=False):  # the other processes return when final/ is there
+        return write_final(output, checkpoint) if is_first_process else final
 
 
 def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None) -> Path:

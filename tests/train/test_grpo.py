@@ -153,7 +153,7 @@ def test_final_is_of_the_last_step_that_was_asked_for(
     longer = replace(config, grpo={**config.grpo, "max_steps": 2})
     final = train(config)
     with monkeypatch.context() as patched:
-        patched.setattr("cepo.train.grpo.write_final", lambda *_: 1 / 0)
+        patched.setattr("cepo.train.run.write_final", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(longer)
     assert not final.exists()

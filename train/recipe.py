@@ -1,0 +1,106 @@
+"""Recipes: YAML files of runs with dotted overrides, and the settings of TRL's trainers in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+import cepo
+from cepo.train.run import trainer_defaults
+
+_RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
+# Fields of a trainer's settings that a run may change when it goes on: its length, and what it writes where.
+_FREE = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions", "disable_tqdm")
+Config = TypeVar("Config")
+
+
+def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, Any], *, needed: Sequence[str]) -> Config:
+    """Return the run that a YAML file describes, with dotted overrides such as {"grpo.max_steps": 2} applied.
+
+    Args:
+        kind: the dataclass of the run; its fields are the keys of the file.
+        path: of the file.
+        overrides: values by key; a dot leads into a mapping.
+        needed: keys that must hold something.
+
+    Raises:
+        ValueError: if the file cannot be read, lacks a key, or holds one that does not exist.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        recipes = ", ".join(f"train/recipes/{name.name}" for name in sorted(_RECIPES.glob("*.yaml")))
+        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; recipes: {recipes}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read as YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        held = "is empty" if loaded is None else f"holds a {type(loaded).__name__}"
+        raise ValueError(f"config {str(path)!r} {held}; expected a mapping with {_listed(needed)}")
+    for key, value in overrides.items():
+        place, *rest = key.split(".")
+        if rest:
+            if not isinstance(loaded.get(place) or {}, Mapping):
+                came = type(loaded[place]).__name__
+                raise ValueError(f"{key} cannot be set: {place} is a {came}; expected a mapping, or {place} set whole")
+            inner = dict(loaded.get(place) or {})
+            inner[".".join(rest)] = value
+            loaded[place] = inner
+        else:
+            loaded[place] = value
+    known = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(loaded) - set(known))
+    if unknown:
+        raise ValueError(
+            f"config {str(path)!r} holds the unknown key {', '.join(unknown)}; expected {', '.join(known)}"
+        )
+    missing = [name for name in needed if not loaded.get(name)]
+    if missing:
+        raise ValueError(f"config {str(path)!r} lacks {', '.join(missing)}")
+    return kind(**loaded)
+
+
+def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, output: str, seed: int) -> Any:
+    """Return the settings of a TRL trainer: ours for any trainer, and over them those of a recipe.
+
+    Args:
+        kind: TRL's class of settings, such as GRPOConfig.
+        key: what the recipe calls them.
+        given: fields of that class.
+        output: folder of the run.
+        seed: of the run.
+
+    Raises:
+        ValueError: for a field that the class does not have or refuses.
+    """
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{key} holds {', '.join(unknown)}, which TRL's {kind.__name__} does not have")
+    for name, value in given.items():
+        default = known[name].default
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        if is_number and value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{key}.{name} is {value!r}; expected a number")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a field that TRL itself sets by its older name
+            arguments = kind(output_dir=output, **{**trainer_defaults(seed), **given})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key} is not a valid {kind.__name__}: {error}") from error
+    if arguments.save_total_limit is not None and arguments.save_total_limit < 2:
+        raise ValueError(f"{key}.save_total_limit is 1; expected at least 2, or a kill during a save loses both")
+    return arguments
+
+
+def decisive(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a TRL trainer that decide the trained weights, the number of steps apart."""
+    return {name: value for name, value in given.items() if name not in _FREE}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
