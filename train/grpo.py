@@ -6,17 +6,18 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.layout import Layout
+from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts
 from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
 from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
-from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
+from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint, with_opened_thoughts
 from cepo.train.prompts import JUDGE, REASONER
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
 from cepo.train.run import lora_config, train_to_end
@@ -42,6 +43,7 @@ class TrainConfig:
             links (CE-PO); `preset: paper` takes the paper's values; `guard` is that of `JudgeLayout`. Names: format,
             argmax, exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr,
             necessary.
+        verdicts: which written forms of a judge's verdict all of this reads, strict or lenient, see `JudgeLayout`.
         causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None to add no term to the
             loss of GRPO.
         output: folder of the run: checkpoints, metrics.jsonl, log.txt, settings.json, final/.
@@ -59,6 +61,7 @@ class TrainConfig:
     rewards: Sequence[Mapping[str, Any]]
     output: str
     kind: str = "judge"
+    verdicts: Verdicts = STRICT
     causal_loss: Mapping[str, Any] | None = None
     grpo: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None
@@ -71,6 +74,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("judge", "reasoning"):
             raise ValueError(f"kind is {self.kind!r}; expected judge or reasoning")
+        check_verdicts(self.verdicts)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {self.dtype!r}; expected float32, bfloat16 or float16")
         if not isinstance(self.rewards, Sequence) or not self.rewards:
@@ -156,13 +160,16 @@ def _trainer(
     options: dict[str, Any] = {}
     if causal_loss is not None:
         tasks = [f.__name__ for f, reward in zip(functions, config.rewards, strict=True) if reward["name"] in _TASKS]
-        options = {"causal_loss": causal_loss, "layout": _layout(config.kind), "task_rewards": tasks}
+        options = {"causal_loss": causal_loss, "layout": _layout(config.kind, config.verdicts), "task_rewards": tasks}
+    template = arguments.chat_template_kwargs or {}
     trainer = (CausalTrainer if options else GRPOTrainer)(
         model=model,
         reward_funcs=functions,
         args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.test if arguments.eval_strategy != "no" and len(data.test) else None,
+        train_dataset=with_opened_thoughts(data.train, tokenizer, **template),
+        eval_dataset=with_opened_thoughts(data.test, tokenizer, **template)
+        if arguments.eval_strategy != "no" and len(data.test)
+        else None,
         processing_class=tokenizer,
         peft_config=lora,
         **options,
@@ -197,7 +204,7 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
             )
         if name == "causal" and settings.get("p") == AUTO:
             del settings["p"]  # it starts at the default
-        functions.append(_build_reward(name, settings, config.kind))
+        functions.append(_build_reward(name, settings, config.kind, config.verdicts))
         weights.append(float(weight))
     if _is_automatic(config) and not _watched(config, functions):
         raise ValueError(f"auto needs a task reward to watch; expected one of {', '.join(_TASKS)} among the rewards")
@@ -212,7 +219,7 @@ def build_causal_loss(config: TrainConfig) -> CausalLoss | None:
         raise ValueError(f"causal_loss is {config.causal_loss!r}; expected a mapping such as {{weight: 0.5}}, or none")
     try:
         settings = CausalLoss(**config.causal_loss)
-        settings.parsed_links(_layout(config.kind))
+        settings.parsed_links(_layout(config.kind, config.verdicts))
     except (TypeError, ValueError) as error:
         names = ", ".join(item.name for item in dataclasses.fields(CausalLoss))
         raise ValueError(f"causal_loss cannot be used: {error} (its fields are {names})") from error
@@ -266,7 +273,7 @@ def _settings(config: TrainConfig, data: DataSplit) -> dict[str, Any]:
     }
 
 
-def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
+def _build_reward(name: str, settings: dict[str, Any], kind: str, verdicts: Verdicts = STRICT) -> Any:
     from cepo.fusion.config import PAPER
     from cepo.train.rewards import peers
     from cepo.train.rewards import task as task_rewards
@@ -274,8 +281,8 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     from cepo.train.rewards.proxy import ProxyReward
 
     plain: dict[str, TaskReward] = {
-        "format": task_rewards.format_reward,
-        "argmax": task_rewards.argmax_reward,
+        "format": _with_verdicts(task_rewards.format_reward, verdicts),
+        "argmax": _with_verdicts(task_rewards.argmax_reward, verdicts),
         "exact_match": task_rewards.exact_match,
         "math_verify": task_rewards.math_verify_reward,
         "bertscore": task_rewards.bertscore_reward,
@@ -287,9 +294,10 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
         "necessary": peers.Necessity,
     }
     try:
-        layout = _layout(kind, settings.pop("guard", None) if name == "causal" or name in published else None)
+        guard = settings.pop("guard", None) if name == "causal" or name in published else None
+        layout = _layout(kind, verdicts, guard)
         if name == "proxy":
-            return ProxyReward(**settings)
+            return ProxyReward(**{"verdicts": verdicts, **settings})
         if name in published:
             return published[name](**{"layout": layout, **settings})
         if name == "causal":
@@ -309,12 +317,18 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str) -> Any:
     return plain[name]
 
 
-def _layout(kind: str, guard: Guard | None = None) -> Layout:
-    if guard is None:
-        return JUDGE if kind == "judge" else REASONER
+def _with_verdicts(reward: Any, verdicts: Verdicts) -> Any:
+    return reward if verdicts == STRICT else update_wrapper(partial(reward, verdicts=verdicts), reward)
+
+
+def _layout(kind: str, verdicts: Verdicts, guard: Guard | None = None) -> Layout:
+    if kind != "judge" and verdicts != STRICT:
+        raise ValueError(f"verdicts is {verdicts!r}, but kind is {kind}; only a judge writes a verdict")
+    if kind != "judge" and guard is None:
+        return REASONER
     if kind != "judge":
         raise ValueError(f"guard is {guard!r}, but kind is {kind}; only a judge's criteria can hold a verdict")
-    return replace(JUDGE, guard=guard)
+    return replace(JUDGE, verdicts=verdicts, guard=guard or JUDGE.guard)
 
 
 def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:

@@ -65,6 +65,9 @@ def _judge_settings(
         typer.Option("--force-format", help="If a judgement has no scores, open them and let the judge fill them in."),
     ] = False,
     raw: Raw = False,
+    verdicts: Annotated[
+        str, typer.Option(help="Which written forms of a verdict are read: strict or lenient, see docs/formats.md.")
+    ] = JudgeSettings.verdicts,
     batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = JudgeSettings.batch_size,
     seed: Annotated[int, typer.Option(help="Seed of the sampling and of all draws.")] = 0,
     threads: Threads = None,
@@ -81,6 +84,7 @@ def _judge_settings(
         seed=seed,
         force_format=force_format,
         raw=raw,
+        verdicts=verdicts,  # type: ignore[arg-type]
         dtype=dtype,
         device=device,
         batch_size=batch_size,

@@ -51,6 +51,12 @@ def score(
             "the analysis scores), strict (both in both), criteria (the criteria alone) or off. Default: standard."
         ),
     ] = None,
+    verdicts: Annotated[
+        str | None,
+        typer.Option(
+            help="Which written forms of a verdict are read: strict (the default) or lenient, see docs/formats.md."
+        ),
+    ] = None,
     raw: Raw = False,
     score: Annotated[
         str | None,
@@ -149,8 +155,9 @@ def score(
 
     if kind not in ("judge", "reasoning"):
         raise ValueError(f"--kind is {kind!r}; expected judge or reasoning")
-    if guard is not None and kind == "reasoning":
-        raise ValueError(f"--guard is {guard!r}, but --kind is reasoning; only a judge's criteria can hold a verdict")
+    for option, value in given(guard=guard, verdicts=verdicts).items():
+        if kind == "reasoning":
+            raise ValueError(f"--{option} is {value!r}, but --kind is reasoning; only a judge writes a verdict")
     if dtype not in ("float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype is {dtype!r}; expected float64, float32, bfloat16 or float16")
     fields = given(
@@ -175,7 +182,7 @@ def score(
     if energy is not None:
         fields.setdefault("rank", None)
     config = RewardConfig(**fields)
-    layout: Layout = replace(JUDGE, **given(guard=guard))
+    layout: Layout = replace(JUDGE, **given(guard=guard, verdicts=verdicts))
     if kind == "reasoning":
         layout = ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
     from cepo.eval.report.tables import console_table

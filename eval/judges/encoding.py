@@ -11,7 +11,9 @@ from torch import Tensor
 from cepo.eval.judges.expected import LARGEST_SCORE, expected_scores
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages
 from cepo.jacobian.reading.judge import SCORES_CLOSING, find_verdict_end, forced_opening
+from cepo.jacobian.reading.thought import THOUGHT, template_opens_thought
 from cepo.jacobian.reading.token_bytes import TokenBytes
+from cepo.jacobian.reading.verdict import STRICT, Verdicts
 
 Likely: TypeAlias = Callable[[int], Mapping[bytes, float]]
 """Maps the index of a generated token to the probabilities of its alternatives, by their bytes."""
@@ -38,10 +40,10 @@ class PromptEncoder:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"model {settings.model!r} has no chat template; judge with --raw, which takes plain text")
         try:
-            probe = self._apply_template([{"role": "user", "content": "?"}], tokenize=False)
+            opens = template_opens_thought(tokenizer)
         except (TemplateError, ValueError, TypeError) as error:
             raise ValueError(f"the chat template of model {settings.model!r} refuses a message: {error}") from error
-        self.opened = "<think>" if probe.rstrip().endswith("<think>") else ""
+        self.opened = f"<{THOUGHT}>" if opens else ""
 
     def encode(self, messages: Messages) -> list[int] | str:
         """Return the prompt's ids, or the reason why there are none."""
@@ -70,14 +72,16 @@ class TextReader:
     Args:
         tokenizer: the judge's.
         opened: what the chat template put before the generated text, see `PromptEncoder`.
+        verdicts: how verdicts are read, see `JudgeLayout`.
 
     Attributes:
         number_ids: ids of the tokens that hold one number from 0 to 10, with or without a mark such as "{".
         score_ids: ids of the tokens that a forced verdict is made of: digits, comma, space, brace.
     """
 
-    def __init__(self, tokenizer: Any, opened: str = "") -> None:
+    def __init__(self, tokenizer: Any, opened: str = "", verdicts: Verdicts = STRICT) -> None:
         self._tokenizer, self._bytes, self._opened = tokenizer, TokenBytes(tokenizer), opened.encode()
+        self._verdicts = verdicts
         self._numbers = [
             (token, piece)
             for token, piece in self._bytes.short_numbers()
@@ -105,7 +109,8 @@ class TextReader:
     def judgement(self, token_ids: Sequence[int], likely: Likely) -> Judgement:
         """Return what was generated as a judgement."""
         pieces = self.pieces(token_ids)
-        return Judgement(self._text(pieces), tuple(token_ids), self._expected(pieces, likely), len(token_ids))
+        soft = self._expected(pieces, likely, self._verdicts)
+        return Judgement(self._text(pieces), tuple(token_ids), soft, len(token_ids), verdicts=self._verdicts)
 
     def opening_ids(self, text: str) -> list[int]:
         """Return the ids of what is appended to a judgement without a verdict."""
@@ -126,8 +131,8 @@ class TextReader:
         count = next((at + 1 for at, piece in enumerate(pieces) if b"}" in piece), len(pieces))
         token_ids = (*before, *rest[:count])
         closed = [*self.pieces(token_ids), SCORES_CLOSING.encode()]
-        soft = self._expected(closed, lambda at: likely(at - len(before)))
-        return Judgement(self._text(closed), token_ids, soft, draft.tokens + count, forced=True)
+        soft = self._expected(closed, lambda at: likely(at - len(before)), "lenient")
+        return Judgement(self._text(closed), token_ids, soft, draft.tokens + count, forced=True, verdicts="lenient")
 
     def verdict_length(self, token_ids: Sequence[int]) -> int | None:
         """Return how many tokens it takes to the end of the first scores that can be read, or None without any."""
@@ -135,7 +140,7 @@ class TextReader:
         for piece in self.pieces(token_ids):
             text += piece
             ends.append(len(text))
-        end = find_verdict_end(text)
+        end = find_verdict_end(text, verdicts=self._verdicts)
         return None if end is None else next(index + 1 for index, reached in enumerate(ends) if reached >= end)
 
     def is_judged(self, token_ids: Sequence[int]) -> bool:
@@ -170,5 +175,5 @@ class TextReader:
     def _text(self, pieces: Sequence[bytes]) -> str:
         return (self._opened + b"".join(pieces)).decode("utf-8", errors="replace")
 
-    def _expected(self, pieces: Sequence[bytes], likely: Likely) -> tuple[float, float] | None:
-        return expected_scores([self._opened, *pieces], lambda at: likely(at - 1))
+    def _expected(self, pieces: Sequence[bytes], likely: Likely, verdicts: Verdicts) -> tuple[float, float] | None:
+        return expected_scores([self._opened, *pieces], lambda at: likely(at - 1), verdicts)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 from cepo.jacobian.reading.judge import find_numbers
+from cepo.jacobian.reading.verdict import STRICT, Verdicts
 
 LARGEST_SCORE = 10
 
 
 def expected_scores(
-    pieces: Sequence[bytes], likely: Callable[[int], Mapping[bytes, float]]
+    pieces: Sequence[bytes], likely: Callable[[int], Mapping[bytes, float]], verdicts: Verdicts = STRICT
 ) -> tuple[float, float] | None:
-    r"""Return the expected scores of A and B over the digits that could have stood in the last `\boxed{a, b}`.
+    r"""Return the expected scores of A and B over the digits that could have stood where it wrote its scores.
 
     At the token that opens a number, the expectation is over the numbers from 0 to 10 with their probabilities,
     normalised to one. Where 10 is two tokens, "1" stands for both 1 and 10: where 1 or 10 was written, its probability
@@ -24,12 +25,13 @@ def expected_scores(
         pieces: bytes of each token of the judgement, in order.
         likely: maps the index of a token to the probabilities of its alternatives, by their bytes. An alternative that
             is missing counts as impossible.
+        verdicts: see `JudgeLayout`.
 
     Returns:
         None where `read_scores` reads no verdict, a number is greater than 10, or no alternative is a number.
     """
     text = b"".join(pieces)
-    numbers = find_numbers(text)
+    numbers = find_numbers(text, verdicts=verdicts)
     if numbers is None or max(float(text[slice(*number)]) for number in numbers) > LARGEST_SCORE:
         return None
     ends = list(accumulate(len(piece) for piece in pieces))

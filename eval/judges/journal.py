@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias
 
 from cepo.eval.judges.settings import Judge, Judgement, Messages, Progress
 from cepo.files import append_jsonl, claim, content_hash, read_jsonl, write_jsonl
-from cepo.jacobian.reading.judge import read_scores
 
 Record: TypeAlias = dict[str, Any]
 
@@ -122,7 +121,7 @@ def collect_judgements(
 
 def judgement_record(task: JudgeTask, judgement: Judgement) -> Record:
     """Return the line of judgements.jsonl."""
-    scores = None if judgement.error else read_scores(judgement.text)
+    scores = judgement.scores
     return {
         "key": task.key,
         "prompt": content_hash(task.messages),

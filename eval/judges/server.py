@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from cepo.eval.judges.expected import expected_scores
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
 from cepo.jacobian.reading.judge import read_scores
+from cepo.jacobian.reading.verdict import Verdicts
 
 _TOP = 20  # alternatives per token, the most that the protocol allows
 _LONGEST_WAIT_S = 300.0
@@ -78,7 +79,9 @@ class ServerJudge:
             return Judgement("", error=f"not tried: the {self._failures} requests before it failed ({self._reason})")
         for attempt in range(self._settings.retries + 1):
             try:
-                judgement = _read_answer(_post(self._url, self._body(messages), self._settings))
+                judgement = _read_answer(
+                    _post(self._url, self._body(messages), self._settings), self._settings.verdicts
+                )
             except _FailureError as failure:
                 reason, wait, transient = str(failure), failure.retry_after, failure.transient
                 if not transient or attempt == self._settings.retries:
@@ -171,7 +174,7 @@ def _read_until(response: Any, deadline: float) -> bytes:
     return content
 
 
-def _read_answer(answer: Any) -> Judgement:
+def _read_answer(answer: Any, verdicts: Verdicts) -> Judgement:
     """Return the judgement in an answer, or raise _FailureError if it holds no text."""
     try:
         choice = answer["choices"][0]
@@ -186,19 +189,20 @@ def _read_answer(answer: Any) -> Judgement:
     whole = f"<think>{thought}</think>{text or ''}" if isinstance(thought, str) and thought else (text or "")
     usage = answer.get("usage")
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    tokens, soft = _read_logprobs(choice.get("logprobs"), whole)
-    return Judgement(whole, soft=soft, tokens=counted if isinstance(counted, int) else tokens)
+    tokens, soft = _read_logprobs(choice.get("logprobs"), whole, verdicts)
+    return Judgement(whole, soft=soft, tokens=counted if isinstance(counted, int) else tokens, verdicts=verdicts)
 
 
-def _read_logprobs(logprobs: Any, text: str) -> tuple[int, tuple[float, float] | None]:
+def _read_logprobs(logprobs: Any, text: str, verdicts: Verdicts) -> tuple[int, tuple[float, float] | None]:
     """Return how many tokens the server lists, and the expected scores where it lists enough."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content:
         return 0, None
     try:
         pieces = [_piece(token) for token in content]
-        same = read_scores(b"".join(pieces).decode("utf-8", errors="replace")) == read_scores(text)
-        return len(content), expected_scores(pieces, _likely(content)) if same else None
+        listed = b"".join(pieces).decode("utf-8", errors="replace")
+        same = read_scores(listed, verdicts=verdicts) == read_scores(text, verdicts=verdicts)
+        return len(content), expected_scores(pieces, _likely(content), verdicts) if same else None
     except (KeyError, TypeError, ValueError, AttributeError):
         return len(content), None
 

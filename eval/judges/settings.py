@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from cepo.jacobian.loading import check_device, model_fingerprint, resolve_model
+from cepo.jacobian.reading.judge import read_scores
+from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 Backend = Literal["transformers", "vllm", "server"]
@@ -31,6 +33,8 @@ class Judgement:
         forced: whether `\boxed{` was appended for it, see `JudgeSettings.force_format`.
         seconds: time that it took; its share of the batch where it was generated in one.
         error: why there is no judgement, or None. A row with an error says nothing about the model.
+        verdicts: how its verdict is read, see `JudgeLayout`. A forced one is read leniently: its scores are those of
+            the last section, whatever the draft before it holds.
     """
 
     text: str
@@ -40,6 +44,12 @@ class Judgement:
     forced: bool = False
     seconds: float = 0.0
     error: str | None = None
+    verdicts: Verdicts = STRICT
+
+    @property
+    def scores(self) -> tuple[float, float] | None:
+        """The scores of A and B, or None where there is no judgement or its verdict cannot be read."""
+        return None if self.error else read_scores(self.text, verdicts=self.verdicts)
 
 
 OnDone: TypeAlias = Callable[[int, Judgement], None]
@@ -69,6 +79,7 @@ class JudgeSettings:
         force_format: where no verdict can be read, append `\n<scores>\n\boxed{` and generate on from there, restricted
             to two integers from 1 to 10. Not for servers, whose protocol cannot continue a message.
         raw: take the prompt as plain text, without the chat template.
+        verdicts: "strict" or "lenient": which written forms of a verdict are read, see `JudgeLayout`.
         dtype: dtype of the weights.
         device: where to run.
         batch_size: prompts generated at once. Another batch size may change the last bit of a logit, and so, rarely, a
@@ -89,6 +100,7 @@ class JudgeSettings:
     seed: int = 0
     force_format: bool = False
     raw: bool = False
+    verdicts: Verdicts = STRICT
     dtype: str = "float32"
     device: str = "cpu"
     batch_size: int = 16
@@ -116,6 +128,7 @@ def check_judge(settings: JudgeSettings) -> None:
     for name in ("max_new_tokens", "batch_size", "concurrency"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; expected at least 1")
+    check_verdicts(settings.verdicts)
     if not 0.0 <= settings.temperature < math.inf:
         raise ValueError(f"temperature is {settings.temperature}; expected 0 (greedy) or a positive number")
     if settings.retries < 0 or not settings.timeout_s > 0 or settings.backoff_s < 0:
@@ -144,7 +157,7 @@ def check_judge(settings: JudgeSettings) -> None:
 
 def decisive_settings(settings: JudgeSettings) -> dict[str, Any]:
     """Return what decides a judgement, the weights by their content; the other settings decide where and how fast."""
-    names = ["backend", "max_new_tokens", "temperature", "seed"]
+    names = ["backend", "max_new_tokens", "temperature", "seed", "verdicts"]
     if settings.backend == "server":
         return {name: getattr(settings, name) for name in [*names, "base_url", "model"]}
     values = {name: getattr(settings, name) for name in [*names, "force_format", "raw", "dtype"]}

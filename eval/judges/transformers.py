@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from cepo.eval.judges.encoding import FORCED_TOKENS, PromptEncoder, TextReader
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
-from cepo.jacobian.reading.judge import read_scores
 
 _WORTH_SHARING = 16  # tokens of a common prefix
 
@@ -38,7 +37,7 @@ class TransformersJudge:
 
     def __init__(self, model: Any, tokenizer: Any, settings: JudgeSettings) -> None:
         self.prompts = PromptEncoder(tokenizer, settings)
-        self.texts = TextReader(tokenizer, self.prompts.opened)
+        self.texts = TextReader(tokenizer, self.prompts.opened, settings.verdicts)
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
         self._ends = _end_ids(model, tokenizer)
         self._pad = next(
@@ -116,7 +115,7 @@ class TransformersJudge:
             )
             for row in range(len(ids_rows))
         ]
-        unread = [read_scores(draft.text) is None for draft in drafts]
+        unread = [draft.scores is None for draft in drafts]
         if not self._settings.force_format or not any(unread):
             return drafts
         forced = self._force(ids_rows, drafts, sequences_BT, mask_BT, left, seeds)

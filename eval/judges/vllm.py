@@ -12,7 +12,6 @@ from typing import Any
 from cepo.eval.judges.encoding import FORCED_TOKENS, Likely, PromptEncoder, TextReader
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
 from cepo.jacobian.loading import ModelSource, load_tokenizer
-from cepo.jacobian.reading.judge import read_scores
 
 _CHUNK = 256  # prompts after which judgements are handed over; vLLM batches within
 _TOP = 20  # tokens whose log-probabilities are asked for, vLLM's own default limit
@@ -31,7 +30,7 @@ class VllmJudge:
         vllm = importlib.import_module("vllm")
         tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
         self.prompts = PromptEncoder(tokenizer, settings)
-        self.texts = TextReader(tokenizer, self.prompts.opened)
+        self.texts = TextReader(tokenizer, self.prompts.opened, settings.verdicts)
         self._settings = settings
         options: dict[str, Any] = {}
         self._request: dict[str, Any] = {}
@@ -78,7 +77,7 @@ class VllmJudge:
         """Replace the judgements without a verdict by ones whose scores are generated after their opening."""
         before: dict[int, list[int]] = {}
         for row in encoded:
-            if read_scores(found[row].text) is None:
+            if found[row].scores is None:
                 token_ids = found[row].token_ids or ()
                 written = [token for token, piece in zip(token_ids, self.texts.pieces(token_ids), strict=True) if piece]
                 before[row] = [*written, *self.texts.opening_ids(found[row].text)]

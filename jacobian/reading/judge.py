@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from cepo.jacobian.reading.guard import Guard, check_guard, find_verdict
-from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, ResponseMarks, as_bytes, tagged, trim_range
-from cepo.jacobian.reading.thought import THOUGHT, after_thought, find_section
+from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, ResponseMarks, as_bytes, as_text
+from cepo.jacobian.reading.sections import find_sections
+from cepo.jacobian.reading.thought import THOUGHT, after_thought
+from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts, find_last_pair, find_pair
 
 CRITERIA, ANALYSIS, SCORES = SECTIONS = ("specific_criteria", "analysis", "scores")
 """Names of the judge's tags, in the order in which they are written."""
@@ -36,16 +35,32 @@ RESPONSE_FORMS: tuple[ResponseMarks, ...] = (
 """How prompts mark two responses: j1's (of DeepSeek-GRM), MT-Bench's, and lines that open with a name, the second to
 the end of the message."""
 
-_PAIR = re.compile(rb"\\boxed\{\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\}")
-# A longer number is not a score: the targets of links hold numbers of a few tokens.
-_SCORE = re.compile(rb"[0-9]{1,4}(?:\.[0-9]{1,4})?")
+
+@dataclass(frozen=True)
+class Reading:
+    """What stands in a judgement.
+
+    Attributes:
+        criteria: content of the section, or None.
+        analysis: the same.
+        numbers: the digits of the scores of A and B, or None where the verdict is malformed.
+        reasons: what is wrong, the first of which is shown. With numbers, it is only that criteria or analysis are
+            missing or empty: a verdict without them can be read, but nothing caused it.
+    """
+
+    criteria: ByteRange | None
+    analysis: ByteRange | None
+    numbers: tuple[ByteRange, ByteRange] | None
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class JudgeLayout:
     """A judge's output: optional thought, then criteria, analysis and scores, each in its tag, exactly once.
 
-    The thought, see `cepo.jacobian.reading.thought`, is not searched: thinking judges rehearse their tags there.
+    This is the one reader of judgements. `read` says what stands there; `find` returns spans, or the reason why there
+    are none. Rewards and evaluations take the verdict from it, see `read_scores`. The thought, see
+    `cepo.jacobian.reading.thought`, is not searched: thinking judges rehearse their tags there.
 
     Attributes:
         criteria_tag: tag around X.
@@ -58,9 +73,11 @@ class JudgeLayout:
         guard: where a verdict makes a judgement malformed. "standard": in the criteria scores or a named winner, in the
             analysis scores, since honest analyses end with a winner; "strict": both in both; "criteria": both in the
             criteria alone; "off". See `cepo.jacobian.reading.guard`.
+        verdicts: "strict": the form above and no other, so that one form is rewarded. "lenient": sections and scores
+            that are written otherwise and can mean only one pair are read too. See `cepo.jacobian.reading.verdict`.
 
     Raises:
-        ValueError: for an unknown guard.
+        ValueError: for an unknown guard or way of reading verdicts.
     """
 
     criteria_tag: str = CRITERIA
@@ -70,9 +87,11 @@ class JudgeLayout:
     instructions: tuple[str, ...] = ()
     responses: tuple[ResponseMarks, ...] = RESPONSE_FORMS
     guard: Guard = "standard"
+    verdicts: Verdicts = STRICT
 
     def __post_init__(self) -> None:
         check_guard(self.guard)
+        check_verdicts(self.verdicts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,8 +106,13 @@ class JudgeLayout:
         return "criteria->analysis->scores"
 
     @property
+    def sections(self) -> tuple[str, str, str]:
+        """The tags of criteria, analysis and scores."""
+        return (self.criteria_tag, self.analysis_tag, self.scores_tag)
+
+    @property
     def tags(self) -> tuple[str, ...]:
-        return (self.thought_tag, self.criteria_tag, self.analysis_tag, self.scores_tag)
+        return (self.thought_tag, *self.sections)
 
     def find(self, completion: bytes, *, thought_opened: bool = False) -> Found:
         """Return the byte ranges of criteria, analysis and scores, or raise MalformedError with the reason.
@@ -97,32 +121,36 @@ class JudgeLayout:
             completion: what the judge wrote.
             thought_opened: whether the prompt ended inside a thought, see `find_thought`.
         """
-        sections = (self.criteria_tag, self.analysis_tag, self.scores_tag)
-        start = after_thought(completion, self.thought_tag, opened=thought_opened, sections=sections)
-        criteria = tagged(completion, self.criteria_tag, start)
-        analysis = tagged(completion, self.analysis_tag, start)
-        scores = tagged(completion, self.scores_tag, start)
-        for (left, left_tag), (right, right_tag) in pairwise(
-            [(criteria, self.criteria_tag), (analysis, self.analysis_tag), (scores, self.scores_tag)]
-        ):
-            if right[0] - len(f"<{right_tag}>") < left[1] + len(f"</{left_tag}>"):
-                raise MalformedError(f"out of order: <{right_tag}> opens before </{left_tag}>")
-        for content, tag in ((criteria, self.criteria_tag), (analysis, self.analysis_tag), (scores, self.scores_tag)):
-            if trim_range(completion, content) is None:
-                raise MalformedError(f"empty <{tag}>")
-        inside = completion[scores[0] : scores[1]]
-        if inside.count(rb"\boxed") > 1:
-            raise MalformedError(f"doubled \\boxed in <{self.scores_tag}>")
-        boxed = _PAIR.search(inside)
-        if boxed is None or not all(map(_SCORE.fullmatch, boxed.groups())):
-            shown = inside.strip()[:40].decode("utf-8", errors="replace")
-            raise MalformedError(f"no \\boxed{{a, b}} with two numbers in <{self.scores_tag}>, which holds {shown!r}")
+        reading = self.read(completion, thought_opened=thought_opened)
+        if reading.criteria is None or reading.analysis is None or reading.numbers is None or reading.reasons:
+            raise MalformedError(reading.reasons[0])
         if self.guard != "off":
-            self._refuse_verdict(completion[slice(*criteria)], self.criteria_tag, winner=True)
+            self._refuse_verdict(completion[slice(*reading.criteria)], self.criteria_tag, winner=True)
         if self.guard in ("standard", "strict"):
-            self._refuse_verdict(completion[slice(*analysis)], self.analysis_tag, winner=self.guard == "strict")
-        numbers = tuple((scores[0] + boxed.start(group), scores[0] + boxed.end(group)) for group in (1, 2))
-        return Found({"criteria": (criteria,), "analysis": (analysis,), "scores": numbers}, numbers)
+            self._refuse_verdict(completion[slice(*reading.analysis)], self.analysis_tag, winner=self.guard == "strict")
+        spans = {"criteria": (reading.criteria,), "analysis": (reading.analysis,), "scores": reading.numbers}
+        return Found(spans, reading.numbers)
+
+    def read(self, completion: bytes, *, thought_opened: bool = False) -> Reading:
+        """Return what stands in a judgement and what is wrong with it; arguments as for `find`, and never raises."""
+        try:
+            start = after_thought(completion, self.thought_tag, opened=thought_opened, sections=self.sections)
+        except MalformedError as reason:
+            return Reading(None, None, None, (str(reason),))
+        return self.read_from(completion, start)
+
+    def read_from(self, completion: bytes, start: int) -> Reading:
+        """Return what stands in a judgement after its thought, which ends at `start`."""
+        found: dict[str, ByteRange] = {}
+        reasons: list[str] = []
+        numbers = None
+        try:
+            found, reasons = find_sections(completion, start, self.sections, self.verdicts)
+            if self.scores_tag in found:
+                numbers = find_pair(completion, found[self.scores_tag], self.scores_tag, self.verdicts)
+        except MalformedError as reason:
+            reasons.append(str(reason))
+        return Reading(found.get(self.criteria_tag), found.get(self.analysis_tag), numbers, tuple(reasons))
 
     def _refuse_verdict(self, section: bytes, tag: str, *, winner: bool) -> None:
         verdict = find_verdict(section.decode("utf-8", errors="replace"), winner=winner)
@@ -130,43 +158,61 @@ class JudgeLayout:
             raise MalformedError(f"{verdict[0]} in <{tag}>: {verdict[1]!r}")
 
 
-def read_scores(text: str, *, thought_opened: bool = False) -> tuple[float, float] | None:
-    r"""Read the judge's verdict: the last `\boxed{a, b}` of the last closed scores section after the thought.
+def read_scores(text: str, *, thought_opened: bool = False, verdicts: Verdicts = STRICT) -> tuple[float, float] | None:
+    """Read the judge's verdict.
 
-    The numbers are ASCII digits with an optional decimal part. As in j1 no range is enforced, but both must be finite.
+    It is what `JudgeLayout` reads, or nothing where that finds the verdict malformed. Criteria and an analysis may be
+    missing, as they are in the output of judges that write none.
 
     Args:
         text: Any text; never raises.
         thought_opened: whether the prompt ended inside a thought, see `find_thought`.
+        verdicts: see `JudgeLayout`.
 
     Returns:
         The scores of A and B, both at least 0, or None where there is no such pair.
     """
     completion = as_bytes(text)
-    return _finite(completion, find_numbers(completion, thought_opened=thought_opened))
+    return _values(completion, find_numbers(completion, thought_opened=thought_opened, verdicts=verdicts))
+
+
+def after_judges_thought(text: str, *, thought_opened: bool = False) -> str:
+    """Return what a judge wrote after its thought; nothing where the thought is not closed."""
+    completion = as_bytes(text)
+    try:
+        return as_text(completion[after_thought(completion, opened=thought_opened, sections=SECTIONS) :])
+    except MalformedError:
+        return ""
 
 
 def read_pair(text: str) -> tuple[float, float] | None:
-    r"""Read the last `\boxed{a, b}` of a text, wherever it stands; see `read_scores` for the numbers."""
+    r"""Read the last `\boxed{a, b}` of a text, wherever it stands: the testbed's judges may leave out the tags."""
     completion = as_bytes(text)
-    return _finite(completion, _last_pair(completion, (0, len(completion))))
+    return _values(completion, find_last_pair(completion))
 
 
-def find_numbers(completion: bytes, *, thought_opened: bool = False) -> tuple[ByteRange, ByteRange] | None:
+def find_numbers(
+    completion: bytes, *, thought_opened: bool = False, verdicts: Verdicts = STRICT
+) -> tuple[ByteRange, ByteRange] | None:
     """Return where the two numbers stand that `read_scores` reads, or None."""
-    section = find_section(completion, SCORES, opened=thought_opened, sections=SECTIONS)
-    return None if section is None else _last_pair(completion, section)
+    return JudgeLayout(verdicts=verdicts).read(completion, thought_opened=thought_opened).numbers
 
 
-def find_verdict_end(completion: bytes) -> int | None:
+def find_verdict_end(completion: bytes, *, thought_opened: bool = False, verdicts: Verdicts = STRICT) -> int | None:
     """Return where the first scores section that `read_scores` can read ends, its closing tag included, or None."""
-    closed = f"</{SCORES}>".encode()
-    at = completion.find(closed)
-    while at >= 0:
-        end = at + len(closed)
-        if _finite(completion, find_numbers(completion[:end])) is not None:
+    layout, closing = JudgeLayout(verdicts=verdicts), f"</{SCORES}>".encode()
+    try:
+        start = after_thought(completion, opened=thought_opened, sections=SECTIONS)
+    except MalformedError:
+        return None
+    end = completion.find(closing, start)
+    while end >= 0:
+        end += len(closing)
+        if layout.read_from(completion[start:end], 0).numbers is not None:
             return end
-        at = completion.find(closed, end)
+        if verdicts == "strict":  # a second section would be doubled
+            return None
+        start, end = end, completion.find(closing, end)
     return None
 
 
@@ -190,13 +236,5 @@ def write_judgement(criteria: str, analysis: str, scores: tuple[int, int]) -> st
     return "\n".join(write_section(tag, content) for tag, content in zip(SECTIONS, contents, strict=True))
 
 
-def _last_pair(completion: bytes, within: ByteRange) -> tuple[ByteRange, ByteRange] | None:
-    pairs = list(_PAIR.finditer(completion, *within))
-    return (pairs[-1].span(1), pairs[-1].span(2)) if pairs else None
-
-
-def _finite(completion: bytes, numbers: tuple[ByteRange, ByteRange] | None) -> tuple[float, float] | None:
-    if numbers is None:
-        return None
-    score_a, score_b = (float(completion[slice(*number)]) for number in numbers)
-    return (score_a, score_b) if math.isfinite(score_a) and math.isfinite(score_b) else None
+def _values(completion: bytes, numbers: tuple[ByteRange, ByteRange] | None) -> tuple[float, float] | None:
+    return None if numbers is None else (float(completion[slice(*numbers[0])]), float(completion[slice(*numbers[1])]))

@@ -126,7 +126,7 @@ class ReasonerLayout:
         return (breaks[-1].end(), rest[1]), breaks[-1].start(), "last sentence"
 
 
-def extract_answer(text: str) -> str:
+def extract_answer(text: str, *, thought_opened: bool = False) -> str:
     r"""Find the final answer: the answer section, else what stands after the thought.
 
     Of the section, the last complete `\boxed{}` counts, else all of it; without a section, the last complete
@@ -134,14 +134,15 @@ def extract_answer(text: str) -> str:
 
     Args:
         text: Any text; never raises.
+        thought_opened: whether the prompt ended inside a thought, see `find_thought`.
 
     Returns:
         The answer without surrounding white space, "" where there is none.
     """
     completion = as_bytes(text)
-    section = find_section(completion, ANSWER)
+    section = find_section(completion, ANSWER, opened=thought_opened)
     try:
-        within = section or (after_thought(completion), len(completion))
+        within = section or (after_thought(completion, opened=thought_opened), len(completion))
     except MalformedError:
         return ""
     boxed = find_last_boxed(completion, within)

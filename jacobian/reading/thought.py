@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, MalformedError, as_bytes, as_text
 
@@ -80,6 +81,22 @@ def thought_opened(prompt: bytes | str, tag: str = THOUGHT) -> bool:
     """
     written = as_bytes(prompt) if isinstance(prompt, str) else prompt
     return written.rstrip(WHITE_SPACE).endswith(tuple(b"<" + name + b">" for name in _spellings(tag)))
+
+
+def template_opens_thought(tokenizer: Any, **options: Any) -> bool:
+    """Return whether the chat template itself opens a thought in each answer.
+
+    Args:
+        tokenizer: with or without a chat template.
+        **options: of the template, such as enable_thinking.
+
+    Raises:
+        TemplateError, ValueError, TypeError: as the template raises them for a lone user message.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    probe = [{"role": "user", "content": "?"}]
+    return thought_opened(tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True, **options))
 
 
 def find_section(

@@ -10,7 +10,18 @@ from cepo.cli.app import app
 
 JUDGE = {
     *("model", "backend", "base_url", "api_key_file", "concurrency", "timeout", "retries", "max_new_tokens"),
-    *("temperature", "force_format", "raw", "batch_size", "seed", "threads", "dtype", "device", "trust_remote_code"),
+    *(
+        "temperature",
+        "force_format",
+        "raw",
+        "verdicts",
+        "batch_size",
+        "seed",
+        "threads",
+        "dtype",
+        "device",
+        "trust_remote_code",
+    ),
 }
 
 

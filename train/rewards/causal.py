@@ -19,6 +19,7 @@ from cepo.jacobian.engines import EngineName, check_engine, new_engine
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.records import Rollout
 from cepo.kernels.launch import Implementation
 from cepo.train.prompts import JUDGE
@@ -158,14 +159,15 @@ class CausalReward:
         from cepo.train.trainer import prompt_ids  # TRL is imported by now
 
         started = time.perf_counter()
+        ids_of_prompts = prompt_ids(self._trainer, prompts)
         task_rewards: list[float | None] | None = None
         if self.task is not None:
-            task_rewards = list(self.task(prompts=prompts, completions=completions, **columns))
+            opened = [thought_opened(self._reader.text_of(ids), self.layout.thought_tag) for ids in ids_of_prompts]
+            columns |= {"prompts": prompts, "completions": completions, "thought_opened": opened}
+            task_rewards = list(self.task(**columns))
         rollouts = [
             self._reader.read(prompt, completion, messages if isinstance(messages, list) else None)
-            for prompt, completion, messages in zip(
-                prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
-            )
+            for prompt, completion, messages in zip(ids_of_prompts, completion_ids, prompts, strict=True)
         ]
         parts: dict[str, float] = {}
         scores = score_rollouts(

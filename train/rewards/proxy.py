@@ -14,9 +14,10 @@ import torch
 from numpy.typing import ArrayLike
 from transformers import AutoModel, AutoTokenizer
 
-from cepo.jacobian.reading.judge import read_scores
-from cepo.jacobian.reading.thought import read_section
-from cepo.train.rewards.task import Completion, completion_text
+from cepo.jacobian.reading.judge import JudgeLayout
+from cepo.jacobian.reading.layout import as_bytes, as_text
+from cepo.jacobian.reading.verdict import STRICT, Verdicts
+from cepo.train.rewards.completions import Completion, read_completions
 
 Encoder: TypeAlias = Callable[[str], ArrayLike]
 
@@ -47,6 +48,7 @@ class ProxyReward:
     Args:
         encoder: Name or path of a Hugging Face encoder, loaded on first use, on the CPU, in float32; or a function from
             a text to a 1-D array, always of the same length.
+        verdicts: Which written forms of a verdict count, see `JudgeLayout`.
 
     Raises:
         ValueError: If the encoder is neither.
@@ -55,13 +57,16 @@ class ProxyReward:
         j1-nano-causal, sensitivity = (coherence + score difference + specificity) / 3.
     """
 
-    def __init__(self, encoder: str | Encoder = "sentence-transformers/all-MiniLM-L6-v2") -> None:
+    def __init__(
+        self, encoder: str | Encoder = "sentence-transformers/all-MiniLM-L6-v2", *, verdicts: Verdicts = STRICT
+    ) -> None:
         if not isinstance(encoder, str) and not callable(encoder):
             raise ValueError(
                 f"encoder is {encoder!r}; expected a model's name or path, or a function from text to array"
             )
         self.__name__ = "proxy"
         self.encoder = encoder
+        self.verdicts: Verdicts = verdicts
         self._encode: Encoder | None = None if isinstance(encoder, str) else encoder
 
     def __call__(
@@ -70,7 +75,7 @@ class ProxyReward:
         *,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
-        **_: Any,
+        **columns: Any,
     ) -> list[float]:
         """Return the proxy reward of each completion.
 
@@ -78,6 +83,7 @@ class ProxyReward:
             completions: Strings or message lists.
             log_metric: Given the batch mean of "proxy/coherence", "proxy/score_difference" and "proxy/specificity".
             log_extra: Given the same names, with one value per completion.
+            **columns: as for `format_reward`.
 
         Returns:
             One reward per completion, in [0, 1]; 0.0 where a section is missing or the scores can't be read.
@@ -87,7 +93,10 @@ class ProxyReward:
         """
         if self._encode is None:
             self._encode = load_encoder(str(self.encoder))
-        sensitivities = [measure_sensitivity(completion_text(completion), self._encode) for completion in completions]
+        sensitivities = [
+            measure_sensitivity(text, self._encode, thought_opened=opened, verdicts=self.verdicts)
+            for text, opened in read_completions(completions, **columns)
+        ]
         for component in ("coherence", "score_difference", "specificity"):
             values = [getattr(sensitivity, component) for sensitivity in sensitivities]
             if log_extra is not None:
@@ -96,11 +105,13 @@ class ProxyReward:
                 log_metric(f"proxy/{component}", sum(values) / len(values))
         return [sensitivity.mean for sensitivity in sensitivities]
 
-    def __reduce__(self) -> tuple[type[ProxyReward], tuple[str | Encoder]]:
-        return type(self), (self.encoder,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encode": None if isinstance(self.encoder, str) else self.encoder}
 
 
-def measure_sensitivity(text: str, encode: Encoder) -> Sensitivity:
+def measure_sensitivity(
+    text: str, encode: Encoder, *, thought_opened: bool = False, verdicts: Verdicts = STRICT
+) -> Sensitivity:
     """Measure the three components of the proxy on a judge's output.
 
     - coherence: max(0, cosine of the embeddings of criteria and analysis), 0 where one is blank or its embedding zero.
@@ -110,6 +121,8 @@ def measure_sensitivity(text: str, encode: Encoder) -> Sensitivity:
     Args:
         text: The output; all components are 0 where a section is missing or the scores can't be read.
         encode: From a text to a 1-D array, always of the same length.
+        thought_opened: whether the prompt ended inside a thought, see `find_thought`.
+        verdicts: see `JudgeLayout`.
 
     Returns:
         The components.
@@ -117,13 +130,12 @@ def measure_sensitivity(text: str, encode: Encoder) -> Sensitivity:
     Raises:
         ValueError: If the encoder does not return finite 1-D arrays of one length.
     """
-    criteria, analysis, scores = (
-        read_section(text, "specific_criteria"),
-        read_section(text, "analysis"),
-        read_scores(text),
-    )
-    if criteria is None or analysis is None or scores is None:
+    completion = as_bytes(text)
+    found = JudgeLayout(verdicts=verdicts).read(completion, thought_opened=thought_opened)
+    if found.criteria is None or found.analysis is None or found.numbers is None:
         return Sensitivity(0.0, 0.0, 0.0)
+    criteria, analysis = as_text(completion[slice(*found.criteria)]), as_text(completion[slice(*found.analysis)])
+    scores = [float(completion[slice(*number)]) for number in found.numbers]
     written_lines = sum(bool(line.strip()) for line in criteria.splitlines())
     return Sensitivity(
         coherence=max(0.0, _cosine(encode, criteria.strip(), analysis.strip())),

@@ -11,15 +11,15 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from cepo.jacobian.reading.judge import SECTIONS, read_scores
+from cepo.jacobian.reading.judge import SECTIONS, after_judges_thought, read_scores
 from cepo.jacobian.reading.layout import as_bytes, as_text
 from cepo.jacobian.reading.reasoner import extract_answer, find_last_boxed
-
-Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
+from cepo.jacobian.reading.verdict import STRICT, Verdicts
+from cepo.train.rewards.completions import Completion, check_column, read_completions
 
 _THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _QUOTES_AND_MARKUP = "\"'`“”‘’*_ "
@@ -28,14 +28,16 @@ _MATH_LENGTH_LIMIT = 300
 _MATH_TIMEOUT_S = 2
 
 
-def format_reward(completions: Sequence[Completion], **_: Any) -> list[float]:
+def format_reward(completions: Sequence[Completion], *, verdicts: Verdicts = STRICT, **columns: Any) -> list[float]:
     r"""Reward the judge's format.
 
-    The sum, divided by 5, of 1/8 for each of the six tags that stands anywhere in the completion and 2/8 for a pair of
-    scores that `read_scores` can read.
+    The sum, divided by 5, of 1/8 for each of the six tags that stands after the thought and 2/8 for a pair of scores
+    that `read_scores` can read.
 
     Args:
         completions: Strings or message lists.
+        verdicts: which written forms of a verdict count, see `JudgeLayout`.
+        **columns: of them, `prompts` and `thought_opened` say where thoughts end, see `read_completions`.
 
     Returns:
         One reward per completion, in [0, 0.2].
@@ -43,17 +45,24 @@ def format_reward(completions: Sequence[Completion], **_: Any) -> list[float]:
     Source:
         Haize Labs, j1-micro (2025), format reward.
     """
-    tags = [tag for name in SECTIONS for tag in (f"<{name}>", f"</{name}>")]
-    texts = [completion_text(completion) for completion in completions]
-    return [(sum(tag in text for tag in tags) / 8 + (read_scores(text) is not None) * 2 / 8) / 5 for text in texts]
+    tags = [f"<{slash}{name}>" for name in SECTIONS for slash in ("", "/")]
+    rewards = []
+    for text, opened in read_completions(completions, **columns):
+        judgement = after_judges_thought(text, thought_opened=opened)
+        pair = read_scores(text, thought_opened=opened, verdicts=verdicts)
+        rewards.append((sum(tag in judgement for tag in tags) / 8 + (pair is not None) * 2 / 8) / 5)
+    return rewards
 
 
-def argmax_reward(completions: Sequence[Completion], label: Sequence[str], **_: Any) -> list[float]:
+def argmax_reward(
+    completions: Sequence[Completion], label: Sequence[str], *, verdicts: Verdicts = STRICT, **columns: Any
+) -> list[float]:
     """Reward the judge for scoring the better response strictly higher.
 
     Args:
         completions: Strings or message lists.
         label: The better response of each row, "A" or "B".
+        verdicts, **columns: as for `format_reward`.
 
     Returns:
         One reward per completion: 1.0 where the winner is the label, else 0.0 (a tie, or no scores).
@@ -64,18 +73,21 @@ def argmax_reward(completions: Sequence[Completion], label: Sequence[str], **_: 
     Source:
         Haize Labs, j1-micro (2025), argmax reward.
     """
-    labels = _column("label", label, len(completions))
+    labels = check_column("label", label, len(completions))
     for value in labels:
         if value not in ("A", "B"):
             raise ValueError(f"label is {value!r}; expected 'A' or 'B'")
-    pairs = [read_scores(completion_text(completion)) for completion in completions]
+    pairs = [
+        read_scores(text, thought_opened=opened, verdicts=verdicts)
+        for text, opened in read_completions(completions, **columns)
+    ]
     return [
         float(pair is not None and (pair[0] > pair[1] if winner == "A" else pair[1] > pair[0]))
         for pair, winner in zip(pairs, labels, strict=True)
     ]
 
 
-def exact_match(completions: Sequence[Completion], answer: Sequence[str | float], **_: Any) -> list[float]:
+def exact_match(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
     """Reward an answer that is the reference, letter for letter.
 
     Case, white space, surrounding punctuation, dollar signs and the thousands separators of numbers do not count.
@@ -83,6 +95,7 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[str | float]
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
         answer: The reference of each row, see `reference_answer`.
+        **columns: as for `format_reward`.
 
     Returns:
         One reward per completion: 1.0 where they agree, else 0.0.
@@ -90,11 +103,11 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[str | float]
     Raises:
         ValueError: If a reference is empty or missing, or their number is not that of the completions.
     """
-    pairs = _answers_and_references(completions, answer)
+    pairs = _answers_and_references(completions, answer, columns)
     return [float(_same_text(candidate, reference)) for candidate, reference in pairs]
 
 
-def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str | float], **_: Any) -> list[float]:
+def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
     r"""Reward an answer that is mathematically the reference: 0.5 for \frac{1}{2}.
 
     Equal text is enough; otherwise the math-verify library compares both sides as LaTeX. It is made for mathematical
@@ -105,6 +118,7 @@ def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str |
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
         answer: The reference of each row, see `reference_answer`.
+        **columns: as for `format_reward`.
 
     Returns:
         One reward per completion: 1.0 where they agree, else 0.0.
@@ -115,14 +129,14 @@ def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str |
     Source:
         Hugging Face, Math-Verify (2025).
     """
-    pairs = _answers_and_references(completions, answer)
+    pairs = _answers_and_references(completions, answer, columns)
     return [
         float(_same_text(candidate, reference) or _same_mathematics(candidate, reference))
         for candidate, reference in pairs
     ]
 
 
-def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | float], **_: Any) -> list[float]:
+def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
     """Reward an answer by its BERTScore F1 against the reference, for answers in free text.
 
     The English model of the bert-score library is loaded on first use and kept.
@@ -130,6 +144,7 @@ def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | f
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
         answer: The reference of each row, see `reference_answer`.
+        **columns: as for `format_reward`.
 
     Returns:
         One reward per completion, in [0, 1]; 0.0 for an empty answer.
@@ -141,7 +156,7 @@ def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | f
     Source:
         Zhang et al., BERTScore: evaluating text generation with BERT (2020), the F of section 3, without idf weights.
     """
-    pairs = _answers_and_references(completions, answer)
+    pairs = _answers_and_references(completions, answer, columns)
     rewards = [0.0] * len(pairs)
     written = [row for row, (candidate, _) in enumerate(pairs) if candidate]
     scorer = _load_bert_scorer()
@@ -167,45 +182,19 @@ def reference_answer(text: str) -> str:
     return (text.rpartition("####")[2] if boxed is None else as_text(solution[slice(*boxed)])).strip() or text.strip()
 
 
-def completion_text(completion: Completion) -> str:
-    """Return the text of a completion as TRL hands it over.
-
-    Args:
-        completion: A string, or messages of which the last one by the assistant counts; its content may be a string,
-            a list of parts, or None.
-
-    Returns:
-        The text; a lone surrogate, which no tokenizer accepts, is replaced by "?".
-
-    Raises:
-        ValueError: If the completion is neither.
-    """
-    content: Any = completion
-    if not isinstance(content, str):
-        if not isinstance(content, Sequence) or not all(isinstance(message, Mapping) for message in content):
-            raise ValueError(f"completions holds a {type(completion).__name__}; expected strings or lists of messages")
-        spoken = [message for message in content if message.get("role", "assistant") == "assistant"]
-        content = spoken[-1].get("content") if spoken else ""
-    if not isinstance(content, str):
-        content = "".join(str(part.get("text") or "") for part in content or () if isinstance(part, Mapping))
-    return content.encode("utf-8", "replace").decode("utf-8")
-
-
-def _answers_and_references(completions: Sequence[Completion], answer: Sequence[str | float]) -> list[tuple[str, str]]:
+def _answers_and_references(
+    completions: Sequence[Completion], answer: Sequence[str | float], columns: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     references = []
-    for value in _column("answer", answer, len(completions)):
+    for value in check_column("answer", answer, len(completions)):
         reference = reference_answer(str(value)) if isinstance(value, str | int | float) else ""
         if not reference:
             raise ValueError(f"answer is {value!r}; expected a text or a number")
         references.append(reference)
-    candidates = [extract_answer(completion_text(completion)) for completion in completions]
+    candidates = [
+        extract_answer(text, thought_opened=opened) for text, opened in read_completions(completions, **columns)
+    ]
     return list(zip(candidates, references, strict=True))
-
-
-def _column(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
-        raise ValueError(f"{name} is {values!r}; expected a list of {count} values, one for each completion")
-    return values
 
 
 def _same_text(candidate: str, reference: str) -> bool:

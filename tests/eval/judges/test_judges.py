@@ -73,8 +73,8 @@ def test_10_as_one_token_counts_as_ten_and_a_decimal_part_as_written() -> None:
     assert expect(pieces, likely) == pytest.approx((9.5, 7.0))
 
 
-def test_the_last_pair_of_the_last_scores_counts_and_bytes_that_are_no_text_shift_nothing() -> None:
-    pieces = [b"\xf0\x9f<scores>\\boxed{1, 2}\\boxed{", b"9", b", ", b"3", b"}", b"</scores>"]
+def test_bytes_that_are_no_text_shift_nothing() -> None:
+    pieces = [b"\xf0\x9f<scores>{1, 2}\\boxed{", b"9", b", ", b"3", b"}", b"</scores>"]
     assert expect(pieces, {1: {b"9": 1.0}, 3: {b"3": 0.5, b"5": 0.5}}) == pytest.approx((9.0, 4.0))
 
 
@@ -286,16 +286,16 @@ def test_expected_scores_kept_while_generating_are_those_of_a_second_pass() -> N
 
         pieces = [*judge.texts.pieces(found.token_ids), b"\n</scores>"]
         assert found.forced
-        assert found.soft == pytest.approx(expected_scores(pieces, likely), abs=1e-6)
+        assert found.soft == pytest.approx(expected_scores(pieces, likely, found.verdicts), abs=1e-6)
 
 
 def test_a_forced_verdict_is_read_counted_and_keeps_what_was_written_before() -> None:
     model, asked = random_model(), prompts()
     free = local_judge(model).judge(asked)
     forced = local_judge(model, force_format=True).judge(asked)
-    assert [read_scores(found.text) for found in free] == [None] * len(asked)
+    assert [found.scores for found in free] == [None] * len(asked)
     for before, after in zip(free, forced, strict=True):
-        scores = read_scores(after.text)
+        scores = after.scores
         assert scores is not None
         assert all(1 <= score <= 10 for score in scores)
         assert after.forced

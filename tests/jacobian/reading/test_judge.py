@@ -20,9 +20,11 @@ from tests.jacobian.reading.texts import ANY_TEXT, FUZZ, GOOD
     [
         (GOOD, (9.0, 3.0)),
         ("<scores>\\boxed{ 7.5 ,\n10 }</scores>", (7.5, 10.0)),
-        ("<scores>\\boxed{1, 2} no: \\boxed{3, 4}</scores>", (3.0, 4.0)),
-        ("<scores>\\boxed{1, 2}</scores><scores>\\boxed{3, 4}</scores>", (3.0, 4.0)),
-        ("<scores>\\boxed{1, 2}</scores> <scores>\\boxed{3, ", (1.0, 2.0)),
+        ("<scores>\\boxed{1, 2} no: \\boxed{3, 4}</scores>", None),
+        ("<scores>\\boxed{1, 2}</scores><scores>\\boxed{3, 4}</scores>", None),
+        ("<scores>\\boxed{1, 2}</scores> <scores>\\boxed{3, ", None),
+        (GOOD.replace("</analysis>", ""), None),
+        (GOOD.replace("<specific_criteria>\nright\n</specific_criteria>", ""), (9.0, 3.0)),
         ("<scores>\\boxed{1, 2}</scores></think>" + GOOD, (9.0, 3.0)),
         (GOOD + "</think>", (9.0, 3.0)),
         ("<think>" + GOOD + "</think>" + GOOD.replace("9, 3", "2, 8") + "</think>", (2.0, 8.0)),
@@ -40,12 +42,13 @@ from tests.jacobian.reading.texts import ANY_TEXT, FUZZ, GOOD
         ("<scores>\\boxed{9\u00a0, 3}</scores>", None),
         ("<scores>\\boxed{\ud800, 3}</scores>", None),
         ("<scores>\\boxed{" + "9" * 10_000 + ", 3}</scores>", None),
-        ("<scores>\\boxed{" + "0" * 10_000 + "9, 3}</scores>", (9.0, 3.0)),
+        ("<scores>\\boxed{" + "0" * 10_000 + "9, 3}</scores>", None),
+        ("<scores>\\boxed{7.66667, 3}</scores>", (7.66667, 3.0)),
         ("", None),
     ],
 )
-def test_scores_are_read_from_the_last_section(text: str, scores: tuple[float, float] | None) -> None:
-    """Protects the verdict: the last pair of the last closed section after the thought, in ASCII digits, finite."""
+def test_scores_are_read_from_the_one_section(text: str, scores: tuple[float, float] | None) -> None:
+    """Protects the verdict: the one box of the one scores section after the thought, in a few ASCII digits."""
     assert read_scores(text) == scores
 
 
@@ -67,8 +70,11 @@ def test_the_thought_ends_at_the_first_closing_tag_for_the_spans_too() -> None:
 def test_a_verdict_ends_where_scores_can_first_be_read() -> None:
     """Protects generation's stop: unreadable scores, and those of a thought, end nothing."""
     unread, thought = "<scores>none</scores>", f"<think>{GOOD}"
-    assert find_verdict_end(f"{unread}{GOOD}{GOOD}".encode()) == len(unread + GOOD)
+    assert find_verdict_end(f"{GOOD}{GOOD}".encode()) == len(GOOD)
+    assert find_verdict_end(f"{unread}{GOOD}".encode()) is None  # its scores would be doubled
+    assert find_verdict_end(f"{unread}{GOOD}{GOOD}".encode(), verdicts="lenient") == len(unread + GOOD)
     assert find_verdict_end(thought.encode()) is None
+    assert find_verdict_end(f"so {GOOD}".encode(), thought_opened=True) is None
     assert find_verdict_end(f"{thought}</think>{GOOD} and more".encode()) == len(f"{thought}</think>{GOOD}")
 
 

@@ -64,7 +64,8 @@ def encoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (judge_output("right", "right", "1000, 1"), (1.0, 1.0, 0.2)),
         (judge_output("right", "right", "9"), (0.0, 0.0, 0.0)),
         (judge_output("right", "right", "9, 3").replace("</analysis>", ""), (0.0, 0.0, 0.0)),
-        (judge_output("right", "right", "9, 3") + "</think>", (0.0, 0.0, 0.0)),
+        (judge_output("right", "right", "9, 3") + "</think>", (1.0, 0.6, 0.2)),
+        ("<think>" + judge_output("right", "right", "9, 3"), (0.0, 0.0, 0.0)),
     ],
 )
 def test_components_are_the_hand_computed_ones(output: str, components: tuple[float, float, float]) -> None:

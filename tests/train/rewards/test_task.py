@@ -14,10 +14,10 @@ from hypothesis import given
 from cepo.jacobian.reading.judge import read_scores
 from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.train.rewards import task as rewards
+from cepo.train.rewards.completions import completion_text
 from cepo.train.rewards.task import (
     argmax_reward,
     bertscore_reward,
-    completion_text,
     exact_match,
     format_reward,
     math_verify_reward,
@@ -34,7 +34,7 @@ from tests.paths import DATA
         ("", 0.0),
         ("<analysis>", 0.025),
         (GOOD.replace("\\boxed{9, 3}", "9, 3"), 0.15),
-        (GOOD.replace("</specific_criteria>", "</specificcriteria>"), 0.175),
+        (GOOD.replace("</specific_criteria>", "</specificcriteria>"), 0.125),
         ("<scores>\\boxed{9, 3}</scores>", 0.1),
         (GOOD + "</think>", 0.2),
     ],

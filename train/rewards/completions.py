@@ -1,0 +1,85 @@
+"""What TRL hands to a reward: the text of each completion, and whether its prompt had opened a thought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from cepo.jacobian.reading.thought import THOUGHT
+from cepo.jacobian.reading.thought import thought_opened as ends_in_thought
+
+Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
+
+
+def read_completions(
+    completions: Sequence[Completion],
+    *,
+    prompts: Sequence[Any] | None = None,
+    thought_opened: Sequence[bool] | None = None,
+    **_: Any,
+) -> list[tuple[str, bool]]:
+    """Return the text of each completion, and whether the prompt ended inside a thought, see `find_thought`.
+
+    Args:
+        completions: Strings or message lists, see `completion_text`.
+        prompts: What the completions answer. A string says by itself whether it ends in a thought; of messages, only
+            a last one by the assistant, which the completion continues, does: what a chat template adds is not known.
+        thought_opened: A column of the data set, one value per completion, for models whose chat template opens a
+            thought; `cepo train` adds it by itself.
+
+    Raises:
+        ValueError: If a completion is neither a string nor messages, or the column has another length.
+    """
+    opened: Sequence[bool]
+    if thought_opened is not None:
+        opened = check_column("thought_opened", thought_opened, len(completions))
+    else:
+        opened = [ends_in_thought(_prompt_end(prompt)) for prompt in prompts or [""] * len(completions)]
+    return [(completion_text(one), bool(is_open)) for one, is_open in zip(completions, opened, strict=True)]
+
+
+def completion_text(completion: Completion) -> str:
+    """Return the text of a completion as TRL hands it over.
+
+    Args:
+        completion: A string, or messages of which the last one by the assistant counts; its content may be a string,
+            a list of parts, or None. A thought that TRL has taken out of it is put back.
+
+    Returns:
+        The text; a lone surrogate, which no tokenizer accepts, is replaced by "?".
+
+    Raises:
+        ValueError: If the completion is neither.
+    """
+    if isinstance(completion, str):
+        return _encodable(completion)
+    if not isinstance(completion, Sequence) or not all(isinstance(message, Mapping) for message in completion):
+        raise ValueError(f"completions holds a {type(completion).__name__}; expected strings or lists of messages")
+    spoken = [message for message in completion if message.get("role", "assistant") == "assistant"]
+    message = spoken[-1] if spoken else {}
+    thought = message.get("reasoning_content") or message.get("thinking")
+    before = f"<{THOUGHT}>{thought}</{THOUGHT}>\n" if isinstance(thought, str) else ""
+    return _encodable(before + _content_text(message.get("content")))
+
+
+def check_column(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
+    """Return a column of the data set; raises ValueError unless it is a list of a value for each completion."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
+        raise ValueError(f"{name} is {values!r}; expected a list of {count} values, one for each completion")
+    return values
+
+
+def _prompt_end(prompt: Any) -> str:
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt:
+        prompt = prompt[-1].get("content") if prompt[-1].get("role") == "assistant" else ""
+    return _content_text(prompt)
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text") or "") for part in content or () if isinstance(part, Mapping))
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
