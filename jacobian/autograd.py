@@ -177,22 +177,15 @@ def _watched(model: HeldModel, *, needs_layers: bool) -> Iterator[_Watch]:
     handles = [model.embedding.register_forward_hook(watch.embed)]
     try:
         if needs_layers:
-            layers = _decoder_layers(model.causal_lm)
+            layers = model.layers
+            if not layers:
+                raise ValueError(
+                    "links asks for a direct effect, but no list of decoder layers was found in "
+                    f"{type(model.causal_lm).__name__}; ask for ':total' or ':residual' instead"
+                )
             handles += [layer.register_forward_pre_hook(watch.enter_layer, with_kwargs=True) for layer in layers]
             handles.append(layers[-1].register_forward_hook(watch.leave_layer))
         yield watch
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _decoder_layers(model: Any) -> list[nn.Module]:
-    count = model.config.get_text_config().num_hidden_layers
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for module in (decoder or model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
-    raise ValueError(
-        f"links asks for a direct effect, but no list of {count} layers was found in {type(model).__name__}; "
-        "ask for ':total' or ':residual' instead"
-    )

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from cepo.jacobian.gradients import check_gradients
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, Rollout
@@ -29,10 +31,12 @@ class HeldModel:
 
     Raises:
         ValueError: for an encoder-decoder model, a model without input embeddings, a prompt-learning adapter (its
-            virtual tokens have no position in token_ids), or adapters=False on a model that has none.
+            virtual tokens have no position in token_ids), parameters made in inference mode, or adapters=False on a
+            model that has none.
     """
 
     def __init__(self, model: Any, *, adapters: bool = True) -> None:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile: the same weights
         self._peft = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
         if self._peft is not None and any(c.is_prompt_learning for c in self._peft.peft_config.values()):
             raise ValueError("model carries a prompt-learning adapter; expected LoRA or another weight adapter")
@@ -45,9 +49,23 @@ class HeldModel:
             raise ValueError(f"model is a {type(model).__name__}; expected a Hugging Face causal language model")
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("model is an encoder-decoder; expected a decoder-only causal language model")
+        fixed = [name for name, parameter in self.causal_lm.named_parameters() if parameter.is_inference()]
+        if fixed:
+            raise ValueError(
+                f"model has {len(fixed)} parameter(s) made in inference mode, {fixed[0]} first, through which no "
+                "gradient flows; load it outside torch.inference_mode()"
+            )
         self._text_config = config.get_text_config()
         self.forward = type(self.causal_lm).forward
         self.forward_takes = frozenset(inspect.signature(self.forward).parameters)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in order; [] where no list of them is found."""
+        count = self._text_config.num_hidden_layers
+        decoder = self.causal_lm.get_decoder() if hasattr(self.causal_lm, "get_decoder") else self.causal_lm
+        lists = (module for module in (decoder or self.causal_lm).modules() if isinstance(module, nn.ModuleList))
+        return next((list(modules) for modules in lists if len(modules) == count), [])
 
     @property
     def embedding(self) -> Any:
@@ -63,6 +81,16 @@ class HeldModel:
             return f"too long: {len(tokens)} tokens, and the model takes {limit}"
         outside = [token for token in tokens if not 0 <= token < vocabulary]
         return f"token id {outside[0]} is outside the model's vocabulary of {vocabulary}" if outside else None
+
+    def check_gradients(self) -> None:
+        """Raise ValueError if a layer carries no exact gradient; see `cepo.jacobian.gradients`."""
+
+        def run(ids: Sequence[int]) -> None:
+            ids_BT = torch.tensor([list(ids)], device=self.embedding.weight.device)
+            self.forward(self.causal_lm, input_ids=ids_BT, use_cache=False, return_dict=True)
+
+        with self.prepared(), torch.compiler.set_stance("force_eager"):
+            check_gradients(self.causal_lm, self.layers, run, vocabulary=self.embedding.weight.shape[0])
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
@@ -92,12 +120,17 @@ class ModelEngine(abc.ABC):
     """What the engines on one live model have in common.
 
     Args:
-        model: a causal LM, PEFT-wrapped or not.
+        model: a causal LM, PEFT-wrapped or not; or one that is held, and was checked, by another engine.
         adapters: False runs the base model with its adapters disabled (PEFT models only).
+
+    Raises:
+        ValueError: as `HeldModel`, and for a model with layers that carry no exact gradient.
     """
 
     def __init__(self, model: Any, *, adapters: bool = True) -> None:
-        self._held = HeldModel(model, adapters=adapters)
+        self._held = model if isinstance(model, HeldModel) else HeldModel(model, adapters=adapters)
+        if self._held is not model:
+            self._held.check_gradients()
 
     @property
     def width(self) -> int:

@@ -62,7 +62,7 @@ class GroupEngine(ModelEngine):
         if memory_budget is not None and not memory_budget > 0:
             raise ValueError(f"memory_budget is {memory_budget!r}; expected a positive number of bytes, or None")
         self.kernels = kernels
-        self._oracle = JacobianEngine(model, adapters=adapters)
+        self._oracle = JacobianEngine(self._held)
         self._budget, self._over_budget = memory_budget, False
         self._trial: Served | str | None = None
         takes_over(kernels, self._held.embedding.weight)  # refuses kernels that cannot run

@@ -1,0 +1,253 @@
+"""Whether every layer of a model carries the gradient of what it computes: looked at once, before any work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Relative size of the step, and how far the gradient may be from the change that the step makes.
+_STEP_AND_TOLERANCE = {torch.bfloat16: (1e-1, 0.4), torch.float16: (3e-2, 0.4)}
+_OF_WIDE = (3e-3, 0.05)
+_TOKENS = 6
+_TRIES = 6  # a step may change which experts a router picks; that is no fault, and does not happen every time
+_SHOWN = 6
+_NO_GRADIENT = "its output carries no gradient"
+_NOTHING_ENTERS = "what enters it carries no gradient"
+
+
+def check_gradients(
+    model: nn.Module, layers: Sequence[nn.Module], run: Callable[[Sequence[int]], Any], *, vocabulary: int
+) -> None:
+    """Raise ValueError if the output of a module carries no gradient, or another than that of its function.
+
+    Six tokens are run four times. The input x of each decoder layer is replaced by x, x + u and x - u, with u random
+    and small beside x, so that faults do not hide behind those of other layers. For each module within the layers and
+    after them, with inputs i and outputs o, d = o(+u) - o(-u) is compared with the gradient: <d, J (i(+u) - i(-u))>
+    must be |d|^2, where J comes by autograd. An output that varies and does not require grad is a fault at once. A
+    module is at fault if it is in every one of six tries with other tokens; only a suspicion is tried again.
+
+    Seen: kernels without a backward pass (int8, GPTQ, AWQ, FP8 for inference), outputs that are detached or made under
+    no_grad or inference_mode, custom functions that return None, zeros or a wrong gradient, rounding whose
+    straight-through gradient is not its function's, a detach() inside attention. Not seen: faults that take less of a
+    module's change than the tolerance (5%; 40% in bfloat16 and float16, where rounding hides more: there a detach() in
+    attention may pass), in a block whose router changed its mind in every try, in modules that six tokens do not reach
+    (an expert that none of them takes), or that begin at greater lengths.
+
+    Args:
+        model: whose modules are looked at; in eval mode, its parameters frozen, gradients on.
+        layers: its decoder layers; where there are none, the step is taken at the embeddings.
+        run: runs the model on token ids, without a cache.
+        vocabulary: number of token ids.
+
+    Raises:
+        ValueError: naming the modules.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    stages = list(layers) or [embedding]
+    above = {module for module in names if layers and any(layer in module.modules() for layer in layers)} - {*layers}
+    watched = [module for module in names if module not in above and module is not embedding]
+    step, tolerance = _STEP_AND_TOLERANCE.get(embedding.weight.dtype, _OF_WIDE)  # type: ignore[arg-type, union-attr]
+    suspects: dict[nn.Module, str] = {}
+    for attempt in range(_TRIES):
+        ids = [((7 + attempt) * place + 3 + attempt) % vocabulary for place in range(_TOKENS)]
+        found = _Look(watched, stages, step, tolerance, attempt).faults(partial(run, ids))
+        suspects = {module: fault for module, fault in found.items() if module in suspects or attempt == 0}
+        if not suspects:
+            return
+    inner = [m for m in suspects if not any(other is not m and other in suspects for other in m.modules())]
+    shown = ", ".join(f"{names[m]} ({type(m).__name__}: {suspects[m]})" for m in inner[:_SHOWN])
+    raise ValueError(
+        f"model has {len(inner)} layer(s) without an exact gradient: {shown}{', ...' if len(inner) > _SHOWN else ''}; "
+        "nothing computed through them would be exact. Expected layers with a backward pass: load the model in "
+        "float32, bfloat16 or float16, without kernels for inference alone (int8, GPTQ, AWQ, FP8) or detached outputs"
+    )
+
+
+@dataclass
+class _Call:
+    """One call of a module: the tensors that went in and came out, with the step added and with it taken off.
+
+    `chosen` holds those that are not of floating point, such as the experts that a router picked.
+    """
+
+    inputs: list[list[Tensor]] = field(default_factory=list)
+    outputs: list[list[Tensor]] = field(default_factory=list)
+    chosen: list[list[Tensor]] = field(default_factory=list)
+
+
+class _Look:
+    """One try: the runs with the step taken, and the run whose gradients are compared with them."""
+
+    def __init__(
+        self, watched: Sequence[nn.Module], stages: Sequence[nn.Module], step: float, tolerance: float, seed: int
+    ) -> None:
+        self._watched, self._stages = watched, stages
+        self._step, self._tolerance, self._seed = step, tolerance, seed
+        self._entered: dict[nn.Module, Tensor] = {}
+        self._calls: dict[tuple[nn.Module, int], _Call] = {}
+        self._count: Counter[tuple[str, nn.Module]] = Counter()
+        self._faults: dict[nn.Module, str] = {}
+        self._unsettled: set[nn.Module] = set()  # the step changed what they chose, so that there is no derivative
+
+    def faults(self, run: Callable[[], Any]) -> dict[nn.Module, str]:
+        """Return the modules at fault, each with what is wrong."""
+        with torch.no_grad():
+            with self._hooked(self._record):
+                run()
+            for sign in (1.0, -1.0):
+                noise = torch.Generator().manual_seed(self._seed)
+                with self._hooked(partial(self._moved, sign, noise), after=self._keep):
+                    run()
+        with self._hooked(self._leaf, before=self._thaw, after=self._compare):
+            run()
+        return {
+            module: fault
+            for module, fault in self._faults.items()
+            if fault in (_NO_GRADIENT, _NOTHING_ENTERS) or self._unsettled.isdisjoint(module.modules())
+        }
+
+    @contextlib.contextmanager
+    def _hooked(
+        self, entering: Callable[[nn.Module, Tensor], Tensor], before: Any = None, after: Any = None
+    ) -> Iterator[None]:
+        """Let `entering` replace what enters each stage, and call the hooks around each watched module."""
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if args:
+                return (entering(module, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": entering(module, kwargs["hidden_states"])}
+
+        self._count.clear()
+        handles = []
+        for stage in self._stages:
+            if stage in self._watched:
+                handles.append(stage.register_forward_pre_hook(enter, with_kwargs=True))
+            else:  # the embeddings, where no layers are known
+                handles.append(stage.register_forward_hook(lambda module, _, output: entering(module, output)))
+        for module in self._watched:
+            if before:
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            if after:
+                handles.append(module.register_forward_hook(after, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        self._entered[module] = hidden.detach().clone()
+        return hidden
+
+    def _moved(self, sign: float, noise: torch.Generator, module: nn.Module, hidden: Tensor) -> Tensor:
+        entered = self._entered[module]
+        factor = 1 + sign * self._step * torch.randn(entered.shape, generator=noise)
+        return entered * factor.to(entered)
+
+    def _leaf(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        if module is not self._stages[0] and not hidden.requires_grad:
+            self._faults[module] = _NOTHING_ENTERS
+        return self._entered[module].clone().requires_grad_()
+
+    def _call(self, which: str, module: nn.Module) -> _Call:
+        """Return the record of a module's next call in this run."""
+        self._count[which, module] += 1
+        return self._calls.setdefault((module, self._count[which, module]), _Call())
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = self._call("after", module)
+        call.inputs.append([tensor.detach().clone() for tensor in _tensors((args, kwargs))])
+        call.outputs.append([tensor.detach().clone() for tensor in _tensors(output)])
+        call.chosen.append(_tensors((args, kwargs, output), floating=False))
+
+    def _thaw(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Make each input that varies a tensor of its own, so that gradients are of the module's inputs alone."""
+        inputs = _tensors((args, kwargs))
+        sent = _changes(self._call("before", module).inputs, inputs)
+        if sent is None or not torch.is_grad_enabled():  # then what surrounds it is at fault
+            return args, kwargs
+        if not self._faults and any(c.any() and not t.requires_grad for t, c in zip(inputs, sent, strict=True)):
+            self._faults[module] = _NOTHING_ENTERS
+        return _thawed((args, kwargs), sent)
+
+    def _compare(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        inputs, outputs, call = _tensors((args, kwargs)), _tensors(output), self._call("after", module)
+        if not torch.is_grad_enabled():
+            return output
+        sent, came = _changes(call.inputs, inputs), _changes(call.outputs, outputs)
+        chosen = _changes(call.chosen, _tensors((args, kwargs, output), floating=False))
+        if chosen is None or any(change.any() for change in chosen) or sent is None or came is None:
+            self._unsettled.add(module)
+            return output
+        varied = [(tensor, change) for tensor, change in zip(outputs, came, strict=True) if change.any()]
+        given = [(tensor, change) for tensor, change in zip(inputs, sent, strict=True) if change.any()]
+        if not varied or not given:
+            return output
+        if not all(tensor.requires_grad for tensor, _ in varied):
+            self._faults[module] = _NO_GRADIENT
+            return _thawed(output, came)
+        largest = max(float(change.abs().max()) for _, change in varied)  # float16 overflows soon
+        pulled = torch.autograd.grad(
+            [tensor for tensor, _ in varied],
+            [tensor for tensor, _ in given],
+            [(change / largest).to(tensor.dtype) for tensor, change in varied],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        wanted = sum(float(change.square().sum()) for _, change in varied) / largest
+        found = sum(float((g.double() * change).sum()) for g, (_, change) in zip(pulled, given, strict=True)) / wanted
+        if not abs(found - 1) <= self._tolerance:
+            self._faults[module] = f"its gradient explains {found:.2f} of what its output changes by"
+        return output
+
+
+def _changes(runs: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return the difference of each tensor of two runs; None where there were no two runs of these shapes."""
+    shapes = [tensor.shape for tensor in like]
+    if len(runs) != 2 or any([tensor.shape for tensor in run] != shapes for run in runs):
+        return None
+    return [plus.double() - minus.double() for plus, minus in zip(*runs, strict=True)]
+
+
+def _thawed(value: Any, changes: Sequence[Tensor]) -> Any:
+    """Return the value with another view of each of its tensors that varies; a leaf of the ones without a graph."""
+    varies = iter([bool(change.any()) for change in changes])
+
+    def thaw(tensor: Tensor) -> Tensor:
+        if not next(varies):
+            return tensor
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().clone().requires_grad_()
+
+    return _mapped(value, thaw)
+
+
+def _tensors(value: Any, *, floating: bool = True) -> list[Tensor]:
+    """Return the tensors in a value of tuples, lists and mappings, in order: those of floating point, or the others."""
+    found: list[Tensor] = []
+
+    def take(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(value, take, floating)
+    return found
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor], floating: bool = True) -> Any:
+    """Return the value with a function applied to its tensors of floating point, or to the others."""
+    if isinstance(value, Tensor):
+        return function(value) if value.is_floating_point() == floating else value
+    if isinstance(value, Mapping):
+        found = {key: _mapped(one, function, floating) for key, one in value.items()}
+        return found if type(value) is dict else type(value)(**found)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(one, function, floating) for one in value)
+    return value
