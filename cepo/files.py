@@ -24,7 +24,6 @@ BrokenLine: TypeAlias = tuple[int, str]
 SETTINGS = "settings.json"
 _SHOWN = 60  # characters of a setting in an error
 _FINGERPRINT = re.compile("[0-9a-f]{16}")  # says nothing to people
-_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 
 
 # Writing
@@ -88,9 +87,9 @@ def make_folder(path: Path) -> None:
 
 
 def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[BrokenLine]]:
-    """Read a file of JSON objects, one per line, and keep the good lines whatever the others are.
+    """Read a file that a command wrote: JSON objects, one per line; good lines are kept whatever the others are.
 
-    Blank lines, CRLF, a byte order mark and NaN are accepted.
+    Data that users bring is read by `cepo.train.source.open_file`.
 
     Args:
         path: a UTF-8 file.
@@ -103,30 +102,29 @@ def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[BrokenLine
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file; expected a .jsonl file with one JSON object per line")
-    rows: list[tuple[int, Row]] = []
-    broken: list[BrokenLine] = []
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
-            except UnicodeDecodeError as error:
-                broken.append((number, f"not UTF-8 at byte {error.start + 1} of the line"))
-            except json.JSONDecodeError as error:
-                broken.append((number, f"not JSON at character {error.pos + 1}: {error.msg}"))
-            except (ValueError, RecursionError) as error:
-                broken.append((number, f"JSON that can't be held: {error}"))
-            else:
-                if isinstance(row, dict):
-                    rows.append((number, row))
-                elif text:
-                    broken.append((number, f"a JSON {type(row).__name__}, not an object"))
-    return rows, broken
+        read = [(number, parse_line(line)) for number, line in enumerate(lines, start=1)]
+    rows = [(number, row) for number, row in read if isinstance(row, dict)]
+    return rows, [(number, reason) for number, reason in read if isinstance(reason, str)]
 
 
-def is_file_name(source: str | Path) -> bool:
-    """Return whether a source of data is a file, there or not, rather than a hub data set."""
-    return Path(source).is_file() or Path(source).suffix in _FILE_ENDINGS
+def parse_line(line: bytes) -> Row | str | None:
+    """Return the object in a line of JSONL, the reason why there is none, or None for a blank line.
+
+    CRLF, NaN and a byte order mark at the start of any line (files that were joined) are accepted.
+    """
+    try:
+        text = line.decode("utf-8-sig").strip()
+        row = json.loads(text) if text else None
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 at byte {error.start + 1} of the line"
+    except json.JSONDecodeError as error:
+        return f"not JSON at character {error.pos + 1}: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        return f"JSON that can't be held: {error}"
+    if isinstance(row, dict) or not text:
+        return row
+    return f"a JSON {type(row).__name__}, not an object"
 
 
 # Resuming

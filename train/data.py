@@ -9,17 +9,16 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import datasets
 from datasets import Dataset, Features, Value
 
-from cepo.files import BrokenLine, Row, content_hash, is_file_name, read_jsonl
+from cepo.files import BrokenLine, Row, content_hash
 from cepo.train.prompts import judge_prompt, reasoning_prompt
+from cepo.train.rows import PAIR, is_storable, read_dialogue, read_id, read_pair, read_text
+from cepo.train.source import collect_rows
 
 _TEXT = Value("string")
 _MESSAGES = [{"role": _TEXT, "content": _TEXT}]
@@ -36,7 +35,7 @@ class DataSplit:
     Attributes:
         train: Rows to train on, in the order of the source.
         test: Rows to test on, in the order of the source.
-        skipped: Number of the line (of the row, in a hub data set) from 1, and why it was left out; ascending.
+        skipped: Number of the row from 1 (in a text file, of its line), and why it was left out; ascending.
     """
 
     train: Dataset
@@ -61,13 +60,12 @@ def load_preferences(
 ) -> DataSplit:
     """Load preference pairs as prompts for a judge.
 
-    A row needs prompt, chosen and rejected, as text or as lists of messages. In a list of messages the last one by the
-    assistant is the response. What stands before it is the prompt if the row has none: one turn as it is, several turns
-    with their roles. Which response is shown first is drawn from the seed and the row's content. All rows with the same
-    prompt, up to case and white space, fall on the same side of the split.
+    A row needs prompt, chosen and rejected, see `read_preference`. Which response is shown first is drawn from the seed
+    and the row's content. All rows with the same prompt, up to case and white space, fall on the same side of the
+    split.
 
     Args:
-        source: A .jsonl file, or a hub data set "owner/name" or "owner/name:configuration".
+        source: A file, a folder or a hub data set, see `open_source`.
         split: Split of the hub data set; None means "train". A file has no splits.
         test_fraction: Share of the prompts that goes to the test side, in [0, 1], in expectation.
         seed: Of the positions and of the split.
@@ -82,9 +80,11 @@ def load_preferences(
     Raises:
         ValueError: If an argument is out of range, the source can't be read, a column is missing or no row is usable.
     """
-    names = _rename(("prompt", "chosen", "rejected"), columns)
+    names = _rename(tuple(PAIR), columns)
     _check_ranges(test_fraction, limit, max_characters)
-    rows, skipped = _collect(source, split, limit, lambda row: _short(_preference(row, names, seed), max_characters))
+    rows, skipped = collect_rows(
+        source, lambda row: check_length(judge_row(row, seed, names), max_characters), split=split, limit=limit
+    )
     return _divide(rows, skipped, "query", _PREFERENCE_FEATURES, test_fraction, seed)
 
 
@@ -103,7 +103,7 @@ def load_reasoning(
     All rows with the same question, up to case and white space, fall on the same side of the split.
 
     Args:
-        source: A .jsonl file, or a hub data set "owner/name" or "owner/name:configuration".
+        source: A file, a folder or a hub data set, see `open_source`.
         split: Split of the hub data set; None means "train". A file has no splits.
         test_fraction: Share of the questions that goes to the test side, in [0, 1], in expectation.
         seed: Of the split.
@@ -119,8 +119,35 @@ def load_reasoning(
     """
     names = _rename(("question", "answer"), columns)
     _check_ranges(test_fraction, limit, max_characters)
-    rows, skipped = _collect(source, split, limit, lambda row: _short(_reasoning(row, names), max_characters))
+    rows, skipped = collect_rows(
+        source, lambda row: check_length(_reasoning(row, names), max_characters), split=split, limit=limit
+    )
     return _divide(rows, skipped, "question", _REASONING_FEATURES, test_fraction, seed)
+
+
+def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR) -> Row:
+    """Return a row of `load_preferences`; ValueError with the reason where a row has no pair of responses."""
+    query, chosen, rejected = read_pair(row, names)
+    if chosen == rejected:
+        raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} are the same")
+    chosen_first = _digest("position", seed, query, chosen, rejected) % 2 == 0
+    response_a, response_b = (chosen, rejected) if chosen_first else (rejected, chosen)
+    return {
+        "prompt": judge_prompt(query, response_a, response_b),
+        "label": "A" if chosen_first else "B",
+        "query": query,
+        "response_a": response_a,
+        "response_b": response_b,
+        "id": _identify(row, query, chosen, rejected),
+    }
+
+
+def check_length(row: Row, max_characters: int | None) -> Row:
+    """Return the row; ValueError if its prompt (messages) has more characters."""
+    length = sum(len(message["content"]) for message in row["prompt"])
+    if max_characters is not None and length > max_characters:
+        raise ValueError(f"the prompt has over {max_characters} characters")
+    return row
 
 
 def _check_ranges(test_fraction: float, limit: int | None, max_characters: int | None) -> None:
@@ -132,58 +159,11 @@ def _check_ranges(test_fraction: float, limit: int | None, max_characters: int |
         raise ValueError(f"max_characters is {max_characters}; expected at least 1, or None for no limit")
 
 
-def _short(row: Row, max_characters: int | None) -> Row:
-    """Return the row; ValueError if its prompt is too long."""
-    length = sum(len(message["content"]) for message in row["prompt"])
-    if max_characters is not None and length > max_characters:
-        raise ValueError(f"the prompt has over {max_characters} characters")
-    return row
-
-
 def _rename(needed: tuple[str, ...], columns: Mapping[str, str] | None) -> dict[str, str]:
     unknown = sorted(set(columns or ()) - set(needed))
     if unknown:
         raise ValueError(f"columns renames {', '.join(unknown)}; expected only {', '.join(needed)}")
     return {name: name for name in needed} | dict(columns or {})
-
-
-def _collect(
-    source: str | Path, split: str | None, limit: int | None, convert: Callable[[Row], Row]
-) -> tuple[list[Row], list[BrokenLine]]:
-    """Convert rows until there are enough; those that raise a ValueError are skipped with its message as the reason."""
-    rows, skipped = _open(source, split)
-    collected: list[Row] = []
-    found: dict[str, None] = {}
-    for number, row in rows:
-        found.update(dict.fromkeys(row))
-        try:
-            collected.append(convert(row))
-        except ValueError as reason:
-            skipped.append((number, str(reason)))
-        if len(collected) == limit:
-            break
-    if not collected:
-        reasons = [f"{reason} ({count}x)" for reason, count in Counter(text for _, text in skipped).most_common(3)]
-        raise ValueError(
-            f"source {source} holds no usable row: {'; '.join(reasons) or 'it is empty'}; "
-            f"columns found: {', '.join(found) or 'none'}"
-        )
-    return collected, skipped
-
-
-def _open(source: str | Path, split: str | None) -> tuple[Iterable[tuple[int, Row]], list[BrokenLine]]:
-    if is_file_name(source):
-        if split is not None:
-            raise ValueError(f"split is {split!r}, but source {source} is a file; expected None, files have no splits")
-        return read_jsonl(source)
-    name, _, configuration = str(source).partition(":")
-    try:
-        rows = datasets.load_dataset(name, configuration or None, split=split or "train")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"source {source} is neither a .jsonl file nor a hub data set that can be loaded: {error}"
-        ) from error
-    return enumerate(rows, start=1), []
 
 
 def _divide(
@@ -199,33 +179,14 @@ def _divide(
     return DataSplit(train, test, tuple(sorted(skipped)))
 
 
-def _preference(row: Row, names: Mapping[str, str], seed: int) -> Row:
-    before_chosen, chosen = read_response(row, names["chosen"])
-    before_rejected, rejected = read_response(row, names["rejected"])
-    if before_chosen != before_rejected:
-        raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} answer different conversations")
-    if chosen == rejected:
-        raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} are the same")
-    query = before_chosen if before_chosen and names["prompt"] not in row else read_dialogue(row, names["prompt"])
-    chosen_first = _digest("position", seed, query, chosen, rejected) % 2 == 0
-    response_a, response_b = (chosen, rejected) if chosen_first else (rejected, chosen)
-    return {
-        "prompt": judge_prompt(query, response_a, response_b),
-        "label": "A" if chosen_first else "B",
-        "query": query,
-        "response_a": response_a,
-        "response_b": response_b,
-        "id": _identify(row, query, chosen, rejected),
-    }
-
-
 def _reasoning(row: Row, names: Mapping[str, str]) -> Row:
     question = read_dialogue(row, names["question"])
-    answer = _column(row, names["answer"])
+    answer = row.get(names["answer"])
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         # 18.0 is what a table makes of 18.
         answer = f"{answer:.15g}" if isinstance(answer, float) else str(answer)
-    answer = _checked_text(answer, names["answer"])
+    else:
+        answer = read_text(row, names["answer"])
     return {
         "prompt": reasoning_prompt(question),
         "answer": answer,
@@ -234,60 +195,10 @@ def _reasoning(row: Row, names: Mapping[str, str]) -> Row:
     }
 
 
-def read_response(row: Row, column: str) -> tuple[str, str]:
-    """Return the conversation before a response, "" where the column is plain text, and the response."""
-    value = _column(row, column)
-    if not isinstance(value, list):
-        return "", _checked_text(value, column)
-    turns = _turns(value, column)
-    spoken = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
-    if not spoken:
-        raise ValueError(f"column {column!r} holds no message by the assistant")
-    return _join(turns[: spoken[-1]]), turns[spoken[-1]][1]
-
-
-def read_dialogue(row: Row, column: str) -> str:
-    """Return a prompt: text or a single message as it is, several messages with their roles."""
-    value = _column(row, column)
-    return _join(_turns(value, column)) if isinstance(value, list) else _checked_text(value, column)
-
-
-def _turns(messages: list[Any], column: str) -> list[tuple[str, str]]:
-    if not messages or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in messages):
-        raise ValueError(f"column {column!r} is a list, but not one of messages with role and content")
-    return [(message["role"], _checked_text(message.get("content"), column)) for message in messages]
-
-
-def _join(turns: list[tuple[str, str]]) -> str:
-    if len(turns) == 1:
-        return turns[0][1]
-    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in turns)
-
-
-def _column(row: Row, column: str) -> Any:
-    if column not in row:
-        raise ValueError(f"column {column!r} is missing")
-    return row[column]
-
-
-def _checked_text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r} holds a {type(value).__name__}, not text")
-    if not value.strip():
-        raise ValueError(f"column {column!r} is blank")
-    if not _is_storable(value):
-        raise ValueError(f"column {column!r} holds a lone surrogate; expected valid Unicode text")
-    return value
-
-
 def _identify(row: Row, *content: str) -> str:
-    given = row.get("id")
-    usable = isinstance(given, str | int) and str(given) and _is_storable(str(given))
+    given = read_id(row)
+    usable = given is not None and is_storable(str(given))
     return str(given) if usable else f"{_digest('id', *content):016x}"
-
-
-def _is_storable(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _falls_to_test(prompt: str, test_fraction: float, seed: int) -> bool:

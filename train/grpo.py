@@ -122,7 +122,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
             f"takes {wanted} prompts; add rows, or lower data.test_fraction or grpo.per_device_train_batch_size"
         )
     if data.skipped:
-        shown = "; ".join(f"line {number}: {reason}" for number, reason in data.skipped[:5])
+        shown = "; ".join(f"row {number}: {reason}" for number, reason in data.skipped[:5])
         logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
     return train_to_end(
         lambda: _trainer(config, arguments, functions, causal_loss, data, lora),

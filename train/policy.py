@@ -32,7 +32,7 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
 
     Args:
         kind: "judge" or "reasoning".
-        settings: `source` (a .jsonl file, a hub id, "testbed" or "testbed-reasoner") and the loader's own options; for
+        settings: `source` (a file, a hub id, "testbed" or "testbed-reasoner") and the loader's own options; for
             a testbed count, test_count and cue_agreement, and for the reasoner's also task.
         seed: of positions, split and testbed items.
 
@@ -42,7 +42,7 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
     options = dict(settings)
     source = options.pop("source", None)
     if not source:
-        raise ValueError("data.source is missing; expected a .jsonl file, a hub data set id, or testbed")
+        raise ValueError("data.source is missing; expected a file, a hub data set id, or testbed")
     known = {"count": 512, "test_count": 128, "cue_agreement": 0.9}
     if source == REASONER_TESTBED:
         return _questions(kind, {**known, "task": "chain_sum"}, options, seed)

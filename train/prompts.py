@@ -5,9 +5,7 @@ The instructions open every prompt, so that their keys and values serve a whole 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from cepo.jacobian.reading.judge import RESPONSE_FORMS, JudgeLayout
 from cepo.jacobian.reading.reasoner import ReasonerLayout
@@ -76,19 +74,6 @@ def judge_prompt(query: str, response_a: str, response_b: str) -> list[dict[str,
         Haize Labs, j1: tiny generalist reward models via inference-time rubric proposal (2025), for the output format.
     """
     return _user_message(JUDGE_LITERALS, {"query": query, "response_a": response_a, "response_b": response_b})
-
-
-def judged_prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the prompt that a judgement answered.
-
-    Args:
-        row: `prompt`, `chosen` and `rejected` as text; `label` "B" where the chosen response was shown second.
-
-    Returns:
-        One user message.
-    """
-    shown = (row["rejected"], row["chosen"]) if row.get("label") == "B" else (row["chosen"], row["rejected"])
-    return judge_prompt(row["prompt"], *shown)
 
 
 def reasoning_prompt(question: str) -> list[dict[str, str]]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.files import SETTINGS, claim, content_hash, read_jsonl
+from cepo.files import SETTINGS, Row, claim, content_hash
 from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
-from cepo.train.data import load_preferences
-from cepo.train.prompts import judged_prompt
+from cepo.train.data import check_length, judge_row
+from cepo.train.rows import given, read_judgement
 from cepo.train.run import is_finished, last_complete_checkpoint, lora_config, run_trainer, trainer_defaults
+from cepo.train.source import collect_rows
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ class WarmStartJob:
 
     Attributes:
         model: see `resolve_model`.
-        data: JSONL file or hub data set of preference pairs, see `load_preferences`. Rows of a file may carry
-            `judge_output`, a judgement to learn from, and `label`, "A" or "B", where the chosen response stood in it.
+        data: a file, a folder or a hub data set of preference pairs, see `load_preferences`. Rows may carry
+            `judge_output`, a judgement to learn from, and `label`, see `read_judgement`.
         output: folder of the model, its weights merged; checkpoints and metrics.jsonl lie in output/sft.
         steps: training steps, at least 1.
         batch_size: examples per step, at least 1.
@@ -131,7 +132,8 @@ def _write_merged(model: Any, tokenizer: Any, adapter: Path, output: Path) -> No
 def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | None = None) -> list[dict[str, Any]]:
     """Return prompts and judgements to learn from, as messages.
 
-    Rows with a `judge_output` where the file has any; else a judgement by rule for each pair, see `judgement_by_rule`.
+    A row's own `judge_output` where it has one, else a judgement by rule, see `judgement_by_rule`. How many there are
+    of each, and what was left out, is logged.
 
     Args:
         source: see `WarmStartJob.data`.
@@ -144,20 +146,27 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
     Raises:
         ValueError: for data without a usable row.
     """
-    rows = read_jsonl(source)[0] if Path(source).is_file() else []
-    pairs = [(judged_prompt(row), row["judge_output"]) for _, row in rows if _is_example(row)]
-    if pairs and max_characters is not None:
-        pairs = [pair for pair in pairs if len(pair[0][0]["content"]) <= max_characters]
-        if not pairs:
-            raise ValueError(
-                f"data {str(source)!r} has no judgement to learn from within max_characters {max_characters}"
-            )
-    elif not pairs:
-        found = load_preferences(source, seed=seed, test_fraction=0.0, max_characters=max_characters)
-        if found.skipped:
-            logger.warning("%d row(s) of %s were skipped", len(found.skipped), source)
-        pairs = [(row["prompt"], judgement_by_rule(row)) for row in found.train]
-    return [{"prompt": prompt, "completion": [{"role": "assistant", "content": text}]} for prompt, text in pairs]
+    by_rule = 0
+
+    def convert(row: Row) -> Row:
+        nonlocal by_rule
+        if given(row, "judge_output") is not None:
+            prompt, text = read_judgement(row)
+            if not text.strip():
+                raise ValueError("column 'judge_output' is blank")
+            return check_length(_example(prompt, text), max_characters)
+        pair = judge_row(row, seed)
+        example = check_length(_example(pair["prompt"], judgement_by_rule(pair)), max_characters)
+        by_rule += 1
+        return example
+
+    examples, left_out = collect_rows(source, convert)
+    told = (
+        f"{len(examples) - by_rule} judgement(s) of the rows' own, {by_rule} by rule, {len(left_out)} row(s) left out"
+    )
+    shown = "; ".join(f"row {number}: {reason}" for number, reason in left_out[:5])
+    logger.warning("examples from %s: %s%s", source, told, f" ({shown})" if left_out else "")
+    return examples
 
 
 def judgement_by_rule(row: Mapping[str, Any]) -> str:
@@ -179,8 +188,8 @@ def judgement_by_rule(row: Mapping[str, Any]) -> str:
     )
 
 
-def _is_example(row: Mapping[str, Any]) -> bool:
-    return all(isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected", "judge_output"))
+def _example(prompt: list[dict[str, str]], text: str) -> Row:
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": text}]}
 
 
 def _quote(text: str) -> str:

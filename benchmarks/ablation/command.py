@@ -11,7 +11,7 @@ from cepo.benchmarks.ablation.group import sweep_group
 from cepo.benchmarks.ablation.summary import AblateSummary, summarise_sweep
 from cepo.benchmarks.ablation.sweep import Sweep
 from cepo.benchmarks.ablation.tables import merge_groups, read_malformed, read_values, write_group
-from cepo.eval.score.rows import Line, is_text, read_input, read_rollout, task_reward
+from cepo.eval.score.rows import Line, read_input, rollout_of
 from cepo.files import claim, fingerprint, write_jsonl
 from cepo.fusion.config import RewardConfig
 from cepo.jacobian.group.engine import GroupEngine
@@ -85,7 +85,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
         _check_width(job, width)
     check_device(job.device)
     tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
-    if not job.raw and not getattr(tokenizer, "chat_template", None) and any(is_text(line) for line in lines):
+    if not job.raw and not getattr(tokenizer, "chat_template", None) and any(line.is_text for line in lines):
         raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; sweep with raw")
     groups, malformed = _read_groups(lines, SpanReader(tokenizer, UNGUARDED_JUDGE), raw=job.raw)
     folders = [job.output / "groups" / f"{number:06d}" for number in range(len(groups))]
@@ -106,7 +106,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     for done, number in enumerate(pending, start=len(groups) - len(pending)):
         if progress is not None:
             progress(done, len(groups))
-        tasks = {row: task_reward(lines[row]) for row in groups[number]}
+        tasks = {row: lines[row].task_reward for row in groups[number]}
         write_group(folders[number], *sweep_group(number, groups[number], tasks, sweep, job.config, engine))
     if progress is not None:
         progress(len(groups), len(groups))
@@ -137,7 +137,7 @@ def _read_groups(
     groups: dict[tuple[int, ...], dict[int, Rollout]] = {}
     malformed: dict[int, str] = {}
     for row, line in enumerate(lines):
-        rollout = read_rollout(line, reader, raw=raw)
+        rollout = rollout_of(line, reader, raw=raw)
         if rollout.malformed is not None:
             malformed[row] = rollout.malformed
         else:

@@ -22,7 +22,7 @@ eval_app = typer.Typer(
 Output = Annotated[Path, typer.Option(help="Folder for judgements.jsonl, summary.jsonl and report.html.")]
 Pairs = Annotated[
     str,
-    typer.Option(help="rewardbench, rewardbench2, another hub data set, or a JSONL file of prompt, chosen, rejected."),
+    typer.Option(help="rewardbench, rewardbench2, another data set, or a file of prompt, chosen, rejected."),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set. Default: the benchmark's own, or train.")]
 Subset = Annotated[list[str] | None, typer.Option(help="Name of a subset to keep; may be repeated. Default: all.")]
@@ -105,7 +105,7 @@ def robustness(
 def best_of_n(
     judge: JudgeSettings,
     data: Annotated[
-        Path, typer.Option(help="JSONL file of question, completions, and correct or answer; or of preference pairs.")
+        Path, typer.Option(help="File of question, completions, and correct or answer; or of preference pairs.")
     ],
     output: Output,
     n: Annotated[str, typer.Option("--n", help="Numbers of candidates, with commas between them, e.g. 1,2,4,8.")],
@@ -180,9 +180,7 @@ def causal(
         ),
     ] = "lazy",
     model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
-    input: Annotated[
-        Path | None, typer.Option(help="JSONL file of that model's judgements, as for cepo score.")
-    ] = None,
+    input: Annotated[Path | None, typer.Option(help="File of that model's judgements, as for cepo score.")] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Finish in minutes: 16 prompts of 6 completions, no certified pair."),
@@ -287,9 +285,9 @@ def _finish(output: Path, data: str, failed: Mapping[str, int], broken: Sequence
     console.print(f"report: {output / 'report.html'}")
     complaints = []
     if broken:
-        shown = "; ".join(f"line {number}: {reason}" for number, reason in broken[:5])
+        shown = "; ".join(f"row {number}: {reason}" for number, reason in broken[:5])
         more = "; ..." if len(broken) > 5 else ""
-        complaints.append(f"data {data!r} has {len(broken)} line(s) that could not be used: {shown}{more}")
+        complaints.append(f"data {data!r} has {len(broken)} row(s) that could not be used: {shown}{more}")
     if failed:
         shown = "; ".join(f"{reason} ({count}x)" for reason, count in list(failed.items())[:3])
         complaints.append(f"{sum(failed.values())} prompt(s) could not be judged: {shown}")

@@ -26,7 +26,7 @@ from cepo.cli.shared import (
 def ablate(
     output: Annotated[Path, typer.Option(help="Folder for tables, plots and finished groups.")],
     model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL file of rollouts, as for cepo score.")] = None,
+    input: Annotated[Path | None, typer.Option(help="File of rollouts, as for cepo score.")] = None,
     testbed: Annotated[
         int | None,
         typer.Option(help="Instead of both: sweep over this many rollouts of the testbed judge, 8 per prompt."),

@@ -31,8 +31,10 @@ _output = partial(typer.Option, rich_help_panel="Output")
 
 def score(
     model: Annotated[str, _model(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")],
-    input: Annotated[Path, typer.Option(help="JSONL file to read, one rollout per row; see above.")],
-    output: Annotated[Path, _output(help="JSONL file to write, one record per line of the input.")],
+    input: Annotated[
+        Path, typer.Option(help="File to read, one rollout per row: JSONL, JSON, CSV, parquet; see above.")
+    ],
+    output: Annotated[Path, _output(help="JSONL file to write, one record per row of the input.")],
     links: Annotated[
         list[str] | None,
         _links(
@@ -99,7 +101,7 @@ def score(
     ] = None,
     donors_file: Annotated[
         Path | None,
-        _donors("--donors", help="JSONL file of rollouts to draw donors from; by default the input itself."),
+        _donors("--donors", help="File of rollouts to draw donors from; by default the input itself."),
     ] = None,
     no_donor: Annotated[
         str | None, _donors(help="What a span without donors gets: zero, or permute (its own tokens permuted).")
@@ -141,9 +143,9 @@ def score(
         {"row": 0, "id": "7", "reward": 0.41, "malformed": null, "links": {"X->Y": {"S": 0.032, "row_norms": [...]}}}
 
     A prompt is text, which becomes a user message in the chat template unless --raw is given, or a list of messages.
-    Instead of prompt and completion, a row may hold `prompt_ids` and `completion_ids`, or `prompt`, `chosen`,
+    Instead of prompt and completion, a row may hold `prompt_ids` and `completion_ids`; or `prompt`, `chosen`,
     `rejected` and `judge_output`, whose judge prompt is built, with the chosen response shown as `label` (A or B, by
-    default A). A `task_reward` in [0, 1] is fused with the links' scores.
+    default A); or `messages`, which end with the completion. A `task_reward` in [0, 1] is fused with the links' scores.
 
     A killed run goes on where it stopped when it is started again with the same options.
     """
@@ -213,7 +215,7 @@ def score(
     table.add_row("rows", str(summary.rows))
     table.add_row("from an earlier run", str(summary.resumed))
     table.add_row("malformed", str(summary.malformed))
-    table.add_row("lines that could not be used", str(len(summary.broken)))
+    table.add_row("rows that could not be used", str(len(summary.broken)))
     for name, mean in summary.means.items():
         table.add_row(f"mean {name}", f"{mean:.6f}")
     if config.reads_leak:
@@ -224,11 +226,11 @@ def score(
     for reason, count in summary.reasons.items():
         console.print(f"malformed: {reason} ({count}x)", markup=False, highlight=False)
     if summary.broken:
-        shown = "; ".join(reason for _, reason in summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
+        shown = "; ".join(summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
         again = "run the same command again to score them alone"
         if config.reads_effects and donors_file is None:
             again = "name another --output: the rows are each other's donors, so all are scored anew"
         raise ValueError(
-            f"input {str(input)!r} has {len(summary.broken)} line(s) that could not be used: {shown}. All other rows "
-            f"were scored; correct these lines and {again}"
+            f"input {str(input)!r} has {len(summary.broken)} row(s) that could not be used: {shown}. All other rows "
+            f"were scored; correct these and {again}"
         )

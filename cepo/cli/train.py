@@ -35,7 +35,7 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Model to train: hub id, folder, .gguf file, smollm2 or a testbed's name.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Data to train on: JSONL file, hub data set id or testbed.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data to train on: file, hub data set id or testbed.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder for checkpoints, logs and the trained model.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the data split, sampling and training.")] = None,
@@ -72,7 +72,7 @@ def train(
 
 
 def warm_start(
-    data: Annotated[str, typer.Option(help="JSONL file or hub data set with prompt, chosen and rejected.")],
+    data: Annotated[str, typer.Option(help="File or hub data set with prompt, chosen and rejected.")],
     output: Annotated[Path, typer.Option(help="Folder for the trained model, which --model takes everywhere.")],
     model: Annotated[str, typer.Option(help="Model to train: hub id, folder, .gguf file or smollm2.")] = "smollm2",
     steps: Annotated[int, typer.Option(help="Number of training steps.", min=1)] = 40,
@@ -90,8 +90,8 @@ def warm_start(
     """Teach a model the judge's format with supervised examples, before `cepo train`.
 
     A row with a `judge_output` is learned from as it is; its `label` (A or B, A by default) says where the chosen
-    response was shown. For a file without any, a short judgement is made by rule: it quotes the pair and scores the
-    chosen response higher, which teaches the format alone.
+    response was shown. For a row without, a short judgement is made by rule: it quotes the pair and scores the chosen
+    response higher, which teaches the format alone. How many there are of each is shown.
     Started again with the same settings, data and weights, a killed run resumes from its last checkpoint.
     """
     from cepo.train.warm_start import WarmStartJob

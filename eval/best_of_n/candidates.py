@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from cepo.files import BrokenLine, read_jsonl
+from cepo.files import BrokenLine, Row
 from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.train.rewards.task import exact_match, math_verify_reward
+from cepo.train.rows import PAIR, given, read_answer, read_dialogue, read_pair
+from cepo.train.source import collect_rows
 
 Verifier = Literal["math", "exact"]
 _VERIFIERS = {"math": math_verify_reward, "exact": exact_match}
@@ -38,11 +40,11 @@ def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Que
     `rejected` (wrong). Rows with the same question are merged, and equal texts count once.
 
     Args:
-        path: a JSONL file.
+        path: see `open_source`.
         verifier: how completions are verified against `answer`: "math" (math-verify) or "exact".
 
     Returns:
-        The questions with at least two candidates, in the order of the file, and (line number, reason) of the lines
+        The questions with at least two candidates, in the order of the file, and (number, reason) of the rows
         that could not be used.
 
     Raises:
@@ -50,30 +52,24 @@ def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Que
     """
     if verifier not in _VERIFIERS:
         raise ValueError(f"verifier is {verifier!r}; expected math or exact")
-    rows, broken = read_jsonl(path)
     found: dict[str, dict[str, bool]] = {}
-    for number, row in rows:
-        try:
-            question, graded = _graded(row, verifier)
-            known = found.setdefault(question, {})
-            both = [text for text in graded if known.get(text, graded[text]) != graded[text]]
-            if both:
-                raise ValueError("holds a solution that is right here and wrong elsewhere")
-            known |= graded
-        except ValueError as reason:
-            broken.append((number, str(reason)))
+
+    def merge(row: Row) -> None:
+        question, graded = _graded(row, verifier)
+        known = found.setdefault(question, {})
+        if any(known.get(text, grade) != grade for text, grade in graded.items()):
+            raise ValueError("holds a solution that is right here and wrong elsewhere")
+        known.update(graded)
+
+    _, broken = collect_rows(path, merge)
     questions = [
         Question(question, tuple(graded), tuple(graded.values()))
         for question, graded in found.items()
         if len(graded) > 1
     ]
     if not questions:
-        first = f"; line {broken[0][0]} {broken[0][1]}" if broken else ""
-        raise ValueError(
-            f"data {str(path)!r} holds no question with two solutions{first}; expected rows with question, "
-            "completions, and correct or answer, or rows with prompt, chosen and rejected"
-        )
-    return questions, sorted(broken)
+        raise ValueError(f"data {str(path)!r} holds no question with two solutions; expected more per question")
+    return questions, broken
 
 
 def answer_groups(candidates: Sequence[str]) -> list[int | None]:
@@ -93,18 +89,22 @@ def answer_groups(candidates: Sequence[str]) -> list[int | None]:
     return groups
 
 
-def _graded(row: Mapping[str, Any], verifier: Verifier) -> tuple[str, dict[str, bool]]:
+def _graded(row: Row, verifier: Verifier) -> tuple[str, dict[str, bool]]:
     """Return a row's question, and whether each of its solutions is right."""
-    question = _text(row, "question" if "question" in row else "prompt")
-    if "completions" not in row:
-        chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    if given(row, "completions") is None:
+        asked = "prompt" if given(row, "question") is None or given(row, "prompt") is not None else "question"
+        question, chosen, rejected = read_pair(row, PAIR | {"prompt": asked})
         if chosen == rejected:
             raise ValueError("has the same text as chosen and as rejected")
         return question, {chosen: True, rejected: False}
-    completions = row["completions"]
-    if not isinstance(completions, list) or not completions or not all(_is_text(text) for text in completions):
+    question = read_dialogue(row, "prompt" if given(row, "question") is None else "question")
+    listed = row["completions"]
+    if not isinstance(listed, list) or not listed:
         raise ValueError("has completions that are not a list of texts")
-    if "correct" in row:
+    completions = [read_answer({"completions": one}, "completions")[1] for one in listed]
+    if not all(text.strip() for text in completions):
+        raise ValueError("has a blank text among its completions")
+    if given(row, "correct") is not None:
         grades = row["correct"]
         if (
             not isinstance(grades, list)
@@ -121,15 +121,3 @@ def _graded(row: Mapping[str, Any], verifier: Verifier) -> tuple[str, dict[str, 
         if graded.setdefault(text, bool(grade)) != bool(grade):
             raise ValueError("holds one solution twice, right and wrong")
     return question, graded
-
-
-def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
-    if not _is_text(value):
-        raise ValueError(f"has no text in the column {column!r}")
-    assert isinstance(value, str)
-    return value
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())

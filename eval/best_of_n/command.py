@@ -55,7 +55,7 @@ class BestOfJob:
 
     Attributes:
         judge: which judge, and how it generates; its seed is also that of every draw.
-        data: JSONL file, see `read_questions`.
+        data: file, see `read_questions`.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
         sizes: the N, at least 1 each.
         draws: number of random orders of each question's candidates, at least 1.

@@ -17,7 +17,7 @@ from cepo.eval.causal.judge import Judge, Judgement, sample_judgements
 from cepo.eval.causal.measures import Pools, links_of, measure
 from cepo.eval.causal.report import write_causal_report
 from cepo.eval.causal.summary import CausalSummary, JudgeResults, summarise_causal
-from cepo.eval.score.rows import read_input, read_rollout
+from cepo.eval.score.rows import read_input, rollout_of
 from cepo.files import SETTINGS, claim, fingerprint, make_folder, write_jsonl, write_text
 from cepo.fusion.score import pools_of
 from cepo.jacobian.loading import check_device, load_model, model_fingerprint, resolve_model
@@ -40,7 +40,7 @@ class CausalJob:
     Attributes:
         output: folder for rows.jsonl, summary.jsonl, report.html, and parts/, from which a killed run goes on.
         model: see `resolve_model`; None for a judge of the testbed.
-        input: JSONL of judgements of that model, rows as for `cepo score`; None for the testbed.
+        input: file of judgements of that model, rows as for `cepo score`; None for the testbed.
         world: which judge of the testbed, see `cepo.train.testbed_judges.warm_start`; after "words-", one of a
             pretrained model, see `cepo.train.testbed_words`.
         items: number of testbed prompts, at least 8; or of rows of the input that are measured, the first ones. All
@@ -180,7 +180,7 @@ def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
             resolve_model(job.model), dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
         )
         judge = Judge("judgements", model, SpanReader(tokenizer, JUDGE), job.memory_gib)
-        read = [read_rollout(line, judge.reader, raw=job.raw) for line in lines]
+        read = [rollout_of(line, judge.reader, raw=job.raw) for line in lines]
         prompts = {one.prompt_ids for one in read if one.malformed is None}
         if len(prompts) < 2:
             raise ValueError(

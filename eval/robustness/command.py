@@ -42,7 +42,7 @@ class RobustnessJob:
 
     Attributes:
         judge: which judge, and how it generates; its seed is also that of every draw.
-        data: .jsonl file or hub data set of prompt, chosen, rejected, see `load_items`. Of a row's several chosen or
+        data: file or hub data set of prompt, chosen, rejected, see `load_items`. Of a row's several chosen or
             rejected responses, one is drawn.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
         transformations: names from `TRANSFORMATIONS`, each once.

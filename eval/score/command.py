@@ -17,7 +17,7 @@ from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.score.criteria import criteria_of
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices, save_matrices
-from cepo.eval.score.rows import Line, is_text, read_input, read_rollout, task_reward
+from cepo.eval.score.rows import Line, read_input, rollout_of
 from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import LinkScore
@@ -50,14 +50,14 @@ class ScoreJob:
 
     Attributes:
         model: see `resolve_model`.
-        input: JSONL file of rollouts, see FORMS. A row may carry task_reward in [0, 1], which is then fused, and a
-            preference row label ("A" or "B": where the chosen response was shown; A by default).
-        output: JSONL file to write, one record per line of the input, in order.
+        input: file of rollouts, see `open_file` and FORMS. A row may carry task_reward in [0, 1], which is then fused,
+            and a judged pair label ("A" or "B": where the chosen response was shown; A by default).
+        output: JSONL file to write, one record per row of the input, in order.
         config: links, hardening, score, fusion.
         layout: what completions look like.
         raw: take prompt text as it is, without the chat template.
         batch_size: rows after which records are written, at least 1; changes no result.
-        donors: JSONL file of rollouts whose spans serve as donors, rows as in the input; None for the input itself.
+        donors: file of rollouts whose spans serve as donors, rows as in the input; None for the input itself.
         jacobians: safetensors file for the matrices, or None.
         html: file for the heat maps, or None.
         dtype: dtype of the weights.
@@ -95,7 +95,7 @@ class ScoreSummary:
         resumed: how many of them an earlier run had scored.
         malformed: completions that the model wrote and that cannot be scored.
         reasons: the most frequent reasons why, with their counts.
-        broken: lines of the input that cannot be used, with the reason.
+        broken: for each row of the input that cannot be used, where it stands and the reason.
         means: mean S of each link, mean reward and mean order leak over the well-formed rows, by name.
         without_leak: well-formed rows without an order leak, which are all where it was not asked for.
         seconds: time of this run.
@@ -106,7 +106,7 @@ class ScoreSummary:
     resumed: int
     malformed: int
     reasons: Mapping[str, int]
-    broken: tuple[tuple[int, str], ...]
+    broken: tuple[str, ...]
     means: Mapping[str, float]
     without_leak: int
     seconds: float
@@ -128,7 +128,7 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         ValueError: for input, settings or a model that cannot be used, or an output of other settings or weights.
     """
     started = time.perf_counter()
-    lines, broken = read_input(job.input)
+    lines, _ = read_input(job.input)
     source = _check(job)
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
     claim(_beside(job.output, ".settings.json"), _settings(job, source, lines), results=[job.output, partial, shards])
@@ -152,12 +152,12 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     if job.jacobians is not None:
         merge_matrices(shards, job.jacobians, keep=resumed)
     if job.html is not None:
-        rollouts = [read_rollout(line, reader, raw=job.raw) for line in lines]
+        rollouts = [rollout_of(line, reader, raw=job.raw) for line in lines]
         _write_page(job, records, [(reader.texts(one.token_ids), len(one.prompt_ids)) for one in rollouts])
     write_jsonl(job.output, records)
     partial.unlink(missing_ok=True)
     shutil.rmtree(shards, ignore_errors=True)
-    return _summarise(records, len(resumed), broken, time.perf_counter() - started)
+    return _summarise(records, len(resumed), time.perf_counter() - started)
 
 
 def _check(job: ScoreJob) -> ModelSource:
@@ -192,7 +192,7 @@ def _check(job: ScoreJob) -> ModelSource:
 def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict[str, Any]:
     """Return what decides the records; where spans are compared with donors, all rows decide each of them."""
     name = "donors" if job.donors else "input (its rows are each other's donors)"
-    donors = fingerprint(job.donors) if job.donors else content_hash([*map(content_hash, lines)])
+    donors = fingerprint(job.donors) if job.donors else content_hash([line.content for line in lines])
     return {
         **({name: donors} if job.config.reads_effects else {}),
         "command": "cepo score",
@@ -214,7 +214,7 @@ def _earlier_records(job: ScoreJob, lines: Sequence[Line]) -> dict[int, dict[str
     for path in (job.output, partial):
         for _, record in read_jsonl(path)[0] if path.is_file() else ():
             row = int(record["row"])
-            holds = row < len(lines) and record["content"] == content_hash(lines[row])
+            holds = row < len(lines) and record["content"] == lines[row].content
             if holds and (job.jacobians is None or not record["spans"] or row in saved):
                 done[row] = record
     return dict(sorted(done.items()))
@@ -226,11 +226,11 @@ def _open_model(
     """Return the reader, and the engine where a pending line is a row; weights are loaded for nothing else."""
     code = job.trust_remote_code
     model = None
-    if any(isinstance(lines[row], dict) for row in pending):
+    if any(lines[row].row is not None for row in pending):
         model, tokenizer = load_model(source, dtype=job.dtype, device=job.device, trust_remote_code=code)
     else:
         tokenizer = load_tokenizer(source, trust_remote_code=code)
-    if not job.raw and not getattr(tokenizer, "chat_template", None) and any(is_text(line) for line in lines):
+    if not job.raw and not getattr(tokenizer, "chat_template", None) and any(line.is_text for line in lines):
         raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; score with --raw")
     reader = SpanReader(tokenizer, job.layout)
     if model is None:
@@ -242,15 +242,16 @@ def _pools(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> Pools:
     """Return the candidates that the donors file, or else the input, offers for each source."""
     offered = lines if job.donors is None else read_input(job.donors)[0]
     links = job.config.parsed_links(job.layout)
-    rollouts = [read_rollout(line, reader, raw=job.raw) for line in offered]
+    rollouts = [rollout_of(line, reader, raw=job.raw) for line in offered]
     pools = pools_of(rollouts, links)
     prompts = {candidate.prompt for pool in pools.values() for candidate in pool}
     if job.config.no_donor == "zero" and len(prompts) < (2 if job.donors is None else 1):
         where = "input" if job.donors is None else "donors"
+        reason = next((f"; {one.malformed}" for one in rollouts if one.malformed), "")
         raise ValueError(
             f"{where} {str(job.donors or job.input)!r} holds well-formed rollouts of {len(prompts)} prompt(s), so no "
             "span has a donor, the content of another prompt's rollout; name a file of rollouts with --donors, or "
-            "compare with permuted tokens by --no-donor permute"
+            f"compare with permuted tokens by --no-donor permute{reason}"
         )
     return pools
 
@@ -259,7 +260,7 @@ def _score_line(
     job: ScoreJob, row: int, line: Line, reader: SpanReader, engine: Engine | None, pools: Pools | None
 ) -> dict[str, Any]:
     """Return the record of a line, scored alone: to the last bit, it does not depend on the lines beside it."""
-    rollout, task = read_rollout(line, reader, raw=job.raw), task_reward(line)
+    rollout = rollout_of(line, reader, raw=job.raw)
     score = RolloutScore({}, 0.0, rollout.malformed)
     if engine is not None and rollout.token_ids:
         (score,) = score_rollouts(
@@ -267,7 +268,7 @@ def _score_line(
             engine,
             job.config,
             job.layout,
-            task_rewards=[task],
+            task_rewards=[line.task_reward],
             pools=pools,
             exchanged=exchanged_prompts([rollout], reader) if job.config.reads_leak else None,
             keep_jacobians=True,
@@ -278,10 +279,11 @@ def _score_line(
     links = {name: _link_record(link, score, rollout, texts) for name, link in score.links.items()}
     return {
         "row": row,
-        "id": line.get("id") if isinstance(line, dict) else None,
+        "id": line.id,
         "reward": score.reward,
         "malformed": score.malformed,
-        "task_reward": task,
+        "broken": not rollout.token_ids,
+        "task_reward": line.task_reward,
         "found_by": rollout.found_by if score.malformed is None else None,
         "prompt_tokens": len(rollout.prompt_ids),
         "completion_tokens": len(rollout.completion_ids),
@@ -289,7 +291,7 @@ def _score_line(
         "S": dict(score.values),
         "order_leak": score.order_leak,
         "links": links,
-        "content": content_hash(line),
+        "content": line.content,
     }
 
 
@@ -371,9 +373,7 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _summarise(
-    records: Sequence[Mapping[str, Any]], resumed: int, broken: Sequence[tuple[int, str]], seconds: float
-) -> ScoreSummary:
+def _summarise(records: Sequence[Mapping[str, Any]], resumed: int, seconds: float) -> ScoreSummary:
     sound = [record for record in records if record["malformed"] is None]
     means = {
         f"S {name}": sum(record["S"][name] for record in sound) / len(sound)
@@ -384,14 +384,14 @@ def _summarise(
     leaks = [record["order_leak"] for record in sound if record["order_leak"] is not None]
     if leaks:
         means["order leak in nats"] = sum(leaks) / len(leaks)
-    unusable = {reason for _, reason in broken}
-    reasons = Counter(str(record["malformed"]) for record in records if record["malformed"] not in (None, *unusable))
+    wrong = [record for record in records if record["malformed"] is not None]
+    reasons = Counter(record["malformed"] for record in wrong if not record["broken"])
     return ScoreSummary(
         rows=len(records),
         resumed=resumed,
         malformed=reasons.total(),
         reasons=dict(reasons.most_common(_REASONS)),
-        broken=tuple(broken),
+        broken=tuple(record["malformed"] for record in wrong if record["broken"]),
         means=means,
         without_leak=len(sound) - len(leaks),
         seconds=seconds,

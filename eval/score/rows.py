@@ -1,157 +1,226 @@
-"""Rows of rollouts to score: the forms that a line may have, what is wrong with it, and its rollout."""
+"""Rows to score: which of their columns are the prompt and the completion, and the rollout that they make."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from jinja2 import TemplateError
 
-from cepo.files import BrokenLine, Row, read_jsonl
+from cepo.files import BrokenLine, Row, content_hash
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train.prompts import judged_prompt
+from cepo.train.rows import given, read_answer, read_id, read_judgement, read_messages
+from cepo.train.source import open_file
 
-Line: TypeAlias = Row | str
-"""A row, or the reason why a line cannot be used."""
-FORMS = (
-    "prompt_ids and completion_ids; or prompt (text, or a list of messages) and completion; "
-    "or prompt, chosen, rejected and judge_output"
+FORMS = "prompt_ids and completion_ids; or prompt (or messages) and completion; or chosen, rejected and judge_output"
+_COLUMNS: tuple[tuple[str, ...], ...] = (
+    ("prompt_ids", "completion_ids"),
+    ("prompt", "completion"),
+    ("messages", "completion"),
+    ("chosen", "rejected", "judge_output"),
 )
+"""The columns of each form; a row has the first form whose columns it has."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the input, or what is left of one that cannot be used.
+
+    Attributes:
+        place: where it stands, such as "line 3".
+        id: the row's own id, None where it has none.
+        row: what is read of it, see `read_row`; None where it cannot be used.
+        task_reward: in [0, 1]; None where the row has none.
+        broken: why it cannot be used, with its place; None where it can.
+    """
+
+    place: str
+    id: str | int | float | None = None
+    row: Row | None = None
+    task_reward: float | None = None
+    broken: str | None = None
+
+    @property
+    def content(self) -> str:
+        """Return a hash of all that decides the row's record."""
+        return content_hash(self.id, self.row, self.task_reward, self.broken)
+
+    @property
+    def is_text(self) -> bool:
+        """Return whether the row's prompt is text or messages."""
+        return self.row is not None and "prompt" in self.row
 
 
 def read_input(path: Path) -> tuple[list[Line], list[BrokenLine]]:
-    """Return the lines of the input in order, and the number and the reason of each that cannot be used.
+    """Return the rows of the input in order, and the number and the reason of each that cannot be used.
 
     Raises:
-        ValueError: for a file that is not there, is empty or has no usable line.
+        ValueError: for a file that cannot be read, is empty, or has no row with the columns of a form.
     """
-    rows, broken = read_jsonl(path)
-    if not rows and not broken:
-        raise ValueError(f"input {str(path)!r} is empty; expected one JSON object per line, with {FORMS}")
-    if not rows:
-        raise ValueError(f"input {str(path)!r} has no usable line; line {broken[0][0]} is broken: {broken[0][1]}")
-    missing = {number: _missing(row) for number, row in rows}
-    if all(missing.values()):
-        first, names = rows[0]
+    source = open_file(path)
+    lines: list[Line] = []
+    broken: list[BrokenLine] = []
+    first: Row | None = None
+    lacks_columns = True
+    for number, row in source:
+        if isinstance(row, dict):
+            first = row if first is None else first
+            lacks_columns = lacks_columns and _form(row) is None
+        lines.append(_read_line(row, f"{source.unit} {number}"))
+        if lines[-1].broken is not None:
+            broken.append((number, lines[-1].broken))
+    if not lines:
+        raise ValueError(f"input {str(path)!r} is empty; expected rows with {FORMS}")
+    if first is None:
+        raise ValueError(f"input {str(path)!r} has no usable row; {broken[0][1]}")
+    if lacks_columns:
         raise ValueError(
-            f"input {str(path)!r} lacks the column {missing[first]}; expected rows with {FORMS}. "
-            f"Its first row has {', '.join(sorted(map(str, names))) or 'no columns'}"
+            f"input {str(path)!r} lacks the column {_missing(first)}; expected rows with {FORMS}. Its first row has "
+            f"{', '.join(sorted(map(str, first))) or 'no columns'}"
         )
-    lines: dict[int, Line] = {number: f"line {number} is broken: {reason}" for number, reason in broken}
-    for number, row in rows:
-        problem = f"lacks the column {missing[number]}" if missing[number] else _bad_value(row)
-        lines[number] = f"line {number} {problem}" if problem else row
-    ordered = sorted(lines.items(), key=lambda pair: pair[0])
-    return [line for _, line in ordered], [(number, line) for number, line in ordered if isinstance(line, str)]
+    return lines, broken
 
 
-def read_rollout(line: Line, reader: SpanReader, *, raw: bool = False) -> Rollout:
-    """Return the rollout of a line of `read_input`; malformed, with the reason, where there is none.
+def rollout_of(line: Line, reader: SpanReader, *, raw: bool = False) -> Rollout:
+    """Return the rollout of a line; for one that cannot be used, a malformed one without tokens, with the reason."""
+    if line.row is None:
+        return Rollout((), (), malformed=line.broken)
+    try:
+        return read_rollout(line.row, reader, raw=raw)
+    except ValueError as reason:
+        return Rollout((), (), malformed=f"{line.place}: {reason}")
+
+
+def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
+    """Return the rollout of a row; malformed, with the reason, where its completion is.
 
     Text is encoded once, here, and the spans are found on the resulting ids. Lone surrogates, which no tokenizer
-    encodes, become U+FFFD.
+    encodes, become "?".
 
     Args:
-        line: from `read_input`.
+        row: see `read_row`.
         reader: finds the spans, with the model's tokenizer.
         raw: take prompt text as it is, without the chat template.
+
+    Raises:
+        ValueError: with the reason why the row cannot be used: its columns, or a chat template that refuses its
+            messages.
     """
-    if isinstance(line, str):
-        return Rollout((), (), malformed=line)
-    tokenizer, messages = reader.tokenizer, None
-    if "completion_ids" in line and "prompt_ids" in line:
-        prompt_ids, completion_ids = line["prompt_ids"], line["completion_ids"]
+    tokenizer, messages, row = reader.tokenizer, None, read_row(row)
+    if "prompt_ids" in row:
+        prompt_ids, completion_ids = row["prompt_ids"], row["completion_ids"]
     else:
-        prompt: Any = line.get("messages", line.get("prompt"))
-        completion: Any = line.get("completion", line.get("judge_output"))
-        if "completion" not in line and "chosen" in line:
-            prompt = judged_prompt(line)
-        if isinstance(completion, list):
-            completion = completion[-1]["content"]
-        completion_ids = tokenizer(_encodable(completion), add_special_tokens=False)["input_ids"]
+        prompt = row["prompt"]
+        completion_ids = tokenizer(_encodable(row["completion"]), add_special_tokens=False)["input_ids"]
         if raw and isinstance(prompt, str):
             prompt_ids = tokenizer(_encodable(prompt))["input_ids"]
         else:
-            given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            messages = [{**message, "content": _encodable(message["content"])} for message in given]
+            messages = [{**message, "content": _encodable(message["content"])} for message in _as_messages(prompt)]
             try:
                 prompt_ids = tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, tokenize=True, return_dict=True
                 )["input_ids"]
             except (TemplateError, ValueError, TypeError) as error:
-                return Rollout((), (), malformed=f"the chat template refuses the messages: {error}")
+                raise ValueError(f"the chat template refuses the messages: {error}") from error
     if not prompt_ids:
-        return Rollout((), (), malformed="the prompt has no tokens")
+        raise ValueError("the prompt has no tokens")
     return reader.read(prompt_ids, completion_ids, messages)
 
 
-def task_reward(line: Line) -> float | None:
-    """Return the task reward that a line carries, or None."""
-    task = line.get("task_reward") if isinstance(line, dict) else None
-    return None if task is None else float(task)
+def read_row(row: Row) -> Row:
+    """Return what is scored of a row: `prompt_ids` and `completion_ids`, or `prompt` and `completion`.
+
+    `prompt` is text or messages, `completion` text: of messages the last one by the assistant, and those before it
+    continue the prompt. A judged pair becomes the judge's prompt and its judgement. docs/formats.md has the forms.
+
+    Raises:
+        ValueError: with the reason why the row cannot be used.
+    """
+    form = _form(row)
+    if form is None:
+        raise ValueError(f"lacks the column {_missing(row)}")
+    if "prompt_ids" in form:
+        for column in form:
+            if not isinstance(row[column], list) or not all(type(token) is int for token in row[column]):
+                raise ValueError(f"column {column!r} holds {str(row[column])[:40]!r}; expected a list of integers")
+        return {column: row[column] for column in form}
+    if "judge_output" in form:
+        judged, judgement = read_judgement(row)
+        return {"prompt": judged, "completion": judgement}
+    if "completion" not in form:
+        before, completion = read_answer(row, "messages", whole=True)
+        if not before:
+            raise ValueError("column 'messages' holds nothing before the answer")
+        return {"prompt": before, "completion": completion}
+    prompt = read_messages(row, form[0])
+    before, completion = read_answer(row, "completion", whole=True)
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise ValueError(f"column {form[0]!r} ends with a message by the assistant, as if it held the completion too")
+    if _other_judgement(row) not in (None, completion):
+        raise ValueError("columns 'completion' and 'judge_output' differ; keep the one to score")
+    if before and _spoken(before) != _spoken(_as_messages(prompt)):
+        prompt = [*_as_messages(prompt), *before]
+    return {"prompt": prompt, "completion": completion}
 
 
-def is_text(line: Line) -> bool:
-    """Return whether the line is a row whose prompt is text or messages."""
-    return isinstance(line, dict) and "prompt_ids" not in line
+def _read_line(found: Row | str, place: str) -> Line:
+    if isinstance(found, str):
+        return Line(place, broken=f"{place} is broken: {found}")
+    try:
+        return Line(place, read_id(found), read_row(found), _task_reward(found))
+    except ValueError as reason:
+        return Line(place, read_id(found), broken=f"{place}: {reason}")
 
 
-def _columns(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the columns that a row of its form has."""
-    if "prompt_ids" in row or "completion_ids" in row:
-        return "prompt_ids", "completion_ids"
-    if "completion" not in row and ("chosen" in row or "rejected" in row):
-        return "prompt", "chosen", "rejected", "judge_output"
-    return "messages" if "messages" in row else "prompt", "completion"
+def _form(row: Row) -> tuple[str, ...] | None:
+    """Return the form of a row. An empty answer counts only where no form is found without it."""
+    there = {column for column in row if given(row, column) is not None}
+    conversation = row["messages"] if isinstance(row.get("messages"), list) else []
+    ends_with_answer = any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in conversation[-1:])
+    forms = (*_COLUMNS, ("messages",)) if ends_with_answer else _COLUMNS
+    empty = {column for column in ("completion", "judge_output") if row.get(column) == ""}
+    return next((form for columns in (there, there | empty) for form in forms if columns.issuperset(form)), None)
 
 
-def _missing(row: Mapping[str, Any]) -> str | None:
-    return next((name for name in _columns(row) if name not in row), None)
+def _missing(row: Row) -> str:
+    """Return a column that a row without a form lacks: of the form that its columns point to."""
+    there = {column for column in row if given(row, column) is not None}
+    form: tuple[str, ...] = ("messages" if "messages" in there else "prompt", "completion")
+    if there & set(_COLUMNS[0]):
+        form = _COLUMNS[0]
+    elif "completion" not in there and there & set(_COLUMNS[-1]):
+        form = _COLUMNS[-1]
+    return next(column for column in form if column not in there)
 
 
-def _bad_value(row: Mapping[str, Any]) -> str | None:
-    task = row.get("task_reward")
-    number = isinstance(task, int | float) and not isinstance(task, bool)
-    if task is not None and not (number and math.isfinite(task) and 0.0 <= task <= 1.0):
-        return f"has the task_reward {task!r}; expected a number in [0, 1]"
-    if row.get("label") not in ("A", "B", None):
-        return f"has the label {row['label']!r}; expected 'A' or 'B'"
-    names = _columns(row)
-    fits: Callable[[Any], bool]
-    if "prompt_ids" in names:
-        fits, expected = _is_ids, "a list of integers"
-    elif "judge_output" in names:
-        fits, expected = _is_text, "text"
-    else:
-        fits, expected = _is_text_or_messages, "text, or messages with role and content"
-    bad = next((name for name in names if not fits(row[name])), None)
-    return None if bad is None else f"has the {bad} {_shortened(row[bad])}; expected {expected}"
+def _other_judgement(row: Row) -> str | None:
+    """Return a judgement that stands beside the completion; None without one, or where it could be none."""
+    try:
+        return None if given(row, "judge_output") is None else read_answer(row, "judge_output")[1]
+    except ValueError:
+        return None
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
+def _task_reward(row: Row) -> float | None:
+    task = given(row, "task_reward")
+    try:
+        value = math.nan if isinstance(task, bool) else float(task if task is not None else 0.0)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"column 'task_reward' holds {task!r}; expected a number in [0, 1]")
+    return None if task is None else value
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _as_messages(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _is_text_or_messages(value: Any) -> bool:
-    if not isinstance(value, list):
-        return isinstance(value, str)
-    return bool(value) and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
-        for message in value
-    )
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _spoken(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
 
 
 def _encodable(text: str) -> str:

@@ -15,7 +15,6 @@ from cepo.files import (
     claim,
     content_hash,
     fingerprint,
-    is_file_name,
     read_jsonl,
     replacing,
     write_jsonl,
@@ -128,13 +127,6 @@ def test_fingerprints_that_differ_are_not_spelled_out(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(ValueError, match="made with other settings: data has other content; name"):
         claimed(tmp_path, {"command": "train", "data": content_hash(2)})
-
-
-def test_a_name_of_a_file_is_never_taken_for_a_hub_data_set(tmp_path: Path) -> None:
-    (tmp_path / "rows").touch()
-    assert is_file_name(tmp_path / "rows")
-    assert is_file_name("judge.json")
-    assert not is_file_name("allenai/reward-bench")
 
 
 def test_results_of_others_are_refused(tmp_path: Path) -> None:

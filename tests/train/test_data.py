@@ -152,7 +152,7 @@ def test_unusable_rows_are_skipped_with_their_reason(tmp_path: Path) -> None:
         {**good, "rejected": " "},
         {**good, "prompt": "\ud800"},
         {"prompt": "p", "chosen": "c"},
-        {**good, "chosen": ["c"]},
+        {**good, "chosen": ["c", "d"]},
         {**good, "chosen": messages(("user", "p"))},
         {**good, "id": "\ud800", "chosen": "other"},
     ]
@@ -166,7 +166,7 @@ def test_unusable_rows_are_skipped_with_their_reason(tmp_path: Path) -> None:
         (4, "column 'rejected' is blank"),
         (5, "column 'prompt' holds a lone surrogate; expected valid Unicode text"),
         (6, "column 'rejected' is missing"),
-        (7, "column 'chosen' is a list, but not one of messages with role and content"),
+        (7, "holds 2 chosen and 1 rejected responses; expected one of each"),
         (8, "column 'chosen' holds no message by the assistant"),
         (10, "not JSON at character 2: Expecting property name enclosed in double quotes"),
     )
@@ -269,7 +269,7 @@ def test_a_source_that_is_neither_file_nor_data_set_is_named(monkeypatch: pytest
         raise datasets.exceptions.DatasetNotFoundError("no such data set")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="owner/nmae is neither a .jsonl file nor a hub data set that can be loaded"):
+    with pytest.raises(ValueError, match="owner/nmae is neither a file nor a data set that can be loaded"):
         load_preferences("owner/nmae")
 
 

@@ -51,19 +51,36 @@ def test_a_judgement_by_rule_is_well_formed_and_right(tmp_path: Path) -> None:
     assert all(len(JUDGE.find(text.encode()).numbers) == 2 for text in texts)  # raises where a text is malformed
 
 
-def test_own_judgements_are_learned_where_there_are_some(tmp_path: Path) -> None:
-    """A row's judgement stands at its own place: the label says where the chosen response was shown."""
-    own = [
-        {**ROWS[0], "judge_output": "J", "label": "B"},
-        {**ROWS[1], "judge_output": "K"},
-        {**ROWS[2], "judge_output": 5},
+def test_a_rows_own_judgement_is_learned_in_every_form_and_each_kind_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Own judgements stand at their own place, rows without one get one by rule, and no row vanishes unseen."""
+    turns = {
+        name: [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}]
+        for name, text in (("chosen", "Because."), ("rejected", "No."))
+    }
+    own: list[dict[str, Any]] = [
+        {**ROWS[0], "judge_output": "J0", "label": "B"},
+        {**turns, "judge_output": "J1"},
+        {**ROWS[2], "judge_output": [{"role": "assistant", "content": [{"type": "text", "text": "J2"}]}]},
+        {**ROWS[3], "judge_output": None, "label": True},
+        {**ROWS[4], "judge_output": ""},
+        {**ROWS[5], "judge_output": 5},
+        {**ROWS[6], "judge_output": "J6", "label": "first"},
+        {**ROWS[7], "judge_output": " "},
     ]
     examples = read_examples(write(tmp_path / "own.jsonl", own))
-    assert [example["completion"][0]["content"] for example in examples] == ["J", "K"]
-    first, second = (example["prompt"][0]["content"] for example in examples)
+    texts = [example["completion"][0]["content"] for example in examples]
+    assert texts[:3] == ["J0", "J1", "J2"]
+    assert all("<specific_criteria>" in text for text in texts[3:])
+    assert len(texts) == 5
+    assert "3 judgement(s) of the rows' own, 2 by rule, 3 row(s) left out (row 6: column 'judge_output'" in caplog.text
+    assert "row 7: column 'label' holds 'first'" in caplog.text
+    first, second = (example["prompt"][0]["content"] for example in examples[:2])
     assert first.index(ROWS[0]["rejected"]) < first.index(ROWS[0]["chosen"])
-    assert second.index(ROWS[1]["chosen"]) < second.index(ROWS[1]["rejected"])
-    with pytest.raises(ValueError, match="no judgement to learn from within max_characters 10"):
+    assert "[Query]\nWhy?\n" in second
+    assert second.index("Because.") < second.index("No.")
+    with pytest.raises(ValueError, match=r"no usable row: the prompt has over 10 characters \(5x\)"):
         read_examples(tmp_path / "own.jsonl", max_characters=10)
 
 

@@ -616,7 +616,7 @@ def test_the_command_judges_resumes_and_complains_of_broken_lines(
     arguments += ["--threads", 1, "--batch-size", 4]
     code, out, err = cepo(*arguments, "--force-format")
     assert code == 2
-    assert "line 3: not JSON" in " ".join(err.split())
+    assert "row 3: not JSON" in " ".join(err.split())
     assert "right in both orders" in out
     records = read_jsonl(tmp_path / "out" / "judgements.jsonl")
     assert len(records) == 6

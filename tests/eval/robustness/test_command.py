@@ -212,5 +212,5 @@ def test_the_command_judges_with_a_server(
     source.write_text(source.read_text() + "{torn\n")
     assert run_cepo(monkeypatch, "eval", "robustness", *common, "--output", str(tmp_path / "second")) == 2
     captured = capsys.readouterr()
-    assert "1 line(s) that could not be used: line 5: not JSON" in captured.err
+    assert "1 row(s) that could not be used: row 5: not JSON" in captured.err
     assert (tmp_path / "second" / "report.html").is_file()

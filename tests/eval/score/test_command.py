@@ -302,8 +302,8 @@ def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path:
     code, message = cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, "-K", 1)
     assert code == 2
     assert "line 2 is broken" in message
-    assert "line 4 lacks the column completion" in message
-    assert "line 5" in message
+    assert "line 4: lacks the column completion" in message
+    assert "line 5: column 'task_reward' holds 7; expected a number in [0, 1]" in message
     records = read_jsonl(out)
     assert [record["malformed"] is None for record in records] == [True, False, True, False, False, True]
 
@@ -312,7 +312,8 @@ def test_broken_lines_are_not_counted_as_malformed_output(judge: Path, tmp_path:
     source = write_jsonl(tmp_path / "in", [gold_rows()[0], {"prompt": "x", "completion": "no tags"}, "{", {"x": 1}])
     config = RewardConfig(links={"X->Y": 1.0}, score="influence")
     done = score_module.score_file(score_module.ScoreJob(str(judge), source, tmp_path / "out", config, JUDGE))
-    assert (done.rows, done.malformed, [number for number, _ in done.broken]) == (4, 1, [3, 4])
+    assert (done.rows, done.malformed) == (4, 1)
+    assert [reason.split(":")[0] for reason in done.broken] == ["line 3 is broken", "line 4"]
     assert done.reasons == {"empty completion": 1}  # the testbed has no such words
 
 
@@ -328,10 +329,7 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
         "\\boxed{" + "9" * 10_000 + ", 1}",
     ]
     rows: list[Any] = [{"prompt": item.prompt, "completion": text} for text in wild]
-    rows += [
-        {"prompt_ids": [], "completion_ids": [1]},
-        {"prompt_ids": [10**6], "completion_ids": [1, 2]},
-    ]
+    rows.append({"prompt_ids": [10**6], "completion_ids": [1, 2]})
     out, page = tmp_path / "out.jsonl", tmp_path / "o.html"
     source = write_jsonl(tmp_path / "in", rows)
     code, _ = cepo("--model", judge, "--input", source, "--output", out, *ALONE, "-K", 1, "--html", page)
@@ -345,17 +343,15 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"prompt_ids": "abc", "completion_ids": [1]}, 'has the prompt_ids "abc"; expected a list of integers'),
-        ({"prompt_ids": [1], "completion_ids": [True]}, "has the completion_ids [true]; expected a list of integers"),
-        ({"prompt": 5, "completion": "x"}, "has the prompt 5; expected text, or messages with role and content"),
-        ({"prompt": "x", "completion": None}, "has the completion null; expected text, or messages"),
-        ({"prompt": [{"role": "user"}], "completion": "x"}, 'has the prompt [{"role": "user"}]; expected text'),
-        ({"prompt": "x", "completion": []}, "has the completion []; expected text"),
-        (
-            {"prompt": "x", "chosen": "a", "rejected": "b", "judge_output": None},
-            "has the judge_output null; expected text",
-        ),
-        ({"prompt": "x", "chosen": 7, "rejected": "b", "judge_output": "z"}, "has the chosen 7; expected text"),
+        ({"prompt_ids": "abc", "completion_ids": [1]}, "column 'prompt_ids' holds 'abc'; expected a list of integers"),
+        ({"prompt_ids": [1], "completion_ids": [True]}, "column 'completion_ids' holds '[True]'; expected a list"),
+        ({"prompt_ids": [], "completion_ids": [1]}, "the prompt has no tokens"),
+        ({"prompt": 5, "completion": "x"}, "column 'prompt' holds a int, not text"),
+        ({"prompt": "x", "completion": None}, "lacks the column completion"),
+        ({"prompt": [{"role": "user"}], "completion": "x"}, "column 'prompt' holds a NoneType, not text"),
+        ({"prompt": "x", "completion": []}, "column 'completion' is a list, but not one of messages"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "judge_output": None}, "lacks the column judge_output"),
+        ({"prompt": "x", "chosen": 7, "rejected": "b", "judge_output": "z"}, "column 'chosen' holds a int, not text"),
     ],
 )
 def test_values_of_a_wrong_type_are_broken_lines_not_malformed_output(
@@ -363,13 +359,36 @@ def test_values_of_a_wrong_type_are_broken_lines_not_malformed_output(
 ) -> None:
     """Protects the count of malformed output, which is the model's: a mistake in the data is the data's."""
     out = tmp_path / "out.jsonl"
-    source = write_jsonl(tmp_path / "in", [row, gold_rows()[0]])
+    source = write_jsonl(tmp_path / "in", [{**row, "id": "its own"}, gold_rows()[0]])
     code, message = cepo("--model", judge, "--input", source, "--output", out, *ALONE)
     assert code == 2
-    assert f"line 1 {complaint}" in message
+    assert f"line 1: {complaint}" in message
     broken, scored = read_jsonl(out)
     assert complaint in broken["malformed"]
+    assert (broken["broken"], broken["id"], scored["broken"]) == (True, "its own", False)
     assert scored["malformed"] is None
+
+
+@pytest.mark.parametrize("more", [ALONE, ()])
+def test_rows_that_the_chat_template_refuses_are_broken_not_malformed_output(
+    judge: Path, tmp_path: Path, cepo: Cepo, more: tuple[str, ...]
+) -> None:
+    """Gemma has no system message: the data is at fault, and the exit code says so, after a resumed run too."""
+    model, out = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(judge, model)
+    template = model / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    strict = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": ITEMS[0].prompt}]
+    rows = [{"id": number, "prompt": strict, "completion": ITEMS[0].completion} for number in range(3)]
+    source = write_jsonl(tmp_path / "in", rows)
+    for _ in range(2):
+        code, message = cepo("--model", model, "--input", source, "--output", out, *more)
+        assert code == 2
+        assert "line 1: the chat template refuses the messages: System role not supported" in message
+    if more:
+        records = read_jsonl(out)
+        assert [(record["id"], record["broken"]) for record in records] == [(0, True), (1, True), (2, True)]
 
 
 def test_task_rewards_are_fused(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
@@ -462,7 +481,7 @@ def test_files_that_would_be_lost_are_refused(judge: Path, tmp_path: Path, cepo:
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [("", "is empty"), ("{broken\n", "no usable line"), ('{"question": "x"}\n', "lacks the column prompt")],
+    [("", "is empty"), ("{broken\n", "no usable row"), ('{"question": "x"}\n', "lacks the column prompt")],
 )
 def test_unusable_input_is_refused(content: str, complaint: str, judge: Path, tmp_path: Path, cepo: Cepo) -> None:
     source = tmp_path / "in.jsonl"

@@ -1,0 +1,84 @@
+"""Protects the choice of columns to score: each form, their order, and what is refused rather than guessed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cepo.eval.score.rows import read_input, read_row
+
+ASKED, JUDGED = "Which is better?", "the judgement"
+USER, ANSWER = {"role": "user", "content": ASKED}, {"role": "assistant", "content": JUDGED}
+TEXT = {"prompt": ASKED, "completion": JUDGED}
+MESSAGES = {"prompt": [USER], "completion": JUDGED}
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({**TEXT, "label": True}, TEXT),  # KTO's
+        ({**TEXT, "label": "4", "score": "high", "text": 3}, TEXT),
+        ({**TEXT, "messages": [{"role": "user", "content": "Something else."}]}, TEXT),  # UltraFeedback's
+        ({**TEXT, "messages": "no list", "prompt_ids": None, "completion_ids": "none"}, TEXT),
+        ({**TEXT, "prompt_ids": [1, 2]}, TEXT),
+        ({**TEXT, "chosen": "x", "rejected": 7, "judge_output": None}, TEXT),
+        ({**TEXT, "judge_output": JUDGED}, TEXT),
+        ({**TEXT, "judge_output": {"score": 8}}, TEXT),
+        ({**TEXT, "prompt_ids": [1], "completion_ids": [2]}, {"prompt_ids": [1], "completion_ids": [2]}),
+        ({**TEXT, "prompt": ""}, None),
+        ({**TEXT, "completion": ""}, {**TEXT, "completion": ""}),
+        ({**TEXT, "completion": [ANSWER, {"role": "tool", "content": "ok"}]}, TEXT),
+        ({**TEXT, "completion": [USER, ANSWER]}, TEXT),
+        ({**TEXT, "completion": ANSWER}, TEXT),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": ASKED}]}], "completion": JUDGED}, MESSAGES),
+        ({"messages": [USER], "completion": JUDGED}, MESSAGES),
+        ({"messages": [USER, ANSWER]}, MESSAGES),
+        ({"messages": [USER, ANSWER], "prompt": None, "completion": ""}, MESSAGES),
+        (
+            {"prompt": ASKED, "completion": [{**ANSWER, "content": "draft"}, {**USER, "content": "Again."}, ANSWER]},
+            {"prompt": [USER, {**ANSWER, "content": "draft"}, {**USER, "content": "Again."}], "completion": JUDGED},
+        ),
+        ({"prompt": [{**USER, "name": None, "tool_calls": None}], "completion": JUDGED}, MESSAGES),
+    ],
+)
+def test_a_column_that_plays_no_part_neither_refuses_a_row_nor_replaces_another(
+    row: dict[str, Any], read: dict[str, Any] | None
+) -> None:
+    if read is None:
+        with pytest.raises(ValueError, match="lacks the column"):
+            read_row(row)
+    else:
+        assert read_row(row) == read
+        assert read_row(read) == read
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({**TEXT, "judge_output": "another"}, "'completion' and 'judge_output' differ"),
+        ({"prompt": [USER, ANSWER], "completion": JUDGED}, "'prompt' ends with a message by the assistant"),
+        ({"messages": [USER, ANSWER], "completion": "another"}, "'messages' ends with a message by the assistant"),
+        ({"messages": [ANSWER]}, "nothing before the answer"),
+        ({"messages": [USER, ANSWER, USER]}, "lacks the column completion"),
+        ({"messages": []}, "lacks the column completion"),
+        ({"prompt": ASKED, "completion": [USER]}, "'completion' holds no message by the assistant"),
+        ({"prompt": ASKED, "completion": [{**ANSWER, "reasoning_content": "Hm."}]}, "a thought beside the answer"),
+        ({"prompt": ASKED, "completion_ids": [1]}, "lacks the column prompt_ids"),
+        ({"prompt": ASKED, "chosen": "a", "rejected": "b"}, "lacks the column judge_output"),
+        ({"chosen": "a", "rejected": "b", "judge_output": "J"}, "'prompt' is missing"),
+        ({"prompt": ASKED, "chosen": "a", "rejected": "b", "judge_output": "J", "label": 1}, "'label' holds 1"),
+        ({**TEXT, "task_reward": "high"}, "'task_reward' holds 'high'"),
+        ({**TEXT, "task_reward": True}, "'task_reward' holds True"),
+    ],
+)
+def test_what_could_be_two_things_is_refused_with_its_id_and_number(
+    tmp_path: Path, row: dict[str, Any], complaint: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(one) for one in (TEXT, {**row, "id": {"of": "its own"}})))
+    (sound, refused), broken = read_input(path)
+    assert sound.row == TEXT
+    assert refused.broken is not None
+    assert complaint in refused.broken
+    assert (refused.id, broken) == ("{'of': 'its own'}", [(2, refused.broken)])

@@ -1,0 +1,241 @@
+"""Rows: which columns are read, in which order, and what a cell may hold. docs/formats.md ("Rows") says the same.
+
+A column that a form does not name plays no part: it never refuses a row and never replaces another. A cell without a
+value (null, NaN, empty text) is a column that is not there. Every command reads rows here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cepo.files import Row
+from cepo.train.prompts import judge_prompt
+
+PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
+"""What the columns of a preference are called."""
+_TOOL_ROLES = ("tool", "function", "ipython")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_PYTHON = ("[{'role':", "[{'content':", '[{"role": \'')  # how str() writes messages
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Responses to one prompt, of which every chosen one is better than every rejected one.
+
+    Attributes:
+        prompt: what was asked; of several turns, with their roles.
+        chosen: at least one; several only where a cell is a list of texts.
+        rejected: likewise.
+    """
+
+    prompt: str
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+
+
+def given(row: Mapping[str, Any], column: str) -> Any:
+    """Return a column's value; None where it has none: not there, null, NaN or empty text."""
+    value = row.get(column)
+    return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
+
+
+def read_preference(row: Row, names: Mapping[str, str] = PAIR) -> Preference:
+    """Return the preference of a row.
+
+    The prompt is the column's, and without one what stands before the response in `chosen` and `rejected`.
+
+    Args:
+        row: prompt, chosen and rejected; each is text or messages, chosen and rejected also lists of texts.
+        names: what the row calls each of the three.
+
+    Raises:
+        ValueError: with the reason why the row cannot be used.
+    """
+    chosen, before = _responses(row, names["chosen"])
+    rejected, before_rejected = _responses(row, names["rejected"])
+    if before != before_rejected:
+        raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} answer different conversations")
+    has_prompt = not before or given(row, names["prompt"]) is not None
+    return Preference(read_dialogue(row, names["prompt"]) if has_prompt else before, chosen, rejected)
+
+
+def read_pair(row: Row, names: Mapping[str, str] = PAIR) -> tuple[str, str, str]:
+    """Return prompt, chosen and rejected of a row with one response of each kind; ValueError as `read_preference`."""
+    found = read_preference(row, names)
+    if len(found.chosen) + len(found.rejected) > 2:
+        raise ValueError(
+            f"holds {len(found.chosen)} chosen and {len(found.rejected)} rejected responses; expected one of each"
+        )
+    return found.prompt, found.chosen[0], found.rejected[0]
+
+
+def read_judgement(row: Row) -> tuple[list[dict[str, str]], str]:
+    """Return the prompt that a row's own judgement answered, and the judgement.
+
+    Args:
+        row: a preference with `judge_output`, and `label`, "A" (or nothing) or "B": where the chosen response stood.
+
+    Raises:
+        ValueError: with the reason why the row cannot be used.
+    """
+    query, chosen, rejected = read_pair(row)
+    label = given(row, "label")
+    if label not in ("A", "B", None):
+        raise ValueError(f"column 'label' holds {label!r}; expected 'A' or 'B', where the chosen response was shown")
+    _, judgement = read_answer(row, "judge_output", whole=True)
+    shown = (rejected, chosen) if label == "B" else (chosen, rejected)
+    return judge_prompt(query, *shown), judgement
+
+
+def read_id(row: Mapping[str, Any]) -> str | int | float | None:
+    """Return a row's own id, as text where it is neither text nor a number; None where it has none."""
+    value = given(row, "id")
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def read_text(row: Row, column: str) -> str:
+    """Return a column's text, or that of its parts; ValueError where it is blank or anything else."""
+    return _checked(content_text(_column(row, column), column), column)
+
+
+def read_dialogue(row: Row, column: str) -> str:
+    """Return a prompt: text or a single message as it is, several messages with their roles; never blank."""
+    turns = _turns(_column(row, column), column)
+    if turns is None:
+        return read_text(row, column)
+    return _join([(turn["role"], _checked(_said(turn, column), column)) for turn in turns])
+
+
+def read_answer(row: Row, column: str, *, whole: bool = False) -> tuple[list[dict[str, Any]], str]:
+    """Return the messages before an answer, [] where the column is text, and the answer, which may be blank.
+
+    Of messages, the last one by the assistant is the answer; those after it play no part.
+
+    Args:
+        row: a row.
+        column: text, or messages.
+        whole: refuse an answer whose thought stands in a field of its own, for it is a part of what a model wrote.
+
+    Raises:
+        ValueError: with the reason why the column cannot be used.
+    """
+    value = _column(row, column)
+    turns = _turns(value, column)
+    if turns is None:
+        return [], content_text(value, column)
+    spoken = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not spoken:
+        raise ValueError(f"column {column!r} holds no message by the assistant")
+    answer = turns[spoken[-1]]
+    thought = next((name for name in _THOUGHTS if answer.get(name)), None)
+    if whole and thought is not None:
+        raise ValueError(
+            f"column {column!r} holds a thought beside the answer, in {thought!r}; expected it in the content, as the "
+            "model wrote it (<think>...</think>)"
+        )
+    return plain_messages(turns[: spoken[-1]], column), _said(answer, column)
+
+
+def read_messages(row: Row, column: str) -> str | list[dict[str, Any]]:
+    """Return a prompt as text, which may be blank, or as messages whose content is text.
+
+    Raises:
+        ValueError: with the reason why the column cannot be used.
+    """
+    value = _column(row, column)
+    turns = _turns(value, column)
+    return content_text(value, column) if turns is None else plain_messages(turns, column)
+
+
+def plain_messages(turns: Sequence[Row], column: str) -> list[dict[str, Any]]:
+    """Return messages with their content as text, and without keys that hold nothing (as tables fill them up)."""
+    return [
+        {key: value for key, value in turn.items() if value is not None} | {"content": _said(turn, column)}
+        for turn in turns
+    ]
+
+
+def content_text(content: Any, column: str) -> str:
+    """Return the text of a content: itself, or that of its parts, joined.
+
+    Raises:
+        ValueError: for anything else; a part that is not text is named by its type.
+    """
+    if isinstance(content, str):
+        if content.startswith(_PYTHON):
+            raise ValueError(
+                f"column {column!r} holds messages as Python prints them; write the rows as JSONL or parquet"
+            )
+        return content
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        if isinstance(content, list):
+            raise ValueError(f"column {column!r} is a list, but not one of messages with role and content")
+        raise ValueError(f"column {column!r} holds a {type(content).__name__}, not text")
+    other = next((part.get("type") for part in content if part.get("type", "text") not in _TEXT_PARTS), None)
+    if other is not None:
+        raise ValueError(f"column {column!r} holds a part of type {other!r}; only text is read")
+    if not all(isinstance(part.get("text"), str) for part in content):
+        raise ValueError(f"column {column!r} is a list, but not one of messages with role and content")
+    return "".join(part["text"] for part in content)
+
+
+def is_storable(text: str) -> bool:
+    """Return whether a text is valid Unicode: it holds no lone surrogate."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _responses(row: Row, column: str) -> tuple[tuple[str, ...], str]:
+    """Return the responses of a column and the conversation before them, or ""."""
+    value = _column(row, column)
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        if blank := [text for text in value if not text.strip()]:
+            raise ValueError(f"column {column!r} holds {len(blank)} blank response(s) among {len(value)}")
+        return tuple(_checked(text, column) for text in value), ""
+    before, answer = read_answer(row, column)
+    turns = [(turn["role"], _checked(turn["content"], column)) for turn in before]
+    return (_checked(answer, column),), _join(turns) if turns else ""
+
+
+def _turns(value: Any, column: str) -> list[Row] | None:
+    """Return messages, of which one alone may stand without a list; None for a value that is none."""
+    turns = [value] if isinstance(value, dict) and "role" in value else value
+    if not isinstance(turns, list) or not any(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return None
+    if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
+        raise ValueError(f"column {column!r} is a list, but not one of messages with role and content")
+    return turns
+
+
+def _said(turn: Row, column: str) -> str:
+    """Return the text of a message."""
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise ValueError(
+            f"column {column!r} holds a message that calls tools; tool calls and their results are not read"
+        )
+    if turn["role"] in _TOOL_ROLES:
+        raise ValueError(f"column {column!r} holds a tool's result (role {turn['role']!r}), which is not read")
+    return content_text(turn.get("content"), column)
+
+
+def _join(turns: Sequence[tuple[str, str]]) -> str:
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in turns)
+
+
+def _column(row: Row, column: str) -> Any:
+    if column not in row:
+        raise ValueError(f"column {column!r} is missing")
+    return row[column]
+
+
+def _checked(text: str, column: str) -> str:
+    if not text.strip():
+        raise ValueError(f"column {column!r} is blank")
+    if not is_storable(text):
+        raise ValueError(f"column {column!r} holds a lone surrogate; expected valid Unicode text")
+    return text

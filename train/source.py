@@ -1,0 +1,295 @@
+"""Sources of rows: files of every kind that people hand over, data set folders, and data sets of the hub.
+
+Every command reads data here, row by row: a large file is never held whole, except for JSON that is not one object per
+line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import lzma
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from cepo.files import BrokenLine, Row, parse_line
+from cepo.train.file_kinds import PARQUET, check_kind, decompressed, text_encoding
+
+Entry: TypeAlias = tuple[int, Row | str]
+"""A number from 1, and the row or the reason why there is none."""
+T = TypeVar("T")
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".xlsx")
+_LISTS = ("prompt_ids", "completion_ids", "completions", "correct")  # columns whose cells in a CSV hold a JSON list
+_COLUMNS = {
+    "prompt",
+    "prompt_ids",
+    "messages",
+    "completion",
+    "chosen",
+    "question",
+}  # an object with one is a row itself
+_SPACE = re.compile("[\ufeff\\s]*")
+_BATCH = 256  # rows of a parquet file that are held at once
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows to iterate over, once.
+
+    Attributes:
+        entries: in order; blank lines have none.
+        unit: what the numbers count: each "line" of JSONL and CSV, or each "row" of other kinds.
+    """
+
+    entries: Iterable[Entry]
+    unit: str
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Iterate over the entries."""
+        return iter(self.entries)
+
+
+def collect_rows(
+    source: str | Path, convert: Callable[[Row], T], *, split: str | None = None, limit: int | None = None
+) -> tuple[list[T], list[BrokenLine]]:
+    """Convert the rows of a source until there are enough.
+
+    Args:
+        source: see `open_source`.
+        convert: makes something of a row; a row for which it raises ValueError is left out, with that reason.
+        split: see `open_source`.
+        limit: number of converted rows to stop at; None for all.
+
+    Returns:
+        What came of the rows, in order, and (number, reason) of each that was left out.
+
+    Raises:
+        ValueError: for a source that cannot be read or holds no usable row.
+    """
+    collected: list[T] = []
+    left_out: list[BrokenLine] = []
+    columns: dict[str, None] = {}
+    for number, row in open_source(source, split):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            columns.update(dict.fromkeys(row))
+            collected.append(convert(row))
+        except ValueError as reason:
+            left_out.append((number, str(reason)))
+        if len(collected) == limit:
+            break
+    if not collected:
+        reasons = [f"{reason} ({count}x)" for reason, count in Counter(text for _, text in left_out).most_common(3)]
+        raise ValueError(
+            f"source {source} holds no usable row: {'; '.join(reasons) or 'it is empty'}; "
+            f"columns found: {', '.join(columns) or 'none'}"
+        )
+    return collected, left_out
+
+
+def open_source(source: str | Path, split: str | None = None) -> Source:
+    """Open a file, a folder, or a data set of the hub.
+
+    Args:
+        source: a file, see `open_file`; a folder that `save_to_disk` wrote; or what `datasets.load_dataset` takes: a
+            folder of files, "owner/name" or "owner/name:configuration".
+        split: split of a data set; None means "train". A file has none.
+
+    Raises:
+        ValueError: for a source that cannot be read, and for a split of a file; as the rows come, for a damaged file.
+    """
+    path = Path(source)
+    if path.is_file() or (path.suffix.lower() in _ENDINGS and not path.is_dir()):
+        if split is not None:
+            raise ValueError(f"split is {split!r}, but source {source} is a file; expected None, files have no splits")
+        return open_file(path)
+    import datasets
+
+    name, _, configuration = str(source).partition(":")
+    try:
+        if (path / "dataset_dict.json").is_file():
+            rows: Any = datasets.load_from_disk(str(path))[split or "train"]
+        elif (path / "state.json").is_file():
+            rows = datasets.load_from_disk(str(path))
+        else:
+            rows = datasets.load_dataset(name, configuration or None, split=split or "train")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"source {source} is neither a file nor a data set that can be loaded, from a folder or the hub: {error}"
+        ) from error
+    return Source(enumerate(rows, start=1), "row")
+
+
+def open_file(path: Path) -> Source:
+    """Open a file of rows. Its content decides its kind; only CSV and TSV are told by their names.
+
+    JSONL; JSON (a list of objects, an object with one list of objects, or objects of several lines); CSV and TSV, whose
+    first line names the columns; parquet. Each may be packed with gzip, bzip2, xz or zstandard. Text is UTF-8, UTF-16
+    or UTF-32, with byte order marks or without.
+
+    Raises:
+        ValueError: for a file that is not there or of another kind, which the error names with the way to convert it;
+            as the rows come, for a damaged file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected JSONL, JSON, CSV, TSV or parquet")
+    try:
+        with decompressed(path) as stream:
+            head = stream.read(4096)
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+    check_kind(path, head)
+    if head.startswith(PARQUET):
+        return Source(_guarded(path, _read_parquet), "row")
+    encoding = text_encoding(head)
+    try:
+        with _text(path, encoding) as lines:
+            first, second = (*itertools.islice((line for line in map(_bare, lines) if line), 2), "", "")[:2]
+        if first.startswith(("{", "[")):
+            return _open_json(path, encoding, first)
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+    endings = [ending.lower() for ending in path.suffixes[-2:]]
+    if ".csv" in endings or ".tsv" in endings:
+        return Source(_guarded(path, _read_csv, encoding), "line")
+    if first and not second.startswith(("{", "[")):
+        raise ValueError(
+            f"{path} begins with {first[:40]!r}, which is not JSON; expected one JSON object per line, or a name that "
+            "ends in .csv or .tsv for a table"
+        )
+    return Source(_guarded(path, _read_lines, encoding), "line")
+
+
+def _guarded(path: Path, read: Callable[..., Iterator[Entry]], *arguments: Any) -> Iterator[Entry]:
+    try:
+        yield from read(path, *arguments)
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read: {error}")
+
+
+def _text(path: Path, encoding: str, newline: str = "\n") -> io.TextIOWrapper:
+    """Open a text. Bytes that are not UTF-8 become lone surrogates, so that they spoil their own line alone."""
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    return io.TextIOWrapper(decompressed(path), encoding, errors, newline)
+
+
+def _bare(line: str) -> str:
+    return line.strip("\ufeff \t\r\n")
+
+
+def _read_lines(path: Path, encoding: str) -> Iterator[Entry]:
+    with _text(path, encoding) as lines:
+        for number, line in enumerate(lines, start=1):
+            row = parse_line(line.encode("utf-8", "surrogateescape"))
+            if row is not None:
+                yield number, row
+
+
+def _open_json(path: Path, encoding: str, first: str) -> Source:
+    """Open JSON: one object per line where the first line is one, or where the text is not JSON as a whole."""
+    alone = _documents(first)
+    inside = _rows_inside(alone[0]) if len(alone) == 1 else None
+    if len(alone) == 1 and isinstance(alone[0], dict) and inside is None:
+        return Source(_guarded(path, _read_lines, encoding), "line")
+    with _text(path, encoding) as text:
+        documents = _documents(text.read())
+    if not documents and first.startswith("[") and not alone:
+        raise ValueError("it begins as a JSON list, but is not JSON to its end")
+    if not documents or (alone and len(documents) > 1):
+        return Source(_guarded(path, _read_lines, encoding), "line")
+    inside = _rows_inside(documents[0])
+    rows = documents if len(documents) > 1 or inside is None else inside
+    wrong = "a JSON {}, not an object"
+    return Source(
+        [
+            (number, row if isinstance(row, dict) else wrong.format(type(row).__name__))
+            for number, row in enumerate(rows, start=1)
+        ],
+        "row",
+    )
+
+
+def _documents(text: str) -> list[Any]:
+    """Return the JSON values that stand one after another in a text; [] where it is anything else."""
+    decoder, found, at = json.JSONDecoder(), [], 0
+    text = _bare(text)
+    try:
+        while at < len(text):
+            value, end = decoder.raw_decode(text, at)
+            found.append(value)
+            at = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+    except (ValueError, RecursionError):
+        return []
+    return found
+
+
+def _rows_inside(document: Any) -> list[Any] | None:
+    """Return the list of rows that a document is or holds; None for an object that is a row itself."""
+    if isinstance(document, list):
+        return document
+    lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
+    if len(lists) != 1 or _COLUMNS & set(document) or not lists[0]:
+        return None
+    return lists[0] if all(isinstance(row, dict) and "role" not in row for row in lists[0]) else None
+
+
+def _read_csv(path: Path, encoding: str) -> Iterator[Entry]:
+    csv.field_size_limit(2**31 - 1)  # texts are longer than the 128 KiB that it allows by default
+    with _text(path, encoding, newline="") as text:
+        lines = (line.lstrip("\ufeff") for line in text)
+        header = next(lines, "")
+        reader = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
+        names = [name.strip() for name in next(reader, [])]
+        twice = [name for name in names if name and names.count(name) > 1]
+        if twice:
+            raise ValueError(f"its first line names the column {twice[0]!r} twice")
+        while True:
+            number = reader.line_num + 1
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if any(cells):
+                yield number, _csv_row(names, cells)
+
+
+def _csv_row(names: list[str], cells: list[str]) -> Row | str:
+    if len(cells) != len(names):
+        return f"has {len(cells)} cells; the first line names {len(names)} columns"
+    if any("\ud800" <= character <= "\udfff" for cell in cells if not cell.isascii() for character in cell):
+        return "not UTF-8; save the table as 'CSV UTF-8'"
+    return {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
+
+
+def _cell(name: str, text: str) -> Any:
+    """Return a cell's text, or the list that its JSON holds: of messages or parts, and in the columns of lists."""
+    if not text.startswith("["):
+        return text
+    values = _documents(text)
+    if len(values) != 1 or not isinstance(values[0], list):
+        return text
+    messages = all(isinstance(item, dict) and ("role" in item or "type" in item) for item in values[0])
+    return values[0] if name in _LISTS or (values[0] and messages) else text
+
+
+def _read_parquet(path: Path) -> Iterator[Entry]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with decompressed(path) as stream, path.open("rb") as raw:
+        packed = raw.read(len(PARQUET)) != PARQUET
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if packed else stream)
+        rows = (row for batch in file.iter_batches(_BATCH) for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
