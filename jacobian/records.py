@@ -55,7 +55,7 @@ class Rollout:
         spans: by name, in the order of the layout. Empty where the rollout is malformed.
         numbers: the scores, each as its digit tokens (empty for a reasoner).
         malformed: why the spans could not be found, or None.
-        found_by: how the spans were found ("tags", "boxed", "after rationale", "last sentence").
+        found_by: how the spans were found ("tags", "boxed", "hashes", "stated", "after rationale", "last sentence").
     """
 
     prompt_ids: tuple[int, ...]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from cepo.files import BrokenLine, Row
 from cepo.jacobian.reading.reasoner import extract_answer
-from cepo.train.rewards.task import exact_match, math_verify_reward
+from cepo.train.rewards.task import exact_match, math_verify_reward, same_text
 from cepo.train.rows import PAIR, given, read_answer, read_dialogue, read_pair
 from cepo.train.source import collect_rows
 
@@ -81,10 +81,9 @@ def answer_groups(candidates: Sequence[str]) -> list[int | None]:
         if not answer:
             groups.append(None)
             continue
-        # Wrapped, so that both sides are read as the answer and not searched for one again.
-        same = exact_match([f"<answer>{answer}</answer>"] * len(known), known)
-        groups.append(same.index(1.0) if 1.0 in same else len(known))
-        if 1.0 not in same:
+        same = [number for number, other in enumerate(known) if same_text(answer, other)]
+        groups.append(same[0] if same else len(known))
+        if not same:
             known.append(answer)
     return groups
 

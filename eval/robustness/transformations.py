@@ -22,6 +22,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
+from cepo.jacobian.reading.answer import find_box
+
 # What a transformation of prose leaves alone: code, formulas, links and addresses, tags, LaTeX commands.
 _PROTECTED = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`|\[asy\].*?\[/asy\]|\$\$.*?\$\$|\$[^$\n]+\$|\\\[.*?\\\]|\\\(.*?\\\)|\\boxed\s*\{[^\n]*\}"
@@ -379,22 +381,9 @@ def _swap_format(text: str) -> str:
         # A box inside the section would leave both marks, and nothing to swap.
         answer = section["answer"].strip("$ ")
         return text if "\\boxed" in answer else f"{text[: section.start()]}\n\n$\\boxed{{{answer}}}$"
-    box = _only_box(text)
-    if box is None:
+    box = find_box(text, 0, len(text)) if text.count(_BOX) == 1 else None
+    if box is None or not text.startswith(_BOX, box.start):
         return text
-    start, end = box
+    start, end = box.content
     answer = text[start:end]
-    return f"{text[: start - len(_BOX)]}{answer}{text[end + 1 :].rstrip()}\n\n# Answer\n\n{answer.strip()}"
-
-
-def _only_box(text: str) -> tuple[int, int] | None:
-    """Return where the content of the only `\\boxed{}` starts and ends; None if there is none, or it is left open."""
-    start = text.find(_BOX)
-    if text.count(_BOX) != 1:
-        return None
-    start, depth = start + len(_BOX), 1
-    for brace in re.finditer(r"\\[{}]|[{}]", text[start:]):
-        depth += (brace[0] == "{") - (brace[0] == "}")
-        if depth == 0:
-            return start, start + brace.start()
-    return None
+    return f"{text[: box.start]}{answer}{text[end + 1 :].rstrip()}\n\n# Answer\n\n{answer.strip()}"

@@ -52,7 +52,7 @@ def parts_of(span: Span, texts: Sequence[str]) -> list[tuple[str, tuple[int, ...
     """Return text and positions of each list item of a span, or of each sentence where it holds no list.
 
     A text holds a list where a line of it starts with a bullet, a number or a letter; then each line is a part. A
-    sentence ends in punctuation that white space follows.
+    sentence ends in punctuation that white space follows, or in that of a script that puts none there.
 
     Args:
         span: any span of a rollout.
@@ -68,7 +68,8 @@ def parts_of(span: Span, texts: Sequence[str]) -> list[tuple[str, tuple[int, ...
     for _, run in groupby(range(len(numbers)), key=numbers.__getitem__):
         before = texts[parts[-1][-1]] if parts else ""
         positions = [span.positions[place] for place in run]
-        ends = before.endswith("\n") if has_list else before[-1:].isspace() or texts[positions[0]][:1].isspace()
+        apart = before[-1:].isspace() or texts[positions[0]][:1].isspace() or not before[-1:].isascii()
+        ends = before.endswith("\n") if has_list else apart
         if parts and (not ends or not _has_words(parts[-1], texts)):
             parts[-1] += positions
         else:

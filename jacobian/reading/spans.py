@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import codecs
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from jinja2 import TemplateError
 
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, Layout, MalformedError, as_bytes, trim_range
+from cepo.jacobian.reading.sentences import sentence_ends
 from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Digit, Rollout, Span
 
-_SENTENCE_END = re.compile(rb"[.!?;:]\s*$|\n")
 _PROBE = "cepo-content-probe"
 
 
@@ -131,15 +132,15 @@ class SpanReader:
         positions, movable, sentences, sentence = [], [], [], 0
         trimmed = [(whole, core) for whole in ranges if (core := trim_range(text, whole)) is not None]
         for whole, core in trimmed:
+            breaks = _sentence_breaks(text, core)
             for position, (start, end) in _overlapping(ends, core):
                 if ids[position] in self._bytes.special_ids:
                     continue
                 positions.append(position)
                 if whole[0] <= start and end <= whole[1]:
                     movable.append(position)
-                    sentences.append(sentence)
-                    sentence += bool(_SENTENCE_END.search(text[start:end]))
-            sentence += 1
+                    sentences.append(sentence + bisect_right(breaks, start))
+            sentence += len(breaks) + 1
         if not positions:
             raise MalformedError(f"empty {name}: no token of content")
         shown = " … ".join(text[core[0] : core[1]].decode("utf-8", errors="replace") for _, core in trimmed)
@@ -231,6 +232,14 @@ def _overlapping(ends: Sequence[int], wanted: ByteRange) -> list[tuple[int, Byte
             found.append((position, (start, end)))
         start = end
     return found
+
+
+def _sentence_breaks(text: bytes, wanted: ByteRange) -> list[int]:
+    """Return where sentences, clauses and lines end in the wanted range, ascending."""
+    written = text[slice(*wanted)].decode("utf-8", "surrogateescape")
+    ends = sorted({*sentence_ends(written, clauses=True), *(line.end() for line in re.finditer(r"\n", written))})
+    pieces = (written[start:end] for start, end in pairwise([0, *ends]))
+    return list(accumulate((len(piece.encode("utf-8", "surrogateescape")) for piece in pieces), initial=wanted[0]))[1:]
 
 
 def _framed_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]], frame: Sequence[bytes]) -> tuple[ByteRange, ...]:

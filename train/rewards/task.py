@@ -10,18 +10,21 @@ import functools
 import os
 import re
 import threading
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
+from cepo.jacobian.reading.answer import read_number
 from cepo.jacobian.reading.judge import SECTIONS, after_judges_thought, read_scores
-from cepo.jacobian.reading.layout import as_bytes, as_text
-from cepo.jacobian.reading.reasoner import extract_answer, find_last_boxed
+from cepo.jacobian.reading.reasoner import extract_answer, reference_answer
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
 from cepo.train.rewards.completions import Completion, check_column, read_completions
 
-_THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:(?:,|\{,\}|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9,])")
+_CHOICE = re.compile(r"\(?([a-z])\)")
+_ASCII_SIGNS = {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)} | {"−": "-"}
 _QUOTES_AND_MARKUP = "\"'`“”‘’*_ "
 # A final answer is short. A longer one is compared as text alone: on noise the parser of mathematics takes seconds.
 _MATH_LENGTH_LIMIT = 300
@@ -90,7 +93,8 @@ def argmax_reward(
 def exact_match(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
     """Reward an answer that is the reference, letter for letter.
 
-    Case, white space, surrounding punctuation, dollar signs and the thousands separators of numbers do not count.
+    Case, white space, surrounding punctuation, dollar signs, the thousands separators of numbers, the script of digits
+    and the brackets of a lettered choice do not count.
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
@@ -104,14 +108,15 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[str | float]
         ValueError: If a reference is empty or missing, or their number is not that of the completions.
     """
     pairs = _answers_and_references(completions, answer, columns)
-    return [float(_same_text(candidate, reference)) for candidate, reference in pairs]
+    return [float(same_text(candidate, reference)) for candidate, reference in pairs]
 
 
 def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
     r"""Reward an answer that is mathematically the reference: 0.5 for \frac{1}{2}.
 
     Equal text is enough; otherwise the math-verify library compares both sides as LaTeX. It is made for mathematical
-    answers: it reads a word as a product of letters. An answer of over 300 characters is compared as text only.
+    answers: it reads a word as a product of letters, so that a unit in words ("18 jars") is taken off a side where the
+    other is a number. An answer of over 300 characters is compared as text only.
     What the library can't parse or compare within 2 seconds gets 0. The time limit works only in the main thread of a
     POSIX system; elsewhere there is none.
 
@@ -131,7 +136,7 @@ def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str |
     """
     pairs = _answers_and_references(completions, answer, columns)
     return [
-        float(_same_text(candidate, reference) or _same_mathematics(candidate, reference))
+        float(same_text(candidate, reference) or _same_mathematics(candidate, reference))
         for candidate, reference in pairs
     ]
 
@@ -167,21 +172,6 @@ def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | f
     return rewards
 
 
-def reference_answer(text: str) -> str:
-    r"""Find the final answer in a data set's reference.
-
-    Args:
-        text: An answer, or a solution that ends in one: MATH's with `\boxed{}`, GSM8K's with `####`.
-
-    Returns:
-        The last complete `\boxed{}`, else what follows the last `####`, without surrounding white space; all of it
-        where that is empty.
-    """
-    solution = as_bytes(text)
-    boxed = find_last_boxed(solution, (0, len(solution)))
-    return (text.rpartition("####")[2] if boxed is None else as_text(solution[slice(*boxed)])).strip() or text.strip()
-
-
 def _answers_and_references(
     completions: Sequence[Completion], answer: Sequence[str | float], columns: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
@@ -197,28 +187,41 @@ def _answers_and_references(
     return list(zip(candidates, references, strict=True))
 
 
-def _same_text(candidate: str, reference: str) -> bool:
+def same_text(candidate: str, reference: str) -> bool:
+    """Return whether two answers are the same, letter for letter, as `exact_match` compares them."""
     normalized = _normalize(candidate)
     return normalized != "" and normalized == _normalize(reference)
 
 
 def _normalize(answer: str) -> str:
-    text = " ".join(answer.replace("\\$", "").replace("$", "").casefold().split())
+    text = _plain(answer).replace("\\$", "").replace("$", "")
+    text = " ".join(_THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text).casefold().split())
     # A leading point may open a decimal, and an exclamation mark may be a factorial: both stay.
-    text = text.lstrip(_QUOTES_AND_MARKUP + ",;:").rstrip(_QUOTES_AND_MARKUP + ".,;:?")
-    return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    text = text.lstrip(_QUOTES_AND_MARKUP + ",;:").rstrip(_QUOTES_AND_MARKUP + ".,;:?。")
+    return _CHOICE.sub(r"\1", text) if _CHOICE.fullmatch(text) else text
+
+
+def _plain(answer: str) -> str:
+    """Return the answer with the digits of any script, and the signs of full width, as ASCII has them."""
+    return "".join(
+        str(unicodedata.decimal(sign)) if sign.isdecimal() else _ASCII_SIGNS.get(sign, sign) for sign in answer
+    )
 
 
 def _same_mathematics(candidate: str, reference: str) -> bool:
     if not candidate or max(len(candidate), len(reference)) > _MATH_LENGTH_LIMIT:
         return False
+    sides = [_plain(side).strip("$ ").rstrip(".,;:") for side in (reference, candidate)]
+    numbers = [read_number(side) for side in sides]
+    if None not in numbers and any(number == side for number, side in zip(numbers, sides, strict=True)):
+        sides = [str(number) for number in numbers]
     # The library keeps time by SIGALRM, which only a main thread may set. Its own exceptions it turns into "not equal".
     can_keep_time = os.name == "posix" and threading.current_thread() is threading.main_thread()
     timeout_s = _MATH_TIMEOUT_S if can_keep_time else None
     # LaTeX alone: the reader of plain numbers takes a 2 in a formula that failed to parse for the whole of it.
     readings = [
         parse(f"${side.strip('$ ')}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=timeout_s)
-        for side in (reference, candidate)
+        for side in sides
     ]
     return bool(verify(*readings, timeout_seconds=timeout_s))
 

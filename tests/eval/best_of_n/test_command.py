@@ -122,8 +122,8 @@ def test_majority_by_hand(groups: Sequence[int | None], correct: Sequence[bool],
 
 
 def test_equal_answers_are_one_group() -> None:
-    texts = ["The sum\nA: 1,200", "a: 1200.", "<answer>7</answer>", "\\boxed{7}", "  ", "Eight"]
-    assert answer_groups(texts) == [0, 0, 1, 1, None, 2]
+    texts = ["The sum\nA: 1,200", "a: 1200.", "<answer>7</answer>", "\\boxed{7}", "  ", "Eight", "So\n#### 7"]
+    assert answer_groups(texts) == [0, 0, 1, 1, None, 2, 1]
 
 
 @pytest.mark.parametrize("sizes", [(), (0, 2), (2, 2)])
@@ -147,6 +147,7 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         {"question": "4 + 4", "completions": ["x", "y"]},
         {"prompt": "1 + 1", "chosen": "3", "rejected": "2"},
         {"prompt": "1 + 1", "chosen": "same", "rejected": "same"},
+        {"question": "5 + 5", "completions": ["It is\n#### 10", "#### 11"], "answer": "5 + 5 = <<5+5=10>>10\n#### 10"},
     ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{torn\n")
@@ -155,8 +156,9 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         Question("2 + 2", ("\\boxed{4}", "\\boxed{5}", "\\boxed{\\frac{8}{2}}"), (True, False, True)),
         Question("1 + 1", ("2", "3", "two"), (True, False, True)),
         Question("3 + 3", ("x", "y"), (False, True)),
+        Question("5 + 5", ("It is\n#### 10", "#### 11"), (True, False)),
     ]
-    assert [number for number, _ in broken] == [6, 7, 8, 9, 10]
+    assert [number for number, _ in broken] == [6, 7, 8, 9, 11]
     assert read_questions(path, verifier="exact")[0][0].correct == (True, False, False)
     with pytest.raises(ValueError, match="verifier is 'bleu'"):
         read_questions(path, verifier="bleu")  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ def span_of(texts: list[str], sentences: list[int], fixed: tuple[int, ...] = ())
         (["-", " Brief", "\n", "-", " Right"], [0, 0, 0, 1, 1], ["- Brief", "- Right"]),
         (["Names", " 2", ".", "5", " kg", "."], [0, 0, 0, 1, 1, 1], ["Names 2.5 kg."]),
         (["Be", " brief", ".", " ", "."], [0, 0, 0, 1, 1], ["Be brief. ."]),
+        (["答", "案", "。", "四", "。"], [0, 0, 0, 1, 1], ["答案。", "四。"]),
         (["Whatever", " it", " takes"], [0, 0, 0], ["Whatever it takes"]),
     ],
 )

@@ -1,0 +1,206 @@
+r"""Where a text says its answer: in a tag, a `\boxed{}`, after `####` or "the answer is", or else at its end.
+
+Each mark is looked for in one pass, so that a model which repeats one a thousand times costs no more than its length.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from cepo.jacobian.reading.layout import WHITE_SPACE
+from cepo.jacobian.reading.sentences import sentence_ends
+
+Unmarked = Literal["after rationale", "last sentence", "whole", "nothing"]
+"""What the answer is in a text without any mark: its last line, that line's last sentence, all of it, or nothing; with
+"nothing", tags and boxes are the only marks."""
+
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[-+]?\d[^\s$\\{}]*|[A-Z](?![A-Za-z])))|\\[{}]|[{}]", re.ASCII)
+_HASHES = "####"
+_STATED = re.compile(
+    r"(?:\b(?:so|thus|hence|therefore),?\s+)?(?:\bthe\s+)?(?:\b(?:final|correct|right)\s+)?"
+    r"\banswers?[*_]*(?:\s+(?:is|are)\b|\s*[:：=])[\s:：*_]*|^[*_]*A[:：][\s*_]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_UNIT = re.compile(
+    r"\s*(?P<number>[-+−]?[$€£]?\d[\d,]*(?:\.\d+)?%?)(?:[.!]?\s*|\s+(?!(?:dozen|hundred|thousand|[mbtr]+illion|percent|"
+    r"half|halves|pi|times|squared|cubed|factorial|root|or|and|to|over|by|plus|minus|of)\b)[^\W\d_]{2}[^\d+*/^=<>\\]*+)",
+    re.IGNORECASE,
+)
+_WRAPPERS = (("**", "**"), ("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$", "$"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where the answer of a text stands, in characters.
+
+    Attributes:
+        start: where its mark begins.
+        content: the answer; white space at its ends, ASCII alone, does not count.
+        found_by: "tags", "boxed", "hashes" (`####`), "stated" ("the answer is"), or the rule for text without a mark.
+    """
+
+    start: int
+    content: tuple[int, int]
+    found_by: str
+
+
+def find_answer(text: str, *, tag: str, boxed: bool, unmarked: Unmarked) -> Answer | None:
+    r"""Return the answer of a text that follows a thought, or None where there is none; a blank one is returned.
+
+    Of several answer sections, boxes or statements the last one counts, as a correction would; blank sections and boxes
+    only where all are. A section is narrowed to the mark inside it. docs/formats.md says what is read of each form.
+
+    Args:
+        text: any text.
+        tag: name of the answer's tag; its case does not count.
+        boxed: whether `\boxed{}` is read.
+        unmarked: what counts without any mark.
+    """
+    section, end = _find_section(text, tag)
+    begin = section.content[0] if section else 0
+    narrow = unmarked != "nothing" or section is not None
+    found = (
+        (find_box(text, begin, end) if boxed else None)
+        or (_find_hashes(text, begin, end) or _find_statement(text, begin, end) if narrow else None)
+        or section
+        or _find_end(text, end, unmarked)
+    )
+    if found is None:
+        return None
+    content = _trim(text, *_unwrap(text, *found.content))
+    return Answer(section.start, content, section.found_by) if section else Answer(found.start, content, found.found_by)
+
+
+def read_number(text: str) -> str | None:
+    """Return the number of a text that is a number, or a number with a unit in words ("18 jars"); None otherwise."""
+    found = _UNIT.fullmatch(text)
+    return found["number"] if found else None
+
+
+def find_box(text: str, start: int, end: int) -> Answer | None:
+    r"""Return the last box, the innermost of nested ones: balanced, escaped braces are text; `\boxed 5` needs none."""
+    boxes: list[Answer] = []
+    openings: list[re.Match[str] | None] = []
+    for brace in _BRACES.finditer(text, start, end):
+        if brace["bare"]:
+            bare = brace.start("bare") + len(brace["bare"].rstrip(".,;:!?)"))
+            boxes.append(Answer(brace.start(), (brace.start("bare"), bare), "boxed"))
+        elif brace[0] == "}":
+            opening = openings.pop() if openings else None
+            if opening:
+                boxes.append(Answer(opening.start(), (opening.end(), brace.start()), "boxed"))
+        elif not brace[0].startswith("\\") or len(brace[0]) > 2:
+            openings.append(brace if len(brace[0]) > 1 else None)
+    boxes.sort(key=lambda box: box.start)
+    return _last_written(text, boxes) or (boxes[-1] if boxes else None)
+
+
+def _find_section(text: str, tag: str) -> tuple[Answer | None, int]:
+    """Return the answer's section, and where it ends; without one, where the text ends.
+
+    A section ends at the first closing tag; one that is opened last and never closed counts where none is closed, since
+    a stop string eats the tag. A closing tag alone ends the text: the prompt had opened it.
+    """
+    sections: list[Answer] = []
+    opening: re.Match[str] | None = None
+    end = len(text)
+    for mark in re.finditer(rf"<\s*+(/?)\s*+{re.escape(tag)}\s*+>", text, re.IGNORECASE):
+        if not mark[1]:
+            opening = mark
+        elif opening:
+            sections.append(Answer(opening.start(), (opening.end(), mark.start()), "tags"))
+            opening = None
+        elif not sections:
+            end = min(end, mark.start())
+    if opening and not _last_written(text, sections):
+        sections.append(Answer(opening.start(), (opening.end(), _without_cut_tag(text, tag)), "tags"))
+    section = _last_written(text, sections) or (sections[-1] if sections else None)
+    return section, section.content[1] if section else end
+
+
+def _without_cut_tag(text: str, tag: str) -> int:
+    """Return where a text ends before a closing tag that is cut off in its middle."""
+    closed = f"</{tag}>"
+    cut = next((cut for cut in range(len(closed), 0, -1) if text[-cut:].casefold() == closed[:cut].casefold()), 0)
+    return len(text) - cut
+
+
+def _find_hashes(text: str, start: int, end: int) -> Answer | None:
+    """Return what follows the last `####`: a number without its unit, or, on the last line, all of it.
+
+    Above other lines, anything else than a number is a heading.
+    """
+    at = text.rfind(_HASHES, start, end)
+    if at < 0 or text[max(at - 1, start) : at] == "#":
+        return None
+    begin = at + len(_HASHES)
+    line_end = text.find("\n", begin, end)
+    line_end = end if line_end < 0 else line_end
+    number = _UNIT.fullmatch(text, begin, line_end)
+    if number:
+        return Answer(at, number.span("number"), "hashes")
+    if not text[begin:line_end].strip() or text[line_end:end].strip():
+        return None
+    stated = _find_statement(text, begin, line_end)
+    return Answer(at, stated.content if stated else (begin, line_end), "hashes")
+
+
+def _find_statement(text: str, start: int, end: int) -> Answer | None:
+    """Return the answer that the last line states: what follows "the answer is" or "Answer:", to the sentence's end."""
+    end = start + len(text[start:end].rstrip())
+    line = max(text.rfind("\n", start, end) + 1, start)
+    statements = list(_STATED.finditer(text, line, end))
+    if not statements:
+        return None
+    begin = statements[-1].end()
+    stop = next(sentence_ends(text, begin, end), end)
+    stop = begin + len(text[begin:stop].rstrip("*_ .。"))
+    return Answer(statements[-1].start(), (begin, stop), "stated") if text[begin:stop].strip() else None
+
+
+def _find_end(text: str, end: int, unmarked: Unmarked) -> Answer | None:
+    """Return the answer of a text without a mark, whose last line may be a formula over several lines."""
+    end = len(text[:end].rstrip())
+    if not end or unmarked == "nothing":
+        return None
+    if unmarked == "whole":
+        return Answer(0, (0, end), unmarked)
+    begin = text.rfind("\n", 0, end) + 1
+    formula = text[:end].rstrip(".。")
+    for opening, closing in (("\\[", "\\]"), ("$$", "$$")):
+        if formula.endswith(closing):
+            begin = max(text.rfind(opening, 0, len(formula) - len(closing)), 0)
+            return Answer(begin, (begin, end), unmarked)
+    if unmarked == "last sentence":
+        begin = max(sentence_ends(text, begin, end), default=begin)
+    begin += len(text[begin:end]) - len(text[begin:end].lstrip())
+    return Answer(begin, (begin, end), unmarked)
+
+
+def _unwrap(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return the range without emphasis and the marks of mathematics around all of it."""
+    for opening, closing in _WRAPPERS:
+        core = text[start:end].strip()
+        whole = core[:-1] if core[-1:] in (".", "。") else core
+        inner = whole[len(opening) : -len(closing)]
+        wraps = whole.startswith(opening) and whole.endswith(closing) and len(whole) >= len(opening) + len(closing)
+        if wraps and inner.strip() and opening not in inner and closing not in inner:
+            start = text.index(opening, start) + len(opening)
+            end = start + len(inner)
+    return start, end
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return the range without white space that is not ASCII at its ends, nor what stands outside of that."""
+    space = WHITE_SPACE.decode()
+    written = text[start:end]
+    left, right = len(written) - len(written.lstrip()), len(written.rstrip())
+    if left >= right:
+        return start, start
+    return start + len(written[:left].rstrip(space)), end - len(written[right:].lstrip(space))
+
+
+def _last_written(text: str, found: list[Answer]) -> Answer | None:
+    return next((one for one in reversed(found) if text[slice(*one.content)].strip()), None)
