@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench gpu figures experiments experiments-smollm2 clean
+.PHONY: demo test check bench gpu figures forms experiments experiments-smollm2 clean
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
@@ -27,6 +27,10 @@ gpu: .venv/installed
 # Draws the pictures of the documentation from benchmarks/results.
 figures: .venv/installed
 	$(BIN)/python -m cepo.benchmarks.figures docs/figures
+
+# Draws the tables of written forms in docs/formats.md.
+forms: .venv/installed
+	$(BIN)/python -m cepo.benchmarks.forms
 
 # Experiments: start a killed one again and it goes on. QUICK=--quick shows in minutes that everything works.
 RUNS ?= runs/experiments$(if $(QUICK),-quick)

@@ -52,17 +52,17 @@ def find_thought(
         MalformedError: for a thought that is never closed.
     """
     names = _spellings(tag)
-    openings = re.compile(rb"\s*<(" + _any_of(names) + b")>")
+    openings = re.compile(rb"\s*(?:<(?:" + _any_of(names) + rb")>\s*)+")
     found = openings.match(completion)
     if found is None and not opened and not _was_opened(completion, names, sections):
         return Thought()
     contents: list[ByteRange] = []
     end = 0
     while found is not None or not contents:
-        begin, spelled = (0, names) if found is None else (found.end(), (found[1],))
-        closing = _find_closing(completion, begin, spelled)
+        begin = 0 if found is None else found.end()
+        closing = _find_closing(completion, begin, names)
         if closing is None:
-            raise MalformedError(f"unclosed <{spelled[0].decode()}>: the output ends inside its thought")
+            raise MalformedError(f"unclosed <{tag}>: the output ends inside its thought")
         contents.append((begin, closing[0]))
         end = closing[1]
         found = openings.match(completion, end)

@@ -33,10 +33,11 @@ def test_a_prompt_that_ends_in_the_tag_opened_a_thought(prompt: str, opened: boo
         ("\n <think>\nso\n</think>", False),
         ("<think>one</think>\n<think>two</think>", False),
         ("<thinking>so</thinking>", False),
-        ("<thinking>so </think> so</thinking>", False),
+        ("<thinking>so</think>", False),
+        ("<think>\n<think>\nso</think>", False),
+        ("<think>so</think>", True),
         ("so</think>", True),
         ("so</thinking>", True),
-        ("<think>so</think>", True),
         ("so</think><think>two</think>", True),
         ("so</think>", False),
         (f"{GOOD} so</think>", True),
@@ -69,14 +70,13 @@ def test_a_closing_tag_behind_a_judgement_closes_no_thought(after: str) -> None:
         (f"I draft it.\n{GOOD}\nWait, A", True),
         ("", True),
         (f"<think>\n{GOOD}", False),
-        (f"<thinking>\n{GOOD}</think>", False),
         (f"<think>one</think><think>{GOOD}", False),
         ("<think>Inside <think> and </think>, then inside <scores> and </scores>. Now", False),
     ],
 )
 def test_a_thought_that_is_never_closed_leaves_no_answer(completion: str, opened: bool) -> None:
     """Protects cut completions: a draft in a thought is no verdict, whoever opened the thought."""
-    with pytest.raises(MalformedError, match="unclosed <think"):
+    with pytest.raises(MalformedError, match="unclosed <think>"):
         find_thought(completion.encode(), opened=opened, sections=SECTIONS)
 
 
