@@ -32,16 +32,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Digit:
-    """One token of a score.
+    """One token at which a score could have become another number; see `cepo.jacobian.reading.numbers`.
 
     Attributes:
         position: position in prompt + completion.
-        place: value of one unit (10 for the tens digit of "10" where it is two tokens, else 1).
-        candidates: pairs (token id, number) of the tokens that could stand here, the sampled one included.
+        candidates: pairs (token id, gain) of the tokens that could go on with the number here, the sampled one included
+            though it may end the number: by how much the number is larger with the token than without.
     """
 
     position: int
-    place: float
     candidates: tuple[tuple[int, float], ...]
 
 
@@ -53,7 +52,7 @@ class Rollout:
         prompt_ids: token ids of the prompt as the policy saw it, chat template included; never empty.
         completion_ids: sampled ids, end-of-sequence kept, no padding.
         spans: by name, in the order of the layout. Empty where the rollout is malformed.
-        numbers: the scores, each as its digit tokens (empty for a reasoner).
+        numbers: the scores, each as the tokens that decide it (empty for a reasoner).
         malformed: why the spans could not be found, or None.
         found_by: how the spans were found ("tags", "boxed", "hashes", "stated", "after rationale", "last sentence").
     """
@@ -77,8 +76,7 @@ class Rollout:
         token_ids = self.token_ids
         if len(self.numbers) == 2:
             first, second = (
-                sum(digit.place * dict(digit.candidates)[token_ids[digit.position]] for digit in number)
-                for number in self.numbers
+                sum(dict(digit.candidates)[token_ids[digit.position]] for digit in number) for number in self.numbers
             )
             return ">" if first > second else "<" if first < second else "="
         return list(self.spans.values())[-1].text

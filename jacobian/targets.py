@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from cepo.jacobian.links import NUMERIC_FUNCTIONS, TargetFunction
+from cepo.jacobian.reading.numbers import expected_number
 from cepo.jacobian.records import Rollout
-from cepo.kernels.head.definition import expected_value, selected_log_likelihood, selected_log_odds
+from cepo.kernels.head.definition import selected_log_likelihood, selected_log_odds
 
 # A matrix product of one to three rows runs as vector products that sum over the vocabulary term by term, and the
 # gradient through the head comes out with a tenth of the accuracy. Fewer rows are filled up with copies.
@@ -20,30 +21,66 @@ FEWEST_HEAD_ROWS = 4
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a target function, read off the logits that predict one token.
+    """What a target function reads off the logits that predict one token.
 
     Attributes:
         position: position of the token in prompt + completion; the logits that predict it are at position - 1.
         token: the sampled id.
-        kind: which function of the logits.
-        weight: its coefficient in the sum.
-        candidates: pairs (token id, number) of an expected value.
+        kind: a summand of its own ("log_likelihood", "log_odds"), the token that opens a number, or one that follows
+            in the same number: an expected number is a summand, and its terms stand next to each other, in order.
+        weight: the summand's coefficient; a number's is that of its first term.
+        candidates: pairs (token id, gain) of a number's token, see `cepo.jacobian.records.Digit`.
     """
 
     position: int
     token: int
-    kind: Literal["log_likelihood", "log_odds", "expected_value"]
+    kind: Literal["log_likelihood", "log_odds", "number", "number_goes_on"]
     weight: float = 1.0
     candidates: tuple[tuple[int, float], ...] = ()
 
 
+class Head(Protocol):
+    """The logits of some rows, or what forms them."""
+
+    def log_likelihood(self, rows: Sequence[int], ids_P: Tensor) -> Tensor:
+        """Return log p(id) of each row, (P,)."""
+        ...
+
+    def log_odds(self, rows: Sequence[int], ids_P: Tensor) -> Tensor:
+        """Return log p(id) / (1 - p(id)) of each row, (P,)."""
+        ...
+
+    def logits(self, row: int, ids_N: Tensor) -> Tensor:
+        """Return a row's logits of these ids, (N,), in float32 or wider."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogitsHead:
+    """A head whose logits are there."""
+
+    logits_PV: Tensor
+
+    def log_likelihood(self, rows: Sequence[int], ids_P: Tensor) -> Tensor:
+        return selected_log_likelihood(self._rows(rows), ids_P)
+
+    def log_odds(self, rows: Sequence[int], ids_P: Tensor) -> Tensor:
+        return selected_log_odds(self._rows(rows), ids_P)
+
+    def logits(self, row: int, ids_N: Tensor) -> Tensor:
+        logits_N = self.logits_PV[row, ids_N]
+        return logits_N.to(torch.promote_types(logits_N.dtype, torch.float32))
+
+    def _rows(self, rows: Sequence[int]) -> Tensor:
+        return self.logits_PV if len(rows) == len(self.logits_PV) else self.logits_PV[rows]
+
+
 def target_terms(rollout: Rollout, span_name: str, function: TargetFunction) -> tuple[Term, ...]:
-    """Return s_B as a sum of terms, one per target token, in ascending order.
+    """Return the terms of s_B, in ascending order of their tokens.
 
     - log_likelihood: sum over the span of log p(token | before).
     - log_odds: sum over the span of the token's logit against the logsumexp of all others.
-    - expected_score: sum over the scores of their expectation. A score's expectation is the sum over its digit tokens
-      of place value times the mean digit, under the softmax restricted to the tokens that could stand there.
+    - expected_score: the sum of the two scores' expectations, see `cepo.jacobian.reading.numbers`.
     - margin: the first score's expectation less the second's.
 
     Args:
@@ -55,12 +92,17 @@ def target_terms(rollout: Rollout, span_name: str, function: TargetFunction) -> 
     if function not in NUMERIC_FUNCTIONS:
         return tuple(Term(at, token_ids[at], function) for at in rollout.spans[span_name].positions)  # type: ignore[arg-type]
     signs = (1.0, -1.0) if function == "margin" else (1.0,) * len(rollout.numbers)
-    terms = [
-        Term(digit.position, token_ids[digit.position], "expected_value", sign * digit.place, digit.candidates)
+    return tuple(
+        Term(
+            digit.position,
+            token_ids[digit.position],
+            "number_goes_on" if index else "number",
+            sign,
+            digit.candidates,
+        )
         for sign, number in zip(signs, rollout.numbers, strict=False)
-        for digit in number
-    ]
-    return tuple(sorted(terms, key=lambda term: term.position))
+        for index, digit in enumerate(number)
+    )
 
 
 def target_positions(rollout: Rollout, span_name: str, function: TargetFunction) -> tuple[int, ...]:
@@ -69,37 +111,54 @@ def target_positions(rollout: Rollout, span_name: str, function: TargetFunction)
 
 
 def sum_of_terms(logits_PV: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Return the weighted sum of the terms, a scalar; see `values_of_terms`."""
-    return values_of_terms(logits_PV, terms).sum()
+    """Return the target function, a scalar; row i of the logits predicts the token of terms[i]."""
+    return values_of_terms(LogitsHead(logits_PV), terms, logits_PV.device).sum()
 
 
-def values_of_terms(logits_PV: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Return each term's weighted value.
+def values_of_terms(head: Head, terms: Sequence[Term], device: torch.device) -> Tensor:
+    """Return what each term adds to its target function; what a number adds stands at its first term.
 
     Args:
-        logits_PV: row i predicts the token of terms[i], so it stands one position earlier; further rows are ignored.
-        terms: at most P of them, of any rollouts and kinds.
+        head: row i predicts the token of terms[i], so it stands one position earlier; further rows are ignored.
+        terms: of any rollouts and kinds; of a number all or none.
+        device: of the head.
 
     Returns:
         (len(terms),) in float32 or wider.
     """
-    device = logits_PV.device
-    weights_P = torch.tensor(
-        [term.weight for term in terms],
-        dtype=torch.promote_types(logits_PV.dtype, torch.float32),
-        device=device,
-    )
-    places, values = [], []
-    for kind, selected in (("log_likelihood", selected_log_likelihood), ("log_odds", selected_log_odds)):
+    places: list[int] = []
+    values: list[Tensor] = []
+    for kind, selected in (("log_likelihood", head.log_likelihood), ("log_odds", head.log_odds)):
         rows = [row for row, term in enumerate(terms) if term.kind == kind]
         if rows:
-            ids_P = torch.tensor([terms[row].token for row in rows], device=device)
+            found_P = selected(rows, torch.tensor([terms[row].token for row in rows], device=device))
             places += rows
-            values.append(selected(logits_PV if len(rows) == len(logits_PV) else logits_PV[rows], ids_P))
+            values.append(found_P * found_P.new_tensor([terms[row].weight for row in rows]))
     for row, term in enumerate(terms):
-        if term.kind == "expected_value":
-            ids_N = torch.tensor([token for token, _ in term.candidates], device=device)
-            values_N = torch.tensor([value for _, value in term.candidates], device=device)
+        if term.kind == "number":
             places.append(row)
-            values.append(expected_value(logits_PV[row], ids_N, values_N)[None])
-    return weights_P * torch.cat(values)[sorted(range(len(places)), key=places.__getitem__)] if values else weights_P
+            values.append(term.weight * _expected_number(head, terms, row, device)[None])
+    rest = [row for row, term in enumerate(terms) if term.kind == "number_goes_on"]
+    values.append(torch.zeros(len(rest), device=device))
+    places += rest
+    return torch.cat(values)[sorted(range(len(places)), key=places.__getitem__)]
+
+
+def _expected_number(head: Head, terms: Sequence[Term], first: int, device: torch.device) -> Tensor:
+    """Return the expectation of the number whose terms begin at `first`, a scalar."""
+    means, shares = [], []
+    for row in range(first, len(terms)):
+        term = terms[row]
+        if row > first and term.kind != "number_goes_on":
+            break
+        ids, gains = zip(*term.candidates, strict=True)
+        written = ids.index(term.token)
+        logits_N = head.logits(row, torch.tensor(ids, device=device))
+        if row == first:
+            p_N = logits_N.softmax(-1)
+        else:  # among all tokens: the written one's share, and the others' odds against it
+            log_p = head.log_likelihood([row], torch.tensor([term.token], device=device))
+            p_N = (log_p + logits_N - logits_N[written]).exp()
+        means.append(p_N @ p_N.new_tensor(gains))
+        shares.append(p_N[written])
+    return expected_number(means, shares)

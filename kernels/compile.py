@@ -71,13 +71,11 @@ def compile_all(arch: int) -> Iterator[Compiled]:
     """
     from cepo.kernels.attention.forward import forward_variants
     from cepo.kernels.attention.vjp import vjp_variants
-    from cepo.kernels.head.expected import expected_variants
     from cepo.kernels.head.log_odds import log_odds_variants
     from cepo.kernels.norm.triton import norm_variants
     from cepo.kernels.swiglu.triton import swiglu_variants
 
-    attention, head = (forward_variants, vjp_variants), (log_odds_variants, expected_variants)
-    for variants in (*attention, *head, norm_variants, swiglu_variants):
+    for variants in (forward_variants, vjp_variants, log_odds_variants, norm_variants, swiglu_variants):
         for variant in variants(arch):
             yield _compile(variant, arch)
 

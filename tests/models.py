@@ -131,24 +131,29 @@ JUDGE_POSITIONS = {
 
 
 def judge_rollout(
-    seed: int = 0, *, prompt_seed: int = 100, positions: dict[str, tuple[int, ...]] | None = None
+    seed: int = 0,
+    *,
+    prompt_seed: int = 100,
+    positions: dict[str, tuple[int, ...]] | None = None,
+    changed: dict[int, int] | None = None,
 ) -> Rollout:
-    """Return a judge's rollout of 26 random tokens: 9 of the prompt, and scores of one and of two digit tokens."""
+    """Return a judge's rollout of 26 random tokens, some of them changed: 9 of the prompt, and scores of one and of two
+    digit tokens. The first score could have become longer at the token after it."""
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(3, VOCABULARY, (9,), generator=torch.Generator().manual_seed(prompt_seed)).tolist()
     completion = torch.randint(3, VOCABULARY, (17,), generator=generator).tolist()
-    ids = prompt + completion
+    ids = [(changed or {}).get(position, token) for position, token in enumerate(prompt + completion)]
     where = {**JUDGE_POSITIONS, **(positions or {})}
     digits = [(3 + number, float(number)) for number in range(10)]
 
-    def digit(position: int, place: float) -> Digit:
-        others = [pair for pair in digits if pair[0] != ids[position]]
-        return Digit(position, place, tuple(sorted([*others, (ids[position], 4.0)])))
+    def digit(position: int, written: float, longer: float = 0.0) -> Digit:
+        others = [(token, longer + number) for token, number in digits if token != ids[position]]
+        return Digit(position, tuple(sorted([*others, (ids[position], written)])))
 
     first, tens, ones = where["scores"]
     return Rollout(
-        tuple(prompt),
-        tuple(completion),
+        tuple(ids[:9]),
+        tuple(ids[9:]),
         {name: span(name, where[name]) for name in where},
-        ((digit(first, 1.0),), (digit(tens, 10.0), digit(ones, 1.0))),
+        ((digit(first, 4.0), digit(first + 1, 0.0, 36.0)), (digit(tens, 1.0), digit(ones, 9.0, 9.0))),
     )

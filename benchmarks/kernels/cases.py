@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from cepo.kernels.attention.door import attend
-from cepo.kernels.head.door import head_expected_value, head_log_likelihood
+from cepo.kernels.head.door import head_log_likelihood
 from cepo.kernels.launch import Implementation
 from cepo.kernels.norm.door import rms_norm
 from cepo.kernels.swiglu.door import swiglu
@@ -272,19 +272,6 @@ def _head(w: Widths, draw: Callable[..., Tensor], device: torch.device, ours: Im
 
     fused = Contender("Liger-Kernel", "the gradient of the sum alone, logits in chunks of rows", liger, "liger_kernel")
     yield from (forward, replace(both, contenders=(*both.contenders, fused)))
-    candidates = torch.arange(min(10, w.vocabulary), device=device)
-    few_PD = hidden_PD[: 2 * w.G]
-    yield from _with_vjp(
-        "expected score through the head",
-        f"{len(few_PD)} rows, {len(candidates)} candidates",
-        lambda hidden, how: head_expected_value(
-            hidden, weight_VD.to(hidden.dtype), candidates, candidates.float(), implementation=how
-        ),
-        [few_PD],
-        torch.ones(1, len(few_PD), device=device),
-        (2.0 * few_PD.numel() * len(candidates),) * 2,
-        ours,
-    )
 
 
 def _attention(

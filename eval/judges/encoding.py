@@ -75,18 +75,14 @@ class TextReader:
         verdicts: how verdicts are read, see `JudgeLayout`.
 
     Attributes:
-        number_ids: ids of the tokens that hold one number from 0 to 10, with or without a mark such as "{".
+        number_ids: ids of the tokens that hold one number of up to three digits, with or without a mark such as "{".
         score_ids: ids of the tokens that a forced verdict is made of: digits, comma, space, brace.
     """
 
     def __init__(self, tokenizer: Any, opened: str = "", verdicts: Verdicts = STRICT) -> None:
         self._tokenizer, self._bytes, self._opened = tokenizer, TokenBytes(tokenizer), opened.encode()
         self._verdicts = verdicts
-        self._numbers = [
-            (token, piece)
-            for token, piece in self._bytes.short_numbers()
-            if int(bytes(byte for byte in piece if 48 <= byte <= 57)) <= LARGEST_SCORE
-        ]
+        self._numbers = self._bytes.short_numbers()
         self.number_ids = [token for token, _ in self._numbers]
         short = sorted(token for text, token in tokenizer.get_vocab().items() if len(text) <= _LONGEST_SCORE_TOKEN)
         self._score_pieces = [
@@ -167,8 +163,10 @@ class TextReader:
         def likely(at: int) -> Mapping[bytes, float]:
             if not 0 <= at < len(probabilities_TN):
                 return {}
-            pairs = zip(self._numbers, probabilities_TN[at].tolist(), strict=True)
-            return {piece: probability for (_, piece), probability in pairs}
+            found: dict[bytes, float] = {}  # a vocabulary may hold the same bytes twice
+            for (_, piece), probability in zip(self._numbers, probabilities_TN[at].tolist(), strict=True):
+                found[piece] = found.get(piece, 0.0) + probability
+            return found
 
         return likely
 

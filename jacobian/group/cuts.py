@@ -274,7 +274,25 @@ def _run_of(rollout: Rollout, name: str) -> tuple[int, int]:
 
 
 def _stem_end(jobs: Sequence[Job]) -> int:
-    return min(shared_length([job.rollout.token_ids for job in jobs]), *(job.edges[0] for job in jobs))
+    """Return where the stem ends: never inside a number, whose terms are read together."""
+    end = min(shared_length([job.rollout.token_ids for job in jobs]), *(job.edges[0] for job in jobs))
+    for first, last in sorted({rows for job in jobs for each in job.passes for rows in _rows_of_numbers(each.terms)})[
+        ::-1
+    ]:
+        if first < end <= last:
+            end = first
+    return end
+
+
+def _rows_of_numbers(terms: Sequence[Term]) -> list[tuple[int, int]]:
+    """Return the first and the last row of each number."""
+    rows: list[tuple[int, int]] = []
+    for term in terms:
+        if term.kind == "number":
+            rows.append((term.position - 1, term.position - 1))
+        elif term.kind == "number_goes_on":
+            rows[-1] = (rows[-1][0], term.position - 1)
+    return rows
 
 
 def shared_length(sequences: Sequence[Sequence[int]]) -> int:

@@ -14,9 +14,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from cepo.jacobian.group.cuts import Segment
-from cepo.jacobian.group.swaps import Swaps, swapped, values_of_terms_through_head
+from cepo.jacobian.group.swaps import KernelHead, Swaps, swapped
 from cepo.jacobian.model import HeldModel
-from cepo.jacobian.targets import FEWEST_HEAD_ROWS, values_of_terms
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Head, LogitsHead, values_of_terms
 from cepo.kernels.attention.door import attend
 from cepo.kernels.launch import Implementation
 
@@ -34,7 +34,8 @@ class SegmentRun:
         keys_values: of the segment's own tokens.
         leaf_BTD: what replaces the embeddings' output.
         hidden_BTD: what enters the head.
-        values_P: what each row of the segment's head adds to its target function, in float32 or wider.
+        values_P: what each row of the segment's head adds to its target function, in float32 or wider; a number's
+            value stands at its first row.
         head_PD: d(sum of the target functions) / d(hidden state), one row per row of the segment's head; empty where
             the segment is not differentiated.
     """
@@ -131,11 +132,10 @@ def run_segment(
     if read:
         terms = [row.term for row in segment.head]
         with torch.set_grad_enabled(segment.differentiated):
-            if model.swaps.head == "torch":
-                values_P = values_of_terms(output.logits[0], terms)
-            else:
-                weight_VD = causal_lm.get_output_embeddings().weight
-                values_P = values_of_terms_through_head(rows_PD, weight_VD, terms, implementation=model.swaps.head)
+            head: Head = LogitsHead(output.logits[0])
+            if model.swaps.head != "torch":
+                head = KernelHead(rows_PD, causal_lm.get_output_embeddings().weight, model.swaps.head)
+            values_P = values_of_terms(head, terms, rows_PD.device)
         run.values_P = values_P.detach()
         if segment.differentiated:
             (gradient_PD,) = torch.autograd.grad(values_P.sum(), [rows_PD])

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cepo.jacobian.targets import Term
 from cepo.kernels.attention.door import HEAD_SIZES
-from cepo.kernels.head.door import MAX_CANDIDATES, head_expected_value, head_log_likelihood, head_log_odds
+from cepo.kernels.head.door import head_log_likelihood, head_log_odds
 from cepo.kernels.launch import Implementation, takes_over
 from cepo.kernels.norm.door import MAX_NORM_SIZE, rms_norm
 from cepo.kernels.swiglu.door import swiglu
@@ -111,44 +110,29 @@ def swapped(swaps: Swaps) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-def values_of_terms_through_head(
-    hidden_PD: Tensor, weight_VD: Tensor, terms: Sequence[Term], *, implementation: Implementation
-) -> Tensor:
-    """Return `targets.values_of_terms` of the logits W h, without the logits.
+@dataclass(frozen=True)
+class KernelHead:
+    """The head W as the kernels run it: the logits of all tokens are never in memory; see `cepo.jacobian.targets.Head`.
 
-    Args:
-        hidden_PD: the rows that enter the head; row i predicts the token of terms[i], further rows are ignored.
-        weight_VD: the head's weight.
-        terms: at most P of them, of any rollouts and kinds.
-        implementation: of the kernels' head.
-
-    Returns:
-        (len(terms),) in float32 or wider.
+    Attributes:
+        hidden_PD: the rows that enter the head.
+        weight_VD: its weight.
+        implementation: of the kernels.
     """
-    device, wide = hidden_PD.device, torch.promote_types(hidden_PD.dtype, torch.float32)
-    places: list[int] = []
-    values: list[Tensor] = []
-    # Terms of one kind, and expectations over equally many candidates, make one launch.
-    kinds: dict[tuple[str, int], list[int]] = {}
-    for row, term in enumerate(terms):
-        kinds.setdefault((term.kind, len(term.candidates)), []).append(row)
-    for (kind, candidates), rows in kinds.items():
-        rows_PD = hidden_PD[rows]
-        weights_P = torch.tensor([terms[row].weight for row in rows], dtype=wide, device=device)
-        if kind == "expected_value":
-            pairs = torch.tensor([terms[row].candidates for row in rows], dtype=torch.float64, device=device)
-            ids_PN, values_PN = pairs[..., 0].long(), pairs[..., 1].to(wide)
-            serving = implementation if candidates <= MAX_CANDIDATES else "torch"
-            values_P = head_expected_value(rows_PD, weight_VD, ids_PN, values_PN, implementation=serving)
-        else:
-            ids_P = torch.tensor([terms[row].token for row in rows], device=device)
-            log_p = head_log_likelihood if kind == "log_likelihood" else head_log_odds
-            values_P = log_p(rows_PD, weight_VD, ids_P, implementation=implementation)
-        places += rows
-        values.append(weights_P * values_P)
-    if not values:
-        return hidden_PD.new_zeros(0, dtype=wide)
-    return torch.cat(values)[sorted(range(len(places)), key=places.__getitem__)]
+
+    hidden_PD: Tensor
+    weight_VD: Tensor
+    implementation: Implementation
+
+    def log_likelihood(self, rows: Sequence[int], ids_P: Tensor) -> Tensor:
+        return head_log_likelihood(self.hidden_PD[rows], self.weight_VD, ids_P, implementation=self.implementation)
+
+    def log_odds(self, rows: Sequence[int], ids_P: Tensor) -> Tensor:
+        return head_log_odds(self.hidden_PD[rows], self.weight_VD, ids_P, implementation=self.implementation)
+
+    def logits(self, row: int, ids_N: Tensor) -> Tensor:
+        wide = torch.promote_types(self.hidden_PD.dtype, torch.float32)
+        return self.weight_VD[ids_N].to(wide) @ self.hidden_PD[row].to(wide)
 
 
 def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:

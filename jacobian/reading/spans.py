@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, Layout, MalformedError, as_bytes, trim_range
+from cepo.jacobian.reading.numbers import NumberToken, number_tokens, scale_of
 from cepo.jacobian.reading.sentences import sentence_ends
 from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.reading.token_bytes import TokenBytes
@@ -38,6 +39,7 @@ class SpanReader:
         self.layout = layout
         self._bytes = TokenBytes(tokenizer)
         self._short_numbers: list[tuple[int, bytes]] | None = None
+        self._gains: dict[NumberToken, dict[int, float]] = {}
 
     def read(
         self,
@@ -80,7 +82,8 @@ class SpanReader:
             spans = {name: self._span(name, ranges[name], text, ids, ends) for name in self.layout.names}
         except MalformedError as reason:
             return Rollout(**{**blank.__dict__, "malformed": str(reason)})
-        numbers = tuple(self._number((a + shift, b + shift), text, ids, ends) for a, b in found.numbers)
+        scale = scale_of([completion_text[a:b] for a, b in found.numbers])
+        numbers = tuple(self._number((a + shift, b + shift), scale, text, ids, ends) for a, b in found.numbers)
         return Rollout(prompt_ids, completion_ids, spans, numbers, None, found.found_by)
 
     def responses(self, rollout: Rollout) -> tuple[ByteRange, ByteRange] | None:
@@ -148,31 +151,23 @@ class SpanReader:
         kept = dict(zip(movable, sentences, strict=True))
         return Span(name, tuple(unique), tuple(kept), tuple(kept.values()), shown)
 
-    def _number(self, number: ByteRange, text: bytes, ids: Sequence[int], ends: Sequence[int]) -> tuple[Digit, ...]:
-        """Return the digit tokens of a score. A token that mixes digits with the decimal point counts as a constant."""
+    def _number(
+        self, number: ByteRange, scale: int, text: bytes, ids: Sequence[int], ends: Sequence[int]
+    ) -> tuple[Digit, ...]:
+        digits = []
+        for position, token in number_tokens(text, ends, number, scale):
+            if token not in self._gains:
+                self._gains[token] = self._gains_of(token)
+            written = token.reached - token.ended
+            digits.append(Digit(position, tuple(sorted({**self._gains[token], ids[position]: written}.items()))))
+        return tuple(digits)
+
+    def _gains_of(self, token: NumberToken) -> dict[int, float]:
+        """Return the gain of every token of the vocabulary that could go on with the number here."""
         if self._short_numbers is None:
             self._short_numbers = self._bytes.short_numbers()
-        whole = text[number[0] : number[1]]
-        point = number[0] + (whole.index(b".") if b"." in whole else len(whole))
-        digits = []
-        for position, (start, end) in _overlapping(ends, number):
-            run = (max(start, number[0]), min(end, number[1]))
-            written = text[run[0] : run[1]]
-            if written == b".":
-                continue
-            if not written.isdigit():
-                digits.append(Digit(position, 1.0, ((ids[position], _lenient_float(written)),)))
-                continue
-            place = 10.0 ** (point - run[1] if run[1] <= point else point + 1 - run[1])
-            before, after = text[start : run[0]], text[run[1] : end]
-            ceiling = max(10, int(written))
-            candidates = {ids[position]: float(int(written))}
-            for token_id, piece in self._short_numbers:
-                middle = piece[len(before) : len(piece) - len(after)]
-                if piece == before + middle + after and middle.isdigit() and int(middle) <= ceiling:
-                    candidates.setdefault(token_id, float(int(middle)))
-            digits.append(Digit(position, place, tuple(sorted(candidates.items()))))
-        return tuple(digits)
+        gains = ((token_id, token.gain(piece)) for token_id, piece in self._short_numbers)
+        return {token_id: gain for token_id, gain in gains if gain is not None}
 
     def _prompt_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]] | None) -> tuple[ByteRange, ...]:
         contents = self._message_ranges(prompt, messages) if messages else self._lone_message_range(prompt)
@@ -306,10 +301,3 @@ def _between(prompt: bytes, marks: Sequence[bytes], end: int) -> tuple[ByteRange
     after = prompt.index(marks[2]) if marks[2] else end
     second = middle + len(marks[1])
     return ((before, middle), (second, after)) if before <= middle and second <= after else None
-
-
-def _lenient_float(written: bytes) -> float:
-    try:
-        return float(written)
-    except ValueError:
-        return 0.0

@@ -38,20 +38,5 @@ def selected_log_odds(logits_PV: Tensor, ids_P: Tensor) -> Tensor:
     return logits_PV.gather(-1, ids_P[:, None])[:, 0] - others_PV.logsumexp(-1)
 
 
-def expected_value(logits_V: Tensor, candidate_ids_N: Tensor, values_N: Tensor) -> Tensor:
-    """Return the expectation of `values` under the softmax restricted to the candidate tokens.
-
-    Args:
-        logits_V: logits at one position.
-        candidate_ids_N: ids of the N tokens that can stand there (the digits), int64.
-        values_N: the number each candidate stands for.
-
-    Returns:
-        Scalar tensor, in float32 or wider.
-    """
-    candidates_N = _widen(logits_V)[candidate_ids_N]
-    return (candidates_N.softmax(-1) * values_N.to(candidates_N.dtype)).sum()
-
-
 def _widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

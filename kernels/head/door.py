@@ -9,8 +9,6 @@ from cepo.kernels.cotangents import differentiable
 from cepo.kernels.head.definition import selected_log_likelihood, selected_log_odds
 from cepo.kernels.launch import Implementation, unit_last, use_triton
 
-MAX_CANDIDATES = 64
-
 
 def head_log_likelihood(
     hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor, *, implementation: Implementation = "auto"
@@ -45,52 +43,6 @@ def head_log_odds(
     if not use_triton(implementation, hidden_PD, weight_VD, ids_P):
         return selected_log_odds(hidden_PD @ weight_VD.T, ids_P)
     return _triton_log_odds(hidden_PD, weight_VD, ids_P)
-
-
-def head_expected_value(
-    hidden_PD: Tensor,
-    weight_VD: Tensor,
-    candidate_ids_PN: Tensor,
-    values_PN: Tensor,
-    *,
-    implementation: Implementation = "auto",
-) -> Tensor:
-    """Return the expectation of `values` under the softmax of W h restricted to each row's candidates.
-
-    Args:
-        hidden_PD: last hidden states at the positions that predict the targets.
-        weight_VD: the head's weight, of the same dtype. Frozen: Triton gives it no gradient.
-        candidate_ids_PN: ids of the tokens that can stand there (the digits), int64, in [0, V): (P, N), or (N,) for all
-            rows alike. Triton takes N up to 64, and returns NaN where an id lies outside.
-        values_PN: the number each candidate stands for, of the same shape. Held in float32 or wider.
-        implementation: "auto" takes Triton exactly when the tensors are on CUDA.
-
-    Returns:
-        Tensor (P,), in float32 or wider.
-
-    Raises:
-        ValueError: if shapes or dtypes don't fit together, or Triton is asked for and can't serve them.
-        RuntimeError: if Triton is needed and is missing, or the device is too old.
-    """
-    on_triton = use_triton(implementation, hidden_PD, weight_VD, candidate_ids_PN, values_PN.to(torch.float32))
-    _check_rows(hidden_PD, weight_VD)
-    if candidate_ids_PN.shape != values_PN.shape or candidate_ids_PN.dtype != torch.int64:
-        shapes = (tuple(candidate_ids_PN.shape), tuple(values_PN.shape))
-        raise ValueError(f"expected int64 candidates and values of one shape, got {shapes}, {candidate_ids_PN.dtype}")
-    shape = (hidden_PD.shape[0], candidate_ids_PN.shape[-1])
-    if candidate_ids_PN.ndim > 2 or (candidate_ids_PN.ndim == 2 and candidate_ids_PN.shape[0] != shape[0]):
-        raise ValueError(f"expected candidates of shape {shape} or {shape[1:]}, got {tuple(candidate_ids_PN.shape)}")
-    candidate_ids_PN, values_PN = candidate_ids_PN.expand(shape), values_PN.expand(shape)
-    if on_triton:
-        from cepo.kernels.head.expected import expected_forward, expected_vjp
-
-        if not 1 <= shape[1] <= MAX_CANDIDATES:
-            raise ValueError(f"Triton takes 1 to {MAX_CANDIDATES} candidates, got {shape[1]}; use 'torch'")
-        tensors = unit_last(hidden_PD), unit_last(weight_VD).detach(), candidate_ids_PN.contiguous()
-        return differentiable(expected_forward, expected_vjp, *tensors, values_PN.to(torch.float32).contiguous())
-    wide = torch.promote_types(hidden_PD.dtype, torch.float32)
-    logits_PN = torch.einsum("pd,pnd->pn", hidden_PD.to(wide), weight_VD[candidate_ids_PN].to(wide))
-    return (logits_PN.softmax(-1) * values_PN.to(wide)).sum(-1)
 
 
 def _triton_log_odds(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> Tensor:

@@ -67,15 +67,13 @@ def test_a_verdict_is_which_score_is_greater() -> None:
     own = ROLLOUTS[0]
     places = own.spans["scores"].positions[:2]
     for a, b, verdict in ((8.0, 3.0, ">"), (9.0, 5.0, ">"), (3.0, 8.0, "<"), (7.5, 7.5, "=")):
-        numbers = tuple(
-            (Digit(at, 1.0, ((own.token_ids[at], value),)),) for at, value in zip(places, (a, b), strict=True)
-        )
+        numbers = tuple((Digit(at, ((own.token_ids[at], value),)),) for at, value in zip(places, (a, b), strict=True))
         assert replace(own, numbers=numbers).verdict == verdict
     ten = (
-        Digit(places[0], 10.0, ((own.token_ids[places[0]], 1.0),)),
-        Digit(places[1], 1.0, ((own.token_ids[places[1]], 0.0),)),
+        Digit(places[0], ((own.token_ids[places[0]], 1.0),)),
+        Digit(places[1], ((own.token_ids[places[1]], 9.0),)),
     )
-    assert replace(own, numbers=(ten, ten[1:])).verdict == ">"
+    assert replace(own, numbers=(ten, ten[1:])).verdict == ">"  # 10 against 9
     assert replace(own, numbers=()).verdict == own.spans["scores"].text
 
 

@@ -59,7 +59,6 @@ from tests.kernels.attention.interpreted_attention import (
     test_the_older_vmap_is_refused_not_read_wrongly,
 )
 from tests.kernels.head.interpreted_head import (
-    test_expected_value_equals_the_definition,
     test_head_equals_the_definition,
     test_head_in_chunks_and_splits_of_the_vocabulary,
     test_head_of_a_confident_model_keeps_its_digits,

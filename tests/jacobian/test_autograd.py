@@ -83,10 +83,15 @@ def written_out_scores(logits_BTV: Tensor, rollout: Rollout) -> Scores:
     means = []
     for number in rollout.numbers:
         mean_B = torch.zeros(logits_BTV.shape[0], dtype=logits_BTV.dtype)
-        for digit in number:
+        reached_B = torch.ones_like(mean_B)  # the probability of the number's tokens so far
+        for index, digit in enumerate(number):
             p_BN = torch.stack([log_p_BTV[:, digit.position - 1, token].exp() for token, _ in digit.candidates], -1)
-            values_N = torch.tensor([value for _, value in digit.candidates], dtype=p_BN.dtype)
-            mean_B = mean_B + digit.place * (p_BN @ values_N) / p_BN.sum(-1)
+            if index == 0:
+                p_BN = p_BN / p_BN.sum(-1, keepdim=True)
+            gains_N = torch.tensor([gain for _, gain in digit.candidates], dtype=p_BN.dtype)
+            mean_B = mean_B + reached_B * (p_BN @ gains_N)
+            written = [token for token, _ in digit.candidates].index(rollout.token_ids[digit.position])
+            reached_B = reached_B * p_BN[:, written]
         means.append(mean_B)
     scores["scores", "expected_score"] = means[0] + means[1]
     scores["scores", "margin"] = means[0] - means[1]

@@ -62,6 +62,32 @@ def test_where_10_is_two_tokens_the_mass_of_1_is_split_by_the_zero_behind_it(wri
     assert expect(pieces, likely) == pytest.approx((0.5 * 8 + 0.5 * (0.8 * 10 + 0.2 * 1), 6.0))
 
 
+def test_a_zero_that_carries_a_mark_makes_10_of_1_too() -> None:
+    pieces = [b"<scores>\\boxed{", b"1", b"0, ", b"6", b"}</scores>"]
+    likely = {1: {b"1": 0.5, b"8": 0.5}, 2: {b"0, ": 0.6, b"0": 0.2, b"5": 0.1, b", ": 0.1}, 3: {b"6": 1.0}}
+    assert expect(pieces, likely) == pytest.approx((0.5 * 8 + 0.5 * (0.8 * 10 + 0.2 * 1), 6.0))
+
+
+@pytest.mark.parametrize(
+    ("written", "first", "second", "expected"),
+    [
+        ("85", {b"8": 0.5, b"7": 0.5}, {b"5": 0.5, b"9": 0.25, b", ": 0.25}, 0.5 * 75 + 0.5 * (42.5 + 22.25 + 2.0)),
+        ("100", {b"1": 0.5, b"9": 0.5}, {b"0": 1.0}, 0.5 * 90 + 0.5 * 100),
+        ("62", {b"62": 1.0}, {}, 62.0),
+    ],
+)
+def test_a_score_above_10_is_read_on_a_scale_to_100(
+    written: str, first: dict[bytes, float], second: dict[bytes, float], expected: float
+) -> None:
+    """A digit that was not written is followed by those that were, as far as they stay on the scale."""
+    digits = [written.encode()] if written == "62" else [bytes([byte]) for byte in written.encode()]
+    pieces = [b"<scores>\\boxed{", *digits, b", ", b"6", b"}</scores>"]
+    likely = {1: first, 2: second, 3: {b"0": 1.0} if len(digits) == 3 else {}, len(digits) + 2: {b"6": 1.0}}
+    found = expect(pieces, likely)
+    assert found is not None
+    assert found[0] == pytest.approx(expected)
+
+
 def test_where_another_number_was_written_1_counts_as_one() -> None:
     pieces = [b"<scores>\\boxed{", b"8", b", ", b"6", b"}</scores>"]
     assert expect(pieces, {1: {b"1": 0.5, b"8": 0.5}, 2: {b"0": 0.9}, 3: {b"6": 1.0}}) == pytest.approx((4.5, 6.0))
@@ -80,9 +106,9 @@ def test_bytes_that_are_no_text_shift_nothing() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "<scores>\\boxed{8}</scores>", "<scores>\\boxed{80, 6}</scores>", "<think><scores>\\boxed{8, 6}</scores>"],
+    ["", "<scores>\\boxed{8}</scores>", "<scores>\\boxed{80000, 6}</scores>", "<think><scores>\\boxed{8, 6}</scores>"],
 )
-def test_without_a_verdict_between_0_and_10_there_are_no_expected_scores(text: str) -> None:
+def test_without_a_verdict_on_a_scale_there_are_no_expected_scores(text: str) -> None:
     pieces = [bytes([byte]) for byte in text.encode()]
     assert expected_scores(pieces, lambda at: {b"8": 0.5, b"6": 0.5}) is None
 

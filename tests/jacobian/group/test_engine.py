@@ -123,6 +123,20 @@ def test_equals_the_oracle(family: str, tied: bool) -> None:
 
 
 @pytest.mark.usefixtures("_in_double")
+def test_a_number_is_not_torn_where_rollouts_part_inside_it() -> None:
+    """Judgements that share all but their scores, as 10 and 1, or 10 and 8: the stem ends before the number."""
+    model = tiny_model("llama")
+    links = [link(text) for text in ("Z->Y:total@margin", "X->Y@expected_score", "Z->X")]
+    for scores in (None, {"scores": (20, 21, 22)}):  # in the second the numbers share a row
+        for parted in range(20, 24):
+            rollouts = tuple(judge_rollout(positions=scores, changed={parted: token}) for token in (4, 5))
+            asked = Group(rollouts)
+            assert_same(
+                GroupEngine(model).jacobians(asked, links), JacobianEngine(model).jacobians(asked, links), 1e-10
+            )
+
+
+@pytest.mark.usefixtures("_in_double")
 def test_spans_that_cannot_be_cut_go_to_the_oracle(caplog: pytest.LogCaptureFixture) -> None:
     """A blocked span in pieces is no stage: that request goes to the oracle, is logged, and the others are not."""
     model = tiny_model("llama")

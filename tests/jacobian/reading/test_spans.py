@@ -226,12 +226,16 @@ def test_judge_spans(tokenizers: dict[str, Any], kind: str) -> None:
         for digits, written in zip(rollout.numbers, scores, strict=True):
             value = 0.0
             for digit in digits:
-                assert re.search(rb"[0-9]", pieces[digit.position])
-                value += digit.place * dict(digit.candidates)[rollout.token_ids[digit.position]]
+                gain = dict(digit.candidates)[rollout.token_ids[digit.position]]
+                assert gain == 0.0 or re.search(rb"[0-9]", pieces[digit.position])
+                value += gain
             assert value == float(written)
-        assert rollout.spans["scores"].positions == tuple(
-            sorted({digit.position for digits in rollout.numbers for digit in digits})
-        )
+        assert set(rollout.spans["scores"].positions) == {
+            digit.position
+            for digits in rollout.numbers
+            for digit in digits
+            if dict(digit.candidates)[rollout.token_ids[digit.position]]
+        }
         values = [value for _, value in rollout.numbers[-1][0].candidates]
         if kind != "trained":  # which has the whole number in one token that it learned by heart
             assert len(set(values)) >= 10  # the sampled digit alone would make a constant of the expectation
@@ -268,46 +272,46 @@ def score_ids(tokenizer: Any, *pieces: str) -> list[int]:
 @pytest.mark.parametrize(
     ("pieces", "expected"),
     [
-        (["\\boxed{", "9,", " 6", *"}"], [[("9,", 1.0, 9.0)], [(" 6", 1.0, 6.0)]]),
-        (["\\boxed{", *"10", *",6}"], [[("1", 10.0, 1.0), ("0", 1.0, 0.0)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", "10", *",6}"], [[("10", 1.0, 10.0)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", "10,", *" 6}"], [[("10,", 1.0, 10.0)], [("6", 1.0, 6.0)]]),
-        (["\\boxed", "{1", "0, ", *"6}"], [[("{1", 10.0, 1.0), ("0, ", 1.0, 0.0)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", *"9.5,6}"], [[("9", 1.0, 9.0), ("5", 0.1, 5.0)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", *"9.25,6}"], [[("9", 1.0, 9.0), ("2", 0.1, 2.0), ("5", 0.01, 5.0)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", "9.", *"5,6}"], [[("9.", 1.0, 9.0), ("5", 0.1, 5.0)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", *"9", ".5", *",6}"], [[("9", 1.0, 9.0), (".5", 1.0, 0.5)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", "9.5", *",6}"], [[("9.5", 1.0, 9.5)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", "12", "00", *",6}"], [[("12", 100.0, 12.0), ("00", 1.0, 0.0)], [("6", 1.0, 6.0)]]),
-        (["\\boxed{", "8,6", *"}"], [[("8,6", 1.0, 8.0)], [("8,6", 1.0, 6.0)]]),
-        (["\\boxed{", "7, 3", *"}"], [[("7, 3", 1.0, 7.0)], [("7, 3", 1.0, 3.0)]]),
+        (["\\boxed{", "9,", " 6", *"}"], [[("9,", 9.0)], [(" 6", 6.0)]]),
+        (["\\boxed{", *"10", *",6}"], [[("1", 1.0), ("0", 9.0)], [("6", 6.0)]]),
+        (["\\boxed{", *"1", *",6}"], [[("1", 1.0), (",", 0.0)], [("6", 6.0)]]),
+        (["\\boxed{", *"1.5", *",6}"], [[("1", 1.5), (".", 0.0)], [("6", 6.0)]]),
+        (["\\boxed{", "10", *",6}"], [[("10", 10.0)], [("6", 6.0)]]),
+        (["\\boxed{", "10,", *" 6}"], [[("10,", 10.0)], [("6", 6.0)]]),
+        (["\\boxed", "{1", "0, ", *"6}"], [[("{1", 1.0), ("0, ", 9.0)], [("6", 6.0)]]),
+        (["\\boxed{", *"9.5,6}"], [[("9", 9.5)], [("6", 6.0)]]),
+        (["\\boxed{", *"9.25,6}"], [[("9", 9.25)], [("6", 6.0)]]),
+        (["\\boxed{", "9.", *"5,6}"], [[("9.", 9.5)], [("6", 6.0)]]),
+        (["\\boxed{", *"9", ".5", *",6}"], [[("9", 9.5)], [("6", 6.0)]]),
+        (["\\boxed{", "9.5", *",6}"], [[("9.5", 9.5)], [("6", 6.0)]]),
+        (["\\boxed{", *"8", *"5,6}"], [[("8", 8.0), ("5", 77.0)], [("6", 6.0), ("}", 0.0)]]),
+        (["\\boxed{", "12", "00", *",6}"], [[("12", 12.0), ("00", 1188.0)], [("6", 6.0), ("}", 0.0)]]),
+        (["\\boxed{", "8,6", *"}"], [[("8,6", 8.0)], [("8,6", 6.0)]]),
+        (["\\boxed{", "7, 3", *"}"], [[("7, 3", 7.0)], [("7, 3", 3.0)]]),
     ],
     ids=lambda value: "|".join(value) if isinstance(value[0], str) else "",
 )
-def test_digits(tokenizers: dict[str, Any], pieces: list[str], expected: list[list[tuple[str, float, float]]]) -> None:
-    r"""Digits and places of `\boxed{a, b}` under every way to cut it: only tokens with a digit are in the target."""
+def test_digits(tokenizers: dict[str, Any], pieces: list[str], expected: list[list[tuple[str, float]]]) -> None:
+    r"""The tokens that decide the numbers of `\boxed{a, b}` under every way to cut it, and what each adds to them.
+
+    The decimal part counts as written, and a number that could have gone on is read one token further.
+    """
     tokenizer = tokenizers["byte level"]
     if pieces[0] == "\\boxed":
         pieces = [*"\\boxed", *pieces[1:]]
     rollout = read(tokenizer, score_ids(tokenizer, *pieces))
     found = [
         [
-            (rollout.token_ids[digit.position], digit.place, dict(digit.candidates)[rollout.token_ids[digit.position]])
+            (rollout.token_ids[digit.position], dict(digit.candidates)[rollout.token_ids[digit.position]])
             for digit in digits
         ]
         for digits in rollout.numbers
     ]
-    assert found == [
-        [(pick(tokenizer, piece)[0], pytest.approx(place), value) for piece, place, value in digits]
-        for digits in expected
-    ]
-    positions = rollout.spans["scores"].positions
-    points = {position for position in positions if rollout.token_ids[position] == pick(tokenizer, ".")[0]}
-    assert set(positions) - points == {digit.position for digits in rollout.numbers for digit in digits}
+    assert found == [[(pick(tokenizer, piece)[0], gain) for piece, gain in digits] for digits in expected]
 
 
 def test_candidates(tokenizers: dict[str, Any]) -> None:
-    """The tokens that could stand there carry the same surroundings, other digits, and at most ten."""
+    """The tokens that could stand there carry the same surroundings, other digits, and stay on the scale."""
     tokenizer = tokenizers["byte level"]
     rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", "9,", " 6", *"}"))
     first, second = rollout.numbers
@@ -315,12 +319,31 @@ def test_candidates(tokenizers: dict[str, Any]) -> None:
     assert dict(first[0].candidates) == with_comma
     assert list(first[0].candidates) == sorted(first[0].candidates)
     assert dict(second[0].candidates) == {pick(tokenizer, f" {number}")[0]: float(number) for number in range(11)}
-    rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", "12", *",6}"))
-    assert dict(rollout.numbers[0][0].candidates)[pick(tokenizer, "12")[0]] == 12.0
     rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", *"9,6}"))
-    expected = {pick(tokenizer, str(number))[0]: float(number) for number in range(10)}
-    expected |= {pick(tokenizer, "10")[0]: 10.0, pick(tokenizer, "00")[0]: 0.0}
-    assert dict(rollout.numbers[0][0].candidates) == expected  # not "12": above the scale
+    plain = {pick(tokenizer, str(number))[0]: float(number) for number in range(10)}
+    plain |= {pick(tokenizer, "10")[0]: 10.0, pick(tokenizer, "00")[0]: 0.0}
+    assert dict(rollout.numbers[0][0].candidates) == plain  # not "12": above the scale
+
+
+def test_candidates_where_ten_is_two_tokens(tokenizers: dict[str, Any]) -> None:
+    """Any digit could stand at the first token, and 8 is not 80: only a 0 goes on with a 1, with a comma or without."""
+    tokenizer = tokenizers["byte level"]
+
+    def of(text: str) -> int:
+        return pick(tokenizer, text)[0]
+
+    for written in ("10", "1"):
+        rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", *written, *",6}"))
+        first, second = rollout.numbers[0]
+        plain = {of(str(number)): float(number) for number in range(10)} | {of("10"): 10.0, of("00"): 0.0}
+        assert dict(first.candidates) == plain
+        ended = {of(","): 0.0} if written == "1" else {}
+        assert dict(second.candidates) == {of("0"): 9.0, of("0,"): 9.0, of("0, "): 9.0} | ended
+    rollout = read(tokenizer, score_ids(tokenizer, "\\boxed{", *"85,6}"))
+    first, second = rollout.numbers[0]
+    assert dict(first.candidates)[of("7")] == 75.0  # what was written after it goes on with it
+    assert dict(first.candidates)[of("10")] == 10.0  # or does not, where 105 leaves the scale
+    assert dict(second.candidates)[of("9")] == 81.0
 
 
 BODY = "<specific_criteria>a</specific_criteria><analysis>b</analysis><scores>\\boxed{9, 6}</scores>"
@@ -702,7 +725,7 @@ def test_real_tokenizer(smollm2: Any) -> None:
         )
         contents = {"prompt": [QUESTION], "criteria": ["Be right. Be short."], "analysis": ["The good one is A."]}
         assert_spans_fit(smollm2, rollout, contents)
-        assert [[digit.place for digit in digits] for digits in rollout.numbers] == [[10.0, 1.0], [1.0]]
+        assert [len(digits) for digits in rollout.numbers] == [2, 1]
         assert [value for _, value in rollout.numbers[0][0].candidates] == [float(number) for number in range(10)]
 
 
@@ -787,7 +810,7 @@ def assert_sound(rollout: Rollout, layout: Any) -> None:
     for digits in rollout.numbers:
         assert digits
         for digit in digits:
-            assert digit.position in rollout.spans["scores"].positions
+            assert {digit.position, digit.position - 1} & set(rollout.spans["scores"].positions)
             assert rollout.token_ids[digit.position] in dict(digit.candidates)
             assert all(math.isfinite(value) for _, value in digit.candidates)
 

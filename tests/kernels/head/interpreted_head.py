@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.kernels.checks import DEVICE, DTYPES, assert_close, batched_gradients, normal
+from tests.kernels.checks import DEVICE, assert_close, batched_gradients, normal
 
 
 @pytest.mark.parametrize(
@@ -86,35 +86,8 @@ def test_head_of_a_confident_model_keeps_its_digits() -> None:
         assert float(((mine.double() - theirs).abs().amax(1) / theirs.abs().amax(1)).max()) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "size", "candidates", "count"), [(1, 63, 1, 1), (5, 150, 10, 2), (9, 128, 64, 5)])
-def test_expected_value_equals_the_definition(
-    dtype: torch.dtype, rows: int, size: int, candidates: int, count: int, launches: Counter[str]
-) -> None:
-    """Candidates of each row, and of all rows alike."""
-    from cepo.kernels.head.door import head_expected_value
-
-    hidden = normal(0, rows, size, dtype=dtype).requires_grad_()
-    weight = (normal(1, 100, size) * size**-0.5).to(dtype)
-    ids_PN = torch.argsort(normal(2, rows, 100))[:, :candidates]
-    numbers_N = torch.arange(candidates, device=DEVICE) + 1
-    for ids, values in ((ids_PN, normal(3, rows, candidates)), (ids_PN[0], numbers_N)):
-        got = head_expected_value(hidden, weight, ids, values, implementation="triton")
-        cotangents = normal(4, count, rows)
-        (gradients,) = batched_gradients(got, [hidden], cotangents)
-        wide = hidden.detach().double().requires_grad_()
-        true = head_expected_value(wide, weight.double(), ids, values, implementation="torch")
-        each = [torch.autograd.grad(true, wide, row.double(), retain_graph=True)[0] for row in cotangents]
-        assert_close(got.detach(), true.detach(), "values")
-        if candidates == 1:
-            assert not gradients.any()
-        else:
-            assert_close(gradients, torch.stack(each), "gradients")
-    assert launches == {"head_expected_kernel": 2}
-
-
 def test_head_refuses_what_it_would_read_wrongly() -> None:
-    from cepo.kernels.head.door import head_expected_value, head_log_odds
+    from cepo.kernels.head.door import head_log_odds
 
     hidden, weight, ids = normal(0, 5, 64), normal(1, 100, 64), torch.arange(5, device=DEVICE)
     for arguments in (
@@ -126,10 +99,6 @@ def test_head_refuses_what_it_would_read_wrongly() -> None:
     ):
         with pytest.raises(ValueError, match="expected"):
             head_log_odds(*arguments, implementation="triton")
-    for candidates, values in ((ids[None], ids), (ids.int(), ids.int()), (ids[:, None].expand(5, 65),) * 2):
-        with pytest.raises(ValueError, match="candidates"):
-            head_expected_value(hidden, weight, candidates, values, implementation="triton")
     outside = torch.tensor([0, 100, -1, 3, 4], device=DEVICE)
     unknown = head_log_odds(hidden, weight, outside, implementation="triton").isnan()
     assert unknown.tolist() == [False, True, True, False, False]
-    assert head_expected_value(hidden, weight, outside, ids, implementation="triton").isnan().all()

@@ -1,4 +1,4 @@
-"""Log-probability, log-odds and expected value of the sampled tokens, against the full softmax in float64."""
+"""Log-probability and log-odds of the sampled tokens, against the full softmax in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cepo.kernels.head.definition import expected_value, selected_log_likelihood, selected_log_odds
+from cepo.kernels.head.definition import selected_log_likelihood, selected_log_odds
 
 
 def logits(scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -71,15 +71,3 @@ def test_half_precision_is_widened(dtype: torch.dtype) -> None:
         found_P = function(half_PV, ids_P)
         assert found_P.dtype == torch.float32
         assert torch.allclose(found_P.double(), function(half_PV.double(), ids_P), rtol=1e-5, atol=1e-5)
-    value = expected_value(half_PV[0], torch.tensor([1, 4]), torch.tensor([3.0, 9.0]))
-    assert value.dtype == torch.float32
-
-
-def test_expected_value() -> None:
-    """The expectation runs over the candidates alone, renormalised, in any order, up to any confidence."""
-    logits_V = torch.tensor([5.0, 0.0, math.log(3.0), 80.0], dtype=torch.float64)
-    found = expected_value(logits_V, torch.tensor([2, 1]), torch.tensor([9.0, 1.0]))
-    assert float(found) == pytest.approx(0.75 * 9 + 0.25 * 1, rel=1e-14)
-    assert float(expected_value(logits_V, torch.tensor([1]), torch.tensor([4.0]))) == 4.0
-    sure = expected_value(1e4 * logits_V, torch.tensor([0, 3]), torch.tensor([2.0, 7.0]))
-    assert float(sure) == 7.0
