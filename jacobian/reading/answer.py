@@ -20,15 +20,18 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[-+]?\d[^\s$\\{}]*|[A-Z
 _HASHES = "####"
 _STATED = re.compile(
     r"(?:\b(?:so|thus|hence|therefore),?\s+)?(?:\bthe\s+)?(?:\b(?:final|correct|right)\s+)?"
-    r"\banswers?[*_]*(?:\s+(?:is|are)\b|\s*[:：=])[\s:：*_]*|^[*_]*A[:：][\s*_]*",
+    r"(?<!\ban )(?<!\bno )(?<!\bany )\banswers?[*_]*(?:\s+(?:is|are)\b|\s*[:：=])[\s:：*_]*|^[*_]*A[:：][\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
 _UNIT = re.compile(
-    r"\s*(?P<number>[-+−]?[$€£]?\d[\d,]*(?:\.\d+)?%?)(?:[.!]?\s*|\s+(?!(?:dozen|hundred|thousand|[mbtr]+illion|percent|"
+    r"\s*[$€£]?(?P<number>[-+−]?\d[\d,]*(?:\.\d+)?)(?:[%.!]?\s*|\s+(?!(?:dozen|hundred|thousand|[mbtr]+illion|percent|"
     r"half|halves|pi|times|squared|cubed|factorial|root|or|and|to|over|by|plus|minus|of)\b)[^\W\d_]{2}[^\d+*/^=<>\\]*+)",
     re.IGNORECASE,
 )
-_WRAPPERS = (("**", "**"), ("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$", "$"))
+_WRAPPERS = (
+    *(("**", "**"), ("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$", "$")),
+    *(("\\text{", "}"), ("\\textbf{", "}"), ("\\mathrm{", "}")),
+)
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,12 @@ def find_answer(text: str, *, tag: str, boxed: bool, unmarked: Unmarked) -> Answ
 
 
 def read_number(text: str) -> str | None:
-    """Return the number of a text that is a number, or a number with a unit in words ("18 jars"); None otherwise."""
+    """Return the number of a text that is a number, or a number with a unit ("18 jars", "$18"); None otherwise.
+
+    A percentage is another number.
+    """
     found = _UNIT.fullmatch(text)
-    return found["number"] if found else None
+    return found["number"] if found and "%" not in text else None
 
 
 def find_box(text: str, start: int, end: int) -> Answer | None:

@@ -146,6 +146,7 @@ def test_exact_match_forgives_form_only(written: str, reference: str | float, re
         ("18.0", "18 jars of jam", 1.0),
         ("18 jars", "18 crates", 0.0),
         ("2 million", "2", 0.0),
+        ("18%", "0.18", 1.0),
         ("2 pi", "2", 0.0),
         ("2 x", "2", 0.0),
         ("5 apples and 3 pears", "5", 0.0),
