@@ -19,7 +19,7 @@ PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 _TOOL_ROLES = ("tool", "function", "ipython")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_PYTHON = ("[{'role':", "[{'content':", '[{"role": \'')  # how str() writes messages
+_WRITTEN_OUT = tuple(f"[{{{quote}{key}{quote}:" for quote in "'\"" for key in ("role", "content"))  # messages as text
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,6 @@ def content_text(content: Any, column: str) -> str:
         ValueError: for anything else; a part that is not text is named by its type.
     """
     if isinstance(content, str):
-        if content.startswith(_PYTHON):
-            raise ValueError(
-                f"column {column!r} holds messages as Python prints them; write the rows as JSONL or parquet"
-            )
         return content
     if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
         if isinstance(content, list):
@@ -185,7 +181,11 @@ def content_text(content: Any, column: str) -> str:
 
 def is_storable(text: str) -> bool:
     """Return whether a text is valid Unicode: it holds no lone surrogate."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _responses(row: Row, column: str) -> tuple[tuple[str, ...], str]:
@@ -202,6 +202,8 @@ def _responses(row: Row, column: str) -> tuple[tuple[str, ...], str]:
 
 def _turns(value: Any, column: str) -> list[Row] | None:
     """Return messages, of which one alone may stand without a list; None for a value that is none."""
+    if isinstance(value, str) and value.startswith(_WRITTEN_OUT):
+        raise ValueError(f"column {column!r} holds messages that are written out as text; expected a list")
     turns = [value] if isinstance(value, dict) and "role" in value else value
     if not isinstance(turns, list) or not any(isinstance(turn, dict) and "role" in turn for turn in turns):
         return None

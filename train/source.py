@@ -27,17 +27,10 @@ Entry: TypeAlias = tuple[int, Row | str]
 T = TypeVar("T")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".xlsx")
 _LISTS = ("prompt_ids", "completion_ids", "completions", "correct")  # columns whose cells in a CSV hold a JSON list
-_COLUMNS = {
-    "prompt",
-    "prompt_ids",
-    "messages",
-    "completion",
-    "chosen",
-    "question",
-}  # an object with one is a row itself
+_COLUMNS = {"prompt", "prompt_ids", "messages", "completion", "chosen", "question"}  # what has one is itself a row
 _SPACE = re.compile("[\ufeff\\s]*")
 _BATCH = 256  # rows of a parquet file that are held at once
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error)
+_UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, zlib.error, lzma.LZMAError, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -155,7 +148,7 @@ def open_file(path: Path) -> Source:
         with _text(path, encoding) as lines:
             first, second = (*itertools.islice((line for line in map(_bare, lines) if line), 2), "", "")[:2]
         if first.startswith(("{", "[")):
-            return _open_json(path, encoding, first)
+            return _open_json(path, encoding, first, second)
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
     endings = [ending.lower() for ending in path.suffixes[-2:]]
@@ -198,11 +191,11 @@ def _read_lines(path: Path, encoding: str) -> Iterator[Entry]:
                 yield number, row
 
 
-def _open_json(path: Path, encoding: str, first: str) -> Source:
-    """Open JSON: one object per line where the first line is one, or where the text is not JSON as a whole."""
+def _open_json(path: Path, encoding: str, first: str, second: str) -> Source:
+    """Open JSON: one object per line where the first or the second line is one, or the text is not JSON as a whole."""
     alone = _documents(first)
-    inside = _rows_inside(alone[0]) if len(alone) == 1 else None
-    if len(alone) == 1 and isinstance(alone[0], dict) and inside is None:
+    is_row = len(alone) == 1 and isinstance(alone[0], dict) and _rows_inside(alone[0]) is None
+    if is_row or (first.startswith("{") and _documents(second)):
         return Source(_guarded(path, _read_lines, encoding), "line")
     with _text(path, encoding) as text:
         documents = _documents(text.read())
@@ -268,7 +261,9 @@ def _read_csv(path: Path, encoding: str) -> Iterator[Entry]:
 def _csv_row(names: list[str], cells: list[str]) -> Row | str:
     if len(cells) != len(names):
         return f"has {len(cells)} cells; the first line names {len(names)} columns"
-    if any("\ud800" <= character <= "\udfff" for cell in cells if not cell.isascii() for character in cell):
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
         return "not UTF-8; save the table as 'CSV UTF-8'"
     return {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
 

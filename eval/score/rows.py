@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
 from cepo.train.rows import given, read_answer, read_id, read_judgement, read_messages
 from cepo.train.source import open_file
+
+logger = logging.getLogger("cepo")
 
 FORMS = "prompt_ids and completion_ids; or prompt (or messages) and completion; or chosen, rejected and judge_output"
 _COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -82,6 +85,14 @@ def read_input(path: Path) -> tuple[list[Line], list[BrokenLine]]:
             f"{', '.join(sorted(map(str, first))) or 'no columns'}"
         )
     return lines, broken
+
+
+def read_donors(path: Path) -> list[Line]:
+    """Return the rows of a file of donors, see `read_input`; those that cannot be used are counted in a warning."""
+    lines, broken = read_input(path)
+    if broken:
+        logger.warning("donors %s: %d row(s) cannot be used; the first: %s", path, len(broken), broken[0][1])
+    return lines
 
 
 def rollout_of(line: Line, reader: SpanReader, *, raw: bool = False) -> Rollout:

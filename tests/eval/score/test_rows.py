@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cepo.eval.score.rows import read_input, read_row
+from cepo.eval.score.rows import read_donors, read_input, read_row
 
 ASKED, JUDGED = "Which is better?", "the judgement"
 USER, ANSWER = {"role": "user", "content": ASKED}, {"role": "assistant", "content": JUDGED}
@@ -82,3 +82,11 @@ def test_what_could_be_two_things_is_refused_with_its_id_and_number(
     assert refused.broken is not None
     assert complaint in refused.broken
     assert (refused.id, broken) == ("{'of': 'its own'}", [(2, refused.broken)])
+
+
+def test_donors_that_cannot_be_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A torn donors file would otherwise only make other donors."""
+    path = tmp_path / "donors.jsonl"
+    path.write_text(json.dumps(TEXT) + '\n{"prompt": "cut\n')
+    assert [line.broken is None for line in read_donors(path)] == [True, False]
+    assert "1 row(s) cannot be used; the first: line 2 is broken" in caplog.text
