@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from cepo.benchmarks.forms import IN_SCORES, JUDGEMENTS
 from cepo.eval.judges.journal import JudgeTask, judgement_record
@@ -27,6 +25,7 @@ from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.reading.verdict import Verdicts
 from cepo.train.rewards.proxy import measure_sensitivity
 from cepo.train.rewards.task import argmax_reward, format_reward
+from tests.byte_tokenizer import byte_tokenizer
 
 GOOD = write_judgement("Right facts.", "A is right; B is not.", (8, 6))
 TAGS = [f"<{slash}{name}>" for name in (*SECTIONS, "think", "thinking") for slash in ("", "/")]
@@ -116,10 +115,7 @@ def test_what_lenient_reads_of_a_strict_verdict_is_the_same(opened: bool) -> Non
 @pytest.mark.parametrize("opened", [False, True])
 def test_spans_of_ids_are_those_of_the_text(opened: bool) -> None:
     """Protects the reader of ids: it knows from the prompt's ids what the template opened."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    tokenizer = byte_tokenizer()
     prompt = tokenizer("Judge.<think>\n" if opened else "Judge.")["input_ids"]
     for verdicts in ("strict", "lenient"):
         layout = JudgeLayout(guard="off", verdicts=verdicts)

@@ -13,7 +13,8 @@ from typing import Any
 
 from cepo.files import SETTINGS, Row, claim, content_hash
 from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, resolve_model
-from cepo.jacobian.reading.judge import write_judgement
+from cepo.jacobian.reading.judge import close_thought, write_judgement
+from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train.data import check_length, judge_row
 from cepo.train.rows import given, read_judgement
 from cepo.train.run import is_finished, last_complete_checkpoint, lora_config, run_trainer, trainer_defaults
@@ -21,6 +22,7 @@ from cepo.train.source import collect_rows
 
 logger = logging.getLogger(__name__)
 
+_PROBE = "cepo-answer-probe"
 _QUOTED = 6  # words of a text that an example by rule quotes
 
 
@@ -110,7 +112,7 @@ def _trainer(job: WarmStartJob, source: ModelSource, examples: list[dict[str, An
             max_length=None,
             **{**trainer_defaults(job.seed), "save_steps": 10},
         ),
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=Dataset.from_list(examples_in_thought(examples, tokenizer)),
         processing_class=tokenizer,
         peft_config=lora_config({"r": job.rank, "lora_alpha": 2 * job.rank}),
     )
@@ -154,6 +156,7 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
             prompt, text = read_judgement(row)
             if not text.strip():
                 raise ValueError("column 'judge_output' is blank")
+            close_thought(text)  # raises where it is cut in its thought, and so teaches no verdict
             return check_length(_example(prompt, text), max_characters)
         pair = judge_row(row, seed)
         example = check_length(_example(pair["prompt"], judgement_by_rule(pair)), max_characters)
@@ -167,6 +170,34 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
     shown = "; ".join(f"row {number}: {reason}" for number, reason in left_out[:5])
     logger.warning("examples from %s: %s%s", source, told, f" ({shown})" if left_out else "")
     return examples
+
+
+def examples_in_thought(examples: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the examples as they are, or as token ids for a model whose chat template opens a thought.
+
+    Such a template puts the opening tag after a prompt alone, so TRL, which renders prompt and completion together,
+    would leave it out. Here the ids are those that generation sees, and each completion closes the thought: an empty
+    one, or that of the row's own judgement.
+
+    Args:
+        examples: of `read_examples`.
+        tokenizer: the model's.
+
+    Returns:
+        Rows of `prompt` and `completion`, or of `input_ids` and `completion_mask` (1 at the tokens to learn).
+    """
+    if not template_opens_thought(tokenizer):
+        return examples
+    rows = []
+    for example in examples:
+        prompt, (answer,) = example["prompt"], example["completion"]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        prompt_ids = list(tokenizer.apply_chat_template(prompt, **options)["input_ids"])
+        ending = tokenizer.apply_chat_template([*prompt, {**answer, "content": _PROBE}], tokenize=False)
+        text = f"{close_thought(answer['content'])}{ending.rpartition(_PROBE)[2] or tokenizer.eos_token}"
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        rows.append({"input_ids": prompt_ids + ids, "completion_mask": [0] * len(prompt_ids) + [1] * len(ids)})
+    return rows
 
 
 def judgement_by_rule(row: Mapping[str, Any]) -> str:

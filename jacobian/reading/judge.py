@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cepo.jacobian.reading.guard import Guard, check_guard, find_verdict
 from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, ResponseMarks, as_bytes, as_text
 from cepo.jacobian.reading.sections import find_sections
-from cepo.jacobian.reading.thought import THOUGHT, after_thought
+from cepo.jacobian.reading.thought import THOUGHT, after_thought, find_thought
 from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts, find_last_pair, find_pair
 
 CRITERIA, ANALYSIS, SCORES = SECTIONS = ("specific_criteria", "analysis", "scores")
@@ -183,6 +183,17 @@ def after_judges_thought(text: str, *, thought_opened: bool = False) -> str:
         return as_text(completion[after_thought(completion, opened=thought_opened, sections=SECTIONS) :])
     except MalformedError:
         return ""
+
+
+def close_thought(text: str) -> str:
+    """Return what a judgement is after a prompt that opened a thought: its own thought closed, or an empty one.
+
+    Raises:
+        MalformedError: for a judgement whose thought is never closed.
+    """
+    completion = as_bytes(text)
+    thought = find_thought(completion, sections=SECTIONS)
+    return as_text(completion[thought.contents[0][0] :]) if thought.contents else f"\n</{THOUGHT}>\n\n{text}"
 
 
 def read_pair(text: str) -> tuple[float, float] | None:
