@@ -11,7 +11,7 @@ from cepo.benchmarks.ablation.group import sweep_group
 from cepo.benchmarks.ablation.summary import AblateSummary, summarise_sweep
 from cepo.benchmarks.ablation.sweep import Sweep
 from cepo.benchmarks.ablation.tables import merge_groups, read_malformed, read_values, write_group
-from cepo.eval.score.rows import Line, read_input, rollout_of
+from cepo.eval.score.rows import Line, read_lines, rollout_of
 from cepo.files import claim, fingerprint, write_jsonl
 from cepo.fusion.config import RewardConfig
 from cepo.jacobian.group.engine import GroupEngine
@@ -78,7 +78,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     sweep = job.sweep
     if job.dtype not in _DTYPES:
         raise ValueError(f"dtype is {job.dtype!r}; expected one of {', '.join(_DTYPES)}")
-    lines, _ = read_input(job.input)
+    lines = read_lines(job.input)
     source = resolve_model(job.model)
     width = embedding_width(source)
     if width:

@@ -17,7 +17,7 @@ from cepo.eval.causal.judge import Judge, Judgement, sample_judgements
 from cepo.eval.causal.measures import Pools, links_of, measure
 from cepo.eval.causal.report import write_causal_report
 from cepo.eval.causal.summary import CausalSummary, JudgeResults, summarise_causal
-from cepo.eval.score.rows import read_input, rollout_of
+from cepo.eval.score.rows import read_lines, rollout_of
 from cepo.files import SETTINGS, claim, fingerprint, make_folder, write_jsonl, write_text
 from cepo.fusion.score import pools_of
 from cepo.jacobian.loading import check_device, load_model, model_fingerprint, resolve_model
@@ -175,7 +175,7 @@ def _once(path: Path, work: Callable[[], Any]) -> Any:
 def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
     """Yield the judge, and then those of the certified pair."""
     if job.model is not None and job.input is not None:
-        lines, _ = read_input(job.input)
+        lines = read_lines(job.input)
         model, tokenizer = load_model(
             resolve_model(job.model), dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
         )

@@ -17,7 +17,7 @@ from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.score.criteria import criteria_of
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices, save_matrices
-from cepo.eval.score.rows import Line, read_donors, read_input, rollout_of
+from cepo.eval.score.rows import Line, read_input, read_lines, rollout_of
 from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import LinkScore
@@ -240,7 +240,7 @@ def _open_model(
 
 def _pools(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> Pools:
     """Return the candidates that the donors file, or else the input, offers for each source."""
-    offered = lines if job.donors is None else read_donors(job.donors)
+    offered = lines if job.donors is None else read_lines(job.donors)
     links = job.config.parsed_links(job.layout)
     rollouts = [rollout_of(line, reader, raw=job.raw) for line in offered]
     pools = pools_of(rollouts, links)

@@ -87,11 +87,11 @@ def read_input(path: Path) -> tuple[list[Line], list[BrokenLine]]:
     return lines, broken
 
 
-def read_donors(path: Path) -> list[Line]:
-    """Return the rows of a file of donors, see `read_input`; those that cannot be used are counted in a warning."""
+def read_lines(path: Path) -> list[Line]:
+    """Return the rows of a file, see `read_input`; those that cannot be used are counted in a warning."""
     lines, broken = read_input(path)
     if broken:
-        logger.warning("donors %s: %d row(s) cannot be used; the first: %s", path, len(broken), broken[0][1])
+        logger.warning("%s: %d row(s) cannot be used; the first: %s", path, len(broken), broken[0][1])
     return lines
 
 

@@ -77,6 +77,7 @@ FILES: dict[str, bytes] = {
     "inside.json": json.dumps({"version": 1, "data": ROWS}).encode(),
     "inside-indented.json": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
     "jq.json": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
+    "joined.json": "".join(map(json.dumps, ROWS)).encode(),
     "list.json.gz": gzip.compress(json.dumps(ROWS).encode()),
     "table.csv": table(",").encode(),
     "excel.csv": table(";").encode("utf-8-sig"),

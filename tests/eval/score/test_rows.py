@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cepo.eval.score.rows import read_donors, read_input, read_row
+from cepo.eval.score.rows import read_input, read_lines, read_row
 
 ASKED, JUDGED = "Which is better?", "the judgement"
 USER, ANSWER = {"role": "user", "content": ASKED}, {"role": "assistant", "content": JUDGED}
@@ -84,9 +84,9 @@ def test_what_could_be_two_things_is_refused_with_its_id_and_number(
     assert (refused.id, broken) == ("{'of': 'its own'}", [(2, refused.broken)])
 
 
-def test_donors_that_cannot_be_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A torn donors file would otherwise only make other donors."""
+def test_rows_of_other_inputs_that_cannot_be_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A torn file of donors, or of judgements to evaluate, would otherwise only make other figures."""
     path = tmp_path / "donors.jsonl"
     path.write_text(json.dumps(TEXT) + '\n{"prompt": "cut\n')
-    assert [line.broken is None for line in read_donors(path)] == [True, False]
+    assert [line.broken is None for line in read_lines(path)] == [True, False]
     assert "1 row(s) cannot be used; the first: line 2 is broken" in caplog.text
