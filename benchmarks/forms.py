@@ -6,12 +6,13 @@ import re
 import sys
 from pathlib import Path
 
+from cepo.benchmarks.answer_forms import draw_answers, show
 from cepo.files import write_text
 from cepo.jacobian.reading.judge import JudgeLayout, write_judgement
 from cepo.jacobian.reading.verdict import Verdicts
 
 _PAGE = Path(__file__).resolve().parent.parent / "docs" / "formats.md"
-_BEGIN, _END = "<!-- forms: drawn by make forms -->\n", "<!-- end of forms -->"
+_END = "<!-- end of forms -->"
 _SOUND = write_judgement("Right facts.", "A is right; B is not.", (8, 6))
 _BOX = r"\boxed{8, 6}"
 
@@ -74,19 +75,23 @@ JUDGEMENTS: dict[str, str] = {
 def draw_forms() -> str:
     """Return the two tables, in Markdown."""
     lines = ["| between `<scores>` and `</scores>` | strict, the default | lenient |", "| --- | --- | --- |"]
-    lines += [_row(_shown(form), _SOUND.replace(_BOX, form)) for form in IN_SCORES]
+    lines += [_row(show(form), _SOUND.replace(_BOX, form)) for form in IN_SCORES]
     lines += ["", "| the judgement | strict, the default | lenient |", "| --- | --- | --- |"]
     lines += [_row(name, text) for name, text in JUDGEMENTS.items()]
     return "\n".join(lines) + "\n"
 
 
 def write_forms(page: Path = _PAGE) -> None:
-    """Draw the tables into a page, between its two marks."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"{page} lacks the marks {_BEGIN.strip()!r} and {_END!r}, between which the tables go")
-    write_text(page, f"{before}{begin}\n{draw_forms()}\n{end}{after}")
+    """Draw the tables of verdicts and answers into a page, each between its two marks."""
+    text = page.read_text(encoding="utf-8")
+    for name, tables in (("forms", draw_forms()), ("answers", draw_answers())):
+        mark = f"<!-- {name}: drawn by make forms -->\n"
+        before, begin, rest = text.partition(mark)
+        _, end, after = rest.partition(_END)
+        if not begin or not end:
+            raise ValueError(f"{page} lacks the marks {mark.strip()!r} and {_END!r}, between which the tables go")
+        text = f"{before}{begin}\n{tables}\n{end}{after}"
+    write_text(page, text)
 
 
 def _row(name: str, judgement: str) -> str:
@@ -101,11 +106,6 @@ def _read(judgement: str, verdicts: Verdicts) -> str:
     pair = ", ".join(completion[slice(*number)].decode() for number in reading.numbers or ())
     reason = re.sub(r"<\w+>|\\boxed(?:\{a, b\})?", lambda code: f"`{code[0]}`", reason)
     return "; ".join(part for part in (pair and f"**{pair}**", reason) if part)
-
-
-def _shown(form: str) -> str:
-    named = form.replace("\n", "⏎").replace("\u00a0", "⍽").replace("\b", "␈").replace("|", "\\|")
-    return f"`` {named} ``" if "`" in named else f"`{named}`"
 
 
 if __name__ == "__main__":

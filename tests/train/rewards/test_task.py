@@ -173,6 +173,15 @@ def test_mathematics_is_compared_in_a_thread_too() -> None:
     assert results == [[1.0, 0.0]]
 
 
+def test_an_answer_in_a_thought_that_the_prompt_opened_earns_nothing() -> None:
+    """Protects training from drafts in a thought that was cut: only the prompt shows that it is one."""
+    draft, whole = "Perhaps <answer>5</answer>, but", "Perhaps <answer>4</answer>.</think><answer>5</answer>"
+    for reward in (exact_match, math_verify_reward):
+        assert reward([draft, whole], ["5", "5"], thought_opened=[True, True]) == [0.0, 1.0]
+        assert reward([draft, whole], ["5", "5"], prompts=["2 + 3<think>\n"] * 2) == [0.0, 1.0]
+        assert reward([draft], ["5"], prompts=["2 + 3"]) == [1.0]
+
+
 def test_bertscore_is_f1_and_an_empty_answer_never_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the call into the optional library: F1 is the third value, rows keep their places, 1 is the most."""
 
