@@ -67,14 +67,23 @@ class Branches:
     """The variants of one prompt.
 
     Attributes:
+        variants: those of all prompts.
         stem: tokens shared by all of them; None where they share none.
         prefixes: what the variants of each family share after it, ragged; None where no family shares more.
-        tails: in chunks that fit the budget.
+        placed: for each variant its index, the index of its prefix, and where its tail starts.
+        tails_at_once: how many tails fit the budget.
     """
 
+    variants: Sequence[Variant]
     stem: Segment | None
     prefixes: Segment | None
-    tails: tuple[Tails, ...]
+    placed: tuple[Placed, ...]
+    tails_at_once: int
+
+    def tails(self) -> list[Tails]:
+        """Return its tails as they run, if memory lasts."""
+        size = self.tails_at_once
+        return [tails_of(self.variants, self.placed[at : at + size]) for at in range(0, len(self.placed), size)]
 
 
 def branches_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> list[Branches]:
@@ -102,6 +111,7 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
     """
     total = {kind: Rows(kind) for kind in ("stem", "prefixes", "tails")}
     flops = peak = 0.0
+    sizes: list[int] = []
 
     def add(kind: str, segment: Segment, cotangents: int = 0) -> None:
         nonlocal flops
@@ -125,10 +135,11 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
             if each.prefixes is not None:
                 add("prefixes", each.prefixes)
         stem = each.stem.length if each.stem is not None else 0
-        for tails in each.tails:
+        for tails in each.tails():
+            sizes.append(len(tails.placed))
             add("tails", tails.segment, passes if tails.segment.differentiated else 0)
             peak = max(peak, ALLOCATOR * cost.cache(1, stem) + tails_bytes(tails, passes, stem, cost))
-    return Plan(tuple(total.values()), flops, peak, tuple(len(tails.placed) for each in work for tails in each.tails))
+    return Plan(tuple(total.values()), flops, peak, tuple(sizes))
 
 
 def stem_after(before: Segment | None, stem: Segment | None) -> tuple[int, Segment | None]:
@@ -138,17 +149,6 @@ def stem_after(before: Segment | None, stem: Segment | None) -> tuple[int, Segme
     ids = stem.ids[0]
     shared = shared_length([ids, before.ids[0]]) if before is not None else 0
     return shared, Segment((ids[shared:],), (shared,)) if shared < len(ids) else None
-
-
-def tails_of(variants: Sequence[Variant], members: Sequence[Placed], size: int) -> tuple[Tails, ...]:
-    """Return tails in chunks of `size`.
-
-    Args:
-        variants: all variants.
-        members: see `Tails.placed`.
-        size: how many run at once, at least 1.
-    """
-    return tuple(_tails(variants, members[at : at + size]) for at in range(0, len(members), size))
 
 
 def tails_bytes(tails: Tails, passes: int, stem: int, cost: CostModel) -> float:
@@ -185,11 +185,12 @@ def _branches(variants: Sequence[Variant], members: Sequence[int], cost: CostMod
     ]
     # Neighbours of equal length need least padding.
     placed.sort(key=lambda each: each[2] - variants[each[0]].last_row)
-    size = _size(variants, placed, end, cost, budget)
     return Branches(
+        variants,
         Segment((ids[:end],), (0,)) if end else None,
         Segment(tuple(pieces), (end,) * len(pieces)) if any(pieces) else None,
-        tails_of(variants, placed, size),
+        tuple(placed),
+        _size(variants, placed, end, cost, budget),
     )
 
 
@@ -200,15 +201,16 @@ def _size(
     cost: CostModel,
     budget: float,
 ) -> int:
-    longest = _tails(variants, members[:1]).segment.length
+    longest = tails_of(variants, members[:1]).segment.length
     passes = len(variants[members[0][0]].terms)
     size = min(len(members), max(1, cost.rows_at_once // longest))
-    while size > 1 and tails_bytes(_tails(variants, members[:size]), passes, stem, cost) > budget:
+    while size > 1 and tails_bytes(tails_of(variants, members[:size]), passes, stem, cost) > budget:
         size = (size + 1) // 2
     return size
 
 
-def _tails(variants: Sequence[Variant], members: Sequence[Placed]) -> Tails:
+def tails_of(variants: Sequence[Variant], members: Sequence[Placed]) -> Tails:
+    """Return the tails of some variants, which run at once; `members` as in `Branches.placed`."""
     ids, head = [], []
     for place, (index, _, start) in enumerate(members):
         variant = variants[index]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cepo.jacobian.group.cotangents import Asked, append_stage, slice_of_stage
 from cepo.jacobian.group.cuts import Segment, Stem
-from cepo.jacobian.group.run import KeyValues, SegmentModel, SegmentRun, backward, leaves_of, run_segment
+from cepo.jacobian.group.halving import AtOnce
+from cepo.jacobian.group.run import KeyValues, SegmentModel, SegmentRun, backward_in_parts, leaves_of, run_segment
 from cepo.jacobian.group.schedule import Chunk
 from cepo.jacobian.passes import link_jacobians
 from cepo.jacobian.protocol import Request
@@ -58,12 +59,12 @@ def run_stem(model: SegmentModel, stem: Stem, opening: KeyValues) -> StemRun:
     return StemRun(stem, run, constant, [tensor.detach() for tensor in run.keys_values])
 
 
-def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun) -> Tensor:
+def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun, at_once: AtOnce) -> Tensor:
     """Return the gradient of each pass of each job with respect to the embedding rows, (P, B, T, D).
 
     The backward pass goes from the last stage to the stem. What a stage asks of earlier keys and values is carried as
-    an explicit cotangent; all cotangents of a segment go back in one batched pass over one set of saved activations.
-    Rows whose gradient nobody wants are zero.
+    an explicit cotangent; as many cotangents of a segment as run at once go back in one batched pass over one set of
+    saved activations. Rows whose gradient nobody wants are zero.
     """
     runs = _run_stages(model, chunk, stem)
     embedding_VD = model.held.embedding.weight
@@ -81,19 +82,21 @@ def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun) -> Tensor:
             continue
         asked.add_head(at.stage.head, at.run.head_PD, at.run.hidden_BTD.shape)
         inputs = [at.run.leaf_BTD, *at.of_stem, *at.of_middle]
-        leaf_CBTD, *sent = backward(at.run, asked.of_outputs(len(at.run.keys_values)), inputs)
-        for place, (start, end) in enumerate(zip(at.stage.starts, at.stage.ends, strict=True)):
-            gradient_PBTD[list(at.stage.active), place, start:end] = leaf_CBTD[:, place, : end - start].to(
-                gradient_PBTD.dtype
-            )
-        of_stem.add_keys_values(at.stage.active, sent[: len(at.of_stem)])
-        for stage, earlier in zip(chunk.stages, of_stages, strict=False):
-            if earlier.shares(at.stage.active):
-                to_middle = sent[len(at.of_stem) :]
-                earlier.add_keys_values(
-                    at.stage.active, [slice_of_stage(sent_C, stage, stem.stem.end) for sent_C in to_middle]
+        outputs = asked.of_outputs(len(at.run.keys_values))
+        for part, (leaf_CBTD, *sent) in backward_in_parts(at.run, outputs, inputs, at_once.passes):
+            passes = at.stage.active[part]
+            for place, (start, end) in enumerate(zip(at.stage.starts, at.stage.ends, strict=True)):
+                gradient_PBTD[list(passes), place, start:end] = leaf_CBTD[:, place, : end - start].to(
+                    gradient_PBTD.dtype
                 )
-    _stem_backward(chunk, stem, of_stem, gradient_PBTD)
+            of_stem.add_keys_values(passes, sent[: len(at.of_stem)])
+            for stage, earlier in zip(chunk.stages, of_stages, strict=False):
+                if earlier.shares(passes):
+                    to_middle = sent[len(at.of_stem) :]
+                    earlier.add_keys_values(
+                        passes, [slice_of_stage(sent_C, stage, stem.stem.end) for sent_C in to_middle]
+                    )
+    _stem_backward(chunk, stem, of_stem, gradient_PBTD, at_once.in_stem)
     return gradient_PBTD
 
 
@@ -125,8 +128,10 @@ def _run_stages(model: SegmentModel, chunk: Chunk, stem: StemRun) -> list[_Stage
     return runs
 
 
-def _stem_backward(chunk: Chunk, stem: StemRun, asked: Asked, gradient_PBTD: Tensor) -> None:
+def _stem_backward(chunk: Chunk, stem: StemRun, asked: Asked, gradient_PBTD: Tensor, at_once: int) -> None:
     """Send the cotangents of the stem's outputs back through it, and write the gradients of its rows."""
+    if not chunk.entering:
+        return
     run = stem.run
     asked.add_head(chunk.stem_head, run.head_PD[list(chunk.stem_rows)], (len(chunk.jobs), *run.hidden_BTD.shape[1:]))
     # One cotangent per pass and job, each of a batch of one.
@@ -135,10 +140,7 @@ def _stem_backward(chunk: Chunk, stem: StemRun, asked: Asked, gradient_PBTD: Ten
     ]
     passes_N = torch.tensor(chunk.entering).repeat_interleave(len(chunk.jobs))
     jobs_N = torch.arange(len(chunk.jobs)).repeat(len(chunk.entering))
-    for batch in chunk.stem_batches:
-        part = slice(batch.start, batch.stop)
-        cotangents = [None if sent_N is None else sent_N[part] for sent_N in of_outputs]
-        (leaf_NBTD,) = backward(run, cotangents, [run.leaf_BTD], keep=True)
+    for part, (leaf_NBTD,) in backward_in_parts(run, of_outputs, [run.leaf_BTD], at_once, keep=True):
         gradient_PBTD[passes_N[part], jobs_N[part], stem.stem.start : stem.stem.end] = leaf_NBTD[:, 0].to(
             gradient_PBTD.dtype
         )

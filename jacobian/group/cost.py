@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,15 +156,3 @@ def free_memory(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return float(psutil.virtual_memory().available)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a device or the host ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def release_memory() -> None:
-    """Free what a failed attempt held; call it outside of the handler, whose traceback holds that too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

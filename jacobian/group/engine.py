@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
-
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.chunk import StemRun, chunk_answers, chunk_gradients, run_opening, run_stem
-from cepo.jacobian.group.cost import free_memory, is_out_of_memory, release_memory
-from cepo.jacobian.group.cuts import UnservedError
+from cepo.jacobian.group.cost import free_memory
+from cepo.jacobian.group.cuts import Job, UnservedError
+from cepo.jacobian.group.halving import AtOnce, run_in_parts
 from cepo.jacobian.group.paths import PathRunner, plan_paths
 from cepo.jacobian.group.run import KeyValues
-from cepo.jacobian.group.schedule import Chunk, Plan, Schedule, bytes_needed, chunks_of, plan_of, schedule
+from cepo.jacobian.group.schedule import Plan, Schedule, Work, bytes_needed, chunk_of, plan_of, schedule
 from cepo.jacobian.group.swaps import Swaps
 from cepo.jacobian.group.trial import Served, default_links, try_segments
 from cepo.jacobian.links import Link
@@ -136,9 +135,7 @@ class GroupEngine(ModelEngine):
                     stem = None  # its graph is freed before the next one is built
                     opening = run_opening(served.model, work.opening) if opening is None else opening
                     stem = run_stem(served.model, of_request.stem, opening)
-                answers: dict[int, dict[str, LinkJacobian]] = {}
-                for chunk, gradient_PBTD in self._run_chunks(of_request.chunks, stem, served):
-                    answers |= chunk_answers(request, chunk, gradient_PBTD)
+                answers = self._answers(request, of_request, stem, served)
             yield [answers[number] for number in sorted(answers)]
 
     def paths(self, requests: Sequence[PathRequest]) -> Iterator[PathAnswer]:
@@ -160,28 +157,24 @@ class GroupEngine(ModelEngine):
                 answers = [runner.answer(request) for request in of_prompt]
             yield from answers
 
-    def _run_chunks(self, chunks: Sequence[Chunk], stem: StemRun, served: Served) -> Iterator[tuple[Chunk, Tensor]]:
-        """Yield the gradients of each chunk; one that runs out of memory is halved, and so are the later ones."""
-        self._warn_over_budget(chunks[0], stem, served)
-        waiting = list(chunks)
-        while waiting:
-            chunk = waiting.pop(0)
-            try:
-                gradient_PBTD = chunk_gradients(served.model, chunk, stem)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or len(chunk.jobs) == 1:
-                    raise
-            else:
-                yield chunk, gradient_PBTD
-                continue
-            size = (len(chunk.jobs) + 1) // 2
-            logger.warning("out of memory with %d rollouts at once; going on with %d", len(chunk.jobs), size)
-            jobs = [job for each in (chunk, *waiting) for job in each.jobs]
-            waiting = list(chunks_of(jobs, stem.stem, size=size, at_once=chunk.at_once))
-            release_memory()
+    def _answers(
+        self, request: Request, work: Work, stem: StemRun, served: Served
+    ) -> dict[int, dict[str, LinkJacobian]]:
+        """Return the Jacobians of each rollout of a request, by the number of its job."""
+        self._warn_over_budget(work, served)
 
-    def _warn_over_budget(self, chunk: Chunk, stem: StemRun, served: Served) -> None:
-        needed = bytes_needed(chunk, stem.stem, served.cost)
+        def run(jobs: Sequence[Job], at_once: AtOnce) -> dict[int, dict[str, LinkJacobian]]:
+            chunk = chunk_of(jobs, work.stem)
+            return chunk_answers(request, chunk, chunk_gradients(served.model, chunk, stem, at_once))
+
+        answers: dict[int, dict[str, LinkJacobian]] = {}
+        for of_part in run_in_parts(work.jobs, work.at_once, run):
+            answers |= of_part
+        return answers
+
+    def _warn_over_budget(self, work: Work, served: Served) -> None:
+        first = chunk_of(work.jobs[: work.at_once.sequences], work.stem)
+        needed = bytes_needed(first, work.stem, served.cost)
         if self._budget is not None and needed > self._budget and not self._over_budget:
             self._over_budget = True
             logger.warning(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cepo.jacobian.group.branches import (
     Branches,
+    Placed,
     Tails,
     Variant,
     branches_of,
@@ -19,10 +20,11 @@ from cepo.jacobian.group.branches import (
     stem_after,
     tails_of,
 )
-from cepo.jacobian.group.cost import CostModel, is_out_of_memory, release_memory
+from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.group.cotangents import Asked
 from cepo.jacobian.group.cuts import Segment
-from cepo.jacobian.group.run import KeyValues, SegmentRun, backward, run_segment
+from cepo.jacobian.group.halving import AtOnce, run_in_parts
+from cepo.jacobian.group.run import KeyValues, SegmentRun, backward_in_parts, run_segment
 from cepo.jacobian.group.schedule import Plan
 from cepo.jacobian.group.trial import Served
 from cepo.jacobian.passes import Pass, passes_of
@@ -31,9 +33,9 @@ from cepo.jacobian.protocol import PathAnswer, PathRequest
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import Term, target_terms
 
-logger = logging.getLogger("cepo")
-
 Read = TypeVar("Read")
+# From tails, their run, the step of each and how many cotangents go back at once, what is read of each.
+Reader: TypeAlias = Callable[[Tails, SegmentRun, Tensor, int], Sequence[Read]]
 
 
 class PathRunner:
@@ -53,7 +55,7 @@ class PathRunner:
         """Return the answer to a request; inside `model.prepared()`."""
         passes, source = passes_of(request.links), request.links[0].source
 
-        def values_of(tails: Tails, run: SegmentRun, step_BTD: Tensor) -> list[dict[Pass, float]]:
+        def values_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> list[dict[Pass, float]]:
             found = [dict.fromkeys(passes, 0.0) for _ in tails.placed]
             for row, value in zip(tails.segment.head, run.values_P.double().tolist(), strict=True):
                 found[row.job][passes[row.pass_index]] += value
@@ -62,11 +64,12 @@ class PathRunner:
         def contract(points: Sequence[Point]) -> list[dict[Pass, Tensor]]:
             variants = point_variants(request, points)
 
-            def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor) -> list[dict[Pass, Tensor]]:
+            def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> list[dict[Pass, Tensor]]:
                 asked = Asked(range(len(passes)))
                 asked.add_head(tails.segment.head, run.head_PD, run.hidden_BTD.shape)
-                (leaf_CBTD,) = backward(run, asked.of_outputs(len(run.keys_values)), [run.leaf_BTD])
-                rows_CBT = (leaf_CBTD.to(step_BTD.dtype) * step_BTD).double().sum(-1).cpu()
+                outputs = asked.of_outputs(len(run.keys_values))
+                parts = backward_in_parts(run, outputs, [run.leaf_BTD], at_once)
+                rows_CBT = torch.cat([_contracted(leaf_CBTD, step_BTD) for _, (leaf_CBTD,) in parts])
                 found = []
                 for place, (index, _, start) in enumerate(tails.placed):
                     # A source may begin before the first token that differs: there is no step there.
@@ -76,37 +79,28 @@ class PathRunner:
                     found.append({key: torch.cat([before, rows_CBT[c, place, kept]]) for c, key in enumerate(passes)})
                 return found
 
-            return self._run(variants, rows_of)
+            return self._run(variants, len(passes), rows_of)
 
-        in_order = iter(self._run(value_variants(request), values_of))
+        in_order = iter(self._run(value_variants(request), 1, values_of))
         values = [list(islice(in_order, 1 + len(others))) for others in request.counterfactuals]
         return path_answer(request, values, contract)
 
-    def _run(
-        self,
-        variants: Sequence[Variant],
-        read: Callable[[Tails, SegmentRun, Tensor], Sequence[Read]],
-    ) -> list[Read]:
+    def _run(self, variants: Sequence[Variant], passes: int, read: Reader[Read]) -> list[Read]:
         """Run variants, and return what is read of each, in order."""
         found: dict[int, Read] = {}
         for branches in branches_of(variants, self._served.cost, self._budget):
             stem = self._run_stem(branches)
             prefixes = self._run_prefixes(branches, stem)
-            waiting = list(branches.tails)
-            while waiting:
-                tails = waiting.pop(0)
-                try:
-                    of_tails = read(tails, *self._run_tails(tails, variants, stem, prefixes))
-                except RuntimeError as error:
-                    if not is_out_of_memory(error) or len(tails.placed) == 1:
-                        raise
-                else:
-                    found |= {index: one for (index, _, _), one in zip(tails.placed, of_tails, strict=True)}
-                    continue
-                size = (len(tails.placed) + 1) // 2
-                logger.warning("out of memory with %d sequences at once; going on with %d", len(tails.placed), size)
-                waiting = list(tails_of(variants, [one for each in (tails, *waiting) for one in each.placed], size))
-                release_memory()
+
+            def run(
+                placed: Sequence[Placed], at_once: AtOnce, stem: KeyValues = stem, prefixes: KeyValues = prefixes
+            ) -> dict[int, Read]:
+                tails = tails_of(variants, placed)
+                of_tails = read(tails, *self._run_tails(tails, variants, stem, prefixes), at_once.passes)
+                return {index: one for (index, _, _), one in zip(placed, of_tails, strict=True)}
+
+            for of_part in run_in_parts(branches.placed, AtOnce(branches.tails_at_once, passes), run):
+                found |= of_part
         return [found[index] for index in range(len(variants))]
 
     def _run_stem(self, branches: Branches) -> KeyValues:
@@ -127,9 +121,21 @@ class PathRunner:
         if branches.prefixes != self._prefixes[0]:
             self._prefixes = (None, [])
             if branches.prefixes is not None:
-                run = run_segment(self._served.model, branches.prefixes, [stem], branches.prefixes.starts)
-                self._prefixes = (branches.prefixes, run.keys_values)
+                self._prefixes = (branches.prefixes, self._prefixes_after(branches.prefixes, stem))
         return self._prefixes[1]
+
+    def _prefixes_after(self, prefixes: Segment, stem: KeyValues) -> KeyValues:
+        """Return the keys and values of prefixes, padded to the longest."""
+
+        def run(places: Sequence[int], at_once: AtOnce) -> KeyValues:
+            ids, starts = ([of_all[place] for place in places] for of_all in (prefixes.ids, prefixes.starts))
+            segment = Segment(tuple(ids), tuple(starts))
+            found = run_segment(self._served.model, segment, [stem], segment.starts).keys_values
+            return [functional.pad(tensor, (0, 0, 0, prefixes.length - segment.length)) for tensor in found]
+
+        count = len(prefixes.ids)
+        parts = list(run_in_parts(range(count), AtOnce(count), run))
+        return [torch.cat(of_parts) for of_parts in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
 
     def _run_tails(
         self, tails: Tails, variants: Sequence[Variant], stem: KeyValues, prefixes: KeyValues
@@ -154,6 +160,11 @@ class PathRunner:
         past = [stem, [tensor[branch_B] for tensor in prefixes]]
         run = run_segment(self._served.model, segment, past, segment.starts, moved if segment.differentiated else None)
         return run, step_BTD
+
+
+def _contracted(leaf_CBTD: Tensor, step_BTD: Tensor) -> Tensor:
+    """Return each row of a gradient times the row of the step, (C, B, T), in float64 on the CPU."""
+    return (leaf_CBTD.to(step_BTD.dtype) * step_BTD).double().sum(-1).cpu()
 
 
 def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) -> Plan:

@@ -175,6 +175,17 @@ def backward(
     return list(torch.func.vmap(pull)(*of_each))
 
 
+def backward_in_parts(
+    run: SegmentRun, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor], at_once: int, *, keep: bool = False
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yield what `backward` returns for some cotangents at a time, each with the slice of them that it is of."""
+    count = next(len(sent_C) for sent_C in cotangents if sent_C is not None)
+    for start in range(0, count, at_once):
+        part = slice(start, min(start + at_once, count))
+        of_part = [None if sent_C is None else sent_C[part] for sent_C in cotangents]
+        yield part, backward(run, of_part, inputs, keep=keep or part.stop < count)
+
+
 def leaves_of(keys_values: KeyValues, sequences: int, differentiated: bool) -> KeyValues:
     """Return the keys and values as new leaves for that many sequences; expanded, not copied."""
     return [tensor.detach().expand(sequences, -1, -1, -1).requires_grad_(differentiated) for tensor in keys_values]

@@ -8,6 +8,7 @@ from itertools import count, groupby
 
 from cepo.jacobian.group.cost import ALLOCATOR, CostModel
 from cepo.jacobian.group.cuts import HeadRow, Job, Segment, Stem, UnservedError, cut_request, stages_of, stems_of
+from cepo.jacobian.group.halving import AtOnce
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
@@ -22,7 +23,6 @@ class Chunk:
         entering: the passes whose cotangents enter the stem; one cotangent per pass and job.
         stem_rows: indices of the rows of the stem's head that serve these jobs.
         stem_head: these rows; `job` is the place in the chunk.
-        at_once: how many cotangents go back through the stem at once.
     """
 
     jobs: tuple[Job, ...]
@@ -30,21 +30,31 @@ class Chunk:
     entering: tuple[int, ...]
     stem_rows: tuple[int, ...]
     stem_head: tuple[HeadRow, ...]
-    at_once: int
 
     @property
-    def stem_batches(self) -> list[range]:
-        """The cotangents that enter the stem, numbered pass by pass and job by job, in batches."""
-        count = len(self.entering) * len(self.jobs)
-        return [range(start, min(start + self.at_once, count)) for start in range(0, count, self.at_once)]
+    def stem_cotangents(self) -> int:
+        """How many cotangents enter the stem, one per entering pass and job."""
+        return len(self.entering) * len(self.jobs)
 
 
 @dataclass(frozen=True)
 class Work:
-    """One request that is served: its chunks, and the stem that it shares with its prompt's other requests."""
+    """One request that is served.
+
+    Attributes:
+        stem: what it shares with its prompt's other requests.
+        jobs: its rollouts, longest first.
+        at_once: how much of it runs at once.
+    """
 
     stem: Stem
-    chunks: tuple[Chunk, ...]
+    jobs: tuple[Job, ...]
+    at_once: AtOnce
+
+    def chunks(self) -> list[Chunk]:
+        """Return its jobs in chunks, if memory lasts."""
+        size = self.at_once.sequences
+        return [chunk_of(self.jobs[start : start + size], self.stem) for start in range(0, len(self.jobs), size)]
 
 
 @dataclass(frozen=True)
@@ -74,16 +84,12 @@ def schedule(requests: Sequence[Request], cost: CostModel, budget: float) -> Sch
     prompts = [list(indices) for _, indices in by_prompt]
     opening, stems = stems_of([[job for index in indices for job in jobs_of[index]] for indices in prompts])
     for indices, stem in zip(prompts, stems, strict=True):
-        at_once = cost.stem_cotangents_at_once(stem, budget)
+        in_stem = cost.stem_cotangents_at_once(stem, budget)
         for index in indices:
-            size = _chunk_size(jobs_of[index], stem, cost, budget)
-            works[index] = Work(stem, chunks_of(jobs_of[index], stem, size=size, at_once=at_once))
+            jobs = jobs_of[index]
+            at_once = AtOnce(_chunk_size(jobs, stem, cost, budget), len(jobs[0].passes), in_stem)
+            works[index] = Work(stem, jobs, at_once)
     return Schedule(opening, tuple(works[index] for index in range(len(requests))))
-
-
-def chunks_of(jobs: Sequence[Job], stem: Stem, *, size: int, at_once: int) -> tuple[Chunk, ...]:
-    """Return jobs of one request in chunks of `size`."""
-    return tuple(_chunk(jobs[start : start + size], stem, at_once) for start in range(0, len(jobs), size))
 
 
 def bytes_needed(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
@@ -92,7 +98,8 @@ def bytes_needed(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
     return ALLOCATOR * (cost.stem_bytes(stem) + cost.stages_bytes(chunk.stages, passes, len(chunk.entering), stem))
 
 
-def _chunk(jobs: Sequence[Job], stem: Stem, at_once: int) -> Chunk:
+def chunk_of(jobs: Sequence[Job], stem: Stem) -> Chunk:
+    """Return the chunk that runs these jobs of one request, longest first, at once."""
     stages = stages_of(jobs, stem.end)
     place_of = {job.number: place for place, job in enumerate(jobs)}
     in_stem = [
@@ -102,16 +109,14 @@ def _chunk(jobs: Sequence[Job], stem: Stem, at_once: int) -> Chunk:
     ]
     sent = {index for stage in stages for index in stage.active} | {row.pass_index for _, row in in_stem}
     entering = tuple(index for index in sorted(sent) if any(job.passes[index].first_row < stem.end for job in jobs))
-    return Chunk(
-        tuple(jobs), stages, entering, tuple(index for index, _ in in_stem), tuple(row for _, row in in_stem), at_once
-    )
+    return Chunk(tuple(jobs), stages, entering, tuple(index for index, _ in in_stem), tuple(row for _, row in in_stem))
 
 
 def _chunk_size(jobs: Sequence[Job], stem: Stem, cost: CostModel, budget: float) -> int:
     """Return how many of the jobs, longest first, run at once within the budget, at least one."""
     longest = max((stage.length for stage in stages_of(jobs[:1], stem.end)), default=1)
     size = min(len(jobs), max(1, cost.rows_at_once // longest))
-    while size > 1 and bytes_needed(_chunk(jobs[:size], stem, 1), stem, cost) > budget:
+    while size > 1 and bytes_needed(chunk_of(jobs[:size], stem), stem, cost) > budget:
         size = (size + 1) // 2
     return size
 
@@ -173,6 +178,7 @@ def plan_of(work: Schedule, cost: CostModel) -> Plan:
     """Return the rows, FLOPs and memory that a schedule adds up to."""
     total = {kind: Rows(kind) for kind in ("opening", "stem", "stages")}
     flops = peak = 0.0
+    sizes: list[int] = []
 
     def add(kind: str, segment: Segment | None, cotangents: int = 0) -> None:
         nonlocal flops
@@ -188,17 +194,18 @@ def plan_of(work: Schedule, cost: CostModel) -> Plan:
     served = [each for each in work.works if isinstance(each, Work)]
     add("opening", work.opening)
     for stem, run in groupby(served, key=lambda each: each.stem):
-        chunks = [chunk for each in run for chunk in each.chunks]
+        chunks = [(chunk, each.at_once) for each in run for chunk in each.chunks()]
         add("stem", stem.constant)
-        add("stem", stem.segment, sum(len(batch) for chunk in chunks for batch in chunk.stem_batches))
-        for chunk in chunks:
+        add("stem", stem.segment, sum(chunk.stem_cotangents for chunk, _ in chunks))
+        for chunk, at_once in chunks:
+            sizes.append(len(chunk.jobs))
             for stage in chunk.stages:
                 add("stages", stage, len(stage.active))
-            peak = max(peak, _peak(chunk, stem, cost))
-    return Plan(tuple(total.values()), flops, peak, tuple(len(chunk.jobs) for each in served for chunk in each.chunks))
+            peak = max(peak, _peak(chunk, stem, at_once, cost))
+    return Plan(tuple(total.values()), flops, peak, tuple(sizes))
 
 
-def _peak(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
-    cotangents = len(chunk.entering) * len(chunk.jobs)
-    back = cost.stem_backward_bytes(cotangents, min(chunk.at_once, cotangents), stem) if cotangents else 0.0
+def _peak(chunk: Chunk, stem: Stem, at_once: AtOnce, cost: CostModel) -> float:
+    cotangents = chunk.stem_cotangents
+    back = cost.stem_backward_bytes(cotangents, min(at_once.in_stem, cotangents), stem) if cotangents else 0.0
     return max(bytes_needed(chunk, stem, cost), ALLOCATOR * (cost.stem_bytes(stem) + back))

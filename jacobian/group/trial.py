@@ -18,7 +18,7 @@ from cepo.jacobian.group.chunk import chunk_answers, chunk_gradients, run_stem
 from cepo.jacobian.group.cost import CostModel, measured_cost
 from cepo.jacobian.group.cuts import Segment, UnservedError
 from cepo.jacobian.group.run import KeyValues, SegmentModel, leaves_of, run_segment
-from cepo.jacobian.group.schedule import schedule
+from cepo.jacobian.group.schedule import chunk_of, schedule
 from cepo.jacobian.group.swaps import Swaps, find_swaps
 from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.model import HeldModel
@@ -95,9 +95,9 @@ def _compared(model: SegmentModel, oracle: JacobianEngine) -> Served:
             cost = _measured_cost(model, group.rollouts[0].token_ids)
             (work,) = schedule([request], cost, math.inf).works
             assert not isinstance(work, str)
-            (chunk,) = work.chunks
+            chunk = chunk_of(work.jobs, work.stem)
             stem = run_stem(model, work.stem, [])
-            (found,) = chunk_answers(request, chunk, chunk_gradients(model, chunk, stem)).values()
+            (found,) = chunk_answers(request, chunk, chunk_gradients(model, chunk, stem, work.at_once)).values()
     for name, record in wanted.items():
         difference = float((found[name].jac_SD - record.jac_SD).norm() / record.jac_SD.norm().clamp_min(1e-30))
         if not difference <= _ROUNDING.get(embedding_VD.dtype, _ROUNDING_OF_WIDE):  # a NaN is refused too

@@ -31,7 +31,6 @@ from cepo.fusion.config import RewardConfig
 from cepo.fusion.requests import reward_requests
 from cepo.fusion.score import score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
-from cepo.jacobian.group import chunk as chunk_module
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.protocol import Request
@@ -186,35 +185,6 @@ def test_any_budget_gives_the_same(budget: float, caplog: pytest.LogCaptureFixtu
     assert len(exceeded) == (1 if budget == 1.0 else 0)
     if budget == 1.0:
         assert set(engine.plan(requests).chunks) == {1}
-
-
-@pytest.mark.usefixtures("_in_double")
-def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A chunk that does not fit is halved and run again; a single rollout that does not fit is an error."""
-    model = tiny_model("llama")
-    group = Group(tuple(ragged_rollout(seed) for seed in range(6)))
-    engine = GroupEngine(model, memory_budget=1e9)
-    wanted = JacobianEngine(model).jacobians(group, PAPER)
-    original = chunk_module.backward
-    limit = 2
-
-    def tight(segment: Any, cotangents: Any, inputs: Any, **options: Any) -> Any:
-        if inputs[0].shape[0] > limit:
-            raise torch.OutOfMemoryError("out of memory")
-        return original(segment, cotangents, inputs, **options)
-
-    assert engine.unserved is None
-    monkeypatch.setattr(chunk_module, "backward", tight)
-    with caplog.at_level(logging.WARNING, logger="cepo"):
-        assert_same(engine.jacobians(group, PAPER), wanted, 1e-10)
-    assert [record.getMessage() for record in caplog.records] == [
-        "out of memory with 6 rollouts at once; going on with 3",
-        "out of memory with 3 rollouts at once; going on with 2",
-    ]
-    limit = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        engine.jacobians(group, PAPER)
-    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.usefixtures("_in_double")

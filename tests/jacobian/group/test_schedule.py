@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cepo.fusion.requests import reward_requests
-from cepo.jacobian.group import chunk as chunk_module
+from cepo.jacobian.group import run as run_module
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.reading.judge import JudgeLayout
@@ -39,7 +39,7 @@ def rows_run(engine: GroupEngine, model: Any, requests: Sequence[Request]) -> di
     def headed(module: Any, inputs: Any, output: torch.Tensor) -> None:
         counted["head"] += output.shape[:-1].numel()
 
-    original = chunk_module.backward
+    original = run_module.backward
 
     def backward(run: Any, cotangents: Any, inputs: Any, **options: Any) -> Any:
         found = original(run, cotangents, inputs, **options)
@@ -51,7 +51,7 @@ def rows_run(engine: GroupEngine, model: Any, requests: Sequence[Request]) -> di
         model.get_output_embeddings().register_forward_hook(headed),
     ]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(chunk_module, "backward", backward)
+        patched.setattr(run_module, "backward", backward)
         list(engine.compute(requests))
     for handle in handles:
         handle.remove()
