@@ -11,13 +11,13 @@ import typer
 from typer.core import TyperGroup
 
 from cepo.cli.evaluate import eval_app
-from cepo.cli.research import ablate, bench, experiment, words_judge
+from cepo.cli.research import ablate, bench, experiment, reward_experiment, words_judge
 from cepo.cli.score import score
 from cepo.cli.shared import RewardCommand, console, errors
-from cepo.cli.train import demo, train, warm_start
+from cepo.cli.train import demo, reward_model, train, warm_start
 
 TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Research"
-_RESEARCH_COMMANDS = (ablate, bench, experiment, words_judge)
+_RESEARCH_COMMANDS = (ablate, bench, experiment, reward_experiment, words_judge)
 
 
 class _ResearchLast(TyperGroup):
@@ -38,11 +38,13 @@ app = typer.Typer(
 app.command(rich_help_panel=TRAIN)(demo)
 app.command(rich_help_panel=TRAIN)(train)
 app.command("warm-start", rich_help_panel=TRAIN)(warm_start)
+app.command("reward-model", rich_help_panel=TRAIN)(reward_model)
 app.command(rich_help_panel=SCORE, cls=RewardCommand)(score)
 app.add_typer(eval_app, name="eval", rich_help_panel=EVALUATE)
 app.command(rich_help_panel=RESEARCH, cls=RewardCommand)(ablate)
 for _command in (bench, experiment, words_judge):
     app.command(rich_help_panel=RESEARCH)(_command)
+app.command("reward-experiment", rich_help_panel=RESEARCH)(reward_experiment)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,7 +1,8 @@
-"""The commands that train: demo, train, warm-start."""
+"""The commands that train: demo, train, warm-start, reward-model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,15 +61,38 @@ def train(
     from cepo.train.grpo import train as run
 
     named = {"model": model, "data.source": data, "output": output, "grpo.max_steps": max_steps, "seed": seed}
-    overrides: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
-    for pair in set_ or []:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set is {pair!r}; expected KEY=VALUE, such as grpo.learning_rate=1e-5")
-        overrides[key] = _yaml_value(value)
-    if trust_remote_code:
-        overrides["trust_remote_code"] = True
+    overrides = _overrides(named, set_, trust_remote_code)
     console.print(f"trained model: {run(load_config(config, overrides), fresh=fresh)}")
+
+
+def reward_model(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; start from train/recipes/reward-model-*.yaml.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model to train: hub id, folder, .gguf file, smollm2 or testbed.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Pairs to train on: JSONL file, hub data set id or testbed.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for checkpoints, logs and the trained model.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Number of optimiser steps.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the split, a new head and training.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Set any other key, e.g. reward.learning_rate=1e-5; may be repeated."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse an output that already holds checkpoints.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Train a reward model on preferences and ties: Bradley-Terry, or pairwise (token A or B).
+
+    Data: rows with `prompt`, `chosen` and `rejected`; `tie: true` where neither is better. The other columns are in
+    docs/reward-models.md. Pairs that are too long, or equal once encoded, are counted and named in left_out.jsonl.
+    The options override the config. Started again with the same settings, data and weights, a killed run resumes from
+    its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
+    """
+    from cepo.train.reward_model import load_reward_config, train_reward_model
+
+    named = {"model": model, "data.source": data, "output": output, "reward.max_steps": max_steps, "seed": seed}
+    overrides = _overrides(named, set_, trust_remote_code)
+    console.print(f"trained model: {train_reward_model(load_reward_config(config, overrides), fresh=fresh)}")
 
 
 def warm_start(
@@ -112,6 +136,19 @@ def warm_start(
         trust_remote_code=trust_remote_code,
     )
     console.print(f"model: {run(job)}")
+
+
+def _overrides(named: Mapping[str, Any], pairs: list[str] | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the keys of a recipe that options set."""
+    overrides: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set is {pair!r}; expected KEY=VALUE, such as seed=1")
+        overrides[key] = _yaml_value(value)
+    if trust_remote_code:
+        overrides["trust_remote_code"] = True
+    return overrides
 
 
 def _yaml_value(text: str) -> Any:

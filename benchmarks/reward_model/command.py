@@ -1,0 +1,198 @@
+"""`cepo reward-experiment`: which pairs make a testbed reward model follow the cause and not length, over seeds."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import yaml
+from rich.table import Table
+
+import cepo
+from cepo.benchmarks.measure import environment
+from cepo.eval.report.tables import console_table
+from cepo.eval.reward_measures import measure_reward_model
+from cepo.files import SETTINGS, append_jsonl, claim, read_jsonl
+from cepo.jacobian.loading import load_tokenizer, resolve_model
+from cepo.jacobian.reward_model import load_reward_model, read_last_token
+from cepo.train.pair_encoding import PairEncoder, read_shown
+from cepo.train.reward_data import load_pairs
+from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
+from cepo.train.reward_testbed import reward_model_fingerprint
+
+_PACKAGE = Path(cepo.__file__).parent
+RECIPE = _PACKAGE / "benchmarks" / "recipes" / "testbed-reward-models.yaml"
+_SHARED = _PACKAGE / "train" / "recipes" / "reward-model-testbed.yaml"
+RESULTS = "results.jsonl"
+COLUMNS = {
+    "flipped": "right where length is flipped",
+    "in_distribution": "right in distribution",
+    "length_share": "length over cause",
+    "cause_effect": "effect of the cause",
+    "other_effect": "of another aspect",
+}
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe says.
+
+    Attributes:
+        arms: by name, what an arm changes in the `data` of the shared training recipe.
+        seeds: of data, model and training.
+        items: pairs per measure.
+        gates: `least` and `most`, bounds on the mean flipped accuracy by arm, and `above`, the arm that one must beat
+            in every seed.
+    """
+
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int]
+    items: int
+    gates: Mapping[str, Mapping[str, Any]]
+
+
+def read_plan(recipe: Path = RECIPE, *, seeds: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> Plan:
+    """Return the plan of a recipe.
+
+    Args:
+        recipe: YAML with arms, seeds, items and gates.
+        seeds: instead of the recipe's.
+        arms: names of the arms to run; None for all.
+
+    Raises:
+        ValueError: for a recipe that cannot be used, or an arm that it does not have.
+    """
+    try:
+        loaded = yaml.safe_load(recipe.read_text())
+        plan = Plan(dict(loaded["arms"]), list(seeds or loaded["seeds"]), int(loaded["items"]), dict(loaded["gates"]))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"recipe {str(recipe)!r} cannot be used: {error!r}; expected arms, seeds, items and gates"
+        ) from None
+    unknown = sorted({*(arms or ())} - {*plan.arms})
+    if unknown:
+        raise ValueError(f"arms names {', '.join(unknown)}; expected some of {', '.join(plan.arms)}")
+    chosen = {name: changes for name, changes in plan.arms.items() if not arms or name in arms}
+    return Plan(chosen, plan.seeds, plan.items, plan.gates)
+
+
+def run_reward_experiment(
+    output: Path,
+    plan: Plan,
+    *,
+    steps: int | None = None,
+    commit: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Table, list[str]]:
+    """Train a reward model on every arm's pairs from every seed, and measure it by interventions.
+
+    Each run's row is added to `results.jsonl` when it is done; a finished run is not repeated, and a killed one goes on
+    from its checkpoint, where recipe, settings and testbed are the same.
+
+    Args:
+        output: folder of the rows and of a folder per run.
+        plan: from `read_plan`.
+        steps: optimiser steps of every arm instead of the training recipe's.
+        commit: of this code, where there is no repository to ask.
+        progress: called with (finished runs, all runs).
+
+    Returns:
+        A table: per arm, means over seeds with their range; and what became of each gate.
+
+    Raises:
+        ValueError: for an output of other settings.
+    """
+    results = output / RESULTS
+    settings = {
+        "command": "reward-experiment",
+        "items": plan.items,
+        "training": {**yaml.safe_load(_SHARED.read_text()), "steps": steps},
+        "testbed": reward_model_fingerprint("bradley-terry", seed=0),
+    }
+    claim(output / SETTINGS, settings, results=[results])
+    rows: list[Row] = [row for _, row in read_jsonl(results)[0]] if results.is_file() else []
+    runs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]
+    for done, (arm, seed) in enumerate(runs):
+        before = next((row for row in rows if (row["arm"], row["seed"]) == (arm, seed)), None)
+        if before is not None and before["data"] != dict(plan.arms[arm]):
+            raise ValueError(
+                f"output {str(output)!r} holds arm {arm!r} with other data: {before['data']}; name another"
+            )
+        if before is None:
+            rows.append(_run(output, arm, seed, plan, steps) | environment(torch.device("cpu"), commit))
+            append_jsonl(results, rows[-1:])
+        if progress is not None:
+            progress(done + 1, len(runs))
+    shown = [row for row in rows if (row["arm"], row["seed"]) in runs]
+    return means_table(shown), verdicts(shown, plan.gates)
+
+
+def means_table(rows: Sequence[Row]) -> Table:
+    """Return per arm the mean over seeds of each measure, with its range."""
+    table = console_table("arm", "seeds", *COLUMNS.values(), title="mean over seeds (range)")
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        cells = [_range([float(row[name]) for row in of_arm]) for name in COLUMNS]
+        table.add_row(arm, str(len(of_arm)), *cells)
+    return table
+
+
+def verdicts(rows: Sequence[Row], gates: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a line for each gate that the rows can decide: what was asked, what came out, passed or failed."""
+    flipped: dict[str, dict[int, float]] = {}
+    for row in rows:
+        flipped.setdefault(row["arm"], {})[row["seed"]] = row["flipped"]
+    lines = []
+    for name, sign in (("least", 1), ("most", -1)):
+        for arm, bound in gates.get(name, {}).items():
+            if arm in flipped:
+                found = mean(flipped[arm].values())
+                asked = f"{arm}: flipped at {name} {bound}"
+                lines.append(f"{asked}: {found:.3f}, {'passed' if sign * (found - bound) >= 0 else 'FAILED'}")
+    for arm, other in gates.get("above", {}).items():
+        shared = [seed for seed in flipped.get(arm, {}) if seed in flipped.get(other, {})]
+        if shared:
+            above = sum(flipped[arm][seed] > flipped[other][seed] for seed in shared)
+            outcome = "passed" if above == len(shared) else "FAILED"
+            lines.append(f"{arm}: flipped above {other} in every seed: {above} of {len(shared)}, {outcome}")
+    return lines
+
+
+def training(output: Path, changes: Mapping[str, Any], seed: int, steps: int | None = None) -> RewardModelConfig:
+    """Return the training of a run: the shared recipe with what the arm changes in its data."""
+    overrides: dict[str, Any] = {"output": str(output), "seed": seed, "reward.report_to": "none"}
+    overrides |= {f"data.{name}": value for name, value in changes.items()}
+    return load_reward_config(_SHARED, overrides | ({} if steps is None else {"reward.max_steps": steps}))
+
+
+def _run(output: Path, arm: str, seed: int, plan: Plan, steps: int | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    folder = output / f"{re.sub('[^A-Za-z0-9]+', '-', arm)}-{seed}"
+    config = training(folder, plan.arms[arm], seed, steps)
+    pairs = load_pairs(config.data, seed=seed)
+    source = resolve_model(str(train_reward_model(config)))
+    encoder = PairEncoder(load_tokenizer(source), read_shown(Path(source.location)))
+    model, _ = load_reward_model(source, config.form)
+    measures = measure_reward_model(read_last_token(model, encoder.verdict_ids), encoder, seed=seed, items=plan.items)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": config.reward["max_steps"],
+        "pairs": len(pairs.train),
+        "ties": sum(pair.tie for pair in pairs.train),
+        "dropped": len(pairs.left_out),
+        "seconds": round(time.perf_counter() - started, 1),
+        **asdict(measures),
+        "data": dict(plan.arms[arm]),
+    }
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,0 +1,207 @@
+"""Pairs for reward models that are made by rule, in a world that says which words show which attribute.
+
+A *cause* is an attribute that decides what is better under a prompt. Edits teach it: a response against itself with one
+attribute made worse or better, all else equal. Neutrals teach what is no cause: both responses under an unrelated
+prompt, where neither is better, whatever else tells them apart.
+
+Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), for edits and irrelevant-query
+neutrals; Liu et al., RRM: Robust Reward Model Training Mitigates Reward Hacking (arXiv 2409.13156), for `rrm`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from cepo.counterfactual.text.pairs import ORIGINAL, Pair, digest, side_of
+
+Kind = Literal["original", "degrade", "upgrade", "irrelevant", "rrm"]
+Ties = Literal["true", "unchecked", "wrong"]
+_KEEPS: dict[Ties, Callable[[bool], bool]] = {
+    "true": lambda is_tie: is_tie,
+    "unchecked": lambda is_tie: True,
+    "wrong": lambda is_tie: not is_tie,
+}
+_DROPPED = {
+    "true": "the responses differ in what the prompt asks",
+    "wrong": "the tie is true, and wrong ones are asked",
+}
+_BY_RULE = "mechanical"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A preference whose cause is known.
+
+    Attributes:
+        id: of the pair.
+        prompt: what was asked.
+        chosen: the better response; shows the cause by its positive word.
+        rejected: the other; shows it by the negative word.
+        cause: the attribute that decides under the prompt.
+    """
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    cause: str
+
+
+def make_pairs(
+    sources: Sequence[Source],
+    words: Mapping[str, tuple[str, str]],
+    *,
+    kinds: Sequence[Kind],
+    seed: int,
+    ties: Ties = "true",
+    test_fraction: float = 0.0,
+) -> Iterator[Pair]:
+    """Yield pairs of the given kinds, source by source; those that a check refuses are there, and not kept.
+
+    original: the preference itself.
+    degrade: the chosen response against itself with its cause's word made negative. A preference.
+    upgrade: the rejected response with its cause's word made positive against itself. A preference.
+    irrelevant: both responses under a prompt of another cause, a tie. Such prompts are drawn in turn until one passes
+        the check: both responses show that cause by the same word, so the tie is true.
+    rrm: the chosen response against both responses of another source (preferences), and the other source's chosen
+        against a third one's rejected (a tie); unchecked, as published.
+
+    The split comes first: prompts and responses of the test side never enter a pair of the training side, and vice
+    versa. A source's pairs depend on the seed, the source and the other sources of its side alone.
+
+    Args:
+        sources: preferences with known causes and distinct ids.
+        words: by attribute, the positive and the negative word; a response shows each by one of them, once.
+        kinds: which kinds to make.
+        seed: of all draws, and of the split.
+        ties: which neutrals to keep: those that are ties, all, or (a control) only those that are not.
+        test_fraction: share of the prompts on the test side, in [0, 1].
+
+    Raises:
+        ValueError: for an unknown kind or rule of ties, or sources that are too few for a kind.
+    """
+    unknown = [kind for kind in kinds if kind not in _MAKERS]
+    if unknown:
+        raise ValueError(f"kinds holds {', '.join(map(repr, unknown))}; expected some of {', '.join(_MAKERS)}")
+    if ties not in _KEEPS:
+        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(_KEEPS)}")
+    sides = [side_of(source.prompt, test_fraction, seed) for source in sources]
+    peers = {side: [source for source, its in zip(sources, sides, strict=True) if its == side] for side in set(sides)}
+    for source, side in zip(sources, sides, strict=True):
+        for kind in kinds:
+            world = _World(words, peers[side], np.random.default_rng(digest(kind, seed, source.id)), ties)
+            for pair in _MAKERS[kind](source, world):
+                yield replace(pair, split=side)
+
+
+def shows(response: str, attribute: str, words: Mapping[str, tuple[str, str]]) -> bool:
+    """Return whether a response shows an attribute by its positive word; ValueError unless it shows it once."""
+    found = re.findall(rf"\b(?:{'|'.join(words[attribute])})\b", response)
+    if len(found) != 1:
+        raise ValueError(f"response {response!r} shows {attribute} {len(found)} times; expected once")
+    return bool(found[0] == words[attribute][0])
+
+
+def show(response: str, attribute: str, words: Mapping[str, tuple[str, str]], *, positive: bool) -> str:
+    """Return the response with the attribute shown by its positive or its negative word, in the same place."""
+    return re.sub(rf"\b(?:{'|'.join(words[attribute])})\b", words[attribute][not positive], response)
+
+
+@dataclass(frozen=True)
+class _World:
+    words: Mapping[str, tuple[str, str]]
+    peers: Sequence[Source]  # of the same side, the source itself included
+    rng: np.random.Generator
+    ties: Ties
+
+
+def _original(source: Source, world: _World) -> Iterator[Pair]:
+    yield Pair(source.id, source.prompt, source.chosen, source.rejected, kind=ORIGINAL)
+
+
+def _degrade(source: Source, world: _World) -> Iterator[Pair]:
+    worse = show(source.chosen, source.cause, world.words, positive=False)
+    yield _edit(source, "degrade", source.chosen, worse)
+
+
+def _upgrade(source: Source, world: _World) -> Iterator[Pair]:
+    better = show(source.rejected, source.cause, world.words, positive=True)
+    yield _edit(source, "upgrade", better, source.rejected)
+
+
+def _edit(source: Source, kind: Literal["degrade", "upgrade"], chosen: str, rejected: str) -> Pair:
+    return Pair(
+        f"{source.id}/{kind}",
+        source.prompt,
+        chosen,
+        rejected,
+        kind=kind,
+        attribute=source.cause,
+        weight=1.0,
+        direction="down" if kind == "degrade" else "up",
+        source_ids=(source.id,),
+        generator=_BY_RULE,
+    )
+
+
+def _irrelevant(source: Source, world: _World) -> Iterator[Pair]:
+    unrelated = sorted({(peer.prompt, peer.cause) for peer in world.peers if peer.cause != source.cause})
+    if not unrelated:
+        raise ValueError(f"sources holds no prompt of another cause than {source.cause!r}; expected at least one")
+    for draw, place in enumerate(world.rng.permutation(len(unrelated))):
+        prompt, cause = unrelated[place]
+        is_tie = shows(source.chosen, cause, world.words) == shows(source.rejected, cause, world.words)
+        kept = _KEEPS[world.ties](is_tie)
+        yield Pair(
+            f"{source.id}/irrelevant-{draw}",
+            prompt,
+            source.chosen,
+            source.rejected,
+            tie=True,
+            kind="irrelevant",
+            source_ids=(source.id,),
+            generator=_BY_RULE,
+            checks={"is_tie": is_tie},
+            kept=kept,
+            reason=None if kept else _DROPPED[world.ties],
+        )
+        if kept:
+            return
+
+
+def _rrm(source: Source, world: _World) -> Iterator[Pair]:
+    others = [peer for peer in world.peers if peer.prompt != source.prompt]
+    if len(others) < 2:
+        raise ValueError(f"sources holds {len(others)} with another prompt than {source.id!r}; expected two for rrm")
+    second, third = (others[place] for place in world.rng.choice(len(others), size=2, replace=False))
+    for draw, (chosen, rejected, tie, used) in enumerate(
+        (
+            (source.chosen, second.chosen, False, (second,)),
+            (source.chosen, second.rejected, False, (second,)),
+            (second.chosen, third.rejected, True, (second, third)),
+        )
+    ):
+        yield Pair(
+            f"{source.id}/rrm-{draw}",
+            source.prompt,
+            chosen,
+            rejected,
+            tie=tie,
+            kind="rrm",
+            source_ids=(source.id, *(other.id for other in used)),
+            generator=_BY_RULE,
+        )
+
+
+_MAKERS: dict[Kind, Callable[[Source, _World], Iterator[Pair]]] = {
+    "original": _original,
+    "degrade": _degrade,
+    "upgrade": _upgrade,
+    "irrelevant": _irrelevant,
+    "rrm": _rrm,
+}

@@ -1,0 +1,101 @@
+"""Pairs of responses for reward models: one record, one row of JSON, and the side of the split a prompt falls to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from cepo.files import Row
+
+Split = Literal["train", "test"]
+ORIGINAL = "original"
+"""Kind of a pair that nobody edited."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to a prompt, of which the chosen one is better, or neither is.
+
+    Attributes:
+        id: of the pair, unique in its file.
+        prompt: what was asked.
+        chosen: the better response; of a tie, either.
+        rejected: the other response.
+        tie: whether neither is better.
+        kind: how the pair was made: original, degrade, upgrade, irrelevant, rrm, or another generator's name.
+        split: the side that its source prompt fell to before anything was made of it; None where nobody split.
+        attribute: what was edited, such as accuracy; None where nothing was.
+        weight: of the attribute among those of its prompt, in [0, 1]; None without an attribute.
+        direction: "down" where the rejected response is an edit of the chosen, "up" for the reverse; None for others.
+        source_ids: ids of the pairs that it was made of; empty for an original.
+        generator: what made it, such as mechanical, or a model's name; None for an original.
+        checks: what was checked, and what came out.
+        base_difference: reward of chosen less that of rejected by the baseline model of a filter; None before one.
+        kept: whether to train on it.
+        reason: why not, where it is not kept.
+
+    Raises:
+        ValueError: for a tie or kept that is not true or false, or a pair that is dropped without a reason.
+    """
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    tie: bool = False
+    kind: str = ORIGINAL
+    split: Split | None = None
+    attribute: str | None = None
+    weight: float | None = None
+    direction: Literal["down", "up"] | None = None
+    source_ids: tuple[str, ...] = ()
+    generator: str | None = None
+    checks: Mapping[str, bool] = field(default_factory=dict)
+    base_difference: float | None = None
+    kept: bool = True
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tie", "kept"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        if not self.kept and not self.reason:
+            raise ValueError(f"pair {self.id!r} is not kept, without a reason")
+
+    def row(self) -> Row:
+        """Return the pair as a row of JSON, with every field."""
+        return asdict(self)
+
+
+def known_fields(row: Mapping[str, Any]) -> Row:
+    """Return the fields of a `Pair` that a row gives, other than its id and texts; a column that is null is not given.
+
+    Args:
+        row: as `Pair.row` writes it, or a plain preference, which has none of these fields.
+    """
+    names = [item.name for item in fields(Pair) if item.name not in ("id", "prompt", "chosen", "rejected")]
+    found = {name: row[name] for name in names if row.get(name) is not None}
+    if "source_ids" in found:
+        found["source_ids"] = tuple(found["source_ids"])
+    return found
+
+
+def side_of(prompt: str, test_fraction: float, seed: int) -> Split:
+    """Return the side of a prompt, the same for all prompts that differ in case and white space alone.
+
+    Args:
+        prompt: any text.
+        test_fraction: share of the prompts that goes to the test side, in [0, 1], in expectation.
+        seed: of the split.
+    """
+    normalized = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    return "test" if digest("split", seed, normalized) < int(test_fraction * 2**64) else "train"
+
+
+def digest(*parts: str | int) -> int:
+    """Hash the parts to 64 bits, the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())

@@ -1,0 +1,86 @@
+"""What a reward model of the testbed follows: the cause, or length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from cepo.counterfactual.text.mechanical import Source, show
+from cepo.jacobian.reward_model import rewards
+from cepo.train.pair_encoding import PairEncoder
+from cepo.train.reward_testbed import WORDS, generate_sources, with_length
+
+ITEMS = 400
+_SEED_OFFSET = 5_000_011  # apart from the seeds of training data
+
+
+@dataclass(frozen=True)
+class RewardMeasures:
+    """What interventions say of a reward model.
+
+    Attributes:
+        in_distribution: accuracy on new pairs where length is right as often as in training, in [0, 1].
+        flipped: accuracy on new pairs where the longer response is always the worse one, in [0, 1].
+        length_effect: mean change of D when a response is compared with itself with fewer filler words, its aspects in
+            the same order.
+        cause_effect: mean D between a response and itself with the query's aspect shown by its negative word.
+        other_effect: mean |D| between a response and itself with another aspect shown by its other word, which decides
+            nothing.
+        length_share: |length_effect| / cause_effect; infinite where the cause has no effect or the wrong one.
+    """
+
+    in_distribution: float
+    flipped: float
+    length_effect: float
+    cause_effect: float
+    other_effect: float
+    length_share: float
+
+
+def measure_reward_model(
+    model: Any, encoder: PairEncoder, *, seed: int, items: int = ITEMS, cue_agreement: float = 0.9
+) -> RewardMeasures:
+    """Measure a reward model of the testbed on new items.
+
+    Args:
+        model: from `read_last_token`, in eval mode.
+        encoder: of the form that it was trained in.
+        seed: of the items; those of training with the same seed are others.
+        items: number of pairs of each measure, at least 1.
+        cue_agreement: of the training data, in [0, 1].
+    """
+    drawn, flipped = (
+        generate_sources(items, seed=seed + _SEED_OFFSET + place, cue_agreement=agreement)
+        for place, agreement in enumerate((cue_agreement, 0.0))
+    )
+    aspects = list(WORDS)
+    lengths, causes, others = [], [], []
+    for place, source in enumerate(flipped):
+        long, short = (with_length(source.chosen, long=long, seed=seed + place) for long in (True, False))
+        lengths.append((source.prompt, long, short))
+        causes.append((source.prompt, source.chosen, show(source.chosen, source.cause, WORDS, positive=False)))
+        other = [aspect for aspect in aspects if aspect != source.cause][place % (len(aspects) - 1)]
+        good, bad = (show(source.chosen, other, WORDS, positive=positive) for positive in (True, False))
+        others.append((source.prompt, good, bad))
+    length, cause = mean(_differences(model, encoder, lengths)), mean(_differences(model, encoder, causes))
+    return RewardMeasures(
+        in_distribution=_accuracy(model, encoder, drawn),
+        flipped=_accuracy(model, encoder, flipped),
+        length_effect=length,
+        cause_effect=cause,
+        other_effect=mean(map(abs, _differences(model, encoder, others))),
+        length_share=abs(length) / cause if cause > 0 else float("inf"),
+    )
+
+
+def _accuracy(model: Any, encoder: PairEncoder, sources: Sequence[Source]) -> float:
+    pairs = [(source.prompt, source.chosen, source.rejected) for source in sources]
+    return mean(float(difference > 0) for difference in _differences(model, encoder, pairs))
+
+
+def _differences(model: Any, encoder: PairEncoder, pairs: Sequence[tuple[str, str, str]]) -> list[float]:
+    """Return D of each pair: prompt, chosen, rejected."""
+    texts = [ids for pair in pairs for ids in encoder.encode(*pair)]
+    return encoder.differences(rewards(model, texts))

@@ -1,0 +1,162 @@
+"""Pairs of responses as token ids: what a reward model of each form is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from cepo.files import write_text
+from cepo.jacobian.reward_model import FORMS, Form, verdict_ids
+
+SHOWN_FILE = "reward_model.json"
+"""What a trained reward model keeps beside its weights: the fields of `Shown`."""
+TEMPLATE = (
+    "Which of two responses answers the query better? Judge what they say, never their length or tone.\n\n"
+    "[Query]\n{prompt}\n[End of query]\n\n[Response A]\n{first}\n[End of response A]\n\n"
+    "[Response B]\n{second}\n[End of response B]\n\nAnswer with A or B alone."
+)
+_FIELDS = ("{prompt}", "{first}", "{second}")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a reward model is shown of a pair.
+
+    Attributes:
+        form: "bradley-terry", prompt and one response, or "pairwise", prompt and both.
+        template: of the pairwise user message, with {prompt}, {first} and {second}.
+        chat_template_kwargs: for the tokenizer's chat template, such as {enable_thinking: false}.
+
+    Raises:
+        ValueError: for an unknown form, or a template that lacks one of the three.
+    """
+
+    form: Form = "bradley-terry"
+    template: str = TEMPLATE
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}; expected one of {', '.join(FORMS)}")
+        lacking = [name for name in _FIELDS if name not in self.template]
+        if lacking:
+            raise ValueError(f"template is {self.template!r}, which lacks {', '.join(lacking)}")
+
+    def write(self, folder: Path) -> None:
+        """Write the file that `read_shown` reads."""
+        write_text(folder / SHOWN_FILE, json.dumps(asdict(self)) + "\n")
+
+
+def read_shown(folder: Path) -> Shown:
+    """Return what a model in a folder was trained on; the defaults, Bradley-Terry, where it does not say."""
+    path = folder / SHOWN_FILE
+    return Shown(**json.loads(path.read_text())) if path.is_file() else Shown()
+
+
+class PairEncoder:
+    """Turns prompts and responses into token ids with one beginning-of-text token, where the tokenizer has one.
+
+    With a chat template, texts are what it renders, and the tokenizer adds nothing. Without one, prompt and response
+    are separated by an empty line and end with the end-of-text token, and the tokenizer adds its own special tokens.
+
+    Args:
+        tokenizer: the model's.
+        shown: what the model is shown.
+        max_length: the most tokens of a text; None for no limit.
+
+    Raises:
+        ValueError: for a pairwise form whose verdicts are not one token each.
+    """
+
+    def __init__(self, tokenizer: Any, shown: Shown, *, max_length: int | None = None) -> None:
+        self._tokenizer, self.shown, self._max_length = tokenizer, shown, max_length
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.verdict_ids = None
+        if shown.form == "pairwise":
+            self.verdict_ids = verdict_ids(tokenizer, self._pairwise_text("?", "?", "?"))
+
+    def encode(self, prompt: str, chosen: str, rejected: str) -> tuple[list[int], list[int]]:
+        """Return the ids of the two texts that a pair is told apart by.
+
+        Bradley-Terry: prompt and chosen response, prompt and rejected response. Pairwise: both responses with the
+        chosen one first, and with the rejected one first.
+
+        Raises:
+            ValueError: with the reason why the pair cannot be used: a text is too long, or both are equal.
+        """
+        if self.shown.form == "bradley-terry":
+            texts = self._response_text(prompt, chosen), self._response_text(prompt, rejected)
+        else:
+            texts = self._pairwise_text(prompt, chosen, rejected), self._pairwise_text(prompt, rejected, chosen)
+        first, second = map(self._ids, texts)
+        longest = max(len(first), len(second))
+        if self._max_length is not None and longest > self._max_length:
+            raise ValueError(f"too long: {longest} tokens, over max_length {self._max_length}")
+        if first == second:
+            raise ValueError("equal after encoding: both responses have the same tokens")
+        return first, second
+
+    def encode_response(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt and a response as a Bradley-Terry model reads them, and the response's positions.
+
+        Raises:
+            ValueError: for a tokenizer that does not say where its tokens stand, or a template that changes responses.
+        """
+        text = self._response_text(prompt, response)
+        start = text.rfind(response.strip())
+        if start < 0 or not self._tokenizer.is_fast:
+            raise ValueError(
+                "the tokens of the response cannot be found; a fast tokenizer and a plain template show them"
+            )
+        encoded = self._tokenizer(text, add_special_tokens=not self._has_template, return_offsets_mapping=True)
+        end = start + len(response.strip())
+        ids, dropped = self._with_one_beginning(list(encoded["input_ids"]))
+        offsets = enumerate(encoded["offset_mapping"][dropped:])
+        return ids, [place for place, (left, right) in offsets if max(left, start) < min(right, end)]
+
+    def differences(self, numbers: Sequence[float]) -> list[float]:
+        """Return D of each pair, chosen less rejected; pairwise, the mean of both orders.
+
+        Args:
+            numbers: of the model, for the first and the second text of each pair in turn.
+        """
+        scale = 1.0 if self.shown.form == "bradley-terry" else 0.5
+        return [scale * (first - second) for first, second in zip(numbers[::2], numbers[1::2], strict=True)]
+
+    def _ids(self, text: str) -> list[int]:
+        ids = list(self._tokenizer(text, add_special_tokens=not self._has_template)["input_ids"])
+        return self._with_one_beginning(ids)[0]
+
+    def _with_one_beginning(self, ids: list[int]) -> tuple[list[int], int]:
+        """Return the ids without all but the last of the beginnings of text that they start with, and their number."""
+        beginning, extra = self._tokenizer.bos_token_id, 0
+        while beginning is not None and ids[extra : extra + 2] == [beginning] * 2:
+            extra += 1
+        return ids[extra:], extra
+
+    def _response_text(self, prompt: str, response: str) -> str:
+        if not self._has_template:
+            ending = self._tokenizer.eos_token or ""
+            return f"{prompt}\n\n{response.removesuffix(ending)}{ending}"
+        return self._rendered([("user", prompt), ("assistant", response)], opened=False)
+
+    def _pairwise_text(self, prompt: str, first: str, second: str) -> str:
+        contents = dict(zip(_FIELDS, (prompt, first, second), strict=True))
+        message = re.sub("|".join(map(re.escape, _FIELDS)), lambda found: contents[found.group()], self.shown.template)
+        return self._rendered([("user", message)], opened=True) if self._has_template else f"{message}\n"
+
+    def _rendered(self, turns: Sequence[tuple[str, str]], *, opened: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opened, **self.shown.chat_template_kwargs
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        return text

@@ -1,0 +1,137 @@
+"""The pairs that a reward model is trained on: rows of a file or a hub data set, or the testbed's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cepo.counterfactual.text.mechanical import make_pairs
+from cepo.counterfactual.text.pairs import ORIGINAL, Pair, known_fields, side_of
+from cepo.files import Row, content_hash
+from cepo.train.data import _collect, read_dialogue, read_response
+from cepo.train.pair_encoding import PairEncoder
+from cepo.train.policy import TESTBED
+from cepo.train.reward_testbed import WORDS, generate_sources
+
+LeftOut = tuple[str, str]
+"""The id of a pair (of an unreadable row, its number), and why it is left out."""
+_TEXTS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class PairSplit:
+    """Pairs to train on and to test on, which share no source prompt, and what is left out of both.
+
+    Attributes:
+        train: in the order of the source.
+        test: likewise.
+        left_out: rows that cannot be read and pairs that are not kept.
+    """
+
+    train: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs as token ids, and those that have none.
+
+    Attributes:
+        rows: `chosen_ids`, `rejected_ids` and `tie` of each, see `PairEncoder.encode`.
+        left_out: pairs that are too long, or equal after encoding.
+    """
+
+    rows: tuple[Row, ...]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that stand for the rows, in their order."""
+        return content_hash([content_hash(row) for row in self.rows])
+
+
+def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
+    """Return the pairs that a recipe's `data` describes.
+
+    A row needs prompt, chosen and rejected, as text or messages. What else it may carry is what `Pair` has: a `tie`, a
+    `split` that was made before synthesis, `kept`. Rows without a split fall to a side by their prompt.
+
+    Args:
+        settings: `source`, a .jsonl file, a hub data set or "testbed". For rows also split (of a hub data set),
+            test_fraction, limit and columns (what the source calls prompt, chosen or rejected); for the testbed count,
+            cue_agreement, kinds, ties and test_fraction, see `make_pairs`.
+        seed: of the split and of the testbed.
+
+    Raises:
+        ValueError: for an unknown option, or data without a usable pair.
+    """
+    options = dict(settings)
+    source = options.pop("source", None)
+    if not source:
+        raise ValueError("data.source is missing; expected a .jsonl file, a hub data set id, or testbed")
+    known: dict[str, Any] = {"test_fraction": 0.0}
+    if source == TESTBED:
+        known |= {"count": 300, "cue_agreement": 0.9, "kinds": (ORIGINAL,), "ties": "true"}
+    else:
+        known |= {"test_fraction": 0.02, "split": None, "limit": None, "columns": None}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"data holds the unknown option {', '.join(unknown)}; expected some of {', '.join(known)}")
+    values = {**known, **options}
+    if not 0.0 <= values["test_fraction"] <= 1.0:
+        raise ValueError(f"data.test_fraction is {values['test_fraction']}; expected a fraction in [0, 1]")
+    unreadable: list[LeftOut] = []
+    if source == TESTBED:
+        sources = generate_sources(values["count"], seed=seed, cue_agreement=values["cue_agreement"])
+        rules = {name: values[name] for name in ("kinds", "ties", "test_fraction")}
+        pairs = list(make_pairs(sources, WORDS, seed=seed, **rules))
+    else:
+        pairs, unreadable = _read(str(source), values, seed)
+    kept = [pair for pair in pairs if pair.kept]
+    dropped = [(pair.id, f"not kept: {pair.reason}") for pair in pairs if not pair.kept]
+    train, test = (tuple(pair for pair in kept if pair.split == side) for side in ("train", "test"))
+    if not train:
+        raise ValueError(f"data.source {source} leaves no pair to train on: {told(unreadable + dropped) or 'all test'}")
+    return PairSplit(train, test, tuple(unreadable + dropped))
+
+
+def encode_pairs(pairs: Sequence[Pair], encoder: PairEncoder) -> EncodedPairs:
+    """Return the pairs as token ids; those without are named with the reason."""
+    rows, left_out = [], []
+    for pair in pairs:
+        try:
+            chosen, rejected = encoder.encode(pair.prompt, pair.chosen, pair.rejected)
+        except ValueError as reason:
+            left_out.append((pair.id, str(reason)))
+        else:
+            rows.append({"chosen_ids": chosen, "rejected_ids": rejected, "tie": pair.tie})
+    return EncodedPairs(tuple(rows), tuple(left_out))
+
+
+def told(left_out: Sequence[LeftOut]) -> str:
+    """Return how many pairs were left out for each kind of reason; a reason's kind stands before its colon."""
+    kinds = Counter(reason.partition(":")[0] for _, reason in left_out)
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+
+
+def _read(source: str, values: Mapping[str, Any], seed: int) -> tuple[list[Pair], list[LeftOut]]:
+    names = {**{name: name for name in _TEXTS}, **(values["columns"] or {})}
+    if len(names) > len(_TEXTS):
+        raise ValueError(f"data.columns renames {', '.join(names)}; expected only {', '.join(_TEXTS)}")
+
+    def convert(row: Row) -> Row:
+        before, chosen = read_response(row, names["chosen"])
+        before_rejected, rejected = read_response(row, names["rejected"])
+        if before != before_rejected:
+            raise ValueError("chosen and rejected answer different conversations")
+        prompt = before if before and names["prompt"] not in row else read_dialogue(row, names["prompt"])
+        found = known_fields(row)
+        found.setdefault("split", side_of(prompt, values["test_fraction"], seed))
+        identity = row.get("id") or content_hash(prompt, chosen, rejected)
+        return {"pair": Pair(str(identity), prompt, chosen, rejected, **found)}
+
+    rows, skipped = _collect(source, values["split"], values["limit"], convert)
+    return [row["pair"] for row in rows], [(f"row {number}", reason) for number, reason in skipped]
