@@ -5,16 +5,14 @@ Every decision about a row depends on its own content and the seed, never on its
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
 
+from cepo.counterfactual.text.pairs import digest, side_of
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.train.prompts import judge_prompt, reasoning_prompt
 from cepo.train.rows import PAIR, is_storable, read_dialogue, read_id, read_pair, read_text
@@ -130,7 +128,7 @@ def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR) -> Row:
     query, chosen, rejected = read_pair(row, names)
     if chosen == rejected:
         raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} are the same")
-    chosen_first = _digest("position", seed, query, chosen, rejected) % 2 == 0
+    chosen_first = digest("position", seed, query, chosen, rejected) % 2 == 0
     response_a, response_b = (chosen, rejected) if chosen_first else (rejected, chosen)
     return {
         "prompt": judge_prompt(query, response_a, response_b),
@@ -171,7 +169,7 @@ def _divide(
 ) -> DataSplit:
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        sides[_falls_to_test(row[key], test_fraction, seed)].append(row)
+        sides[side_of(row[key], test_fraction, seed) == "test"].append(row)
     # By column, for an empty list of rows has none.
     train, test = (
         Dataset.from_dict({name: [row[name] for row in side] for name in features}, features=features) for side in sides
@@ -198,14 +196,4 @@ def _reasoning(row: Row, names: Mapping[str, str]) -> Row:
 def _identify(row: Row, *content: str) -> str:
     given = read_id(row)
     usable = given is not None and is_storable(str(given))
-    return str(given) if usable else f"{_digest('id', *content):016x}"
-
-
-def _falls_to_test(prompt: str, test_fraction: float, seed: int) -> bool:
-    normalized = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-    return _digest("split", seed, normalized) < int(test_fraction * 2**64)
-
-
-def _digest(*parts: str | int) -> int:
-    """Hash the parts to 64 bits, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())
+    return str(given) if usable else f"{digest('id', *content):016x}"

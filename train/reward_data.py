@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from cepo.counterfactual.text.mechanical import make_pairs
-from cepo.counterfactual.text.pairs import ORIGINAL, Pair, known_fields, side_of
+from cepo.counterfactual.text.pairs import ORIGINAL, Pair, side_of
 from cepo.files import Row, content_hash
-from cepo.train.data import _collect, read_dialogue, read_response
 from cepo.train.pair_encoding import PairEncoder
 from cepo.train.policy import TESTBED
 from cepo.train.reward_testbed import WORDS, generate_sources
+from cepo.train.rows import PAIR, given, read_id, read_pair
+from cepo.train.source import collect_rows
 
 LeftOut = tuple[str, str]
 """The id of a pair (of an unreadable row, its number), and why it is left out."""
-_TEXTS = ("prompt", "chosen", "rejected")
+_FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ class EncodedPairs:
 def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
     """Return the pairs that a recipe's `data` describes.
 
-    A row needs prompt, chosen and rejected, as text or messages. What else it may carry is what `Pair` has: a `tie`, a
-    `split` that was made before synthesis, `kept`. Rows without a split fall to a side by their prompt.
+    A row needs prompt, chosen and rejected, see `read_pair`. Of what else it may carry, four columns of `Pair` are
+    read: `tie`, `split` (made before synthesis), `kept` and its `reason`. Rows without a split fall to a side by their
+    prompt.
 
     Args:
-        settings: `source`, a .jsonl file, a hub data set or "testbed". For rows also split (of a hub data set),
-            test_fraction, limit and columns (what the source calls prompt, chosen or rejected); for the testbed count,
-            cue_agreement, kinds, ties and test_fraction, see `make_pairs`.
+        settings: `source`, a file, a folder or a hub data set (see `open_source`), or "testbed". For rows also split
+            (of a hub data set), test_fraction, limit and columns (what the source calls prompt, chosen or rejected);
+            for the testbed count, cue_agreement, kinds, ties and test_fraction, see `make_pairs`.
         seed: of the split and of the testbed.
 
     Raises:
@@ -71,7 +73,7 @@ def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
     options = dict(settings)
     source = options.pop("source", None)
     if not source:
-        raise ValueError("data.source is missing; expected a .jsonl file, a hub data set id, or testbed")
+        raise ValueError("data.source is missing; expected a file, a hub data set id, or testbed")
     known: dict[str, Any] = {"test_fraction": 0.0}
     if source == TESTBED:
         known |= {"count": 300, "cue_agreement": 0.9, "kinds": (ORIGINAL,), "ties": "true"}
@@ -118,20 +120,33 @@ def told(left_out: Sequence[LeftOut]) -> str:
 
 
 def _read(source: str, values: Mapping[str, Any], seed: int) -> tuple[list[Pair], list[LeftOut]]:
-    names = {**{name: name for name in _TEXTS}, **(values["columns"] or {})}
-    if len(names) > len(_TEXTS):
-        raise ValueError(f"data.columns renames {', '.join(names)}; expected only {', '.join(_TEXTS)}")
+    names = PAIR | dict(values["columns"] or {})
+    if len(names) > len(PAIR):
+        raise ValueError(f"data.columns renames {', '.join(names)}; expected only {', '.join(PAIR)}")
 
-    def convert(row: Row) -> Row:
-        before, chosen = read_response(row, names["chosen"])
-        before_rejected, rejected = read_response(row, names["rejected"])
-        if before != before_rejected:
-            raise ValueError("chosen and rejected answer different conversations")
-        prompt = before if before and names["prompt"] not in row else read_dialogue(row, names["prompt"])
-        found = known_fields(row)
-        found.setdefault("split", side_of(prompt, values["test_fraction"], seed))
-        identity = row.get("id") or content_hash(prompt, chosen, rejected)
-        return {"pair": Pair(str(identity), prompt, chosen, rejected, **found)}
+    def convert(row: Row) -> Pair:
+        prompt, chosen, rejected = read_pair(row, names)
+        identity = read_id(row)
+        return Pair(
+            content_hash(prompt, chosen, rejected) if identity is None else str(identity),
+            prompt,
+            chosen,
+            rejected,
+            tie=_flag(row, "tie", False),
+            split=given(row, "split") or side_of(prompt, values["test_fraction"], seed),
+            kept=_flag(row, "kept", True),
+            reason=given(row, "reason"),
+        )
 
-    rows, skipped = _collect(source, values["split"], values["limit"], convert)
-    return [row["pair"] for row in rows], [(f"row {number}", reason) for number, reason in skipped]
+    pairs, skipped = collect_rows(source, convert, split=values["split"], limit=values["limit"])
+    return pairs, [(f"row {number}", reason) for number, reason in skipped]
+
+
+def _flag(row: Row, column: str, default: bool) -> bool:
+    """Return a column of true and false, which tables without them write as text or numbers."""
+    value = given(row, column)
+    if value is None:
+        return default
+    if str(value).lower() not in _FLAGS:
+        raise ValueError(f"column {column!r} holds {value!r}; expected true or false")
+    return _FLAGS[str(value).lower()]

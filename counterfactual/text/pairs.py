@@ -39,7 +39,7 @@ class Pair:
         reason: why not, where it is not kept.
 
     Raises:
-        ValueError: for a tie or kept that is not true or false, or a pair that is dropped without a reason.
+        ValueError: for a tie or kept that is not true or false, another split, or a pair dropped without a reason.
     """
 
     id: str
@@ -63,6 +63,8 @@ class Pair:
         for name in ("tie", "kept"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        if self.split not in ("train", "test", None):
+            raise ValueError(f"split is {self.split!r}; expected train or test")
         if not self.kept and not self.reason:
             raise ValueError(f"pair {self.id!r} is not kept, without a reason")
 
@@ -71,17 +73,16 @@ class Pair:
         return asdict(self)
 
 
-def known_fields(row: Mapping[str, Any]) -> Row:
-    """Return the fields of a `Pair` that a row gives, other than its id and texts; a column that is null is not given.
+def read_pair_row(row: Mapping[str, Any]) -> Pair:
+    """Return the pair of a row that `Pair.row` wrote.
 
-    Args:
-        row: as `Pair.row` writes it, or a plain preference, which has none of these fields.
+    Raises:
+        ValueError: for a row that lacks a field, or holds others.
     """
-    names = [item.name for item in fields(Pair) if item.name not in ("id", "prompt", "chosen", "rejected")]
-    found = {name: row[name] for name in names if row.get(name) is not None}
-    if "source_ids" in found:
-        found["source_ids"] = tuple(found["source_ids"])
-    return found
+    names = {item.name for item in fields(Pair)}
+    if set(row) != names:
+        raise ValueError(f"row differs from a pair in {', '.join(sorted(names ^ set(row)))}")
+    return Pair(**{**row, "source_ids": tuple(row["source_ids"])})
 
 
 def side_of(prompt: str, test_fraction: float, seed: int) -> Split:

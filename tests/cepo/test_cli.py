@@ -30,7 +30,8 @@ def test_help_lists_the_users_jobs_before_research() -> None:
     panels = re.findall(r"─ (Train|Score|Evaluate|Research) ─", shown)
     assert panels == ["Train", "Score", "Evaluate", "Research"]
     commands = re.findall(r"^│ ([a-z][a-z-]*) ", shown, flags=re.MULTILINE)
-    assert commands == ["demo", "train", "warm-start", "score", "eval", "ablate", "bench", "experiment", "words-judge"]
+    jobs, research = ["demo", "train", "warm-start", "reward-model", "score", "eval"], ["ablate", "bench", "experiment"]
+    assert commands == [*jobs, *research, "reward-experiment", "words-judge"]
 
 
 @pytest.mark.parametrize("name", ["rewardbench", "robustness", "best-of-n", "cue-flips"])

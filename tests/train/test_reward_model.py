@@ -121,7 +121,7 @@ def test_the_trainers_loss_and_measures_are_those_of_the_pairs(form: Any, tmp_pa
     assert 0 < ties.sum() < len(ties)
     orders = [(first - second)] if form == "bradley-terry" else [first, -second]
     expected = torch.stack([composite_loss(order, ties) for order in orders]).mean()
-    assert float(loss) == pytest.approx(float(expected), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(expected), abs=1e-6)
     logged = {name: sum(values) / len(values) for name, values in trainer._metrics["eval"].items()}
     preferred = torch.cat([order[~ties] for order in orders])
     assert logged["accuracy"] == pytest.approx(float((preferred > 0).float().mean()))
@@ -205,11 +205,12 @@ def test_pairs_that_cannot_be_told_apart_are_counted_and_named(tmp_path: Path, c
     tie = {"prompt": "Query: help with this exam", "chosen": "Response: correct", "rejected": "Response: wrong"}
     rows: list[dict[str, Any]] = [
         {**tie, "id": "good"},
-        {**tie, "id": "tie", "tie": True},
+        {**tie, "id": "tie", "tie": "True", "weight": "a column that plays no part", "checks": 3},
         {**tie, "id": "long", "chosen": "Response:" + " correct" * 90},
         {**tie, "id": "equal", "chosen": "Response: unheard", "rejected": "Response: unseen"},
         {**tie, "id": "dropped", "kept": False, "reason": "base difference 3.2"},
         {**tie, "id": "odd", "tie": "yes"},
+        {**tie, "id": "elsewhere", "split": "dev"},
         {"id": "empty", "prompt": "?"},
         {**tie, "id": "held out", "split": "test"},
     ]
@@ -223,10 +224,11 @@ def test_pairs_that_cannot_be_told_apart_are_counted_and_named(tmp_path: Path, c
     assert reasons["long"] == "too long: 101 tokens, over max_length 64"
     assert reasons["equal"].startswith("equal after encoding")
     assert reasons["dropped"] == "not kept: base difference 3.2"
-    assert "tie is 'yes'" in reasons["row 6"]
-    assert "chosen" in reasons["row 7"]
-    assert len(left_out) == 5
-    assert "5 pair(s) are left out" in caplog.text
+    assert reasons["row 6"] == "column 'tie' holds 'yes'; expected true or false"
+    assert "split is 'dev'" in reasons["row 7"]
+    assert "chosen" in reasons["row 8"]
+    assert len(left_out) == 6
+    assert "6 pair(s) are left out" in caplog.text
     with pytest.raises(ValueError, match="leaves no pair to train on: too long"):
         train_reward_model(replace(settings, output=str(tmp_path / "none"), reward={**TINY, "max_length": 3}))
 

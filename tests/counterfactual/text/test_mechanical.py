@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cepo.counterfactual.text.mechanical import make_pairs, show, shows
-from cepo.counterfactual.text.pairs import Pair, known_fields
+from cepo.counterfactual.text.pairs import Pair, read_pair_row
 from cepo.train.reward_testbed import WORDS, generate_sources
 
 KINDS: Any = ("original", "degrade", "upgrade", "irrelevant", "rrm")
@@ -69,11 +69,15 @@ def test_pairs_do_not_depend_on_the_other_kinds_and_are_the_same_again() -> None
 def test_a_row_holds_every_field_and_reads_back() -> None:
     for pair in PAIRS[:20]:
         row = json.loads(json.dumps(pair.row()))
-        assert Pair(row["id"], row["prompt"], row["chosen"], row["rejected"], **known_fields(row)) == pair
+        assert read_pair_row(row) == pair
     assert set(PAIRS[0].row()) == {
         *("id", "split", "kind", "tie", "prompt", "chosen", "rejected", "attribute", "weight", "direction"),
         *("source_ids", "generator", "checks", "base_difference", "kept", "reason"),
     }
+    with pytest.raises(ValueError, match="row differs from a pair in tie"):
+        read_pair_row({name: value for name, value in PAIRS[0].row().items() if name != "tie"})
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        Pair("a", "p", "c", "r", split="dev")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="without a reason"):
         Pair("a", "p", "c", "r", kept=False)
     with pytest.raises(ValueError, match="tie is 1"):
