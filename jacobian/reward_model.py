@@ -29,6 +29,7 @@ FORMS: tuple[Form, ...] = ("bradley-terry", "pairwise")
 VERDICTS = ("A", "B")
 HEAD = "score"
 """Name of a classifier's head; adapters save it whole."""
+_NOT_OURS = ("labels", "return_dict")  # PEFT hands them on; there is no loss here, and one form of answer
 
 
 def load_reward_model(
@@ -91,6 +92,9 @@ def new_head(causal_lm: Any, *, seed: int) -> Any:
     if fresh.bias is not None:
         nn.init.zeros_(fresh.bias)
     setattr(model, HEAD, fresh.to(device=weight.device, dtype=weight.dtype))
+    unset = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unset:
+        raise ValueError(f"model is a {type(causal_lm).__name__}, whose classifier has other weights too: {unset[0]}")
     model.name_or_path = causal_lm.name_or_path
     return model.eval()
 
@@ -139,6 +143,7 @@ def read_last_token(model: Any, verdict_ids: tuple[int, int] | None = None) -> A
         if "position_ids" in takes and options.get("position_ids") is None:
             options["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         last_B = (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).argmax(-1)
+        options = {name: value for name, value in options.items() if value is not None and name not in _NOT_OURS}
         options |= {"input_ids": input_ids, "attention_mask": mask_BT, "inputs_embeds": inputs_embeds}
         return SequenceClassifierOutputWithPast(logits=read(self, last_B, options))
 

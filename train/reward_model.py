@@ -23,7 +23,7 @@ from trl import RewardConfig, RewardTrainer
 from cepo.files import write_jsonl
 from cepo.jacobian.loading import load_tokenizer, model_fingerprint, resolve_model
 from cepo.jacobian.reward_model import HEAD, Form, as_batch, load_reward_model, read_last_token
-from cepo.train import testbed
+from cepo.train import reward_testbed, testbed
 from cepo.train.pair_encoding import TEMPLATE, PairEncoder, Shown
 from cepo.train.policy import TESTBED
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
@@ -48,7 +48,7 @@ class RewardModelConfig:
         data: `source` and its options, see `cepo.train.reward_data.load_pairs`.
         output: folder of the run: checkpoints, metrics.jsonl, left_out.jsonl, log.txt, settings.json, final/.
         form: see `Shown`.
-        template: see `Shown`.
+        template: see `Shown`; None for its default, or the testbed's.
         chat_template_kwargs: see `Shown`.
         tie_weight: lambda, the weight of a tie's loss beside a preference's, at least 0.
         reward: any field of TRL's RewardConfig; pairs with a text over its `max_length` are left out.
@@ -63,7 +63,7 @@ class RewardModelConfig:
     data: Mapping[str, Any]
     output: str
     form: Form = "bradley-terry"
-    template: str = TEMPLATE
+    template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tie_weight: float = 1.0
     reward: Mapping[str, Any] = field(default_factory=dict)
@@ -85,7 +85,8 @@ class RewardModelConfig:
     @property
     def shown(self) -> Shown:
         """What the model is shown of a pair."""
-        return Shown(self.form, self.template, self.chat_template_kwargs)
+        default = reward_testbed.TEMPLATE if self.model == TESTBED else TEMPLATE
+        return Shown(self.form, self.template or default, self.chat_template_kwargs)
 
 
 def load_reward_config(path: str | Path, overrides: Mapping[str, Any]) -> RewardModelConfig:

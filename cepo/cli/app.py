@@ -42,9 +42,8 @@ app.command("reward-model", rich_help_panel=TRAIN)(reward_model)
 app.command(rich_help_panel=SCORE, cls=RewardCommand)(score)
 app.add_typer(eval_app, name="eval", rich_help_panel=EVALUATE)
 app.command(rich_help_panel=RESEARCH, cls=RewardCommand)(ablate)
-for _command in (bench, experiment, words_judge):
+for _command in (bench, experiment, reward_experiment, words_judge):
     app.command(rich_help_panel=RESEARCH)(_command)
-app.command("reward-experiment", rich_help_panel=RESEARCH)(reward_experiment)
 
 
 def _show_version(wanted: bool) -> None:

@@ -38,6 +38,19 @@ def test_a_text_has_one_reward(family: str, form: str, pad: int) -> None:
             assert torch.allclose(by_embeddings, by_ids, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["bradley-terry", "pairwise"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_around_the_model_changes_nothing_of_it(family: str, form: str) -> None:
+    """PEFT hands on arguments that a model's layers do not take; a fresh LoRA adds nothing to the number."""
+    from peft import LoraConfig, get_peft_model
+
+    task, target = ("SEQ_CLS" if form == "bradley-terry" else "CAUSAL_LM"), "all-linear"
+    bare = reward_model(family, form, dtype=torch.float32)
+    expected = rewards(bare, TEXTS)
+    adapted = get_peft_model(bare, LoraConfig(task_type=task, target_modules=target)).eval()
+    assert rewards(adapted, TEXTS) == expected
+
+
 def test_the_reward_is_that_of_transformers_where_padding_has_an_id_of_its_own() -> None:
     """And where it has not, transformers reads another token: the reason for reading by the mask."""
     from transformers import LlamaForSequenceClassification
