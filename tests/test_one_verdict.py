@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from cepo.benchmarks.forms import IN_SCORES, JUDGEMENTS
+from cepo.eval.judges.encoding import PromptEncoder, TextReader
 from cepo.eval.judges.journal import JudgeTask, judgement_record
-from cepo.eval.judges.settings import Judgement
+from cepo.eval.judges.settings import Judgement, JudgeSettings
 from cepo.jacobian.reading.judge import (
     SECTIONS,
     JudgeLayout,
@@ -25,7 +26,7 @@ from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.reading.verdict import Verdicts
 from cepo.train.rewards.proxy import measure_sensitivity
 from cepo.train.rewards.task import argmax_reward, format_reward
-from tests.byte_tokenizer import byte_tokenizer
+from tests.byte_tokenizer import CHATML, OPENED, byte_tokenizer
 
 GOOD = write_judgement("Right facts.", "A is right; B is not.", (8, 6))
 TAGS = [f"<{slash}{name}>" for name in (*SECTIONS, "think", "thinking") for slash in ("", "/")]
@@ -143,6 +144,18 @@ def test_a_cut_draft_in_a_thought_that_the_template_opened_is_no_verdict() -> No
         assert argmax_reward([cut], ["A"], **columns) == [0.0]
     assert thought_opened("Judge.\n<think>\n")
     assert spans_read(cut, JudgeLayout(), opened=True) == "unclosed <think>: the output ends inside its thought"
+
+
+def test_tags_that_are_special_tokens_are_read_from_ids_everywhere() -> None:
+    """Protects thinking models whose tokenizer has the thought's tags as special tokens."""
+    tokenizer = byte_tokenizer(CHATML + OPENED)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<think>", "</think>"]})
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)["input_ids"]
+    ids = tokenizer(f"A draft: {GOOD.replace('8, 6', '3, 9')}</think>{GOOD}<|im_end|>")["input_ids"]
+    opened = PromptEncoder(tokenizer, JudgeSettings("model")).opened
+    assert read_scores(TextReader(tokenizer, opened).text(ids)) == (8.0, 6.0)
+    rollout = SpanReader(tokenizer, JudgeLayout()).read(prompt, ids)
+    assert rollout.spans["scores"].text == "8 … 6"
 
 
 LOOPS: dict[str, Callable[[int], str]] = {

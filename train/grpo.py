@@ -17,7 +17,7 @@ from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts
 from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
 from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
-from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint, with_opened_thoughts
+from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
 from cepo.train.prompts import JUDGE, REASONER
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
 from cepo.train.run import lora_config, train_to_end
@@ -144,7 +144,7 @@ def _trainer(
     from trl import GRPOTrainer
 
     from cepo.train.timing import time_steps
-    from cepo.train.trainer import CausalTrainer
+    from cepo.train.trainer import CausalTrainer, tell_opened_thoughts
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -161,19 +161,17 @@ def _trainer(
     if causal_loss is not None:
         tasks = [f.__name__ for f, reward in zip(functions, config.rewards, strict=True) if reward["name"] in _TASKS]
         options = {"causal_loss": causal_loss, "layout": _layout(config.kind, config.verdicts), "task_rewards": tasks}
-    template = arguments.chat_template_kwargs or {}
     trainer = (CausalTrainer if options else GRPOTrainer)(
         model=model,
         reward_funcs=functions,
         args=arguments,
-        train_dataset=with_opened_thoughts(data.train, tokenizer, **template),
-        eval_dataset=with_opened_thoughts(data.test, tokenizer, **template)
-        if arguments.eval_strategy != "no" and len(data.test)
-        else None,
+        train_dataset=data.train,
+        eval_dataset=data.test if arguments.eval_strategy != "no" and len(data.test) else None,
         processing_class=tokenizer,
         peft_config=lora,
         **options,
     )
+    tell_opened_thoughts(trainer)
     for function in functions:
         if hasattr(function, "bind"):
             function.bind(trainer)

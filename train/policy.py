@@ -14,7 +14,6 @@ from datasets import Dataset
 from cepo.files import content_hash, fingerprint
 from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
-from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train import testbed, testbed_judges
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 from cepo.train.reasoner_testbed import Question, generate_questions
@@ -74,21 +73,6 @@ def questions_dataset(questions: list[Question]) -> Dataset:
             for question in questions
         ]
     )
-
-
-def with_opened_thoughts(rows: Dataset, tokenizer: Any, **options: Any) -> Dataset:
-    """Return the rows with the column `thought_opened`, True, where the chat template itself opens a thought.
-
-    TRL hands a reward messages and text, which do not show what the template added, see `read_completions`.
-
-    Args:
-        rows: with prompts as messages.
-        tokenizer: the policy's.
-        **options: of the chat template.
-    """
-    if not len(rows) or not template_opens_thought(tokenizer, **options):
-        return rows
-    return rows.add_column("thought_opened", [True] * len(rows))
 
 
 def load_policy(

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.reading.thought import thought_opened
+from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Rollout
 from cepo.train.causal_loss import CausalLoss, interchange
 from cepo.train.prompts import JUDGE
@@ -189,6 +192,25 @@ def prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
     """Return the ids of the prompts as the trainer itself renders them for generation (TRL hands rewards no ids)."""
     of_each, _, _ = trainer._tokenize_prompts(list(prompts))
     return [list(ids) for ids in of_each]
+
+
+def tell_opened_thoughts(trainer: Any) -> None:
+    """Add the column `thought_opened`, True, to the trainer's data where its chat template opens a thought.
+
+    TRL hands a reward messages, which do not show what the template added; columns it hands on, see `read_completions`.
+    Data whose prompts are text, or that have the column, stay as they are.
+    """
+    (ids,) = prompt_ids(trainer, [[{"role": "user", "content": "?"}]])
+    if not thought_opened(b"".join(TokenBytes(tokenizer(trainer)).of(ids))):
+        return
+    for name in ("train_dataset", "eval_dataset"):
+        rows = getattr(trainer, name, None)
+        if (
+            isinstance(rows, Dataset)
+            and "thought_opened" not in rows.column_names
+            and isinstance(rows[0]["prompt"], list)
+        ):
+            setattr(trainer, name, rows.add_column("thought_opened", [True] * len(rows)))
 
 
 def prompts_per_batch(trainer: Any) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cepo.eval.judges.expected import LARGEST_SCORE, expected_scores
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages
-from cepo.jacobian.reading.judge import SCORES_CLOSING, find_verdict_end, forced_opening
+from cepo.jacobian.reading.judge import SCORES_CLOSING, JudgeLayout, find_verdict_end, forced_opening
 from cepo.jacobian.reading.thought import THOUGHT, template_opens_thought
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
@@ -81,7 +81,7 @@ class TextReader:
 
     def __init__(self, tokenizer: Any, opened: str = "", verdicts: Verdicts = STRICT) -> None:
         self._tokenizer, self._bytes, self._opened = tokenizer, TokenBytes(tokenizer), opened.encode()
-        self._verdicts = verdicts
+        self._verdicts, self._unread = verdicts, self._bytes.unread_ids(JudgeLayout().tags)
         self._numbers = self._bytes.short_numbers()
         self.number_ids = [token for token, _ in self._numbers]
         short = sorted(token for text, token in tokenizer.get_vocab().items() if len(text) <= _LONGEST_SCORE_TOKEN)
@@ -93,10 +93,9 @@ class TextReader:
         self.score_ids = [token for token, _ in self._score_pieces]
 
     def pieces(self, token_ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of each token; special tokens (end of turn, padding) have none."""
+        """Return the bytes of each token; special tokens that are not tags (end of turn, padding) have none."""
         pieces = self._bytes.of(tuple(token_ids))
-        special = self._bytes.special_ids
-        return [b"" if token in special else piece for token, piece in zip(token_ids, pieces, strict=True)]
+        return [b"" if token in self._unread else piece for token, piece in zip(token_ids, pieces, strict=True)]
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text of the tokens; bytes that are not UTF-8 become U+FFFD."""

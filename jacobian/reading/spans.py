@@ -38,6 +38,7 @@ class SpanReader:
         self.tokenizer = tokenizer
         self.layout = layout
         self._bytes = TokenBytes(tokenizer)
+        self._unread = self._bytes.unread_ids(layout.tags)
         self._short_numbers: list[tuple[int, bytes]] | None = None
         self._gains: dict[NumberToken, dict[int, float]] = {}
 
@@ -122,10 +123,8 @@ class SpanReader:
 
     def _without_specials(self, token_ids: Sequence[int], pieces: Sequence[bytes]) -> list[bytes]:
         """Blank the special tokens (end of turn, padding), except those that are the layout's own tags."""
-        tags = {mark for tag in self.layout.tags for mark in (f"<{tag}>".encode(), f"</{tag}>".encode())}
-        special = self._bytes.special_ids
         return [
-            b" " * len(piece) if token in special and piece.strip() not in tags else piece
+            b" " * len(piece) if token in self._unread else piece
             for token, piece in zip(token_ids, pieces, strict=True)
         ]
 

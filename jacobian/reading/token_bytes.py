@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from cepo.jacobian.reading.layout import as_bytes
@@ -37,6 +38,15 @@ class TokenBytes:
         if self._kind == "prefix":
             return self._by_prefix(token_ids)
         return [self._read(token_id) for token_id in token_ids]
+
+    def unread_ids(self, tags: Sequence[str]) -> frozenset[int]:
+        """Return the special tokens that are no part of an output's text: all but those that are its tags.
+
+        Args:
+            tags: names of the tags; some tokenizers have `<think>` and `</think>` as special tokens.
+        """
+        marks = {f"<{slash}{tag}>".encode() for tag in tags for slash in ("", "/")}
+        return frozenset(token for token in self.special_ids if self.of([token])[0].strip() not in marks)
 
     def short_numbers(self) -> list[tuple[int, bytes]]:
         """Return (id, bytes) of every ordinary token that is a number of up to three digits, marks allowed."""

@@ -111,6 +111,8 @@ class CausalReward:
     def bind(self, trainer: Any) -> CausalReward:
         """Tie the reward to a trainer: to its tokenizer, its rendering of prompts, and its live policy unless frozen.
 
+        Rewards that read text alone learn by it what the chat template opens, see `tell_opened_thoughts`.
+
         Args:
             trainer: a TRL GRPOTrainer or RLOOTrainer. In data-parallel training every rank scores its own rows.
 
@@ -122,7 +124,7 @@ class CausalReward:
                 it would differentiate; if the nuisance rank exceeds the model's width; if the score needs donors and
                 the trainer generates for one prompt at a time, unless `no_donor` says what to do instead.
         """
-        from cepo.train.trainer import model_to_read, prompts_per_batch, tokenizer
+        from cepo.train.trainer import model_to_read, prompts_per_batch, tell_opened_thoughts, tokenizer
 
         prompts = prompts_per_batch(trainer)
         if self.config.reads_effects and self.config.no_donor == "zero" and prompts < 2:
@@ -137,6 +139,7 @@ class CausalReward:
         )
         self.config.check_width(self._engine.width)
         self._reader = SpanReader(tokenizer(trainer), self.layout)
+        tell_opened_thoughts(trainer)
         self._trainer = trainer
         return self
 

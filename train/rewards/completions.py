@@ -25,7 +25,7 @@ def read_completions(
         prompts: What the completions answer. A string says by itself whether it ends in a thought; of messages, only
             a last one by the assistant, which the completion continues, does: what a chat template adds is not known.
         thought_opened: A column of the data set, one value per completion, for models whose chat template opens a
-            thought; `cepo train` adds it by itself.
+            thought; `cepo train` adds it, and so does binding a `CausalReward` to a trainer.
 
     Raises:
         ValueError: If a completion is neither a string nor messages, or the column has another length.

@@ -88,6 +88,25 @@ def test_a_real_step_scores_the_prompts_that_were_generated_from(kind: str, toke
     assert logs["rewards/causal/mean"] == 0.0
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_every_reward_is_told_what_the_chat_template_opens(tokenizer: Any, tmp_path: Path, opened: bool) -> None:
+    """TRL's messages do not show it; rewards that read text alone get it as a column, and so does a fused task."""
+    told: list[Any] = []
+
+    def task(completions: Any, **columns: Any) -> list[float]:
+        told.append(columns.get("thought_opened"))
+        return [1.0] * len(completions)
+
+    thinking = testbed.build_tokenizer()
+    thinking.add_tokens(["<think>"])
+    thinking.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    reward = CausalReward(score="influence", task=task)
+    trainer = make_trainer("grpo", thinking if opened else tokenizer, [task, reward], tmp_path)
+    reward.bind(trainer).bind(trainer)
+    trainer.train()
+    assert told == ([[True] * 4] * 2 if opened else [None, [False] * 4])
+
+
 def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: Any, tmp_path: Path) -> None:
     reward = CausalReward(
         links={"X->Y": 1.0, "Z->X": 0.5}, score="influence", counterfactuals=2, also=("phi", "order_leak")
