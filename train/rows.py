@@ -46,7 +46,8 @@ def given(row: Mapping[str, Any], column: str) -> Any:
 def read_preference(row: Row, names: Mapping[str, str] = PAIR) -> Preference:
     """Return the preference of a row.
 
-    The prompt is the column's, and without one what stands before the response in `chosen` and `rejected`.
+    The prompt is the column's, and without one what stands before the response in `chosen` and `rejected`. Where both
+    are there, they end with the same message.
 
     Args:
         row: prompt, chosen and rejected; each is text or messages, chosen and rejected also lists of texts.
@@ -57,10 +58,15 @@ def read_preference(row: Row, names: Mapping[str, str] = PAIR) -> Preference:
     """
     chosen, before = _responses(row, names["chosen"])
     rejected, before_rejected = _responses(row, names["rejected"])
-    if before != before_rejected:
+    if before and before_rejected and _join(before) != _join(before_rejected):
         raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} answer different conversations")
-    has_prompt = not before or given(row, names["prompt"]) is not None
-    return Preference(read_dialogue(row, names["prompt"]) if has_prompt else before, chosen, rejected)
+    before = before or before_rejected
+    column = names["prompt"]
+    if before and given(row, column) is None:
+        return Preference(_join(before), chosen, rejected)
+    if before and not ask_the_same(read_messages(row, column), before):
+        raise ValueError(f"columns {column!r} and {names['chosen']!r} hold different questions; keep the one to answer")
+    return Preference(read_dialogue(row, column), chosen, rejected)
 
 
 def read_pair(row: Row, names: Mapping[str, str] = PAIR) -> tuple[str, str, str]:
@@ -107,7 +113,7 @@ def read_dialogue(row: Row, column: str) -> str:
     turns = _turns(_column(row, column), column)
     if turns is None:
         return read_text(row, column)
-    return _join([(turn["role"], _checked(_said(turn, column), column)) for turn in turns])
+    return _join([{"role": turn["role"], "content": _checked(_said(turn, column), column)} for turn in turns])
 
 
 def read_answer(row: Row, column: str, *, whole: bool = False) -> tuple[list[dict[str, Any]], str]:
@@ -151,6 +157,12 @@ def read_messages(row: Row, column: str) -> str | list[dict[str, Any]]:
     return content_text(value, column) if turns is None else plain_messages(turns, column)
 
 
+def ask_the_same(prompt: str | list[dict[str, Any]], before: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a prompt and the messages before an answer end with the same text, up to white space."""
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return str(asked).split() == str(before[-1]["content"]).split()
+
+
 def plain_messages(turns: Sequence[Row], column: str) -> list[dict[str, Any]]:
     """Return messages with their content as text, and without keys that hold nothing (as tables fill them up)."""
     return [
@@ -188,16 +200,17 @@ def is_storable(text: str) -> bool:
     return True
 
 
-def _responses(row: Row, column: str) -> tuple[tuple[str, ...], str]:
-    """Return the responses of a column and the conversation before them, or ""."""
+def _responses(row: Row, column: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Return the responses of a column, and the messages before them."""
     value = _column(row, column)
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         if blank := [text for text in value if not text.strip()]:
             raise ValueError(f"column {column!r} holds {len(blank)} blank response(s) among {len(value)}")
-        return tuple(_checked(text, column) for text in value), ""
+        return tuple(_checked(text, column) for text in value), []
     before, answer = read_answer(row, column)
-    turns = [(turn["role"], _checked(turn["content"], column)) for turn in before]
-    return (_checked(answer, column),), _join(turns) if turns else ""
+    for turn in before:
+        _checked(turn["content"], column)
+    return (_checked(answer, column),), before
 
 
 def _turns(value: Any, column: str) -> list[Row] | None:
@@ -223,10 +236,10 @@ def _said(turn: Row, column: str) -> str:
     return content_text(turn.get("content"), column)
 
 
-def _join(turns: Sequence[tuple[str, str]]) -> str:
+def _join(turns: Sequence[Mapping[str, Any]]) -> str:
     if len(turns) == 1:
-        return turns[0][1]
-    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in turns)
+        return str(turns[0]["content"])
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
 
 
 def _column(row: Row, column: str) -> Any:

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train.rows import given, read_answer, read_id, read_judgement, read_messages
+from cepo.train.rows import ask_the_same, given, read_answer, read_id, read_judgement, read_messages
 from cepo.train.source import open_file
 
 logger = logging.getLogger("cepo")
@@ -172,9 +172,11 @@ def read_row(row: Row) -> Row:
         raise ValueError(f"column {form[0]!r} ends with a message by the assistant, as if it held the completion too")
     if _other_judgement(row) not in (None, completion):
         raise ValueError("columns 'completion' and 'judge_output' differ; keep the one to score")
-    if before and _spoken(before) != _spoken(_as_messages(prompt)):
-        prompt = [*_as_messages(prompt), *before]
-    return {"prompt": prompt, "completion": completion}
+    if not before or ask_the_same(prompt, before):
+        return {"prompt": prompt, "completion": completion}
+    if before[0]["role"] != "assistant":
+        raise ValueError(f"columns {form[0]!r} and 'completion' hold different questions; keep the one to answer")
+    return {"prompt": [*_as_messages(prompt), *before], "completion": completion}
 
 
 def _read_line(found: Row | str, place: str) -> Line:
@@ -228,10 +230,6 @@ def _task_reward(row: Row) -> float | None:
 
 def _as_messages(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _spoken(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in messages]
 
 
 def _encodable(text: str) -> str:

@@ -94,6 +94,16 @@ def test_every_reader_of_preferences_reads_the_same_pair(tmp_path: Path, name: s
     assert (line.row["prompt"], line.id) == (judge_prompt(ASKED, BAD, GOOD), 7)
 
 
+def test_a_prompt_that_is_not_what_the_responses_answer_is_refused() -> None:
+    """The first turn of a conversation, kept as its prompt, would lose what the responses answer, without a word."""
+    longer = {"chosen": turns("Hi.", "Hello.", ASKED, GOOD), "rejected": turns("Hi.", "Hello.", ASKED, BAD)}
+    with pytest.raises(ValueError, match="columns 'prompt' and 'chosen' hold different questions"):
+        read_preference({"prompt": "Hi.", **longer})
+    assert read_preference({"prompt": f" {ASKED}\n", **longer}).prompt == f" {ASKED}\n"
+    assert read_preference({"prompt": turns("Hi.", "Hello.", ASKED), **longer}) == read_preference(longer)
+    assert read_preference(longer).prompt == f"User: Hi.\n\nAssistant: Hello.\n\nUser: {ASKED}"
+
+
 def test_questions_and_answers_are_read_from_the_same_cells(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"question": ASKED, "answer": "10", "prompt": turns("else"), "label": 1},
