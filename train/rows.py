@@ -18,7 +18,7 @@ PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 """What the columns of a preference are called."""
 _TOOL_ROLES = ("tool", "function", "ipython")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _WRITTEN_OUT = tuple(f"[{{{quote}{key}{quote}:" for quote in "'\"" for key in ("role", "content"))  # messages as text
 
 
@@ -137,7 +137,7 @@ def read_answer(row: Row, column: str, *, whole: bool = False) -> tuple[list[dic
     if not spoken:
         raise ValueError(f"column {column!r} holds no message by the assistant")
     answer = turns[spoken[-1]]
-    thought = next((name for name in _THOUGHTS if answer.get(name)), None)
+    thought = next((name for name in THOUGHT_FIELDS if answer.get(name)), None)
     if whole and thought is not None:
         raise ValueError(
             f"column {column!r} holds a thought beside the answer, in {thought!r}; expected it in the content, as the "

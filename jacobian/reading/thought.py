@@ -99,25 +99,17 @@ def template_opens_thought(tokenizer: Any, **options: Any) -> bool:
     return thought_opened(tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True, **options))
 
 
-def find_section(
-    completion: bytes, tag: str, *, opened: bool = False, sections: Sequence[str] = ()
-) -> ByteRange | None:
-    """Return the content range of the last closed `tag` after the thought, or None where there is none."""
+def read_section(text: str, tag: str) -> str | None:
+    """Return the content of the last closed `tag` after the thought as it was written, or None; never raises."""
+    completion = as_bytes(text)
     try:
-        start = after_thought(completion, opened=opened, sections=sections)
+        start = after_thought(completion)
     except MalformedError:
         return None
     opening = f"<{tag}>".encode()
     end = completion.rfind(f"</{tag}>".encode(), start)
     begin = completion.rfind(opening, start, end) if end >= 0 else -1
-    return (begin + len(opening), end) if begin >= 0 else None
-
-
-def read_section(text: str, tag: str, *, opened: bool = False, sections: Sequence[str] = ()) -> str | None:
-    """Return the content of the last closed `tag` after the thought as it was written, or None; never raises."""
-    completion = as_bytes(text)
-    found = find_section(completion, tag, opened=opened, sections=sections)
-    return None if found is None else as_text(completion[slice(*found)])
+    return as_text(completion[begin + len(opening) : end]) if begin >= 0 else None
 
 
 def _spellings(tag: str) -> tuple[bytes, ...]:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from cepo.jacobian.reading.thought import THOUGHT
 from cepo.jacobian.reading.thought import thought_opened as ends_in_thought
+from cepo.train.rows import THOUGHT_FIELDS
 
 Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
 
@@ -55,9 +56,10 @@ def completion_text(completion: Completion) -> str:
         return _encodable(completion)
     if not isinstance(completion, Sequence) or not all(isinstance(message, Mapping) for message in completion):
         raise ValueError(f"completions holds a {type(completion).__name__}; expected strings or lists of messages")
-    spoken = [message for message in completion if message.get("role", "assistant") == "assistant"]
-    message = spoken[-1] if spoken else {}
-    thought = message.get("reasoning_content") or message.get("thinking")
+    messages: Sequence[Any] = completion
+    spoken = [message for message in messages if message.get("role", "assistant") == "assistant"]
+    message: Mapping[str, Any] = spoken[-1] if spoken else {}
+    thought = next((message[name] for name in THOUGHT_FIELDS if message.get(name)), None)
     before = f"<{THOUGHT}>{thought}</{THOUGHT}>\n" if isinstance(thought, str) else ""
     return _encodable(before + _content_text(message.get("content")))
 
