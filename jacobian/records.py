@@ -55,6 +55,8 @@ class Rollout:
         numbers: the scores, each as the tokens that decide it (empty for a reasoner).
         malformed: why the spans could not be found, or None.
         found_by: how the spans were found ("tags", "boxed", "hashes", "stated", "after rationale", "last sentence").
+        prompt_found_by: how the prompt's content was found ("messages", "template", "plain text", or "whole prompt"
+            where no template explains it); see `PromptReader.content`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -63,6 +65,7 @@ class Rollout:
     numbers: tuple[tuple[Digit, ...], ...] = ()
     malformed: str | None = None
     found_by: str = "tags"
+    prompt_found_by: str = field(default="messages", compare=False)
 
     @property
     def token_ids(self) -> tuple[int, ...]:

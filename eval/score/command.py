@@ -285,6 +285,7 @@ def _score_line(
         "broken": not rollout.token_ids,
         "task_reward": line.task_reward,
         "found_by": rollout.found_by if score.malformed is None else None,
+        "prompt_found_by": rollout.prompt_found_by if score.malformed is None else None,
         "prompt_tokens": len(rollout.prompt_ids),
         "completion_tokens": len(rollout.completion_ids),
         "spans": {name: {"text": span.text, "tokens": len(span.positions)} for name, span in rollout.spans.items()},

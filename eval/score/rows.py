@@ -114,11 +114,11 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
     Args:
         row: see `read_row`.
         reader: finds the spans, with the model's tokenizer.
-        raw: take prompt text as it is, without the chat template.
+        raw: take prompt text as it is, without the chat template, but with one start of text.
 
     Raises:
-        ValueError: with the reason why the row cannot be used: its columns, or a chat template that refuses its
-            messages.
+        ValueError: with the reason why the row cannot be used: its columns, a chat template that refuses its messages,
+            or a prompt that was rendered already and is not raw.
     """
     tokenizer, messages, row = reader.tokenizer, None, read_row(row)
     if "prompt_ids" in row:
@@ -127,9 +127,14 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
         prompt = row["prompt"]
         completion_ids = tokenizer(_encodable(row["completion"]), add_special_tokens=False)["input_ids"]
         if raw and isinstance(prompt, str):
-            prompt_ids = tokenizer(_encodable(prompt))["input_ids"]
+            prompt_ids = reader.prompts.raw_ids(_encodable(prompt))
         else:
             messages = [{**message, "content": _encodable(message["content"])} for message in _as_messages(prompt)]
+            if any(reader.prompts.is_rendered(message["content"]) for message in messages):
+                raise ValueError(
+                    "its prompt is rendered already: it holds the chat template's own special tokens, and would be "
+                    "rendered again; score with --raw, or give the messages alone"
+                )
             try:
                 prompt_ids = tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, tokenize=True, return_dict=True

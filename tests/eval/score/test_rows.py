@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from cepo.eval.score.rows import read_input, read_lines, read_row
+from cepo.eval.score.rows import read_input, read_lines, read_rollout, read_row
+from cepo.jacobian.reading.judge import JudgeLayout
+from cepo.jacobian.reading.spans import SpanReader
+from cepo.train import testbed
 
 ASKED, JUDGED = "Which is better?", "the judgement"
 USER, ANSWER = {"role": "user", "content": ASKED}, {"role": "assistant", "content": JUDGED}
@@ -92,3 +95,15 @@ def test_rows_of_other_inputs_that_cannot_be_used_are_counted(tmp_path: Path, ca
     path.write_text(json.dumps(TEXT) + '\n{"prompt": "cut\n')
     assert [line.broken is None for line in read_lines(path)] == [True, False]
     assert "1 row(s) cannot be used; the first: line 2 is broken" in caplog.text
+
+
+def test_a_rendered_prompt_is_taken_raw_and_never_rendered_twice() -> None:
+    """As --raw it gives the ids and spans of its messages; without, the row is broken, by a reason with the way out."""
+    tokenizer = testbed.build_tokenizer()
+    reader = SpanReader(tokenizer, JudgeLayout())
+    text = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
+    row = {"prompt": text, "completion": JUDGED}
+    assert read_rollout(row, reader, raw=True).prompt_ids == read_rollout(MESSAGES, reader).prompt_ids
+    for prompt in (text, [{"role": "user", "content": text}]):
+        with pytest.raises(ValueError, match="rendered already.*--raw"):
+            read_rollout({**row, "prompt": prompt}, reader)
