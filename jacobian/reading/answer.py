@@ -65,7 +65,7 @@ def find_answer(text: str, *, tag: str, boxed: bool, unmarked: Unmarked) -> Answ
     begin = section.content[0] if section else 0
     narrow = unmarked != "nothing" or section is not None
     found = (
-        (find_box(text, begin, end) if boxed else None)
+        (find_box(text, begin, end if section else len(text)) if boxed else None)
         or (_find_hashes(text, begin, end) or _find_statement(text, begin, end) if narrow else None)
         or section
         or _find_end(text, end, unmarked)
@@ -106,22 +106,28 @@ def find_box(text: str, start: int, end: int) -> Answer | None:
 def _find_section(text: str, tag: str) -> tuple[Answer | None, int]:
     """Return the answer's section, and where it ends; without one, where the text ends.
 
-    A section ends at the first closing tag; one that is opened last and never closed counts where none is closed, since
-    a stop string eats the tag. A closing tag alone ends the text: the prompt had opened it.
+    A section ends at the first closing tag. One that is opened last and never closed counts where none is closed, since
+    a stop string eats the tag. A tag alone at the end of the text is not part of it: the output was cut there, or the
+    prompt had opened the section.
     """
     sections: list[Answer] = []
+    alone: list[re.Match[str]] = []
     opening: re.Match[str] | None = None
-    end = len(text)
     for mark in re.finditer(rf"<\s*+(/?)\s*+{re.escape(tag)}\s*+>", text, re.IGNORECASE):
-        if not mark[1]:
-            opening = mark
-        elif opening:
+        if opening and mark[1]:
             sections.append(Answer(opening.start(), (opening.end(), mark.start()), "tags"))
-            opening = None
-        elif not sections:
-            end = min(end, mark.start())
+        elif mark[1]:
+            alone.append(mark)
+        opening = None if mark[1] else mark
     if opening and not _last_written(text, sections):
-        sections.append(Answer(opening.start(), (opening.end(), _without_cut_tag(text, tag)), "tags"))
+        cut = Answer(opening.start(), (opening.end(), _without_cut_tag(text, tag)), "tags")
+        if text[slice(*cut.content)].strip():
+            sections.append(cut)
+        else:
+            alone.append(opening)
+    end = len(text)
+    for mark in reversed(alone):
+        end = end if text[mark.end() : end].strip() else mark.start()
     section = _last_written(text, sections) or (sections[-1] if sections else None)
     return section, section.content[1] if section else end
 
@@ -180,7 +186,8 @@ def _find_end(text: str, end: int, unmarked: Unmarked) -> Answer | None:
             begin = max(text.rfind(opening, 0, len(formula) - len(closing)), 0)
             return Answer(begin, (begin, end), unmarked)
     if unmarked == "last sentence":
-        begin = max(sentence_ends(text, begin, end), default=begin)
+        words = next((at for at in range(end - 1, begin, -1) if text[at].isalnum()), begin)
+        begin = max((at for at in sentence_ends(text, begin, end) if at < words), default=begin)
     begin += len(text[begin:end]) - len(text[begin:end].lstrip())
     return Answer(begin, (begin, end), unmarked)
 

@@ -513,7 +513,7 @@ def test_reasoner_spans(
         ("<answer>1</answer>", {}, "empty rationale"),
         ("<think>so</think><answer>\n</answer>", {}, "empty answer"),
         ("It is \\boxed{}", {}, "empty answer"),
-        ("<think>so</think><answer>", {}, "empty answer"),
+        ("<think>so</think><answer>", {}, "missing <answer>"),
         ("so</think></answer>", {}, "missing <answer>"),
         ("The answer is 4.", {}, "empty rationale"),
         ("We add.\n#### 4", {"fallback": False}, "missing <answer>"),
