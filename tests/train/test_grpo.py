@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from cepo.cli.app import main
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.guard import Guard
+from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges
 from cepo.train.grpo import TrainConfig, build_causal_loss, build_rewards, grpo_arguments, load_config, train
 from cepo.train.policy import load_testbed_judge
@@ -241,9 +242,25 @@ def test_a_recipe_chooses_the_guard() -> None:
         build_rewards(TrainConfig(**base, kind="reasoning", rewards=[{"name": "causal", "guard": "off"}]))
 
 
+def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() -> None:
+    """Protects `verdicts`: rewards that read text and those that read spans agree, and keep the names that TRL logs."""
+    base: dict[str, Any] = {"model": "testbed", "data": {"source": "testbed"}, "output": "runs/none"}
+    base["rewards"] = [{"name": "format"}, {"name": "argmax"}, {"name": "causal", "task": "argmax"}]
+    judgement = write_judgement("Right.", "A is right.", (8, 6)).replace("{8, 6}", "{{8, 6}}")
+    for verdicts, paid in (("strict", (0.15, 0.0)), ("lenient", (0.2, 1.0))):
+        (by_format, by_argmax, causal), _ = build_rewards(TrainConfig(**base, verdicts=verdicts))
+        assert [reward.__name__ for reward in (by_format, by_argmax)] == ["format_reward", "argmax_reward"]
+        assert by_format([judgement])[0] == pytest.approx(paid[0])
+        assert by_argmax([judgement], label=["A"])[0] == causal.task([judgement], label=["A"])[0] == paid[1]
+        assert causal.layout == replace(JUDGE, verdicts=verdicts)
+    with pytest.raises(ValueError, match="verdicts is 'lenient', but kind is reasoning"):
+        build_rewards(TrainConfig(**base, kind="reasoning", verdicts="lenient"))
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
+        ({"verdicts": "loose"}, "verdicts is 'loose'; expected one of strict, lenient"),
         ({"optimiser": 1}, "unknown key optimiser"),
         ({"model": None}, "lacks model"),
         ({"kind": "poet"}, "kind is 'poet'"),
