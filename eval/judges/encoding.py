@@ -101,11 +101,12 @@ class TextReader:
         """Return the text of the tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._text(self.pieces(token_ids))
 
-    def judgement(self, token_ids: Sequence[int], likely: Likely) -> Judgement:
-        """Return what was generated as a judgement."""
+    def judgement(self, token_ids: Sequence[int], likely: Likely, most: int) -> Judgement:
+        """Return what was generated as a judgement; `most` is the largest number of tokens that it may have."""
         pieces = self.pieces(token_ids)
         soft = self._expected(pieces, likely, self._verdicts)
-        return Judgement(self._text(pieces), tuple(token_ids), soft, len(token_ids), verdicts=self._verdicts)
+        text, count = self._text(pieces), len(token_ids)
+        return Judgement(text, tuple(token_ids), soft, count, cut=count >= most, verdicts=self._verdicts)
 
     def opening_ids(self, text: str) -> list[int]:
         """Return the ids of what is appended to a judgement without a verdict."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any, Literal, TypeAlias
 
 from cepo.eval.judges.settings import Judge, Judgement, Messages, Progress
 from cepo.files import append_jsonl, claim, content_hash, read_jsonl, write_jsonl
+
+logger = logging.getLogger("cepo")
 
 Record: TypeAlias = dict[str, Any]
 
@@ -80,7 +83,7 @@ def collect_judgements(
         tasks: what to judge.
         output: folder of judgements.jsonl. A record holds key, prompt (hash of the messages), the task's facts, text,
             scores (of A and B, or null), soft (expected scores, or null), winner ("A", "B", "tie" or null), tokens,
-            token_ids, forced, seconds and error.
+            token_ids, cut, forced, seconds and error. A warning says how many were cut before their verdict.
         settings: everything else that decides a judgement, see `cepo.files.claim`.
         open_judge: called once, and only if something is left to judge.
         progress: called after each judgement.
@@ -116,6 +119,14 @@ def collect_judgements(
             progress(len(records), len(tasks), speed)
 
     judge.judge([task.messages for task in pending], append)
+    cut = sum(record.get("cut", False) and record["scores"] is None for record in records.values())
+    if cut:
+        logger.warning(
+            "%d of %d judgements were cut before their verdict, which counts as none; a larger --max-new-tokens lets "
+            "them end",
+            cut,
+            len(records),
+        )
     return Collected(records, resumed, tokens, time.perf_counter() - started)
 
 
@@ -132,6 +143,7 @@ def judgement_record(task: JudgeTask, judgement: Judgement) -> Record:
         "winner": winner(scores),
         "tokens": judgement.tokens,
         "token_ids": judgement.token_ids,
+        "cut": judgement.cut,
         "forced": judgement.forced,
         "seconds": round(judgement.seconds, 4),
         "error": judgement.error,

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import email.utils
-import http.client
 import json
-import math
+import logging
+import re
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
-from cepo.eval.judges.expected import expected_scores
+import httpx2
+
+from cepo.eval.judges.answers import NoAnswerError, read_answer
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
-from cepo.jacobian.reading.judge import read_scores
-from cepo.jacobian.reading.verdict import Verdicts
+
+logger = logging.getLogger("cepo")
 
 _TOP = 20  # alternatives per token, the most that the protocol allows
 _LONGEST_WAIT_S = 300.0
 _LARGEST_ANSWER = 2**26  # bytes; a longer answer is not a judgement
 _FEWEST_FAILURES = 10  # in a row, after which the remaining requests are not tried
-_REFUSED = (401, 403, 404)  # a retry or another row would meet the same answer
+_REFUSED = (401, 402, 403, 404)  # a retry or another row would meet the same answer
+_TRANSIENT = (408, 409, 425, 429)
+# What a request asks for beside the model and the messages, and what is said when a server refuses it.
+_YIELDS = {
+    "max_tokens": "it gets max_completion_tokens instead",
+    "temperature": "judgements are sampled at its own temperature",
+    "seed": "sampling cannot be repeated",
+    "logprobs": "there are no expected scores",
+}
+_REFUSES = "unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|forbidden|only|instead"
 
 
 class ServerJudge:
@@ -36,25 +44,32 @@ class ServerJudge:
     Retry-After sets. A request that still fails becomes a judgement with an error. After many failures in a row, the
     remaining requests are not tried.
 
+    A parameter that the server refuses by name (max_tokens, temperature, seed, logprobs) is left out from then on, and
+    a warning says so once. Redirects are not followed, so the key goes to no other address.
+
     Args:
         settings: address, key, concurrency, retries, and how to generate.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
         self._settings = settings
-        base = (settings.base_url or "").rstrip("/")
-        self._url = f"{base}{'' if urlsplit(base).path else '/v1'}/chat/completions"
+        self._url, headers = _address(settings)
+        self._client = httpx2.Client(
+            headers=headers,
+            timeout=settings.timeout_s,
+            limits=httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency),
+        )
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._failures = 0
         self._reason = ""
-        self._top_logprobs = True
+        self._asked = frozenset(_YIELDS)
 
     def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
         """Return one judgement per prompt, in order.
 
         Raises:
-            ValueError: if the server refuses the key, the address or the model (401, 403, 404).
+            ValueError: if the server refuses the key, the address or the model (401 to 404), or redirects.
         """
         found: dict[int, Judgement] = {}
         pool = ThreadPoolExecutor(self._settings.concurrency)
@@ -77,148 +92,128 @@ class ServerJudge:
             hopeless = self._failures >= max(_FEWEST_FAILURES, 2 * self._settings.concurrency)
         if hopeless:
             return Judgement("", error=f"not tried: the {self._failures} requests before it failed ({self._reason})")
-        for attempt in range(self._settings.retries + 1):
+        attempt = 0
+        while True:
+            asked = self._asked
             try:
-                judgement = _read_answer(
-                    _post(self._url, self._body(messages), self._settings), self._settings.verdicts
-                )
-            except _FailureError as failure:
-                reason, wait, transient = str(failure), failure.retry_after, failure.transient
-                if not transient or attempt == self._settings.retries:
-                    break
-                if (
-                    self._top_logprobs and "logprob" in reason.lower()
-                ):  # a server without log-probabilities can still judge
-                    self._top_logprobs, wait = False, 0.0
-                seconds = self._settings.backoff_s * 2**attempt if wait is None else wait
-                if self._stopping.wait(min(_LONGEST_WAIT_S, seconds)):
-                    break
+                judgement = read_answer(self._post(self._body(messages, asked)), self._settings.verdicts)
+            except _RefusedError as refusal:
+                if self._without_refused(asked, refusal):
+                    continue
+                failure: NoAnswerError = refusal
+            except NoAnswerError as error:
+                failure = error
             else:
                 with self._lock:
                     self._failures = 0
                 return replace(judgement, seconds=time.perf_counter() - started)
-        if transient:  # a refusal of this prompt alone says nothing about the others
+            attempt += 1
+            if not failure.transient or attempt > self._settings.retries:
+                break
+            seconds = self._settings.backoff_s * 2 ** (attempt - 1) if failure.wait is None else failure.wait
+            if self._stopping.wait(min(_LONGEST_WAIT_S, seconds)):
+                break
+        if failure.transient:  # a refusal of this prompt alone says nothing about the others
             with self._lock:
-                self._failures, self._reason = self._failures + 1, reason
-        return Judgement("", error=f"{reason} (tried {attempt + 1}x)", seconds=time.perf_counter() - started)
+                self._failures, self._reason = self._failures + 1, str(failure)
+        return Judgement("", error=f"{failure} (tried {attempt}x)", seconds=time.perf_counter() - started)
 
-    def _body(self, messages: Messages) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self._settings.model,
-            "messages": [dict(message) for message in messages],
-            "max_tokens": self._settings.max_new_tokens,
-            "temperature": self._settings.temperature,
-            "seed": row_seed(self._settings.seed, messages),
+    def _body(self, messages: Messages, asked: frozenset[str]) -> dict[str, Any]:
+        settings = self._settings
+        optional: dict[str, dict[str, Any]] = {
+            "max_tokens": {"max_tokens": settings.max_new_tokens},
+            "temperature": {"temperature": settings.temperature},
+            "seed": {"seed": row_seed(settings.seed, messages)},
+            "logprobs": {"logprobs": True, "top_logprobs": _TOP},
         }
-        return body | ({"logprobs": True, "top_logprobs": _TOP} if self._top_logprobs else {})
+        body: dict[str, Any] = {"model": settings.model, "messages": [dict(one) for one in messages], "stream": False}
+        if "max_tokens" not in asked:
+            body["max_completion_tokens"] = settings.max_new_tokens
+        return body | {name: value for key in asked for name, value in optional[key].items()}
+
+    def _without_refused(self, asked: frozenset[str], refusal: _RefusedError) -> bool:
+        """Leave out what a refusal names from now on; return whether that changes what was asked."""
+        refused = {name for name in asked if refusal.names(name)}
+        with self._lock:
+            for name in sorted(refused & self._asked):
+                logger.warning("the server refuses %s: %s (%s)", name, _YIELDS[name], refusal)
+            self._asked -= refused
+        return bool(refused)
+
+    def _post(self, body: Mapping[str, Any]) -> Any:
+        """Send one request and return the JSON that came back, or raise NoAnswerError with the reason."""
+        deadline = time.monotonic() + self._settings.timeout_s
+        try:
+            with self._client.stream("POST", self._url, content=json.dumps(body)) as response:
+                content = _read_until(response, deadline)
+        except httpx2.TimeoutException:
+            raise NoAnswerError(f"no answer within {self._settings.timeout_s:g} s") from None
+        except (httpx2.ConnectError, httpx2.ProxyError) as error:
+            raise NoAnswerError(f"no connection: {error}") from None
+        except httpx2.HTTPError as error:
+            raise NoAnswerError(f"the connection broke: {type(error).__name__}: {error}") from None
+        if response.is_success:
+            try:
+                return json.loads(content)
+            except (ValueError, RecursionError):
+                raise NoAnswerError(f"the answer is not JSON: {content[:60]!r}") from None
+        if response.has_redirect_location:
+            raise ValueError(
+                f"the server at {self._url} redirects to {response.headers['Location']!r}; redirects are not followed, "
+                "so that the key goes to no other address: name the right one with --base-url"
+            )
+        code, shown = response.status_code, _shown(content) or response.reason_phrase
+        if code in _REFUSED:
+            raise ValueError(f"the server at {self._url} answers {code} for model {body['model']!r}: {shown}")
+        reason = f"the server answered {code}: {shown}"
+        if code in _TRANSIENT or (code >= 500 and "logprob" not in shown.lower()):
+            raise NoAnswerError(reason, wait=_retry_after(response.headers.get("Retry-After")))
+        raise _RefusedError(reason, content.decode("utf-8", errors="replace"))
 
 
-class _FailureError(Exception):
-    """A request without a usable answer.
+class _RefusedError(NoAnswerError):
+    """A request that the server refuses as it is."""
 
-    Attributes:
-        transient: whether another try may succeed.
-        retry_after: seconds that the server asks to wait, or None.
+    def __init__(self, reason: str, body: str) -> None:
+        super().__init__(reason, transient=False)
+        self._body = body
+
+    def names(self, parameter: str) -> bool:
+        """Return whether it is this parameter that is refused, and not what was said of it, such as its size."""
+        if parameter == "logprobs":  # nothing else speaks of them
+            return "logprob" in self._body.lower()
+        if parameter == "max_tokens" and "max_completion_tokens" not in self._body:
+            return False
+        near = rf"\b{parameter}\b.{{0,80}}({_REFUSES})|({_REFUSES}).{{0,80}}\b{parameter}\b"
+        return re.search(near, self._body, re.IGNORECASE | re.DOTALL) is not None
+
+
+def _address(settings: JudgeSettings) -> tuple[httpx2.URL, dict[str, str]]:
+    """Return where requests go, and their headers.
+
+    An address without a path gets /v1, a query stays (Azure's api-version), and one that already ends in
+    /chat/completions is taken as it is.
     """
-
-    def __init__(self, reason: str, *, transient: bool = True, retry_after: float | None = None) -> None:
-        super().__init__(reason)
-        self.transient, self.retry_after = transient, retry_after
-
-
-def _post(url: str, body: Mapping[str, Any], settings: JudgeSettings) -> Any:
-    """Send one request and return the JSON that came back, or raise _FailureError with the reason."""
+    base = httpx2.URL(settings.base_url or "")
+    path = base.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if settings.api_key:
-        headers["Authorization"] = f"Bearer {settings.api_key}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    deadline = time.monotonic() + settings.timeout_s
-    try:
-        with urllib.request.urlopen(request, timeout=settings.timeout_s) as response:
-            content = _read_until(response, deadline)
-    except urllib.error.HTTPError as error:
-        shown = _shown(error)
-        if error.code in _REFUSED:
-            raise ValueError(f"the server at {url} answers {error.code} for model {body['model']!r}: {shown}") from None
-        transient = error.code in (408, 409, 425, 429) or error.code >= 500 or "logprob" in shown.lower()
-        wait = _retry_after(error.headers.get("Retry-After"))
-        raise _FailureError(
-            f"the server answered {error.code}: {shown}", transient=transient, retry_after=wait
-        ) from None
-    except TimeoutError:
-        raise _FailureError(f"no answer within {settings.timeout_s:g} s") from None
-    except urllib.error.URLError as error:
-        late = isinstance(error.reason, TimeoutError)
-        reason = f"no answer within {settings.timeout_s:g} s" if late else f"no connection: {error.reason}"
-        raise _FailureError(reason) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _FailureError(f"the connection broke: {type(error).__name__}: {error}") from None
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        raise _FailureError(f"the answer is not JSON: {content[:60]!r}") from None
+        # Azure takes a key in a header of its own where the address names the version of its protocol.
+        is_azure = "api-version" in base.params
+        headers |= {"api-key": settings.api_key} if is_azure else {"Authorization": f"Bearer {settings.api_key}"}
+    return base.copy_with(path=f"{path}/chat/completions"), headers
 
 
-def _read_until(response: Any, deadline: float) -> bytes:
-    """Read a body until the deadline; the socket's own time-out only limits each piece of it."""
+def _read_until(response: httpx2.Response, deadline: float) -> bytes:
+    """Read a body until the deadline; the client's own time-out only limits each piece of it."""
     content = b""
-    while piece := response.read1(2**16):
+    for piece in response.iter_bytes():
         content += piece
         if time.monotonic() > deadline:
-            raise TimeoutError
+            raise httpx2.ReadTimeout("the answer comes too slowly")
         if len(content) > _LARGEST_ANSWER:
-            raise _FailureError(f"the answer is longer than {_LARGEST_ANSWER} bytes")
-    promised = response.length  # bytes that Content-Length announced and that did not come
-    if promised:
-        raise _FailureError(f"the connection broke: {promised} bytes of the answer are missing")
+            raise NoAnswerError(f"the answer is longer than {_LARGEST_ANSWER} bytes")
     return content
-
-
-def _read_answer(answer: Any, verdicts: Verdicts) -> Judgement:
-    """Return the judgement in an answer, or raise _FailureError if it holds no text."""
-    try:
-        choice = answer["choices"][0]
-        text, thought = choice["message"].get("content"), choice["message"].get("reasoning_content")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise _FailureError(f"the answer holds no choices: {str(answer)[:60]!r}") from None
-    if text is not None and not isinstance(text, str):
-        raise _FailureError(f"the answer's content is a {type(text).__name__}")
-    if text is None and not isinstance(thought, str):
-        raise _FailureError("the answer holds no content")
-    # Some servers return the thought in a field of its own.
-    whole = f"<think>{thought}</think>{text or ''}" if isinstance(thought, str) and thought else (text or "")
-    usage = answer.get("usage")
-    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    tokens, soft = _read_logprobs(choice.get("logprobs"), whole, verdicts)
-    return Judgement(whole, soft=soft, tokens=counted if isinstance(counted, int) else tokens, verdicts=verdicts)
-
-
-def _read_logprobs(logprobs: Any, text: str, verdicts: Verdicts) -> tuple[int, tuple[float, float] | None]:
-    """Return how many tokens the server lists, and the expected scores where it lists enough."""
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if not isinstance(content, list) or not content:
-        return 0, None
-    try:
-        pieces = [_piece(token) for token in content]
-        listed = b"".join(pieces).decode("utf-8", errors="replace")
-        same = read_scores(listed, verdicts=verdicts) == read_scores(text, verdicts=verdicts)
-        return len(content), expected_scores(pieces, _likely(content), verdicts) if same else None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return len(content), None
-
-
-def _likely(content: Sequence[Mapping[str, Any]]) -> Callable[[int], Mapping[bytes, float]]:
-    def likely(at: int) -> Mapping[bytes, float]:
-        listed = [content[at], *(content[at].get("top_logprobs") or [])]
-        return {_piece(token): math.exp(float(token["logprob"])) for token in listed}
-
-    return likely
-
-
-def _piece(token: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a token as the server lists them: its text may be half a character."""
-    listed = token.get("bytes")
-    return bytes(listed) if listed is not None else str(token["token"]).encode()
 
 
 def _retry_after(header: str | None) -> float | None:
@@ -235,10 +230,6 @@ def _retry_after(header: str | None) -> float | None:
         return None
 
 
-def _shown(error: urllib.error.HTTPError) -> str:
-    """Return the start of an error's body, which says what is wrong, or its reason where there is no body."""
-    try:
-        body = error.read(2000).decode("utf-8", errors="replace").strip()
-    except (OSError, http.client.HTTPException):
-        body = ""
-    return " ".join((body or str(error.reason)).split())[:200]
+def _shown(content: bytes) -> str:
+    """Return the start of an error's body, which says what is wrong."""
+    return " ".join(content[:2000].decode("utf-8", errors="replace").split())[:200]

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, get_args
-from urllib.parse import urlsplit
+
+import httpx2
 
 from cepo.jacobian.loading import check_device, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import read_scores
@@ -30,6 +31,7 @@ class Judgement:
         token_ids: the ids of `text`, or None where the backend does not return them.
         soft: expected scores of A and B, see `expected_scores`; None where there is no verdict or no distribution.
         tokens: number of tokens that it generated, without those that were appended.
+        cut: whether it ended because it reached the largest number of tokens.
         forced: whether `\boxed{` was appended for it, see `JudgeSettings.force_format`.
         seconds: time that it took; its share of the batch where it was generated in one.
         error: why there is no judgement, or None. A row with an error says nothing about the model.
@@ -41,6 +43,7 @@ class Judgement:
     token_ids: tuple[int, ...] | None = None
     soft: tuple[float, float] | None = None
     tokens: int = 0
+    cut: bool = False
     forced: bool = False
     seconds: float = 0.0
     error: str | None = None
@@ -171,8 +174,11 @@ def row_seed(seed: int, messages: Messages) -> int:
 
 
 def _check_server(settings: JudgeSettings) -> None:
-    parts = urlsplit(settings.base_url or "")
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        url = httpx2.URL(settings.base_url or "")
+    except httpx2.InvalidURL:
+        url = httpx2.URL("")
+    if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"base_url is {settings.base_url!r}; expected an address such as http://localhost:8000/v1")
     if settings.force_format:
         raise ValueError("force_format is set for a server, whose protocol cannot continue a message; leave it out")

@@ -112,6 +112,7 @@ class TransformersJudge:
             self.texts.judgement(
                 self._cut(sequences_BT[row, ids_BT.shape[1] :].tolist()),
                 self.texts.likely_numbers(probabilities[:, row]),
+                self._settings.max_new_tokens,
             )
             for row in range(len(ids_rows))
         ]

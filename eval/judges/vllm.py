@@ -64,8 +64,9 @@ class VllmJudge:
         started = time.perf_counter()
         encoded, found = self.prompts.encode_all(prompts)
         seeds = {row: row_seed(self._settings.seed, prompts[row]) for row in encoded}
-        for row, output in self._generate(encoded, seeds, self._settings.max_new_tokens).items():
-            found[row] = self.texts.judgement(output.token_ids, self._likely(output.logprobs))
+        most = self._settings.max_new_tokens
+        for row, output in self._generate(encoded, seeds, most).items():
+            found[row] = self.texts.judgement(output.token_ids, self._likely(output.logprobs), most)
         if self._settings.force_format:
             self._force(encoded, seeds, found)
         seconds = (time.perf_counter() - started) / len(prompts)

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cepo.eval.judges import transformers as local
 from cepo.eval.judges.expected import expected_scores
-from cepo.eval.judges.journal import winner
+from cepo.eval.judges.journal import JudgeTask, collect_judgements, winner
 from cepo.eval.judges.server import ServerJudge, _retry_after
 from cepo.eval.judges.settings import Judgement, JudgeSettings, check_judge, decisive_settings, row_seed
 from cepo.eval.judges.transformers import TransformersJudge
@@ -649,16 +649,112 @@ def test_what_only_one_prompt_is_refused_for_is_not_sent_again(serve: Callable[.
     assert len(server.requests) == 3
 
 
-def test_a_server_that_has_no_log_probabilities_is_asked_without(serve: Callable[..., Server]) -> None:
+@pytest.mark.parametrize(
+    ("name", "status", "refusal"),
+    [
+        (
+            "max_tokens",
+            400,
+            "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
+        ),
+        ("temperature", 400, "Unsupported value: 'temperature' does not support 0. Only the default (1) is supported."),
+        ("temperature", 400, "Unsupported parameter: 'temperature' is not supported with this model."),
+        ("seed", 422, '{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}'),
+        ("top_logprobs", 422, "top_logprobs must be less than or equal to 5"),
+        ("logprobs", 500, "logprobs is not supported"),
+    ],
+)
+def test_a_parameter_that_a_server_refuses_is_left_out_from_then_on(
+    serve: Callable[..., Server], caplog: pytest.LogCaptureFixture, name: str, status: int, refusal: str
+) -> None:
+    """Without a retry of its own, and with a word in the log, once."""
+
     def answer(handler: Handler, number: int, body: dict[str, Any]) -> None:
-        if "logprobs" in body:
-            handler.send(400, b"logprobs is not supported")
+        if name in body:
+            handler.send(status, refusal.encode())
         else:
             handler.judge()
 
     server = serve(answer)
-    assert [found.error for found in ask(server, 3)] == [None] * 3
+    assert [found.error for found in ask(server, 3, retries=0, max_new_tokens=9)] == [None] * 3
+    assert [name in request for request in server.requests] == [True, False, False, False]
+    assert server.requests[-1].get("max_completion_tokens", server.requests[-1].get("max_tokens")) == 9
+    assert caplog.text.count("the server refuses") == 1
+
+
+def test_several_parameters_are_left_out_and_a_size_that_is_refused_is_not_a_parameter(
+    serve: Callable[..., Server],
+) -> None:
+    def answer(handler: Handler, number: int, body: dict[str, Any]) -> None:
+        for name in ("max_tokens", "temperature", "logprobs"):
+            if name in body:
+                handler.send(400, f"Unsupported: '{name}'; max_completion_tokens is.".encode())
+                return
+        handler.judge()
+
+    server = serve(answer)
+    assert ask(server, retries=0)[0].error is None
     assert len(server.requests) == 4
+    too_large = b"'max_tokens' or 'max_completion_tokens' is too large: 512. The model's context is 300 tokens."
+    server = serve(lambda handler, number, body: handler.send(400, too_large))
+    assert "is too large" in str(ask(server, retries=3)[0].error)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_carries_the_key_nowhere(serve: Callable[..., Server], status: int) -> None:
+    """It ends the run and names the address, which the user can give."""
+    elsewhere = serve(lambda handler, number, body: handler.judge())
+    server = serve(lambda handler, number, body: handler.send(status, b"", Location=elsewhere.url + "/v1"))
+    with pytest.raises(ValueError, match=re.escape(elsewhere.url)):
+        ask(server, api_key="sk-1")
+    assert (len(server.requests), elsewhere.requests) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("tail", "path", "header"),
+    [
+        ("", "/v1/chat/completions", ("Authorization", "Bearer sk-1")),
+        ("/v1/", "/v1/chat/completions", ("Authorization", "Bearer sk-1")),
+        ("/api/v1/chat/completions", "/api/v1/chat/completions", ("Authorization", "Bearer sk-1")),
+        (
+            "/openai/deployments/x?api-version=1",
+            "/openai/deployments/x/chat/completions?api-version=1",
+            ("api-key", "sk-1"),
+        ),
+    ],
+)
+def test_forms_of_an_address(serve: Callable[..., Server], tail: str, path: str, header: tuple[str, str]) -> None:
+    """Azure's has a query, and a header of its own for the key."""
+    server = serve(lambda handler, number, body: handler.judge())
+    server.url += tail
+    assert ask(server, api_key="sk-1")[0].text == VERDICT
+    assert server.requests[0]["path"] == path
+    names = {name.lower(): value for name, value in server.headers[0].items()}
+    assert {key: names[key] for key in ("authorization", "api-key") if key in names} == {header[0].lower(): header[1]}
+
+
+def test_cut_judgements_are_kept_and_counted_aloud(
+    serve: Callable[..., Server], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of the thoughts are cut: rows without a verdict, which the next run does not ask for again."""
+
+    def answer(handler: Handler, number: int, body: dict[str, Any]) -> None:
+        if number % 2:
+            handler.judge(message={"content": None, "reasoning": "Let me think"}, finish_reason="length")
+        else:
+            handler.judge()
+
+    server = serve(answer)
+    settings = JudgeSettings("name", backend="server", base_url=server.url, retries=0, concurrency=1)
+    tasks = [JudgeTask(str(row), messages(f"prompt {row}")) for row in range(4)]
+    for _ in range(2):
+        collected = collect_judgements(tasks, tmp_path, {"command": "x"}, lambda: ServerJudge(settings))
+    assert len(server.requests) == 4
+    assert not collected.failed
+    assert [record["cut"] for record in collected.records.values()] == [False, True, False, True]
+    assert "2 of 4 judgements were cut" in caplog.text
+    assert "--max-new-tokens" in caplog.text
 
 
 def test_an_address_that_is_refused_ends_the_run_at_once(serve: Callable[..., Server]) -> None:
@@ -721,14 +817,6 @@ def test_log_probabilities_that_do_not_fit_the_text_give_no_expected_scores(
     server = serve(lambda handler, number, body: handler.judge(logprobs=logprobs))
     (found,) = ask(server)
     assert (found.error, found.soft) == (None, None)
-
-
-def test_a_thought_in_a_field_of_its_own_is_kept_and_not_searched(serve: Callable[..., Server]) -> None:
-    message = {"content": VERDICT, "reasoning_content": "maybe <scores>\\boxed{1, 9}</scores>"}
-    server = serve(lambda handler, number, body: handler.judge(message=message))
-    (found,) = ask(server)
-    assert "\\boxed{1, 9}" in found.text
-    assert read_scores(found.text) == (8.0, 6.0)
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
