@@ -100,8 +100,11 @@ class JacobianEngine(ModelEngine):
         terms_of = {key: target_terms(rollout, key.target, key.function) for key in passes}
         rows = sorted({term.position - 1 for terms in terms_of.values() for term in terms})
         row_of = {position: index for index, position in enumerate(rows)}
-        # Tokens after the last row that predicts a target have no part in any target function.
-        ids_BT = torch.tensor([rollout.token_ids[: rows[-1] + 1]], device=self._held.embedding.weight.device)
+        # Tokens after the last row that predicts a target have no part in any target function, unless by their number.
+        ids, settled = rollout.token_ids, self._held.settled_length
+        ids_BT = torch.tensor(
+            [ids if len(ids) > settled else ids[: rows[-1] + 1]], device=self._held.embedding.weight.device
+        )
         logits_PV = self._logits(ids_BT, rows + rows[-1:] * (FEWEST_HEAD_ROWS - len(rows)))
         return {
             key: sum_of_terms(logits_PV[[row_of[term.position - 1] for term in terms]], terms)

@@ -6,6 +6,7 @@ import abc
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from cepo.jacobian.gradients import check_gradients
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, Rollout
+from cepo.jacobian.rotary import settled_length
 
 
 class HeldModel:
@@ -66,6 +68,13 @@ class HeldModel:
         decoder = self.causal_lm.get_decoder() if hasattr(self.causal_lm, "get_decoder") else self.causal_lm
         lists = (module for module in (decoder or self.causal_lm).modules() if isinstance(module, nn.ModuleList))
         return next((list(modules) for modules in lists if len(modules) == count), [])
+
+    @cached_property
+    def settled_length(self) -> float:
+        """Up to how many tokens the rotary tables do not depend on the length; see `cepo.jacobian.rotary`."""
+        limit = getattr(self._text_config, "max_position_embeddings", None) or 2**20
+        with torch.no_grad():
+            return settled_length(self.causal_lm, int(limit))
 
     @property
     def embedding(self) -> Any:

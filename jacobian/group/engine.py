@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.chunk import StemRun, chunk_answers, chunk_gradients, run_opening, run_stem
@@ -25,6 +25,8 @@ from cepo.kernels.launch import Implementation, takes_over
 
 logger = logging.getLogger("cepo")
 
+AnyRequest = TypeVar("AnyRequest", Request, PathRequest)
+
 
 class GroupEngine(ModelEngine):
     """Computes Jacobians of whole groups; rows that rollouts have in common are run once.
@@ -36,7 +38,8 @@ class GroupEngine(ModelEngine):
 
     Equal to `JacobianEngine` to rounding, whatever the batch and the chunks. Serves every causal LM whose layers all
     attend over a standard key-value cache. The others (sliding windows, hybrid or recurrent layers, attention that does
-    not go through transformers' interface) are handed to the oracle, and the reason is logged once.
+    not go through transformers' interface) are handed to the oracle, and the reason is logged once. So are requests
+    with a rollout beyond the length from which rotary tables change (LongRoPE), see `cepo.jacobian.rotary`.
 
     Args:
         model: a causal LM, PEFT-wrapped or not.
@@ -62,7 +65,7 @@ class GroupEngine(ModelEngine):
             raise ValueError(f"memory_budget is {memory_budget!r}; expected a positive number of bytes, or None")
         self.kernels = kernels
         self._oracle = JacobianEngine(self._held)
-        self._budget, self._over_budget = memory_budget, False
+        self._budget, self._over_budget, self._was_unsettled = memory_budget, False, False
         self._trial: Served | str | None = None
         takes_over(kernels, self._held.embedding.weight)  # refuses kernels that cannot run
 
@@ -91,9 +94,7 @@ class GroupEngine(ModelEngine):
         self._check([requests] if isinstance(requests, Group) else (request.group for request in requests))
         if isinstance(requests, Group):
             requests = [Request(requests, default_links(requests) if links is None else tuple(links))]
-        served = self._tried()
-        if isinstance(served, str):
-            raise ValueError(f"the oracle serves this model, so there is no plan: {served}")
+        served = self._planned(requests)
         return plan_of(self._schedule(requests, served), served.cost)
 
     def plan_paths(self, requests: Sequence[PathRequest]) -> Plan:
@@ -103,10 +104,17 @@ class GroupEngine(ModelEngine):
             ValueError: as `plan`.
         """
         self._check_paths(requests)
-        served = self._tried()
-        if isinstance(served, str):
-            raise ValueError(f"the oracle serves this model, so there is no plan: {served}")
+        served = self._planned(requests)
         return plan_paths(requests, served.cost, self._budget_now())
+
+    def _planned(self, requests: Sequence[Request] | Sequence[PathRequest]) -> Served:
+        """Return the model, or raise ValueError where the oracle serves it or a request."""
+        served = self._tried()
+        reasons = (served if isinstance(served, str) else self._unsettled(request) for request in requests)
+        reason = next((one for one in reasons if one is not None), None)
+        if reason is not None or isinstance(served, str):
+            raise ValueError(f"the oracle serves this model, so there is no plan: {reason or served}")
+        return served
 
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`.
@@ -118,10 +126,10 @@ class GroupEngine(ModelEngine):
             ValueError: if a rollout is malformed or refused, before the first is run.
         """
         self._check(request.group for request in requests)
-        served = self._tried()
-        if isinstance(served, str):
-            yield from self._oracle.compute(requests)
-            return
+        for served, alike in self._by_server(requests):
+            yield from self._oracle.compute(alike) if served is None else self._compute(alike, served)
+
+    def _compute(self, requests: Sequence[Request], served: Served) -> Iterator[Answer]:
         work = self._schedule(requests, served)
         opening: KeyValues | None = None
         stem: StemRun | None = None
@@ -147,15 +155,37 @@ class GroupEngine(ModelEngine):
             ValueError: if a rollout or a counterfactual is malformed or refused, before the first is run.
         """
         self._check_paths(requests)
+        for served, alike in self._by_server(requests):
+            if served is None:
+                yield from self._oracle.paths(alike)
+                continue
+            runner = PathRunner(served, self._budget_now())
+            for _, of_prompt in groupby(alike, key=lambda request: request.group.rollouts[0].prompt_ids):
+                with served.model.prepared():
+                    answers = [runner.answer(request) for request in of_prompt]
+                yield from answers
+
+    def _by_server(self, requests: Sequence[AnyRequest]) -> Iterator[tuple[Served | None, list[AnyRequest]]]:
+        """Yield requests that follow one another and are served alike, with the model, or None for the oracle's."""
         served = self._tried()
         if isinstance(served, str):
-            yield from self._oracle.paths(requests)
+            yield None, list(requests)
             return
-        runner = PathRunner(served, self._budget_now())
-        for _, of_prompt in groupby(requests, key=lambda request: request.group.rollouts[0].prompt_ids):
-            with served.model.prepared():
-                answers = [runner.answer(request) for request in of_prompt]
-            yield from answers
+        for settled, alike in groupby(requests, key=lambda request: self._unsettled(request) is None):
+            yield (served if settled else None), list(alike)
+
+    def _unsettled(self, request: Request | PathRequest) -> str | None:
+        """Return why the oracle takes a request with rollouts too long for rotary tables of their parts, or None."""
+        others = request.counterfactuals if isinstance(request, PathRequest) else ()
+        rollouts = [*request.group.rollouts, *(other for of_one in others for other in of_one)]
+        longest, settled = max(len(rollout.token_ids) for rollout in rollouts), self._held.settled_length
+        if longest <= settled:
+            return None
+        reason = f"beyond {settled} tokens its rotary tables change with the length, and a rollout has {longest}"
+        if not self._was_unsettled:
+            self._was_unsettled = True
+            logger.warning("the group engine hands requests to the oracle: %s", reason)
+        return reason
 
     def _answers(
         self, request: Request, work: Work, stem: StemRun, served: Served

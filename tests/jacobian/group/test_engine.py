@@ -22,6 +22,7 @@ from transformers import (
     GraniteConfig,
     MambaConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     Qwen3MoeConfig,
 )
@@ -33,7 +34,7 @@ from cepo.fusion.score import score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.jacobian.protocol import Request
+from cepo.jacobian.protocol import PathRequest, Request
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.records import Group, LinkJacobian, Rollout
 from tests.jacobian.test_autograd import LINKS, SCATTERED, link
@@ -402,3 +403,77 @@ def test_smollm2_in_float32() -> None:
     requests = [Request(Group((first, second)), PAPER), Request(Group((permuted,)), PAPER[:1], context_energy=False)]
     for found, wanted in zip(engine.compute(requests), oracle.compute(requests), strict=True):
         assert_same(found, wanted, 1e-5)
+
+
+def scaled_model(kind: str) -> Any:
+    """Return a float64 model whose rotary tables change with the length of a sequence, or not, beyond 16 tokens."""
+    if kind == "longrope":
+        scaling = {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.5, 4.0], "rope_theta": 1e4}
+        scaling["original_max_position_embeddings"] = 16
+        shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        config = Phi3Config(
+            **shape,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            original_max_position_embeddings=16,
+            rope_parameters=scaling,
+            pad_token_id=0,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+        randomise(model, 0)
+        return model.eval()
+    scaling = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = 16
+    return tiny_model("llama", rope_parameters=scaling)
+
+
+@pytest.mark.usefixtures("_in_double")
+def test_tables_that_change_with_the_length(caplog: pytest.LogCaptureFixture) -> None:
+    """LongRoPE: what fits the first training's length is run in segments, what is longer goes to the oracle with a
+    word, gradients and paths alike; segments of a longer rollout would have the keys of a shorter one."""
+    engine, oracle = GroupEngine(scaled_model("longrope")), JacobianEngine(scaled_model("longrope"))
+    assert engine._held.settled_length == 16
+    assert engine.unserved is None
+    long = judge_rollout()
+    positions = {"prompt": (1, 2, 3), "criteria": (9, 10), "analysis": (11, 12), "scores": (13, 14, 15)}
+    short = replace(judge_rollout(positions=positions), completion_ids=long.completion_ids[:7])
+    requests = [Request(Group((one,)), PAPER) for one in (short, long, short)]
+    with caplog.at_level(logging.WARNING, logger="cepo"):
+        found = list(engine.compute(requests[:1]))
+        assert "to the oracle" not in caplog.text
+        found += engine.compute(requests[1:])
+    assert "beyond 16 tokens its rotary tables change" in caplog.text
+    for answer, wanted in zip(found, oracle.compute(requests), strict=True):
+        assert_same(answer, wanted, 1e-10)
+    with pytest.raises(ValueError, match="beyond 16 tokens"):
+        engine.plan(Group((long,)))
+    assert engine.plan(Group((short,)), PAPER)
+    others = ((permute_rollout(long, "criteria", 0, seed=0),),)
+    asked = [PathRequest(Group((long,)), others, (link("X->Y"),), 1)]
+    ((of_engine,), (of_oracle,)) = next(engine.paths(asked)), next(oracle.paths(asked))
+    assert of_engine["X->Y"].sums == of_oracle["X->Y"].sums
+
+
+@pytest.mark.usefixtures("_in_double")
+def test_a_link_alone_sees_the_whole_length() -> None:
+    """With tables that depend on the length, a link's answer is the same alone and beside links that end later."""
+    engine, group = JacobianEngine(scaled_model("longrope")), Group((judge_rollout(),))
+    both = engine.jacobians(group, PAPER)
+    assert_same(engine.jacobians(group, PAPER[:1]), [{"Z->X": both[0]["Z->X"]}], 1e-10)
+
+
+@pytest.mark.usefixtures("_in_double")
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "linear"])
+def test_tables_that_do_not_change_with_the_length_are_served(kind: str) -> None:
+    """Within the length that the model takes: dynamic scaling begins beyond it, where rollouts are refused."""
+    model = scaled_model(kind)
+    engine = GroupEngine(model)
+    assert engine._held.settled_length == float("inf")
+    group = Group((judge_rollout(),))
+    assert_same(engine.jacobians(group, PAPER), JacobianEngine(model).jacobians(group, PAPER), 1e-10)
+    assert (
+        engine.refusal(replace(judge_rollout(), completion_ids=(5,) * 56))
+        == "too long: 65 tokens, and the model takes 64"
+    )

@@ -1,0 +1,63 @@
+"""Up to which length a model's rotary tables are the same whatever the length of the sequence."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SHORTEST = 8
+
+
+def settled_length(model: nn.Module, longest: int) -> float:
+    """Return up to how many tokens rotary tables do not depend on a sequence's length; inf where they never do.
+
+    LongRoPE and dynamic NTK scaling take other frequencies for all positions once a sequence is longer than the model
+    was first trained for. Keys that were made for a beginning are then wrong for the whole. Each rotary module is asked
+    for its table at the same positions in sequences of different lengths, by position ids alone. The length at which it
+    changes is found by bisection.
+
+    Args:
+        model: the model.
+        longest: the longest sequence that it takes, tokens.
+    """
+    tables = ((module, kind) for module in model.modules() for kind in _kinds(module))
+    return min((_settled(module, kind, longest) for module, kind in tables), default=math.inf)
+
+
+def _kinds(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the further arguments of each kind of table that a rotary module makes; [] for other modules."""
+    makes_tables = "position_ids" in inspect.signature(type(module).forward).parameters
+    if not makes_tables or any(True for _ in module.parameters()):
+        return []
+    kinds = getattr(module, "rope_type", None)
+    return [{"layer_type": kind} for kind in kinds] if isinstance(kinds, dict) else [{}]
+
+
+def _settled(module: nn.Module, layer: dict[str, Any], longest: int) -> float:
+    device = next((buffer.device for buffer in module.buffers()), None)
+    like = torch.zeros(1, device=device)
+
+    def tables(length: int) -> list[Tensor]:
+        at = torch.tensor([[1, 2, 3, length - 1]], device=device)
+        found = [table[:, :3] for table in module(like, at, **layer)]
+        module(like, at[:, :1], **layer)  # what a long sequence left in the module goes when it meets a short one
+        return found
+
+    def is_settled(length: int) -> bool:
+        return all(torch.equal(one, other) for one, other in zip(tables(length), short, strict=True))
+
+    try:
+        short = tables(_SHORTEST)
+        low, high = _SHORTEST, longest
+        if high <= low or is_settled(high):
+            return math.inf
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if is_settled(middle) else (low, middle)
+    except Exception:  # a foreign module may take other arguments; nothing is known of its tables
+        return 0
+    return low
