@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from cepo.counterfactual.text.mechanical import make_pairs
 from cepo.counterfactual.text.pairs import ORIGINAL, Pair, side_of
 from cepo.files import Row, content_hash
@@ -41,7 +43,7 @@ class EncodedPairs:
     """Pairs as token ids, and those that have none.
 
     Attributes:
-        rows: `chosen_ids`, `rejected_ids` and `tie` of each, see `PairEncoder.encode`.
+        rows: `chosen_ids` and `rejected_ids`, int32, and `tie` of each, see `PairEncoder.encode`.
         left_out: pairs that are too long, or equal after encoding.
     """
 
@@ -51,7 +53,8 @@ class EncodedPairs:
     @property
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that stand for the rows, in their order."""
-        return content_hash([content_hash(row) for row in self.rows])
+        texts = (f"{row['chosen_ids'].tolist()} {row['rejected_ids'].tolist()} {row['tie']}" for row in self.rows)
+        return content_hash([content_hash(text) for text in texts])
 
 
 def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
@@ -109,7 +112,8 @@ def encode_pairs(pairs: Sequence[Pair], encoder: PairEncoder) -> EncodedPairs:
         except ValueError as reason:
             left_out.append((pair.id, str(reason)))
         else:
-            rows.append({"chosen_ids": chosen, "rejected_ids": rejected, "tie": pair.tie})
+            chosen_T, rejected_T = np.array(chosen, dtype=np.int32), np.array(rejected, dtype=np.int32)
+            rows.append({"chosen_ids": chosen_T, "rejected_ids": rejected_T, "tie": pair.tie})
     return EncodedPairs(tuple(rows), tuple(left_out))
 
 

@@ -217,8 +217,13 @@ def test_pairs_that_cannot_be_told_apart_are_counted_and_named(tmp_path: Path, c
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"source": str(path), "test_fraction": 0.0}
-    settings = config(tmp_path / "out", data=data, reward={**TINY, "max_length": 64, "max_steps": 1})
+    evaluated = {**TINY, "max_length": 64, "max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings = config(tmp_path / "out", data=data, reward=evaluated)
     train_reward_model(settings)
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    (held_out,) = (line for line in logged if "eval_accuracy" in line)
+    assert held_out["eval_tie_share"] == 0.0
+    assert "eval_tie_difference" not in held_out, "one pair was held out, and it is no tie"
     left_out = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
     reasons = {row["id"]: row["reason"] for row in left_out}
     assert reasons["long"] == "too long: 101 tokens, over max_length 64"
