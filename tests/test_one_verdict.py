@@ -3,14 +3,15 @@
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from cepo.benchmarks.forms import IN_SCORES, JUDGEMENTS
 from cepo.eval.judges.encoding import PromptEncoder, TextReader
-from cepo.eval.judges.journal import JudgeTask, judgement_record
-from cepo.eval.judges.settings import Judgement, JudgeSettings
+from cepo.eval.judges.journal import JudgeTask, collect_judgements, judgement_record
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
 from cepo.jacobian.reading.judge import (
     SECTIONS,
     JudgeLayout,
@@ -188,3 +189,24 @@ def test_readers_take_linear_time(loop: str) -> None:
 
     small = min(seconds(4_000) for _ in range(3))
     assert seconds(64_000) < 64 * small + 0.02
+
+
+def test_an_evaluation_says_how_many_verdicts_another_setting_reads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Protects users of judges that were trained elsewhere: unread is counted, and the way out is named."""
+    texts = [GOOD, GOOD.replace("{8, 6}", "{{8, 6}}"), "no verdict"]
+
+    class Writer:
+        def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
+            judgements = [Judgement(text) for text in texts]
+            for index, judgement in enumerate(judgements):
+                assert on_done is not None
+                on_done(index, judgement)
+            return judgements
+
+    tasks = [JudgeTask(str(index), [{"role": "user", "content": str(index)}]) for index in range(3)]
+    collected = collect_judgements(tasks, tmp_path, {}, Writer)
+    assert [record["scores"] for record in collected.records.values()] == [(8.0, 6.0), None, None]
+    assert "1 of 3 judgements hold a verdict in another form" in caplog.text
+    assert "--verdicts lenient" in caplog.text

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from cepo.eval.judges.settings import Judge, Judgement, Messages, Progress
 from cepo.files import append_jsonl, claim, content_hash, read_jsonl, write_jsonl
+from cepo.jacobian.reading.judge import read_scores
 
 logger = logging.getLogger("cepo")
 
@@ -119,14 +120,7 @@ def collect_judgements(
             progress(len(records), len(tasks), speed)
 
     judge.judge([task.messages for task in pending], append)
-    cut = sum(record.get("cut", False) and record["scores"] is None for record in records.values())
-    if cut:
-        logger.warning(
-            "%d of %d judgements were cut before their verdict, which counts as none; a larger --max-new-tokens lets "
-            "them end",
-            cut,
-            len(records),
-        )
+    _warn_of_unread(list(records.values()))
     return Collected(records, resumed, tokens, time.perf_counter() - started)
 
 
@@ -157,6 +151,27 @@ def winner(scores: Sequence[float] | None) -> Literal["A", "B", "tie"] | None:
     if scores[0] == scores[1]:
         return "tie"
     return "A" if scores[0] > scores[1] else "B"
+
+
+def _warn_of_unread(records: Sequence[Record]) -> None:
+    """Say how many judgements hold no verdict that is read, where something can be done about it."""
+    unread = [record for record in records if record["scores"] is None and not record["error"]]
+    cut = sum(record.get("cut", False) for record in unread)
+    if cut:
+        logger.warning(
+            "%d of %d judgements were cut before their verdict, which counts as none; a larger --max-new-tokens lets "
+            "them end",
+            cut,
+            len(records),
+        )
+    otherwise = sum(read_scores(record["text"], verdicts="lenient") is not None for record in unread)
+    if otherwise:
+        logger.warning(
+            "%d of %d judgements hold a verdict in another form than the strict one, which counts as none; "
+            "--verdicts lenient reads it",
+            otherwise,
+            len(records),
+        )
 
 
 def _sound_records(path: Path) -> list[Record]:
