@@ -159,6 +159,18 @@ def test_tags_that_are_special_tokens_are_read_from_ids_everywhere() -> None:
     assert rollout.spans["scores"].text == "8 … 6"
 
 
+def test_a_judgement_of_ids_ends_with_its_verdict() -> None:
+    """Protects backends from each other: one stops at the verdict, one writes on, and both give one judgement."""
+    tokenizer = byte_tokenizer()
+    reader = TextReader(tokenizer)
+    ids = tokenizer(GOOD)["input_ids"]
+    stopped, went_on = (
+        reader.judgement([*ids, *tokenizer(rest)["input_ids"]], lambda _: {}, 4096) for rest in ("", f"\n{GOOD}")
+    )
+    assert (stopped.text, stopped.token_ids) == (went_on.text, went_on.token_ids)
+    assert stopped.scores == went_on.scores == (8.0, 6.0)
+
+
 LOOPS: dict[str, Callable[[int], str]] = {
     "boxes": lambda size: "<scores>" + "\\boxed{" * size,
     "boxes with a number": lambda size: "<scores>" + "\\boxed{8, " * size + "</scores>",

@@ -102,11 +102,19 @@ class TextReader:
         return self._text(self.pieces(token_ids))
 
     def judgement(self, token_ids: Sequence[int], likely: Likely, most: int) -> Judgement:
-        """Return what was generated as a judgement; `most` is the largest number of tokens that it may have."""
-        pieces = self.pieces(token_ids)
+        """Return what was generated, up to the end of its verdict, as a judgement.
+
+        What a model writes after its verdict is no part of the judgement, whether or not generation stopped there.
+
+        Args:
+            token_ids: what was generated.
+            likely: of the index of a token.
+            most: the largest number of tokens that may be generated.
+        """
+        written = tuple(token_ids[: self.verdict_length(token_ids) or len(token_ids)])
+        pieces, count = self.pieces(written), len(token_ids)
         soft = self._expected(pieces, likely, self._verdicts)
-        text, count = self._text(pieces), len(token_ids)
-        return Judgement(text, tuple(token_ids), soft, count, cut=count >= most, verdicts=self._verdicts)
+        return Judgement(self._text(pieces), written, soft, count, cut=count >= most, verdicts=self._verdicts)
 
     def opening_ids(self, text: str) -> list[int]:
         """Return the ids of what is appended to a judgement without a verdict."""
