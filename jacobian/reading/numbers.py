@@ -42,7 +42,7 @@ class NumberToken:
         tail: what stands in it after its digits, such as "," or "}".
         before: the number's digits before it; none for the token that opens the number.
         rest: what the number goes on with after the digits that it holds, the decimal part included.
-        after: the text from there on.
+        after: the start of the text from there on; none for the token that opens the number.
         ended: the number if it had ended before the token; 0 for the token that opens it.
         reached: the number if it ends after the token.
         scale: the largest number.
@@ -107,7 +107,7 @@ def number_tokens(
             text[last:closing],
             text[start:first],
             text[last:end] if last > first else b"",
-            text[last : last + _LONGEST_TAIL],
+            text[last : last + _LONGEST_TAIL] if first > start else b"",
             ended,
             reached,
             scale,

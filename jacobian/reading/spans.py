@@ -22,6 +22,8 @@ from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Digit, Rollout, Span
 
+_REMEMBERED = 128  # number tokens whose alternatives are kept; the same few are written again and again
+
 
 class SpanReader:
     """Reads rollouts out of token ids for one tokenizer and one layout.
@@ -160,6 +162,8 @@ class SpanReader:
         digits = []
         for position, token in number_tokens(text, ends, number, scale):
             if token not in self._gains:
+                if len(self._gains) == _REMEMBERED:
+                    self._gains.clear()
                 self._gains[token] = self._gains_of(token)
             written = token.reached - token.ended
             digits.append(Digit(position, tuple(sorted({**self._gains[token], ids[position]: written}.items()))))
