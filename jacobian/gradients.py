@@ -54,7 +54,7 @@ def check_gradients(
     stages = list(layers) or [embedding]
     above = {module for module in names if layers and any(layer in module.modules() for layer in layers)} - {*layers}
     watched = [module for module in names if module not in above and module is not embedding]
-    step, tolerance = _STEP_AND_TOLERANCE.get(embedding.weight.dtype, _OF_WIDE)  # type: ignore[arg-type, union-attr]
+    step, tolerance = _STEP_AND_TOLERANCE.get(embedding.weight.dtype, _OF_WIDE)  # type: ignore[arg-type]
     suspects: dict[nn.Module, str] = {}
     for attempt in range(_TRIES):
         ids = [((7 + attempt) * place + 3 + attempt) % vocabulary for place in range(_TOKENS)]

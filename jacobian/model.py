@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,10 @@ from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, Rollout
 from cepo.jacobian.rotary import settled_length
+
+_MEDIA = re.compile(
+    r"(boi_|eoi_)?(image|video|audio|vision)_.*(token_id|token_index)|(boi|eoi|boa|eoa)_token_(id|index)"
+)
 
 
 class HeldModel:
@@ -81,15 +86,26 @@ class HeldModel:
         """The input embedding module."""
         return self.causal_lm.get_input_embeddings()
 
+    @cached_property
+    def _media_ids(self) -> dict[int, str]:
+        """The ids that stand for images, video or sound, each with its name in the config of a multimodal model."""
+        found = vars(self.causal_lm.config).items() if self.causal_lm.config is not self._text_config else ()
+        return {value: name for name, value in found if isinstance(value, int) and _MEDIA.fullmatch(name)}
+
     def refusal(self, rollout: Rollout) -> str | None:
-        """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
+        """Return why the model cannot take this rollout (too long, unknown ids, images), or None."""
         vocabulary = self.embedding.weight.shape[0]
         limit = getattr(self._text_config, "max_position_embeddings", None) or float("inf")
         tokens = rollout.token_ids
         if len(tokens) > limit:
             return f"too long: {len(tokens)} tokens, and the model takes {limit}"
-        outside = [token for token in tokens if not 0 <= token < vocabulary]
-        return f"token id {outside[0]} is outside the model's vocabulary of {vocabulary}" if outside else None
+        media = self._media_ids
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                return f"token id {token} is outside the model's vocabulary of {vocabulary}"
+            if token in media:
+                return f"token id {token} stands for what is not text ({media[token]}), and only text is run"
+        return None
 
     def check_gradients(self) -> None:
         """Raise ValueError if a layer carries no exact gradient; see `cepo.jacobian.gradients`."""

@@ -49,7 +49,7 @@ class CausalTrainer(GRPOTrainer):
         causal_weight: the weight of the term from now on.
 
     Raises:
-        ValueError: for links that the layout does not have.
+        ValueError: for links that the layout does not have, and as `span_reader`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CausalTrainer(GRPOTrainer):
         self._causal_links = causal_loss.parsed_links(layout)
         super().__init__(*args, **options)
         self.causal_weight = causal_loss.first_weight
-        self._causal_reader = SpanReader(tokenizer(self), layout)
+        self._causal_reader = span_reader(self, layout)
         self._causal_tasks = [index for index, name in enumerate(self.reward_func_names) if name in task_rewards]
         model = self.accelerator.unwrap_model(self.model)
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -192,6 +192,30 @@ def prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
     """Return the ids of the prompts as the trainer itself renders them for generation (TRL hands rewards no ids)."""
     of_each, _, _ = trainer._tokenize_prompts(list(prompts))
     return [list(ids) for ids in of_each]
+
+
+def span_reader(trainer: Any, layout: Layout) -> SpanReader:
+    """Return the reader of a trainer's rollouts.
+
+    Raises:
+        ValueError: for a trainer whose completions hold what the policy did not write (tools, an environment, a rollout
+            function: TRL hands rewards no mask), or whose prompts hold images.
+    """
+    given = {"tools": "tools", "environment_factories": "environment_factory", "rollout_func": "rollout_func"}
+    foreign = [name for attribute, name in given.items() if getattr(trainer, attribute, None)]
+    if foreign:
+        raise ValueError(
+            f"trainer has {' and '.join(foreign)}, so completions may hold what the policy did not write, such as a "
+            "tool's result, and TRL hands rewards no mask of it; expected completions that are the policy's alone"
+        )
+    for name in ("train_dataset", "eval_dataset"):
+        columns = getattr(getattr(trainer, name, None), "column_names", None)
+        images = sorted({"image", "images", "pixel_values"}.intersection(columns if isinstance(columns, list) else ()))
+        if images:
+            raise ValueError(
+                f"trainer's {name} has the column {images[0]!r}; prompts with images are not read, only text"
+            )
+    return SpanReader(tokenizer(trainer), layout)
 
 
 def tell_opened_thoughts(trainer: Any) -> None:

@@ -158,6 +158,11 @@ def read_row(row: Row) -> Row:
     form = _form(row)
     if form is None:
         raise ValueError(f"lacks the column {_missing(row)}")
+    seen = next(
+        (column for column in ("images", "image", "pixel_values") if given(row, column) not in (None, [])), None
+    )
+    if seen:
+        raise ValueError(f"column {seen!r} holds images; only text is read")
     if "prompt_ids" in form:
         for column in form:
             if not isinstance(row[column], list) or not all(type(token) is int for token in row[column]):

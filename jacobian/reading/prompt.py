@@ -215,9 +215,9 @@ class PromptReader:
         texts = [(message.get("role"), text) for message in messages for text in _texts(message)]
         if all(isinstance(message.get("content"), str) for message in messages):
             frame = self._frame([{**message, "content": _PROBE} for message in messages])
-            ranges = _framed_ranges(prompt, texts, frame) if frame and prompt.startswith(frame[0]) else None
-            if ranges is not None:
-                return ranges
+            framed = _framed_ranges(prompt, texts, frame) if frame and prompt.startswith(frame[0]) else None
+            if framed is not None:
+                return framed
         turns, own = self._turn_ranges(prompt), [text for role, text in texts if role == "user"]
         if len(turns) != len(own):
             return _searched_ranges(prompt, texts)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoModelForSeq2SeqLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, T5Config
 
 from cepo.jacobian.autograd import JacobianEngine
+from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.records import Group, Rollout
 from tests.jacobian.test_autograd import LINKS, embeddings, jacobians, link, plain_scores, relative
-from tests.models import VOCABULARY, WIDTH, InDouble, judge_rollout, tiny_model
+from tests.models import VOCABULARY, WIDTH, InDouble, judge_rollout, randomise, tiny_config, tiny_model
 
 in_double = pytest.mark.usefixtures("_in_double")
 
@@ -260,6 +261,30 @@ def test_refuses_what_the_model_cannot_take() -> None:
         with pytest.raises(ValueError, match=reason):
             engine.jacobians(Group((rollout, bad_rollout)), LINKS)
     assert engine.width == WIDTH
+
+
+@in_double
+def test_a_multimodal_model_reads_text_alone() -> None:
+    """Without images it is its language model, in both engines; ids that stand for images are refused by name."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        text_config=tiny_config("llama"),
+        vision_config=CLIPVisionConfig(**vision, image_size=16, patch_size=8),
+        image_token_index=2,
+    )
+    model: Any = LlavaForConditionalGeneration(config).double().eval()
+    randomise(model, 0)
+    text: Any = tiny_model("llama")
+    text.model.load_state_dict(model.model.language_model.state_dict())
+    text.lm_head.load_state_dict(model.lm_head.state_dict())
+    rollout = judge_rollout()
+    (wanted,) = JacobianEngine(text).jacobians(Group((rollout,)), LINKS)
+    for engine in (JacobianEngine(model), GroupEngine(model)):
+        (found,) = engine.jacobians(Group((rollout,)), LINKS)
+        assert all(relative(found[name].jac_SD, wanted[name].jac_SD) < 1e-10 for name in wanted)
+        with_image = replace(rollout, prompt_ids=(2, *rollout.prompt_ids[1:]))
+        assert "stands for what is not text (image_token_i" in str(engine.refusal(with_image))
+    assert JacobianEngine(text).refusal(with_image) is None
 
 
 def prompt_tuned() -> nn.Module:

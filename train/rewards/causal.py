@@ -120,11 +120,12 @@ class CausalReward:
             The reward itself.
 
         Raises:
-            ValueError: if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3), since no rank holds the model
+            ValueError: as `cepo.train.trainer.span_reader` (tools, images), and as the engine for the model's layers;
+                if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3), since no rank holds the model
                 it would differentiate; if the nuisance rank exceeds the model's width; if the score needs donors and
                 the trainer generates for one prompt at a time, unless `no_donor` says what to do instead.
         """
-        from cepo.train.trainer import model_to_read, prompts_per_batch, tell_opened_thoughts, tokenizer
+        from cepo.train.trainer import model_to_read, prompts_per_batch, span_reader, tell_opened_thoughts
 
         prompts = prompts_per_batch(trainer)
         if self.config.reads_effects and self.config.no_donor == "zero" and prompts < 2:
@@ -138,7 +139,7 @@ class CausalReward:
             self.engine, model, memory_budget=self.memory_gib and self.memory_gib * 2**30, kernels=self.kernels
         )
         self.config.check_width(self._engine.width)
-        self._reader = SpanReader(tokenizer(trainer), self.layout)
+        self._reader = span_reader(trainer, self.layout)
         tell_opened_thoughts(trainer)
         self._trainer = trainer
         return self

@@ -87,12 +87,13 @@ class PeerReward(abc.ABC):
         """Tie the reward to a TRL trainer, as `CausalReward.bind` does.
 
         Raises:
-            ValueError: if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3).
+            ValueError: as `cepo.train.trainer.span_reader` (tools, images), and if the policy's parameters are sharded
+                (FSDP, DeepSpeed ZeRO-3).
         """
-        from cepo.train.trainer import model_to_read, tokenizer
+        from cepo.train.trainer import model_to_read, span_reader
 
         self._held = HeldModel(model_to_read(trainer, self.scorer, purpose="run"))
-        self._reader = SpanReader(tokenizer(trainer), self.layout)
+        self._reader = span_reader(trainer, self.layout)
         self._trainer = trainer
         return self
 

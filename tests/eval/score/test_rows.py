@@ -62,6 +62,7 @@ def test_a_column_that_plays_no_part_neither_refuses_a_row_nor_replaces_another(
     [
         ({**TEXT, "judge_output": "another"}, "'completion' and 'judge_output' differ"),
         ({"prompt": [USER, ANSWER], "completion": JUDGED}, "'prompt' ends with a message by the assistant"),
+        ({**TEXT, "images": ["a.png"]}, "'images' holds images"),
         ({"messages": [USER, ANSWER], "completion": "another"}, "'messages' ends with a message by the assistant"),
         ({**TEXT, "completion": [{**USER, "content": "Else?"}, ANSWER]}, "hold different questions"),
         ({"messages": [ANSWER]}, "nothing before the answer"),

@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from cepo import CausalReward, RewardConfig, argmax_reward, format_reward
 from cepo.train import testbed, testbed_judges
 from cepo.train.policy import items_dataset
+from cepo.train.rewards.peers import CausalImportance
 
 ITEMS = testbed.generate_items(8, seed=5, cue_agreement=0.5)
 
@@ -254,6 +255,20 @@ def test_sharded_parameters_are_refused_with_the_way_out(tokenizer: Any, tmp_pat
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match=r"shards.*scorer"):
         reward.bind(trainer)
+
+
+def test_what_the_policy_did_not_write_and_images_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """Tools, environments and rollout functions put their results into completion_ids, and rewards get no mask."""
+    for reward in (CausalReward(), CausalImportance()):
+        for attribute, given in (("tools", [print]), ("environment_factories", {None: print}), ("rollout_func", print)):
+            trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+            setattr(trainer, attribute, given)
+            with pytest.raises(ValueError, match=f"trainer has {attribute[:11]}.*no mask"):
+                reward.bind(trainer)
+        trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+        trainer.train_dataset = trainer.train_dataset.add_column("images", [[]] * len(trainer.train_dataset))
+        with pytest.raises(ValueError, match="train_dataset has the column 'images'"):
+            reward.bind(trainer)
 
 
 def test_settings_are_refused_before_any_model() -> None:
