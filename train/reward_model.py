@@ -180,7 +180,8 @@ class PairTrainer(RewardTrainer):
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._total_train_tokens += int(gather(inputs["attention_mask"].sum()).sum())
-        difference_NO, tie_N, logits = (gather(tensor) for tensor in (difference_NO, inputs["tie"], logits.float()))
+        difference_NO, tie_N = gather(difference_NO), gather(inputs["tie"])
+        logits = self.accelerator.gather(logits.float())  # two per pair, which `gather_for_metrics` would cut off
         preferred = difference_NO[~tie_N].flatten()
         metrics = self._metrics[mode]
         metrics["num_tokens"] = [self._total_train_tokens]
