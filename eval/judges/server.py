@@ -49,16 +49,21 @@ class ServerJudge:
 
     Args:
         settings: address, key, concurrency, retries, and how to generate.
+
+    Raises:
+        ValueError: for a proxy in the environment that cannot be used.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
         self._settings = settings
         self._url, headers = _address(settings)
-        self._client = httpx2.Client(
-            headers=headers,
-            timeout=settings.timeout_s,
-            limits=httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency),
-        )
+        limits = httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
+        try:
+            self._client = httpx2.Client(headers=headers, timeout=settings.timeout_s, limits=limits)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"a proxy that the environment names, such as ALL_PROXY, cannot be used: {error}"
+            ) from None
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._failures = 0

@@ -711,6 +711,12 @@ def test_a_redirect_carries_the_key_nowhere(serve: Callable[..., Server], status
     assert (len(server.requests), elsewhere.requests) == (1, [])
 
 
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
+    with pytest.raises(ValueError, match="ALL_PROXY.*gopher"):
+        ServerJudge(JudgeSettings("name", backend="server", base_url="http://127.0.0.1:9"))
+
+
 @pytest.mark.parametrize(
     ("tail", "path", "header"),
     [
