@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from cepo.jacobian.gradients import check_gradients
+from cepo.jacobian.layers import decoder_layers
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, Rollout
 from cepo.jacobian.rotary import settled_length
+from cepo.jacobian.sharding import check_readable, shape_of, sharding_of
 
 _MEDIA = re.compile(
     r"(boi_|eoi_)?(image|video|audio|vision)_.*(token_id|token_index)|(boi|eoi|boa|eoa)_token_(id|index)"
@@ -38,12 +40,14 @@ class HeldModel:
 
     Raises:
         ValueError: for an encoder-decoder model, a model without input embeddings, a prompt-learning adapter (its
-            virtual tokens have no position in token_ids), parameters made in inference mode, or adapters=False on a
-            model that has none.
+            virtual tokens have no position in token_ids), parameters made in inference mode or sharded by FSDP1, or
+            adapters=False on a model that has none.
     """
 
     def __init__(self, model: Any, *, adapters: bool = True) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile: the same weights
+        if isinstance(model, nn.Module):
+            sharding_of(model)  # refuses what no engine can read
         self._peft = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
         if self._peft is not None and any(c.is_prompt_learning for c in self._peft.peft_config.values()):
             raise ValueError("model carries a prompt-learning adapter; expected LoRA or another weight adapter")
@@ -69,10 +73,7 @@ class HeldModel:
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order; [] where no list of them is found."""
-        count = self._text_config.num_hidden_layers
-        decoder = self.causal_lm.get_decoder() if hasattr(self.causal_lm, "get_decoder") else self.causal_lm
-        lists = (module for module in (decoder or self.causal_lm).modules() if isinstance(module, nn.ModuleList))
-        return next((list(modules) for modules in lists if len(modules) == count), [])
+        return decoder_layers(self.causal_lm)
 
     @cached_property
     def settled_length(self) -> float:
@@ -94,7 +95,7 @@ class HeldModel:
 
     def refusal(self, rollout: Rollout) -> str | None:
         """Return why the model cannot take this rollout (too long, unknown ids, images), or None."""
-        vocabulary = self.embedding.weight.shape[0]
+        vocabulary = shape_of(self.embedding.weight)[0]
         limit = getattr(self._text_config, "max_position_embeddings", None) or float("inf")
         tokens = rollout.token_ids
         if len(tokens) > limit:
@@ -109,17 +110,24 @@ class HeldModel:
 
     def check_gradients(self) -> None:
         """Raise ValueError if a layer carries no exact gradient; see `cepo.jacobian.gradients`."""
+        if sharding_of(self.causal_lm) == "tensor parallel":
+            return  # within layers that are split over ranks, gradients are partial sums
 
         def run(ids: Sequence[int]) -> None:
             ids_BT = torch.tensor([list(ids)], device=self.embedding.weight.device)
             self.forward(self.causal_lm, input_ids=ids_BT, use_cache=False, return_dict=True)
 
         with self.prepared(), torch.compiler.set_stance("force_eager"):
-            check_gradients(self.causal_lm, self.layers, run, vocabulary=self.embedding.weight.shape[0])
+            check_gradients(self.causal_lm, self.layers, run, vocabulary=shape_of(self.embedding.weight)[0])
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """Set eval mode, gradients on, autocast off and adapters as asked; restore everything on the way out."""
+        """Set eval mode, gradients on, autocast off and adapters as asked; restore everything on the way out.
+
+        Raises:
+            ValueError: if the model is sharded, and not inside of `cepo.jacobian.sharding.readable`.
+        """
+        check_readable(self.causal_lm)
         modes = [(module, module.training) for module in self.causal_lm.modules()]
         trainable = [(parameter, parameter.requires_grad) for parameter in self.causal_lm.parameters()]
         adapters = contextlib.nullcontext() if self._adapters or not self._peft else self._peft.disable_adapter()
@@ -149,7 +157,8 @@ class ModelEngine(abc.ABC):
         adapters: False runs the base model with its adapters disabled (PEFT models only).
 
     Raises:
-        ValueError: as `HeldModel`, and for a model with layers that carry no exact gradient.
+        ValueError: as `HeldModel`, for a model with layers that carry no exact gradient, and for a sharded one outside
+            of `cepo.jacobian.sharding.readable`.
     """
 
     def __init__(self, model: Any, *, adapters: bool = True) -> None:
@@ -160,7 +169,7 @@ class ModelEngine(abc.ABC):
     @property
     def width(self) -> int:
         """D, the size of the embeddings that enter the first layer."""
-        return int(self._held.embedding.weight.shape[-1])
+        return int(shape_of(self._held.embedding.weight)[-1])
 
     def refusal(self, rollout: Rollout) -> str | None:
         """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""

@@ -247,30 +247,23 @@ def tokenizer(trainer: Any) -> Any:
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
-def model_to_read(trainer: Any, scorer: Any, *, purpose: str) -> Any:
-    """Return what a reward reads: the trainer's live policy, or the frozen scorer, loaded where it is a name.
+def frozen_model(trainer: Any, scorer: Any) -> Any:
+    """Return the frozen model that a reward reads, loaded where it is a name; None for the trainer's live policy.
 
     Args:
         trainer: the trainer.
         scorer: None for the policy.
-        purpose: what the reward does with it, for the error.
 
     Raises:
-        ValueError: if the policy is meant and its parameters are sharded (FSDP, DeepSpeed ZeRO-3).
+        ValueError: if the policy is meant and its parameters are sharded by FSDP1.
     """
     if isinstance(scorer, str):
         return load_model(resolve_model(scorer), device=str(trainer.accelerator.device))[0]
-    if scorer is not None:
-        return scorer
-    if _parameters_are_sharded(trainer):
-        raise ValueError(
-            "trainer shards the policy's parameters (FSDP or DeepSpeed ZeRO-3), so no rank holds the model to "
-            f"{purpose}; use DDP, ZeRO-2, or a frozen model as scorer=..."
-        )
-    return trainer.model
-
-
-def _parameters_are_sharded(trainer: Any) -> bool:
-    """Return whether no rank holds the whole policy (FSDP, or ZeRO-3)."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return bool(getattr(trainer, "is_fsdp_enabled", False)) or (plugin is not None and plugin.zero_stage == 3)
+    if scorer is None and getattr(trainer, "is_fsdp_enabled", False):
+        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "fsdp_version", 1) != 2:
+            raise ValueError(
+                "trainer shards the policy's parameters by FSDP1, whose flat parameters hold no layer's weights; use "
+                "FSDP2 (fsdp_version: 2), DeepSpeed, DDP, or a frozen model as scorer=..."
+            )
+    return scorer

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -24,6 +24,7 @@ from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.model import HeldModel
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.records import Group, Rollout, Span
+from cepo.jacobian.sharding import RankFailedError, sharding_of
 from cepo.kernels.launch import Implementation
 
 logger = logging.getLogger("cepo")
@@ -75,6 +76,8 @@ def default_links(group: Group) -> tuple[Link, ...]:
 def _check_architecture(held: HeldModel) -> None:
     if held.causal_lm.get_output_embeddings() is None:
         raise UnservedError("it has no output embeddings")
+    if sharding_of(held.causal_lm) == "tensor parallel":
+        raise UnservedError("its layers are split over ranks, and their collectives take one cotangent at a time")
     missing = [name for name in ("position_ids", "past_key_values") if name not in held.forward_takes]
     if missing:
         raise UnservedError(f"its forward takes no {' and no '.join(missing)}")
@@ -109,6 +112,8 @@ def _compared(model: SegmentModel, oracle: JacobianEngine) -> Served:
 def _failures_named() -> Iterator[None]:
     try:
         yield
+    except RankFailedError:
+        raise
     except Exception as error:  # a foreign forward may raise anything, and the oracle can still serve the model
         raise UnservedError(f"a trial in segments failed with {type(error).__name__}: {error}") from error
 
@@ -122,7 +127,6 @@ def _rollout(vocabulary: int) -> Rollout:
 
 def _measured_cost(model: SegmentModel, ids: Sequence[int]) -> CostModel:
     """Return the model's costs, with the bytes that its graph keeps measured on three tiny runs."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.held.causal_lm.parameters()}
 
     def saved_bytes(start: int, end: int, before: KeyValues) -> int:
         sizes: dict[int, int] = {}
@@ -130,7 +134,7 @@ def _measured_cost(model: SegmentModel, ids: Sequence[int]) -> CostModel:
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
                 sizes[storage.data_ptr()] = storage.nbytes()
             kept.append(tensor)
             return tensor

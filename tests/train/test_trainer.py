@@ -1,14 +1,10 @@
-"""Protects the contract with TRL: a GRPO step with the causal loss, in one process or two, whole or accumulated."""
+"""Protects the contract with TRL: a GRPO step with the causal loss, whole or accumulated."""
 
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig
 from trl import GRPOConfig
 
@@ -138,33 +134,3 @@ def test_a_lora_step_in_bfloat16_autocast_moves_the_adapters_and_nothing_else(tm
     assert logs["causal_loss/value"] > 0.0
     for name, value in trainer.model.named_parameters():
         assert ("lora_B" in name) == (not torch.equal(value, before[name])), name
-
-
-def _train_as_rank(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(1)
-    trainer = make_trainer(folder, CausalLoss(weight=2.0, objective="divergence"), per_device_train_batch_size=4)
-    assert PartialState().num_processes == 2
-    weights, logs = trained(trainer)
-    if rank == 0:
-        torch.save({"weights": weights, "value": logs["causal_loss/value"]}, folder / "ddp.pt")
-
-
-def test_two_ranks_take_the_step_of_one_process(tmp_path: Path) -> None:
-    """Ranks see other halves of the prompts, so a donor pool that is not gathered gives another gradient."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_train_as_rank, args=(rank, port, tmp_path)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-        assert rank.exitcode == 0
-    both = torch.load(tmp_path / "ddp.pt")
-    weights, logs = trained(make_trainer(tmp_path, CausalLoss(weight=2.0, objective="divergence")))
-    assert both["value"] == pytest.approx(logs["causal_loss/value"], rel=1e-6)
-    assert_same(both["weights"], weights)

@@ -21,6 +21,7 @@ from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.records import Rollout
+from cepo.jacobian.sharding import Mode, check_mode, readable
 from cepo.kernels.launch import Implementation
 from cepo.train.prompts import JUDGE
 
@@ -53,6 +54,9 @@ class CausalReward:
         layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
         kernels: of the group engine: "torch", "auto" (Triton where the policy is on CUDA) or "triton".
         memory_gib: what the group engine may add to the model's memory, in GiB; None for half of what is free.
+        sharded: how a policy that FSDP2 or DeepSpeed ZeRO-3 shards is read: "gather" holds it whole on every rank
+            during the call, "step" one layer at a time; "auto" gathers where that takes at most half of the memory
+            that is free on every rank. See `cepo.jacobian.sharding`.
         shuffle: a control for experiments: each completion gets the reward of another completion of its prompt, drawn
             from the seed and their ids. What the reward does beyond this, it does by telling completions apart.
         name: the name in TRL's logs.
@@ -73,6 +77,7 @@ class CausalReward:
         layout: Layout = JUDGE,
         kernels: Implementation = "torch",
         memory_gib: float | None = None,
+        sharded: Mode = "auto",
         shuffle: bool = False,
         name: str = "causal",
         **fields: Any,
@@ -95,6 +100,7 @@ class CausalReward:
                 self.config.counterfactuals,
                 self.config.score,
             )
+        check_mode(sharded)
         self._chains = [chain.name for chain in self.config.chains(layout)]
         self._links = self.config.parsed_links(layout)
         self.kernels = kernels
@@ -102,16 +108,19 @@ class CausalReward:
         self.task = task
         self.layout = layout
         self.scorer = scorer
+        self.sharded: Mode = sharded
         self.shuffle = shuffle
         self.__name__ = name
         self._trainer: Any = None
-        self._engine: Engine | None = None
+        self._frozen: Any = None
+        self._read: tuple[Any, Engine] | None = None  # the model that was read last, and its engine
         self._reader: SpanReader | None = None
 
     def bind(self, trainer: Any) -> CausalReward:
         """Tie the reward to a trainer: to its tokenizer, its rendering of prompts, and its live policy unless frozen.
 
-        Rewards that read text alone learn by it what the chat template opens, see `tell_opened_thoughts`.
+        The policy is looked up at each call: a trainer may wrap or shard it after this. Rewards that read text alone
+        learn by it what the chat template opens, see `tell_opened_thoughts`.
 
         Args:
             trainer: a TRL GRPOTrainer or RLOOTrainer. In data-parallel training every rank scores its own rows.
@@ -121,11 +130,11 @@ class CausalReward:
 
         Raises:
             ValueError: as `cepo.train.trainer.span_reader` (tools, images), and as the engine for the model's layers;
-                if the policy's parameters are sharded (FSDP, DeepSpeed ZeRO-3), since no rank holds the model
-                it would differentiate; if the nuisance rank exceeds the model's width; if the score needs donors and
-                the trainer generates for one prompt at a time, unless `no_donor` says what to do instead.
+                if the policy's parameters are sharded by FSDP1; if the nuisance rank exceeds the model's width; if the
+                score needs donors and the trainer generates for one prompt at a time, unless `no_donor` says what to do
+                instead.
         """
-        from cepo.train.trainer import model_to_read, prompts_per_batch, span_reader, tell_opened_thoughts
+        from cepo.train.trainer import frozen_model, prompts_per_batch, span_reader, tell_opened_thoughts
 
         prompts = prompts_per_batch(trainer)
         if self.config.reads_effects and self.config.no_donor == "zero" and prompts < 2:
@@ -134,14 +143,11 @@ class CausalReward:
                 "another prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or "
                 "steps_per_generation, or set no_donor='permute'"
             )
-        model = model_to_read(trainer, self.scorer, purpose="differentiate")
-        self._engine = new_engine(
-            self.engine, model, memory_budget=self.memory_gib and self.memory_gib * 2**30, kernels=self.kernels
-        )
-        self.config.check_width(self._engine.width)
+        self._frozen, self._trainer = frozen_model(trainer, self.scorer), trainer
+        with readable(self._model, self.sharded):
+            self.config.check_width(self._engine_now().width)
         self._reader = span_reader(trainer, self.layout)
         tell_opened_thoughts(trainer)
-        self._trainer = trainer
         return self
 
     def __call__(
@@ -158,7 +164,7 @@ class CausalReward:
         Raises:
             ValueError: if `bind` was not called.
         """
-        if self._trainer is None or self._engine is None or self._reader is None:
+        if self._trainer is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
         from cepo.train.trainer import prompt_ids  # TRL is imported by now
 
@@ -174,16 +180,18 @@ class CausalReward:
             for prompt, completion, messages in zip(ids_of_prompts, completion_ids, prompts, strict=True)
         ]
         parts: dict[str, float] = {}
-        scores = score_rollouts(
-            rollouts,
-            self._engine,
-            self.config,
-            self.layout,
-            task_rewards=task_rewards,
-            pools=gathered(self._trainer, pools_of(rollouts, self._links)) if self.config.reads_effects else None,
-            exchanged=exchanged_prompts(rollouts, self._reader) if self.config.reads_leak else None,
-            seconds=parts,
-        )
+        pools = gathered(self._trainer, pools_of(rollouts, self._links)) if self.config.reads_effects else None
+        with readable(self._model, self.sharded):
+            scores = score_rollouts(
+                rollouts,
+                self._engine_now(),
+                self.config,
+                self.layout,
+                task_rewards=task_rewards,
+                pools=pools,
+                exchanged=exchanged_prompts(rollouts, self._reader) if self.config.reads_leak else None,
+                seconds=parts,
+            )
         rewards: list[float | None] = [score.reward for score in scores]
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
@@ -210,7 +218,20 @@ class CausalReward:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer out: a copy must be bound again."""
-        return {**self.__dict__, "_trainer": None, "_engine": None, "_reader": None}
+        return {**self.__dict__, "_trainer": None, "_frozen": None, "_read": None, "_reader": None}
+
+    @property
+    def _model(self) -> Any:
+        """What the reward reads by now."""
+        return self._trainer.model if self._frozen is None else self._frozen
+
+    def _engine_now(self) -> Engine:
+        """Return the engine of the model that the reward reads by now; inside of `readable`."""
+        if self._read is None or self._read[0] is not self._model:
+            budget = self.memory_gib and self.memory_gib * 2**30
+            engine = new_engine(self.engine, self._model, memory_budget=budget, kernels=self.kernels)
+            self._read = self._model, engine
+        return self._read[1]
 
 
 def gathered(trainer: Any, pools: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:

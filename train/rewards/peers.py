@@ -22,6 +22,7 @@ from cepo.jacobian.model import HeldModel
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
+from cepo.jacobian.sharding import readable
 from cepo.train.prompts import JUDGE
 from cepo.train.rewards.answer import Variant, answer_log_probabilities, joint_log_probabilities, without
 from cepo.train.rewards.causal import gathered
@@ -59,7 +60,7 @@ class PeerReward(abc.ABC):
         self.layout = layout
         self.__name__ = name
         self._trainer: Any = None
-        self._held: HeldModel | None = None
+        self._frozen: Any = None
         self._reader: SpanReader | None = None
 
     @abc.abstractmethod
@@ -87,14 +88,13 @@ class PeerReward(abc.ABC):
         """Tie the reward to a TRL trainer, as `CausalReward.bind` does.
 
         Raises:
-            ValueError: as `cepo.train.trainer.span_reader` (tools, images), and if the policy's parameters are sharded
-                (FSDP, DeepSpeed ZeRO-3).
+            ValueError: as `cepo.train.trainer.span_reader` (tools, images), and if FSDP1 shards the policy.
         """
-        from cepo.train.trainer import model_to_read, span_reader
+        from cepo.train.trainer import frozen_model, span_reader
 
-        self._held = HeldModel(model_to_read(trainer, self.scorer, purpose="run"))
+        self._frozen, self._trainer = frozen_model(trainer, self.scorer), trainer
+        HeldModel(self._model)  # refuses what it cannot run
         self._reader = span_reader(trainer, self.layout)
-        self._trainer = trainer
         return self
 
     def __call__(
@@ -111,7 +111,7 @@ class PeerReward(abc.ABC):
         Raises:
             ValueError: if `bind` was not called.
         """
-        if self._trainer is None or self._held is None or self._reader is None:
+        if self._trainer is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
         from cepo.train.trainer import prompt_ids  # TRL is imported by now
 
@@ -122,12 +122,14 @@ class PeerReward(abc.ABC):
                 prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
             )
         ]
-        problems = [rollout.malformed or self._held.refusal(rollout) for rollout in rollouts]
+        held = HeldModel(self._model)
+        problems = [rollout.malformed or held.refusal(rollout) for rollout in rollouts]
         sound = [place for place, problem in enumerate(problems) if problem is None]
         variants = dict(zip(sound, self.variants([rollouts[place] for place in sound]), strict=True))
         rewards = [0.0] * len(rollouts)
-        for place, found in zip(sound, self.values(self._held, list(variants.values())), strict=True):
-            rewards[place] = found
+        with readable(self._model):
+            for place, found in zip(sound, self.values(held, list(variants.values())), strict=True):
+                rewards[place] = found
         if log_metric is not None:
             count = max(len(rollouts), 1)
             log_metric(f"{self.__name__}/malformed", 1.0 - len(sound) / count)
@@ -139,7 +141,12 @@ class PeerReward(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer out: a copy must be bound again."""
-        return {**self.__dict__, "_trainer": None, "_held": None, "_reader": None}
+        return {**self.__dict__, "_trainer": None, "_frozen": None, "_reader": None}
+
+    @property
+    def _model(self) -> Any:
+        """What the reward reads by now."""
+        return self._trainer.model if self._frozen is None else self._frozen
 
     def _rationale(self, rollout: Rollout) -> list[int]:
         """Return the ascending positions of the rationale's movable tokens."""

@@ -1,15 +1,11 @@
 """Protects the contract with TRL: what CausalReward takes from a trainer, gives back, and leaves alone."""
 
-import multiprocessing
-import os
 import pickle
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from cepo import CausalReward, RewardConfig, argmax_reward, format_reward
@@ -176,35 +172,6 @@ def test_donors_come_from_the_step_and_are_logged(tokenizer: Any, tmp_path: Path
     assert reward(**rows(tokenizer, ITEMS[:1])) == [0.0]
 
 
-def _reward_as_rank(rank: int, port: int, tokenizer: Any, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(1)
-    reward = CausalReward(score="explained")
-    trainer = make_trainer("grpo", tokenizer, [reward], folder)
-    assert trainer.accelerator.num_processes == 2
-    torch.save(reward.bind(trainer)(**rows(tokenizer, ITEMS[rank::2])), folder / f"{rank}.pt")
-
-
-def test_two_ranks_give_the_rewards_of_one_process(tokenizer: Any, tmp_path: Path) -> None:
-    """Each rank sees half of the prompts, so donors that are not gathered would be others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_reward_as_rank, args=(rank, port, tokenizer, tmp_path)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-        assert rank.exitcode == 0
-    reward = CausalReward(score="explained")
-    wanted = reward.bind(make_trainer("grpo", tokenizer, [reward], tmp_path))(**rows(tokenizer, ITEMS))
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(wanted[rank::2], rel=1e-5)
-
-
 def test_one_prompt_at_a_time_has_no_donors_and_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     reward = CausalReward()
     trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
@@ -249,11 +216,11 @@ def test_it_pickles_and_a_copy_must_be_bound_anew(tokenizer: Any, tmp_path: Path
     assert copy.bind(trainer)(**batch) == values
 
 
-def test_sharded_parameters_are_refused_with_the_way_out(tokenizer: Any, tmp_path: Path) -> None:
+def test_fsdp1_is_refused_with_the_way_out(tokenizer: Any, tmp_path: Path) -> None:
     reward = CausalReward()
     trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match=r"shards.*scorer"):
+    with pytest.raises(ValueError, match=r"FSDP1.*fsdp_version: 2.*scorer"):
         reward.bind(trainer)
 
 
@@ -269,6 +236,16 @@ def test_what_the_policy_did_not_write_and_images_are_refused(tokenizer: Any, tm
         trainer.train_dataset = trainer.train_dataset.add_column("images", [[]] * len(trainer.train_dataset))
         with pytest.raises(ValueError, match="train_dataset has the column 'images'"):
             reward.bind(trainer)
+
+
+def test_the_policy_is_looked_up_at_each_call(tokenizer: Any, tmp_path: Path) -> None:
+    """A trainer may wrap its model after the reward was bound."""
+    reward = CausalReward(score="explained")
+    trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
+    batch = rows(tokenizer, ITEMS)
+    before = reward.bind(trainer)(**batch)
+    trainer.model = testbed_judges.build_model(tokenizer, seed=1)
+    assert reward(**batch) != before
 
 
 def test_settings_are_refused_before_any_model() -> None:

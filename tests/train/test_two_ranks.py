@@ -1,0 +1,135 @@
+"""GRPO on two CPU ranks, by DDP and by FSDP2: the rewards and the steps of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from trl import GRPOConfig
+
+from cepo import CausalReward, argmax_reward
+from cepo.jacobian.sharding import sharding_of
+from cepo.train import testbed, testbed_judges
+from cepo.train.causal_loss import CausalLoss
+from cepo.train.policy import items_dataset
+from cepo.train.rewards.peers import Necessity
+from cepo.train.trainer import CausalTrainer
+from tests.two_ranks import run_on_two_ranks
+
+ITEMS = testbed.generate_items(12, seed=5, cue_agreement=0.5)
+STEPS = 3
+
+
+def run(folder: Path, processes: int, *, lora: bool = False, sharded: Any = "auto", **settings: Any) -> dict[str, Any]:
+    """Train for three steps of eight completions, two of each prompt: its gold one, and that of another prompt."""
+    tokenizer = testbed.build_tokenizer()
+    torch.manual_seed(0)
+    reward, other = CausalReward(score="explained", sharded=sharded), Necessity()
+    kept: dict[str, Any] = {"causal": [], "necessary": []}
+    arguments = GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        per_device_train_batch_size=8 // processes,
+        num_generations=2,
+        max_steps=STEPS,
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=0.0,
+        **settings,
+    )
+    if "fsdp" in settings:  # accelerate shards on no CPU, so it is told of another device
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = CausalTrainer(
+        model=testbed_judges.build_model(tokenizer, seed=0).double(),
+        reward_funcs=[argmax_reward, keeping(reward, kept["causal"]), keeping(other, kept["necessary"])],
+        args=arguments,
+        train_dataset=items_dataset(ITEMS),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear") if lora else None,
+        causal_loss=CausalLoss(weight=0.1, objective="divergence"),
+    )
+    reward.bind(trainer)
+    other.bind(trainer)
+    gold = {item.prompt: [*tokenizer(item.completion)["input_ids"], tokenizer.eos_token_id] for item in ITEMS}
+    order = list(gold)
+
+    def generate(prompt_ids: Any, *_: Any) -> Any:
+        prompts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids]
+        others = [order[(order.index(prompt) + place % 2) % len(order)] for place, prompt in enumerate(prompts)]
+        return [gold[other] for other in others], None
+
+    trainer._generate_single_turn = generate
+    trainer.train()
+    assert sharding_of(trainer.model) == ("fsdp2" if "fsdp" in settings else "none")
+    weights = [
+        (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
+        for weight in trainer.model.parameters()
+    ]
+    return {**kept, "weights": weights}
+
+
+def keeping(reward: Any, kept: list[Any]) -> Any:
+    def call(**columns: Any) -> Any:
+        values = reward(**columns)
+        kept.append(values)
+        return values
+
+    call.__name__ = reward.__name__
+    return call
+
+
+FSDP: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]},
+}
+
+
+def case_ddp(rank: int, folder: Path) -> None:
+    torch.save(run(folder, 2), folder / f"ddp-{rank}.pt")
+
+
+def case_fsdp2_in_step(rank: int, folder: Path) -> None:
+    torch.save(run(folder, 2, sharded="step", **FSDP), folder / f"in_step-{rank}.pt")
+
+
+def case_fsdp2_gathered_lora(rank: int, folder: Path) -> None:
+    torch.save(run(folder, 2, lora=True, sharded="gather", **FSDP), folder / f"lora-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which both ranks have left what they found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    problems = run_on_two_ranks([case_ddp, case_fsdp2_in_step, case_fsdp2_gathered_lora], folder)
+    assert not any(problems.values()), "\n".join(problems.values())
+    return folder
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_rewards_and_steps_are_those_of_one_process(lora: bool, folder: Path, tmp_path: Path) -> None:
+    """Each rank sees half of the prompts: donors not gathered, or another rank's weights, would give other values."""
+    alone = run(tmp_path, 1, lora=lora)
+    for name in ("lora",) if lora else ("ddp", "in_step"):
+        ranks = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
+        for reward in ("causal", "necessary"):
+            together = [one + other for one, other in zip(*(rank[reward] for rank in ranks), strict=True)]
+            assert together[0] == alone[reward][0]  # to the last bit
+            assert len(together) == STEPS
+            assert len(set(together[0])) > 3
+            found, wanted = (torch.tensor(rows, dtype=torch.float64) for rows in (together, alone[reward]))
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # TRL's advantages are in float32
+        for weights in zip(alone["weights"], *(rank["weights"] for rank in ranks), strict=True):
+            assert torch.equal(weights[1], weights[2])
+            torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)
