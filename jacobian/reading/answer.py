@@ -127,7 +127,9 @@ def _find_section(text: str, tag: str) -> tuple[Answer | None, int]:
             alone.append(opening)
     end = len(text)
     for mark in reversed(alone):
-        end = end if text[mark.end() : end].strip() else mark.start()
+        if text[mark.end() : end].strip():
+            break
+        end = mark.start()
     section = _last_written(text, sections) or (sections[-1] if sections else None)
     return section, section.content[1] if section else end
 
