@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cepo.jacobian.group.cost import ALLOCATOR, CostModel
+from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.group.cuts import HeadRow, Segment, shared_length
 from cepo.jacobian.group.schedule import Plan, Rows
 from cepo.jacobian.records import Rollout
@@ -135,10 +135,12 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
             if each.prefixes is not None:
                 add("prefixes", each.prefixes)
         stem = each.stem.length if each.stem is not None else 0
+        shared = shared_bytes(stem, each.prefixes, cost)
+        peak = max(peak, cost.held_bytes(shared + _shared_forward_bytes(stem, each.prefixes, cost)))
         for tails in each.tails():
             sizes.append(len(tails.placed))
             add("tails", tails.segment, passes if tails.segment.differentiated else 0)
-            peak = max(peak, ALLOCATOR * cost.cache(1, stem) + tails_bytes(tails, passes, stem, cost))
+            peak = max(peak, cost.held_bytes(shared + tails_bytes(tails, passes, stem, cost)))
     return Plan(tuple(total.values()), flops, peak, tuple(sizes))
 
 
@@ -151,17 +153,28 @@ def stem_after(before: Segment | None, stem: Segment | None) -> tuple[int, Segme
     return shared, Segment((ids[shared:],), (shared,)) if shared < len(ids) else None
 
 
+def shared_bytes(stem: int, prefixes: Segment | None, cost: CostModel) -> float:
+    """Return the bytes of the keys and values of a stem of so many tokens, and of prefixes."""
+    return cost.cache(1, stem) + (cost.cache(len(prefixes.ids), prefixes.length) if prefixes is not None else 0.0)
+
+
 def tails_bytes(tails: Tails, passes: int, stem: int, cost: CostModel) -> float:
-    """Return the bytes that tails need while they run, what the allocator holds back included."""
+    """Return the bytes that tails need while they run, beside what they share."""
     segment = tails.segment
     count, past = len(segment.ids), max(segment.starts)
-    head = 4.0 * 3 * len(segment.head) * cost.head / cost.width
-    needed = 2 * cost.cache(count, past - stem) + cost.cache(count, segment.length) + head
+    needed = cost.cache(count, past - stem) + 2.0 * cost.cache(count, segment.length)
+    work = cost.forward(count, segment.length, past) + cost.head_bytes(segment)
     if segment.differentiated:
-        needed += cost.graph(count, segment.length, past) + cost.backward(passes, count, segment.length, past)
-    else:  # two layers of activations at a time
-        needed += 2 * cost.graph(count, segment.length, past) / cost.layers
-    return ALLOCATOR * needed
+        moved = 16.0 * count * segment.length * cost.width  # the embeddings of both ends, and what lies between
+        needed += cost.graph(count, segment.length, past) + moved
+        work = max(work, cost.backward(passes, count, segment.length, past))
+    return needed + work
+
+
+def _shared_forward_bytes(stem: int, prefixes: Segment | None, cost: CostModel) -> float:
+    """Return what the forward passes of a stem and of prefixes work with, beside their keys and values."""
+    of_stem = cost.forward(1, stem, 0) + cost.cache(1, stem)  # the latter where a stem goes on from the one before
+    return max(of_stem, cost.forward(len(prefixes.ids), prefixes.length, stem) if prefixes is not None else 0.0)
 
 
 def _branches(variants: Sequence[Variant], members: Sequence[int], cost: CostModel, budget: float) -> Branches:
@@ -185,12 +198,14 @@ def _branches(variants: Sequence[Variant], members: Sequence[int], cost: CostMod
     ]
     # Neighbours of equal length need least padding.
     placed.sort(key=lambda each: each[2] - variants[each[0]].last_row)
+    prefixes = Segment(tuple(pieces), (end,) * len(pieces)) if any(pieces) else None
+    room = budget / cost.overhead - shared_bytes(end, prefixes, cost)
     return Branches(
         variants,
         Segment((ids[:end],), (0,)) if end else None,
-        Segment(tuple(pieces), (end,) * len(pieces)) if any(pieces) else None,
+        prefixes,
         tuple(placed),
-        _size(variants, placed, end, cost, budget),
+        _size(variants, placed, end, cost, room),
     )
 
 
@@ -199,12 +214,13 @@ def _size(
     members: Sequence[Placed],
     stem: int,
     cost: CostModel,
-    budget: float,
+    room: float,
 ) -> int:
+    """Return how many tails run at once in so many bytes, at least one."""
     longest = tails_of(variants, members[:1]).segment.length
     passes = len(variants[members[0][0]].terms)
     size = min(len(members), max(1, cost.rows_at_once // longest))
-    while size > 1 and tails_bytes(tails_of(variants, members[:size]), passes, stem, cost) > budget:
+    while size > 1 and tails_bytes(tails_of(variants, members[:size]), passes, stem, cost) > room:
         size = (size + 1) // 2
     return size
 

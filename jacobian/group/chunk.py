@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,27 +76,13 @@ def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun, at_once: A
         embedding_VD.shape[1],
         dtype=torch.promote_types(embedding_VD.dtype, torch.float32),
     )
-    of_stem, of_stages = Asked(chunk.entering), [Asked(stage.active) for stage in chunk.stages]
+    of_stem, of_stages = Asked(chunk.entering), [Asked(stage.active, stage) for stage in chunk.stages]
     while runs:
-        at, asked = runs.pop(), of_stages.pop()
-        if not at.stage.active:
-            continue
-        asked.add_head(at.stage.head, at.run.head_PD, at.run.hidden_BTD.shape)
-        inputs = [at.run.leaf_BTD, *at.of_stem, *at.of_middle]
-        outputs = asked.of_outputs(len(at.run.keys_values))
-        for part, (leaf_CBTD, *sent) in backward_in_parts(at.run, outputs, inputs, at_once.passes):
-            passes = at.stage.active[part]
-            for place, (start, end) in enumerate(zip(at.stage.starts, at.stage.ends, strict=True)):
-                gradient_PBTD[list(passes), place, start:end] = leaf_CBTD[:, place, : end - start].to(
-                    gradient_PBTD.dtype
-                )
-            of_stem.add_keys_values(passes, sent[: len(at.of_stem)])
-            for stage, earlier in zip(chunk.stages, of_stages, strict=False):
-                if earlier.shares(passes):
-                    to_middle = sent[len(at.of_stem) :]
-                    earlier.add_keys_values(
-                        passes, [slice_of_stage(sent_C, stage, stem.stem.end) for sent_C in to_middle]
-                    )
+        if runs[-1].stage.active:  # in a call of its own, so that a stage is freed before the one before it
+            _stage_backward(runs.pop(), of_stages, of_stem, gradient_PBTD, stem.stem.end, at_once.passes)
+        else:
+            runs.pop()
+        of_stages.pop()
     _stem_backward(chunk, stem, of_stem, gradient_PBTD, at_once.in_stem)
     return gradient_PBTD
 
@@ -126,6 +113,27 @@ def _run_stages(model: SegmentModel, chunk: Chunk, stem: StemRun) -> list[_Stage
         if stage is not chunk.stages[-1]:
             middle, lengths = append_stage(middle, lengths, run.keys_values, stage)
     return runs
+
+
+def _stage_backward(
+    at: _StageRun, of_stages: Sequence[Asked], of_stem: Asked, gradient_PBTD: Tensor, stem_end: int, at_once: int
+) -> None:
+    """Send the cotangents of a stage, the last of these, back, and add what it asks of those before it."""
+    *of_earlier, asked = of_stages
+    asked.add_head(at.stage.head, at.run.head_PD, at.run.hidden_BTD.shape)
+    inputs = [at.run.leaf_BTD, *at.of_stem, *at.of_middle]
+    outputs = asked.of_outputs(len(at.run.keys_values))
+    for part, (leaf_CBTD, *sent) in backward_in_parts(at.run, outputs, inputs, at_once):
+        passes = at.stage.active[part]
+        for place, (start, end) in enumerate(zip(at.stage.starts, at.stage.ends, strict=True)):
+            gradient_PBTD[list(passes), place, start:end] = leaf_CBTD[:, place, : end - start].to(gradient_PBTD.dtype)
+        of_stem.add_keys_values(passes, sent[: len(at.of_stem)])
+        for earlier in of_earlier:
+            if earlier.stage is not None and earlier.shares(passes):
+                to_middle = sent[len(at.of_stem) :]
+                earlier.add_keys_values(
+                    passes, [slice_of_stage(sent_C, earlier.stage, stem_end) for sent_C in to_middle]
+                )
 
 
 def _stem_backward(chunk: Chunk, stem: StemRun, asked: Asked, gradient_PBTD: Tensor, at_once: int) -> None:

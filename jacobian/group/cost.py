@@ -12,14 +12,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cepo.jacobian.group.cuts import Segment, Stem
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
 # More rows in one matrix product save no time and take more memory: for SmolLM2, 512 and 2048 were equally fast on a
 # CPU. A tiny model's products are over before the next is called: it takes more rows at once.
 _ROWS_AT_ONCE = {"cpu": 256}
 _MOST_ROWS_OF_TINY, _TINY = 2048, 1_000_000  # weights of the body
 _ROWS_AT_ONCE_ELSEWHERE = 8192
-# The most that a process was seen to hold over the sum of its tensors: allocators keep blocks that were freed.
-ALLOCATOR = 1.5
+# The most that a process was seen to hold over the sum of its tensors (17 runs on a CPU: 1.25 to 1.64). The C library's
+# allocator keeps blocks that were freed; CUDA's gives them to the next tensor.
+_OVERHEAD, _OVERHEAD_ELSEWHERE = {"cpu": 1.65}, 1.1
+_SHARES = 1.2  # layers of attention's scores that are alive beside two of everything, by the tensors of small models
+_OF_LOGITS = 8.0  # bytes of a logit's float32 copies beside the logit and its gradient
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class CostModel:
         saved_row: bytes that the graph keeps for one row of all layers.
         saved_pair: bytes that it keeps for one row and one position that the row attends to.
         saved_past: bytes that it keeps for one position of the past of one rollout.
+        logits: bytes of one row of logits and of what is computed from it.
+        overhead: the most that a process was seen to hold, over the sum of its tensors.
         rows_at_once: rows of one matrix product beyond which larger products are no faster.
     """
 
@@ -50,6 +56,8 @@ class CostModel:
     saved_row: float
     saved_pair: float
     saved_past: float
+    logits: float
+    overhead: float
     rows_at_once: int
 
     def flops(self, rows: int, context: float, *, backward: bool) -> float:
@@ -61,58 +69,88 @@ class CostModel:
         rows = rollouts * tokens
         return rows * self.saved_row + rows * (past + tokens) * self.saved_pair + rollouts * past * self.saved_past
 
+    def forward(self, rollouts: int, tokens: int, past: int) -> float:
+        """Return the bytes that a forward pass works with beside what it keeps.
+
+        About two layers, and of attention's scores a copy more: before the mask, after it, and as shares.
+        """
+        pairs = rollouts * tokens * (past + tokens) * self.saved_pair
+        return (2.0 * self.graph(rollouts, tokens, past) + _SHARES * pairs) / self.layers
+
+    def head_bytes(self, segment: Segment) -> float:
+        """Return the bytes of the logits of a segment, and of what is computed from them."""
+        return max(FEWEST_HEAD_ROWS, len(segment.head)) * self.logits if segment.head else 0.0
+
     def cache(self, rollouts: int, tokens: int) -> float:
         """Return the bytes of keys and values, or of one cotangent of them."""
         return 2.0 * rollouts * tokens * self.layers * self.key_values * self.itemsize
 
     def backward(self, cotangents: int, rollouts: int, tokens: int, past: int) -> float:
-        """Return the bytes that a batched backward pass holds at once, about two layers of gradients."""
-        return 2.0 * cotangents * self.graph(rollouts, tokens, past) / self.layers
+        """Return the bytes that a batched backward pass works with at once."""
+        return cotangents * self.forward(rollouts, tokens, past)
+
+    def held_bytes(self, tensors: float) -> float:
+        """Return the most that a process holds for so many bytes of tensors at once."""
+        return self.overhead * tensors
 
     def stem_bytes(self, stem: Stem) -> float:
         """Return the bytes that a prompt holds while its stages run."""
         kept = self.graph(1, stem.segment.length, stem.start) if stem.segment.differentiated else 0.0
         return kept + self.cache(1, stem.end)
 
-    def stages_bytes(self, stages: Sequence[Segment], passes: int, entering: int, stem: Stem) -> float:
+    def stem_forward_bytes(self, stem: Stem) -> float:
+        """Return the peak bytes of a prompt's own forward pass."""
+        before = 2.0 * self.forward(1, stem.start, 0) + 2.0 * self.cache(1, stem.start)
+        return max(
+            before,
+            self.stem_bytes(stem) + self.forward(1, stem.segment.length, stem.start) + self.head_bytes(stem.segment),
+        )
+
+    def stages_bytes(self, stages: Sequence[Segment], passes: int, entering: Sequence[int], stem: Stem) -> float:
         """Return the peak bytes of the stages of jobs that run at once, without the stem.
 
         Args:
             stages: of these jobs.
             passes: how many passes a job has.
-            entering: how many of them send cotangents to the stem.
+            entering: those of them that send cotangents to the stem.
             stem: of their prompt.
         """
-        jobs, past = len(stages[0].ids) if stages else 0, stem.end
-        kept, transient = 0.0, 0.0
+        jobs, past, kept, peak = len(stages[0].ids) if stages else 0, stem.end, 0.0, 0.0
+        own: list[float] = []
         for stage in stages:
-            if stage.active:
-                kept += self.graph(jobs, stage.length, past)
-                transient = max(
-                    transient,
-                    self.backward(len(stage.active), jobs, stage.length, past),
-                    4.0 * 2 * len(stage.head) * self.head / self.width,
-                )
-            kept += (1 + len(stage.active)) * self.cache(jobs, stage.length)
+            graph = self.graph(jobs, stage.length, past) if stage.active else 0.0
+            own.append(graph + 2.0 * self.cache(jobs, stage.length))
+            kept += own[-1]
+            peak = max(peak, kept + self.forward(jobs, stage.length, past) + self.head_bytes(stage))
             past += stage.length
-        asked = 2 * entering * self.cache(jobs, stem.segment.length)
-        gradients = 4.0 * jobs * passes * past * self.width
-        return kept + transient + asked + gradients
+        kept += 4.0 * jobs * passes * past * self.width  # the gradients that are returned
+        asked = 0.0  # cotangents that later stages sent to the stem and to earlier ones
+        of_stem = self.cache(jobs, stem.segment.length)
+        for stage, of_stage in zip(reversed(stages), reversed(own), strict=True):
+            past -= stage.length
+            if stage.active:
+                sent = len(stage.active) * self.cache(jobs, past - stem.end)
+                sent += len(stage.active) * of_stem if set(stage.active) & set(entering) else 0.0
+                peak = max(peak, kept + asked + sent + self.backward(len(stage.active), jobs, stage.length, past))
+                asked = min(asked + sent, len(entering) * of_stem + passes * self.cache(jobs, past - stem.end))
+            kept -= of_stage
+        return peak
 
-    def stem_backward_bytes(self, cotangents: int, at_once: int, stem: Stem) -> float:
-        """Return the bytes of cotangents that go back through the stem, some of them at once."""
-        return 2 * cotangents * self.cache(1, stem.segment.length) + at_once * self._stem_cotangent(stem)
+    def stem_backward_bytes(self, jobs: int, passes: int, cotangents: int, at_once: int, stem: Stem) -> float:
+        """Return the bytes of cotangents of jobs that go back through the stem, some at once, and of all gradients."""
+        gradients = 4.0 * jobs * passes * stem.end * self.width
+        return gradients + cotangents * self.cache(1, stem.segment.length) + at_once * self._stem_cotangent(stem)
 
     def stem_cotangents_at_once(self, stem: Stem, budget: float) -> int:
         """Return how many cotangents go back through the stem at once within the budget, at least one."""
-        room = (budget / ALLOCATOR - self.stem_bytes(stem)) / self._stem_cotangent(stem)
+        room = (budget / self.overhead - self.stem_bytes(stem)) / self._stem_cotangent(stem)
         return max(1, int(min(room, -(-self.rows_at_once // stem.segment.length))))
 
     def _stem_cotangent(self, stem: Stem) -> float:
         return self.backward(1, 1, stem.segment.length, stem.start) + self.cache(1, stem.segment.length)
 
 
-def measured_cost(model: Any, four: int, eight: int, four_on_eight: int) -> CostModel:
+def measured_cost(model: Any, four: int, eight: int, four_on_eight: int, *, has_logits: bool = True) -> CostModel:
     """Return the cost model, from the shapes of the weights and the bytes that the graphs of three tiny runs keep.
 
     Args:
@@ -120,6 +158,7 @@ def measured_cost(model: Any, four: int, eight: int, four_on_eight: int) -> Cost
         four: bytes kept for four tokens without a past.
         eight: for eight tokens without a past.
         four_on_eight: for four tokens on a past of eight.
+        has_logits: whether the head's logits are formed; the kernels form none.
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
@@ -129,7 +168,7 @@ def measured_cost(model: Any, four: int, eight: int, four_on_eight: int) -> Cost
         for module in model.modules()
         if isinstance(module, nn.Linear | Conv1D) and id(module) not in kept_out
     )
-    heads = config.num_attention_heads
+    heads, device = config.num_attention_heads, head.weight.device.type
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     pair = max(0.0, (eight - 2 * four) / 32)
     row = (four - 16 * pair) / 4
@@ -144,9 +183,9 @@ def measured_cost(model: Any, four: int, eight: int, four_on_eight: int) -> Cost
         saved_row=row,
         saved_pair=pair,
         saved_past=max(0.0, (four_on_eight - 4 * row - 48 * pair) / 8),
-        rows_at_once=_MOST_ROWS_OF_TINY
-        if body < _TINY
-        else _ROWS_AT_ONCE.get(head.weight.device.type, _ROWS_AT_ONCE_ELSEWHERE),
+        logits=head.weight.shape[0] * (2.0 * head.weight.element_size() + _OF_LOGITS) if has_logits else 0.0,
+        overhead=_OVERHEAD.get(device, _OVERHEAD_ELSEWHERE),
+        rows_at_once=_MOST_ROWS_OF_TINY if body < _TINY else _ROWS_AT_ONCE.get(device, _ROWS_AT_ONCE_ELSEWHERE),
     )
 
 

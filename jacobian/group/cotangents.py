@@ -16,14 +16,15 @@ class Asked:
 
     Args:
         passes: indices of the passes.
+        stage: the segment, where it is a stage.
 
     Attributes:
         hidden_CBTD: of its hidden states, or None where they are not asked for.
         keys_values: of its keys and values, (C, B, J, L, E) each; empty where they are not asked for.
     """
 
-    def __init__(self, passes: Sequence[int]) -> None:
-        self.passes = tuple(passes)
+    def __init__(self, passes: Sequence[int], stage: Segment | None = None) -> None:
+        self.passes, self.stage = tuple(passes), stage
         self.hidden_CBTD: Tensor | None = None
         self.keys_values: list[Tensor] = []
 

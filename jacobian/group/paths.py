@@ -128,8 +128,7 @@ class PathRunner:
         """Return the keys and values of prefixes, padded to the longest."""
 
         def run(places: Sequence[int], at_once: AtOnce) -> KeyValues:
-            ids, starts = ([of_all[place] for place in places] for of_all in (prefixes.ids, prefixes.starts))
-            segment = Segment(tuple(ids), tuple(starts))
+            segment = Segment(tuple(prefixes.ids[at] for at in places), tuple(prefixes.starts[at] for at in places))
             found = run_segment(self._served.model, segment, [stem], segment.starts).keys_values
             return [functional.pad(tensor, (0, 0, 0, prefixes.length - segment.length)) for tensor in found]
 

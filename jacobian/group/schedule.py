@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count, groupby
 
-from cepo.jacobian.group.cost import ALLOCATOR, CostModel
+from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.group.cuts import HeadRow, Job, Segment, Stem, UnservedError, cut_request, stages_of, stems_of
 from cepo.jacobian.group.halving import AtOnce
 from cepo.jacobian.protocol import Request
@@ -95,7 +95,8 @@ def schedule(requests: Sequence[Request], cost: CostModel, budget: float) -> Sch
 def bytes_needed(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
     """Return the bytes of a chunk's stages, those of the stem and what the allocator holds back included."""
     passes = len(chunk.jobs[0].passes)
-    return ALLOCATOR * (cost.stem_bytes(stem) + cost.stages_bytes(chunk.stages, passes, len(chunk.entering), stem))
+    stages = cost.stages_bytes(chunk.stages, passes, chunk.entering, stem)
+    return cost.held_bytes(max(cost.stem_forward_bytes(stem), cost.stem_bytes(stem) + stages))
 
 
 def chunk_of(jobs: Sequence[Job], stem: Stem) -> Chunk:
@@ -207,5 +208,9 @@ def plan_of(work: Schedule, cost: CostModel) -> Plan:
 
 def _peak(chunk: Chunk, stem: Stem, at_once: AtOnce, cost: CostModel) -> float:
     cotangents = chunk.stem_cotangents
-    back = cost.stem_backward_bytes(cotangents, min(at_once.in_stem, cotangents), stem) if cotangents else 0.0
-    return max(bytes_needed(chunk, stem, cost), ALLOCATOR * (cost.stem_bytes(stem) + back))
+    if not cotangents:
+        return bytes_needed(chunk, stem, cost)
+    back = cost.stem_backward_bytes(
+        len(chunk.jobs), len(chunk.jobs[0].passes), cotangents, min(at_once.in_stem, cotangents), stem
+    )
+    return max(bytes_needed(chunk, stem, cost), cost.held_bytes(cost.stem_bytes(stem) + back))

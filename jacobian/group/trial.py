@@ -145,4 +145,10 @@ def _measured_cost(model: SegmentModel, ids: Sequence[int]) -> CostModel:
         return sum(sizes.values())
 
     before = run_segment(model, Segment((tuple(ids[:8]),), (0,))).keys_values
-    return measured_cost(model.held.causal_lm, saved_bytes(0, 4, []), saved_bytes(0, 8, []), saved_bytes(8, 12, before))
+    return measured_cost(
+        model.held.causal_lm,
+        saved_bytes(0, 4, []),
+        saved_bytes(0, 8, []),
+        saved_bytes(8, 12, before),
+        has_logits=model.swaps.head == "torch",
+    )

@@ -75,7 +75,7 @@ def into_the_stem(run: Any, cotangents: Any, inputs: Any) -> int:
 # What fails, and above how many of what.
 STAGES: dict[str, tuple[Any, str, int, Measure]] = {
     "forward through the stages": (chunk_module, "run_segment", 2, sequences),
-    "the head": (run_module, "values_of_terms", 12, lambda logits, terms: len(terms)),
+    "the head": (run_module, "values_of_terms", 12, lambda logits, terms, *rest: len(terms)),
     "backward through the stages": (run_module, "backward", 2, sequences_back),
     "backward, one cotangent at a time": (run_module, "backward", 1, all_back),
     "backward through the stem": (run_module, "backward", 3, into_the_stem),
@@ -125,7 +125,7 @@ def test_the_cotangents_of_the_stem_are_halved_where_one_rollout_is_left(
 
 PATHS: dict[str, tuple[Any, str, int, Measure]] = {
     "forward through the tails": (paths_module, "run_segment", 2, lambda model, segment, *rest: len(segment.ids)),
-    "the head": (run_module, "values_of_terms", 6, lambda logits, terms: len(terms)),
+    "the head": (run_module, "values_of_terms", 6, lambda logits, terms, *rest: len(terms)),
     "backward through the tails": (run_module, "backward", 2, sequences_back),
     "backward, one cotangent at a time": (run_module, "backward", 1, all_back),
     "what families share": (
