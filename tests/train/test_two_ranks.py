@@ -1,7 +1,8 @@
-"""GRPO on two CPU ranks, by DDP and by FSDP2: the rewards and the steps of one process."""
+"""GRPO on two CPU ranks, by DDP, FSDP2 and ZeRO-3: the rewards and the steps of one process."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
-from torch.distributed.tensor import DTensor
 from trl import GRPOConfig
 
 from cepo import CausalReward, argmax_reward
-from cepo.jacobian.sharding import sharding_of
+from cepo.jacobian.sharding import readable, sharding_of
 from cepo.train import testbed, testbed_judges
 from cepo.train.causal_loss import CausalLoss
 from cepo.train.policy import items_dataset
@@ -72,11 +72,11 @@ def run(folder: Path, processes: int, *, lora: bool = False, sharded: Any = "aut
 
     trainer._generate_single_turn = generate
     trainer.train()
-    assert sharding_of(trainer.model) == ("fsdp2" if "fsdp" in settings else "none")
-    weights = [
-        (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
-        for weight in trainer.model.parameters()
-    ]
+    assert sharding_of(trainer.model) == (
+        "fsdp2" if "fsdp" in settings else "zero3" if "deepspeed" in settings else "none"
+    )
+    with readable(trainer.model, "gather"):
+        weights = [weight.detach().clone() for weight in trainer.model.parameters()]
     return {**kept, "weights": weights}
 
 
@@ -108,20 +108,35 @@ def case_fsdp2_gathered_lora(rank: int, folder: Path) -> None:
     torch.save(run(folder, 2, lora=True, sharded="gather", **FSDP), folder / f"lora-{rank}.pt")
 
 
+def case_zero3_in_step(rank: int, folder: Path) -> None:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one
+    sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
+    zero = {**sizes, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+    torch.save(run(folder, 2, sharded="step", deepspeed=zero), folder / f"zero3-{rank}.pt")
+
+
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+CASES = [case_ddp, case_fsdp2_in_step, case_fsdp2_gathered_lora, *([case_zero3_in_step] if HAS_DEEPSPEED else [])]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which both ranks have left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
-    problems = run_on_two_ranks([case_ddp, case_fsdp2_in_step, case_fsdp2_gathered_lora], folder)
+    problems = run_on_two_ranks(CASES, folder)
     assert not any(problems.values()), "\n".join(problems.values())
     return folder
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_rewards_and_steps_are_those_of_one_process(lora: bool, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["ddp", "in_step"], ["lora"], ["zero3"]])
+def test_rewards_and_steps_are_those_of_one_process(names: list[str], folder: Path, tmp_path: Path) -> None:
     """Each rank sees half of the prompts: donors not gathered, or another rank's weights, would give other values."""
-    alone = run(tmp_path, 1, lora=lora)
-    for name in ("lora",) if lora else ("ddp", "in_step"):
+    if names == ["zero3"] and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    alone = run(tmp_path, 1, lora=names == ["lora"])
+    for name in names:
         ranks = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
         for reward in ("causal", "necessary"):
             together = [one + other for one, other in zip(*(rank[reward] for rank in ranks), strict=True)]
