@@ -148,12 +148,16 @@ def case_wrong_weights(rank: int, folder: Path) -> None:
 
 
 def case_unequal_ranks(rank: int, folder: Path) -> None:
+    """Ranks with other numbers of rollouts finish, exactly, with as many collectives."""
     with InDouble():
         plain, model = policy("qwen3"), sharded(policy("qwen3"))
-        for counts in ((3, 1), (2, 0), (1, 4), (0, 0)):
+        step: list[tuple[Mode, tuple[int, int]]] = [("step", counts) for counts in ((3, 1), (2, 0), (1, 4), (0, 0))]
+        for mode, counts in [*step, ("gather", (2, 0))]:
             with counted() as collectives:
-                assert_reads_like(model, plain, "step", rank, counts[rank])
+                assert_reads_like(model, plain, mode, rank, counts[rank])
             assert_same_on_both_ranks(collectives)
+            if mode == "gather":  # for each engine three groups, and a vote
+                assert sum(collectives.values()) == 2 * (3 + 1)
 
 
 def case_failures(rank: int, folder: Path) -> None:
