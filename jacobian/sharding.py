@@ -13,7 +13,8 @@ keeps a note of which weight it is (`torch.autograd.graph.saved_tensors_hooks`),
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -31,6 +32,8 @@ Mode = Literal["auto", "gather", "step"]
 
 # What a rank votes for, the largest first.
 _DONE, _FORWARD, _BACKWARD, _FAILED = range(4)
+# What `watching_saved` does with a saved tensor: of the hooks that torch keeps, the innermost alone are called.
+_KEEP: ContextVar[Callable[[Tensor], Tensor]] = ContextVar("cepo_keep_saved", default=lambda tensor: tensor)
 _FRAMEWORKS = ("torch.distributed.fsdp.", "deepspeed.")
 
 
@@ -142,6 +145,20 @@ def check_readable(model: Any) -> None:
         )
 
 
+@contextlib.contextmanager
+def watching_saved(keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Call a function with each tensor that the graph saves for backward, and save what it returns instead.
+
+    The weights of a layer that is gathered in step are saved in another way, and not among them.
+    """
+    token = _KEEP.set(keep)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            yield
+    finally:
+        _KEEP.reset(token)
+
+
 def shape_of(parameter: Tensor) -> torch.Size:
     """Return the shape of a parameter as a whole, whether or not this rank holds it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
@@ -201,17 +218,16 @@ class _Walk:
 
     def _enter(self, layer: int) -> None:
         self._reach(_FORWARD, layer)
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(False) or (lambda saved: saved,) * 2
 
         def pack(tensor: Tensor) -> Any:
             owner = tensor if tensor._base is None else tensor._base
             if not isinstance(owner, nn.Parameter):
-                return outer[0](tensor)
+                return _KEEP.get()(tensor)
             offset = int(tensor.storage_offset() - owner.storage_offset())
             return _Weight(layer, owner, tensor.size(), tensor.stride(), offset)
 
         def unpack(saved: Any) -> Tensor:
-            return self._weight(saved) if isinstance(saved, _Weight) else outer[1](saved)
+            return self._weight(saved) if isinstance(saved, _Weight) else saved
 
         self._saving.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
 
@@ -222,12 +238,11 @@ class _Walk:
 
     def _weight(self, saved: _Weight) -> Tensor:
         """Return a saved weight, in a backward pass."""
-        with torch._C._DisableFuncTorch():
-            # A layer's own hooks may go back through it while it runs forward: it is still there.
-            if self._held != saved.layer and self._reach(_BACKWARD, saved.layer):
-                Variable._execution_engine.queue_callback(self._finish)  # at the end of this backward pass
-            held = saved.parameter.detach()
-            return held.as_strided(saved.size, saved.stride, held.storage_offset() + saved.offset)
+        # A layer's own hooks may go back through it while it runs forward: it is still there.
+        if self._held != saved.layer and self._reach(_BACKWARD, saved.layer):
+            Variable._execution_engine.queue_callback(self._finish)  # at the end of this backward pass
+        held = saved.parameter.detach()
+        return held.as_strided(saved.size, saved.stride, held.storage_offset() + saved.offset)
 
     def _reach(self, operation: int, layer: int) -> bool:
         """Gather a layer for a pass of this rank, and the layers before it in order; return whether a pass begins."""
@@ -257,10 +272,9 @@ class _Walk:
 
     def _finish(self) -> None:
         """Gather what is left of the operation, in which other ranks take part."""
-        with torch._C._DisableFuncTorch():
-            while self._operation != _DONE and self._reached < len(self._parts):
-                self._gather_next()
-            self._release()
+        while self._operation != _DONE and self._reached < len(self._parts):
+            self._gather_next()
+        self._release()
         self._operation = _DONE
 
     def _gather_next(self) -> None:

@@ -24,7 +24,7 @@ from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.model import HeldModel
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.records import Group, Rollout, Span
-from cepo.jacobian.sharding import RankFailedError, sharding_of
+from cepo.jacobian.sharding import RankFailedError, sharding_of, watching_saved
 from cepo.kernels.launch import Implementation
 
 logger = logging.getLogger("cepo")
@@ -140,7 +140,7 @@ def _measured_cost(model: SegmentModel, ids: Sequence[int]) -> CostModel:
             return tensor
 
         segment = Segment((tuple(ids[start:end]),), (start,), differentiated=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with watching_saved(keep):
             run_segment(model, segment, [leaves_of(before, 1, True)], [start])
         return sum(sizes.values())
 
