@@ -98,9 +98,9 @@ def gathered(model: Any) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            _vote(_FAILED, model)
+            _vote(_FAILED)
             raise
-        _vote(_DONE, model)
+        _vote(_DONE)
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ def in_step(model: Any) -> Iterator[None]:
         raise ValueError(f"model is a {type(bare).__name__} without a list of layers; expected one, or mode 'gather'")
     in_layers = {id(module) for layer in layers for module in layer.modules()}
     resident = [module for module in model.modules() if id(module) not in in_layers]
-    with _hooks_off(model), _whole(resident), contextlib.closing(_Walk(bare, layers)) as walk:
+    with _hooks_off(model), _whole(resident), contextlib.closing(_Walk(layers)) as walk:
         try:
             yield
         except BaseException:
@@ -182,8 +182,7 @@ class _Walk:
     whether or not this rank reads them.
     """
 
-    def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
-        self._model = model
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._parts = [list(layer.modules()) for layer in layers]
         self._operation = _DONE
         self._reached = 0  # how many layers of this operation were gathered
@@ -210,7 +209,7 @@ class _Walk:
         if not self._over:
             self._finish()
             self._over = True
-            _vote(_FAILED, self._model)
+            _vote(_FAILED)
 
     def leave(self) -> None:
         """Accompany the other ranks until all are done."""
@@ -261,7 +260,7 @@ class _Walk:
             raise RankFailedError("another rank failed; its own error says why")
         while True:
             try:
-                voted = _vote(operation, self._model)
+                voted = _vote(operation)
             except RankFailedError:
                 self._over = True
                 raise
@@ -325,13 +324,13 @@ def _hooks_off(model: nn.Module) -> Iterator[None]:
             hooks.update(were)
 
 
-def _vote(operation: int, model: Any) -> int:
+def _vote(operation: int) -> int:
     """Return the largest vote of all ranks.
 
     Raises:
         RankFailedError: if another rank voted that it failed.
     """
-    votes_1 = torch.tensor([operation], device=_device(model))
+    votes_1 = torch.tensor([operation], device=_device())
     dist.all_reduce(votes_1, dist.ReduceOp.MAX)
     voted = int(votes_1)
     if voted == _FAILED and operation != _FAILED:
@@ -344,14 +343,14 @@ def _fits(model: Any) -> bool:
     needed = sum(
         getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size() for parameter in model.parameters()
     )
-    device = _device(model)
+    device = _device()
     free = free_memory(device) / (dist.get_world_size() if device.type == "cpu" else 1)  # ranks share a host's memory
     rooms_1 = torch.tensor([free / 2 - needed], dtype=torch.float64, device=device)
     dist.all_reduce(rooms_1, dist.ReduceOp.MIN)
     return float(rooms_1) >= 0.0
 
 
-def _device(model: Any) -> torch.device:
-    """Return the device on which collectives run."""
-    parameter = next(iter(model.parameters()))
-    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+def _device() -> torch.device:
+    """Return the device on which collectives run; parameters may be offloaded to another."""
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if accelerator is None or dist.get_backend() == "gloo" else accelerator

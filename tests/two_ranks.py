@@ -16,7 +16,7 @@ import torch.distributed as dist
 Case = Callable[[int, Path], None]
 
 
-def run_on_two_ranks(cases: Sequence[Case], folder: Path, *, seconds: float = 120.0) -> dict[str, str]:
+def run_on_two_ranks(cases: Sequence[Case], folder: Path, *, seconds: float = 240.0) -> dict[str, str]:
     """Run each case on both ranks, in order, and return what went wrong by the case's name.
 
     A case asserts for itself. It gets its rank and a folder that both ranks share. After one that fails, the later ones
@@ -47,7 +47,7 @@ def run_on_two_ranks(cases: Sequence[Case], folder: Path, *, seconds: float = 12
 def _run(rank: int, cases: Sequence[Case], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    limit = datetime.timedelta(seconds=20)  # of a collective that the other rank never joins
+    limit = datetime.timedelta(seconds=60)  # of a collective that the other rank never joins
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=limit)
     for case in cases:
         try:
