@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import t
 from typer.main import get_command
 
+from cepo.benchmarks.reward_model.command import read_plan, verdicts
 from cepo.cli.app import app
 from tests.paths import ROOT
 
@@ -176,7 +177,7 @@ def table(text: str, heading: str) -> list[list[str]]:
 
 def near(text: str, values: list[float]) -> bool:
     """Whether a cell's numbers are these, to the two decimals that it shows."""
-    shown = [float(number) for number in re.findall(r"[-+]?\d\.\d\d", text)]
+    shown = [float(number) for number in re.findall(r"[-+]?\d+\.\d\d", text)]
     return len(shown) == len(values) and all(
         abs(one - other) < 0.00501 for one, other in zip(shown, values, strict=True)
     )
@@ -255,6 +256,23 @@ def test_the_fresh_training_table_is_what_the_rows_say() -> None:
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (ROOT / "benchmarks" / "results" / name).read_text().splitlines()]
+
+
+def test_the_table_of_pairs_is_what_the_rows_say() -> None:
+    """Every recorded run is counted, in its arm; the gates that the recipe set are told as they came out."""
+    rows = rows_of("testbed-reward-models.jsonl")
+    assert len({(row["arm"], row["seed"]) for row in rows}) == len(rows), "a run was recorded twice"
+    text = (ROOT / "docs" / "reward-models.md").read_text()
+    shown = {row[0]: row for row in table(text, "## Which pairs help")}
+    assert list(shown) == list(dict.fromkeys(row["arm"] for row in rows))
+    for arm, (_, seeds, *cells) in shown.items():
+        of_arm = [row for row in rows if row["arm"] == arm]
+        assert seeds == str(len(of_arm))
+        for cell, measure in zip(cells, ("flipped", "in_distribution", "length_share", "cause_effect"), strict=True):
+            values = [float(row[measure]) for row in of_arm]
+            assert near(cell, [mean(values), min(values), max(values)]), (arm, measure)
+    for line in verdicts(rows, read_plan().gates):
+        assert line in text
 
 
 def test_the_table_of_judges_is_what_the_rows_say() -> None:

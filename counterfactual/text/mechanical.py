@@ -69,7 +69,7 @@ def make_pairs(
     irrelevant: both responses under a prompt of another cause, a tie. Such prompts are drawn in turn until one passes
         the check: both responses show that cause by the same word, so the tie is true.
     rrm: the chosen response against both responses of another source (preferences), and the other source's chosen
-        against a third one's rejected (a tie); unchecked, as published.
+        against a third one's rejected (a tie); unchecked.
 
     The split comes first: prompts and responses of the test side never enter a pair of the training side, and vice
     versa. A source's pairs depend on the seed, the source and the other sources of its side alone.
