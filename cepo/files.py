@@ -57,14 +57,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records in one step, one JSON object per line; NaN becomes null, infinities become "inf" and "-inf"."""
-    write_text(path, "".join(map(_line, records)))
+    """Write records in one step, one `json_line` each."""
+    write_text(path, "".join(f"{json_line(record)}\n" for record in records))
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """Return a JSON object on one line; NaN becomes null, infinities become "inf" and "-inf"."""
+    return json.dumps(_plain(record))
 
 
 def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append records to a JSONL file; they are on the disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(map(_line, records)))
+        file.write("".join(f"{json_line(record)}\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
 
@@ -192,10 +197,6 @@ def fingerprint(path: Path) -> str:
                 digest.update(f"{file.name if path.is_dir() else ''} {file.stat().st_size}\n".encode())
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(record)) + "\n"
 
 
 def _plain(value: Any) -> Any:

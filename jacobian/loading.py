@@ -110,10 +110,6 @@ def load_model(
         for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
             model.__dict__.pop(mark, None)
         model.config.__dict__.pop("quantization_config", None)
-        # transformers 5.17 gives SmolLM2's tokenizer another end than the file names, and generation would not stop.
-        end = model.config.eos_token_id
-        if isinstance(end, int) and tokenizer.eos_token_id != end:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     # An adapter saved later names its base by this.
     model.name_or_path = source.name
     return model.to(device).eval(), tokenizer
@@ -161,18 +157,25 @@ def embedding_width(source: ModelSource) -> int | None:
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a model (of the base model, for an adapter)."""
-    from transformers import AutoTokenizer
+    """Return the tokenizer of a model (of the base model, for an adapter), the same with its weights and without."""
+    from transformers import AutoConfig, AutoTokenizer
 
     if source.base is not None:
         return load_tokenizer(source.base, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    try:
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer of model {source.name!r} could not be loaded from {source.location}: {error}"
-        ) from error
+    options["trust_remote_code"] = trust_remote_code
+    with _gguf_read_once() if source.gguf_file else contextlib.nullcontext():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+            # transformers 5.17 gives SmolLM2's tokenizer another end than the file names: generation would not stop.
+            end = AutoConfig.from_pretrained(source.location, **options).eos_token_id if source.gguf_file else None
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the tokenizer of model {source.name!r} could not be loaded from {source.location}: {error}"
+            ) from error
+    if isinstance(end, int) and tokenizer.eos_token_id != end:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
 
 
 @contextlib.contextmanager

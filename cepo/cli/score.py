@@ -130,6 +130,13 @@ def score(
     memory_gib: Annotated[float, _model(help="Memory that the group engine may use beyond the model's, in GiB.")] = 4.0,
     no_adapters: Annotated[bool, _model("--no-adapters", help="Switch the model's adapters off.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    ray: Annotated[
+        int | None,
+        _model(
+            help="Number of Ray workers that score the rows, with --threads CPUs (default: 1) or a GPU each, on the "
+            "cluster that Ray finds, or else here; needs the extra ray, see docs/scale.md. Default: this process alone."
+        ),
+    ] = None,
     save_jacobians: Annotated[Path | None, _output(help="Write the matrices to this safetensors file.")] = None,
     html: Annotated[Path | None, _output(help="Write the token heat maps to this file.")] = None,
     batch_size: Annotated[int, _output(help="Rows after which records are written; changes no result.")] = 8,
@@ -207,6 +214,8 @@ def score(
         engine=engine,  # type: ignore[arg-type]
         memory_gib=memory_gib,
         trust_remote_code=trust_remote_code,
+        workers=ray,
+        worker_threads=threads or 1,
     )
     with progress_bar() as progress:
         task = progress.add_task("scoring", total=None)

@@ -7,35 +7,23 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.counterfactual.exchange import exchanged_prompts
 from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.page import write_report
-from cepo.eval.score.criteria import criteria_of
-from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices, save_matrices
-from cepo.eval.score.rows import Line, read_input, read_lines, rollout_of
+from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices
+from cepo.eval.score.ray import check_ray, score_on_ray
+from cepo.eval.score.rows import Line, read_input, rollout_of
+from cepo.eval.score.scorer import Scoring, donor_pools, open_model, score_line
 from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
-from cepo.fusion.config import RewardConfig
-from cepo.fusion.records import LinkScore
-from cepo.fusion.score import Pools, RolloutScore, pools_of, score_rollouts
-from cepo.jacobian.engines import EngineName, check_engine, new_engine
-from cepo.jacobian.loading import (
-    ModelSource,
-    check_device,
-    embedding_width,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    resolve_model,
-)
+from cepo.fusion.score import Pools
+from cepo.jacobian.engines import check_engine
+from cepo.jacobian.loading import ModelSource, check_device, embedding_width, model_fingerprint, resolve_model
 from cepo.jacobian.protocol import Engine
-from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
-from cepo.jacobian.records import Rollout
 
 _REASONS = 3  # shown in the summary
 _WITHOUT_ATTRIBUTION = (
@@ -44,46 +32,28 @@ _WITHOUT_ATTRIBUTION = (
 )
 
 
-@dataclass(frozen=True)
-class ScoreJob:
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob(Scoring):
     """What `cepo score` was asked to do.
 
     Attributes:
-        model: see `resolve_model`.
         input: file of rollouts, see `open_file` and FORMS. A row may carry task_reward in [0, 1], which is then fused,
             and a judged pair label ("A" or "B": where the chosen response was shown; A by default).
         output: JSONL file to write, one record per row of the input, in order.
-        config: links, hardening, score, fusion.
-        layout: what completions look like.
-        raw: take prompt text as it is, without the chat template.
         batch_size: rows after which records are written, at least 1; changes no result.
-        donors: file of rollouts whose spans serve as donors, rows as in the input; None for the input itself.
         jacobians: safetensors file for the matrices, or None.
         html: file for the heat maps, or None.
-        dtype: dtype of the weights.
-        device: where to run.
-        adapters: False switches the adapters of a PEFT model off.
-        engine: "group" or "autograd" (the oracle).
-        memory_gib: memory that the group engine may use beyond the model's, in GiB.
-        trust_remote_code: whether a hub repository's own code may run.
+        workers: Ray workers that score the rows, see `cepo.eval.score.ray`; None for this process.
+        worker_threads: CPU threads of each worker.
     """
 
-    model: str
     input: Path
     output: Path
-    config: RewardConfig
-    layout: Layout
-    raw: bool = False
     batch_size: int = 8
-    donors: Path | None = None
     jacobians: Path | None = None
     html: Path | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    adapters: bool = True
-    engine: EngineName = "group"
-    memory_gib: float = 4.0
-    trust_remote_code: bool = False
+    workers: int | None = None
+    worker_threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -138,16 +108,21 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     partial.unlink(missing_ok=True)
     if done:  # a run that fails before its first record leaves nothing that would bind the next one's settings
         write_jsonl(partial, done.values())
-    pending = [row for row in range(len(lines)) if row not in done]
-    reader, engine = _open_model(job, source, lines, pending)
-    pools = _pools(job, lines, reader) if engine is not None and job.config.reads_effects else None
-    for start in range(0, len(pending), job.batch_size):
-        batch = pending[start : start + job.batch_size]
-        for row in batch:
-            done[row] = _score_line(job, row, lines[row], reader, engine, pools)
-        append_jsonl(partial, (done[row] for row in batch))
+    pending = {row: line for row, line in enumerate(lines) if row not in done}
+    usable = any(line.row is not None for line in pending.values())
+    reader, engine = open_model(job, source, weights=usable and job.workers is None)
+    _check_prompts(job, lines, reader)
+    pools = donor_pools(job, lines, reader, origin=job.input) if usable else None
+    scored = _score_here(job, pending, reader, engine, pools)
+    if usable and job.workers is not None:
+        scored = score_on_ray(
+            job, pending, pools, workers=job.workers, threads=job.worker_threads, batch_size=job.batch_size
+        )
+    for records in scored:
+        append_jsonl(partial, records)
+        done.update({record["row"]: record for record in records})
         if progress is not None:
-            progress(len(resumed) + start + len(batch), len(lines))
+            progress(len(done), len(lines))
     records = [done[row] for row in range(len(lines))]
     if job.jacobians is not None:
         merge_matrices(shards, job.jacobians, keep=resumed)
@@ -181,8 +156,13 @@ def _check(job: ScoreJob) -> ModelSource:
             what = "is a folder" if path.is_dir() else "lies in a folder that cannot be written to"
             raise ValueError(f"{option} is {str(path)!r}, which {what}; expected a file")
     if job.jacobians is not None:
+        if job.workers is not None:
+            raise ValueError("--save-jacobians needs one process, whose disk holds the matrices; score without --ray")
         check_matrices(job.jacobians)
-    check_device(job.device)
+    if job.workers is None:
+        check_device(job.device)
+    else:
+        check_ray(job, job.workers)
     check_engine(job.engine)
     if not job.memory_gib > 0:
         raise ValueError(f"memory_gib is {job.memory_gib}; expected a positive number of GiB")
@@ -220,97 +200,21 @@ def _earlier_records(job: ScoreJob, lines: Sequence[Line]) -> dict[int, dict[str
     return dict(sorted(done.items()))
 
 
-def _open_model(
-    job: ScoreJob, source: ModelSource, lines: Sequence[Line], pending: Sequence[int]
-) -> tuple[SpanReader, Engine | None]:
-    """Return the reader, and the engine where a pending line is a row; weights are loaded for nothing else."""
-    code = job.trust_remote_code
-    model = None
-    if any(lines[row].row is not None for row in pending):
-        model, tokenizer = load_model(source, dtype=job.dtype, device=job.device, trust_remote_code=code)
-    else:
-        tokenizer = load_tokenizer(source, trust_remote_code=code)
-    if not job.raw and not getattr(tokenizer, "chat_template", None) and any(line.is_text for line in lines):
+def _check_prompts(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> None:
+    templated = job.raw or getattr(reader.tokenizer, "chat_template", None)
+    if not templated and any(line.is_text for line in lines):
         raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; score with --raw")
-    reader = SpanReader(tokenizer, job.layout)
-    if model is None:
-        return reader, None
-    return reader, new_engine(job.engine, model, adapters=job.adapters, memory_budget=job.memory_gib * 2**30)
 
 
-def _pools(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> Pools:
-    """Return the candidates that the donors file, or else the input, offers for each source."""
-    offered = lines if job.donors is None else read_lines(job.donors)
-    links = job.config.parsed_links(job.layout)
-    rollouts = [rollout_of(line, reader, raw=job.raw) for line in offered]
-    pools = pools_of(rollouts, links)
-    prompts = {candidate.prompt for pool in pools.values() for candidate in pool}
-    if job.config.no_donor == "zero" and len(prompts) < (2 if job.donors is None else 1):
-        where = "input" if job.donors is None else "donors"
-        reason = next((f"; {one.malformed}" for one in rollouts if one.malformed), "")
-        raise ValueError(
-            f"{where} {str(job.donors or job.input)!r} holds well-formed rollouts of {len(prompts)} prompt(s), so no "
-            "span has a donor, the content of another prompt's rollout; name a file of rollouts with --donors, or "
-            f"compare with permuted tokens by --no-donor permute{reason}"
-        )
-    return pools
-
-
-def _score_line(
-    job: ScoreJob, row: int, line: Line, reader: SpanReader, engine: Engine | None, pools: Pools | None
-) -> dict[str, Any]:
-    """Return the record of a line, scored alone: to the last bit, it does not depend on the lines beside it."""
-    rollout = rollout_of(line, reader, raw=job.raw)
-    score = RolloutScore({}, 0.0, rollout.malformed)
-    if engine is not None and rollout.token_ids:
-        (score,) = score_rollouts(
-            [rollout],
-            engine,
-            job.config,
-            job.layout,
-            task_rewards=[line.task_reward],
-            pools=pools,
-            exchanged=exchanged_prompts([rollout], reader) if job.config.reads_leak else None,
-            keep_jacobians=True,
-        )
-    if job.jacobians is not None and rollout.token_ids:
-        save_matrices(_beside(job.output, ".jacobians"), row, rollout, score)
-    texts = reader.texts(rollout.token_ids) if score.links else []
-    links = {name: _link_record(link, score, rollout, texts) for name, link in score.links.items()}
-    return {
-        "row": row,
-        "id": line.id,
-        "reward": score.reward,
-        "malformed": score.malformed,
-        "broken": not rollout.token_ids,
-        "task_reward": line.task_reward,
-        "found_by": rollout.found_by if score.malformed is None else None,
-        "prompt_found_by": rollout.prompt_found_by if score.malformed is None else None,
-        "prompt_tokens": len(rollout.prompt_ids),
-        "completion_tokens": len(rollout.completion_ids),
-        "spans": {name: {"text": span.text, "tokens": len(span.positions)} for name, span in rollout.spans.items()},
-        "S": dict(score.values),
-        "order_leak": score.order_leak,
-        "links": links,
-        "content": line.content,
-    }
-
-
-def _link_record(link: LinkScore, score: RolloutScore, rollout: Rollout, texts: Sequence[str]) -> dict[str, Any]:
-    """Return a link's record, with one number for each token of its source: the Jacobian's norms, the path's nats."""
-    facts = asdict(link)
-    record = {"S": facts.pop("value"), **{key: value for key, value in facts.items() if key != "link"}}
-    hardened, path = score.jacobians.get(link.link), score.paths.get(link.link)
-    where = hardened.base if hardened is not None else path
-    if where is not None:
-        record["source_positions"] = list(where.source_positions)
-        record["target_positions"] = list(where.target_positions)
-    if hardened is not None:
-        record["row_norms"] = [float(f"{norm:.6g}") for norm in hardened.base.jac_SD.double().norm(dim=1).tolist()]
-    if path is not None and path.attribution_S is not None:
-        record["attribution"] = [float(f"{nats:.6g}") for nats in path.attribution_S.tolist()]
-        record["criteria"] = [asdict(one) for one in criteria_of(path, rollout.spans[path.link.source], texts)]
-    return record
+def _score_here(
+    job: ScoreJob, pending: Mapping[int, Line], reader: SpanReader, engine: Engine | None, pools: Pools | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of the lines, so many at a time as the job says."""
+    matrices = _beside(job.output, ".jacobians") if job.jacobians is not None else None
+    rows = list(pending)
+    for start in range(0, len(rows), job.batch_size):
+        batch = rows[start : start + job.batch_size]
+        yield [score_line(job, row, pending[row], reader, engine, pools, matrices=matrices) for row in batch]
 
 
 def _write_page(

@@ -72,7 +72,7 @@ def read_input(path: Path) -> tuple[list[Line], list[BrokenLine]]:
         if isinstance(row, dict):
             first = row if first is None else first
             lacks_columns = lacks_columns and _form(row) is None
-        lines.append(_read_line(row, f"{source.unit} {number}"))
+        lines.append(line_of(row, f"{source.unit} {number}"))
         if lines[-1].broken is not None:
             broken.append((number, lines[-1].broken))
     if not lines:
@@ -93,6 +93,16 @@ def read_lines(path: Path) -> list[Line]:
     if broken:
         logger.warning("%s: %d row(s) cannot be used; the first: %s", path, len(broken), broken[0][1])
     return lines
+
+
+def line_of(found: Row | str, place: str) -> Line:
+    """Return what is read of a row, or of a reason why there is none; `place` is where it stands."""
+    if isinstance(found, str):
+        return Line(place, broken=f"{place} is broken: {found}")
+    try:
+        return Line(place, read_id(found), read_row(found), _task_reward(found))
+    except ValueError as reason:
+        return Line(place, read_id(found), broken=f"{place}: {reason}")
 
 
 def rollout_of(line: Line, reader: SpanReader, *, raw: bool = False) -> Rollout:
@@ -187,15 +197,6 @@ def read_row(row: Row) -> Row:
     if before[0]["role"] != "assistant":
         raise ValueError(f"columns {form[0]!r} and 'completion' hold different questions; keep the one to answer")
     return {"prompt": [*_as_messages(prompt), *before], "completion": completion}
-
-
-def _read_line(found: Row | str, place: str) -> Line:
-    if isinstance(found, str):
-        return Line(place, broken=f"{place} is broken: {found}")
-    try:
-        return Line(place, read_id(found), read_row(found), _task_reward(found))
-    except ValueError as reason:
-        return Line(place, read_id(found), broken=f"{place}: {reason}")
 
 
 def _form(row: Row) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cepo.cli.app import main
 from cepo.eval.score import command as score_module
+from cepo.eval.score import scorer as scorer_module
 from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.jacobian.loading import load_model, resolve_model
@@ -206,15 +207,15 @@ def test_a_killed_run_goes_on_where_it_stopped(
     matrices = {name: tmp_path / f"{name}.safetensors" for name in ("whole", "broken")}
     assert cepo(*arguments, "--output", whole, "--save-jacobians", matrices["whole"])[0] == 0
     scored: list[int] = []
-    score_line = score_module._score_line
+    score_line = score_module.score_line
 
-    def counted(job: Any, row: int, *rest: Any) -> Any:
+    def counted(job: Any, row: int, *rest: Any, **options: Any) -> Any:
         if len(scored) == 3:
             raise KeyboardInterrupt  # what a kill leaves: three rows on disk
         scored.append(row)
-        return score_line(job, row, *rest)
+        return score_line(job, row, *rest, **options)
 
-    monkeypatch.setattr(score_module, "_score_line", counted)
+    monkeypatch.setattr(score_module, "score_line", counted)
     assert cepo(*arguments, "--output", broken, "--save-jacobians", matrices["broken"])[0] != 0
     assert not broken.exists()
     with (tmp_path / "broken.jsonl.partial").open("a") as file:
@@ -235,7 +236,7 @@ def test_a_finished_output_is_not_computed_again_nor_mixed_with_other_settings(
     source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
     arguments = ("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
     assert cepo(*arguments, "-K", 1)[0] == 0
-    monkeypatch.setattr(score_module, "load_model", lambda *_, **__: pytest.fail("nothing is left to score"))
+    monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: pytest.fail("nothing is left to score"))
     assert cepo(*arguments, "-K", 1)[0] == 0
     assert cepo(*arguments, "-K", 1, "--memory-gib", 2, "--batch-size", 3)[0] == 0  # they change no result
     code, message = cepo(*arguments, "-K", 2)
@@ -271,7 +272,7 @@ def test_a_run_that_failed_before_its_first_record_binds_no_settings(
         raise ValueError("no room for the weights")
 
     with monkeypatch.context() as patch:
-        patch.setattr(score_module, "load_model", fail)
+        patch.setattr(scorer_module, "load_model", fail)
         assert cepo(*arguments, "-K", 0)[0] == 2
     assert cepo(*arguments, "-K", 1)[0] == 0
 
@@ -286,8 +287,10 @@ def test_rows_that_changed_are_scored_again(
     before = read_jsonl(out)
     write_jsonl(tmp_path / "in.jsonl", [rows[0], gold_rows()[3], rows[2]])
     scored: list[int] = []
-    score_line = score_module._score_line
-    monkeypatch.setattr(score_module, "_score_line", lambda *given: scored.append(given[1]) or score_line(*given))
+    score_line = score_module.score_line
+    monkeypatch.setattr(
+        score_module, "score_line", lambda *given, **options: scored.append(given[1]) or score_line(*given, **options)
+    )
     assert cepo(*arguments)[0] == 0
     after = read_jsonl(out)
     assert scored == [1]
@@ -311,7 +314,8 @@ def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path:
 def test_broken_lines_are_not_counted_as_malformed_output(judge: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in", [gold_rows()[0], {"prompt": "x", "completion": "no tags"}, "{", {"x": 1}])
     config = RewardConfig(links={"X->Y": 1.0}, score="influence")
-    done = score_module.score_file(score_module.ScoreJob(str(judge), source, tmp_path / "out", config, JUDGE))
+    job = score_module.ScoreJob(model=str(judge), input=source, output=tmp_path / "out", config=config)
+    done = score_module.score_file(job)
     assert (done.rows, done.malformed) == (4, 1)
     assert [reason.split(":")[0] for reason in done.broken] == ["line 3 is broken", "line 4"]
     assert done.reasons == {"empty completion": 1}  # the testbed has no such words
@@ -442,12 +446,17 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
         (["--model", "nowhere.gguf"], "is not there"),
         (["--output", "/proc/no/out.jsonl"], "cannot be made"),
         (["--input", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--ray", "0"], "--ray is 0"),
+        (["--ray", "2", "--device", "cuda:1"], "device is 'cuda:1'; expected cpu or cuda with --ray"),
+        (["--ray", "2", "--save-jacobians", "matrices"], "score without --ray"),
+        (["--ray", "2"], "--ray needs Ray, which is an extra: pip install 'cepo[ray]'"),
     ],
 )
 def test_bad_arguments_end_in_one_paragraph_before_a_model_is_loaded(
     arguments: list[str], complaint: str, judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
     defaults = ["--model", str(judge), "--input", str(source), "--output", str(tmp_path / "out.jsonl")]
     code, message = cepo(*defaults, *arguments)  # a repeated option wins over the one before

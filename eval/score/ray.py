@@ -1,0 +1,160 @@
+"""`cepo score --ray N`, and a callable class for `ray.data.map_batches`: rows scored by several processes or machines.
+
+The records are those of one process: a row is scored alone, and all workers draw from the same donors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow
+
+from cepo.eval.score.rows import Line, line_of
+from cepo.eval.score.scorer import Scoring, donor_pools, open_model, score_line
+from cepo.files import json_line
+from cepo.fusion.score import Pools
+from cepo.jacobian.loading import resolve_model
+
+_BLOCKS = 10_000  # Ray Data keeps a record of each in the driver
+
+
+def score_on_ray(
+    scoring: Scoring, lines: Mapping[int, Line], pools: Pools | None, *, workers: int, threads: int, batch_size: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of the lines as they come from the workers, in any order of batches.
+
+    Runs on the cluster that Ray finds (a running `ray.init`, RAY_ADDRESS, `ray start` on this machine), or else on this
+    machine. A worker that dies is started again by Ray, and its rows are given out anew.
+
+    Args:
+        scoring: how rows are scored; its model is read on each machine by the same name.
+        lines: lines by number of the row.
+        pools: where donors are drawn from, of all rows.
+        workers: processes that score, each with a model of its own.
+        threads: CPUs of each, at least 1; on a GPU each has a whole card too.
+        batch_size: rows that a worker is given at once.
+
+    Raises:
+        ValueError: with the reason of a worker that refuses its model or settings.
+    """
+    import ray.data
+
+    size = max(batch_size, len(lines) // _BLOCKS)
+    rows = list(lines)
+    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    tables = [
+        pyarrow.table({"row": block, "line": [json.dumps(asdict(lines[row])) for row in block]}) for block in blocks
+    ]
+    with _cluster(workers * threads + 1):  # readers and writers starve where workers take every CPU
+        scored = ray.data.from_arrow(tables).map_batches(
+            _LineScorer,
+            fn_constructor_args=[scoring, pools],
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=threads,
+            num_gpus=1 if scoring.device == "cuda" else None,
+        )
+        try:
+            for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield [json.loads(record) for record in table["record"].to_pylist()]
+        except ray.exceptions.RayError as error:
+            _, raised, reason = str(error).rpartition("\nValueError: ")
+            if not raised:
+                raise
+            raise ValueError(f"a Ray worker cannot score: {reason}") from error
+
+
+class CepoScorer:
+    """Score rows in `ray.data.Dataset.map_batches(CepoScorer, batch_format="pyarrow", ...)`.
+
+    Args:
+        scoring: how rows are scored.
+        pools: where donors are drawn from; None reads them from the file `scoring.donors`.
+
+    Raises:
+        ValueError: for a score that compares with donors, and none to draw from: a worker does not see all rows.
+    """
+
+    def __init__(self, scoring: Scoring, pools: Pools | None = None) -> None:
+        if pools is None and scoring.donors is None and scoring.config.reads_effects:
+            raise ValueError(
+                "donors is None, and a worker does not see all rows to draw them from; name a file of rollouts by "
+                "Scoring(donors=...)"
+            )
+        self.scoring = scoring
+        self.reader, self.engine = open_model(scoring, resolve_model(scoring.model), weights=True)
+        self.pools = donor_pools(scoring, [], self.reader, origin=None) if pools is None else pools
+
+    def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
+        """Return the batch with a column `record`: the line that `cepo score` writes of each row, JSON.
+
+        Args:
+            batch: rows as for `cepo score`; `row`, where there is such a column, is the row's number.
+
+        Raises:
+            ValueError: for a batch in another format.
+        """
+        if not isinstance(batch, pyarrow.Table):
+            raise ValueError(f'batch is a {type(batch).__name__}; expected map_batches(..., batch_format="pyarrow")')
+        rows = batch.to_pylist()
+        numbers = [row.get("row") for row in rows]
+        lines = [line_of(row, f"row {number}") for number, row in zip(numbers, rows, strict=True)]
+        return batch.append_column("record", self._records(numbers, lines))
+
+    def _records(self, numbers: list[int | None], lines: list[Line]) -> pyarrow.Array:
+        records = [
+            score_line(self.scoring, number, line, self.reader, self.engine, self.pools)
+            for number, line in zip(numbers, lines, strict=True)
+        ]
+        return pyarrow.array([json_line(record) for record in records], pyarrow.string())
+
+
+class _LineScorer(CepoScorer):
+    """Scores lines that `cepo score` has read, with donors from Ray's object store."""
+
+    def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
+        lines = [Line(**json.loads(line)) for line in batch["line"].to_pylist()]
+        return pyarrow.table({"record": self._records(batch["row"].to_pylist(), lines)})
+
+
+def check_ray(scoring: Scoring, workers: int) -> None:
+    """Raise ValueError unless Ray is installed and can run so many workers of this device."""
+    if workers < 1:
+        raise ValueError(f"--ray is {workers}; expected at least 1 worker")
+    if scoring.device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device is {scoring.device!r}; expected cpu or cuda with --ray: Ray hands each worker its card"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("--ray needs Ray, which is an extra: pip install 'cepo[ray]'")
+
+
+@contextmanager
+def _cluster(cpus: int) -> Iterator[None]:
+    """Use the cluster that is connected, or else the one that Ray finds, or else start one here with so many CPUs."""
+    import ray.data
+
+    before = ray.data.DataContext.get_current()
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(num_cpus=max(cpus, os.cpu_count() or 1), logging_level=logging.WARNING)
+        except ValueError:  # Ray found a cluster, which has its own number of CPUs
+            ray.init(logging_level=logging.WARNING)
+    quiet = before.copy()
+    quiet.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        with ray.data.DataContext.current(quiet):
+            yield
+    finally:
+        if started:
+            ray.shutdown()

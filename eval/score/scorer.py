@@ -1,0 +1,168 @@
+"""What scores one row for `cepo score`, in this process or in a Ray worker: the model, the donors, and the record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cepo.counterfactual.exchange import exchanged_prompts
+from cepo.eval.score.criteria import criteria_of
+from cepo.eval.score.matrices import save_matrices
+from cepo.eval.score.rows import Line, read_lines, rollout_of
+from cepo.fusion.config import RewardConfig
+from cepo.fusion.records import LinkScore
+from cepo.fusion.score import Pools, RolloutScore, pools_of, score_rollouts
+from cepo.jacobian.engines import EngineName, new_engine
+from cepo.jacobian.loading import ModelSource, load_model, load_tokenizer
+from cepo.jacobian.protocol import Engine
+from cepo.jacobian.reading.layout import Layout
+from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.records import Rollout
+from cepo.train.prompts import JUDGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How rows are scored, whichever they are.
+
+    Attributes:
+        model: see `resolve_model`.
+        config: links, hardening, score, fusion.
+        layout: what completions look like.
+        raw: take prompt text as it is, without the chat template.
+        donors: file of rollouts whose spans serve as donors, rows as in an input; None for the rows scored themselves.
+        dtype: dtype of the weights.
+        device: where to run.
+        adapters: False switches the adapters of a PEFT model off.
+        engine: "group" or "autograd" (the oracle).
+        memory_gib: memory that the group engine may use beyond the model's, in GiB.
+        trust_remote_code: whether a hub repository's own code may run.
+    """
+
+    model: str
+    config: RewardConfig = field(default_factory=RewardConfig)
+    layout: Layout = JUDGE
+    raw: bool = False
+    donors: Path | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    adapters: bool = True
+    engine: EngineName = "group"
+    memory_gib: float = 4.0
+    trust_remote_code: bool = False
+
+
+def open_model(scoring: Scoring, source: ModelSource, *, weights: bool) -> tuple[SpanReader, Engine | None]:
+    """Return the reader, and the engine if weights are wanted: nothing else loads them."""
+    code = scoring.trust_remote_code
+    if not weights:
+        return SpanReader(load_tokenizer(source, trust_remote_code=code), scoring.layout), None
+    model, tokenizer = load_model(source, dtype=scoring.dtype, device=scoring.device, trust_remote_code=code)
+    budget = scoring.memory_gib * 2**30
+    engine = new_engine(scoring.engine, model, adapters=scoring.adapters, memory_budget=budget)
+    return SpanReader(tokenizer, scoring.layout), engine
+
+
+def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, origin: Path | None) -> Pools | None:
+    """Return the candidates that the donors file, or else the lines, offer for each source; None where none are read.
+
+    Args:
+        scoring: how rows are scored.
+        lines: all rows to score.
+        reader: finds their spans.
+        origin: the file that the lines are from, for the error.
+
+    Raises:
+        ValueError: if no span could have a donor.
+    """
+    if not scoring.config.reads_effects:
+        return None
+    offered = lines if scoring.donors is None else read_lines(scoring.donors)
+    rollouts = [rollout_of(line, reader, raw=scoring.raw) for line in offered]
+    pools = pools_of(rollouts, scoring.config.parsed_links(scoring.layout))
+    prompts = {candidate.prompt for pool in pools.values() for candidate in pool}
+    if scoring.config.no_donor == "zero" and len(prompts) < (2 if scoring.donors is None else 1):
+        where = "input" if scoring.donors is None else "donors"
+        reason = next((f"; {one.malformed}" for one in rollouts if one.malformed), "")
+        raise ValueError(
+            f"{where} {str(scoring.donors or origin)!r} holds well-formed rollouts of {len(prompts)} prompt(s), so no "
+            "span has a donor, the content of another prompt's rollout; name a file of rollouts with --donors, or "
+            f"compare with permuted tokens by --no-donor permute{reason}"
+        )
+    return pools
+
+
+def score_line(
+    scoring: Scoring,
+    row: int | None,
+    line: Line,
+    reader: SpanReader,
+    engine: Engine | None,
+    pools: Pools | None,
+    *,
+    matrices: Path | None = None,
+) -> dict[str, Any]:
+    """Return the record of a line, scored alone: to the last bit, it does not depend on the lines beside it.
+
+    Args:
+        scoring: how rows are scored.
+        row: its number in the input, from 0.
+        line: what is read of it.
+        reader: finds its spans.
+        engine: what computes effects and Jacobians; None where the line cannot be used.
+        pools: where donors are drawn from.
+        matrices: folder to write its matrices to, or None.
+    """
+    rollout = rollout_of(line, reader, raw=scoring.raw)
+    score = RolloutScore({}, 0.0, rollout.malformed)
+    if engine is not None and rollout.token_ids:
+        (score,) = score_rollouts(
+            [rollout],
+            engine,
+            scoring.config,
+            scoring.layout,
+            task_rewards=[line.task_reward],
+            pools=pools,
+            exchanged=exchanged_prompts([rollout], reader) if scoring.config.reads_leak else None,
+            keep_jacobians=True,
+        )
+    if matrices is not None and row is not None and rollout.token_ids:
+        save_matrices(matrices, row, rollout, score)
+    texts = reader.texts(rollout.token_ids) if score.links else []
+    links = {name: _link_record(link, score, rollout, texts) for name, link in score.links.items()}
+    return {
+        "row": row,
+        "id": line.id,
+        "reward": score.reward,
+        "malformed": score.malformed,
+        "broken": not rollout.token_ids,
+        "task_reward": line.task_reward,
+        "found_by": rollout.found_by if score.malformed is None else None,
+        "prompt_found_by": rollout.prompt_found_by if score.malformed is None else None,
+        "prompt_tokens": len(rollout.prompt_ids),
+        "completion_tokens": len(rollout.completion_ids),
+        "spans": {name: {"text": span.text, "tokens": len(span.positions)} for name, span in rollout.spans.items()},
+        "S": dict(score.values),
+        "order_leak": score.order_leak,
+        "links": links,
+        "content": line.content,
+    }
+
+
+def _link_record(link: LinkScore, score: RolloutScore, rollout: Rollout, texts: Sequence[str]) -> dict[str, Any]:
+    """Return a link's record, with one number for each token of its source: the Jacobian's norms, the path's nats."""
+    facts = asdict(link)
+    record = {"S": facts.pop("value"), **{key: value for key, value in facts.items() if key != "link"}}
+    hardened, path = score.jacobians.get(link.link), score.paths.get(link.link)
+    where = hardened.base if hardened is not None else path
+    if where is not None:
+        record["source_positions"] = list(where.source_positions)
+        record["target_positions"] = list(where.target_positions)
+    if hardened is not None:
+        record["row_norms"] = [float(f"{norm:.6g}") for norm in hardened.base.jac_SD.double().norm(dim=1).tolist()]
+    if path is not None and path.attribution_S is not None:
+        record["attribution"] = [float(f"{nats:.6g}") for nats in path.attribution_S.tolist()]
+        record["criteria"] = [asdict(one) for one in criteria_of(path, rollout.spans[path.link.source], texts)]
+    return record
