@@ -200,7 +200,7 @@ def test_readers_take_linear_time(loop: str) -> None:
         return time.process_time() - started
 
     small = min(seconds(4_000) for _ in range(3))
-    assert seconds(64_000) < 64 * small + 0.02
+    assert min(seconds(64_000) for _ in range(2)) < 64 * small + 0.02
 
 
 def test_an_evaluation_says_how_many_verdicts_another_setting_reads(

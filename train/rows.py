@@ -16,6 +16,7 @@ from cepo.train.prompts import judge_prompt
 
 PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 """What the columns of a preference are called."""
+_IMAGES = ("images", "image", "pixel_values")
 _TOOL_ROLES = ("tool", "function", "ipython")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -43,6 +44,13 @@ def given(row: Mapping[str, Any], column: str) -> Any:
     return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
 
 
+def refuse_images(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a row with images: its texts are about what nobody here would see."""
+    seen = next((column for column in _IMAGES if given(row, column) not in (None, [])), None)
+    if seen:
+        raise ValueError(f"column {seen!r} holds images; only text is read")
+
+
 def read_preference(row: Row, names: Mapping[str, str] = PAIR) -> Preference:
     """Return the preference of a row.
 
@@ -56,6 +64,7 @@ def read_preference(row: Row, names: Mapping[str, str] = PAIR) -> Preference:
     Raises:
         ValueError: with the reason why the row cannot be used.
     """
+    refuse_images(row)
     chosen, before = _responses(row, names["chosen"])
     rejected, before_rejected = _responses(row, names["rejected"])
     if before and before_rejected and _join(before) != _join(before_rejected):

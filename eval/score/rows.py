@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train.rows import ask_the_same, given, read_answer, read_id, read_judgement, read_messages
+from cepo.train.rows import ask_the_same, given, read_answer, read_id, read_judgement, read_messages, refuse_images
 from cepo.train.source import open_file
 
 logger = logging.getLogger("cepo")
@@ -168,11 +168,7 @@ def read_row(row: Row) -> Row:
     form = _form(row)
     if form is None:
         raise ValueError(f"lacks the column {_missing(row)}")
-    seen = next(
-        (column for column in ("images", "image", "pixel_values") if given(row, column) not in (None, [])), None
-    )
-    if seen:
-        raise ValueError(f"column {seen!r} holds images; only text is read")
+    refuse_images(row)
     if "prompt_ids" in form:
         for column in form:
             if not isinstance(row[column], list) or not all(type(token) is int for token in row[column]):

@@ -7,6 +7,7 @@ doubt in other words, for judges that were trained elsewhere.
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import Literal, get_args
 
 from cepo.jacobian.reading.layout import ByteRange, MalformedError
@@ -77,7 +78,7 @@ def find_pair(completion: bytes, section: ByteRange, tag: str, verdicts: Verdict
 
 def find_last_pair(completion: bytes) -> tuple[ByteRange, ByteRange] | None:
     r"""Return where the numbers of the last `\boxed{a, b}` stand, in or outside of a section, or None."""
-    *_, pair = [None, *_STRICT_PAIR.finditer(completion)]
+    pair = next(iter(deque(_STRICT_PAIR.finditer(completion), maxlen=1)), None)
     return pair and (pair.span(1), pair.span(2))
 
 
@@ -87,8 +88,8 @@ def _strict(inside: bytes) -> tuple[ByteRange, ByteRange] | None:
 
 
 def _lenient(inside: bytes) -> tuple[ByteRange, ByteRange] | None:
-    boxes = list(_BOX.finditer(inside))
-    contents = [_content(inside, box.end()) for box in boxes[-2:]] or [(0, len(inside))]
+    boxes = deque(_BOX.finditer(inside), maxlen=3)  # a policy in a loop writes a great many
+    contents = [_content(inside, box.end()) for box in boxes][-2:] or [(0, len(inside))]
     pair = _LENIENT_PAIR.fullmatch(inside, *contents[-1])
     if pair is not None:
         return pair.span(1), pair.span(2)

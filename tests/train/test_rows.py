@@ -63,7 +63,7 @@ PREFERENCES: dict[str, dict[str, Any]] = {
         "question": None,
         "answer": "no",
         "prompt_ids": "no",
-        "images": [{"type": "image"}],
+        "images": [],
     },
 }
 
@@ -92,6 +92,13 @@ def test_every_reader_of_preferences_reads_the_same_pair(tmp_path: Path, name: s
     (line,) = read_input(path)[0]
     assert line.row == {"prompt": example["prompt"], "completion": example["completion"][0]["content"]}
     assert (line.row["prompt"], line.id) == (judge_prompt(ASKED, BAD, GOOD), 7)
+
+
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_rows_with_images_are_refused(column: str) -> None:
+    """Their responses are about what a reader of text would not see."""
+    with pytest.raises(ValueError, match=f"column '{column}' holds images"):
+        read_preference({**PREFERENCES["columns that play no part"], column: ["a.png"]})
 
 
 def test_a_prompt_that_is_not_what_the_responses_answer_is_refused() -> None:
