@@ -148,7 +148,12 @@ def _cluster(cpus: int) -> Iterator[None]:
         try:
             ray.init(num_cpus=max(cpus, os.cpu_count() or 1), logging_level=logging.WARNING)
         except ValueError:  # Ray found a cluster, which has its own number of CPUs
-            ray.init(logging_level=logging.WARNING)
+            try:
+                ray.init(logging_level=logging.WARNING)
+            except ConnectionError as error:
+                raise ValueError(
+                    f"--ray found no way to Ray's cluster, see RAY_ADDRESS and `ray status`: {error}"
+                ) from error
     quiet = before.copy()
     quiet.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
