@@ -304,7 +304,7 @@ def test_the_tables_of_agreement_within_prompts_are_what_the_rows_say() -> None:
             (row["what"], row.get("definition"), row.get("place")): row
             for row in rows_of(f"causal-lazy-seed{seed}.jsonl")
         }
-        for seed in (21, 22)
+        for seed in (51, 52)
     ]
     estimates = ["gradient", "second order", *(f"path {count}" for count in (1, 2, 4, 8, 16)), "effect", "exact effect"]
     rows = table(text, "## Which score tells completions of one prompt apart")
@@ -312,7 +312,8 @@ def test_the_tables_of_agreement_within_prompts_are_what_the_rows_say() -> None:
         columns = [(what, of_seed) for what in ("auc", "rank correlation", "error") for of_seed in recorded]
         for cell, (what, of_seed) in zip(cells, columns, strict=True):
             row = of_seed.get((what, name, "chain"))
-            assert near(cell, [row["value"], row["low"], row["high"]] if row else []), (name, what)
+            values = [row["value"], row["low"], row["high"]] if row else []
+            assert near(cell, [value for value in values if value is not None]), (name, what)
         row = recorded[0].get(("cost", name, "chain"))
         assert cost == (f"{row['value']:.2f}" if row else ""), name
     scores = [
