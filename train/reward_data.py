@@ -84,7 +84,11 @@ def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
         known |= {"test_fraction": 0.02, "split": None, "limit": None, "columns": None}
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"data holds the unknown option {', '.join(unknown)}; expected some of {', '.join(known)}")
+        of = "the testbed's pairs" if source == TESTBED else "pairs that are read"
+        raise ValueError(
+            f"data.source is {str(source)!r}, and data holds {', '.join(unknown)}, which {of} do not take; expected "
+            f"some of {', '.join(known)}. Recipes for both: train/recipes/reward-model-*.yaml"
+        )
     values = {**known, **options}
     if not 0.0 <= values["test_fraction"] <= 1.0:
         raise ValueError(f"data.test_fraction is {values['test_fraction']}; expected a fraction in [0, 1]")

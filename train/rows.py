@@ -17,6 +17,7 @@ from cepo.train.prompts import judge_prompt
 PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 """What the columns of a preference are called."""
 _IMAGES = ("images", "image", "pixel_values")
+_ROLES = ("system", "developer", "user", "assistant")
 _TOOL_ROLES = ("tool", "function", "ipython")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -191,13 +192,21 @@ def content_text(content: Any, column: str) -> str:
     if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
         if isinstance(content, list):
             raise ValueError(f"column {column!r} is a list, but not one of messages with role and content")
-        raise ValueError(f"column {column!r} holds a {type(content).__name__}, not text")
+        raise ValueError(f"column {column!r} holds {kind_of(content)}, not text")
     other = next((part.get("type") for part in content if part.get("type", "text") not in _TEXT_PARTS), None)
     if other is not None:
         raise ValueError(f"column {column!r} holds a part of type {other!r}; only text is read")
     if not all(isinstance(part.get("text"), str) for part in content):
         raise ValueError(f"column {column!r} is a list, but not one of messages with role and content")
     return "".join(part["text"] for part in content)
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, in words that JSON and tables have."""
+    if isinstance(value, bool):
+        return "true or false"
+    words = {type(None): "nothing", int: "a number", float: "a number", dict: "an object", list: "a list"}
+    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def is_storable(text: str) -> bool:
@@ -242,6 +251,10 @@ def _said(turn: Row, column: str) -> str:
         )
     if turn["role"] in _TOOL_ROLES:
         raise ValueError(f"column {column!r} holds a tool's result (role {turn['role']!r}), which is not read")
+    if turn["role"] not in _ROLES:
+        raise ValueError(
+            f"column {column!r} holds a message of the role {turn['role']!r}; expected {', '.join(_ROLES)}"
+        )
     return content_text(turn.get("content"), column)
 
 

@@ -234,6 +234,9 @@ def score(
     console.print(table)
     for reason, count in summary.reasons.items():
         console.print(f"malformed: {reason} ({count}x)", markup=False, highlight=False)
+    others = summary.malformed - sum(summary.reasons.values())
+    if others:
+        console.print(f"malformed: for other reasons, which the records hold ({others}x)", highlight=False)
     if summary.broken:
         shown = "; ".join(summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
         again = "run the same command again to score them alone"

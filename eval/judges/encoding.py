@@ -11,6 +11,7 @@ from torch import Tensor
 from cepo.eval.judges.expected import LARGEST_SCORE, expected_scores
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages
 from cepo.jacobian.reading.judge import SCORES_CLOSING, JudgeLayout, find_verdict_end, forced_opening
+from cepo.jacobian.reading.prompt import PromptReader
 from cepo.jacobian.reading.thought import THOUGHT, template_opens_thought
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
@@ -37,6 +38,7 @@ class PromptEncoder:
         self._tokenizer, self._raw, self.opened = tokenizer, settings.raw, ""
         if settings.raw:
             return
+        self._prompts = PromptReader(tokenizer, TokenBytes(tokenizer))
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"model {settings.model!r} has no chat template; judge with --raw, which takes plain text")
         try:
@@ -50,6 +52,8 @@ class PromptEncoder:
         if self._raw:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             return list(self._tokenizer(text)["input_ids"]) or "the prompt has no tokens"
+        if any(self._prompts.is_rendered(message["content"]) for message in messages):
+            return "it holds a prompt that was rendered already, with the chat template's own special tokens"
         try:
             encoded = self._apply_template([dict(message) for message in messages], tokenize=True, return_dict=True)
         except (TemplateError, ValueError, TypeError) as error:

@@ -12,7 +12,7 @@ from cepo.eval.judges.journal import JudgeTask
 from cepo.eval.judges.settings import PLACES, Place
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.train.prompts import judge_prompt
-from cepo.train.rows import given, read_id, read_preference
+from cepo.train.rows import given, kind_of, read_id, read_preference
 from cepo.train.source import collect_rows
 
 REWARDBENCH = "allenai/reward-bench"
@@ -104,7 +104,7 @@ def read_item(row: Row) -> PreferenceItem:
         raise ValueError(f"a response is both chosen and rejected: {min(same)[:40]!r}")
     subset = given(row, "subset")
     if subset is not None and not isinstance(subset, str):
-        raise ValueError(f"column 'subset' holds a {type(subset).__name__}, not text")
+        raise ValueError(f"column 'subset' holds {kind_of(subset)}, not text")
     own = read_id(row)
     name, subset = "" if own is None else str(own), subset or "all"
     content = found.prompt, found.chosen, found.rejected

@@ -66,7 +66,8 @@ class ScoreSummary:
         malformed: completions that the model wrote and that cannot be scored.
         reasons: the most frequent reasons why, with their counts.
         broken: for each row of the input that cannot be used, where it stands and the reason.
-        means: mean S of each link, mean reward and mean order leak over the well-formed rows, by name.
+        means: by name, mean S of each link and mean order leak over the well-formed rows, and mean reward over all that
+            were scored, in which a malformed completion counts as the 0 that it earns.
         without_leak: well-formed rows without an order leak, which are all where it was not asked for.
         seconds: time of this run.
         peak_gib: largest memory of the process, in GiB.
@@ -281,11 +282,12 @@ def _beside(path: Path, suffix: str) -> Path:
 def _summarise(records: Sequence[Mapping[str, Any]], resumed: int, seconds: float) -> ScoreSummary:
     sound = [record for record in records if record["malformed"] is None]
     means = {
-        f"S {name}": sum(record["S"][name] for record in sound) / len(sound)
+        f"S {name} (well-formed)": sum(record["S"][name] for record in sound) / len(sound)
         for name in (sound[0]["S"] if sound else ())
     }
-    if sound:
-        means["reward"] = sum(record["reward"] for record in sound) / len(sound)
+    rewards = [record["reward"] for record in records if not record["broken"] and record["reward"] is not None]
+    if rewards:
+        means["reward (all completions)"] = sum(rewards) / len(rewards)
     leaks = [record["order_leak"] for record in sound if record["order_leak"] is not None]
     if leaks:
         means["order leak in nats"] = sum(leaks) / len(leaks)

@@ -167,7 +167,7 @@ def read_row(row: Row) -> Row:
     """
     form = _form(row)
     if form is None:
-        raise ValueError(f"lacks the column {_missing(row)}")
+        raise ValueError(_lack(row))
     refuse_images(row)
     if "prompt_ids" in form:
         for column in form:
@@ -203,6 +203,13 @@ def _form(row: Row) -> tuple[str, ...] | None:
     forms = (*_COLUMNS, ("messages",)) if ends_with_answer else _COLUMNS
     empty = {column for column in ("completion", "judge_output") if row.get(column) == ""}
     return next((form for columns in (there, there | empty) for form in forms if columns.issuperset(form)), None)
+
+
+def _lack(row: Row) -> str:
+    missing = _missing(row)
+    if missing == "completion" and given(row, "messages") is not None:
+        return "lacks the column completion, and its messages (role, content) do not end with an assistant's"
+    return f"lacks the column {missing}"
 
 
 def _missing(row: Row) -> str:

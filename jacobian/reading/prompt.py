@@ -145,7 +145,12 @@ class PromptReader:
             piece = more[1] if more else b""
             if any(token in piece for token in self._special_texts):
                 side.append(piece)
-        return _common(befores, last=True), _common(afters, last=False)
+        opened, closed = _common(befores, last=True), _common(afters, last=False)
+        # The end of the turn before is no part of the mark: a prompt may begin with the user's turn.
+        ends = next((token for token in self._special_texts if closed.startswith(token)), None)
+        if ends and opened.startswith(ends):
+            opened = opened[len(ends) :].lstrip(WHITE_SPACE)
+        return opened, closed
 
     def _ids(self, mark: bytes) -> list[int]:
         return list(self.tokenizer(mark.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"])

@@ -101,6 +101,12 @@ def test_rows_with_images_are_refused(column: str) -> None:
         read_preference({**PREFERENCES["columns that play no part"], column: ["a.png"]})
 
 
+def test_a_role_that_nobody_has_is_named() -> None:
+    """Templates leave such a message out, or write a turn that the model never saw."""
+    with pytest.raises(ValueError, match="role 'human'; expected system, developer, user, assistant"):
+        read_preference({"prompt": [{"role": "human", "content": ASKED}], "chosen": GOOD, "rejected": BAD})
+
+
 def test_a_prompt_that_is_not_what_the_responses_answer_is_refused() -> None:
     """The first turn of a conversation, kept as its prompt, would lose what the responses answer, without a word."""
     longer = {"chosen": turns("Hi.", "Hello.", ASKED, GOOD), "rejected": turns("Hi.", "Hello.", ASKED, BAD)}
@@ -135,11 +141,11 @@ def test_questions_and_answers_are_read_from_the_same_cells(tmp_path: Path) -> N
         ([*turns("x"), {"role": "tool", "content": "4"}], "a tool's result \\(role 'tool'\\)"),
         (str(turns("x")), "messages that are written out as text"),
         (json.dumps(turns("x", "y")), "messages that are written out as text"),
-        ([{"role": "user"}], "a NoneType, not text"),
+        ([{"role": "user"}], "nothing, not text"),
         ([*turns("x"), "y"], "a list, but not one of messages"),
         ([], "a list, but not one of messages"),
-        ({"text": "x"}, "a dict, not text"),
-        (3, "a int, not text"),
+        ({"text": "x"}, "an object, not text"),
+        (3, "a number, not text"),
     ],
 )
 def test_what_is_not_read_is_named_and_never_guessed(tmp_path: Path, value: Any, complaint: str) -> None:

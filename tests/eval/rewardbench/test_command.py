@@ -143,13 +143,13 @@ def test_messages_are_read_as_conversations() -> None:
     ("broken", "reason"),
     [
         ({"prompt": "q", "chosen": "a"}, "'rejected' is missing"),
-        ({"prompt": "q", "chosen": "a", "rejected": 3}, "'rejected' holds a int"),
+        ({"prompt": "q", "chosen": "a", "rejected": 3}, "'rejected' holds a number"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "'prompt' is blank"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "both chosen and rejected"),
         ({"prompt": "q", "chosen": ["a", " "], "rejected": "b"}, "blank"),
         ({"prompt": "q", "chosen": ["a"], "rejected": []}, "'rejected'"),
         ({"prompt": "q", "chosen": "a\ud800", "rejected": "b"}, "surrogate"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": 3}, "'subset' holds a int"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": 3}, "'subset' holds a number"),
     ],
 )
 def test_a_row_that_is_no_preference_says_why(broken: dict[str, Any], reason: str) -> None:

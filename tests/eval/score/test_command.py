@@ -319,6 +319,9 @@ def test_broken_lines_are_not_counted_as_malformed_output(judge: Path, tmp_path:
     assert (done.rows, done.malformed) == (4, 1)
     assert [reason.split(":")[0] for reason in done.broken] == ["line 3 is broken", "line 4"]
     assert done.reasons == {"empty completion": 1}  # the testbed has no such words
+    rewards = [record["reward"] for record in read_jsonl(tmp_path / "out")[:2]]
+    assert rewards[1] == 0.0 < done.means["S X->Y (well-formed)"]
+    assert done.means["reward (all completions)"] == pytest.approx(rewards[0] / 2)  # malformed output earns 0
 
 
 def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
@@ -350,12 +353,15 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
         ({"prompt_ids": "abc", "completion_ids": [1]}, "column 'prompt_ids' holds 'abc'; expected a list of integers"),
         ({"prompt_ids": [1], "completion_ids": [True]}, "column 'completion_ids' holds '[True]'; expected a list"),
         ({"prompt_ids": [], "completion_ids": [1]}, "the prompt has no tokens"),
-        ({"prompt": 5, "completion": "x"}, "column 'prompt' holds a int, not text"),
+        ({"prompt": 5, "completion": "x"}, "column 'prompt' holds a number, not text"),
         ({"prompt": "x", "completion": None}, "lacks the column completion"),
-        ({"prompt": [{"role": "user"}], "completion": "x"}, "column 'prompt' holds a NoneType, not text"),
+        ({"prompt": [{"role": "user"}], "completion": "x"}, "column 'prompt' holds nothing, not text"),
         ({"prompt": "x", "completion": []}, "column 'completion' is a list, but not one of messages"),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "judge_output": None}, "lacks the column judge_output"),
-        ({"prompt": "x", "chosen": 7, "rejected": "b", "judge_output": "z"}, "column 'chosen' holds a int, not text"),
+        (
+            {"prompt": "x", "chosen": 7, "rejected": "b", "judge_output": "z"},
+            "column 'chosen' holds a number, not text",
+        ),
     ],
 )
 def test_values_of_a_wrong_type_are_broken_lines_not_malformed_output(

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from cepo.eval.judges.encoding import PromptEncoder
+from cepo.eval.judges.settings import JudgeSettings
 from cepo.eval.score.rows import read_input, read_lines, read_rollout, read_row
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.spans import SpanReader
@@ -108,3 +110,8 @@ def test_a_rendered_prompt_is_taken_raw_and_never_rendered_twice() -> None:
     for prompt in (text, [{"role": "user", "content": text}]):
         with pytest.raises(ValueError, match="rendered already.*--raw"):
             read_rollout({**row, "prompt": prompt}, reader)
+    pair = {"prompt": text, "chosen": "a", "rejected": "b", "judge_output": JUDGED, "label": "A"}
+    with pytest.raises(ValueError, match="rendered already"):  # it would be a turn within the judge's question
+        read_rollout(pair, reader)
+    encoded = PromptEncoder(tokenizer, JudgeSettings(model="x")).encode([{"role": "user", "content": "See: " + text}])
+    assert "rendered already" in encoded

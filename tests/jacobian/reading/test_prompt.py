@@ -202,6 +202,17 @@ def test_a_rendered_prompt_is_known(family: str) -> None:
     assert not SpanReader(tokenizer_of(None), JudgeLayout()).prompts.is_rendered("user: Which?")
 
 
+def test_a_template_with_a_system_message_of_its_own_explains_a_prompt_without() -> None:
+    """The end of the turn before is no part of the mark of a user's turn."""
+    tokenizer = tokenizer_of("chatml")
+    prompts = SpanReader(tokenizer, JudgeLayout()).prompts
+    bare = "<|h|>user\nWhich is better?<|eot|>\n<|h|>assistant\n"
+    assert prompts.is_rendered("Compare these.\n" + bare)
+    ids = tokenizer(bare, add_special_tokens=False)["input_ids"]
+    ((start, end),), found_by = prompts.content(ids, None)
+    assert (bare.encode()[start:end], found_by) == (b"Which is better?", "template")
+
+
 @pytest.mark.parametrize("family", ["llama", "chatml"])
 def test_a_tools_result_in_a_completion_is_malformed(family: str) -> None:
     """Rewards get no mask of what the policy did not write, so a completion with a later turn is refused by name."""
