@@ -66,7 +66,7 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
     ] = False,
 ) -> None:
-    """Exact d(score)/d(criteria) rewards for language-model judges and reasoners."""
+    """Exact rewards for criteria that cause the scores of language-model judges and reasoners."""
 
 
 def main() -> None:

@@ -50,6 +50,8 @@ class PromptReader:
         first, count = _run(completion)
         if count < len(completion) and self._is_padding(first):
             completion = completion[count:]
+        while completion and completion[-1] < 0:  # any other padding after the last target changes nothing
+            completion = completion[:-1]
         return prompt, completion
 
     def content(
