@@ -37,7 +37,7 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
         recipes = ", ".join(f"train/recipes/{name.name}" for name in sorted(_RECIPES.glob("*.yaml")))
         raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; recipes: {recipes}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read as YAML: {told(error)}") from error
+        raise ValueError(f"config {str(path)!r} cannot be read as YAML: {reason_of(error)}") from error
     if not isinstance(loaded, dict):
         held = "is empty" if loaded is None else f"holds a {type(loaded).__name__}"
         raise ValueError(f"config {str(path)!r} {held}; expected a mapping with {_listed(needed)}")
@@ -106,7 +106,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def told(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return what is wrong with a recipe, in words: of a YAML error its problem and its line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} (line {error.problem_mark.line + 1})"

@@ -14,7 +14,7 @@ import cepo
 from cepo.eval.testbed_measures import ITEMS, SCORED
 from cepo.train.policy import REASONER_TESTBED, WORDS
 from cepo.train.reasoner_testbed_models import ReasonerKind
-from cepo.train.recipe import told
+from cepo.train.recipe import reason_of
 from cepo.train.testbed_judges import JudgeKind
 
 _PACKAGE = Path(cepo.__file__).parent
@@ -112,7 +112,7 @@ def read_plan(
         steps = steps or int(loaded["steps"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"recipe {str(recipe)!r} cannot be used: {told(error)}; expected worlds, steps, seeds and arms"
+            f"recipe {str(recipe)!r} cannot be used: {reason_of(error)}; expected worlds, steps, seeds and arms"
         ) from None
     for what, found in (("worlds", worlds), ("seeds", seeds), ("arms", named)):
         if not found:

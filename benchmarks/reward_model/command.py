@@ -22,7 +22,7 @@ from cepo.files import SETTINGS, append_jsonl, claim, read_jsonl
 from cepo.jacobian.loading import load_tokenizer, resolve_model
 from cepo.jacobian.reward_model import load_reward_model, read_last_token
 from cepo.train.pair_encoding import PairEncoder, read_shown
-from cepo.train.recipe import told
+from cepo.train.recipe import reason_of
 from cepo.train.reward_data import load_pairs
 from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
 from cepo.train.reward_testbed import reward_model_fingerprint
@@ -75,7 +75,7 @@ def read_plan(recipe: Path = RECIPE, *, seeds: Sequence[int] | None = None, arms
         plan = Plan(dict(loaded["arms"]), list(seeds or loaded["seeds"]), int(loaded["items"]), dict(loaded["gates"]))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"recipe {str(recipe)!r} cannot be used: {told(error)}; expected arms, seeds, items and gates"
+            f"recipe {str(recipe)!r} cannot be used: {reason_of(error)}; expected arms, seeds, items and gates"
         ) from None
     unknown = sorted({*(arms or ())} - {*plan.arms})
     if unknown:

@@ -19,6 +19,7 @@ from cepo.eval.statistics import spearman
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
+from cepo.jacobian.layers import decoder_layers
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import sum_of_terms, target_terms
 from cepo.train import testbed_judges
@@ -119,14 +120,17 @@ def randomisation(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, se
     Source:
         Adebayo et al., Sanity checks for saliency maps (2018), section 4.1 (cascading randomisation).
     """
-    count = len(_layers(judge.model))
+    count = len(decoder_layers(judge.model))
+    if not count:
+        expected = judge.model.config.get_text_config().num_hidden_layers
+        raise ValueError(f"model is a {type(judge.model).__name__}, in which no list of {expected} layers was found")
     edges = np.unique(np.linspace(0, count, min(count, _STEPS) + 1).round().astype(int)).tolist()
     names = [*(f"top {below} of {count} layers" for below in edges[1:]), "and the embeddings"]
     original = _orders(rollouts, judge, pools)
     kept: list[list[dict[str, float]]] = [[] for _ in names]
     for draw in range(_REDRAWN):
         model = copy.deepcopy(judge.model)
-        layers = _layers(model)
+        layers = decoder_layers(model)
         generator = torch.Generator().manual_seed((seed << 8) + draw)
         redrawn = [layers[count - below : count - above] for above, below in pairwise(edges)]
         for of_step, modules in zip(kept, [*redrawn, [model.get_input_embeddings()]], strict=True):
@@ -181,14 +185,6 @@ def _orders(rollouts: Sequence[Rollout], judge: Judge, pools: Pools) -> dict[str
         "effect": [min([one.links[link].delta or 0.0 for link in CHAIN], default=0.0) for one in scores],
         "influence": [one.links["criteria->scores"].influence or 0.0 for one in scores],
     }
-
-
-def _layers(model: Any) -> list[nn.Module]:
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
-    raise ValueError(f"model is a {type(model).__name__}, in which no list of {count} layers was found")
 
 
 def _redraw(module: nn.Module, generator: torch.Generator) -> None:
