@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from cepo.counterfactual.text.pairs import ORIGINAL, Pair, digest, side_of
+from cepo.counterfactual.text.pairs import ORIGINAL, Pair, Source
+from cepo.counterfactual.text.synthesise import Kind, synthesise
 
-Kind = Literal["original", "degrade", "upgrade", "irrelevant", "rrm"]
+Rule = Literal["original", "degrade", "upgrade", "irrelevant", "rrm"]
 Ties = Literal["true", "unchecked", "wrong"]
 _KEEPS: dict[Ties, Callable[[bool], bool]] = {
     "true": lambda is_tie: is_tie,
@@ -33,46 +34,16 @@ _DROPPED = {
 _BY_RULE = "mechanical"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A preference whose cause is known.
-
-    Attributes:
-        id: of the pair.
-        prompt: what was asked.
-        chosen: the better response; shows the cause by its positive word.
-        rejected: the other; shows it by the negative word.
-        cause: the attribute that decides under the prompt.
-    """
-
-    id: str
-    prompt: str
-    chosen: str
-    rejected: str
-    cause: str
-
-
 def make_pairs(
     sources: Sequence[Source],
     words: Mapping[str, tuple[str, str]],
     *,
-    kinds: Sequence[Kind],
+    kinds: Sequence[Rule],
     seed: int,
     ties: Ties = "true",
     test_fraction: float = 0.0,
 ) -> Iterator[Pair]:
-    """Yield pairs of the given kinds, source by source; those that a check refuses are there, and not kept.
-
-    original: the preference itself.
-    degrade: the chosen response against itself with its cause's word made negative. A preference.
-    upgrade: the rejected response with its cause's word made positive against itself. A preference.
-    irrelevant: both responses under a prompt of another cause, a tie. Such prompts are drawn in turn until one passes
-        the check: both responses show that cause by the same word, so the tie is true.
-    rrm: the chosen response against both responses of another source (preferences), and the other source's chosen
-        against a third one's rejected (a tie); unchecked.
-
-    The split comes first: prompts and responses of the test side never enter a pair of the training side, and vice
-    versa. A source's pairs depend on the seed, the source and the other sources of its side alone.
+    """Yield pairs of the given kinds, see `world_kinds` and `synthesise`.
 
     Args:
         sources: preferences with known causes and distinct ids.
@@ -85,18 +56,34 @@ def make_pairs(
     Raises:
         ValueError: for an unknown kind or rule of ties, or sources that are too few for a kind.
     """
-    unknown = [kind for kind in kinds if kind not in _MAKERS]
+    known = world_kinds(words, ties=ties)
+    unknown = [kind for kind in kinds if kind not in known]
     if unknown:
-        raise ValueError(f"kinds holds {', '.join(map(repr, unknown))}; expected some of {', '.join(_MAKERS)}")
+        raise ValueError(f"kinds holds {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}")
+    return synthesise(sources, {kind: known[kind] for kind in kinds}, seed=seed, test_fraction=test_fraction)
+
+
+def world_kinds(words: Mapping[str, tuple[str, str]], *, ties: Ties = "true") -> dict[Rule, Kind]:
+    """Return the kinds that need no model in a world where words show attributes, by name.
+
+    original: the preference itself.
+    degrade: the chosen response against itself with its cause's word made negative. A preference.
+    upgrade: the rejected response with its cause's word made positive against itself. A preference.
+    irrelevant: both responses under a prompt of another cause, a tie. Such prompts are drawn in turn until one passes
+        the check: both responses show that cause by the same word, so the tie is true.
+    rrm: the chosen response against both responses of another source (preferences), and the other source's chosen
+        against a third one's rejected (a tie); unchecked.
+
+    Raises:
+        ValueError: for an unknown rule of ties.
+    """
     if ties not in _KEEPS:
         raise ValueError(f"ties is {ties!r}; expected one of {', '.join(_KEEPS)}")
-    sides = [side_of(source.prompt, test_fraction, seed) for source in sources]
-    peers = {side: [source for source, its in zip(sources, sides, strict=True) if its == side] for side in set(sides)}
-    for source, side in zip(sources, sides, strict=True):
-        for kind in kinds:
-            world = _World(words, peers[side], np.random.default_rng(digest(kind, seed, source.id)), ties)
-            for pair in _MAKERS[kind](source, world):
-                yield replace(pair, split=side)
+
+    def kind_of(make: Callable[[Source, _World], Iterator[Pair]]) -> Kind:
+        return lambda source, peers, rng: make(source, _World(words, peers, rng, ties))
+
+    return {rule: kind_of(make) for rule, make in _MAKERS.items()}
 
 
 def shows(response: str, attribute: str, words: Mapping[str, tuple[str, str]]) -> bool:
@@ -198,7 +185,7 @@ def _rrm(source: Source, world: _World) -> Iterator[Pair]:
         )
 
 
-_MAKERS: dict[Kind, Callable[[Source, _World], Iterator[Pair]]] = {
+_MAKERS: dict[Rule, Callable[[Source, _World], Iterator[Pair]]] = {
     "original": _original,
     "degrade": _degrade,
     "upgrade": _upgrade,

@@ -17,6 +17,25 @@ ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
+class Source:
+    """A preference to make pairs of.
+
+    Attributes:
+        id: of the pair.
+        prompt: what was asked.
+        chosen: the better response; shows the cause, where it is known, by its positive word.
+        rejected: the other; shows it by the negative word.
+        cause: the attribute that decides under the prompt; empty where nobody knows, as on real text.
+    """
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    cause: str = ""
+
+
+@dataclass(frozen=True)
 class Pair:
     """Two responses to a prompt, of which the chosen one is better, or neither is.
 

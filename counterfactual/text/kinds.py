@@ -1,0 +1,19 @@
+"""The kinds of pairs that `cepo augment` makes of any preferences, by name: the one table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from cepo.counterfactual.text.pairs import ORIGINAL, Pair, Source
+from cepo.counterfactual.text.synthesise import Kind
+
+
+def original(source: Source, peers: Sequence[Source], rng: np.random.Generator) -> Iterator[Pair]:
+    """Yield the preference itself."""
+    yield Pair(source.id, source.prompt, source.chosen, source.rejected, kind=ORIGINAL)
+
+
+BY_RULE: Mapping[str, Kind] = {ORIGINAL: original}
+"""Kinds that need no model; one that shares its name with a written kind is called NAME-by-rule."""
