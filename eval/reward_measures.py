@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 from cepo.counterfactual.text.mechanical import Source, show
-from cepo.jacobian.reward_model import rewards
-from cepo.train.pair_encoding import PairEncoder
+from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import WORDS, generate_sources, with_length
 
 ITEMS = 400
@@ -40,13 +38,12 @@ class RewardMeasures:
 
 
 def measure_reward_model(
-    model: Any, encoder: PairEncoder, *, seed: int, items: int = ITEMS, cue_agreement: float = 0.9
+    model: RewardModel, *, seed: int, items: int = ITEMS, cue_agreement: float = 0.9
 ) -> RewardMeasures:
     """Measure a reward model of the testbed on new items.
 
     Args:
-        model: from `read_last_token`, in eval mode.
-        encoder: of the form that it was trained in.
+        model: trained on the testbed's pairs.
         seed: of the items; those of training with the same seed are others.
         items: number of pairs of each measure, at least 1.
         cue_agreement: of the training data, in [0, 1].
@@ -64,23 +61,24 @@ def measure_reward_model(
         other = [aspect for aspect in aspects if aspect != source.cause][place % (len(aspects) - 1)]
         good, bad = (show(source.chosen, other, WORDS, positive=positive) for positive in (True, False))
         others.append((source.prompt, good, bad))
-    length, cause = mean(_differences(model, encoder, lengths)), mean(_differences(model, encoder, causes))
+    length, cause = mean(_differences(model, lengths)), mean(_differences(model, causes))
     return RewardMeasures(
-        in_distribution=_accuracy(model, encoder, drawn),
-        flipped=_accuracy(model, encoder, flipped),
+        in_distribution=_accuracy(model, drawn),
+        flipped=_accuracy(model, flipped),
         length_effect=length,
         cause_effect=cause,
-        other_effect=mean(map(abs, _differences(model, encoder, others))),
+        other_effect=mean(map(abs, _differences(model, others))),
         length_share=abs(length) / cause if cause > 0 else float("inf"),
     )
 
 
-def _accuracy(model: Any, encoder: PairEncoder, sources: Sequence[Source]) -> float:
+def _accuracy(model: RewardModel, sources: Sequence[Source]) -> float:
     pairs = [(source.prompt, source.chosen, source.rejected) for source in sources]
-    return mean(float(difference > 0) for difference in _differences(model, encoder, pairs))
+    return mean(float(difference > 0) for difference in _differences(model, pairs))
 
 
-def _differences(model: Any, encoder: PairEncoder, pairs: Sequence[tuple[str, str, str]]) -> list[float]:
+def _differences(model: RewardModel, pairs: Sequence[tuple[str, str, str]]) -> list[float]:
     """Return D of each pair: prompt, chosen, rejected."""
-    texts = [ids for pair in pairs for ids in encoder.encode(*pair)]
-    return encoder.differences(rewards(model, texts))
+    prompts, chosen, rejected = zip(*pairs, strict=True)
+    found: list[float] = model.differences(prompts, chosen, rejected).values_N.tolist()
+    return found

@@ -156,17 +156,19 @@ def rewards(model: Any, texts: Sequence[Sequence[int]], *, batch_size: int = 64)
 
     Args:
         model: in eval mode.
-        texts: token ids of each, without padding.
-        batch_size: texts per forward pass.
+        texts: token ids of each, without padding. Equal texts are read once, and texts of like length together.
+        batch_size: texts per forward pass, at least 1.
     """
-    found: list[float] = []
     device = model.get_input_embeddings().weight.device
-    for start in range(0, len(texts), batch_size):
-        ids_BT, mask_BT = as_batch(texts[start : start + batch_size])
+    different = sorted({tuple(text) for text in texts}, key=lambda text: (len(text), text))
+    found: dict[tuple[int, ...], float] = {}
+    for start in range(0, len(different), batch_size):
+        batch = different[start : start + batch_size]
+        ids_BT, mask_BT = as_batch(batch)
         with torch.no_grad():
             output = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False)
-        found += output.logits[:, 0].tolist()
-    return found
+        found |= zip(batch, output.logits[:, 0].tolist(), strict=True)
+    return [found[tuple(text)] for text in texts]
 
 
 def as_batch(texts: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
@@ -194,13 +196,23 @@ def verdict_ids(tokenizer: Any, prompt: str) -> tuple[int, int]:
 
 
 def is_classifier(source: ModelSource) -> bool:
-    """Return whether a model on disk is a sequence classifier, or an adapter of one, by its own files."""
+    """Return whether a model is a sequence classifier, or an adapter of one, by its own files.
+
+    Raises:
+        ValueError: for a model of the hub whose configuration cannot be read.
+    """
     if source.base is not None:
         settings = json.loads((Path(source.location) / "adapter_config.json").read_text())
         return bool(settings.get("task_type") == "SEQ_CLS")
-    config = Path(source.location) / "config.json"
-    names = json.loads(config.read_text()).get("architectures") if config.is_file() and not source.gguf_file else None
-    return any("SequenceClassification" in name for name in names or ())
+    if source.gguf_file:
+        return False
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(source.location)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
+    return any("SequenceClassification" in name for name in config.get("architectures") or ())
 
 
 def _load(source: ModelSource, form: Form, dtype: str, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:

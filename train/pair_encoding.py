@@ -22,6 +22,7 @@ TEMPLATE = (
     "[Response B]\n{second}\n[End of response B]\n\nAnswer with A or B alone."
 )
 _FIELDS = ("{prompt}", "{first}", "{second}")
+_COUNTS: Mapping[Form, str] = {"bradley-terry": "one response", "pairwise": "two responses"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,44 @@ class Shown:
         lacking = [name for name in _FIELDS if name not in self.template]
         if lacking:
             raise ValueError(f"template is {self.template!r}, which lacks {', '.join(lacking)}")
+
+    def messages(self, prompt: str, first: str, second: str | None = None) -> list[dict[str, str]]:
+        """Return what the model reads: a conversation that ends with the response, or, pairwise, a question.
+
+        Args:
+            prompt: what was asked.
+            first: the response; pairwise, the one that is shown as A.
+            second: pairwise, the one that is shown as B; else None.
+
+        Raises:
+            ValueError: for one response where the form needs two, or two where it takes one.
+        """
+        if (second is None) != (self.form == "bradley-terry"):
+            raise ValueError(f"form is {self.form}, which is shown {_COUNTS[self.form]}")
+        if second is None:
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": first}]
+        contents = dict(zip(_FIELDS, (prompt, first, second), strict=True))
+        text = re.sub("|".join(map(re.escape, _FIELDS)), lambda found: contents[found.group()], self.template)
+        return [{"role": "user", "content": text}]
+
+    def pair_messages(self, prompt: str, chosen: str, rejected: str) -> list[list[dict[str, str]]]:
+        """Return the two texts that a pair is told apart by.
+
+        Bradley-Terry: prompt and chosen response, prompt and rejected response. Pairwise: both responses with the
+        chosen one first, and with the rejected one first.
+        """
+        if self.form == "bradley-terry":
+            return [self.messages(prompt, chosen), self.messages(prompt, rejected)]
+        return [self.messages(prompt, chosen, rejected), self.messages(prompt, rejected, chosen)]
+
+    def differences(self, numbers: Sequence[float]) -> list[float]:
+        """Return D of each pair, chosen less rejected; pairwise, the mean of both orders.
+
+        Args:
+            numbers: of the model, for the first and the second text of each pair in turn.
+        """
+        scale = 1.0 if self.form == "bradley-terry" else 0.5
+        return [scale * (first - second) for first, second in zip(numbers[::2], numbers[1::2], strict=True)]
 
     def write(self, folder: Path) -> None:
         """Write the file that `read_shown` reads."""
@@ -79,28 +118,30 @@ class PairEncoder:
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self.verdict_ids = None
         if shown.form == "pairwise":
-            self.verdict_ids = verdict_ids(tokenizer, self._pairwise_text("?", "?", "?"))
+            self.verdict_ids = verdict_ids(tokenizer, self._text(shown.messages("?", "?", "?")))
 
     def encode(self, prompt: str, chosen: str, rejected: str) -> tuple[list[int], list[int]]:
-        """Return the ids of the two texts that a pair is told apart by.
-
-        Bradley-Terry: prompt and chosen response, prompt and rejected response. Pairwise: both responses with the
-        chosen one first, and with the rejected one first.
+        """Return the ids of the two texts that a pair is told apart by, see `Shown.pair_messages`.
 
         Raises:
             ValueError: with the reason why the pair cannot be used: a text is too long, or both are equal.
         """
-        if self.shown.form == "bradley-terry":
-            texts = self._response_text(prompt, chosen), self._response_text(prompt, rejected)
-        else:
-            texts = self._pairwise_text(prompt, chosen, rejected), self._pairwise_text(prompt, rejected, chosen)
-        first, second = map(self._ids, texts)
-        longest = max(len(first), len(second))
-        if self._max_length is not None and longest > self._max_length:
-            raise ValueError(f"too long: {longest} tokens, over max_length {self._max_length}")
+        first, second = map(self.ids, self.shown.pair_messages(prompt, chosen, rejected))
         if first == second:
             raise ValueError("equal after encoding: both responses have the same tokens")
         return first, second
+
+    def ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the ids of what `Shown.messages` returns.
+
+        Raises:
+            ValueError: with the reason why the text cannot be used: it is too long, or the chat template refuses it.
+        """
+        ids = list(self._tokenizer(self._text(messages), add_special_tokens=not self._has_template)["input_ids"])
+        ids = self._with_one_beginning(ids)[0]
+        if self._max_length is not None and len(ids) > self._max_length:
+            raise ValueError(f"too long: {len(ids)} tokens, over max_length {self._max_length}")
+        return ids
 
     def encode_response(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
         """Return the ids of a prompt and a response as a Bradley-Terry model reads them, and the response's positions.
@@ -108,7 +149,7 @@ class PairEncoder:
         Raises:
             ValueError: for a tokenizer that does not say where its tokens stand, or a template that changes responses.
         """
-        text = self._response_text(prompt, response)
+        text = self._text(self.shown.messages(prompt, response))
         start = text.rfind(response.strip())
         if start < 0 or not self._tokenizer.is_fast:
             raise ValueError(
@@ -120,19 +161,6 @@ class PairEncoder:
         offsets = enumerate(encoded["offset_mapping"][dropped:])
         return ids, [place for place, (left, right) in offsets if max(left, start) < min(right, end)]
 
-    def differences(self, numbers: Sequence[float]) -> list[float]:
-        """Return D of each pair, chosen less rejected; pairwise, the mean of both orders.
-
-        Args:
-            numbers: of the model, for the first and the second text of each pair in turn.
-        """
-        scale = 1.0 if self.shown.form == "bradley-terry" else 0.5
-        return [scale * (first - second) for first, second in zip(numbers[::2], numbers[1::2], strict=True)]
-
-    def _ids(self, text: str) -> list[int]:
-        ids = list(self._tokenizer(text, add_special_tokens=not self._has_template)["input_ids"])
-        return self._with_one_beginning(ids)[0]
-
     def _with_one_beginning(self, ids: list[int]) -> tuple[list[int], int]:
         """Return the ids without all but the last of the beginnings of text that they start with, and their number."""
         beginning, extra = self._tokenizer.bos_token_id, 0
@@ -140,22 +168,15 @@ class PairEncoder:
             extra += 1
         return ids[extra:], extra
 
-    def _response_text(self, prompt: str, response: str) -> str:
+    def _text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        answered = messages[-1]["role"] == "assistant"
         if not self._has_template:
+            contents = [message["content"] for message in messages]
             ending = self._tokenizer.eos_token or ""
-            return f"{prompt}\n\n{response.removesuffix(ending)}{ending}"
-        return self._rendered([("user", prompt), ("assistant", response)], opened=False)
-
-    def _pairwise_text(self, prompt: str, first: str, second: str) -> str:
-        contents = dict(zip(_FIELDS, (prompt, first, second), strict=True))
-        message = re.sub("|".join(map(re.escape, _FIELDS)), lambda found: contents[found.group()], self.shown.template)
-        return self._rendered([("user", message)], opened=True) if self._has_template else f"{message}\n"
-
-    def _rendered(self, turns: Sequence[tuple[str, str]], *, opened: bool) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
+            return "\n\n".join(contents).removesuffix(ending) + ending if answered else f"{contents[0]}\n"
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opened, **self.shown.chat_template_kwargs
+                list(messages), tokenize=False, add_generation_prompt=not answered, **self.shown.chat_template_kwargs
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error

@@ -19,12 +19,10 @@ from cepo.benchmarks.measure import environment
 from cepo.eval.report.tables import console_table
 from cepo.eval.reward_measures import measure_reward_model
 from cepo.files import SETTINGS, append_jsonl, claim, read_jsonl
-from cepo.jacobian.loading import load_tokenizer, resolve_model
-from cepo.jacobian.reward_model import load_reward_model, read_last_token
-from cepo.train.pair_encoding import PairEncoder, read_shown
 from cepo.train.recipe import reason_of
 from cepo.train.reward_data import load_pairs
 from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
+from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import reward_model_fingerprint
 
 _PACKAGE = Path(cepo.__file__).parent
@@ -178,10 +176,8 @@ def _run(output: Path, arm: str, seed: int, plan: Plan, steps: int | None) -> di
     folder = output / f"{re.sub('[^A-Za-z0-9]+', '-', arm)}-{seed}"
     config = training(folder, plan.arms[arm], seed, steps)
     pairs = load_pairs(config.data, seed=seed)
-    source = resolve_model(str(train_reward_model(config)))
-    encoder = PairEncoder(load_tokenizer(source), read_shown(Path(source.location)))
-    model, _ = load_reward_model(source, config.form)
-    measures = measure_reward_model(read_last_token(model, encoder.verdict_ids), encoder, seed=seed, items=plan.items)
+    model = RewardModel.open(str(train_reward_model(config)))
+    measures = measure_reward_model(model, seed=seed, items=plan.items)
     return {
         "arm": arm,
         "seed": seed,

@@ -48,8 +48,8 @@ def test_a_pairwise_text_holds_both_responses_in_both_orders(template: str | Non
     assert "A one [UNK] B three :" in first, "a response that looks like the template's field is text"
     assert "A three B one [UNK] :" in second
     assert encoder.verdict_ids == (WORDS.index("A"), WORDS.index("B"))
-    assert encoder.differences([3.0, 1.0, 2.0, 8.0]) == [1.0, -3.0]
-    assert PairEncoder(tokenizer, Shown()).differences([3.0, 1.0]) == [2.0]
+    assert encoder.shown.differences([3.0, 1.0, 2.0, 8.0]) == [1.0, -3.0]
+    assert Shown().differences([3.0, 1.0]) == [2.0]
 
 
 @pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat"])

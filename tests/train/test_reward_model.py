@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
 from cepo.cli.app import main
-from cepo.jacobian.loading import load_model, load_tokenizer, resolve_model
+from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reward_model import load_reward_model, read_last_token, rewards
 from cepo.train import run as train_run
 from cepo.train.pair_encoding import PairEncoder, Shown, read_shown
@@ -29,6 +29,7 @@ from cepo.train.reward_model import (
     load_reward_config,
     train_reward_model,
 )
+from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import TEMPLATE, build_reward_model
 from tests.paths import ROOT
 
@@ -129,7 +130,7 @@ def test_the_trainers_loss_and_measures_are_those_of_the_pairs(form: Any, tmp_pa
     tied = torch.cat([order[ties].abs() for order in orders])
     assert logged["tie_difference"] == pytest.approx(float(tied.mean()), abs=1e-6)
     assert logged["tie_share"] == pytest.approx(float(ties.float().mean()))
-    mean_of_orders = encoder.differences(numbers)
+    mean_of_orders = encoder.shown.differences(numbers)
     assert torch.allclose(torch.tensor(mean_of_orders), torch.stack(orders).mean(0), atol=1e-6)
 
 
@@ -189,13 +190,13 @@ def test_lora_is_saved_with_its_head_and_scores_as_it_was_trained(
     monkeypatch.setattr(PairTrainer, "train", lambda self, **given: held.append(self) or original(self, **given))
     final = train_reward_model(config(tmp_path, form=form, model=str(judge), lora={"r": 2, "lora_alpha": 4}))
     live = held[0].model.eval()
-    encoder = PairEncoder(load_tokenizer(resolve_model(str(final))), read_shown(final))
-    texts = [encoder.encode("Query: help with this exam", "Response: correct so", "Response: wrong")[0]]
-    model, _ = load_reward_model(resolve_model(str(final)), form)
-    loaded = rewards(read_last_token(model, encoder.verdict_ids), texts)
-    assert loaded == rewards(live, texts)
+    loaded = RewardModel.open(str(final))
+    pair = ["Query: help with this exam"], ["Response: correct so"], ["Response: wrong"]
+    difference = loaded.differences(*pair).values_N
+    assert difference == RewardModel(live, loaded.encoder).differences(*pair).values_N
     fresh, _ = load_reward_model(resolve_model(str(judge)), form)
-    assert loaded != rewards(read_last_token(fresh, encoder.verdict_ids), texts)
+    fresh = read_last_token(fresh, loaded.encoder.verdict_ids)
+    assert difference != RewardModel(fresh, loaded.encoder).differences(*pair).values_N
     weights = load_file(final / "adapter_model.safetensors")
     assert any("score" in name for name in weights) == (form == "bradley-terry")
 
