@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from accelerate.utils import gather_object
+import torch.distributed as dist
 
 from cepo.counterfactual.donors import Candidate, thinned
 from cepo.counterfactual.exchange import exchanged_prompts
@@ -144,8 +144,7 @@ class CausalReward:
                 "steps_per_generation, or set no_donor='permute'"
             )
         self._frozen, self._trainer = frozen_model(trainer, self.scorer), trainer
-        with readable(self._model, self.sharded):
-            self.config.check_width(self._engine_now().width)
+        self.check(self._model)
         self._reader = span_reader(trainer, self.layout)
         tell_opened_thoughts(trainer)
         return self
@@ -180,28 +179,15 @@ class CausalReward:
             for prompt, completion, messages in zip(ids_of_prompts, completion_ids, prompts, strict=True)
         ]
         parts: dict[str, float] = {}
-        pools = gathered(self._trainer, pools_of(rollouts, self._links)) if self.config.reads_effects else None
-        with readable(self._model, self.sharded):
-            scores = score_rollouts(
-                rollouts,
-                self._engine_now(),
-                self.config,
-                self.layout,
-                task_rewards=task_rewards,
-                pools=pools,
-                exchanged=exchanged_prompts(rollouts, self._reader) if self.config.reads_leak else None,
-                seconds=parts,
-            )
+        scores = self.score(rollouts, self._reader, self._model, task_rewards=task_rewards, seconds=parts)
         rewards: list[float | None] = [score.reward for score in scores]
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
         if self.shuffle:
             rewards = _shuffled(rewards, rollouts, self.config.seed)
         if log_metric is not None:
-            _log_means(log_metric, self.__name__, self._chains, scores, task_rewards)
+            self.log(log_metric, scores, task_rewards)
             log_metric(f"{self.__name__}/seconds", time.perf_counter() - started)
-            if self.config.reads_leak:
-                _log_leak(log_metric, self.__name__, scores)
             for part in ("effects", "links", "counterfactuals", "spectral"):
                 log_metric(f"{self.__name__}/seconds/{part}", parts.get(part, 0.0))
         if log_extra is not None:
@@ -211,6 +197,53 @@ class CausalReward:
                 log_extra(f"{self.__name__} order leak", [score.order_leak for score in scores])
             log_extra(f"{self.__name__} malformed", [score.malformed for score in scores])
         return rewards
+
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        reader: SpanReader,
+        model: Any,
+        *,
+        task_rewards: Sequence[float | None] | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> list[RolloutScore]:
+        """Return the score of each rollout under a live policy, bound or not; all ranks call it, each with its own.
+
+        Args:
+            rollouts: what `reader` read.
+            reader: of the policy's tokenizer and this reward's layout.
+            model: the policy, sharded or not.
+            task_rewards: of the rollouts, in [0, 1] or None; needed where this reward has a task.
+            seconds: see `score_rollouts`.
+        """
+        pools = gathered(pools_of(rollouts, self._links)) if self.config.reads_effects else None
+        with readable(model, self.sharded):
+            return score_rollouts(
+                rollouts,
+                self._engine_of(model),
+                self.config,
+                self.layout,
+                task_rewards=task_rewards,
+                pools=pools,
+                exchanged=exchanged_prompts(rollouts, reader) if self.config.reads_leak else None,
+                seconds=seconds,
+            )
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError if a policy cannot be differentiated, or is narrower than the nuisance rank."""
+        with readable(model, self.sharded):
+            self.config.check_width(self._engine_of(model).width)
+
+    def log(
+        self,
+        log_metric: Callable[[str, float], None],
+        scores: Sequence[RolloutScore],
+        task_rewards: Sequence[float | None] | None,
+    ) -> None:
+        """Log means over rollouts: every component, and the share that is malformed."""
+        _log_means(log_metric, self.__name__, self._chains, scores, task_rewards)
+        if self.config.reads_leak:
+            _log_leak(log_metric, self.__name__, scores)
 
     def set_power(self, p: float) -> None:
         """Fuse with another exponent of the power mean from now on."""
@@ -225,19 +258,21 @@ class CausalReward:
         """What the reward reads by now."""
         return self._trainer.model if self._frozen is None else self._frozen
 
-    def _engine_now(self) -> Engine:
-        """Return the engine of the model that the reward reads by now; inside of `readable`."""
-        if self._read is None or self._read[0] is not self._model:
+    def _engine_of(self, model: Any) -> Engine:
+        """Return the engine of a model; inside of `readable`."""
+        if self._read is None or self._read[0] is not model:
             budget = self.memory_gib and self.memory_gib * 2**30
-            engine = new_engine(self.engine, self._model, memory_budget=budget, kernels=self.kernels)
-            self._read = self._model, engine
+            self._read = model, new_engine(self.engine, model, memory_budget=budget, kernels=self.kernels)
         return self._read[1]
 
 
-def gathered(trainer: Any, pools: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
+def gathered(pools: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
     """Return what the rollouts of all ranks offer for each source, given what those of this rank do."""
-    # Every rank calls its rewards once for each generation batch, so this meets no other collective.
-    of_ranks = gather_object([pools]) if trainer.accelerator.num_processes > 1 else [pools]
+    of_ranks = [pools]
+    if dist.is_initialized():
+        # Every rank calls its rewards once for each generation batch, so this meets no other collective.
+        of_ranks *= dist.get_world_size()
+        dist.all_gather_object(of_ranks, pools)
     return {source: thinned(one for each in of_ranks for one in each[source]) for source in pools}
 
 

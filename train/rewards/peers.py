@@ -287,7 +287,7 @@ class CounterfactualSensitivity(PeerReward):
         """Return the sequence as written, then with each edit of the rationale."""
         pools: Mapping[str, Sequence[Candidate]] = {name: candidates(rollouts, name) for name in self.source}
         if self.edit == "donor" and self._trainer is not None:
-            pools = gathered(self._trainer, pools)
+            pools = gathered(pools)
         changed = []
         for rollout in rollouts:
             whole = self._whole(rollout)
