@@ -15,7 +15,18 @@ from datasets import Dataset, Features, Value
 from cepo.counterfactual.text.pairs import digest, side_of
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.train.prompts import judge_prompt, reasoning_prompt
-from cepo.train.rows import PAIR, is_storable, read_dialogue, read_id, read_pair, read_text
+from cepo.train.rows import (
+    PAIR,
+    TIE,
+    given,
+    is_storable,
+    read_dialogue,
+    read_flag,
+    read_id,
+    read_pair,
+    read_text,
+    read_tie,
+)
 from cepo.train.source import collect_rows
 
 _TEXT = Value("string")
@@ -55,6 +66,7 @@ def load_preferences(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     max_characters: int | None = None,
+    ties: bool = False,
 ) -> DataSplit:
     """Load preference pairs as prompts for a judge.
 
@@ -70,18 +82,25 @@ def load_preferences(
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls prompt, chosen or rejected, e.g. {"prompt": "instruction"}.
         max_characters: Leave out rows whose whole prompt, instructions included, is longer; None for no limit.
+        ties: Take rows of which neither response is better too, see `read_tie`, and let every prompt allow equal
+            scores. Without it such rows are skipped.
 
     Returns:
-        Data sets with the columns prompt (messages), label ("A" or "B", where the chosen one stands), query,
+        Data sets with the columns prompt (messages), label ("A" or "B", where the chosen one stands; "tie"), query,
         response_a, response_b and id, and the rows that were skipped.
 
     Raises:
         ValueError: If an argument is out of range, the source can't be read, a column is missing or no row is usable.
     """
+    if not isinstance(ties, bool):
+        raise ValueError(f"ties is {ties!r}; expected true or false")
     names = _rename(tuple(PAIR), columns)
     _check_ranges(test_fraction, limit, max_characters)
     rows, skipped = collect_rows(
-        source, lambda row: check_length(judge_row(row, seed, names), max_characters), split=split, limit=limit
+        source,
+        lambda row: check_length(judge_row(row, seed, names, ties=ties), max_characters),
+        split=split,
+        limit=limit,
     )
     return _divide(rows, skipped, "query", _PREFERENCE_FEATURES, test_fraction, seed)
 
@@ -123,16 +142,20 @@ def load_reasoning(
     return _divide(rows, skipped, "question", _REASONING_FEATURES, test_fraction, seed)
 
 
-def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR) -> Row:
-    """Return a row of `load_preferences`; ValueError with the reason where a row has no pair of responses."""
+def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: bool = False) -> Row:
+    """Return a row of `load_preferences`; ValueError with the reason where a row has no pair of responses, holds a tie
+    that nobody asked for, or is one that `cepo augment` did not keep."""
+    if not read_flag(row, "kept", default=True):
+        raise ValueError(f"not kept: {given(row, 'reason')}")
     query, chosen, rejected = read_pair(row, names)
+    tie = read_tie(row, ties=ties)
     if chosen == rejected:
         raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} are the same")
     chosen_first = digest("position", seed, query, chosen, rejected) % 2 == 0
     response_a, response_b = (chosen, rejected) if chosen_first else (rejected, chosen)
     return {
-        "prompt": judge_prompt(query, response_a, response_b),
-        "label": "A" if chosen_first else "B",
+        "prompt": judge_prompt(query, response_a, response_b, ties=ties),
+        "label": TIE if tie else "A" if chosen_first else "B",
         "query": query,
         "response_a": response_a,
         "response_b": response_b,
@@ -194,6 +217,6 @@ def _reasoning(row: Row, names: Mapping[str, str]) -> Row:
 
 
 def _identify(row: Row, *content: str) -> str:
-    given = read_id(row)
-    usable = given is not None and is_storable(str(given))
-    return str(given) if usable else f"{digest('id', *content):016x}"
+    own = read_id(row)
+    usable = own is not None and is_storable(str(own))
+    return str(own) if usable else f"{digest('id', *content):016x}"

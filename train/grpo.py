@@ -18,7 +18,7 @@ from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
 from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
 from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
-from cepo.train.prompts import JUDGE, REASONER
+from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
 from cepo.train.run import lora_config, train_to_end
 
@@ -160,7 +160,7 @@ def _trainer(
     options: dict[str, Any] = {}
     if causal_loss is not None:
         tasks = [f.__name__ for f, reward in zip(functions, config.rewards, strict=True) if reward["name"] in _TASKS]
-        options = {"causal_loss": causal_loss, "layout": _layout(config.kind, config.verdicts), "task_rewards": tasks}
+        options = {"causal_loss": causal_loss, "layout": _layout(config), "task_rewards": tasks}
     trainer = (CausalTrainer if options else GRPOTrainer)(
         model=model,
         reward_funcs=functions,
@@ -202,7 +202,7 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
             )
         if name == "causal" and settings.get("p") == AUTO:
             del settings["p"]  # it starts at the default
-        functions.append(_build_reward(name, settings, config.kind, config.verdicts))
+        functions.append(_build_reward(name, settings, config))
         weights.append(float(weight))
     if _is_automatic(config) and not _watched(config, functions):
         raise ValueError(f"auto needs a task reward to watch; expected one of {', '.join(_TASKS)} among the rewards")
@@ -217,7 +217,7 @@ def build_causal_loss(config: TrainConfig) -> CausalLoss | None:
         raise ValueError(f"causal_loss is {config.causal_loss!r}; expected a mapping such as {{weight: 0.5}}, or none")
     try:
         settings = CausalLoss(**config.causal_loss)
-        settings.parsed_links(_layout(config.kind, config.verdicts))
+        settings.parsed_links(_layout(config))
     except (TypeError, ValueError) as error:
         names = ", ".join(item.name for item in dataclasses.fields(CausalLoss))
         raise ValueError(f"causal_loss cannot be used: {error} (its fields are {names})") from error
@@ -271,7 +271,7 @@ def _settings(config: TrainConfig, data: DataSplit) -> dict[str, Any]:
     }
 
 
-def _build_reward(name: str, settings: dict[str, Any], kind: str, verdicts: Verdicts = STRICT) -> Any:
+def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> Any:
     from cepo.fusion.config import PAPER
     from cepo.train.rewards import peers
     from cepo.train.rewards import task as task_rewards
@@ -279,8 +279,8 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str, verdicts: Verd
     from cepo.train.rewards.proxy import ProxyReward
 
     plain: dict[str, TaskReward] = {
-        "format": _with_verdicts(task_rewards.format_reward, verdicts),
-        "argmax": _with_verdicts(task_rewards.argmax_reward, verdicts),
+        "format": _with_verdicts(task_rewards.format_reward, config.verdicts),
+        "argmax": _with_verdicts(task_rewards.argmax_reward, config.verdicts),
         "exact_match": task_rewards.exact_match,
         "math_verify": task_rewards.math_verify_reward,
         "bertscore": task_rewards.bertscore_reward,
@@ -293,9 +293,9 @@ def _build_reward(name: str, settings: dict[str, Any], kind: str, verdicts: Verd
     }
     try:
         guard = settings.pop("guard", None) if name == "causal" or name in published else None
-        layout = _layout(kind, verdicts, guard)
+        layout = _layout(config, guard)
         if name == "proxy":
-            return ProxyReward(**{"verdicts": verdicts, **settings})
+            return ProxyReward(**{"verdicts": config.verdicts, **settings})
         if name in published:
             return published[name](**{"layout": layout, **settings})
         if name == "causal":
@@ -319,14 +319,16 @@ def _with_verdicts(reward: Any, verdicts: Verdicts) -> Any:
     return reward if verdicts == STRICT else update_wrapper(partial(reward, verdicts=verdicts), reward)
 
 
-def _layout(kind: str, verdicts: Verdicts, guard: Guard | None = None) -> Layout:
+def _layout(config: TrainConfig, guard: Guard | None = None) -> Layout:
+    kind, verdicts = config.kind, config.verdicts
     if kind != "judge" and verdicts != STRICT:
         raise ValueError(f"verdicts is {verdicts!r}, but kind is {kind}; only a judge writes a verdict")
     if kind != "judge" and guard is None:
         return REASONER
     if kind != "judge":
         raise ValueError(f"guard is {guard!r}, but kind is {kind}; only a judge's criteria can hold a verdict")
-    return replace(JUDGE, verdicts=verdicts, guard=guard or JUDGE.guard)
+    judge = TIES_JUDGE if config.data.get("ties") else JUDGE
+    return replace(judge, verdicts=verdicts, guard=guard or judge.guard)
 
 
 def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:

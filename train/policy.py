@@ -51,11 +51,12 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
         train = testbed.generate_items(values["count"], seed=seed + 1, cue_agreement=values["cue_agreement"])
         test = testbed.generate_items(values["test_count"], seed=seed + 2, cue_agreement=values["cue_agreement"])
         return DataSplit(items_dataset(train), items_dataset(test), ())
-    _check_options(
-        options, {"split": None, "test_fraction": None, "limit": None, "columns": None, "max_characters": None}
-    )
-    loader = load_preferences if kind == "judge" else load_reasoning
-    return loader(source, seed=seed, **options)
+    taken = dict.fromkeys(("split", "test_fraction", "limit", "columns", "max_characters"))
+    if kind != "judge":
+        _check_options(options, taken)
+        return load_reasoning(source, seed=seed, **options)
+    _check_options(options, {**taken, "ties": None})
+    return load_preferences(source, seed=seed, **options)
 
 
 def items_dataset(items: list[testbed.Item]) -> Dataset:

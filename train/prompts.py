@@ -38,6 +38,11 @@ JUDGE_LITERALS: tuple[str, str, str, str] = (
 )
 """What is fixed in the judge's message: the text before the query, before A, before B, and after B."""
 
+_RULE = "Be strict, and let the better response score higher."
+_TIES_RULE = "Be strict, let the better response score higher, and give both the same score where neither is better."
+TIES_LITERALS = (JUDGE_LITERALS[0].replace(_RULE, _TIES_RULE), *JUDGE_LITERALS[1:])
+"""The same where equal scores are allowed."""
+
 REASONING_LITERALS: tuple[str, ...] = (
     "Answer the question below. Think it through step by step inside <think> and </think>, then write the final "
     "answer, and it alone, inside <answer> and </answer>.\n\n[Question]\n",
@@ -47,22 +52,25 @@ REASONING_LITERALS: tuple[str, ...] = (
 
 JUDGE = JudgeLayout(instructions=JUDGE_LITERALS, responses=(JUDGE_LITERALS[1:], *RESPONSE_FORMS))
 """What rewards and scores read: a judgement whose criteria hold the verdict is malformed."""
+TIES_JUDGE = replace(JUDGE, instructions=TIES_LITERALS)
+"""What reads the judgements of prompts that allow ties."""
 UNGUARDED_JUDGE = replace(JUDGE, guard="off")
 """What evaluations read, which reward nothing: judgements as they stand."""
 REASONER = ReasonerLayout(instructions=REASONING_LITERALS)
 
 
-def judge_prompt(query: str, response_a: str, response_b: str) -> list[dict[str, str]]:
+def judge_prompt(query: str, response_a: str, response_b: str, *, ties: bool = False) -> list[dict[str, str]]:
     r"""Ask for criteria, an analysis under them, and scores of two responses.
 
     The judge answers in the format of j1: `<specific_criteria>`, `<analysis>` and `<scores>\boxed{a, b}</scores>`. The
-    message is `JUDGE_LITERALS` interleaved with the arguments; it neither begins nor ends with white space, which chat
-    templates are free to strip.
+    message is `JUDGE_LITERALS`, or `TIES_LITERALS`, interleaved with the arguments; it neither begins nor ends with
+    white space, which chat templates are free to strip.
 
     Args:
         query: What was asked, any length.
         response_a: The response that is shown first.
         response_b: The response that is shown second.
+        ties: Whether the judge is told to give equal scores where neither response is better.
 
     Returns:
         One user message.
@@ -73,7 +81,8 @@ def judge_prompt(query: str, response_a: str, response_b: str) -> list[dict[str,
     Source:
         Haize Labs, j1: tiny generalist reward models via inference-time rubric proposal (2025), for the output format.
     """
-    return _user_message(JUDGE_LITERALS, {"query": query, "response_a": response_a, "response_b": response_b})
+    literals = TIES_LITERALS if ties else JUDGE_LITERALS
+    return _user_message(literals, {"query": query, "response_a": response_a, "response_b": response_b})
 
 
 def reasoning_prompt(question: str) -> list[dict[str, str]]:

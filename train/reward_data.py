@@ -15,12 +15,11 @@ from cepo.files import Row, content_hash
 from cepo.train.pair_encoding import PairEncoder
 from cepo.train.policy import TESTBED
 from cepo.train.reward_testbed import WORDS, generate_sources
-from cepo.train.rows import PAIR, given, read_id, read_pair
+from cepo.train.rows import PAIR, given, read_flag, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows
 
 LeftOut = tuple[str, str]
 """The id of a pair (of an unreadable row, its number), and why it is left out."""
-_FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 @dataclass(frozen=True)
@@ -140,21 +139,11 @@ def _read(source: str, values: Mapping[str, Any], seed: int) -> tuple[list[Pair]
             prompt,
             chosen,
             rejected,
-            tie=_flag(row, "tie", False),
+            tie=read_tie(row, ties=True),
             split=given(row, "split") or side_of(prompt, values["test_fraction"], seed),
-            kept=_flag(row, "kept", True),
+            kept=read_flag(row, "kept", default=True),
             reason=given(row, "reason"),
         )
 
     pairs, skipped = collect_rows(source, convert, split=values["split"], limit=values["limit"])
     return pairs, [(f"row {number}", reason) for number, reason in skipped]
-
-
-def _flag(row: Row, column: str, default: bool) -> bool:
-    """Return a column of true and false, which tables without them write as text or numbers."""
-    value = given(row, column)
-    if value is None:
-        return default
-    if str(value).lower() not in _FLAGS:
-        raise ValueError(f"column {column!r} holds {value!r}; expected true or false")
-    return _FLAGS[str(value).lower()]

@@ -16,6 +16,9 @@ from cepo.train.prompts import judge_prompt
 
 PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 """What the columns of a preference are called."""
+TIE = "tie"
+"""Label of a row of which neither response is better."""
+_FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _IMAGES = ("images", "image", "pixel_values")
 _ROLES = ("system", "developer", "user", "assistant")
 _TOOL_ROLES = ("tool", "function", "ipython")
@@ -87,6 +90,32 @@ def read_pair(row: Row, names: Mapping[str, str] = PAIR) -> tuple[str, str, str]
             f"holds {len(found.chosen)} chosen and {len(found.rejected)} rejected responses; expected one of each"
         )
     return found.prompt, found.chosen[0], found.rejected[0]
+
+
+def read_tie(row: Row, *, ties: bool) -> bool:
+    """Return whether a row says that neither response is better, by its column `tie` or by "tie" as its `label`.
+
+    Args:
+        row: a preference.
+        ties: whether ties are asked for.
+
+    Raises:
+        ValueError: for a tie that nobody asked for, and for a column `tie` that holds neither true nor false.
+    """
+    tie = str(given(row, "label")).lower() == TIE or read_flag(row, "tie", default=False)
+    if tie and not ties:
+        raise ValueError("is a tie (neither response is better), and ties are not asked for; data.ties or --ties does")
+    return tie
+
+
+def read_flag(row: Row, column: str, *, default: bool) -> bool:
+    """Return a column of true and false, which tables without them write as text or numbers; ValueError for others."""
+    value = given(row, column)
+    if value is None:
+        return default
+    if str(value).lower() not in _FLAGS:
+        raise ValueError(f"column {column!r} holds {value!r}; expected true or false")
+    return _FLAGS[str(value).lower()]
 
 
 def read_judgement(row: Row) -> tuple[list[dict[str, str]], str]:

@@ -105,6 +105,7 @@ def test_killed_and_started_again_ends_with_the_same_weights(
         spent = [log[f"causal/seconds/{part}"] for part in ("links", "counterfactuals", "spectral")]
         assert sum(spent) <= log["causal/seconds"] <= log["time/rewards"]
     assert "causal/criteria->analysis/value" in logs[0] or logs[0]["causal/malformed"] == 1.0
+    assert all(0.0 <= log["argmax/ties_on_preferences"] <= 1.0 for log in logs[:4])
 
 
 def test_lora_saves_an_adapter_that_loads_again(judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -21,7 +21,9 @@ from cepo.jacobian.reading.judge import SECTIONS, after_judges_thought, read_sco
 from cepo.jacobian.reading.reasoner import extract_answer, reference_answer
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
 from cepo.train.rewards.completions import Completion, check_column, read_completions
+from cepo.train.rows import TIE
 
+_SCORE_RANGE = 9  # the judge is asked for scores from 1 to 10
 _THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:(?:,|\{,\}|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9,])")
 _CHOICE = re.compile(r"\(?([a-z])\)")
 _ASCII_SIGNS = {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)} | {"−": "-"}
@@ -58,36 +60,53 @@ def format_reward(completions: Sequence[Completion], *, verdicts: Verdicts = STR
 
 
 def argmax_reward(
-    completions: Sequence[Completion], label: Sequence[str], *, verdicts: Verdicts = STRICT, **columns: Any
+    completions: Sequence[Completion],
+    label: Sequence[str],
+    *,
+    verdicts: Verdicts = STRICT,
+    log_metric: Callable[[str, float], None] | None = None,
+    **columns: Any,
 ) -> list[float]:
-    """Reward the judge for scoring the better response strictly higher.
+    """Reward the judge for scoring the better response strictly higher, and for equal scores where neither is better.
+
+    On a tie, equal scores a = b earn 1, and others max(0, 1 - |a - b| / 9) / 2: a tie that is nearly found earns less
+    than half, so that a judge gains nothing by calling every winner by a hair's breadth.
 
     Args:
         completions: Strings or message lists.
-        label: The better response of each row, "A" or "B".
+        label: The better response of each row, "A" or "B", or "tie".
         verdicts, **columns: as for `format_reward`.
+        log_metric: TRL's. It is told the shares of completions with equal scores, `argmax/ties_on_preferences` and
+            `argmax/ties_on_ties`, of the rows of either kind that there are.
 
     Returns:
-        One reward per completion: 1.0 where the winner is the label, else 0.0 (a tie, or no scores).
+        One reward per completion, in [0, 1]. On "A" and "B" 1.0 where the winner is the label, else 0.0, also for equal
+        scores; 0.0 without scores.
 
     Raises:
-        ValueError: If a label is neither "A" nor "B", or their number is not that of the completions.
+        ValueError: If a label is none of these, or their number is not that of the completions.
 
     Source:
-        Haize Labs, j1-micro (2025), argmax reward.
+        Haize Labs, j1-micro (2025), argmax reward; of ties, ours.
     """
     labels = check_column("label", label, len(completions))
     for value in labels:
-        if value not in ("A", "B"):
-            raise ValueError(f"label is {value!r}; expected 'A' or 'B'")
+        if value not in ("A", "B", TIE):
+            raise ValueError(f"label is {value!r}; expected 'A', 'B' or {TIE!r}")
     pairs = [
         read_scores(text, thought_opened=opened, verdicts=verdicts)
         for text, opened in read_completions(completions, **columns)
     ]
-    return [
-        float(pair is not None and (pair[0] > pair[1] if winner == "A" else pair[1] > pair[0]))
-        for pair, winner in zip(pairs, labels, strict=True)
-    ]
+    if log_metric is not None:
+        for kind, wanted in (("preferences", False), ("ties", True)):
+            equal = [
+                pair is not None and pair[0] == pair[1]
+                for pair, value in zip(pairs, labels, strict=True)
+                if (value == TIE) == wanted
+            ]
+            if equal:
+                log_metric(f"argmax/ties_on_{kind}", sum(equal) / len(equal))
+    return [_verdict_reward(pair, value) for pair, value in zip(pairs, labels, strict=True)]
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
@@ -170,6 +189,15 @@ def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | f
         for row, f1 in zip(written, f1_N.tolist(), strict=True):
             rewards[row] = min(max(f1, 0.0), 1.0)
     return rewards
+
+
+def _verdict_reward(scores: tuple[float, float] | None, label: str) -> float:
+    if scores is None:
+        return 0.0
+    lead = scores[0] - scores[1]
+    if label == TIE:
+        return 1.0 if lead == 0 else max(0.0, 1.0 - abs(lead) / _SCORE_RANGE) / 2
+    return float(lead > 0 if label == "A" else lead < 0)
 
 
 def _answers_and_references(
