@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from cepo.counterfactual.text.mechanical_text import dropped_sentence, irrelevant, relevance, style, wrong_number
 from cepo.counterfactual.text.pairs import ORIGINAL, Pair, Source
 from cepo.counterfactual.text.synthesise import Kind
 
@@ -15,5 +16,12 @@ def original(source: Source, peers: Sequence[Source], rng: np.random.Generator) 
     yield Pair(source.id, source.prompt, source.chosen, source.rejected, kind=ORIGINAL)
 
 
-BY_RULE: Mapping[str, Kind] = {ORIGINAL: original}
+BY_RULE: Mapping[str, Kind] = {
+    ORIGINAL: original,
+    "irrelevant": irrelevant,
+    "relevance": relevance,
+    "style": style,
+    "wrong-number": wrong_number,
+    "dropped-sentence": dropped_sentence,
+}
 """Kinds that need no model; one that shares its name with a written kind is called NAME-by-rule."""

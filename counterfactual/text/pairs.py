@@ -45,7 +45,7 @@ class Pair:
         chosen: the better response; of a tie, either.
         rejected: the other response.
         tie: whether neither is better.
-        kind: how the pair was made: original, degrade, upgrade, irrelevant, rrm, or another generator's name.
+        kind: how the pair was made: original, or the name of a kind, such as degrade or irrelevant.
         split: the side that its source prompt fell to before anything was made of it; None where nobody split.
         attribute: what was edited, such as accuracy; None where nothing was.
         weight: of the attribute among those of its prompt, in [0, 1]; None without an attribute.
@@ -112,8 +112,12 @@ def side_of(prompt: str, test_fraction: float, seed: int) -> Split:
         test_fraction: share of the prompts that goes to the test side, in [0, 1], in expectation.
         seed: of the split.
     """
-    normalized = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-    return "test" if digest("split", seed, normalized) < int(test_fraction * 2**64) else "train"
+    return "test" if digest("split", seed, same_prompt(prompt)) < int(test_fraction * 2**64) else "train"
+
+
+def same_prompt(prompt: str) -> str:
+    """Return what all prompts that differ in case and white space alone have in common."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
 def digest(*parts: str | int) -> int:

@@ -14,6 +14,7 @@ from typing import TypeAlias, cast
 import numpy as np
 
 from cepo.counterfactual.text.pairs import Pair, Source, Split, digest, side_of
+from cepo.counterfactual.text.relevance import Peers
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 """A prompt: messages with role and content."""
@@ -31,7 +32,7 @@ class Asked:
 
 
 _Asking: TypeAlias = Generator[Pair | Asked, Answers, None]
-Kind: TypeAlias = Callable[[Source, Sequence[Source], np.random.Generator], Iterator[Pair | Asked]]
+Kind: TypeAlias = Callable[[Source, Peers, np.random.Generator], Iterator[Pair | Asked]]
 """Makes pairs of a source, given the sources of its side of the split (itself included) and its own random numbers."""
 
 
@@ -62,11 +63,12 @@ def synthesise(
         on_done: called with the number of sources that are done.
     """
     sides = [side_of(source.prompt, test_fraction, seed) for source in sources]
-    peers = {side: [source for source, its in zip(sources, sides, strict=True) if its == side] for side in set(sides)}
+    placed = list(zip(sources, sides, strict=True))
+    peers = {side: Peers(source for source, its in placed if its == side) for side in set(sides)}
     for start in range(0, len(sources), at_once):
         made = [
             _Made(side, kind(source, peers[side], np.random.default_rng(digest(name, seed, source.id))))
-            for source, side in zip(sources[start : start + at_once], sides[start : start + at_once], strict=True)
+            for source, side in placed[start : start + at_once]
             for name, kind in kinds.items()
         ]
         _finish(made, write)
