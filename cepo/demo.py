@@ -25,7 +25,7 @@ from cepo.files import Row, make_folder, read_jsonl, write_text
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.grpo import load_config, train
 from cepo.train.policy import load_testbed_judge
-from cepo.train.run import METRICS
+from cepo.train.run import METRICS, require_trl
 
 RECIPE = Path(cepo.__file__).parent / "train" / "recipes" / "testbed.yaml"
 RESULTS = Path(cepo.__file__).parent / "benchmarks" / "results"
@@ -73,8 +73,9 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
         Path of the page.
 
     Raises:
-        ValueError: for an output that holds the unfinished demo of other settings.
+        ValueError: for an output that holds the unfinished demo of other settings, or without TRL.
     """
+    require_trl()
     started = time.perf_counter()
     run = output / "grpo"
     if (output / "measures.json").is_file():

@@ -48,6 +48,18 @@ def test_folders_import_only_what_the_table_allows(folder: str) -> None:
             assert not any(module.startswith("cepo.train.grpo") for module in imported_modules(path))
 
 
+def test_trl_is_imported_at_the_top_of_two_files_alone() -> None:
+    """It is an extra: all else imports it where it trains."""
+    importing = {
+        path.name
+        for folder in (*FOLDERS, "cepo")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and "trl" in ast.unparse(node).replace(".", " ").split()
+    }
+    assert importing == {"causal_trainer.py", "pair_trainer.py"}
+
+
 def test_files_needs_the_standard_library_alone() -> None:
     """Every folder may import it, so it may import none of them, and start-up stays quick."""
     modules = {module.split(".")[0] for module in imported_modules(ROOT / "cepo" / "files.py")}

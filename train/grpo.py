@@ -20,7 +20,7 @@ from cepo.train.data import DataSplit
 from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
-from cepo.train.run import lora_config, train_to_end
+from cepo.train.run import lora_config, require_trl, train_to_end
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,9 @@ def _trainer(
     import torch
     from trl import GRPOTrainer
 
+    from cepo.train.causal_trainer import CausalTrainer
     from cepo.train.timing import time_steps
-    from cepo.train.trainer import CausalTrainer, tell_opened_thoughts
+    from cepo.train.trainer import tell_opened_thoughts
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -182,7 +183,8 @@ def _trainer(
 
 
 def grpo_arguments(config: TrainConfig) -> Any:
-    """Return TRL's GRPOConfig for the run; raises ValueError for a field it does not have or refuses."""
+    """Return TRL's GRPOConfig for the run; raises ValueError without TRL, or for a field it lacks or refuses."""
+    require_trl()
     from trl import GRPOConfig
 
     return trainer_arguments(GRPOConfig, "grpo", config.grpo, output=config.output, seed=config.seed)

@@ -1,35 +1,26 @@
-"""`cepo reward-model`: reward models by TRL's RewardTrainer, with ties beside preferences. All contact with it is here.
-
-The loss of a pair with difference D, chosen less rejected, is -log sigma(D) for a preference and
--(log sigma(D) + log sigma(-D))/2 for a tie, the least, log 2, at D = 0, with the gradient tanh(D/2)/2. (The equation as
-printed in the source has the other sign, which would push ties apart without end.)
-
-Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), Eq. 2, with the sign put right.
-"""
+"""`cepo reward-model`: reward models by TRL's RewardTrainer, with ties beside preferences."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from trl import RewardConfig, RewardTrainer
 
 from cepo.files import write_jsonl
 from cepo.jacobian.loading import load_tokenizer, model_fingerprint, resolve_model
-from cepo.jacobian.reward_model import HEAD, Form, as_batch, load_reward_model, read_last_token
+from cepo.jacobian.reward_model import HEAD, Form, load_reward_model, read_last_token
 from cepo.train import reward_testbed, testbed
 from cepo.train.pair_encoding import TEMPLATE, PairEncoder, Shown
 from cepo.train.policy import TESTBED
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
 from cepo.train.reward_data import EncodedPairs, encode_pairs, load_pairs, told
 from cepo.train.reward_testbed import build_reward_model, reward_model_fingerprint
-from cepo.train.run import lora_config, train_to_end
+from cepo.train.run import lora_config, require_trl, train_to_end
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +98,9 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
     Raises:
         ValueError: for anything about the run that cannot work, or an output of other settings, data or weights.
     """
+    require_trl()
+    from trl import RewardConfig
+
     arguments = trainer_arguments(RewardConfig, "reward", config.reward, output=config.output, seed=config.seed)
     lora = _lora(config)
     tokenizer = testbed.build_tokenizer() if config.model == TESTBED else _tokenizer(config)
@@ -119,7 +113,7 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
     if left_out:
         logger.warning("%d pair(s) are left out: %s; %s names them", len(left_out), told(left_out), LEFT_OUT)
 
-    def build() -> RewardTrainer:
+    def build() -> Any:
         if arguments.process_index == 0:
             write_jsonl(Path(config.output) / LEFT_OUT, [{"id": name, "reason": reason} for name, reason in left_out])
         return _trainer(config, arguments, encoder, train, test, lora)
@@ -127,93 +121,11 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
     return train_to_end(build, arguments, _settings(config, train, test), fresh=fresh)
 
 
-def composite_loss(difference: Tensor, tie: Tensor, tie_weight: float = 1.0) -> Tensor:
-    """Return the loss of each pair, in nats.
-
-    Args:
-        difference: D, reward of chosen less that of rejected, any shape.
-        tie: whether a pair is a tie, broadcast to that shape.
-        tie_weight: lambda, at least 0.
-    """
-    right, wrong = nn.functional.logsigmoid(difference), nn.functional.logsigmoid(-difference)
-    return torch.where(tie, -tie_weight * (right + wrong) / 2, -right)
-
-
-class PairTrainer(RewardTrainer):
-    """TRL's RewardTrainer on encoded pairs, of which some are ties.
-
-    The numbers of the first texts of all pairs come first, then those of the second. A Bradley-Terry pair has one D; a
-    pairwise one has a D for each order, and its loss is their mean.
-
-    Logged: `accuracy` and `margin` (mean D) over preferences alone, `tie_difference` (mean |D|) over ties alone,
-    `tie_share`, and the least, mean and largest number of a text.
-
-    Args:
-        shown: what the model is shown.
-        tie_weight: see `composite_loss`.
-        options: RewardTrainer's own.
-    """
-
-    def __init__(self, *, shown: Shown, tie_weight: float, **options: Any) -> None:
-        self._shown, self._tie_weight = shown, tie_weight
-        super().__init__(data_collator=collate, **options)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the mean composite loss of a batch from `collate`, with the model's outputs where asked."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        first_N, second_N = outputs.logits.squeeze(-1).float().chunk(2)
-        if self._shown.form == "bradley-terry":
-            difference_NO = (first_N - second_N).unsqueeze(-1)
-        else:
-            difference_NO = torch.stack([first_N, -second_N], dim=-1)
-        loss = composite_loss(difference_NO, inputs["tie"].unsqueeze(-1), self._tie_weight).mean()
-        if self.args.center_rewards_coefficient is not None:
-            loss = loss + self.args.center_rewards_coefficient * ((first_N + second_N) ** 2).mean()
-        self._record(outputs.logits.detach(), difference_NO.detach(), inputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def _record(self, logits: Tensor, difference_NO: Tensor, inputs: dict[str, Any]) -> None:
-        """Add what TRL logs the mean of: an entry per pair, so that the mean is over pairs and not over batches."""
-        gather = self.accelerator.gather_for_metrics
-        mode = "train" if self.model.training else "eval"
-        if mode == "train":
-            self._total_train_tokens += int(gather(inputs["attention_mask"].sum()).sum())
-        difference_NO, tie_N = gather(difference_NO), gather(inputs["tie"])
-        logits = self.accelerator.gather(logits.float())  # two per pair, which `gather_for_metrics` would cut off
-        preferred = difference_NO[~tie_N].flatten()
-        metrics = self._metrics[mode]
-        metrics["num_tokens"] = [self._total_train_tokens]
-        for name, values in {
-            "accuracy": (preferred > 0).float(),
-            "margin": preferred,
-            "tie_difference": difference_NO[tie_N].flatten().abs(),
-            "tie_share": tie_N.float(),
-            "min_reward": logits.min(),
-            "mean_reward": logits.mean(),
-            "max_reward": logits.max(),
-        }.items():
-            if values.numel():  # a batch without ties says nothing about them
-                metrics[name] += values.reshape(-1).tolist()
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "tie"]
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        self._shown.write(Path(output_dir or self.args.output_dir))
-
-
-def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return a batch: ids and mask of all first texts and then all second ones, and which pairs are ties."""
-    ids_BT, mask_BT = as_batch([row[name] for name in ("chosen_ids", "rejected_ids") for row in rows])
-    return {"input_ids": ids_BT, "attention_mask": mask_BT, "tie": torch.tensor([row["tie"] for row in rows])}
-
-
 def _trainer(
     config: RewardModelConfig, arguments: Any, encoder: PairEncoder, train: EncodedPairs, test: EncodedPairs, lora: Any
-) -> PairTrainer:
+) -> Any:
+    from cepo.train.pair_trainer import PairTrainer
+
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.model == TESTBED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import shutil
@@ -117,6 +118,12 @@ def trainer_defaults(seed: int) -> dict[str, Any]:
         "seed": seed,
         "disable_tqdm": True,  # the logged values are printed instead, to the log
     }
+
+
+def require_trl() -> None:
+    """Raise ValueError unless TRL, without which nothing is trained, is installed."""
+    if importlib.util.find_spec("trl") is None:
+        raise ValueError("training needs TRL, which is an extra: pip install 'cepo[trl]'")
 
 
 def lora_config(settings: Mapping[str, Any] | None) -> Any:

@@ -17,7 +17,14 @@ from cepo.jacobian.reading.judge import close_thought, write_judgement
 from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train.data import check_length, judge_row
 from cepo.train.rows import given, read_judgement
-from cepo.train.run import is_finished, last_complete_checkpoint, lora_config, run_trainer, trainer_defaults
+from cepo.train.run import (
+    is_finished,
+    last_complete_checkpoint,
+    lora_config,
+    require_trl,
+    run_trainer,
+    trainer_defaults,
+)
 from cepo.train.source import collect_rows
 
 logger = logging.getLogger(__name__)
@@ -69,6 +76,7 @@ def warm_start(job: WarmStartJob) -> Path:
     Raises:
         ValueError: for data, settings or a model that cannot be used, or an output of other ones.
     """
+    require_trl()
     for name in ("steps", "batch_size", "rank", "learning_rate"):
         if not getattr(job, name) > 0:
             raise ValueError(f"{name} is {getattr(job, name)}; expected a positive number")

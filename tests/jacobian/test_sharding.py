@@ -311,5 +311,5 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_two_ranks(case: str, problems: dict[str, str]) -> None:
     if case == "case_zero3" and not HAS_DEEPSPEED:
-        pytest.skip("deepspeed is not installed")
+        pytest.skip("deepspeed is an extra, pip install 'cepo[deepspeed]': make test-deepspeed")
     assert not problems[case], problems[case]

@@ -19,16 +19,10 @@ from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reward_model import load_reward_model, read_last_token, rewards
 from cepo.train import run as train_run
 from cepo.train.pair_encoding import PairEncoder, Shown, read_shown
+from cepo.train.pair_trainer import PairTrainer, collate, composite_loss
 from cepo.train.recipe import trainer_arguments
 from cepo.train.reward_data import encode_pairs, load_pairs
-from cepo.train.reward_model import (
-    PairTrainer,
-    RewardModelConfig,
-    collate,
-    composite_loss,
-    load_reward_config,
-    train_reward_model,
-)
+from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
 from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import TEMPLATE, build_reward_model
 from tests.paths import ROOT

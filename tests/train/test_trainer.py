@@ -11,8 +11,8 @@ from trl import GRPOConfig
 from cepo import format_reward
 from cepo.train import testbed, testbed_judges
 from cepo.train.causal_loss import CausalLoss, divergence
+from cepo.train.causal_trainer import CausalTrainer
 from cepo.train.policy import items_dataset
-from cepo.train.trainer import CausalTrainer
 
 ITEMS = testbed.generate_items(4, seed=5, cue_agreement=0.5)
 RATE = 0.5  # of plain gradient descent: weights before and after tell the gradient

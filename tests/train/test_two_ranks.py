@@ -17,9 +17,9 @@ from cepo import CausalReward, argmax_reward
 from cepo.jacobian.sharding import readable, sharding_of
 from cepo.train import testbed, testbed_judges
 from cepo.train.causal_loss import CausalLoss
+from cepo.train.causal_trainer import CausalTrainer
 from cepo.train.policy import items_dataset
 from cepo.train.rewards.peers import Necessity
-from cepo.train.trainer import CausalTrainer
 from tests.two_ranks import run_on_two_ranks
 
 ITEMS = testbed.generate_items(12, seed=5, cue_agreement=0.5)
@@ -130,11 +130,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("names", [["ddp", "in_step"], ["lora"], ["zero3"]])
+@pytest.mark.parametrize("names", [["ddp", "in_step"], ["lora"], ["zero3"]], ids="+".join)
 def test_rewards_and_steps_are_those_of_one_process(names: list[str], folder: Path, tmp_path: Path) -> None:
     """Each rank sees half of the prompts: donors not gathered, or another rank's weights, would give other values."""
     if names == ["zero3"] and not HAS_DEEPSPEED:
-        pytest.skip("deepspeed is not installed")
+        pytest.skip("deepspeed is an extra, pip install 'cepo[deepspeed]': make test-deepspeed")
     alone = run(tmp_path, 1, lora=names == ["lora"])
     for name in names:
         ranks = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]

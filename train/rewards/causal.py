@@ -165,7 +165,7 @@ class CausalReward:
         """
         if self._trainer is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
-        from cepo.train.trainer import prompt_ids  # TRL is imported by now
+        from cepo.train.trainer import prompt_ids
 
         started = time.perf_counter()
         ids_of_prompts = prompt_ids(self._trainer, prompts)

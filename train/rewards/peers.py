@@ -113,7 +113,7 @@ class PeerReward(abc.ABC):
         """
         if self._trainer is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
-        from cepo.train.trainer import prompt_ids  # TRL is imported by now
+        from cepo.train.trainer import prompt_ids
 
         started = time.perf_counter()
         rollouts = [
