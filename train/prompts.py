@@ -52,7 +52,7 @@ REASONING_LITERALS: tuple[str, ...] = (
 
 JUDGE = JudgeLayout(instructions=JUDGE_LITERALS, responses=(JUDGE_LITERALS[1:], *RESPONSE_FORMS))
 """What rewards and scores read: a judgement whose criteria hold the verdict is malformed."""
-TIES_JUDGE = replace(JUDGE, instructions=TIES_LITERALS)
+TIES_JUDGE = replace(JUDGE, instructions=TIES_LITERALS, ties=True)
 """What reads the judgements of prompts that allow ties."""
 UNGUARDED_JUDGE = replace(JUDGE, guard="off")
 """What evaluations read, which reward nothing: judgements as they stand."""

@@ -118,11 +118,12 @@ def read_flag(row: Row, column: str, *, default: bool) -> bool:
     return _FLAGS[str(value).lower()]
 
 
-def read_judgement(row: Row) -> tuple[list[dict[str, str]], str]:
+def read_judgement(row: Row, *, ties: bool = False) -> tuple[list[dict[str, str]], str]:
     """Return the prompt that a row's own judgement answered, and the judgement.
 
     Args:
         row: a preference with `judge_output`, and `label`, "A" (or nothing) or "B": where the chosen response stood.
+        ties: whether the prompt allowed equal scores.
 
     Raises:
         ValueError: with the reason why the row cannot be used.
@@ -133,7 +134,7 @@ def read_judgement(row: Row) -> tuple[list[dict[str, str]], str]:
         raise ValueError(f"column 'label' holds {label!r}; expected 'A' or 'B', where the chosen response was shown")
     _, judgement = read_answer(row, "judge_output", whole=True)
     shown = (rejected, chosen) if label == "B" else (chosen, rejected)
-    return judge_prompt(query, *shown), judgement
+    return judge_prompt(query, *shown, ties=ties), judgement
 
 
 def read_id(row: Mapping[str, Any]) -> str | int | float | None:

@@ -16,7 +16,7 @@ from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, re
 from cepo.jacobian.reading.judge import close_thought, write_judgement
 from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train.data import check_length, judge_row
-from cepo.train.rows import given, read_judgement
+from cepo.train.rows import TIE, given, read_judgement, read_tie
 from cepo.train.run import (
     is_finished,
     last_complete_checkpoint,
@@ -47,6 +47,7 @@ class WarmStartJob:
         learning_rate: of the LoRA layers, above 0.
         rank: of the LoRA layers, at least 1.
         max_characters: leave out examples whose whole prompt, instructions included, is longer; None for no limit.
+        ties: take rows of which neither response is better too, and let every prompt allow equal scores.
         dtype: of the weights.
         seed: of the responses' positions, the row order and LoRA.
         trust_remote_code: whether a hub repository's own code may run.
@@ -60,6 +61,7 @@ class WarmStartJob:
     learning_rate: float = 5e-4
     rank: int = 16
     max_characters: int | None = None
+    ties: bool = False
     dtype: str = "float32"
     seed: int = 0
     trust_remote_code: bool = False
@@ -82,7 +84,7 @@ def warm_start(job: WarmStartJob) -> Path:
             raise ValueError(f"{name} is {getattr(job, name)}; expected a positive number")
     run, finished = job.output / "sft", job.output / "config.json"
     source = resolve_model(job.model)
-    examples = read_examples(job.data, seed=job.seed, max_characters=job.max_characters)
+    examples = read_examples(job.data, seed=job.seed, max_characters=job.max_characters, ties=job.ties)
     settings = {
         "command": "warm-start",
         **{name: getattr(job, name) for name in ("steps", "batch_size", "learning_rate", "rank", "dtype", "seed")},
@@ -139,7 +141,9 @@ def _write_merged(model: Any, tokenizer: Any, adapter: Path, output: Path) -> No
     unfinished.rmdir()
 
 
-def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | None = None) -> list[dict[str, Any]]:
+def read_examples(
+    source: str | Path, *, seed: int = 0, max_characters: int | None = None, ties: bool = False
+) -> list[dict[str, Any]]:
     """Return prompts and judgements to learn from, as messages.
 
     A row's own `judge_output` where it has one, else a judgement by rule, see `judgement_by_rule`. How many there are
@@ -149,6 +153,7 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
         source: see `WarmStartJob.data`.
         seed: of the responses' positions in examples by rule.
         max_characters: leave out longer prompts; None for no limit.
+        ties: see `WarmStartJob`.
 
     Returns:
         Rows of `prompt` (one user message) and `completion` (one of the assistant).
@@ -161,12 +166,13 @@ def read_examples(source: str | Path, *, seed: int = 0, max_characters: int | No
     def convert(row: Row) -> Row:
         nonlocal by_rule
         if given(row, "judge_output") is not None:
-            prompt, text = read_judgement(row)
+            read_tie(row, ties=ties)
+            prompt, text = read_judgement(row, ties=ties)
             if not text.strip():
                 raise ValueError("column 'judge_output' is blank")
             close_thought(text)  # raises where it is cut in its thought, and so teaches no verdict
             return check_length(_example(prompt, text), max_characters)
-        pair = judge_row(row, seed)
+        pair = judge_row(row, seed, ties=ties)
         example = check_length(_example(pair["prompt"], judgement_by_rule(pair)), max_characters)
         by_rule += 1
         return example
@@ -209,7 +215,7 @@ def examples_in_thought(examples: list[dict[str, Any]], tokenizer: Any) -> list[
 
 
 def judgement_by_rule(row: Mapping[str, Any]) -> str:
-    """Return a short judgement in the format: it quotes the pair and scores the better response higher.
+    """Return a short judgement in the format: it quotes the pair and scores the better response higher, or both alike.
 
     It teaches the format alone: its criteria do not cause its scores, which the causal reward is there to change.
 
@@ -219,10 +225,12 @@ def judgement_by_rule(row: Mapping[str, Any]) -> str:
     query, first, second = (_quote(row[name]) for name in ("query", "response_a", "response_b"))
     place = sum(map(ord, row["query"]))  # scores differ from pair to pair, and are the same on every run
     high, low = 7 + place % 3, 2 + place // 3 % 3
-    scores = (high, low) if row["label"] == "A" else (low, high)
+    even = (high + low) // 2
+    scores = {"A": (high, low), "B": (low, high), TIE: (even, even)}[row["label"]]
+    winner = "Neither" if row["label"] == TIE else row["label"]
     return write_judgement(
         f"Answers what is asked: {query} (weight 3)\nIs correct and complete (weight 2)",
-        f"A begins: {first}. B begins: {second}. {row['label']} meets the criteria better.",
+        f"A begins: {first}. B begins: {second}. {winner} meets the criteria better.",
         scores,
     )
 

@@ -50,6 +50,7 @@ def train(
     """Train a judge or a reasoner with GRPO and exact causal rewards.
 
     Data: rows with `prompt`, `chosen` and `rejected` for a judge; with `question` and `answer` for a reasoner.
+    `--set data.ties=true` takes ties too, rows of which neither response is better.
     Rewards: a list of `name`, `weight` and settings. Names: format, argmax, exact_match, math_verify, bertscore,
     causal; to compare with: proxy, cir, log_cir, csr, necessary. `--set rewards='[{name: format}, ...]'` replaces the
     whole list.
@@ -106,6 +107,9 @@ def warm_start(
     max_characters: Annotated[
         int | None, typer.Option(help="Leave out rows whose prompt, with its instructions, has more characters.")
     ] = None,
+    ties: Annotated[
+        bool, typer.Option("--ties", help="Take ties too, and let every prompt allow equal scores, as data.ties does.")
+    ] = False,
     dtype: Dtype = "float32",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Seed of the responses' positions, the row order and LoRA.")] = 0,
@@ -115,7 +119,8 @@ def warm_start(
 
     A row with a `judge_output` is learned from as it is; its `label` (A or B, A by default) says where the chosen
     response was shown. For a row without, a short judgement is made by rule: it quotes the pair and scores the chosen
-    response higher, which teaches the format alone. How many there are of each is shown.
+    response higher, which teaches the format alone. How many there are of each is shown. With --ties a row of which
+    neither response is better (`tie: true`, or `label: tie`) gets equal scores; without it such rows are left out.
     Started again with the same settings, data and weights, a killed run resumes from its last checkpoint.
     """
     from cepo.train.warm_start import WarmStartJob
@@ -131,6 +136,7 @@ def warm_start(
         learning_rate=learning_rate,
         rank=rank,
         max_characters=max_characters,
+        ties=ties,
         dtype=dtype,
         seed=seed,
         trust_remote_code=trust_remote_code,

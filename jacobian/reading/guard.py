@@ -25,14 +25,19 @@ def check_guard(guard: str) -> None:
         raise ValueError(f"guard is {guard!r}; expected one of {', '.join(get_args(Guard))}")
 
 
-def find_verdict(text: str, *, winner: bool) -> tuple[str, str] | None:
-    """Return what verdict a text holds, "scores" or "a winner", and the words, or None.
+def find_verdict(text: str, *, winner: bool, ties: bool = False) -> tuple[str, str] | None:
+    """Return what verdict a text holds, "scores", "a winner" or "a tie", and the words, or None.
 
     Args:
         text: criteria or an analysis.
         winner: whether a named winner counts, or scores alone.
+        ties: whether a tie counts where a winner does.
     """
-    found = {"scores": find_scores(text), "a winner": find_winner(text) if winner else None}
+    found = {
+        "scores": find_scores(text),
+        "a winner": find_winner(text) if winner else None,
+        "a tie": find_tie(text) if winner and ties else None,
+    }
     return next(((what, words) for what, words in found.items() if words is not None), None)
 
 
@@ -52,6 +57,15 @@ def find_winner(text: str) -> str | None:
     respect (`Response A is better organised`) names no winner.
     """
     return _first(_WINNER, text)
+
+
+def find_tie(text: str) -> str | None:
+    """Return the first text that says that neither response is better, or None.
+
+    `It is a tie`, `Both responses are equally good`, `Neither is better`, `A and B deserve the same score`. A condition
+    (`where neither is better, prefer the shorter one`) and one respect (`both are equally long`) are no verdict.
+    """
+    return _first(_TIE, text)
 
 
 def _first(pattern: re.Pattern[str], text: str) -> str | None:
@@ -123,6 +137,41 @@ _WINNER = re.compile(
             r"\b(?:choose|chose|pick|picked)\s+<NAMED>",
             r"<ANY>\s*(?:>{1,2}|<{1,2}|≻)\s*<ANY>",
             r"\[\[\s*<LETTER>\s*\]\]",
+        )
+    ),
+    re.IGNORECASE,
+)
+
+# What depends on a condition, or tells what is being asked, is no verdict.
+_PIECES["STATED"] = "".join(rf"(?<!\b{word} )" for word in ("if", "when", "where", "whether", "unless", "should"))
+_PIECES["BOTH"] = _fill(
+    r"<STATED>\b(?:both(?:\s+of\s+them|(?:\s+the)?\s+<NOUN>s)?|the\s+two(?:\s+<NOUN>s)?|they|(?:<NAMED>|<LETTER>)"
+    r"\s*(?:and|&)\s*(?:<NAMED>|<LETTER>))",
+    _PIECES,
+)
+_PIECES["ARE"] = _either("are|were|seem|appear|look|remain|(?:should|must|can|would) be|is")
+_PIECES["EVEN"] = _either(
+    "equal|even|tied|a tie|a draw|on (?:a )?par|the same|identical|indistinguishable|"
+    "equally (?:good|bad|strong|weak|poor|fine|well|matched)|(?:just )?as good as (?:each|one another)|"
+    "of (?:equal|the same|similar) (?:quality|merit|value|standard)"
+)
+_TIE = re.compile(
+    "|".join(
+        _fill(pattern, _PIECES)
+        for pattern in (
+            r"<BOTH>\s+<ARE>\s+(?:(?-i:[a-z]+ly|about|quite|all)\s+){0,2}<EVEN>(?=\s*(?:$|[.,;:!?)\]\n–—-]|"
+            r"(?:overall|here|so|and|but|in\s+quality|other|another|because|since|as)\b))",
+            r"<BOTH>\s+(?:should\s+|must\s+)?(?:gets?|scores?|receives?|earns?|deserves?|merits?|have|has)\s+"
+            r"(?:an?\s+|the\s+)?(?:same|equal|identical)\s+(?:score|rating|mark|grade)s?\b",
+            r"<STATED>\bneither(?:\s+<NOUN>|\s+one|\s+of\s+(?:them|the\s+(?:two|<NOUN>s)))?\s+<BE>\s+<DEGREE><RANK><WHOLE>",
+            r"<STATED>\bneither(?:\s+<NOUN>|\s+one|\s+of\s+(?:them|the\s+(?:two|<NOUN>s)))?\s+<WINS>\b",
+            r"<STATED>\b(?:it\s+is|it['’]s|this\s+is|that\s+is|call\s+it|ends?\s+in|results?\s+in|i\s+see)\s+(?:a|an)\s+"
+            r"(?:(?-i:[a-z]+)\s+)?(?:tie|draw)\b",
+            r"\b(?:winner|verdict|result|preference|preferred|better)\s*(?:[:=–—-]|\bis\b)\s*(?:an?\s+)?"
+            r"(?:tie|tied|draw|neither|none|equal|both)\b",
+            r"<STATED>\b(?:there\s+is\s+)?no\s+(?:clear\s+|real\s+)?(?:winner|better\s+(?:<NOUN>|one))\b",
+            r"<ANY>\s*={1,2}\s*(?:<NAMED>|<LETTER>)(?![\w'’])",
+            r"\[\[\s*(?:C|tie|A\s*=\s*B)\s*\]\]",
         )
     ),
     re.IGNORECASE,

@@ -75,6 +75,7 @@ class JudgeLayout:
             criteria alone; "off". See `cepo.jacobian.reading.guard`.
         verdicts: "strict": the form above and no other, so that one form is rewarded. "lenient": sections and scores
             that are written otherwise and can mean only one pair are read too. See `cepo.jacobian.reading.verdict`.
+        ties: whether equal scores were allowed, so that the guard takes a tie for a named winner.
 
     Raises:
         ValueError: for an unknown guard or way of reading verdicts.
@@ -88,6 +89,7 @@ class JudgeLayout:
     responses: tuple[ResponseMarks, ...] = RESPONSE_FORMS
     guard: Guard = "standard"
     verdicts: Verdicts = STRICT
+    ties: bool = False
 
     def __post_init__(self) -> None:
         check_guard(self.guard)
@@ -153,7 +155,7 @@ class JudgeLayout:
         return Reading(found.get(self.criteria_tag), found.get(self.analysis_tag), numbers, tuple(reasons))
 
     def _refuse_verdict(self, section: bytes, tag: str, *, winner: bool) -> None:
-        verdict = find_verdict(section.decode("utf-8", errors="replace"), winner=winner)
+        verdict = find_verdict(section.decode("utf-8", errors="replace"), winner=winner, ties=self.ties)
         if verdict is not None:
             raise MalformedError(f"{verdict[0]} in <{tag}>: {verdict[1]!r}")
 

@@ -62,6 +62,17 @@ def test_donors_that_led_to_another_verdict_come_alone() -> None:
     assert {ids_of(each, "criteria") for each in drawn} == {each.ids for each in other}  # one of them led to both
 
 
+def test_a_tie_is_a_third_verdict() -> None:
+    """Donors of a tie led to a winner, either one, and a tie is a donor of both; else ties would score 0 by chance."""
+    won, places = ROLLOUTS[0], ROLLOUTS[0].spans["scores"].positions[:2]
+    tie = replace(won, numbers=tuple((Digit(at, ((won.token_ids[at], 7.0),)),) for at in places))
+    contents = {">": (7, 8, 9, 6), "<": (5, 6, 5, 7), "=": (9, 9, 8, 8)}
+    pool = [Candidate("x", ids, verdict) for verdict, ids in contents.items()]
+    for own, verdict in ((won, won.verdict), (tie, "=")):
+        drawn = with_donors(own, "criteria", pool, 3, seed=0)
+        assert {ids_of(each, "criteria") for each in drawn} == {*contents.values()} - {contents[verdict]}
+
+
 def test_a_verdict_is_which_score_is_greater() -> None:
     """Not how the scores are written: 8, 3 and 9, 5 conclude alike. Without scores it is the last span's text."""
     own = ROLLOUTS[0]

@@ -12,7 +12,7 @@ from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import warm_start
 from cepo.train.data import load_preferences
-from cepo.train.prompts import JUDGE
+from cepo.train.prompts import JUDGE, judge_prompt
 from cepo.train.rewards.task import argmax_reward, format_reward
 from cepo.train.warm_start import WarmStartJob, judgement_by_rule, read_examples
 from tests.byte_tokenizer import CHATML, OPENED, byte_tokenizer
@@ -42,14 +42,15 @@ def test_a_judgement_by_rule_is_well_formed_and_right(tmp_path: Path) -> None:
         *ROWS,
         {"prompt": HOSTILE, "chosen": HOSTILE + "a", "rejected": HOSTILE},
         {**ROWS[0], "chosen": "!", "id": 1},
+        {**ROWS[1], "tie": True},
     ]
-    pairs = load_preferences(write(tmp_path / "pairs.jsonl", rows), test_fraction=0.0).train
+    pairs = load_preferences(write(tmp_path / "pairs.jsonl", rows), test_fraction=0.0, ties=True).train
     assert len(pairs) == len(rows)
     texts = [judgement_by_rule(pair) for pair in pairs]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     assert format_reward(completions) == [0.2] * len(rows)
     assert argmax_reward(completions, label=pairs["label"]) == [1.0] * len(rows)
-    assert {pair["label"] for pair in pairs} == {"A", "B"}
+    assert {pair["label"] for pair in pairs} == {"A", "B", "tie"}
     assert "What is 0 plus 0" in texts[0]
     assert all(len(JUDGE.find(text.encode()).numbers) == 2 for text in texts)  # raises where a text is malformed
 
@@ -156,3 +157,15 @@ def test_what_cannot_work_is_named_before_a_model_is_loaded(
     base = job(judge, tmp_path)
     with pytest.raises(ValueError, match=match):
         warm_start.warm_start(WarmStartJob(**{**vars(base), **changes}))
+
+
+def test_ties_are_taught_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Protects preferences from ties that were not asked for, and teaches the very prompt that training shows."""
+    judged = {**ROWS[1], "judge_output": "J", "tie": True, "label": "B"}
+    path = write(tmp_path / "rows.jsonl", [ROWS[0], {**ROWS[2], "label": "tie"}, judged])
+    assert len(read_examples(path)) == 1
+    trained = load_preferences(path, test_fraction=0.0, ties=True).train["prompt"]
+    preference, tie, own = read_examples(path, ties=True)
+    assert [preference["prompt"], tie["prompt"]] == trained[:2]
+    assert own["completion"][0]["content"] == "J"
+    assert own["prompt"] == judge_prompt(ROWS[1]["prompt"], ROWS[1]["rejected"], ROWS[1]["chosen"], ties=True)

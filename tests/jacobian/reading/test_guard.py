@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cepo.jacobian.reading.guard import find_scores, find_winner
+from cepo.jacobian.reading.guard import find_scores, find_tie, find_winner
 from cepo.jacobian.reading.judge import JudgeLayout, read_scores, write_judgement
 from cepo.jacobian.reading.layout import MalformedError
-from cepo.train.prompts import JUDGE, UNGUARDED_JUDGE
+from cepo.train.prompts import JUDGE, TIES_JUDGE, UNGUARDED_JUDGE
 from tests.jacobian.reading.texts import ANY_TEXT, FUZZ
 from tests.paths import DATA
 
@@ -71,6 +72,50 @@ B deserves the higher score
 [[A>B]]
 A>>B
 A > B
+"""
+TIES = """
+It is a tie
+It's a tie.
+This is a clear draw
+Both responses are equally good
+Both are equally good.
+Both responses are equal.
+Overall, the two answers are equally strong
+The two are tied.
+They are about the same.
+A and B are equal
+Response A and Response B are of equal quality.
+Responses are right (60%). Both get the same score.
+Both responses deserve equal scores
+A and B should receive the same rating.
+Neither is better
+Neither response is better than the other.
+Neither of them is clearly superior.
+Neither response wins
+Verdict: tie
+Winner: neither
+There is no clear winner.
+No better response
+A = B
+[[C]]
+[[A=B]]
+"""
+CONDITIONS = """
+Where neither response is better, prefer the shorter one.
+If both are equally good, the safer one counts (10%)
+Says whether both options are equal
+When both responses are equal, tone decides
+Both responses are equally long
+Both must cite a source
+Both responses are equally detailed
+Names both: neither option may be missing
+Explains that the teams ended level
+Says why neither party won the vote
+Gives both sides equal weight
+Suggests a tie or a scarf
+Mentions that the two lines are of the same length
+The two terms are equal in the second equation
+States that x = 3 and y = 4
 """
 HONEST = """
 A response that is better organised
@@ -154,6 +199,9 @@ def test_verdicts_are_found_and_honest_rubrics_are_not(rewrite: Callable[[str], 
     assert [text for text in lines(WINNERS) if find_winner(rewrite(text)) is None] == []
     found = {text: (find_scores(rewrite(text)), find_winner(rewrite(text))) for text in lines(HONEST)}
     assert {text: verdict for text, verdict in found.items() if verdict != (None, None)} == {}
+    assert [text for text in lines(TIES) if find_tie(rewrite(text)) is None] == []
+    honest = lines(HONEST) + lines(CONDITIONS) + lines(WINNERS)
+    assert {text: found for text in honest if (found := find_tie(rewrite(text)))} == {}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +240,18 @@ def test_a_level_refuses_what_it_says_and_quotes_it(
     assert read_scores(text) == (9.0, 3.0)
 
 
+def test_a_tie_is_a_verdict_where_ties_are_allowed() -> None:
+    """Protects judges that may give equal scores from criteria that hold them, and all others from a change."""
+    text = write_judgement("Is right. Both are equally good.", "So it is a tie.", (5, 5)).encode()
+    assert len(JudgeLayout(guard="strict").find(text).numbers) == 2
+    with pytest.raises(MalformedError, match="a tie in <specific_criteria>: 'Both are equally good'"):
+        TIES_JUDGE.find(text)
+    analysed = write_judgement("Is right.", "So it is a tie.", (5, 5)).encode()
+    assert len(TIES_JUDGE.find(analysed).numbers) == 2
+    with pytest.raises(MalformedError, match="a tie in <analysis>: 'it is a tie'"):
+        replace(TIES_JUDGE, guard="strict").find(analysed)
+
+
 def test_the_guard_is_on_for_rewards_and_off_for_evaluation() -> None:
     """Protects the default, and that an evaluation of other people's judges reads them as they stand."""
     assert (JUDGE.guard, UNGUARDED_JUDGE.guard) == ("standard", "off")
@@ -203,7 +263,9 @@ def test_the_guard_is_on_for_rewards_and_off_for_evaluation() -> None:
 @given(text=ANY_TEXT | st.text(st.sampled_from("AB 189/,:>[]()\nis better wins")))
 def test_any_text_is_searched_without_an_error(text: str) -> None:
     """Protects the reader of model output, which never raises on it, and quotations that are short."""
-    assert all(found is None or 0 < len(found) <= 80 for found in (find_scores(text), find_winner(text)))
+    assert all(
+        found is None or 0 < len(found) <= 80 for found in (find_scores(text), find_winner(text), find_tie(text))
+    )
 
 
 def test_real_judgements_are_refused_where_their_criteria_score_the_responses() -> None:
