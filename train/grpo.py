@@ -17,7 +17,7 @@ from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts
 from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
 from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
-from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
+from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint, source_and_options
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
 from cepo.train.run import lora_config, require_trl, train_to_end
@@ -75,6 +75,7 @@ class TrainConfig:
         if self.kind not in ("judge", "reasoning"):
             raise ValueError(f"kind is {self.kind!r}; expected judge or reasoning")
         check_verdicts(self.verdicts)
+        source_and_options(self.data)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {self.dtype!r}; expected float32, bfloat16 or float16")
         if not isinstance(self.rewards, Sequence) or not self.rewards:

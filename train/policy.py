@@ -38,10 +38,7 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
     Raises:
         ValueError: for an unknown option, or data that cannot be used.
     """
-    options = dict(settings)
-    source = options.pop("source", None)
-    if not source:
-        raise ValueError("data.source is missing; expected a file, a hub data set id, or testbed")
+    source, options = source_and_options(settings)
     known = {"count": 512, "test_count": 128, "cue_agreement": 0.9}
     if source == REASONER_TESTBED:
         return _questions(kind, {**known, "task": "chain_sum"}, options, seed)
@@ -57,6 +54,19 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
         return load_reasoning(source, seed=seed, **options)
     _check_options(options, {**taken, "ties": None})
     return load_preferences(source, seed=seed, **options)
+
+
+def source_and_options(settings: Any) -> tuple[str, dict[str, Any]]:
+    """Return the source that a recipe's `data` names, and its other keys.
+
+    Raises:
+        ValueError: for anything but a mapping with a source.
+    """
+    if not isinstance(settings, Mapping) or not settings.get("source"):
+        came = "missing" if isinstance(settings, Mapping) else f"not there: data is {settings!r}"
+        raise ValueError(f"data.source is {came}; expected a file, a hub data set id, or testbed")
+    options = dict(settings)
+    return options.pop("source"), options
 
 
 def items_dataset(items: list[testbed.Item]) -> Dataset:

@@ -81,6 +81,8 @@ def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, ou
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"{key} holds {', '.join(unknown)}, which TRL's {kind.__name__} does not have")
+    # YAML reads an unquoted no as false.
+    given = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in given.items()}
     for name, value in given.items():
         default = known[name].default
         is_number = isinstance(default, int | float) and not isinstance(default, bool)

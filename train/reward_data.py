@@ -13,7 +13,7 @@ from cepo.counterfactual.text.mechanical import make_pairs
 from cepo.counterfactual.text.pairs import ORIGINAL, Pair, side_of
 from cepo.files import Row, content_hash
 from cepo.train.pair_encoding import PairEncoder
-from cepo.train.policy import TESTBED
+from cepo.train.policy import TESTBED, source_and_options
 from cepo.train.reward_testbed import WORDS, generate_sources
 from cepo.train.rows import PAIR, given, read_flag, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows
@@ -72,10 +72,7 @@ def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
     Raises:
         ValueError: for an unknown option, or data without a usable pair.
     """
-    options = dict(settings)
-    source = options.pop("source", None)
-    if not source:
-        raise ValueError("data.source is missing; expected a file, a hub data set id, or testbed")
+    source, options = source_and_options(settings)
     known: dict[str, Any] = {"test_fraction": 0.0}
     if source == TESTBED:
         known |= {"count": 300, "cue_agreement": 0.9, "kinds": (ORIGINAL,), "ties": "true"}

@@ -147,7 +147,8 @@ def score(
 
         {"id": "7", "prompt": "Which is better, ...", "completion": "<specific_criteria> ...", "task_reward": 1.0}
 
-        {"row": 0, "id": "7", "reward": 0.41, "malformed": null, "links": {"X->Y": {"S": 0.032, "row_norms": [...]}}}
+        {"row": 0, "id": "7", "reward": 0.58, "malformed": null, "S": {"chain": 0.38},
+         "links": {"criteria->analysis": {"S": 0.38, "delta": 0.8, ...}, "analysis->scores": {"S": 0.91, ...}}}
 
     A prompt is text, which becomes a user message in the chat template unless --raw is given, or a list of messages.
     Instead of prompt and completion, a row may hold `prompt_ids` and `completion_ids`; or `prompt`, `chosen`,

@@ -25,7 +25,7 @@ from cepo.jacobian.loading import ModelSource, check_device, embedding_width, mo
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.spans import SpanReader
 
-_REASONS = 3  # shown in the summary
+_REASONS = 8  # shown in the summary
 _WITHOUT_ATTRIBUTION = (
     "The effect was computed without its path, so it is not spread over tokens. For signed heat maps, and a table of "
     "what each criterion did, score with --also path (or --score path)."

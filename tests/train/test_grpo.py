@@ -232,6 +232,15 @@ def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
     assert len(functions) == len(weights) > 0
 
 
+def test_no_evaluation_needs_no_quotation_marks(tmp_path: Path) -> None:
+    """YAML reads an unquoted no as false, in a recipe and after --set."""
+    for value in (False, "no"):
+        run = TrainConfig(
+            "testbed", {"source": "testbed"}, [{"name": "format"}], str(tmp_path), grpo={"eval_strategy": value}
+        )
+        assert grpo_arguments(run).eval_strategy == "no"
+
+
 def test_a_recipe_chooses_the_guard() -> None:
     """Protects `guard` of a causal reward: it reaches the layout that completions are read with."""
     base: dict[str, Any] = {"model": "testbed", "data": {"source": "testbed"}, "output": "runs/none"}
@@ -281,7 +290,8 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
         ({"grpo": {"learning_rate": "fast"}}, "grpo.learning_rate is 'fast'"),
         ({"lora": {"rank": 4}}, "LoraConfig"),
         ({"model": "./nowhere"}, "which is not there"),
-        ({"data": {"limit": 1}}, "data.source"),
+        ({"data": {"limit": 1}}, "data.source is missing"),
+        ({"data": "rows.jsonl"}, "data.source is not there: data is 'rows.jsonl'"),
         ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"data": {"source": "testbed", "colour": 1}}, "unknown option colour"),
     ],
