@@ -19,7 +19,7 @@ from cepo.train.readings import donor_pool, merge_pools, pack_readings, read_wit
 from cepo.train.trainer import span_reader, tokenizer
 
 _PREFIX = "causal_"  # of the tensors that travel with TRL's own through its shuffling and splitting
-_EARNED = 0.5  # the least task reward of a completion whose verdict is a lesson for others
+_EARNED = 0.5  # the least task reward of a completion whose verdict is a lesson; of a tie, only equal scores earn it
 
 
 class CausalTrainer(GRPOTrainer):

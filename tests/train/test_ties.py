@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from cepo.jacobian.reading.judge import write_judgement
+from cepo.train import testbed, testbed_judges
 from cepo.train.data import load_preferences
-from cepo.train.grpo import TrainConfig, build_rewards
+from cepo.train.grpo import TrainConfig, build_rewards, train
 from cepo.train.policy import load_data
 from cepo.train.prompts import JUDGE, JUDGE_LITERALS, TIES_JUDGE, TIES_LITERALS, judge_prompt
 from cepo.train.rewards.task import argmax_reward
@@ -146,3 +147,22 @@ def test_the_shares_of_ties_are_logged_apart() -> None:
     argmax_reward([scored(5, 5)], label=["A"], log_metric=log_metric)
     argmax_reward([scored(9, 5)], label=["tie"], log_metric=log_metric)
     assert logged == {"argmax/ties_on_preferences": [0.25, 1.0], "argmax/ties_on_ties": [0.5, 0.0]}
+
+
+def test_a_run_with_ties_trains_and_logs_both_shares(tmp_path: Path) -> None:
+    """The rows, the prompt, the layout and TRL's log, from end to end: one step of a judge without any training."""
+    tokenizer, judge = testbed.build_tokenizer(), tmp_path / "judge"
+    testbed_judges.build_model(tokenizer, seed=0).save_pretrained(judge)
+    tokenizer.save_pretrained(judge)
+    rows = write(tmp_path / "rows.jsonl", [{"tie": number % 2 == 0} for number in range(4)])
+    run = TrainConfig(
+        str(judge),
+        {"source": str(rows), "ties": True, "test_fraction": 0.0},
+        [{"name": "argmax"}, {"name": "causal"}],
+        str(tmp_path / "run"),
+        threads=1,
+        grpo={"max_steps": 1, "per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": 4},
+    )
+    train(run)
+    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (logged["argmax/ties_on_preferences"], logged["argmax/ties_on_ties"]) == (0.0, 0.0)

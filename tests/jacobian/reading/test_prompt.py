@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.spans import SpanReader
-from cepo.train.prompts import JUDGE, judge_prompt
+from cepo.train.prompts import JUDGE, TIES_JUDGE, judge_prompt
 
 GOOD = (
     "<specific_criteria>\nBe right.\n</specific_criteria>\n<analysis>\nA is right.\n</analysis>\n"
@@ -99,11 +99,12 @@ def test_ids_alone_have_the_content_of_the_messages(family: str, messages: Any, 
     assert (by_messages.prompt_found_by, by_ids.prompt_found_by) == ("messages", "template")
 
 
-def test_a_judges_instructions_are_found_by_ids_alone() -> None:
-    """Under a system message the content is still the query and the responses."""
+@pytest.mark.parametrize(("layout", "ties"), [(JUDGE, False), (TIES_JUDGE, True)])
+def test_a_judges_instructions_are_found_by_ids_alone(layout: JudgeLayout, ties: bool) -> None:
+    """Under a system message the content is still the query and the responses, whether or not ties are allowed."""
     tokenizer = tokenizer_of("chatml")
-    messages = [SYSTEM, *judge_prompt("How long?", "Ten minutes.", "Rice.")]
-    rollout = SpanReader(tokenizer, JUDGE).read(render(tokenizer, messages), reader_and_answer(tokenizer)[1])
+    messages = [SYSTEM, *judge_prompt("How long?", "Ten minutes.", "Rice.", ties=ties)]
+    rollout = SpanReader(tokenizer, layout).read(render(tokenizer, messages), reader_and_answer(tokenizer)[1])
     assert rollout.spans["prompt"].text == "How long? … Ten minutes. … Rice."
 
 
