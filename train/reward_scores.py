@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cepo.jacobian.loading import check_device, resolve_model
+from cepo.jacobian.loading import ModelSource, check_device, resolve_model
 from cepo.jacobian.reward_model import is_classifier, load_reward_model, read_last_token, rewards
-from cepo.train.pair_encoding import SHOWN_FILE, PairEncoder, read_shown
+from cepo.train.pair_encoding import SHOWN_FILE, PairEncoder, Shown, read_shown
 
 Conversation = Sequence[Mapping[str, str]]
 """Messages with role and content, see `Shown.messages`."""
@@ -73,13 +73,7 @@ class RewardModel:
             ValueError: for a model that cannot be loaded, or that is no reward model.
         """
         check_device(device)
-        source = resolve_model(name)
-        shown = read_shown(Path(source.location))
-        if shown.form == "bradley-terry" and not is_classifier(source):
-            raise ValueError(
-                f"reward model is {name!r}, a causal language model without {SHOWN_FILE}; expected a folder that cepo "
-                "reward-model wrote, or a sequence classifier with one output"
-            )
+        source, shown = find_reward_model(name)
         model, tokenizer = load_reward_model(
             source, shown.form, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -129,3 +123,22 @@ class RewardModel:
             if not math.isfinite(values_N[place]):
                 left_out[place], values_N[place] = f"not finite: the model gives {values_N[place]}", math.nan
         return Scores(values_N, left_out)
+
+
+def find_reward_model(name: str) -> tuple[ModelSource, Shown]:
+    """Return where a reward model comes from and what it is shown, without loading it.
+
+    Args:
+        name: folder, adapter folder, or hub id.
+
+    Raises:
+        ValueError: for a model that is not there, or that is no reward model.
+    """
+    source = resolve_model(name)
+    shown = read_shown(Path(source.location))
+    if shown.form == "bradley-terry" and not is_classifier(source):
+        raise ValueError(
+            f"reward model is {name!r}, a causal language model without {SHOWN_FILE}; expected a folder that cepo "
+            "reward-model wrote, or a sequence classifier with one output"
+        )
+    return source, shown

@@ -11,6 +11,7 @@ import typer
 
 from cepo.cli.judge_options import with_judge
 from cepo.cli.shared import Device, Dtype, Raw, Threads, TrustRemoteCode, console, progress_bar, use_threads
+from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings, Progress
 
 eval_app = typer.Typer(
@@ -31,23 +32,27 @@ Subset = Annotated[list[str] | None, typer.Option(help="Name of a subset to keep
 @eval_app.command()
 @with_judge
 def rewardbench(
-    judge: JudgeSettings,
+    judge: JudgeSettings | RewardSettings,
     data: Pairs,
     output: Output,
     split: Split = None,
     subset: Subset = None,
     limit: Annotated[int | None, typer.Option(help="Number of rows to draw at random. Default: all.")] = None,
 ) -> None:
-    """How often does a judge prefer the better response?
+    """How often does a judge, or a reward model, prefer the better response?
 
-    Each pair is judged in both orders. The tables show the accuracy in both orders at once, its mean over the orders,
-    and that of one randomly drawn order (as in j1's evaluation); how much the verdict depends on the order; and the
-    shares of ties and of judgements without a verdict, which count as wrong. All are given per subset and RewardBench
-    section, with 95% intervals. Expected scores, over the probabilities of the digits, are added where the backend
-    returns those.
+    A judge that writes (--model) judges each pair in both orders. The tables show the accuracy in both orders at once,
+    its mean over the orders, and that of one randomly drawn order (as in j1's evaluation); how much the verdict depends
+    on the order; and the shares of ties and of judgements without a verdict, which count as wrong. All are given per
+    subset and RewardBench section, with 95% intervals. Expected scores, over the probabilities of the digits, are added
+    where the backend returns those.
+
+    A reward model (--reward-model) gives each response a reward. The tables show the accuracy with ties as wrong and
+    with ties sharing the credit; what the longer and the shorter response would get; the accuracy by which response is
+    longer; and RewardBench 2's own measure of its subset Ties.
 
     Run a killed command again with the same arguments, and it resumes. A larger --limit adds to what is there. Prompts
-    that a server did not answer are listed and make the exit code 2; the next run judges them again.
+    that a server did not answer, and texts that are too long for a reward model, are listed and make the exit code 2.
     """
     from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 
@@ -66,7 +71,7 @@ def rewardbench(
 @eval_app.command()
 @with_judge
 def robustness(
-    judge: JudgeSettings,
+    judge: JudgeSettings | RewardSettings,
     data: Pairs,
     output: Output,
     transformation: Annotated[
@@ -81,7 +86,9 @@ def robustness(
 
     Every pair is judged as it is, and again with both responses rewritten mechanically: quotes, typos, lookalike
     letters, links, text to ignore, comments in code, another format of the answer. The table shows the drop of accuracy
-    on the same pairs, the share of verdicts that changed, and how often the judge is right under all transformations.
+    on the same pairs, the share of verdicts that changed, and how often the judge is right under all transformations;
+    below it, the accuracy with ties as half, that of the longer and of the shorter response, and that by which response
+    is longer. The judge may be a reward model (--reward-model).
 
     Run a killed command again with the same arguments, and it resumes.
     """
@@ -92,7 +99,8 @@ def robustness(
     with _judging() as progress:
         job = RobustnessJob(judge, data, output, names, limit, split, tuple(subset or ()))
         found = measure_robustness(job, progress=progress)
-    console.print(found.table())
+    for table in found.tables():
+        console.print(table)
     if found.collected.forced:
         console.print(f"scores forced: {found.collected.forced} of {len(found.collected.records)} judgements")
     if found.idle:
@@ -103,7 +111,7 @@ def robustness(
 @eval_app.command("best-of-n")
 @with_judge
 def best_of_n(
-    judge: JudgeSettings,
+    judge: JudgeSettings | RewardSettings,
     data: Annotated[
         Path, typer.Option(help="File of question, completions, and correct or answer; or of preference pairs.")
     ],
@@ -115,10 +123,11 @@ def best_of_n(
 ) -> None:
     """How often is the judge's pick among N solutions right?
 
-    The judge picks one of N solutions by a knockout. The table compares it with a random pick, a majority vote and the
-    oracle. A row holds `question`, `completions` (a list) and `correct` (a list of booleans), or `answer` to verify the
-    completions against. Preference pairs work too: the chosen solution is right, the rejected one wrong, and pairs with
-    the same prompt are merged.
+    A judge that writes (--model) picks one of N solutions by a knockout. The table compares it with a random pick, a
+    majority vote and the oracle. A reward model (--reward-model) scores each solution once: its best of N is exact over
+    all draws, ties broken evenly, and stands beside the longest and the shortest solution too. A row holds `question`,
+    `completions` (a list) and `correct` (a list of booleans), or `answer` to verify the completions against. Preference
+    pairs work too: the chosen solution is right, the rejected one wrong, and pairs with the same prompt are merged.
 
     Run a killed command again with the same arguments, and it resumes.
     """

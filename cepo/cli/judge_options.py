@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -13,21 +13,29 @@ from typing import Annotated, Any, get_args
 import typer
 
 from cepo.cli.shared import Device, Dtype, Raw, Threads, TrustRemoteCode, use_threads
+from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings
+
+_OF_REWARDS = {"reward_model", *(name for name in RewardSettings.__dataclass_fields__ if name != "model"), "threads"}
+"""Options that say how a reward model runs; the others are those of judges that write."""
 
 
 def with_judge(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a judge; they reach it as JudgeSettings, by its parameter `judge`."""
+    """Give a command the options of a judge; they reach it by its parameter `judge`.
+
+    Those of a judge that writes reach it as JudgeSettings, those of a reward model as RewardSettings.
+    """
     own = inspect.signature(command, eval_str=True).parameters
-    options = inspect.signature(_judge_settings, eval_str=True).parameters
+    options = dict(inspect.signature(_judge_settings, eval_str=True).parameters)
+    context = options.pop("context")
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        judge = _judge_settings(**{name: values.pop(name) for name in options})
+        judge = _judge_settings(values.pop("context"), **{name: values.pop(name) for name in options})
         command(judge=judge, **values)
 
     merged = [parameter for name, parameter in own.items() if name != "judge"]
-    merged += [_in_panel(parameter) for parameter in options.values()]
+    merged += [context, *map(_in_panel, options.values())]
     merged = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in merged]
     run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
@@ -35,12 +43,22 @@ def with_judge(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _judge_settings(
+    context: typer.Context,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, the server's name."
+            help="Judge that writes: hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, the "
+            "server's name."
         ),
-    ],
+    ] = None,
+    reward_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Judge that gives rewards instead: folder that cepo reward-model wrote, or hub id of a sequence "
+            "classifier with one output. Takes --batch-size, --seed, --threads, --dtype, --device and "
+            "--trust-remote-code."
+        ),
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(help="transformers, vllm (if installed) or server. Default: server with --base-url."),
@@ -74,8 +92,14 @@ def _judge_settings(
     dtype: Dtype = JudgeSettings.dtype,
     device: Device = JudgeSettings.device,
     trust_remote_code: TrustRemoteCode = False,
-) -> JudgeSettings:
+) -> JudgeSettings | RewardSettings:
+    if (model is None) == (reward_model is None):
+        raise ValueError("expected --model, a judge that writes, or --reward-model, one of the two")
     use_threads(threads)
+    if reward_model is not None:
+        _refuse_given(context, inspect.signature(_judge_settings).parameters.keys() - _OF_REWARDS)
+        return RewardSettings(reward_model, seed, dtype, device, batch_size, trust_remote_code)
+    assert model is not None
     return JudgeSettings(
         model=model,
         backend=backend or ("transformers" if base_url is None else "server"),  # type: ignore[arg-type]
@@ -95,6 +119,15 @@ def _judge_settings(
         timeout_s=timeout,
         retries=retries,
     )
+
+
+def _refuse_given(context: typer.Context, names: Set[str]) -> None:
+    """Raise ValueError for options of judges that write, where they stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = sorted(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{options} cannot be used with --reward-model, which writes no judgement; leave it out")
 
 
 def _in_panel(parameter: inspect.Parameter) -> inspect.Parameter:

@@ -1,4 +1,4 @@
-"""`cepo eval best-of-n`: how often the judge's pick among N candidate solutions is right."""
+"""`cepo eval best-of-n`: how often a judge's, or a reward model's, pick among N candidate solutions is right."""
 
 from __future__ import annotations
 
@@ -8,45 +8,35 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-import numpy as np
 from rich.table import Table
 
-from cepo.eval.best_of_n.candidates import Question, Verifier, answer_groups, read_questions
+from cepo.eval.best_of_n.candidates import Question, Verifier, read_questions
+from cepo.eval.best_of_n.closed_form import pick_by_reward
+from cepo.eval.best_of_n.knockout import Match, check_sizes, pick_by_knockout, score_picks
 from cepo.eval.judges.journal import JudgeTask, Record, collect_judgements
 from cepo.eval.judges.open import open_judge
+from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import PLACES, Judge, JudgeSettings, Place, Progress, check_judge, decisive_settings
 from cepo.eval.report.figures import curves
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, console_table, summary_row
-from cepo.eval.statistics import DIFFERENCE, Estimate, estimate, mean_difference, proportion
+from cepo.eval.statistics import DIFFERENCE, Estimate, estimate, mean_difference, proportion, undetermined
 from cepo.files import BrokenLine, content_hash, write_jsonl
 from cepo.train.prompts import judge_prompt
 
-WAYS = ("judge", "majority", "random", "oracle")
-"""Ways of picking: the judge, a majority vote, a blind pick, and a pick that is right if any candidate is."""
 GAIN = "judge - random"
-
-
-@dataclass(frozen=True)
-class Match:
-    """Two candidates of a question to be judged against each other.
-
-    Attributes:
-        question: index of the question.
-        draw: index of the order in which the candidates come.
-        first: index of the candidate shown as A.
-        second: index of the candidate shown as B.
-    """
-
-    question: int
-    draw: int
-    first: int
-    second: int
-
-
-Decide: TypeAlias = Callable[[Sequence[Match]], Sequence[Place | None]]
+_COMMAND = "eval best-of-n"
+_NOTE = (
+    "The judge picks by a knockout: the solutions come in a random order, and each further one meets the winner so "
+    "far. A match without a readable winner keeps the earlier solution, which is a random choice. Random, majority and "
+    "oracle pick from the same solutions."
+)
+_REWARD_NOTE = (
+    "The judge is a reward model: of N solutions drawn without replacement it picks the one with the highest reward, "
+    "ties broken evenly. Accuracies are exact over all draws. Longest and shortest pick by characters alone. A "
+    "question with a solution that has no reward is left out."
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class BestOfJob:
     """What `cepo eval best-of-n` is asked to do.
 
     Attributes:
-        judge: which judge, and how it generates; its seed is also that of every draw.
+        judge: which judge, and how it generates, or which reward model; its seed is also that of every draw.
         data: file, see `read_questions`.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
         sizes: the N, at least 1 each.
@@ -63,7 +53,7 @@ class BestOfJob:
         limit: number of questions to draw, or None for all.
     """
 
-    judge: JudgeSettings
+    judge: JudgeSettings | RewardSettings
     data: Path
     output: Path
     sizes: tuple[int, ...]
@@ -80,8 +70,9 @@ class BestOfSummary:
         lines: (N, estimate) for each way of picking, and the judge's gain over random; see `estimate_curves`.
         questions: number of questions.
         left_out: questions with fewer candidates than the largest N.
-        matches: number of matches; one that several draws share counts in each.
-        undecided: matches without a winner: a tie, or a verdict that cannot be read.
+        matches: number of matches; one that several draws share counts in each. Of a reward model, of solutions.
+        undecided: matches without a winner: a tie, or a verdict that cannot be read. Of a reward model, solutions
+            without a reward.
         failed: how often each reason kept a match from being judged; these matches count as undecided.
         broken: (line number, reason) of data lines that could not be used.
     """
@@ -94,6 +85,13 @@ class BestOfSummary:
     failed: Counter[str]
     broken: tuple[BrokenLine, ...]
 
+    @property
+    def counted(self) -> str:
+        """What was judged, in words."""
+        if "longest" in self.lines:
+            return f"{self.matches} solutions, {self.undecided} without a reward"
+        return f"{self.matches} matches, {self.undecided} undecided"
+
     def page_table(self) -> PageTable:
         """Return the accuracy of each way of picking, and the gain, per N."""
         sizes = [f"{size:g}" for size, _ in self.lines["judge"]]
@@ -103,7 +101,7 @@ class BestOfSummary:
     def table(self) -> Table:
         """Return the accuracies as a table for the console."""
         header, rows = self.page_table()
-        title = f"accuracy on {self.questions} questions, {self.matches} matches, {self.undecided} undecided"
+        title = f"accuracy on {self.questions} questions, {self.counted}"
         return console_table(*header, rows=rows, title=title)
 
 
@@ -117,16 +115,19 @@ def measure_best_of(
 
     Args:
         job: what to measure.
-        progress: called after each match.
-        open_: opens the judge; called only if a judgement is missing.
+        progress: called after each match, or each solution that a reward model scored.
+        open_: opens a judge that writes; called only if a judgement is missing.
 
     Raises:
         ValueError: for data, settings or a judge that cannot be used, or a folder with results of other settings.
     """
-    check_judge(job.judge)
+    judge = job.judge
+    if not isinstance(judge, RewardSettings):
+        check_judge(judge)
+    elif job.draws != 1:
+        raise ValueError(f"draws is {job.draws}; a reward model's best of N is exact over all draws, leave it out")
     if job.limit is not None and job.limit < 1:
         raise ValueError(f"limit is {job.limit}; expected at least 1, or None for all questions")
-    seed = job.judge.seed
     found, broken = read_questions(job.data, verifier=job.verifier)
     largest = max(job.sizes, default=0)
     questions = [question for question in found if len(question.candidates) >= largest]
@@ -135,34 +136,21 @@ def measure_best_of(
         raise ValueError(f"n holds {largest}, but no question has more than {most} solutions; expected up to {most}")
     left_out = len(found) - len(questions)
     if job.limit is not None and job.limit < len(questions):
-        drawn = sorted(random.Random(seed).sample(range(len(questions)), job.limit))
+        drawn = sorted(random.Random(judge.seed).sample(range(len(questions)), job.limit))
         questions = [questions[number] for number in drawn]
-    _check_sizes(questions, job.sizes)
-    settings = {"command": "eval best-of-n", **decisive_settings(job.judge)}
-    opened = functools.cache(functools.partial(open_, job.judge))
-    records: list[Record] = []
-    total = len(questions) * job.draws * (largest - 1)
-
-    def decide(matches: Sequence[Match]) -> list[Place | None]:
-        before = len(records)
-
-        def show(done: int, _: int, speed: str) -> None:
-            if progress is not None:
-                progress(before + done, total, speed)
-
-        tasks = [_task(questions[match.question], match) for match in matches]
-        different = list({task.key: task for task in tasks}.values())
-        collected = collect_judgements(different, job.output, settings, opened, progress=show)
-        records.extend(collected.records[task.key] for task in tasks)
-        return [record["winner"] if record["winner"] in PLACES else None for record in records[before:]]
-
-    picks = pick_by_knockout(questions, job.sizes, decide, draws=job.draws, seed=seed)
+    check_sizes(questions, job.sizes)
+    if isinstance(judge, RewardSettings):
+        ways, records = pick_by_reward(questions, job.sizes, judge, job.output, _COMMAND, progress=progress)
+        undecided = sum(record["error"] is not None for record in records)
+    else:
+        ways, records = _pick_by_judge(job, judge, questions, progress, open_)
+        undecided = sum(record["winner"] not in PLACES for record in records)
     summary = BestOfSummary(
-        lines=estimate_curves(score_picks(questions, picks, job.sizes, draws=job.draws, seed=seed)),
+        lines=estimate_curves(ways),
         questions=len(questions),
         left_out=left_out,
         matches=len(records),
-        undecided=sum(record["winner"] not in PLACES for record in records),
+        undecided=undecided,
         failed=Counter(record["error"] for record in records if record["error"] is not None),
         broken=tuple(broken),
     )
@@ -178,121 +166,34 @@ def measure_best_of(
     return summary
 
 
-def pick_by_knockout(
-    questions: Sequence[Question], sizes: Sequence[int], decide: Decide, *, draws: int = 1, seed: int = 0
-) -> dict[tuple[int, int, int], int]:
-    """Let a judge pick one of the first N candidates, for every N at once.
-
-    The candidates of a question come in a random order. The first is the champion; each further one challenges it, and
-    the winner of their match is the champion. A tie, or a verdict that cannot be read, leaves the champion in place,
-    which favours no candidate since the order is random. After N candidates the champion is the pick of N, so that the
-    subsets of one draw are nested, and N - 1 matches serve all sizes up to N. Who is shown as A is random too.
-
-    Args:
-        questions: each with at least max(sizes) candidates.
-        sizes: the N, at least 1 each.
-        decide: returns the winner of each match, None without one; called once per round, with one match for each
-            question and draw.
-        draws: number of orders of each question's candidates, at least 1.
-        seed: of the orders and places.
-
-    Returns:
-        The index of the picked candidate by (question, draw, N).
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-    _check_sizes(questions, sizes)
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; expected at least 1")
-    orders = {
-        (number, draw): candidate_order(question, draw=draw, seed=seed)
-        for number, question in enumerate(questions)
-        for draw in range(draws)
-    }
-    champions = {place: order[0] for place, order in orders.items()}
-    picks: dict[tuple[int, int, int], int] = {}
-    for size in range(1, max(sizes) + 1):
-        if size > 1:
-            matches = [_match(questions, *place, champions[place], orders[place][size - 1], seed) for place in orders]
-            for match, winner in zip(matches, decide(matches), strict=True):
-                if winner is not None:
-                    champions[match.question, match.draw] = match.first if winner == "A" else match.second
-        if size in sizes:
-            picks |= {(*place, size): champion for place, champion in champions.items()}
-    return picks
-
-
-def candidate_order(question: Question, *, draw: int, seed: int) -> list[int]:
-    """Return the random order of a question's candidates, a function of the question, the draw and the seed alone."""
-    order = list(range(len(question.candidates)))
-    random.Random(content_hash("order", seed, draw, question.text, *question.candidates)).shuffle(order)
-    return order
-
-
-def score_picks(
+def _pick_by_judge(
+    job: BestOfJob,
+    judge: JudgeSettings,
     questions: Sequence[Question],
-    picks: Mapping[tuple[int, int, int], int],
-    sizes: Sequence[int],
-    *,
-    draws: int = 1,
-    seed: int = 0,
-) -> dict[str, dict[int, list[float]]]:
-    """Compare the picks with other ways of picking from the same candidates.
+    progress: Progress | None,
+    open_: Callable[[JudgeSettings], Judge],
+) -> tuple[dict[str, dict[int, list[float]]], list[Record]]:
+    """Return how often the pick of each way is right, and the records of all matches."""
+    settings = {"command": _COMMAND, **decisive_settings(judge)}
+    opened = functools.cache(functools.partial(open_, judge))
+    records: list[Record] = []
+    total = len(questions) * job.draws * (max(job.sizes) - 1)
 
-    random: the share of the candidates that is right, which is what a blind pick gives on average.
-    majority: the most frequent answer; of equally frequent ones, their mean. If no answer can be read, as random.
-    oracle: whether any candidate is right.
+    def decide(matches: Sequence[Match]) -> list[Place | None]:
+        before = len(records)
 
-    Args:
-        questions: as for `pick_by_knockout`.
-        picks: from `pick_by_knockout`, complete.
-        sizes: the N.
-        draws: as for `pick_by_knockout`.
-        seed: as for `pick_by_knockout`.
+        def show(done: int, _: int, speed: str) -> None:
+            if progress is not None:
+                progress(before + done, total, speed)
 
-    Returns:
-        By way of picking (see WAYS) and N: for every question how often the pick is right, a mean over the draws, in
-        [0, 1].
-    """
-    ways: dict[str, dict[int, list[float]]] = {way: {size: [] for size in sizes} for way in WAYS}
-    for number, question in enumerate(questions):
-        groups = answer_groups(question.candidates)
-        orders = [candidate_order(question, draw=draw, seed=seed) for draw in range(draws)]
-        for size in sizes:
-            subsets = [order[:size] for order in orders]
-            judged = [question.correct[picks[number, draw, size]] for draw in range(draws)]
-            right = [[question.correct[candidate] for candidate in subset] for subset in subsets]
-            voted = [majority_share([groups[candidate] for candidate in subset], grades)
-                     for subset, grades in zip(subsets, right, strict=True)]  # fmt: skip
-            ways["judge"][size].append(float(np.mean(judged)))
-            ways["majority"][size].append(float(np.mean(voted)))
-            ways["random"][size].append(float(np.mean([np.mean(grades) for grades in right])))
-            ways["oracle"][size].append(float(np.mean([any(grades) for grades in right])))
-    return ways
+        tasks = [_task(questions[match.question], match) for match in matches]
+        different = list({task.key: task for task in tasks}.values())
+        collected = collect_judgements(different, job.output, settings, opened, progress=show)
+        records.extend(collected.records[task.key] for task in tasks)
+        return [record["winner"] if record["winner"] in PLACES else None for record in records[before:]]
 
-
-def majority_share(groups: Sequence[int | None], correct: Sequence[bool]) -> float:
-    """Return how often a majority vote is right, in [0, 1].
-
-    Args:
-        groups: number of each candidate's answer, equal for equal answers; None for one without an answer or a vote.
-        correct: whether each candidate is right.
-
-    Returns:
-        The share of right candidates within the most frequent answer, a mean over equally frequent answers. Without any
-        vote, the share of right candidates.
-    """
-    votes = [group for group in groups if group is not None]
-    if not votes:
-        return float(np.mean(correct))
-    most = max(votes.count(group) for group in votes)
-    leaders = [group for group in dict.fromkeys(votes) if votes.count(group) == most]
-    shares = [
-        np.mean([grade for member, grade in zip(groups, correct, strict=True) if member == leader])
-        for leader in leaders
-    ]
-    return float(np.mean(shares))
+    picks = pick_by_knockout(questions, job.sizes, decide, draws=job.draws, seed=judge.seed)
+    return score_picks(questions, picks, job.sizes, draws=job.draws, seed=judge.seed), records
 
 
 def estimate_curves(ways: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, list[tuple[float, Estimate]]]:
@@ -302,25 +203,15 @@ def estimate_curves(ways: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[s
         for way, by_size in ways.items()
     }
     lines[GAIN] = [
-        (float(size), estimate(mean_difference, values, ways["random"][size], ends=DIFFERENCE, unit="question"))
+        (
+            float(size),
+            estimate(mean_difference, values, ways["random"][size], ends=DIFFERENCE, unit="question")
+            if values
+            else undetermined("no question"),
+        )
         for size, values in sorted(ways["judge"].items())
     ]
     return lines
-
-
-def _check_sizes(questions: Sequence[Question], sizes: Sequence[int]) -> None:
-    if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
-        raise ValueError(f"n is {list(sizes)}; expected different numbers of at least 1")
-    fewest = min((len(question.candidates) for question in questions), default=0)
-    if fewest < max(sizes):
-        raise ValueError(f"n holds {max(sizes)}, but a question has {fewest} candidates; expected no more than that")
-
-
-def _match(questions: Sequence[Question], question: int, draw: int, champion: int, challenger: int, seed: int) -> Match:
-    text, candidates = questions[question].text, questions[question].candidates
-    drawn = random.Random(content_hash("place", seed, draw, text, candidates[champion], candidates[challenger]))
-    first, second = (champion, challenger) if drawn.random() < 0.5 else (challenger, champion)
-    return Match(question, draw, first, second)
 
 
 def _task(question: Question, match: Match) -> JudgeTask:
@@ -331,7 +222,8 @@ def _task(question: Question, match: Match) -> JudgeTask:
 
 
 def _write_report(job: BestOfJob, summary: BestOfSummary) -> None:
-    lines = {way: points for way, points in summary.lines.items() if way in WAYS}
+    by_reward = isinstance(job.judge, RewardSettings)
+    lines = {way: points for way, points in summary.lines.items() if way != GAIN}
     gain = {GAIN: summary.lines[GAIN]}
     write_report(
         job.output / "report.html",
@@ -339,8 +231,8 @@ def _write_report(job: BestOfJob, summary: BestOfSummary) -> None:
         summary={
             "judge": str(job.judge),
             "data": f"{job.data}, {summary.questions} questions, {summary.left_out} left out for too few solutions",
-            "matches": f"{summary.matches}, {summary.undecided} undecided, {summary.failed.total()} of which failed",
-            "orders of each question's solutions": str(job.draws),
+            "judged": f"{summary.counted}, {summary.failed.total()} of which failed",
+            **({} if by_reward else {"orders of each question's solutions": str(job.draws)}),
             "seed": str(job.judge.seed),
         },
         figures={
@@ -350,9 +242,5 @@ def _write_report(job: BestOfJob, summary: BestOfSummary) -> None:
             ),
         },
         tables={"Accuracy, with 95% intervals over questions": summary.page_table()},
-        notes=[
-            "The judge picks by a knockout: the solutions come in a random order, and each further one meets the "
-            "winner so far. A match without a readable winner keeps the earlier solution, which is a random choice. "
-            "Random, majority and oracle pick from the same solutions.",
-        ],
+        notes=[_REWARD_NOTE if by_reward else _NOTE],
     )

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-from cepo.eval.judges.settings import Judge, Judgement, Messages, Progress
+from cepo.eval.judges.settings import Answer, Judge, Messages, Progress
 from cepo.files import append_jsonl, claim, content_hash, read_jsonl, write_jsonl
 from cepo.jacobian.reading.judge import read_scores
 
@@ -60,7 +60,7 @@ class Collected:
     @property
     def forced(self) -> int:
         """Number of judgements whose scores were forced."""
-        return sum(record["forced"] for record in self.records.values())
+        return sum(record.get("forced", False) for record in self.records.values())
 
     def speed(self) -> str:
         """Return judgements and tokens per second, for people."""
@@ -82,9 +82,10 @@ def collect_judgements(
 
     Args:
         tasks: what to judge.
-        output: folder of judgements.jsonl. A record holds key, prompt (hash of the messages), the task's facts, text,
-            scores (of A and B, or null), soft (expected scores, or null), winner ("A", "B", "tie" or null), tokens,
-            token_ids, cut, forced, seconds and error. A warning says how many were cut before their verdict.
+        output: folder of judgements.jsonl. A record holds key, prompt (hash of the messages), the task's facts, and of
+            a judgement text, scores (of A and B, or null), soft (expected scores, or null), winner ("A", "B", "tie" or
+            null), tokens, token_ids, cut, forced, seconds and error; of a reward, see `cepo.eval.judges.reward`. A
+            warning says how many were cut before their verdict.
         settings: everything else that decides a judgement, see `cepo.files.claim`.
         open_judge: called once, and only if something is left to judge.
         progress: called after each judgement.
@@ -109,11 +110,11 @@ def collect_judgements(
     judge = open_judge()
     started = time.perf_counter()
 
-    def append(index: int, judgement: Judgement) -> None:
+    def append(index: int, answer: Answer) -> None:
         nonlocal tokens
         task = pending[index]
-        records[task.key] = judgement_record(task, judgement)
-        tokens += judgement.tokens
+        records[task.key] = judgement_record(task, answer)
+        tokens += answer.tokens
         append_jsonl(path, [records[task.key]])
         if progress is not None:
             speed = _speed(len(records) - resumed, tokens, time.perf_counter() - started)
@@ -124,38 +125,14 @@ def collect_judgements(
     return Collected(records, resumed, tokens, time.perf_counter() - started)
 
 
-def judgement_record(task: JudgeTask, judgement: Judgement) -> Record:
+def judgement_record(task: JudgeTask, answer: Answer) -> Record:
     """Return the line of judgements.jsonl."""
-    scores = judgement.scores
-    return {
-        "key": task.key,
-        "prompt": content_hash(task.messages),
-        **task.facts,
-        "text": judgement.text,
-        "scores": scores,
-        "soft": judgement.soft,
-        "winner": winner(scores),
-        "tokens": judgement.tokens,
-        "token_ids": judgement.token_ids,
-        "cut": judgement.cut,
-        "forced": judgement.forced,
-        "seconds": round(judgement.seconds, 4),
-        "error": judgement.error,
-    }
-
-
-def winner(scores: Sequence[float] | None) -> Literal["A", "B", "tie"] | None:
-    """Return which response has the higher score, "tie" for equal scores, None without scores."""
-    if scores is None:
-        return None
-    if scores[0] == scores[1]:
-        return "tie"
-    return "A" if scores[0] > scores[1] else "B"
+    return {"key": task.key, "prompt": content_hash(task.messages), **task.facts, **answer.record()}
 
 
 def _warn_of_unread(records: Sequence[Record]) -> None:
     """Say how many judgements hold no verdict that is read, where something can be done about it."""
-    unread = [record for record in records if record["scores"] is None and not record["error"]]
+    unread = [record for record in records if not record["error"] and record.get("scores", ()) is None]
     cut = sum(record.get("cut", False) for record in unread)
     if cut:
         logger.warning(
@@ -182,4 +159,4 @@ def _sound_records(path: Path) -> list[Record]:
 def _speed(judged: int, tokens: int, seconds: float) -> str:
     if not judged or not seconds > 0:
         return ""
-    return f"{judged / seconds:.2f} judgements/s, {tokens / seconds:.1f} tokens/s"
+    return f"{judged / seconds:.2f} judgements/s" + (f", {tokens / seconds:.1f} tokens/s" if tokens else "")

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import httpx2
 
+from cepo.files import Row
 from cepo.jacobian.loading import check_device, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import read_scores
 from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts
@@ -54,8 +55,36 @@ class Judgement:
         """The scores of A and B, or None where there is no judgement or its verdict cannot be read."""
         return None if self.error else read_scores(self.text, verdicts=self.verdicts)
 
+    def record(self) -> Row:
+        """Return what a line of judgements.jsonl says of it."""
+        scores = self.scores
+        return {
+            "text": self.text,
+            "scores": scores,
+            "soft": self.soft,
+            "winner": winner(scores),
+            "tokens": self.tokens,
+            "token_ids": self.token_ids,
+            "cut": self.cut,
+            "forced": self.forced,
+            "seconds": round(self.seconds, 4),
+            "error": self.error,
+        }
 
-OnDone: TypeAlias = Callable[[int, Judgement], None]
+
+class Answer(Protocol):
+    """What any judge returns for a prompt: a judgement, or a reward."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that it took."""
+
+    def record(self) -> Row:
+        """Return what a line of judgements.jsonl says of it: at least `error`, None or why there is no answer."""
+        ...
+
+
+OnDone: TypeAlias = Callable[[int, Answer], None]
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with (judgements done, judgements in all, speed in words)."""
 
@@ -63,8 +92,8 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 class Judge(Protocol):
     """Anything that answers judge prompts."""
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        """Return one judgement per prompt, in order; call `on_done(index, judgement)` as soon as each is there."""
+    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> Sequence[Answer]:
+        """Return one answer per prompt, in order; call `on_done(index, answer)` as soon as each is there."""
         ...
 
 
@@ -118,6 +147,15 @@ class JudgeSettings:
     def __str__(self) -> str:
         generation = f"temperature {self.temperature:g}" if self.temperature else "greedy"
         return f"{self.model} ({self.backend}, {generation}, at most {self.max_new_tokens} tokens)"
+
+
+def winner(scores: Sequence[float] | None) -> Literal["A", "B", "tie"] | None:
+    """Return which response has the higher score, "tie" for equal scores, None without scores."""
+    if scores is None:
+        return None
+    if scores[0] == scores[1]:
+        return "tie"
+    return "A" if scores[0] > scores[1] else "B"
 
 
 def check_judge(settings: JudgeSettings) -> None:

@@ -1,27 +1,44 @@
-"""`cepo eval rewardbench`: how often a generative judge prefers the better response."""
+"""`cepo eval rewardbench`: how often a judge, one that writes or a reward model, prefers the better response."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from cepo.eval.judges.journal import Collected, Record, collect_judgements
+from cepo.eval.judges.journal import Collected, collect_judgements
 from cepo.eval.judges.open import open_judge
+from cepo.eval.judges.reward import RewardSettings, collect_rewards
 from cepo.eval.judges.settings import JudgeSettings, Progress, check_judge, decisive_settings
 from cepo.eval.report.figures import forest, reliability
 from cepo.eval.report.heat_maps import HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, console_table, summary_row
-from cepo.eval.rewardbench.items import PreferenceItem, judge_tasks, load_items
-from cepo.eval.rewardbench.metrics import MetricEstimate, measure_preferences, outcome
-from cepo.files import BrokenLine, content_hash, write_jsonl
+from cepo.eval.rewardbench.examples import shown_judgements, shown_rewards
+from cepo.eval.rewardbench.items import judge_tasks, load_items
+from cepo.eval.rewardbench.metrics import MetricEstimate, measure_preferences
+from cepo.eval.rewardbench.reward_metrics import TIES_MEASURE, measure_rewards, shown_texts
+from cepo.files import BrokenLine, write_jsonl
 
-_SHOWN = 3  # items of each kind that the page holds in full
+_COMMAND = "eval rewardbench"
 _FOREST_ROWS = 60
+_REFERENCES = {"consistent": 0.25, "average": 0.5, "position_bias": 0.0, "strict": 0.5, "longest": 0.5}
+"""What a guess gets in each metric that is drawn."""
+_NOTES = (
+    "Every pair is judged in both orders. Ties and judgements without a verdict count as wrong. Items with a failed "
+    "judgement are left out of the accuracies. A judge that guesses, and always gives a verdict, is right in both "
+    "orders for 0.25 of the items, and for 0.5 in the mean of the orders.",
+)
+_REWARD_NOTES = (
+    "A reward model is right where the better response has the higher reward. An item of several pairs is right where "
+    "every pair is. Where ties share the credit, a response that is as good as k others at the top earns 1 / (1 + k). "
+    "Items with a text that has no reward (too long, for example) are left out of the accuracies and counted.",
+    "Read the accuracy beside what length alone would get, in characters, and beside the two kinds of pairs: a model "
+    "that follows length is right where the better response is the longer one, and wrong elsewhere.",
+)
 _TITLES = {
     "consistent": "right in both orders",
     "average": "right, mean of both orders",
@@ -36,8 +53,23 @@ _TITLES = {
     "parse_failures": "no verdict could be read",
     "forced": "scores forced",
     "not_judged": "not judged",
+    "strict": "right, ties as wrong",
+    "half_credit": "right, ties share the credit",
+    "longest": "longer response wins",
+    "shortest": "shorter response wins",
+    "longer_right": "right, better response longer",
+    "shorter_right": "right, better response shorter",
+    "margin": "reward, better minus other",
+    TIES_MEASURE: "RewardBench 2's measure of Ties",
 }
 _SHORT = {
+    "strict": "right",
+    "half_credit": "ties shared",
+    "longest": "longest wins",
+    "shortest": "shortest wins",
+    "longer_right": "better longer",
+    "shorter_right": "better shorter",
+    TIES_MEASURE: "Ties' own",
     "consistent": "both orders",
     "average": "mean",
     "single_swap": "drawn order",
@@ -52,7 +84,7 @@ class RewardBenchJob:
     """What `cepo eval rewardbench` is asked to do.
 
     Attributes:
-        judge: which judge, and how it generates; its seed is also that of the draws and the intervals.
+        judge: which judge, and how it generates, or which reward model; its seed is also that of the draws.
         data: see `load_items`.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
         split: of a hub data set, or None for its usual one.
@@ -60,7 +92,7 @@ class RewardBenchJob:
         subsets: names of the subsets to keep; all where empty.
     """
 
-    judge: JudgeSettings
+    judge: JudgeSettings | RewardSettings
     data: str
     output: Path
     split: str | None = None
@@ -73,7 +105,7 @@ class RewardBenchSummary:
     """The results.
 
     Attributes:
-        measures: see `measure_preferences`.
+        measures: see `measure_preferences`, or `measure_rewards`.
         items: number of rows that were judged.
         collected: the judgements.
         broken: (line number, reason) of rows that could not be used.
@@ -99,11 +131,12 @@ class RewardBenchSummary:
     def scope_table(self) -> PageTable:
         """Return the accuracies by subset and section; no rows if there is only one subset."""
         found = {(one.scope, one.metric): one.estimate for one in self.measures}
-        columns = {metric: short for metric, short in _SHORT.items() if ("all", metric) in found}
+        measured = {metric for _, metric in found}
+        columns = {metric: short for metric, short in _SHORT.items() if metric in measured}
         rows = []
         for scope in dict.fromkeys(one.scope for one in self.measures if one.scope != "all"):
             cells = [f"{cell.value:.3f}" if (cell := found.get((scope, metric))) else "" for metric in columns]
-            counted = found.get((scope, "consistent"))
+            counted = found.get((scope, "consistent")) or found.get((scope, "strict"))
             rows.append([scope, *cells, str(counted.count) if counted else "0"])
         return ["subset", *columns.values(), "items"], rows
 
@@ -130,32 +163,42 @@ def run_rewardbench(job: RewardBenchJob, *, progress: Progress | None = None) ->
     Raises:
         ValueError: for data, settings or a model that cannot be used, or a folder with results of other settings.
     """
-    check_judge(job.judge)
-    items, broken = load_items(job.data, split=job.split, limit=job.limit, subsets=job.subsets, seed=job.judge.seed)
-    collected = collect_judgements(
-        judge_tasks(items),
-        job.output,
-        {"command": "eval rewardbench", **decisive_settings(job.judge)},
-        lambda: open_judge(job.judge),
-        progress=progress,
-    )
-    measures = measure_preferences(items, collected.records, seed=job.judge.seed)
+    judge = job.judge
+    read: dict[str, Any] = {"split": job.split, "limit": job.limit, "subsets": job.subsets}
+    if isinstance(judge, RewardSettings):
+        shown = judge.shown
+        items, broken = load_items(job.data, seed=judge.seed, **read)
+        rewards = collect_rewards(judge, shown_texts(items, shown), job.output, _COMMAND, progress=progress)
+        collected, measures = rewards.collected, measure_rewards(items, rewards)
+        examples = shown_rewards(items, rewards, judge.seed)
+    else:
+        check_judge(judge)
+        items, broken = load_items(job.data, seed=judge.seed, **read)
+        collected = collect_judgements(
+            judge_tasks(items),
+            job.output,
+            {"command": _COMMAND, **decisive_settings(judge)},
+            lambda: open_judge(judge),
+            progress=progress,
+        )
+        measures = measure_preferences(items, collected.records, seed=judge.seed)
+        examples = shown_judgements(items, collected.records, judge.seed)
     summary = RewardBenchSummary(tuple(measures), len(items), collected, tuple(broken))
     rows = [summary_row({"metric": one.metric, "subset": one.scope}, one.estimate) for one in measures]
     write_jsonl(job.output / "summary.jsonl", rows)
-    _write_report(job, items, summary)
+    _write_report(job, summary, examples)
     return summary
 
 
-def _write_report(job: RewardBenchJob, items: Sequence[PreferenceItem], summary: RewardBenchSummary) -> None:
+def _write_report(job: RewardBenchJob, summary: RewardBenchSummary, examples: Mapping[str, list[HeatMap]]) -> None:
     measures, records = summary.measures, summary.collected.records
     figures = {}
-    for metric, reference in (("consistent", 0.25), ("average", 0.5), ("position_bias", 0.0)):
+    for metric, reference in _REFERENCES.items():
         rows = [(one.scope, one.estimate) for one in measures if one.metric == metric]
         if rows:
             caption = f"{_TITLES[metric].capitalize()}, with 95% intervals"
             figures[caption] = forest(rows[:_FOREST_ROWS], axis=_TITLES[metric], reference=reference)
-    judged = [record for record in records.values() if record["soft"] and not record["error"]]
+    judged = [record for record in records.values() if record.get("soft") and not record["error"]]
     if judged:
         figures["Reliability of the expected margin"] = reliability(
             [record["soft"][0] - record["soft"][1] for record in judged],
@@ -188,50 +231,6 @@ def _write_report(job: RewardBenchJob, items: Sequence[PreferenceItem], summary:
         },
         figures=figures,
         tables=tables,
-        heat_maps=_shown_judgements(items, records, job.judge.seed),
-        notes=[
-            "Every pair is judged in both orders. Ties and judgements without a verdict count as wrong. Items with a "
-            "failed judgement are left out of the accuracies. A judge that guesses, and always gives a verdict, is "
-            "right in both orders for 0.25 of the items, and for 0.5 in the mean of the orders.",
-        ],
+        heat_maps=examples,
+        notes=_REWARD_NOTES if isinstance(job.judge, RewardSettings) else _NOTES,
     )
-
-
-def _shown_judgements(
-    items: Sequence[PreferenceItem], records: Mapping[str, Record], seed: int
-) -> dict[str, list[HeatMap]]:
-    """Return some judgements in full, drawn at random, by how the item was judged."""
-    kinds: dict[str, list[HeatMap]] = {
-        name: []
-        for name in ("Right in both orders", "Right in one order", "Wrong in both orders", "No verdict", "Not judged")
-    }
-    for item in sorted(items, key=lambda item: content_hash("show", seed, item.key)):
-        found = outcome(item, records, seed=seed)
-        shown = found.records[0]
-        if any(record["error"] for record in shown):
-            kind = "Not judged"
-        elif any(record["winner"] is None for record in shown):
-            kind = "No verdict"
-        else:
-            kind = ("Wrong in both orders", "Right in one order", "Right in both orders")[sum(found.right or ())]
-        if len(kinds[kind]) < 2 * _SHOWN:
-            kinds[kind] += [_shown(item, record) for record in shown]
-    return {name: maps for name, maps in kinds.items() if maps}
-
-
-def _shown(item: PreferenceItem, record: Mapping[str, Any]) -> HeatMap:
-    first, second = item.chosen[0], item.rejected[0]
-    if record["chosen_at"] == "B":
-        first, second = second, first
-    prompt = f"{item.prompt}\n\n[Response A]\n{first}\n\n[Response B]\n{second}\n\n"
-    facts = {"subset": item.subset, "better": record["chosen_at"], "verdict": record["winner"] or "none"}
-    if record["scores"]:
-        facts["scores"] = ", ".join(f"{score:g}" for score in record["scores"])
-    if record["soft"]:
-        facts["expected scores"] = ", ".join(f"{score:.2f}" for score in record["soft"])
-    if record["forced"]:
-        facts["scores forced"] = "yes"
-    if record["error"]:
-        facts["not judged"] = record["error"]
-    name = f"{item.name or item.key}, better response at {record['chosen_at']}"
-    return HeatMap(name, (prompt, record["text"]), 1, facts=facts)

@@ -1,4 +1,4 @@
-"""Metrics of judgements of preference items: accuracy, position bias, ties, failures, RewardBench's section scores."""
+"""Metrics of preference items: of any judge by scope and RewardBench's sections, and those of written judgements."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ METRICS = (
     *("position_bias", "follows_position", "ties", "parse_failures", "forced", "not_judged"),
 )
 """In the order in which they are shown."""
-_ENDS = {"position_bias": DIFFERENCE, "expected_margin": None}
+_ENDS: Mapping[str, tuple[float, float] | None] = {"position_bias": DIFFERENCE, "expected_margin": None}
 _MISSING: Mapping[str, Any] = {"error": "missing"}
 
 
@@ -70,8 +70,9 @@ class MetricEstimate:
     """One line of the summary.
 
     Attributes:
-        metric: one of METRICS, see `measure_preferences`.
-        scope: "all", a subset, "section Chat" and the like, "mean of sections", or "mean of subsets without Ties".
+        metric: one of METRICS, see `measure_preferences`, or of those of a reward model, see `measure_rewards`.
+        scope: "all", a subset, "section Chat" and the like, "mean of sections", "mean of subsets without Ties", or
+            "RewardBench 2".
         estimate: value, interval, and the number of items (for rates: of judgements) that it is a mean of.
     """
 
@@ -128,13 +129,34 @@ def measure_preferences(
         seed: of the drawn orders.
     """
     tallies = [_tally(outcome(item, records, seed=seed)) for item in items]
+    return measure_tallies(items, tallies, METRICS, weighted=_ACCURACIES, ends=_ENDS)
+
+
+def measure_tallies(
+    items: Sequence[PreferenceItem],
+    tallies: Sequence[Mapping[str, Sequence[float]]],
+    metrics: Sequence[str],
+    *,
+    weighted: Sequence[str],
+    ends: Mapping[str, tuple[float, float] | None],
+) -> list[MetricEstimate]:
+    """Return each metric over all items and over each subset, and some for sections and means of subsets too.
+
+    Args:
+        items: what was judged, at least one; all items of a prompt are one unit.
+        tallies: by metric, the values that an item adds to it; metrics without values are left out.
+        metrics: in the order in which they are shown.
+        weighted: which of them are given for sections and means of subsets.
+        ends: of the metrics that are not shares, their smallest and largest value, or None.
+    """
     scopes = {"all": list(range(len(items)))}
     for name in dict.fromkeys(item.subset for item in items):
         scopes.setdefault(name, [place for place, item in enumerate(items) if item.subset == name])
     measures = []
     for scope, places in scopes.items():
-        measures += _rates(scope, [tallies[place] for place in places], [items[place].prompt for place in places])
-    for metric in _ACCURACIES:
+        of_scope, prompts = [tallies[place] for place in places], [items[place].prompt for place in places]
+        measures += _rates(scope, of_scope, prompts, metrics, ends)
+    for metric in weighted:
         judged = [place for place, tally in enumerate(tallies) if metric in tally]
         values = [float(np.mean(tallies[place][metric])) for place in judged]
         measures += _weighted_measures(metric, values, [items[place] for place in judged])
@@ -205,11 +227,15 @@ def _tally(found: Outcome) -> dict[str, list[float]]:
 
 
 def _rates(
-    scope: str, tallies: Sequence[Mapping[str, Sequence[float]]], prompts: Sequence[str]
+    scope: str,
+    tallies: Sequence[Mapping[str, Sequence[float]]],
+    prompts: Sequence[str],
+    metrics: Sequence[str],
+    ends: Mapping[str, tuple[float, float] | None],
 ) -> list[MetricEstimate]:
     """Return the mean of each metric over its values; the values of a prompt are one unit."""
     measures = []
-    for metric in METRICS:
+    for metric in metrics:
         there = [place for place, tally in enumerate(tallies) if metric in tally]
         if there:
             values = [tallies[place][metric] for place in there]
@@ -217,7 +243,7 @@ def _rates(
             found = estimate(
                 *(ratio, sums_N, counts_N),
                 clusters=[prompts[place] for place in there],
-                ends=_ENDS.get(metric, SHARE),
+                ends=ends.get(metric, SHARE),
                 unit="prompt",
             )
             measures.append(MetricEstimate(metric, scope, replace(found, count=sum(counts_N))))
@@ -234,7 +260,7 @@ def _weighted_measures(metric: str, values: Sequence[float], items: Sequence[Pre
     measures = []
 
     def measure(scope: str, weights: Sequence[Mapping[str, float]]) -> None:
-        statistic = _mean_of_weighted([[group.get(name, 0.0) for name in names] for group in weights])
+        statistic = mean_of_weighted([[group.get(name, 0.0) for name in names] for group in weights])
         kept = [place for place, name in enumerate(subsets) if any(group.get(name) for group in weights)]
         columns = [values[place] for place in kept], [codes[place] for place in kept]
         prompts = [items[place].prompt for place in kept]
@@ -253,7 +279,7 @@ def _weighted_measures(metric: str, values: Sequence[float], items: Sequence[Pre
     return measures
 
 
-def _mean_of_weighted(weights: Sequence[Sequence[float]]) -> Callable[..., np.ndarray]:
+def mean_of_weighted(weights: Sequence[Sequence[float]]) -> Callable[..., np.ndarray]:
     """Return the statistic of (value, subset's code): the mean over groups of their subsets' weighted mean."""
     weights_GS = np.asarray(weights)
 

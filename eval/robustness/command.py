@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from cepo.eval.judges.journal import Collected, JudgeTask, Record, collect_judgements
+from cepo.eval.judges.journal import Collected, Record, collect_judgements
 from cepo.eval.judges.open import open_judge
-from cepo.eval.judges.settings import PLACES, Judge, JudgeSettings, Progress, check_judge, decisive_settings
+from cepo.eval.judges.reward import RewardSettings
+from cepo.eval.judges.settings import Judge, JudgeSettings, Progress, check_judge, decisive_settings
 from cepo.eval.report.figures import forest, grid
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, console_table, share, summary_row
-from cepo.eval.rewardbench.items import PreferenceItem, load_items
-from cepo.eval.robustness.transformations import TRANSFORMATIONS, ResponsePair, check_names, transform
-from cepo.eval.statistics import DIFFERENCE, Estimate, estimate, mean_difference, proportion, ratio
-from cepo.files import BrokenLine, content_hash, write_jsonl
-from cepo.train.prompts import judge_prompt
+from cepo.eval.rewardbench.items import load_items
+from cepo.eval.robustness.effects import (
+    ALL,
+    ORIGINAL,
+    TransformationEffect,
+    compare,
+    follow_rules,
+    is_right,
+    paired,
+    worst_case,
+)
+from cepo.eval.robustness.transformations import TRANSFORMATIONS, check_names
+from cepo.eval.robustness.variants import judge_task, reward_records, variants_of
+from cepo.eval.statistics import Estimate
+from cepo.files import BrokenLine, write_jsonl
 
-ORIGINAL = "original"
-"""Name of the untransformed pairs, beside the names of the transformations."""
-ALL = "all"
-"""Name of the row over all transformations, each pair a cluster."""
-BeforeAfter: TypeAlias = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""The records of an original and of its transformed pair."""
-
+_COMMAND = "eval robustness"
 _EXAMPLES = 8  # turned verdicts that the page shows
 _EXCERPT = 700  # characters of a text that it shows
 
@@ -41,7 +45,7 @@ class RobustnessJob:
     """What `cepo eval robustness` is asked to do.
 
     Attributes:
-        judge: which judge, and how it generates; its seed is also that of every draw.
+        judge: which judge, and how it generates, or which reward model; its seed is also that of every draw.
         data: file or hub data set of prompt, chosen, rejected, see `load_items`. Of a row's several chosen or
             rejected responses, one is drawn.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
@@ -51,42 +55,13 @@ class RobustnessJob:
         subsets: names of the subsets to keep; all where empty.
     """
 
-    judge: JudgeSettings
+    judge: JudgeSettings | RewardSettings
     data: str
     output: Path
     transformations: tuple[str, ...] = tuple(TRANSFORMATIONS)
     limit: int | None = None
     split: str | None = None
     subsets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TransformationEffect:
-    """The effect of one transformation on the pairs that it applies to, without those with a failed judgement.
-
-    Attributes:
-        pairs: number of pairs.
-        before: accuracy on the originals of these pairs; ties and verdicts that cannot be read count as wrong.
-        after: accuracy on the transformed pairs.
-        drop: before - after, pair by pair.
-        ratio: after / before; NaN where before is 0.
-        changed: share of the pairs whose verdict (A, B, tie, unreadable) changed.
-        unreadable_before: share of the originals whose verdict cannot be read.
-        unreadable_after: share of the transformed pairs whose verdict cannot be read.
-        forced_before: share of the originals whose scores were forced, since the judge gave none.
-        forced_after: share of the transformed pairs whose scores were forced.
-    """
-
-    pairs: int
-    before: Estimate
-    after: Estimate
-    drop: Estimate
-    ratio: Estimate
-    changed: Estimate
-    unreadable_before: float
-    unreadable_after: float
-    forced_before: float
-    forced_after: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +72,9 @@ class RobustnessSummary:
         effects: by transformation, and under ALL over all of them; without those that apply to no pair.
         original: accuracy on the originals of the pairs that some transformation applies to.
         worst: accuracy where a pair counts only if the judge is right on it and under every transformation of it.
+        rules: accuracies on the same pairs by rule, of the originals and of the transformed: the judge with ties as
+            half, whichever response is longer or shorter, and the judge where the better response is the longer, or
+            the shorter, one.
         idle: transformations that apply to no pair.
         collected: the judgements.
         broken: (line number, reason) of data lines that could not be used.
@@ -105,12 +83,18 @@ class RobustnessSummary:
     effects: Mapping[str, TransformationEffect]
     original: Estimate
     worst: Estimate
+    rules: Mapping[str, tuple[Estimate, Estimate]]
     idle: tuple[str, ...]
     collected: Collected
     broken: tuple[BrokenLine, ...]
 
-    def table(self) -> Table:
-        """Return the effects as a table for the console."""
+    def rules_table(self) -> PageTable:
+        """Return the accuracies by rule."""
+        rows = [[rule, *map(str, found)] for rule, found in self.rules.items()]
+        return ("over all transformations", "accuracy before", "accuracy after"), rows
+
+    def tables(self) -> list[Table]:
+        """Return what the console shows: the effects, and the accuracies by rule."""
         rows = [
             [
                 name,
@@ -122,11 +106,13 @@ class RobustnessSummary:
             ]
             for name, effect in self.effects.items()
         ]
-        return console_table(
+        effects = console_table(
             *("transformation", "pairs", "accuracy", "drop", "verdicts changed", "unreadable"),
             rows=rows,
             title=f"accuracy on the originals {self.original}\nright under all transformations too {self.worst}",
         )
+        header, rules = self.rules_table()
+        return [effects, console_table(*header, rows=rules)]
 
 
 def measure_robustness(
@@ -148,27 +134,35 @@ def measure_robustness(
         ValueError: for data, settings or a judge that cannot be used, or a folder with results of other settings.
     """
     check_names(job.transformations)
-    check_judge(job.judge)
-    items, broken = load_items(job.data, split=job.split, limit=job.limit, subsets=job.subsets, seed=job.judge.seed)
-    tasks = [task for item in items for task in _tasks(item, job)]
-    applied = {task.facts["transformation"] for task in tasks}
+    judge = job.judge
+    if not isinstance(judge, RewardSettings):
+        check_judge(judge)
+    items, broken = load_items(job.data, split=job.split, limit=job.limit, subsets=job.subsets, seed=judge.seed)
+    variants = [variant for item in items for variant in variants_of(item, job.transformations, judge.seed)]
+    applied = {variant.name for variant in variants}
     if not applied:
         raise ValueError(f"none of the transformations {', '.join(job.transformations)} applies to a pair of the data")
-    collected = collect_judgements(
-        tasks,
-        job.output,
-        {"command": "eval robustness", **decisive_settings(job.judge)},
-        functools.partial(open_, job.judge),
-        progress=progress,
-    )
-    questions = {item.key: item.prompt for item in items}
-    records = [collected.records[task.key] for task in tasks]
-    records = [{**record, "question": questions[record["row"]]} for record in records]
+    if isinstance(judge, RewardSettings):
+        collected, found = reward_records(variants, judge, job.output, _COMMAND, progress)
+    else:
+        collected = collect_judgements(
+            [judge_task(variant) for variant in variants],
+            job.output,
+            {"command": _COMMAND, **decisive_settings(judge)},
+            functools.partial(open_, judge),
+            progress=progress,
+        )
+        found = [collected.records[variant.key] for variant in variants]
+    records = [
+        {**record, "question": variant.item.prompt, "longer": len(variant.pair.chosen) - len(variant.pair.rejected)}
+        for variant, record in zip(variants, found, strict=True)
+    ]
     original, worst = worst_case(records)
     summary = RobustnessSummary(
         effects=compare(records),
         original=original,
         worst=worst,
+        rules=follow_rules(records),
         idle=tuple(name for name in job.transformations if name not in applied),
         collected=collected,
         broken=tuple(broken),
@@ -176,93 +170,6 @@ def measure_robustness(
     write_jsonl(job.output / "summary.jsonl", _summary_rows(summary))
     _write_report(job, summary, len(items), records)
     return summary
-
-
-def compare(records: Sequence[Mapping[str, Any]]) -> dict[str, TransformationEffect]:
-    """Compare the verdicts on transformed pairs with those on their originals.
-
-    Args:
-        records: with row, question, transformation (or ORIGINAL), label, winner, forced and error; one original for
-            every row.
-
-    Returns:
-        The effect of each transformation, in order of first appearance, and under ALL over all of them. All that was
-        judged of one question is one unit of the intervals.
-    """
-    paired = _paired(records)
-    effects = {name: _effect(pairs) for name, pairs in paired.items()}
-    if paired:
-        effects[ALL] = _effect([pair for pairs in paired.values() for pair in pairs])
-    return effects
-
-
-def _paired(records: Sequence[Mapping[str, Any]]) -> dict[str, list[BeforeAfter]]:
-    """Return (original, transformed) by transformation, without those with a failed judgement."""
-    originals = {record["row"]: record for record in records if record["transformation"] == ORIGINAL}
-    paired: dict[str, list[BeforeAfter]] = {}
-    for record in records:
-        before = originals[record["row"]]
-        if record["transformation"] != ORIGINAL and record["error"] is None and before["error"] is None:
-            paired.setdefault(record["transformation"], []).append((before, record))
-    return paired
-
-
-def worst_case(records: Sequence[Mapping[str, Any]]) -> tuple[Estimate, Estimate]:
-    """Return the accuracy on the originals, and that of being right on the original and all its transformations.
-
-    Both are over the pairs that some transformation applies to and that have no failed judgement.
-
-    Args:
-        records: as for `compare`.
-    """
-    by_row: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        by_row.setdefault(record["row"], []).append(record)
-    complete = [
-        group for group in by_row.values() if len(group) > 1 and all(record["error"] is None for record in group)
-    ]
-    originals = [_right(record) for group in complete for record in group if record["transformation"] == ORIGINAL]
-    of_prompts: dict[str, Any] = {"clusters": [group[0]["question"] for group in complete], "unit": "question"}
-    return proportion(originals, **of_prompts), proportion(
-        [min(map(_right, group)) for group in complete], **of_prompts
-    )
-
-
-def _effect(pairs: Sequence[BeforeAfter]) -> TransformationEffect:
-    before, after, turned = np.array(
-        [(_right(one), _right(other), float(one["winner"] != other["winner"])) for one, other in pairs]
-    ).T
-    of_prompts: dict[str, Any] = {"clusters": [original["question"] for original, _ in pairs], "unit": "question"}
-    return TransformationEffect(
-        len(pairs),
-        proportion(before, **of_prompts),
-        proportion(after, **of_prompts),
-        estimate(mean_difference, before, after, ends=DIFFERENCE, **of_prompts),
-        estimate(ratio, after, before, lacking="nothing is right before", **of_prompts),
-        proportion(turned, **of_prompts),
-        *(float(np.mean([pair[place]["winner"] is None for pair in pairs])) for place in (0, 1)),
-        *(float(np.mean([pair[place]["forced"] for pair in pairs])) for place in (0, 1)),
-    )
-
-
-def _right(record: Mapping[str, Any]) -> float:
-    return float(record["winner"] == record["label"])
-
-
-def _tasks(item: PreferenceItem, job: RobustnessJob) -> list[JudgeTask]:
-    """Return the pair as it is and under each transformation that applies, or nothing if none does."""
-    drawn = random.Random(content_hash("pair", job.judge.seed, item.key))
-    pair = ResponsePair(item.prompt, drawn.choice(item.chosen), drawn.choice(item.rejected))
-    label = drawn.choice(PLACES)
-    changed = {name: transform(name, pair, seed=job.judge.seed) for name in job.transformations}
-    variants = {ORIGINAL: pair} | {name: variant for name, variant in changed.items() if variant is not None}
-    tasks = []
-    for name, variant in variants.items() if len(variants) > 1 else ():
-        responses = (variant.chosen, variant.rejected)
-        messages = judge_prompt(item.prompt, *(responses if label == "A" else responses[::-1]))
-        facts = {"row": item.key, "id": item.name, "subset": item.subset, "transformation": name, "label": label}
-        tasks.append(JudgeTask(f"{item.key}/{name}", messages, facts))
-    return tasks
 
 
 def _effect_table(effects: Mapping[str, TransformationEffect]) -> PageTable:
@@ -286,6 +193,9 @@ def _summary_rows(summary: RobustnessSummary) -> list[dict[str, Any]]:
             rows.append(summary_row({"transformation": name, "metric": metric}, share(part, effect.pairs)))
     rows.append(summary_row({"transformation": ORIGINAL, "metric": "accuracy"}, summary.original))
     rows.append(summary_row({"transformation": "worst case", "metric": "accuracy"}, summary.worst))
+    for rule, found in summary.rules.items():
+        for name, accuracy in zip((ORIGINAL, ALL), found, strict=True):
+            rows.append(summary_row({"transformation": name, "metric": rule}, accuracy))
     return rows
 
 
@@ -306,7 +216,7 @@ def _write_report(job: RobustnessJob, summary: RobustnessSummary, pairs: int, re
     subsets = list(dict.fromkeys(record["subset"] for record in records))
     if len(subsets) > 1:
         drops = _subset_drops(records, subsets)
-        figures["Drop by subset"] = grid(drops, list(_paired(records)), subsets, label="drop of accuracy")
+        figures["Drop by subset"] = grid(drops, list(paired(records)), subsets, label="drop of accuracy")
     write_report(
         job.output / "report.html",
         title="cepo eval robustness",
@@ -322,6 +232,7 @@ def _write_report(job: RobustnessJob, summary: RobustnessSummary, pairs: int, re
         figures=figures,
         tables={
             "Effects, with 95% intervals over questions": _effect_table(effects),
+            "Beside them": summary.rules_table(),
             "Verdicts that a transformation turned from right to wrong": (
                 ("pair", "transformation", "better response", "judgement before", "judgement after"),
                 _turned(records),
@@ -341,8 +252,8 @@ def _write_report(job: RobustnessJob, summary: RobustnessSummary, pairs: int, re
 def _subset_drops(records: Sequence[Mapping[str, Any]], subsets: Sequence[str]) -> list[list[float]]:
     """Return the drop of each transformation (row) in each subset (column); NaN where it applies to no pair."""
     drops = []
-    for pairs in _paired(records).values():
-        lost = {subset: [_right(a) - _right(b) for a, b in pairs if a["subset"] == subset] for subset in subsets}
+    for pairs in paired(records).values():
+        lost = {subset: [is_right(a) - is_right(b) for a, b in pairs if a["subset"] == subset] for subset in subsets}
         drops.append([float(np.mean(values)) if values else math.nan for values in lost.values()])
     return drops
 
@@ -352,7 +263,7 @@ def _turned(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows: list[list[str]] = []
     for record in records:
         before = originals[record["row"]]
-        if _right(before) and not _right(record) and record["error"] is None and len(rows) < _EXAMPLES:
+        if is_right(before) and not is_right(record) and record["error"] is None and len(rows) < _EXAMPLES:
             shown = [_excerpt(before["text"]), _excerpt(record["text"])]
             rows.append([str(record["id"]), record["transformation"], record["label"], *shown])
     return rows

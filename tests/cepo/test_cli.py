@@ -9,7 +9,17 @@ from typer.testing import CliRunner
 from cepo.cli.app import app
 
 JUDGE = {
-    *("model", "backend", "base_url", "api_key_file", "concurrency", "timeout", "retries", "max_new_tokens"),
+    *(
+        "model",
+        "reward_model",
+        "backend",
+        "base_url",
+        "api_key_file",
+        "concurrency",
+        "timeout",
+        "retries",
+        "max_new_tokens",
+    ),
     *(
         "temperature",
         "force_format",

@@ -8,16 +8,8 @@ from typing import Any
 import pytest
 
 from cepo.eval.best_of_n.candidates import Question, answer_groups, read_questions
-from cepo.eval.best_of_n.command import (
-    BestOfJob,
-    Match,
-    candidate_order,
-    estimate_curves,
-    majority_share,
-    measure_best_of,
-    pick_by_knockout,
-    score_picks,
-)
+from cepo.eval.best_of_n.command import BestOfJob, estimate_curves, measure_best_of
+from cepo.eval.best_of_n.knockout import Match, candidate_order, majority_share, pick_by_knockout, score_picks
 from tests.eval.judges.fake_judge import SETTINGS, FakeJudge, prefers_word, run_cepo, serving
 from tests.paths import DATA
 

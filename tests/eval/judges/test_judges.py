@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cepo.eval.judges import transformers as local
 from cepo.eval.judges.expected import expected_scores
-from cepo.eval.judges.journal import JudgeTask, collect_judgements, winner
+from cepo.eval.judges.journal import JudgeTask, collect_judgements
 from cepo.eval.judges.server import ServerJudge, _retry_after
-from cepo.eval.judges.settings import Judgement, JudgeSettings, check_judge, decisive_settings, row_seed
+from cepo.eval.judges.settings import Judgement, JudgeSettings, check_judge, decisive_settings, row_seed, winner
 from cepo.eval.judges.transformers import TransformersJudge
 from cepo.eval.judges.vllm import VllmJudge
 from cepo.jacobian.loading import ModelSource

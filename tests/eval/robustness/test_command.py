@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings
-from cepo.eval.robustness.command import ALL, ORIGINAL, RobustnessJob, compare, measure_robustness, worst_case
+from cepo.eval.robustness.command import RobustnessJob, measure_robustness
+from cepo.eval.robustness.effects import ALL, ORIGINAL, compare, worst_case
 from tests.eval.judges.fake_judge import SETTINGS, FakeJudge, prefers_word, run_cepo, serving
+from tests.eval.judges.fake_reward_model import RuleModel, write_reward_model
 
 
 def write_pairs(path: Path, count: int) -> Path:
@@ -214,3 +217,36 @@ def test_the_command_judges_with_a_server(
     captured = capsys.readouterr()
     assert "1 row(s) that could not be used: row 5: not JSON" in captured.err
     assert (tmp_path / "second" / "report.html").is_file()
+
+
+# A reward model in the judge's place
+
+
+def test_a_reward_model_is_compared_with_itself_and_with_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It follows length: right where the better response is longer, wrong where it is shorter, else a tie."""
+    RuleModel(lambda text: float(len(text))).replace(monkeypatch)
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"q{place}", "chosen": "good answers", "rejected": "weak"} for place in range(4)]
+    rows += [
+        {"prompt": "short", "chosen": "brief", "rejected": "a long one"},
+        {"prompt": "tie", "chosen": "good", "rejected": "weak"},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = RewardSettings(str(write_reward_model(tmp_path / "model")))
+    found = measure_robustness(RobustnessJob(settings, str(data), tmp_path / "out", ("quotes",)))
+    assert found.effects["quotes"].before.value == found.original.value == pytest.approx(4 / 6)
+    assert found.effects["quotes"].drop.value == 0.0
+    before = {rule: accuracy.value for rule, (accuracy, _) in found.rules.items()}
+    assert before == pytest.approx(
+        {
+            "right, ties as half": 4.5 / 6,
+            "the longer response wins": 4.5 / 6,
+            "the shorter response wins": 1.5 / 6,
+            "right where the better response is longer": 1.0,
+            "right where the better response is shorter": 0.0,
+        }
+    )
+    summary = (tmp_path / "out" / "summary.jsonl").read_text()
+    assert "the longer response wins" in summary
