@@ -38,6 +38,9 @@ def rewardbench(
     split: Split = None,
     subset: Subset = None,
     limit: Annotated[int | None, typer.Option(help="Number of rows to draw at random. Default: all.")] = None,
+    ties: Annotated[
+        bool, typer.Option("--ties", help="Judge ties too, and let every prompt allow equal scores, as data.ties does.")
+    ] = False,
 ) -> None:
     """How often does a judge, or a reward model, prefer the better response?
 
@@ -45,7 +48,8 @@ def rewardbench(
     its mean over the orders, and that of one randomly drawn order (as in j1's evaluation); how much the verdict depends
     on the order; and the shares of ties and of judgements without a verdict, which count as wrong. All are given per
     subset and RewardBench section, with 95% intervals. Expected scores, over the probabilities of the digits, are added
-    where the backend returns those.
+    where the backend returns those. With --ties, rows of which neither response is better are judged as well, and the
+    share of equal scores on them is shown beside that on preferences; they enter no accuracy.
 
     A reward model (--reward-model) gives each response a reward. The tables show the accuracy with ties as wrong and
     with ties sharing the credit; what the longer and the shorter response would get; the accuracy by which response is
@@ -57,7 +61,7 @@ def rewardbench(
     from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 
     with _judging() as progress:
-        job = RewardBenchJob(judge, data, output, split, limit, tuple(subset or ()))
+        job = RewardBenchJob(judge, data, output, split, limit, tuple(subset or ()), ties)
         summary = run_rewardbench(job, progress=progress)
     for table in summary.tables():
         console.print(table)

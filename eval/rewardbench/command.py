@@ -50,6 +50,7 @@ _TITLES = {
     "position_bias": "position bias, verdicts for A minus for B",
     "follows_position": "pairs whose verdict names the same place twice",
     "ties": "ties",
+    "ties_on_ties": "ties, of rows without a better response",
     "parse_failures": "no verdict could be read",
     "forced": "scores forced",
     "not_judged": "not judged",
@@ -90,6 +91,7 @@ class RewardBenchJob:
         split: of a hub data set, or None for its usual one.
         limit: number of items to draw at random, or None for all.
         subsets: names of the subsets to keep; all where empty.
+        ties: judge rows of which no response is better too, and let every prompt allow equal scores.
     """
 
     judge: JudgeSettings | RewardSettings
@@ -98,6 +100,7 @@ class RewardBenchJob:
     split: str | None = None
     limit: int | None = None
     subsets: tuple[str, ...] = ()
+    ties: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,8 @@ def run_rewardbench(job: RewardBenchJob, *, progress: Progress | None = None) ->
     judge = job.judge
     read: dict[str, Any] = {"split": job.split, "limit": job.limit, "subsets": job.subsets}
     if isinstance(judge, RewardSettings):
+        if job.ties:
+            raise ValueError("ties is set, but a reward model gives no verdict that could be a tie; leave --ties out")
         shown = judge.shown
         items, broken = load_items(job.data, seed=judge.seed, **read)
         rewards = collect_rewards(judge, shown_texts(items, shown), job.output, _COMMAND, progress=progress)
@@ -173,9 +178,9 @@ def run_rewardbench(job: RewardBenchJob, *, progress: Progress | None = None) ->
         examples = shown_rewards(items, rewards, judge.seed)
     else:
         check_judge(judge)
-        items, broken = load_items(job.data, seed=judge.seed, **read)
+        items, broken = load_items(job.data, seed=judge.seed, ties=job.ties, **read)
         collected = collect_judgements(
-            judge_tasks(items),
+            judge_tasks(items, ties=job.ties),
             job.output,
             {"command": _COMMAND, **decisive_settings(judge)},
             lambda: open_judge(judge),
@@ -198,7 +203,9 @@ def _write_report(job: RewardBenchJob, summary: RewardBenchSummary, examples: Ma
         if rows:
             caption = f"{_TITLES[metric].capitalize()}, with 95% intervals"
             figures[caption] = forest(rows[:_FOREST_ROWS], axis=_TITLES[metric], reference=reference)
-    judged = [record for record in records.values() if record.get("soft") and not record["error"]]
+    judged = [
+        record for record in records.values() if record.get("soft") and not record["error"] and not record.get("tie")
+    ]
     if judged:
         figures["Reliability of the expected margin"] = reliability(
             [record["soft"][0] - record["soft"][1] for record in judged],

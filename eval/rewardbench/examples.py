@@ -64,7 +64,11 @@ def _shown(item: PreferenceItem, record: Mapping[str, Any]) -> HeatMap:
     if record["chosen_at"] == "B":
         first, second = second, first
     prompt = f"{item.prompt}\n\n[Response A]\n{first}\n\n[Response B]\n{second}\n\n"
-    facts = {"subset": item.subset, "better": record["chosen_at"], "verdict": record["winner"] or "none"}
+    facts = {
+        "subset": item.subset,
+        "better": "neither" if item.tie else record["chosen_at"],
+        "verdict": record["winner"] or "none",
+    }
     if record["scores"]:
         facts["scores"] = ", ".join(f"{score:g}" for score in record["scores"])
     if record["soft"]:
@@ -73,5 +77,5 @@ def _shown(item: PreferenceItem, record: Mapping[str, Any]) -> HeatMap:
         facts["scores forced"] = "yes"
     if record["error"]:
         facts["not judged"] = record["error"]
-    name = f"{item.name or item.key}, better response at {record['chosen_at']}"
+    name = f"{item.name or item.key}, " + ("a tie" if item.tie else f"better response at {record['chosen_at']}")
     return HeatMap(name, (prompt, record["text"]), 1, facts=facts)

@@ -6,13 +6,14 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from cepo.eval.judges.journal import JudgeTask
 from cepo.eval.judges.settings import PLACES, Place
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.train.prompts import judge_prompt
-from cepo.train.rows import given, kind_of, read_id, read_preference
+from cepo.train.rows import given, kind_of, read_id, read_preference, read_tie
 from cepo.train.source import collect_rows
 
 REWARDBENCH = "allenai/reward-bench"
@@ -24,7 +25,7 @@ _SPLITS = {REWARDBENCH: "filtered", REWARDBENCH_2: "test"}
 
 @dataclass(frozen=True)
 class PreferenceItem:
-    """A row of preference data: every chosen response is better than every rejected one.
+    """A row of preference data: every chosen response is better than every rejected one, or as good, in a tie.
 
     Attributes:
         key: stands for the row's content and, among equal rows, its number.
@@ -33,6 +34,7 @@ class PreferenceItem:
         prompt: what was asked.
         chosen: at least one.
         rejected: at least one.
+        tie: whether no response is better.
     """
 
     key: str
@@ -41,6 +43,7 @@ class PreferenceItem:
     prompt: str
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
+    tie: bool = False
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -59,6 +62,7 @@ def load_items(
     limit: int | None = None,
     subsets: Sequence[str] = (),
     seed: int = 0,
+    ties: bool = False,
 ) -> tuple[list[PreferenceItem], list[BrokenLine]]:
     """Load preference items.
 
@@ -71,6 +75,7 @@ def load_items(
         limit: Number of items to draw at random, at least 1; None for all. A smaller draw is part of a larger one.
         subsets: Names to keep; all where empty.
         seed: Of the draw.
+        ties: Take rows of which no response is better too, see `read_tie`; without it they cannot be used.
 
     Returns:
         The items in the order of the source, and (number from 1, reason) of rows that cannot be used.
@@ -81,7 +86,7 @@ def load_items(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1, or None for all items")
     name, split = _named(str(source), split)
-    items, problems = collect_rows(name, read_item, split=split)
+    items, problems = collect_rows(name, partial(read_item, ties=ties), split=split)
     items = _numbered(items)
     if unknown := sorted(set(subsets) - {item.subset for item in items}):
         known = ", ".join(sorted({item.subset for item in items}))
@@ -93,13 +98,13 @@ def load_items(
     return items, problems
 
 
-def read_item(row: Row) -> PreferenceItem:
-    """Return the item of a row.
+def read_item(row: Row, *, ties: bool = False) -> PreferenceItem:
+    """Return the item of a row; `ties` as for `load_items`.
 
     Raises:
         ValueError: with the reason why the row cannot be used.
     """
-    found = read_preference(row)
+    found, tie = read_preference(row), read_tie(row, ties=ties)
     if same := set(found.chosen) & set(found.rejected):
         raise ValueError(f"a response is both chosen and rejected: {min(same)[:40]!r}")
     subset = given(row, "subset")
@@ -108,11 +113,11 @@ def read_item(row: Row) -> PreferenceItem:
     own = read_id(row)
     name, subset = "" if own is None else str(own), subset or "all"
     content = found.prompt, found.chosen, found.rejected
-    return PreferenceItem(content_hash(name, subset, *content), name, subset, *content)
+    return PreferenceItem(content_hash(name, subset, *content), name, subset, *content, tie)
 
 
-def judge_tasks(items: Iterable[PreferenceItem]) -> list[JudgeTask]:
-    """Return the judge prompts of all pairs of all items, each pair in both orders."""
+def judge_tasks(items: Iterable[PreferenceItem], *, ties: bool = False) -> list[JudgeTask]:
+    """Return the judge prompts of all pairs of all items, each pair in both orders; `ties` as for `judge_prompt`."""
     return [
         JudgeTask(
             item.task_key(better, worse, place),
@@ -123,8 +128,10 @@ def judge_tasks(items: Iterable[PreferenceItem]) -> list[JudgeTask]:
                     if place == "A"
                     else (item.rejected[worse], item.chosen[better])
                 ),
+                ties=ties,
             ),
-            {"id": item.name, "subset": item.subset, "pair": [better, worse], "chosen_at": place},
+            {"id": item.name, "subset": item.subset, "pair": [better, worse], "chosen_at": place}
+            | ({"tie": True} if item.tie else {}),
         )
         for item in items
         for better, worse in item.pairs

@@ -58,7 +58,7 @@ _ACCURACIES = ("consistent", "average", "single_swap")
 METRICS = (
     *_ACCURACIES,
     *("verdicts_only", "soft_average", "soft_summed", "expected_margin"),
-    *("position_bias", "follows_position", "ties", "parse_failures", "forced", "not_judged"),
+    *("position_bias", "follows_position", "ties", "ties_on_ties", "parse_failures", "forced", "not_judged"),
 )
 """In the order in which they are shown."""
 _ENDS: Mapping[str, tuple[float, float] | None] = {"position_bias": DIFFERENCE, "expected_margin": None}
@@ -88,7 +88,7 @@ class Outcome:
     Attributes:
         records: of each pair, with the chosen response first and second.
         right: whether it is right with the chosen response first, and with it second. An item of several pairs is right
-            in an order if all of its pairs are.
+            in an order if all of its pairs are. A tie is right where its scores are equal.
         single: whether it is right with each pair shown in one randomly drawn order.
         soft_right: as `right`, by the sign of the expected margin.
         soft_summed: whether it is right by the sign of each pair's expected margin, summed over both orders.
@@ -116,7 +116,8 @@ def measure_preferences(
     orders; `soft_summed`, by the sign of the margins summed over the orders; `expected_margin`, chosen minus rejected.
     Rates of judgements: `position_bias`, the share of verdicts for A minus the share for B, without ties;
     `follows_position`, the share of pairs whose verdicts in the two orders name the same place; `ties`;
-    `parse_failures`; `forced`; `not_judged`.
+    `parse_failures`; `forced`; `not_judged`. Items that are ties enter these rates alone, with `ties_on_ties` in place
+    of `ties`.
     Each for all items and for each subset. The accuracies also for each of RewardBench's sections with a subset in the
     data, and for the mean of the sections if all four are there. Over all items, `single_swap` is what j1 reports.
 
@@ -128,7 +129,7 @@ def measure_preferences(
         records: by the key of the task, see `collect_judgements`.
         seed: of the drawn orders.
     """
-    tallies = [_tally(outcome(item, records, seed=seed)) for item in items]
+    tallies = [_tally(item, outcome(item, records, seed=seed)) for item in items]
     return measure_tallies(items, tallies, METRICS, weighted=_ACCURACIES, ends=_ENDS)
 
 
@@ -168,7 +169,10 @@ def outcome(item: PreferenceItem, records: Mapping[str, Mapping[str, Any]], *, s
     pairs = [[records.get(item.task_key(*pair, place), _MISSING) for place in PLACES] for pair in item.pairs]
     if any(record["error"] for pair in pairs for record in pair):
         return Outcome(pairs)
-    wins = [[record["winner"] == place for record, place in zip(pair, PLACES, strict=True)] for pair in pairs]
+    wins = [
+        [record["winner"] == ("tie" if item.tie else place) for record, place in zip(pair, PLACES, strict=True)]
+        for pair in pairs
+    ]
     found = Outcome(
         pairs,
         right=_in_both_orders(wins),
@@ -200,7 +204,7 @@ def _drawn_order(item: PreferenceItem, pair: tuple[int, int], seed: int) -> int:
     return int(content_hash("order", seed, item.key, *pair), 16) % 2
 
 
-def _tally(found: Outcome) -> dict[str, list[float]]:
+def _tally(item: PreferenceItem, found: Outcome) -> dict[str, list[float]]:
     """Return the values that an item adds to each metric, a mean over values; metrics without values are left out."""
     rows = [record for pair in found.records for record in pair]
     judged = [record for record in rows if not record["error"]]
@@ -217,6 +221,10 @@ def _tally(found: Outcome) -> dict[str, list[float]]:
         "forced": [float(record["forced"]) for record in judged],
         "not_judged": [float(bool(record["error"])) for record in rows],
     }
+    if item.tie:
+        del tally["verdicts_only"]
+        tally["ties_on_ties"] = tally.pop("ties")
+        return {metric: values for metric, values in tally.items() if values}
     if found.right is not None:
         tally |= {"consistent": [float(all(found.right))], "average": [sum(found.right) / 2]}
         tally["single_swap"] = [float(bool(found.single))]

@@ -1,0 +1,87 @@
+"""Rows of which neither response is better: left out by default, else judged under a prompt that allows ties."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cepo.eval.judges.journal import judgement_record
+from cepo.eval.judges.reward import RewardSettings
+from cepo.eval.judges.settings import Judgement, JudgeSettings
+from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
+from cepo.eval.rewardbench.items import judge_tasks, load_items, read_item
+from cepo.eval.rewardbench.metrics import measure_preferences, outcome
+from cepo.train.prompts import TIES_LITERALS, judge_prompt
+
+PAIRS: list[dict[str, Any]] = [
+    {"id": "preference", "prompt": "Capital of Australia?", "chosen": "Canberra.", "rejected": "Sydney."},
+    {"id": "tie", "prompt": "Capital of France?", "chosen": "Paris.", "rejected": "It is Paris.", "tie": True},
+]
+
+
+def scored(first: int, second: int) -> str:
+    """Write a verdict."""
+    return f"<scores>\n\\boxed{{{first}, {second}}}\n</scores>"
+
+
+def test_ties_are_left_out_unless_they_are_asked_for(tmp_path: Path) -> None:
+    """A tie that is judged as a preference makes every judge look worse; prompts and keys of preferences stay."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    items, broken = load_items(path)
+    assert ([item.name for item in items], [number for number, _ in broken]) == (["preference"], [2])
+    assert "--ties" in broken[0][1]
+    allowed, none_broken = load_items(path, ties=True)
+    assert ([item.tie for item in allowed], none_broken) == ([False, True], [])
+    assert allowed[0] == items[0]
+    for ties, asked in ((False, items), (True, allowed)):
+        assert judge_tasks(asked, ties=ties)[0].messages == judge_prompt(
+            "Capital of Australia?", "Canberra.", "Sydney.", ties=ties
+        )
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "ties", "ties_on_ties", "average"),
+    [
+        ({"preference": [scored(8, 2), scored(2, 8)], "tie": [scored(5, 5), scored(7, 7)]}, (True, True), 0.0, 1.0, 1),
+        ({"preference": [scored(5, 5), scored(5, 5)], "tie": [scored(5, 5), scored(5, 5)]}, (True, True), 1.0, 1.0, 0),
+        ({"preference": [scored(8, 2), "nothing"], "tie": [scored(5, 5), scored(6, 5)]}, (True, False), 0.0, 0.5, 0.5),
+    ],
+)
+def test_equal_scores_are_right_on_ties_and_counted_apart(
+    said: dict[str, list[str]], right: tuple[bool, bool], ties: float, ties_on_ties: float, average: float
+) -> None:
+    """A judge that never decides has every tie, and its share of ties on preferences shows it."""
+    items = [read_item(row, ties=True) for row in PAIRS]
+    records = {
+        task.key: judgement_record(task, Judgement(said[item.name]["AB".index(str(task.facts["chosen_at"]))]))
+        for item in items
+        for task in judge_tasks([item], ties=True)
+    }
+    assert outcome(items[1], records).right == right
+    found = {one.metric: one.estimate for one in measure_preferences(items, records) if one.scope == "all"}
+    assert (found["ties"].value, found["ties_on_ties"].value, found["average"].value) == (ties, ties_on_ties, average)
+    assert (found["average"].count, found["ties"].count, found["parse_failures"].count) == (1, 2, 4)
+
+
+def test_the_command_shows_the_shares_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the page from calling a tie wrong, and the reliability figure from pairs without a better response."""
+
+    class AlwaysEqual:
+        def judge(self, prompts: Any, on_done: Any) -> None:
+            assert all(messages[0]["content"].startswith(TIES_LITERALS[0]) for messages in prompts)
+            for index, _ in enumerate(prompts):
+                on_done(index, Judgement(scored(5, 5)))
+
+    monkeypatch.setattr("cepo.eval.rewardbench.command.open_judge", lambda settings: AlwaysEqual())
+    judge = JudgeSettings("name", backend="server", base_url="http://127.0.0.1:9/v1")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    summary = run_rewardbench(RewardBenchJob(judge, str(path), tmp_path / "out", ties=True))
+    shown = {name: value for name, value, *_ in summary.all_table()[1]}
+    assert (shown["ties"], shown["ties, of rows without a better response"]) == ("1.000", "1.000")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "tie, a tie" in page
+    with pytest.raises(ValueError, match="a reward model gives no verdict that could be a tie"):
+        run_rewardbench(RewardBenchJob(RewardSettings("nowhere"), str(path), tmp_path / "other", ties=True))
