@@ -72,7 +72,7 @@ def load_preferences(
 
     A row needs prompt, chosen and rejected, see `read_preference`. Which response is shown first is drawn from the seed
     and the row's content. All rows with the same prompt, up to case and white space, fall on the same side of the
-    split.
+    split, except those whose own column `split` says train or test, as in pairs that were made of others.
 
     Args:
         source: A file, a folder or a hub data set, see `open_source`.
@@ -160,6 +160,7 @@ def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: boo
         "response_a": response_a,
         "response_b": response_b,
         "id": _identify(row, query, chosen, rejected),
+        "split": row.get("split") if row.get("split") in ("train", "test") else None,
     }
 
 
@@ -192,7 +193,7 @@ def _divide(
 ) -> DataSplit:
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        sides[side_of(row[key], test_fraction, seed) == "test"].append(row)
+        sides[(row.get("split") or side_of(row[key], test_fraction, seed)) == "test"].append(row)
     # By column, for an empty list of rows has none.
     train, test = (
         Dataset.from_dict({name: [row[name] for row in side] for name in features}, features=features) for side in sides

@@ -72,6 +72,15 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         load_data("reasoning", {"source": path, "ties": True}, seed=0)
 
 
+def test_a_pair_made_of_others_falls_on_the_side_of_its_source(tmp_path: Path) -> None:
+    """An unrelated query with a response of the test side would leak it; other words in the column say nothing."""
+    columns = [{"split": "test"}, {"split": "train"}, {"split": "validation"}, {}]
+    for fraction, on_test in ((0.0, 1), (1.0, 3)):
+        loaded = load_preferences(write(tmp_path / "rows.jsonl", columns), test_fraction=fraction)
+        assert (len(loaded.train), len(loaded.test)) == (4 - on_test, on_test)
+        assert loaded.test[0]["query"].startswith("0.")
+
+
 def test_the_prompt_says_that_equal_scores_are_allowed_and_its_reader_knows_it() -> None:
     """One sentence differs, in the instructions, which are no content; every reward of such a run reads that prompt."""
     assert TIES_LITERALS[1:] == JUDGE_LITERALS[1:]
