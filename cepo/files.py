@@ -57,8 +57,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records in one step, one `json_line` each."""
-    write_text(path, "".join(f"{json_line(record)}\n" for record in records))
+    """Write records in one step, one `json_line` each, as they come: they are never held all at once."""
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(f"{json_line(record)}\n" for record in records)
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from cepo.cli.augment import augment
 from cepo.cli.evaluate import eval_app
 from cepo.cli.research import ablate, bench, experiment, reward_experiment, words_judge
 from cepo.cli.score import score
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command(rich_help_panel=TRAIN)(demo)
 app.command(rich_help_panel=TRAIN)(train)
 app.command("warm-start", rich_help_panel=TRAIN)(warm_start)
+app.command(rich_help_panel=TRAIN)(augment)
 app.command("reward-model", rich_help_panel=TRAIN)(reward_model)
 app.command(rich_help_panel=SCORE, cls=RewardCommand)(score)
 app.add_typer(eval_app, name="eval", rich_help_panel=EVALUATE)

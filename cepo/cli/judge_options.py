@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -16,7 +16,8 @@ from cepo.cli.shared import Device, Dtype, Raw, Threads, TrustRemoteCode, use_th
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings
 
-_OF_REWARDS = {"reward_model", *(name for name in RewardSettings.__dataclass_fields__ if name != "model"), "threads"}
+_OF_VERDICTS = ("force_format", "verdicts")
+_OF_REWARDS = {*(name for name in RewardSettings.__dataclass_fields__ if name != "model"), "threads"}
 """Options that say how a reward model runs; the others are those of judges that write."""
 
 
@@ -25,21 +26,45 @@ def with_judge(command: Callable[..., None]) -> Callable[..., None]:
 
     Those of a judge that writes reach it as JudgeSettings, those of a reward model as RewardSettings.
     """
-    own = inspect.signature(command, eval_str=True).parameters
-    options = dict(inspect.signature(_judge_settings, eval_str=True).parameters)
-    context = options.pop("context")
+    return _with_options(command, "judge", _judge_settings, {**_parameters(_judge_settings), **_WRITING})
+
+
+def with_writer(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a model that writes other texts than judgements, by its parameter `writer`.
+
+    They reach it as JudgeSettings, whose model is empty without --writer. There are none about verdicts.
+    """
+    own = _parameters(_writer_settings)
+    options = {**own, **{name: option for name, option in _WRITING.items() if name not in _OF_VERDICTS}, **own}
+    return _with_options(command, "writer", _writer_settings, options)
+
+
+def _with_options(
+    command: Callable[..., None],
+    name: str,
+    settings: Callable[..., Any],
+    options: Mapping[str, inspect.Parameter],
+) -> Callable[..., None]:
+    """Give a command options under a heading of their own, and what is made of them by its parameter of that name."""
+    own = _parameters(command)
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        judge = _judge_settings(values.pop("context"), **{name: values.pop(name) for name in options})
-        command(judge=judge, **values)
+        made = settings(**{option: values.pop(option) for option in options})
+        command(**{name: made}, **values)
 
-    merged = [parameter for name, parameter in own.items() if name != "judge"]
-    merged += [context, *map(_in_panel, options.values())]
+    merged = [parameter for parameter in own.values() if parameter.name != name]
+    merged += [_in_panel(parameter, name.capitalize()) for parameter in options.values()]
     merged = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in merged]
     run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
     return run
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function by name, without those that it hands on."""
+    named = inspect.signature(function, eval_str=True).parameters
+    return {name: option for name, option in named.items() if option.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
 def _judge_settings(
@@ -59,6 +84,30 @@ def _judge_settings(
             "--trust-remote-code."
         ),
     ] = None,
+    **writing: Any,
+) -> JudgeSettings | RewardSettings:
+    if (model is None) == (reward_model is None):
+        raise ValueError("expected --model, a judge that writes, or --reward-model, one of the two")
+    if reward_model is not None:
+        _refuse_given(context, _WRITING.keys() - _OF_REWARDS)
+        use_threads(writing["threads"])
+        return RewardSettings(reward_model, **{name: writing[name] for name in _OF_REWARDS - {"threads"}})
+    return _writing_settings(str(model), **writing)
+
+
+def _writer_settings(
+    writer: Annotated[
+        str,
+        typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, its name there."),
+    ] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer, the thought included.")] = 2048,
+    **writing: Any,
+) -> JudgeSettings:
+    return _writing_settings(writer, max_new_tokens=max_new_tokens, **writing)
+
+
+def _writing_settings(
+    model: str,
     backend: Annotated[
         str | None,
         typer.Option(help="transformers, vllm (if installed) or server. Default: server with --base-url."),
@@ -92,14 +141,8 @@ def _judge_settings(
     dtype: Dtype = JudgeSettings.dtype,
     device: Device = JudgeSettings.device,
     trust_remote_code: TrustRemoteCode = False,
-) -> JudgeSettings | RewardSettings:
-    if (model is None) == (reward_model is None):
-        raise ValueError("expected --model, a judge that writes, or --reward-model, one of the two")
+) -> JudgeSettings:
     use_threads(threads)
-    if reward_model is not None:
-        _refuse_given(context, inspect.signature(_judge_settings).parameters.keys() - _OF_REWARDS)
-        return RewardSettings(reward_model, seed, dtype, device, batch_size, trust_remote_code)
-    assert model is not None
     return JudgeSettings(
         model=model,
         backend=backend or ("transformers" if base_url is None else "server"),  # type: ignore[arg-type]
@@ -121,6 +164,10 @@ def _judge_settings(
     )
 
 
+_WRITING = {name: option for name, option in _parameters(_writing_settings).items() if name != "model"}
+"""Options of every model that writes."""
+
+
 def _refuse_given(context: typer.Context, names: Set[str]) -> None:
     """Raise ValueError for options of judges that write, where they stand on the command line."""
     sources = {name: context.get_parameter_source(name) for name in names}
@@ -130,11 +177,13 @@ def _refuse_given(context: typer.Context, names: Set[str]) -> None:
         raise ValueError(f"{options} cannot be used with --reward-model, which writes no judgement; leave it out")
 
 
-def _in_panel(parameter: inspect.Parameter) -> inspect.Parameter:
-    """Return the option under the heading "Judge" of the help."""
+def _in_panel(parameter: inspect.Parameter, panel: str) -> inspect.Parameter:
+    """Return the option under a heading of the help; what is no option, typer's context, as it is."""
+    if parameter.annotation is typer.Context:
+        return parameter
     kind, option = get_args(parameter.annotation)
     option = copy(option)
-    option.rich_help_panel = "Judge"
+    option.rich_help_panel = panel
     return parameter.replace(annotation=Annotated[kind, option])
 
 

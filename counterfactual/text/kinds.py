@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from cepo.counterfactual.text.edits import aligned, degrade, paraphrase, upgrade
+from cepo.counterfactual.text.irrelevant import irrelevant_by_writer
 from cepo.counterfactual.text.mechanical_text import dropped_sentence, irrelevant, relevance, style, wrong_number
 from cepo.counterfactual.text.pairs import ORIGINAL, Pair, Source
 from cepo.counterfactual.text.synthesise import Kind
@@ -24,4 +26,13 @@ BY_RULE: Mapping[str, Kind] = {
     "wrong-number": wrong_number,
     "dropped-sentence": dropped_sentence,
 }
-"""Kinds that need no model; one that shares its name with a written kind is called NAME-by-rule."""
+"""Kinds that need no model."""
+
+WRITTEN: Mapping[str, Kind] = {
+    "degrade": degrade,
+    "upgrade": upgrade,
+    "irrelevant-by-writer": irrelevant_by_writer,
+    "aligned": aligned,
+    "paraphrase": paraphrase,
+}
+"""Kinds that need a model that writes."""

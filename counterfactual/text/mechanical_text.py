@@ -36,7 +36,7 @@ _RESULT = re.compile(r"\d[^=\n]{0,60}?[-+*/×÷−\\][^=\n]{0,60}=\s*[$€£]?\s
 
 def irrelevant(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
     """Yield both responses under unrelated prompts, a tie, up to the first that passes the check."""
-    for draw, other in enumerate(_other_prompts(source, peers, rng)):
+    for draw, other in enumerate(other_prompts(source, peers, rng)):
         related = why_related(other.prompt, source.prompt, source.chosen, source.rejected, peers=peers)
         kind, name = "irrelevant", f"irrelevant-{draw}"
         pair = _made(source, name, kind, source.chosen, source.rejected, prompt=other.prompt, tie=True)
@@ -47,7 +47,7 @@ def irrelevant(source: Source, peers: Peers, rng: np.random.Generator) -> Iterat
 
 def relevance(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
     """Yield the chosen response against those of unrelated prompts, a preference, up to the first that passes."""
-    for draw, other in enumerate(_other_prompts(source, peers, rng)):
+    for draw, other in enumerate(other_prompts(source, peers, rng)):
         related = why_related(source.prompt, other.prompt, other.chosen, peers=peers)
         pair = _made(source, f"relevance-{draw}", "relevance", source.chosen, other.chosen, attribute="relevance")
         yield _checked(replace(pair, source_ids=(source.id, other.id)), "unrelated", related)
@@ -92,12 +92,10 @@ def dropped_sentence(source: Source, peers: Peers, rng: np.random.Generator) -> 
             return
 
 
-def _other_prompts(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Source]:
-    """Yield a preference of each of some other prompts, in random order."""
+def other_prompts(source: Source, peers: Peers, rng: np.random.Generator, draws: int = _DRAWS) -> Iterator[Source]:
+    """Yield a preference of each of some other prompts, in random order; none on a side that has this prompt alone."""
     groups = peers.by_prompt
-    if len(groups) < 2:
-        raise ValueError(f"sources hold no other prompt than {source.prompt!r} on its side of the split; expected some")
-    for place in rng.choice(len(groups), size=min(_DRAWS + 1, len(groups)), replace=False)[:_DRAWS].tolist():
+    for place in rng.choice(len(groups), size=min(draws + 1, len(groups)), replace=False)[:draws].tolist():
         group = groups[place]
         if source not in group:
             yield group[rng.integers(len(group))]

@@ -1,4 +1,4 @@
-"""The figures of the pages: forests with intervals, curves, histories, reliability, heat maps of numbers."""
+"""The figures of the pages: forests, curves, histories, histograms, reliability, heat maps of numbers."""
 
 from __future__ import annotations
 
@@ -106,6 +106,26 @@ def reliability(scores: Sequence[float], effects: Sequence[float], *, across: st
     bars = np.abs([[part.value - part.low, part.high - part.value] for part in found]).T.reshape(2, len(parts))
     axes.errorbar(places, [part.value for part in found], yerr=bars, fmt="o-", color="C0", capsize=3)
     _label(axes, across, up)
+    return figure
+
+
+@rc_context(_PLAIN)
+def histogram(shares: Mapping[str, Sequence[float]], *, across: str, marks: Sequence[float] = ()) -> Figure:
+    """Draw how often numbers in [0, 1] fall into each twentieth, one outline per name.
+
+    Args:
+        shares: numbers by name.
+        across: label of the horizontal axis.
+        marks: where to draw vertical lines.
+    """
+    figure, axes = _figure(3.0)
+    for number, (name, values) in enumerate(shares.items()):
+        axes.hist(
+            values, bins=20, range=(0.0, 1.0), histtype="step", color=f"C{number % 10}", linewidth=2.0, label=name
+        )
+    for mark in marks:
+        axes.axvline(mark, color="0.5", linewidth=1.0, linestyle="--")
+    _label(axes, across, "count", legend=bool(shares))
     return figure
 
 

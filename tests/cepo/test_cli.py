@@ -40,7 +40,8 @@ def test_help_lists_the_users_jobs_before_research() -> None:
     panels = re.findall(r"─ (Train|Score|Evaluate|Research) ─", shown)
     assert panels == ["Train", "Score", "Evaluate", "Research"]
     commands = re.findall(r"^│ ([a-z][a-z-]*) ", shown, flags=re.MULTILINE)
-    jobs, research = ["demo", "train", "warm-start", "reward-model", "score", "eval"], ["ablate", "bench", "experiment"]
+    jobs = ["demo", "train", "warm-start", "augment", "reward-model", "score", "eval"]
+    research = ["ablate", "bench", "experiment"]
     assert commands == [*jobs, *research, "reward-experiment", "words-judge"]
 
 

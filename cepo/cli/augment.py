@@ -1,0 +1,81 @@
+"""The command that makes pairs for reward models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cepo.cli.judge_options import with_writer
+from cepo.cli.shared import console, progress_bar
+from cepo.eval.judges.settings import JudgeSettings
+
+
+@with_writer
+def augment(
+    writer: JudgeSettings,
+    data: Annotated[
+        str, typer.Option(help="Preferences: file or hub data set with prompt, chosen, rejected; testbed.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for pairs.jsonl, report.html and what the models answered.")],
+    kinds: Annotated[str, typer.Option(help="Kinds of pairs to make, with commas between them; see above.")],
+    filter_model: Annotated[
+        str | None,
+        typer.Option(help="Reward model whose right answers drop a pair: folder or hub id. Default: no filter."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set. Default: train.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of preferences to read. Default: all.", min=1)] = None,
+    test_fraction: Annotated[
+        float, typer.Option(help="Share of the prompts whose pairs are marked for testing.")
+    ] = 0.02,
+) -> None:
+    """Make more pairs of preferences, for reward models that follow causes and not cues.
+
+    By rule: `original`, the preference itself. By a model that writes (`--writer`), each verified by a second call:
+
+    - `degrade`, `upgrade`: the chosen response made worse, the rejected one better, one attribute at a time.
+    - `irrelevant`: both responses under an unrelated prompt, a tie.
+    - `aligned`, `paraphrase`: the rejected response made as good as the chosen one, the chosen one reworded; ties.
+
+    An example; a row of `preferences.jsonl`, and one of `runs/pairs/pairs.jsonl` (shortened):
+
+        cepo augment --data preferences.jsonl --output runs/pairs --kinds original,degrade --writer smollm2
+
+        {"prompt": "What is the capital of Australia?", "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
+
+        {"id": "7/degrade-0", "split": "train", "kind": "degrade", "tie": false, "prompt": "What is the capital ...",
+         "chosen": "Canberra.", "rejected": "Melbourne.", "attribute": "accuracy", "weight": 0.7, "kept": true, ...}
+
+    Prompts fall to the training or the test side before anything is made of them. A pair that was written badly, that a
+    check refuses, or that the filter's model already gets right stays in the file as not kept, with the reason; the
+    tables count them. `cepo reward-model RECIPE --data runs/pairs/pairs.jsonl` trains on the others.
+
+    Run a killed command again with the same arguments, and it resumes. Prompts that a server did not answer make the
+    exit code 2; the next run asks them again.
+    """
+    from cepo.eval.augment.command import AugmentJob
+    from cepo.eval.augment.command import augment as run
+    from cepo.eval.report.tables import console_table
+
+    names = tuple(name.strip() for name in kinds.split(",") if name.strip())
+    job = AugmentJob(data, output, names, writer, filter_model, split, limit, test_fraction)
+    with progress_bar() as bar:
+        task = bar.add_task("augmenting", total=None)
+        summary = run(
+            job,
+            progress=lambda done, total, words: bar.update(
+                task, description=f"augmenting {words}".rstrip(), completed=done, total=total
+            ),
+        )
+    for title, (header, rows) in summary.tables().items():
+        console.print(console_table(*header, rows=rows, title=title))
+    console.print(f"pairs: {output / 'pairs.jsonl'}", soft_wrap=True)
+    console.print(f"report: {output / 'report.html'}", soft_wrap=True)
+    if summary.writer.cut:
+        console.print(f"{summary.writer.cut} answer(s) were cut; a larger --max-new-tokens lets them end")
+    if summary.writer.failed:
+        raise ValueError(
+            f"{summary.writer.failed.total()} prompt(s) were not answered, and their pairs are not kept; run the same "
+            "command again, and they alone are asked"
+        )

@@ -1,0 +1,106 @@
+"""What models answered, by what they were asked: each answer is on the disk as soon as it is there, and asked once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cepo.counterfactual.text.pairs import Pair
+from cepo.counterfactual.text.synthesise import Messages
+from cepo.eval.judges.settings import Answer, Judge
+from cepo.files import Row, append_jsonl, content_hash, read_jsonl, write_jsonl
+from cepo.train.reward_scores import RewardModel
+
+
+class Answers:
+    """Answers by key, and the file that they are appended to.
+
+    A file of an earlier run is gone on from, without torn lines and without failures, which are asked again.
+
+    Args:
+        path: of a JSONL file; each record has a key, and an error where there is no answer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.found = path, dict[str, Row]()
+        if path.is_file():
+            self.found = {row["key"]: row for _, row in read_jsonl(path)[0] if not row.get("error")}
+            write_jsonl(path, self.found.values())
+
+    def add(self, records: Sequence[Row]) -> None:
+        """Keep answers, on the disk as well."""
+        self.found |= {record["key"]: record for record in records}
+        append_jsonl(self._path, records)
+
+
+class JournaledWriter:
+    """A writer for `synthesise` that asks a model what no earlier run has asked it.
+
+    Args:
+        path: file of the answers.
+        open_writer: called once, and only if something is left to ask.
+        on_answer: called after each answer.
+    """
+
+    def __init__(self, path: Path, open_writer: Callable[[], Judge], on_answer: Callable[[], None]) -> None:
+        self._answers, self._on_answer = Answers(path), on_answer
+        self._open = functools.cache(open_writer)
+        self.used: dict[str, bool] = {}
+        """Whether an earlier run had the answer, by its key, for all that were asked for."""
+
+    def __call__(self, prompts: Sequence[Messages]) -> list[str | Exception]:
+        """Return what the model wrote for each prompt, or why there is nothing."""
+        keys = [content_hash(prompt) for prompt in prompts]
+        new = [at for at, key in enumerate(keys) if key not in self._answers.found]
+        self.used |= {key: key in self._answers.found for key in keys if key not in self.used}
+
+        def append(place: int, answer: Answer) -> None:
+            at, record = new[place], answer.record()
+            written = {name: record[name] for name in ("text", "tokens", "cut", "seconds", "error")}
+            self._answers.add([{"key": keys[at], "prompt": prompts[at][-1]["content"], **written}])
+            self._on_answer()
+
+        if new:
+            self._open().judge([prompts[at] for at in new], append)
+        records = [self._answers.found[key] for key in keys]
+        return [RuntimeError(record["error"]) if record["error"] else record["text"] for record in records]
+
+    @property
+    def failed(self) -> Counter[str]:
+        """How often each reason kept a prompt from being answered."""
+        return Counter(str(self._answers.found[key]["error"]) for key in self.used if self._answers.found[key]["error"])
+
+    @property
+    def cut(self) -> int:
+        """Number of answers that ended at the largest number of tokens."""
+        return sum(self._answers.found[key]["cut"] for key in self.used)
+
+    @property
+    def resumed(self) -> int:
+        """Number of answers that an earlier run had."""
+        return sum(self.used.values())
+
+
+def journaled_difference(path: Path, model: RewardModel) -> Callable[[Sequence[Pair]], list[float]]:
+    """Return a function for `filter_pairs` that asks a reward model what no earlier run has asked it."""
+    answers = Answers(path)
+
+    def difference(pairs: Sequence[Pair]) -> list[float]:
+        keys = [content_hash(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+        new = [at for at, key in enumerate(keys) if key not in answers.found]
+        if new:
+            texts = [(pairs[at].prompt, pairs[at].chosen, pairs[at].rejected) for at in new]
+            scores = model.differences(*zip(*texts, strict=True))
+            answers.add(
+                [
+                    {"key": keys[at], "difference": float(number), "left_out": scores.left_out.get(place)}
+                    for place, (at, number) in enumerate(zip(new, scores.values_N, strict=True))
+                ]
+            )
+        found = [answers.found[key]["difference"] for key in keys]
+        return [math.nan if value is None else value for value in found]  # null in the file
+
+    return difference
