@@ -104,7 +104,10 @@ def read_tie(row: Row, *, ties: bool) -> bool:
     """
     tie = str(given(row, "label")).lower() == TIE or read_flag(row, "tie", default=False)
     if tie and not ties:
-        raise ValueError("is a tie (neither response is better), and ties are not asked for; data.ties or --ties does")
+        raise ValueError(
+            "is a tie: neither response is better; data.ties: true of cepo train, and --ties of cepo warm-start and "
+            "cepo eval rewardbench, ask for ties"
+        )
     return tie
 
 

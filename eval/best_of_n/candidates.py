@@ -10,7 +10,7 @@ from typing import Literal
 from cepo.files import BrokenLine, Row
 from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.train.rewards.task import exact_match, math_verify_reward, same_text
-from cepo.train.rows import PAIR, given, read_answer, read_dialogue, read_pair
+from cepo.train.rows import PAIR, given, read_answer, read_dialogue, read_pair, read_tie
 from cepo.train.source import collect_rows
 
 Verifier = Literal["math", "exact"]
@@ -92,6 +92,7 @@ def _graded(row: Row, verifier: Verifier) -> tuple[str, dict[str, bool]]:
     """Return a row's question, and whether each of its solutions is right."""
     if given(row, "completions") is None:
         asked = "prompt" if given(row, "question") is None or given(row, "prompt") is not None else "question"
+        read_tie(row, ties=False)
         question, chosen, rejected = read_pair(row, PAIR | {"prompt": asked})
         if chosen == rejected:
             raise ValueError("has the same text as chosen and as rejected")

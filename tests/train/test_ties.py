@@ -126,8 +126,8 @@ def test_equal_scores_earn_nothing_on_a_preference_and_no_verdict_earns_nothing_
 
 @pytest.mark.parametrize("preferences", range(1, 13))
 def test_always_a_tie_never_pays(preferences: int) -> None:
-    """Whatever the mix, a judge that is right earns more; where ties are a third at most, so does one that is right on
-    0.28 of the preferences and never gives equal scores."""
+    """Whatever the mix, a judge that is right earns more; with a third of ties at most, so does one that is right on
+    more than half of the preferences and as far as can be from finding a tie."""
     labels = ["A"] * preferences + ["tie"] * (12 - preferences)
 
     def mean(completions: list[str]) -> float:
@@ -140,8 +140,9 @@ def test_always_a_tie_never_pays(preferences: int) -> None:
     hair_breadth = mean([scored(5.000001, 5)] * len(labels))
     assert hair_breadth < right or preferences == 12
     if preferences >= 8:
-        guesses = [scored(8, 7) if place < 0.28 * preferences else scored(7, 8) for place in range(len(labels))]
-        assert always < mean(guesses)
+        better_than_chance = preferences // 2 + 1
+        far_apart = [scored(10, 1) if place < better_than_chance else scored(1, 10) for place in range(len(labels))]
+        assert always < mean(far_apart)
 
 
 def test_the_shares_of_ties_are_logged_apart() -> None:

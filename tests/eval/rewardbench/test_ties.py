@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cepo.eval.best_of_n.candidates import read_questions
 from cepo.eval.judges.journal import judgement_record
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import Judgement, JudgeSettings
@@ -32,6 +33,8 @@ def test_ties_are_left_out_unless_they_are_asked_for(tmp_path: Path) -> None:
     items, broken = load_items(path)
     assert ([item.name for item in items], [number for number, _ in broken]) == (["preference"], [2])
     assert "--ties" in broken[0][1]
+    questions, not_read = read_questions(path)
+    assert ([one.text for one in questions], not_read) == (["Capital of Australia?"], broken)
     allowed, none_broken = load_items(path, ties=True)
     assert ([item.tie for item in allowed], none_broken) == ([False, True], [])
     assert allowed[0] == items[0]
