@@ -25,6 +25,7 @@ from cepo.files import Row, make_folder, read_jsonl, write_text
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train.grpo import load_config, train
 from cepo.train.policy import load_testbed_judge
+from cepo.train.ranks import require_one_process
 from cepo.train.run import METRICS, require_trl
 
 RECIPE = Path(cepo.__file__).parent / "train" / "recipes" / "testbed.yaml"
@@ -76,6 +77,7 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
         ValueError: for an output that holds the unfinished demo of other settings, or without TRL.
     """
     require_trl()
+    require_one_process("cepo demo")
     started = time.perf_counter()
     run = output / "grpo"
     if (output / "measures.json").is_file():

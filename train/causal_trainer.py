@@ -16,7 +16,7 @@ from cepo.jacobian.records import Rollout
 from cepo.train.causal_loss import CausalLoss, interchange
 from cepo.train.prompts import JUDGE
 from cepo.train.readings import donor_pool, merge_pools, pack_readings, read_with_donors
-from cepo.train.trainer import span_reader, tokenizer
+from cepo.train.trainer import ENV_MASK, PROMPT_IDS, read_rollouts, span_reader, tokenizer
 
 _PREFIX = "causal_"  # of the tensors that travel with TRL's own through its shuffling and splitting
 _EARNED = 0.5  # the least task reward of a completion whose verdict is a lesson; of a tie, only equal scores earn it
@@ -81,14 +81,14 @@ class CausalTrainer(GRPOTrainer):
 
     def _causal_tensors(self, inputs: Sequence[dict[str, Any]], output: dict[str, Any]) -> dict[str, Tensor]:
         """Return the readings of each completion as tensors whose first axis is that of TRL's batch."""
-        rollouts = [
-            self._causal_reader.read(prompt[prompt_mask.bool()].tolist(), completion[mask.bool()].tolist(), messages)
-            for prompt, prompt_mask, completion, mask, messages in zip(
-                *(output[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")),
-                (row["prompt"] if isinstance(row.get("prompt"), list) else None for row in inputs),
-                strict=True,
-            )
-        ]
+        completions = zip(output["completion_ids"], output["completion_mask"], strict=True)
+        rollouts = read_rollouts(
+            self,
+            self._causal_reader,
+            [row["prompt"] for row in inputs],
+            [ids[mask.bool()].tolist() for ids, mask in completions],
+            {name: [row[name] for row in inputs] for name in (PROMPT_IDS, ENV_MASK) if name in inputs[0]},
+        )
         readings_BR: list[list[Any]] = [[] for _ in rollouts]
         for link in self._causal_links:
             pool = merge_pools(gather_object(donor_pool(rollouts, link, self._causal_loss, self._causal_earned)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
 from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint, source_and_options
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
+from cepo.train.ranks import failing_together
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
 from cepo.train.run import lora_config, require_trl, train_to_end
 
@@ -116,19 +118,21 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     lora = lora_config(config.lora)
     source = resolve_model(config.model) if config.model not in TESTBEDS else None
     _check_rank(source, functions)
-    data = load_data(config.kind, config.data, seed=config.seed)
+    with failing_together():
+        data = load_data(config.kind, config.data, seed=config.seed)
+        settings = _settings(config, data)
     if len(data.train) < (wanted := arguments.generation_batch_size // arguments.num_generations):
         raise ValueError(
             f"data leaves {len(data.train)} row(s) to train on ({len(data.test)} to test on), and a generation batch "
             f"takes {wanted} prompts; add rows, or lower data.test_fraction or grpo.per_device_train_batch_size"
         )
-    if data.skipped:
+    if data.skipped and arguments.process_index == 0:
         shown = "; ".join(f"row {number}: {reason}" for number, reason in data.skipped[:5])
         logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
     return train_to_end(
         lambda: _trainer(config, arguments, functions, causal_loss, data, lora),
         arguments,
-        _settings(config, data),
+        settings,
         fresh=fresh,
     )
 
@@ -150,13 +154,17 @@ def _trainer(
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model, tokenizer = load_policy(
-        config.model,
-        dtype=config.dtype,
-        seed=config.seed,
-        testbed_judge=config.testbed,
-        trust_remote_code=config.trust_remote_code,
-    )
+    # A testbed's policy is made by one rank of each machine; the others find it in the cache. Not under ZeRO-3, which
+    # loads any model on all ranks at once.
+    alone = config.model in TESTBEDS and arguments.deepspeed_plugin is None
+    with arguments.main_process_first() if alone else contextlib.nullcontext():
+        model, tokenizer = load_policy(
+            config.model,
+            dtype=config.dtype,
+            seed=config.seed,
+            testbed_judge=config.testbed,
+            trust_remote_code=config.trust_remote_code,
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options: dict[str, Any] = {}

@@ -34,7 +34,8 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        recipes = ", ".join(f"train/recipes/{name.name}" for name in sorted(_RECIPES.glob("*.yaml")))
+        names = sorted(name.relative_to(_RECIPES) for name in _RECIPES.rglob("*.yaml"))
+        recipes = ", ".join(f"train/recipes/{name}" for name in names)
         raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; recipes: {recipes}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read as YAML: {reason_of(error)}") from error
@@ -94,6 +95,10 @@ def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, ou
             arguments = kind(output_dir=output, **{**trainer_defaults(seed), **given})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{key} is not a valid {kind.__name__}: {error}") from error
+    zero = None if arguments.deepspeed_plugin is None else arguments.deepspeed_plugin.hf_ds_config
+    whole = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if zero is not None and zero.is_zero3() and not zero.get_value(whole):
+        raise ValueError(f"{key}.deepspeed lacks {whole}: true, without which the trained model is written in shards")
     if arguments.save_total_limit is not None and arguments.save_total_limit < 2:
         raise ValueError(f"{key}.save_total_limit is 1; expected at least 2, or a kill during a save loses both")
     return arguments

@@ -17,6 +17,7 @@ from cepo.jacobian.reward_model import HEAD, Form, load_reward_model, read_last_
 from cepo.train import reward_testbed, testbed
 from cepo.train.pair_encoding import TEMPLATE, PairEncoder, Shown
 from cepo.train.policy import TESTBED
+from cepo.train.ranks import failing_together
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
 from cepo.train.reward_data import EncodedPairs, encode_pairs, load_pairs, told
 from cepo.train.reward_testbed import build_reward_model, reward_model_fingerprint
@@ -102,15 +103,19 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
     from trl import RewardConfig
 
     arguments = trainer_arguments(RewardConfig, "reward", config.reward, output=config.output, seed=config.seed)
+    if arguments.fsdp or arguments.deepspeed_plugin is not None:
+        raise ValueError("reward shards the model (fsdp, deepspeed); expected a model that is whole on each rank")
     lora = _lora(config)
-    tokenizer = testbed.build_tokenizer() if config.model == TESTBED else _tokenizer(config)
-    encoder = PairEncoder(tokenizer, config.shown, max_length=arguments.max_length)
-    pairs = load_pairs(config.data, seed=config.seed)
-    train, test = encode_pairs(pairs.train, encoder), encode_pairs(pairs.test, encoder)
+    with failing_together():
+        tokenizer = testbed.build_tokenizer() if config.model == TESTBED else _tokenizer(config)
+        encoder = PairEncoder(tokenizer, config.shown, max_length=arguments.max_length)
+        pairs = load_pairs(config.data, seed=config.seed)
+        train, test = encode_pairs(pairs.train, encoder), encode_pairs(pairs.test, encoder)
+        settings = _settings(config, train, test)
     left_out = [*pairs.left_out, *train.left_out, *test.left_out]
     if not train.rows:
         raise ValueError(f"data leaves no pair to train on: {told(left_out)}")
-    if left_out:
+    if left_out and arguments.process_index == 0:
         logger.warning("%d pair(s) are left out: %s; %s names them", len(left_out), told(left_out), LEFT_OUT)
 
     def build() -> Any:
@@ -118,7 +123,7 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
             write_jsonl(Path(config.output) / LEFT_OUT, [{"id": name, "reason": reason} for name, reason in left_out])
         return _trainer(config, arguments, encoder, train, test, lora)
 
-    return train_to_end(build, arguments, _settings(config, train, test), fresh=fresh)
+    return train_to_end(build, arguments, settings, fresh=fresh)
 
 
 def _trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.util
 import json
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from cepo.files import SETTINGS, append_jsonl, claim, make_folder, read_jsonl, replacing, write_jsonl
+from cepo.train.ranks import check_agreement, failing_together
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,8 @@ METRICS = "metrics.jsonl"
 _LOG = "log.txt"
 _COMPLETE = "cepo_complete"  # written into a checkpoint when all of it is on disk
 _STATE = "trainer_state.json"
+# Of a checkpoint, what a trained model does without; shards of weights too, which are saved whole beside them.
+_OF_TRAINING = ("optimizer*", "scheduler*", "rng_state*", "pytorch_model_fsdp*", "global_step*", "latest", "zero_to_*")
 # The first that is logged is shown: a right verdict or answer says more than a well-formed one.
 _TASK_REWARDS = (
     "causal/task",
@@ -48,52 +53,69 @@ def train_to_end(build: Callable[[], Any], arguments: Any, settings: Mapping[str
         Folder of the trained model.
 
     Raises:
-        ValueError: for an output of other settings, or of more steps.
+        ValueError: on all ranks, for an output of other settings or of more steps, or for ranks that disagree.
     """
-    output = Path(arguments.output_dir)
+    output, rank = Path(arguments.output_dir), arguments.process_index
+    final = output / "final"
+    settings = {**settings, "processes": arguments.world_size}
+    check_agreement(settings)
+    with failing_together():
+        found = _claimed(output, settings, arguments.max_steps, fresh) if rank == 0 else None
+    ((is_trained, is_written, checkpoint),) = broadcast_object_list([found])
+    if is_written:
+        return final
+    with failing_together():
+        if not (output / SETTINGS).is_file():
+            raise ValueError(f"output {str(output)!r} is not what rank 0 sees; expected a folder that all ranks share")
+    if not is_trained:
+        checkpoint = run_trainer(build, output, checkpoint, rank=rank)
+    with failing_together():
+        if rank == 0:
+            write_final(output, checkpoint)
+    return final
+
+
+def _claimed(output: Path, settings: Mapping[str, Any], max_steps: int, fresh: bool) -> tuple[bool, bool, Path | None]:
+    """Make an output this run's own; return whether it is trained, whether final/ is written, and its checkpoint."""
     final, checkpoint = output / "final", last_complete_checkpoint(output)
     if fresh and checkpoint is not None:
         raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or leave out --fresh")
-    is_first_process = arguments.process_index == 0
-    if is_first_process:
-        claim(output / SETTINGS, settings, results=[*output.glob("checkpoint-*"), final])
-    if is_finished(final, arguments.max_steps):
+    claim(output / SETTINGS, settings, results=[*output.glob("checkpoint-*"), final])
+    if is_finished(final, max_steps):
         logger.warning("the run in %s is finished; nothing is trained", output)
-        return final
-    if is_first_process:
-        shutil.rmtree(final, ignore_errors=True)
-    if checkpoint is None or not is_finished(checkpoint, arguments.max_steps):
-        checkpoint = run_trainer(build, output, checkpoint)
-    with arguments.main_process_first(local=False):  # the other processes return when final/ is there
-        return write_final(output, checkpoint) if is_first_process else final
+        return True, True, checkpoint
+    shutil.rmtree(final, ignore_errors=True)
+    return checkpoint is not None and is_finished(checkpoint, max_steps), False, checkpoint
 
 
-def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None) -> Path:
+def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None, *, rank: int = 0) -> Path:
     """Train with one progress bar, and keep metrics.jsonl and log.txt in the output.
 
-    log.txt holds what the libraries print, warn and log meanwhile. metrics.jsonl holds one line per logged step, each
-    step once, also where a killed run goes on.
+    log.txt holds what the libraries print, warn and log meanwhile; other ranks than the first, which write nothing
+    else, have a log-RANK.txt. metrics.jsonl holds one line per logged step, each step once, also where a killed run
+    goes on.
 
     Args:
         build: makes the TRL trainer, which saves its checkpoints in the output.
         output: the run's folder.
         checkpoint: where to go on from, or None.
+        rank: of this process.
 
     Returns:
         The checkpoint of the last step.
     """
     make_folder(output)
     console = Console(file=sys.stderr)  # the stream that the libraries lose below
-    with _printed_to(output / _LOG):
+    console.quiet = rank != 0
+    with _printed_to(output / (_LOG if rank == 0 else f"log-{rank}.txt")):
         trainer = build()
-        console.quiet = not trainer.is_world_process_zero()
         if checkpoint is not None:
             console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
         with _progress(console) as progress:
-            trainer.add_callback(_RunRecord(output, progress))
+            trainer.add_callback(_RunRecord(output, progress, trainer))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
-    if not console.quiet:  # the other processes may not see the first one's disk
+    if not console.quiet:
         warning = _nothing_learned([row for _, row in read_jsonl(output / METRICS)[0]])
         if warning is not None:
             console.print(warning, style="yellow", highlight=False, soft_wrap=True)
@@ -169,7 +191,7 @@ def is_finished(folder: Path, max_steps: int) -> bool:
 def write_final(output: Path, checkpoint: Path) -> Path:
     """Return OUTPUT/final, made from the checkpoint of the last step without what only training needs."""
     final = output / "final"
-    ignore = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", _COMPLETE)
+    ignore = shutil.ignore_patterns(*_OF_TRAINING, _COMPLETE)
     with replacing(final) as unfinished:
         shutil.copytree(checkpoint, unfinished, ignore=ignore)
     return final
@@ -178,16 +200,24 @@ def write_final(output: Path, checkpoint: Path) -> Path:
 class _RunRecord(TrainerCallback):
     """Marks complete checkpoints, keeps metrics.jsonl, and moves the progress bar."""
 
-    def __init__(self, output: Path, progress: Progress) -> None:
-        self._output, self._progress = output, progress
+    def __init__(self, output: Path, progress: Progress, trainer: Any) -> None:
+        self._output, self._progress, self._trainer = output, progress, trainer
         self._bar = progress.add_task("training", total=None)
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        train_dataloader: Any = None,
+        **_: Any,
     ) -> None:
         self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
         if optimizer is not None and state.global_step:
             _follow_schedule(optimizer, lr_scheduler)
+            _follow_order(train_dataloader, int(state.epoch))
         metrics = self._output / METRICS
         if state.is_world_process_zero and metrics.is_file():
             # Lines after the checkpoint that is resumed from are about to be written again.
@@ -210,9 +240,18 @@ class _RunRecord(TrainerCallback):
             append_jsonl(self._output / METRICS, [{"step": state.global_step, **(logs or {})}])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = self._output / f"checkpoint-{state.global_step}"
+        folder, trainer = self._output / f"checkpoint-{state.global_step}", self._trainer
+        if state.global_step >= state.max_steps and _saves_shards(trainer):
+            trainer._save(str(folder), state_dict=trainer.accelerator.get_state_dict(trainer.model))
+        trainer.accelerator.wait_for_everyone()  # each rank writes files of its own
         if state.is_world_process_zero and folder.is_dir():
             (folder / _COMPLETE).touch()
+
+
+def _saves_shards(trainer: Any) -> bool:
+    """Return whether checkpoints hold the weights in shards alone."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    return plugin is not None and "FULL" not in str(plugin.state_dict_type)
 
 
 def _follow_schedule(optimizer: Any, scheduler: Any) -> None:
@@ -226,6 +265,18 @@ def _follow_schedule(optimizer: Any, scheduler: Any) -> None:
         zip(optimizer.param_groups, scheduler.base_lrs, factors, strict=False)
     ):
         group["lr"] = scheduler._last_lr[place] = base * factor(scheduler.last_epoch)
+
+
+def _follow_order(loader: Any, epochs: int) -> None:
+    """Bring the order of the rows to where so many epochs leave it.
+
+    TRL's sampler for GRPO draws each epoch's order after the last one's; a resumed run would see the first again.
+    """
+    sampler = loader.batch_sampler
+    while sampler is not None and not hasattr(sampler, "repeat_count"):
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+    for _ in range(epochs if sampler is not None else 0):
+        collections.deque(sampler, maxlen=0)
 
 
 def _shown(logs: Mapping[str, float]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -12,6 +13,10 @@ from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.reading.token_bytes import TokenBytes
+from cepo.jacobian.records import Rollout
+
+PROMPT_IDS, ENV_MASK = "rollout_prompt_ids", "rollout_env_mask"
+"""Columns of what a rollout function returned."""
 
 
 def watch_metrics(trainer: Any, names: Sequence[str]) -> Callable[[], list[float]]:
@@ -41,14 +46,44 @@ def prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
     return [list(ids) for ids in of_each]
 
 
+def read_rollouts(
+    trainer: Any,
+    reader: SpanReader,
+    prompts: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Any],
+) -> list[Rollout]:
+    """Return the rollouts of a batch as the policy saw and wrote them.
+
+    Args:
+        trainer: renders the prompts, unless a rollout function did.
+        reader: of `span_reader`.
+        prompts: messages or text.
+        completion_ids: as TRL hands them to a reward.
+        columns: the batch's other columns. `rollout_prompt_ids` and `rollout_env_mask` are what a rollout function
+            returned as `prompt_ids` and `env_mask`, see `_hand_on`. A completion with a 0 in its mask, a token that
+            the policy did not write, is malformed.
+    """
+    ids_of_prompts, messages = columns.get(PROMPT_IDS), [None] * len(prompts)
+    if ids_of_prompts is None:
+        ids_of_prompts = prompt_ids(trainer, prompts)
+        messages = [prompt if isinstance(prompt, list) else None for prompt in prompts]
+    rollouts = [reader.read(*each) for each in zip(ids_of_prompts, completion_ids, messages, strict=True)]
+    for place, mask in enumerate(columns.get(ENV_MASK) or ()):
+        if mask is not None and not all(mask):
+            bare = rollouts[place].prompt_ids, rollouts[place].completion_ids
+            rollouts[place] = Rollout(*bare, malformed="the completion holds tokens that the policy did not write")
+    return rollouts
+
+
 def span_reader(trainer: Any, layout: Layout) -> SpanReader:
-    """Return the reader of a trainer's rollouts.
+    """Return the reader of a trainer's rollouts; a rollout function hands on its prompt ids from now on.
 
     Raises:
-        ValueError: for a trainer whose completions hold what the policy did not write (tools, an environment, a rollout
-            function: TRL hands rewards no mask), or whose prompts hold images.
+        ValueError: for a trainer whose completions hold what the policy did not write (tools, an environment: TRL hands
+            rewards no mask), or whose prompts hold images.
     """
-    given = {"tools": "tools", "environment_factories": "environment_factory", "rollout_func": "rollout_func"}
+    given = {"tools": "tools", "environment_factories": "environment_factory"}
     foreign = [name for attribute, name in given.items() if getattr(trainer, attribute, None)]
     if foreign:
         raise ValueError(
@@ -62,7 +97,22 @@ def span_reader(trainer: Any, layout: Layout) -> SpanReader:
             raise ValueError(
                 f"trainer's {name} has the column {images[0]!r}; prompts with images are not read, only text"
             )
+    _hand_on(trainer)
     return SpanReader(tokenizer(trainer), layout)
+
+
+def _hand_on(trainer: Any) -> None:
+    """Make the trainer hand rewards, as columns, what its rollout function returns and TRL keeps to itself."""
+    rollout = getattr(trainer, "rollout_func", None)
+    if rollout is None or hasattr(rollout, "__wrapped__"):
+        return
+
+    @functools.wraps(rollout)
+    def handing_on(*arguments: Any) -> dict[str, Any]:
+        output = rollout(*arguments)
+        return {**output, PROMPT_IDS: output.get("prompt_ids"), ENV_MASK: output.get("env_mask")}
+
+    trainer.rollout_func = handing_on
 
 
 def tell_opened_thoughts(trainer: Any) -> None:

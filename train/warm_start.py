@@ -16,6 +16,7 @@ from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, re
 from cepo.jacobian.reading.judge import close_thought, write_judgement
 from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train.data import check_length, judge_row
+from cepo.train.ranks import require_one_process
 from cepo.train.rows import TIE, given, read_judgement, read_tie
 from cepo.train.run import (
     is_finished,
@@ -79,6 +80,7 @@ def warm_start(job: WarmStartJob) -> Path:
         ValueError: for data, settings or a model that cannot be used, or an output of other ones.
     """
     require_trl()
+    require_one_process("cepo warm-start")
     for name in ("steps", "batch_size", "rank", "learning_rate"):
         if not getattr(job, name) > 0:
             raise ValueError(f"{name} is {getattr(job, name)}; expected a positive number")

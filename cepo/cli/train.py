@@ -63,7 +63,7 @@ def train(
 
     named = {"model": model, "data.source": data, "output": output, "grpo.max_steps": max_steps, "seed": seed}
     overrides = _overrides(named, set_, trust_remote_code)
-    console.print(f"trained model: {run(load_config(config, overrides), fresh=fresh)}")
+    _tell(run(load_config(config, overrides), fresh=fresh))
 
 
 def reward_model(
@@ -93,7 +93,7 @@ def reward_model(
 
     named = {"model": model, "data.source": data, "output": output, "reward.max_steps": max_steps, "seed": seed}
     overrides = _overrides(named, set_, trust_remote_code)
-    console.print(f"trained model: {train_reward_model(load_reward_config(config, overrides), fresh=fresh)}")
+    _tell(train_reward_model(load_reward_config(config, overrides), fresh=fresh))
 
 
 def warm_start(
@@ -142,6 +142,14 @@ def warm_start(
         trust_remote_code=trust_remote_code,
     )
     console.print(f"model: {run(job)}")
+
+
+def _tell(trained: Path) -> None:
+    """Say where the trained model is, once for all ranks."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        console.print(f"trained model: {trained}")
 
 
 def _overrides(named: Mapping[str, Any], pairs: list[str] | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import yaml
 
 from cepo import PAPER_LINKS, CausalReward, RewardConfig, argmax_reward
 from cepo.cli.app import app, main
-from cepo.train.grpo import _build_reward
+from cepo.train.grpo import TrainConfig, _build_reward
 
 FIELDS = {field.name for field in fields(RewardConfig)}
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted([*ROOT.glob("train/recipes/*.yaml"), *ROOT.glob("benchmarks/recipes/*.yaml")])
+RECIPES = sorted([*ROOT.glob("train/recipes/**/*.yaml"), *ROOT.glob("benchmarks/recipes/*.yaml")])
 
 
 def causal_entries(node: Any) -> list[dict[str, Any]]:
@@ -84,9 +84,9 @@ def test_recipes_name_only_fields_of_the_config(path: Path) -> None:
         assert set(entry) <= FIELDS | own | {"weight", "preset"}
         settings = {key: value for key, value in entry.items() if key not in ("name", "weight")}
         named = {key: value for key, value in settings.items() if key in FIELDS}
-        reward = _build_reward(
-            "causal", dict(settings), recipe.get("kind") or ("reasoning" if "reasoner" in path.stem else "judge")
-        )
+        kind = recipe.get("kind") or ("reasoning" if "reasoner" in path.stem else "judge")
+        run = TrainConfig(model="testbed", data={"source": "testbed"}, rewards=[entry], output="unused", kind=kind)
+        reward = _build_reward("causal", dict(settings), run)
         wanted = RewardConfig.paper(**named) if settings.get("preset") == "paper" else RewardConfig(**named)
         assert reward.config == wanted
 

@@ -298,6 +298,36 @@ def case_zero3(rank: int, folder: Path) -> None:
                 engine.optimizer.zero_grad()
 
 
+def case_memory_of_each_mode(rank: int, folder: Path) -> None:
+    """Beside its shards, a rank holds the whole model gathered; in step one layer, the embeddings, norm and head."""
+    model, plain = sharded(policy("qwen3")), policy("qwen3")
+    whole, *layers = (bytes_of(list(part.parameters())) for part in (plain, *decoder_layers(plain)))
+    shards = bytes_of([parameter.to_local() for parameter in model.parameters()])
+    assert shards == whole // 2
+    for mode, expected in (("gather", whole), ("step", whole - sum(layers) + max(layers))):
+        held: list[int] = []
+        handles = [
+            module.register_forward_hook(lambda *_, held=held: held.append(bytes_gathered(model)))
+            for module in model.modules()
+        ]
+        with readable(model, mode):
+            list(JacobianEngine(model).compute(requests(rank, 1)))
+        for handle in handles:
+            handle.remove()
+        assert max(held) == expected
+        assert bytes_gathered(model) == 0
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def bytes_gathered(model: nn.Module) -> int:
+    """What FSDP2 holds beside the shards."""
+    groups = [group for module in model.modules() for group in groups_of(module)]
+    return bytes_of([output for group in groups for each in group.fsdp_params for output in each.all_gather_outputs])
+
+
 CASES = [value for name, value in list(globals().items()) if name.startswith("case_")]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 

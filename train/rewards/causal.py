@@ -165,19 +165,16 @@ class CausalReward:
         """
         if self._trainer is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
-        from cepo.train.trainer import prompt_ids
+        from cepo.train.trainer import read_rollouts
 
         started = time.perf_counter()
-        ids_of_prompts = prompt_ids(self._trainer, prompts)
+        rollouts = read_rollouts(self._trainer, self._reader, prompts, completion_ids, columns)
         task_rewards: list[float | None] | None = None
         if self.task is not None:
-            opened = [thought_opened(self._reader.text_of(ids), self.layout.thought_tag) for ids in ids_of_prompts]
+            texts = [self._reader.text_of(rollout.prompt_ids) for rollout in rollouts]
+            opened = [thought_opened(text, self.layout.thought_tag) for text in texts]
             columns |= {"prompts": prompts, "completions": completions, "thought_opened": opened}
             task_rewards = list(self.task(**columns))
-        rollouts = [
-            self._reader.read(prompt, completion, messages if isinstance(messages, list) else None)
-            for prompt, completion, messages in zip(ids_of_prompts, completion_ids, prompts, strict=True)
-        ]
         parts: dict[str, float] = {}
         scores = self.score(rollouts, self._reader, self._model, task_rewards=task_rewards, seconds=parts)
         rewards: list[float | None] = [score.reward for score in scores]

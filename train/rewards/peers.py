@@ -113,15 +113,10 @@ class PeerReward(abc.ABC):
         """
         if self._trainer is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
-        from cepo.train.trainer import prompt_ids
+        from cepo.train.trainer import read_rollouts
 
         started = time.perf_counter()
-        rollouts = [
-            self._reader.read(prompt, completion, messages if isinstance(messages, list) else None)
-            for prompt, completion, messages in zip(
-                prompt_ids(self._trainer, prompts), completion_ids, prompts, strict=True
-            )
-        ]
+        rollouts = read_rollouts(self._trainer, self._reader, prompts, completion_ids, columns)
         held = HeldModel(self._model)
         problems = [rollout.malformed or held.refusal(rollout) for rollout in rollouts]
         sound = [place for place, problem in enumerate(problems) if problem is None]

@@ -225,9 +225,9 @@ def test_fsdp1_is_refused_with_the_way_out(tokenizer: Any, tmp_path: Path) -> No
 
 
 def test_what_the_policy_did_not_write_and_images_are_refused(tokenizer: Any, tmp_path: Path) -> None:
-    """Tools, environments and rollout functions put their results into completion_ids, and rewards get no mask."""
+    """Tools and environments put their results into completion_ids, and rewards get no mask."""
     for reward in (CausalReward(), CausalImportance()):
-        for attribute, given in (("tools", [print]), ("environment_factories", {None: print}), ("rollout_func", print)):
+        for attribute, given in (("tools", [print]), ("environment_factories", {None: print})):
             trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
             setattr(trainer, attribute, given)
             with pytest.raises(ValueError, match=f"trainer has {attribute[:11]}.*no mask"):
@@ -236,6 +236,42 @@ def test_what_the_policy_did_not_write_and_images_are_refused(tokenizer: Any, tm
         trainer.train_dataset = trainer.train_dataset.add_column("images", [[]] * len(trainer.train_dataset))
         with pytest.raises(ValueError, match="train_dataset has the column 'images'"):
             reward.bind(trainer)
+
+
+def test_a_rollout_functions_own_prompt_ids_are_read_and_what_it_masks_is_malformed(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    """It renders prompts as it likes: rendered anew by the trainer, each completion would be scored after another."""
+    gold = dict(zip((item.prompt for item in ITEMS), rows(tokenizer, ITEMS)["completion_ids"], strict=True))
+    own, seen = list(tokenizer("clarity ?")["input_ids"]), []
+
+    def rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
+        ids = [[*tokenizer.apply_chat_template(prompt)["input_ids"], *own] for prompt in prompts]
+        completions = [gold[prompt[-1]["content"]] for prompt in prompts]
+        masks = [[1] * len(completion) for completion in completions]
+        masks[0][2] = 0  # a tool's
+        logprobs = [[0.0] * len(completion) for completion in completions]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logprobs, "env_mask": masks}
+
+    reward, other = CausalReward(score="explained"), CausalImportance()
+
+    def watched(**columns: Any) -> Any:
+        scored = reward(**columns)
+        seen.append((columns["rollout_prompt_ids"], scored, columns))
+        return scored
+
+    trainer = make_trainer("grpo", tokenizer, [watched, other], tmp_path)
+    trainer.rollout_func = rollout
+    for each in (reward, other, reward):
+        each.bind(trainer)
+    trainer.train()
+    ((ids, scored, columns),) = seen
+    assert all(each[-len(own) :] == own for each in ids)
+    assert scored[0] == 0.0
+    assert any(value > 0.0 for value in scored)
+    assert trainer.state.log_history[0]["cir/malformed"] == 0.25
+    rendered = {name: column for name, column in columns.items() if name != "rollout_prompt_ids"}
+    assert reward(**rendered)[1:] != scored[1:]
 
 
 def test_the_policy_is_looked_up_at_each_call(tokenizer: Any, tmp_path: Path) -> None:
