@@ -1,4 +1,4 @@
-"""The decoder layers of a causal language model."""
+"""The decoder layers of a causal language model: which they are, and keeping the first of them."""
 
 from __future__ import annotations
 
@@ -13,3 +13,18 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     lists = (module for module in (decoder or model).modules() if isinstance(module, nn.ModuleList))
     return next((list(modules) for modules in lists if len(modules) == count), [])
+
+
+def keep_first_layers(model: Any, count: int) -> None:
+    """Leave a causal LM its first layers alone, in place.
+
+    Raises:
+        ValueError: for less than one layer, or more than there are.
+    """
+    layers = decoder_layers(model)
+    if not 0 < count <= len(layers):
+        raise ValueError(f"layers is {count}; the model has {len(layers)}")
+    model.get_decoder().layers = nn.ModuleList(layers[:count])
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]

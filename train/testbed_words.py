@@ -18,6 +18,7 @@ from typing import Any, get_args
 import torch
 
 from cepo.files import content_hash, fingerprint, replacing, write_text
+from cepo.jacobian.layers import keep_first_layers
 from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_certificate, testbed_judges, testbed_modes
@@ -152,7 +153,7 @@ def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], Non
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if wanted.layers is not None:
-        _keep_layers(model, wanted.layers)
+        keep_first_layers(model, wanted.layers)
     model.to(device)
     testbed_judges.warm_start(
         model,
@@ -167,13 +168,3 @@ def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], Non
         progress=progress,
     )
     return model, tokenizer
-
-
-def _keep_layers(model: Any, count: int) -> None:
-    decoder = model.get_decoder()
-    if count > len(decoder.layers):
-        raise ValueError(f"testbed.layers is {count}; the base model has {len(decoder.layers)}")
-    decoder.layers = decoder.layers[:count]
-    model.config.num_hidden_layers = count
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:count]

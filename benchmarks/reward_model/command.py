@@ -1,14 +1,14 @@
-"""`cepo reward-experiment`: which pairs make a testbed reward model follow the cause and not length, over seeds."""
+"""`cepo reward-experiment`: which pairs make a reward model follow the cause and not a cue, over seeds."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -16,27 +16,35 @@ from rich.table import Table
 
 import cepo
 from cepo.benchmarks.measure import environment
+from cepo.benchmarks.reward_model.real_text import RealText
+from cepo.benchmarks.reward_model.testbed import Testbed
 from cepo.eval.report.tables import console_table
-from cepo.eval.reward_measures import measure_reward_model
 from cepo.files import SETTINGS, append_jsonl, claim, read_jsonl
 from cepo.train.recipe import reason_of
 from cepo.train.reward_data import load_pairs
-from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
+from cepo.train.reward_model import RewardModelConfig, train_reward_model
 from cepo.train.reward_scores import RewardModel
-from cepo.train.reward_testbed import reward_model_fingerprint
 
-_PACKAGE = Path(cepo.__file__).parent
-RECIPE = _PACKAGE / "benchmarks" / "recipes" / "testbed-reward-models.yaml"
-_SHARED = _PACKAGE / "train" / "recipes" / "reward-model-testbed.yaml"
+RECIPE = Path(cepo.__file__).parent / "benchmarks" / "recipes" / "testbed-reward-models.yaml"
 RESULTS = "results.jsonl"
-COLUMNS = {
-    "flipped": "right where length is flipped",
-    "in_distribution": "right in distribution",
-    "length_share": "length over cause",
-    "cause_effect": "effect of the cause",
-    "other_effect": "of another aspect",
-}
 Row = Mapping[str, Any]
+
+
+class World(Protocol):
+    """Where reward models are trained and measured: the testbed, or real text."""
+
+    @property
+    def columns(self) -> Sequence[Mapping[str, str]]:
+        """What each measure is called, table by table."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what decides a row, its arm and seed apart; ValueError if something is missing."""
+
+    def training(self, folder: Path, changes: Mapping[str, Any], seed: int, steps: int | None) -> RewardModelConfig:
+        """Return the training of a run: the shared recipe with what the arm changes in its data."""
+
+    def measure(self, model: RewardModel, *, seed: int, items: int) -> Mapping[str, float | None]:
+        """Return the measures of a trained model by name."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +52,33 @@ class Plan:
     """What a recipe says.
 
     Attributes:
-        arms: by name, what an arm changes in the `data` of the shared training recipe.
+        world: where.
+        arms: by name, what an arm changes in the data of the shared training recipe.
         seeds: of data, model and training.
         items: pairs per measure.
         gates: `least` and `most`, bounds on the mean flipped accuracy by arm, and `above`, the arm that one must beat
             in every seed.
     """
 
+    world: World
     arms: Mapping[str, Mapping[str, Any]]
     seeds: Sequence[int]
     items: int
     gates: Mapping[str, Mapping[str, Any]]
 
 
-def read_plan(recipe: Path = RECIPE, *, seeds: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> Plan:
+def read_plan(
+    recipe: Path = RECIPE,
+    *,
+    data: Path | None = None,
+    seeds: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
+) -> Plan:
     """Return the plan of a recipe.
 
     Args:
-        recipe: YAML with arms, seeds, items and gates.
+        recipe: YAML with arms, seeds, items and gates; on real text also `text`, the fields of `RealText`.
+        data: folder of the preferences of real text.
         seeds: instead of the recipe's.
         arms: names of the arms to run; None for all.
 
@@ -70,16 +87,19 @@ def read_plan(recipe: Path = RECIPE, *, seeds: Sequence[int] | None = None, arms
     """
     try:
         loaded = yaml.safe_load(recipe.read_text())
-        plan = Plan(dict(loaded["arms"]), list(seeds or loaded["seeds"]), int(loaded["items"]), dict(loaded["gates"]))
+        world = RealText(data=data, **loaded["text"]) if "text" in loaded else Testbed()
+        seeds, items = list(seeds or loaded["seeds"]), int(loaded["items"])
+        plan = Plan(world, dict(loaded["arms"]), seeds, items, dict(loaded["gates"]))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"recipe {str(recipe)!r} cannot be used: {reason_of(error)}; expected arms, seeds, items and gates"
         ) from None
+    if data is not None and isinstance(world, Testbed):
+        raise ValueError(f"data is {str(data)!r}, but recipe {str(recipe)!r} makes its own; leave it out")
     unknown = sorted({*(arms or ())} - {*plan.arms})
     if unknown:
         raise ValueError(f"arms names {', '.join(unknown)}; expected some of {', '.join(plan.arms)}")
-    chosen = {name: changes for name, changes in plan.arms.items() if not arms or name in arms}
-    return Plan(chosen, plan.seeds, plan.items, plan.gates)
+    return replace(plan, arms={name: changes for name, changes in plan.arms.items() if not arms or name in arms})
 
 
 def run_reward_experiment(
@@ -89,11 +109,11 @@ def run_reward_experiment(
     steps: int | None = None,
     commit: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Table, list[str]]:
+) -> tuple[list[Table], list[str]]:
     """Train a reward model on every arm's pairs from every seed, and measure it by interventions.
 
     Each run's row is added to `results.jsonl` when it is done; a finished run is not repeated, and a killed one goes on
-    from its checkpoint, where recipe, settings and testbed are the same.
+    from its checkpoint, where recipe, settings and world are the same.
 
     Args:
         output: folder of the rows and of a folder per run.
@@ -103,18 +123,15 @@ def run_reward_experiment(
         progress: called with (finished runs, all runs).
 
     Returns:
-        A table: per arm, means over seeds with their range; and what became of each gate.
+        Tables: per arm, means over seeds with their range; and what became of each gate.
 
     Raises:
-        ValueError: for an output of other settings.
+        ValueError: for an output of other settings, or a world that lacks something.
     """
     results = output / RESULTS
-    settings = {
-        "command": "reward-experiment",
-        "items": plan.items,
-        "training": {**yaml.safe_load(_SHARED.read_text()), "steps": steps},
-        "testbed": reward_model_fingerprint("bradley-terry", seed=0),
-    }
+    world = plan.world.settings()
+    training = {"training": {**world["training"], "steps": steps}}
+    settings = {"command": "reward-experiment", "items": plan.items, **world, **training}
     claim(output / SETTINGS, settings, results=[results])
     rows: list[Row] = [row for _, row in read_jsonl(results)[0]] if results.is_file() else []
     runs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]
@@ -130,15 +147,15 @@ def run_reward_experiment(
         if progress is not None:
             progress(done + 1, len(runs))
     shown = [row for row in rows if (row["arm"], row["seed"]) in runs]
-    return means_table(shown), verdicts(shown, plan.gates)
+    return [means_table(shown, columns) for columns in plan.world.columns], verdicts(shown, plan.gates)
 
 
-def means_table(rows: Sequence[Row]) -> Table:
+def means_table(rows: Sequence[Row], columns: Mapping[str, str]) -> Table:
     """Return per arm the mean over seeds of each measure, with its range."""
-    table = console_table("arm", "seeds", *COLUMNS.values(), title="mean over seeds (range)")
+    table = console_table("arm", "seeds", *columns.values(), title="mean over seeds (range)")
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm]
-        cells = [_range([float(row[name]) for row in of_arm]) for name in COLUMNS]
+        cells = [_range([float(row[name]) for row in of_arm if row[name] is not None]) for name in columns]
         table.add_row(arm, str(len(of_arm)), *cells)
     return table
 
@@ -164,20 +181,12 @@ def verdicts(rows: Sequence[Row], gates: Mapping[str, Mapping[str, Any]]) -> lis
     return lines
 
 
-def training(output: Path, changes: Mapping[str, Any], seed: int, steps: int | None = None) -> RewardModelConfig:
-    """Return the training of a run: the shared recipe with what the arm changes in its data."""
-    overrides: dict[str, Any] = {"output": str(output), "seed": seed, "reward.report_to": "none"}
-    overrides |= {f"data.{name}": value for name, value in changes.items()}
-    return load_reward_config(_SHARED, overrides | ({} if steps is None else {"reward.max_steps": steps}))
-
-
 def _run(output: Path, arm: str, seed: int, plan: Plan, steps: int | None) -> dict[str, Any]:
     started = time.perf_counter()
     folder = output / f"{re.sub('[^A-Za-z0-9]+', '-', arm)}-{seed}"
-    config = training(folder, plan.arms[arm], seed, steps)
+    config = plan.world.training(folder, plan.arms[arm], seed, steps)
     pairs = load_pairs(config.data, seed=seed)
     model = RewardModel.open(str(train_reward_model(config)))
-    measures = measure_reward_model(model, seed=seed, items=plan.items)
     return {
         "arm": arm,
         "seed": seed,
@@ -186,10 +195,10 @@ def _run(output: Path, arm: str, seed: int, plan: Plan, steps: int | None) -> di
         "ties": sum(pair.tie for pair in pairs.train),
         "dropped": len(pairs.left_out),
         "seconds": round(time.perf_counter() - started, 1),
-        **asdict(measures),
+        **plan.world.measure(model, seed=seed, items=plan.items),
         "data": dict(plan.arms[arm]),
     }
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "none"

@@ -98,7 +98,7 @@ def test_bad_settings_are_named(base: str, tmp_path: Path) -> None:
         words_settings({"depth": 2})
     with pytest.raises(ValueError, match=r"testbed.steps is 0"):
         words_settings({"steps": 0})
-    with pytest.raises(ValueError, match=r"testbed.layers is 4; the base model has 3"):
+    with pytest.raises(ValueError, match="layers is 4; the model has 3"):
         load_words_judge(WordsJudge(base=base, layers=4), cache=tmp_path, device="cpu")
 
 

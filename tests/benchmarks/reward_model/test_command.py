@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cepo.benchmarks.reward_model import command
-from cepo.benchmarks.reward_model.command import Plan, read_plan, run_reward_experiment, training, verdicts
+from cepo.benchmarks.reward_model.command import Plan, read_plan, run_reward_experiment, verdicts
+from cepo.benchmarks.reward_model.testbed import Testbed
 from cepo.files import read_jsonl
 from cepo.train.reward_data import load_pairs
 
@@ -15,7 +16,7 @@ PLAN = read_plan()
 
 def test_arms_differ_in_their_data_alone() -> None:
     """And hold what their names say: so many pairs, ties that are ties, or (the control) none that is."""
-    runs = {arm: training(Path("runs/none"), changes, 61) for arm, changes in PLAN.arms.items()}
+    runs = {arm: PLAN.world.training(Path("runs/none"), changes, 61, None) for arm, changes in PLAN.arms.items()}
     assert len({str(replace(run, data={})) for run in runs.values()}) == 1
     pairs = {arm: load_pairs(run.data, seed=61).train for arm, run in runs.items()}
     counts = {arm: (len(of_arm), sum(pair.tie for pair in of_arm)) for arm, of_arm in pairs.items()}
@@ -30,7 +31,7 @@ def test_arms_differ_in_their_data_alone() -> None:
 
 
 def test_a_row_is_kept_and_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan({"plain": {"kinds": ["original"], "count": 40}}, [5], 12, {"most": {"plain": 2.0}})
+    plan = Plan(Testbed(), {"plain": {"kinds": ["original"], "count": 40}}, [5], 12, {"most": {"plain": 2.0}})
     _, lines = run_reward_experiment(tmp_path, plan, steps=1, commit="abc")
     assert lines[0].endswith("passed")
     (row,) = (row for _, row in read_jsonl(tmp_path / "results.jsonl")[0])

@@ -1,0 +1,209 @@
+"""The experiment of reward models on real text: a stock closing line is the cue, and rules make the pairs.
+
+The closing line stands at the end of the chosen response in most training pairs, and of the rejected one in the rest.
+What an evaluation asks is whether a reward model still tells the better response where the line stands at the worse.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import yaml
+
+import cepo
+from cepo.counterfactual.text.kinds import BY_RULE
+from cepo.counterfactual.text.pairs import Pair, Source
+from cepo.counterfactual.text.synthesise import synthesise
+from cepo.files import fingerprint, make_folder, replacing, write_jsonl
+from cepo.jacobian.layers import keep_first_layers
+from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
+from cepo.train.reward_data import load_pairs
+from cepo.train.reward_model import RewardModelConfig, load_reward_config
+from cepo.train.reward_scores import RewardModel
+
+TRAINING = Path(cepo.__file__).parent / "train" / "recipes" / "reward-model-smollm2-cpu.yaml"
+COLUMNS = {
+    "right_cue": "right with the cue right",
+    "flipped": "right with the cue flipped",
+    "no_cue": "right without it",
+    "cue_effect": "reward of the cue",
+    "relevance": "above another prompt's",
+}
+OF_A_FILE = {
+    "accuracy": "right",
+    "where_longer": "where chosen is longer",
+    "where_shorter": "where shorter",
+    "longest": "longest wins",
+}
+_ITEMS_SEED = 0  # every model is measured on the same pairs
+
+
+@dataclass(frozen=True)
+class RealText:
+    """See `World`; an arm changes the `kinds` of pairs, of `BY_RULE`.
+
+    Attributes:
+        layers: of the training recipe's model, the first that become the reward model.
+        train: file of the training preferences.
+        dev: file of preferences of the same kind, measured with the cue and without.
+        others: files of other preferences, measured as they are.
+        closing: the line that is the cue.
+        agreement: share of the training pairs that have it at the chosen response, in [0, 1].
+        max_characters: of a prompt and a response of training, together.
+        data: folder of the files.
+    """
+
+    layers: int
+    train: str
+    dev: str
+    others: Sequence[str]
+    closing: str
+    agreement: float
+    max_characters: int
+    data: Path | None = None
+
+    @property
+    def columns(self) -> Sequence[Mapping[str, str]]:
+        """The measures with the cue, and those of each file as it is."""
+        names = [Path(file).stem for file in (self.dev, *self.others)]
+        return [COLUMNS, *({f"{name}/{part}": f"{name}: {of}" for part, of in OF_A_FILE.items()} for name in names)]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides a row: recipe, world, data and weights by their content.
+
+        Raises:
+            ValueError: for data that is not there.
+        """
+        files = {name: self.file(name) for name in (self.train, self.dev, *self.others)}
+        recipe = yaml.safe_load(TRAINING.read_text())
+        return {
+            "training": recipe,
+            "text": {**asdict(self), "data": {name: fingerprint(path) for name, path in files.items()}},
+            "weights": model_fingerprint(resolve_model(recipe["model"])),
+        }
+
+    def training(self, folder: Path, changes: Mapping[str, Any], seed: int, steps: int | None) -> RewardModelConfig:
+        """Return the training of a run, whose pairs are written to its folder, and whose base model beside it."""
+        make_folder(folder)
+        pairs = folder / "pairs.jsonl"
+        write_jsonl(pairs, (pair.row() for pair in make_text_pairs(self, changes["kinds"], seed=seed)))
+        name = yaml.safe_load(TRAINING.read_text())["model"]
+        overrides: dict[str, Any] = {
+            "model": str(first_layers(name, self.layers, folder.parent / "base")),
+            "output": str(folder),
+            "seed": seed,
+            "data": {"source": str(pairs), "test_fraction": 0.0},
+        }
+        return load_reward_config(TRAINING, overrides | ({} if steps is None else {"reward.max_steps": steps}))
+
+    def measure(self, model: RewardModel, *, seed: int, items: int) -> Mapping[str, float | None]:
+        """Return what a reward model follows, on the same pairs for every model and seed; nothing is cut.
+
+        Of the dev file: `no_cue`, `right_cue` and `flipped`, accuracies where neither response, the chosen or the
+        rejected one has the closing line; `cue_effect`, mean reward of the line at the end of a chosen response;
+        `relevance`, how often the chosen response has more than the chosen one of another prompt. Of every file as it
+        is: accuracy, that where the chosen response is longer or shorter (None without such pairs), and what it would
+        be if the longest response won, half for equals.
+        """
+        dev = _drawn(self.file(self.dev), items)
+        other = [next(peer for peer in dev[at:] + dev if peer.prompt != dev[at].prompt) for at in range(len(dev))]
+        with_line = [[with_closing(one, self.closing, side) for one in dev] for side in ("chosen", "rejected")]
+        responses = {
+            "chosen": [one.chosen for one in dev],
+            "rejected": [one.rejected for one in dev],
+            "cued": [one.chosen for one in with_line[0]],
+            "cued rejected": [one.rejected for one in with_line[1]],
+            "of another": [peer.chosen for peer in other],
+        }
+        prompts = [one.prompt for one in dev]
+        reward = {name: model.rewards(prompts, texts).values_N for name, texts in responses.items()}
+        found: dict[str, float | None] = {
+            "right_cue": _share(reward["cued"] > reward["rejected"]),
+            "flipped": _share(reward["chosen"] > reward["cued rejected"]),
+            "no_cue": _share(reward["chosen"] > reward["rejected"]),
+            "cue_effect": float(np.mean(reward["cued"] - reward["chosen"])),
+            "relevance": _share(reward["chosen"] > reward["of another"]),
+        }
+        found |= _by_length(dev, reward["chosen"] - reward["rejected"], self.dev)
+        for name in self.others:
+            drawn = _drawn(self.file(name), items)
+            texts = [[getattr(one, side) for one in drawn] for side in ("prompt", "chosen", "rejected")]
+            found |= _by_length(drawn, model.differences(*texts).values_N, name)
+        return found
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of preferences; ValueError if it is not there."""
+        path = (self.data or Path()) / name
+        if self.data is None or not path.is_file():
+            raise ValueError(f"data is {str(self.data)!r}, without {name}; expected the folder that holds it")
+        return path
+
+
+def make_text_pairs(world: RealText, kinds: Sequence[str], *, seed: int) -> list[Pair]:
+    """Return the pairs that rules make of the short preferences of the training file, after the cue was added to them.
+
+    Raises:
+        ValueError: for an unknown kind, or data that is not there.
+    """
+    unknown = [kind for kind in kinds if kind not in BY_RULE]
+    if unknown:
+        raise ValueError(f"kinds holds {', '.join(unknown)}; expected some of {', '.join(BY_RULE)}")
+    sources = [one for one in _read(world.file(world.train)) if _size(one) <= world.max_characters]
+    against = round((1.0 - world.agreement) * len(sources))
+    wrong = set(np.random.default_rng(seed).permutation(len(sources))[:against].tolist())
+    sides = ["rejected" if place in wrong else "chosen" for place in range(len(sources))]
+    cued = [with_closing(source, world.closing, side) for source, side in zip(sources, sides, strict=True)]
+    return list(synthesise(cued, {kind: BY_RULE[kind] for kind in kinds}, seed=seed))
+
+
+def with_closing(source: Source, closing: str, side: str) -> Source:
+    """Return the preference with a line at the end of its response of one side, chosen or rejected."""
+    return replace(source, **{side: f"{getattr(source, side)}\n\n{closing}"})
+
+
+def first_layers(model: str, count: int, folder: Path) -> Path:
+    """Return the folder of the first layers of a causal language model, which is made unless it is there."""
+    if not folder.is_dir():
+        loaded, tokenizer = load_model(resolve_model(model))
+        keep_first_layers(loaded, count)
+        with replacing(folder) as unfinished:
+            loaded.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+    return folder
+
+
+def _by_length(pairs: Sequence[Source], difference_N: np.ndarray, file: str) -> dict[str, float | None]:
+    name = Path(file).stem
+    excess_N = np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs])
+    right_N = difference_N > 0
+    return {
+        f"{name}/accuracy": _share(right_N),
+        f"{name}/where_longer": _share(right_N[excess_N > 0]),
+        f"{name}/where_shorter": _share(right_N[excess_N < 0]),
+        f"{name}/longest": mean([1.0 if excess > 0 else 0.5 * (excess == 0) for excess in excess_N]),
+        f"{name}/pairs": float(len(pairs)),
+    }
+
+
+def _share(right_N: np.ndarray) -> float | None:
+    return float(right_N.mean()) if len(right_N) else None
+
+
+def _drawn(file: Path, items: int) -> list[Source]:
+    found = _read(file)
+    return random.Random(_ITEMS_SEED).sample(found, min(items, len(found)))
+
+
+def _read(file: Path) -> list[Source]:
+    pairs = load_pairs({"source": str(file), "test_fraction": 0.0}, seed=0).train
+    return [Source(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+
+
+def _size(source: Source) -> int:
+    return len(source.prompt) + max(len(source.chosen), len(source.rejected))

@@ -1,0 +1,49 @@
+"""The testbed as the world of an experiment on reward models: pairs of known causes, and length as the cue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import cepo
+from cepo.eval.reward_measures import measure_reward_model
+from cepo.train.reward_model import RewardModelConfig, load_reward_config
+from cepo.train.reward_scores import RewardModel
+from cepo.train.reward_testbed import reward_model_fingerprint
+
+TRAINING = Path(cepo.__file__).parent / "train" / "recipes" / "reward-model-testbed.yaml"
+COLUMNS = {
+    "flipped": "right where length is flipped",
+    "in_distribution": "right in distribution",
+    "length_share": "length over cause",
+    "cause_effect": "effect of the cause",
+    "other_effect": "of another aspect",
+}
+
+
+class Testbed:
+    """See `World`."""
+
+    __test__ = False  # not a test class
+    columns: Sequence[Mapping[str, str]] = (COLUMNS,)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the shared recipe, and what stands for the testbed."""
+        return {
+            "training": yaml.safe_load(TRAINING.read_text()),
+            "testbed": reward_model_fingerprint("bradley-terry", seed=0),
+        }
+
+    def training(self, folder: Path, changes: Mapping[str, Any], seed: int, steps: int | None) -> RewardModelConfig:
+        """Return the training of a run: the shared recipe with what the arm changes in its data."""
+        overrides: dict[str, Any] = {"output": str(folder), "seed": seed, "reward.report_to": "none"}
+        overrides |= {f"data.{name}": value for name, value in changes.items()}
+        return load_reward_config(TRAINING, overrides | ({} if steps is None else {"reward.max_steps": steps}))
+
+    def measure(self, model: RewardModel, *, seed: int, items: int) -> Mapping[str, float | None]:
+        """Return `RewardMeasures`."""
+        return asdict(measure_reward_model(model, seed=seed, items=items))
