@@ -32,11 +32,14 @@ def augment(
 ) -> None:
     """Make more pairs of preferences, for reward models that follow causes and not cues.
 
-    By rule: `original`, the preference itself. By a model that writes (`--writer`), each verified by a second call:
+    Kinds by rule: `original` (the preference itself), `irrelevant` (both responses under an unrelated prompt, a tie),
+    `relevance`, `style`, `wrong-number`, `dropped-sentence`. Kinds by a model that writes, verified by a second call:
 
     - `degrade`, `upgrade`: the chosen response made worse, the rejected one better, one attribute at a time.
-    - `irrelevant`: both responses under an unrelated prompt, a tie.
+    - `irrelevant-by-writer`: as `irrelevant`, where the writer finds that neither response answers the prompt.
     - `aligned`, `paraphrase`: the rejected response made as good as the chosen one, the chosen one reworded; ties.
+
+    docs/reward-models.md says what each is made of.
 
     An example; a row of `preferences.jsonl`, and one of `runs/pairs/pairs.jsonl` (shortened):
 

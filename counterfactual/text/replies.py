@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from cepo.jacobian.reading.thought import after_thought
 
 _RESPONSE = "response"
 _SLACK = 0.01  # of the sum of the weights, which are written with two decimals
+_OBJECT = re.compile(r'{\s*"')
 _SHOWN = 60  # characters of a value in a reason
 
 
@@ -86,13 +88,11 @@ def _written(reply: str | Exception) -> str:
 def _member(reply: str | Exception, name: str, kind: type) -> Any:
     """Return a member of the first JSON object in a reply that has one, whatever stands around it."""
     text = _written(reply)
-    decoder, at = json.JSONDecoder(), text.find("{")
-    while at >= 0:
+    for opening in _OBJECT.finditer(text):
         with contextlib.suppress(ValueError, RecursionError):
-            found = decoder.raw_decode(text, at)[0].get(name)
+            found = json.JSONDecoder().raw_decode(text, opening.start())[0].get(name)
             if isinstance(found, kind):
                 return found
-        at = text.find("{", at + 1)
     raise MalformedError(f"malformed JSON: no object with {name!r}, a {kind.__name__}, in {_shown(text)}")
 
 

@@ -1,14 +1,17 @@
 """Protects pairs by a writer: what is kept is what was asked for, and what is written badly stays, with its reason."""
 
+import contextlib
 import json
 from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cepo.counterfactual.text.kinds import BY_RULE, WRITTEN
 from cepo.counterfactual.text.pairs import Pair
-from cepo.counterfactual.text.replies import read_attributes, read_differences, read_response
+from cepo.counterfactual.text.replies import read_attributes, read_differences, read_relevance, read_response
 from cepo.counterfactual.text.synthesise import synthesise
 from cepo.jacobian.reading.layout import MalformedError
 from tests.counterfactual.text.fake_writer import (
@@ -22,6 +25,22 @@ from tests.counterfactual.text.fake_writer import (
 )
 
 KINDS = {"original": BY_RULE["original"], **WRITTEN}
+
+
+PIECES = (
+    *(
+        '{"attributes": [',
+        '{"name": "accuracy", "weight": 1}',
+        '{"name": [], "weight": "1"}',
+        "{",
+        "}",
+        "]",
+        ",",
+        "null",
+    ),
+    *('{"differ": [', '"accuracy"', '"other"', '], "better": "A"}', '{"answers": true}', "-Infinity", "\ud800", "\x00"),
+    *("<response>", "</response>", "<think>", "</think>", "<thinking>", "text"),
+)
 
 
 def made(writer: FakeWriter, *kinds: str, **options: Any) -> list[Pair]:
@@ -206,3 +225,11 @@ def test_replies_are_read_after_the_thought_and_through_what_stands_around() -> 
     )
     with pytest.raises(MalformedError, match="no answer: unclosed <think>"):
         read_response("<think><response>still thinking</response>")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | st.text())
+def test_any_reply_is_read_or_refused_with_a_reason(reply: str) -> None:
+    for read in (read_attributes, read_response, read_relevance, lambda text: read_differences(text, ["accuracy"])):
+        with contextlib.suppress(MalformedError):
+            read(reply)
