@@ -84,7 +84,8 @@ class PairTrainer(RewardTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        self._shown.write(Path(output_dir or self.args.output_dir))
+        if self.args.should_save:  # of the ranks, the first
+            self._shown.write(Path(output_dir or self.args.output_dir))
 
 
 def composite_loss(difference: Tensor, tie: Tensor, tie_weight: float = 1.0) -> Tensor:

@@ -21,7 +21,9 @@ from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import grpo, testbed, testbed_judges
 from cepo.train.grpo import TrainConfig, load_config, train
 from cepo.train.ranks import check_agreement, failing_together
+from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
 from cepo.train.run import last_complete_checkpoint
+from cepo.train.warm_start import WarmStartJob, warm_start
 from tests.paths import ROOT
 from tests.two_ranks import run_on_two_ranks
 
@@ -157,6 +159,39 @@ def test_a_run_is_one_output_and_goes_on_from_a_whole_checkpoint_to_the_same_wei
     trained, resumed, untrained = weights(whole), weights(broken), load_file(folder / "judge" / "model.safetensors")
     assert all(torch.equal(trained[name], resumed[name]) for name in untrained)
     assert any(not torch.equal(trained[name], untrained[name]) for name in untrained)
+
+
+# Reward models
+
+
+def reward_model(output: Path, batch_size: int) -> RewardModelConfig:
+    recipe = ROOT / "train" / "recipes" / "reward-model-testbed.yaml"
+    settings: dict[str, Any] = {
+        "output": str(output),
+        "data.count": 12,
+        "reward.max_steps": 2,
+        "reward.per_device_train_batch_size": batch_size,
+        "reward.adam_epsilon": 1e-3,
+        "reward.save_steps": 1,
+        "reward.report_to": "none",
+    }
+    return load_reward_config(recipe, settings)
+
+
+def case_reward_model(rank: int, folder: Path) -> None:
+    train_reward_model(reward_model(folder / "reward", 2))
+    with pytest.raises(ValueError, match="warm-start runs in one process, and 2 were started"):
+        warm_start(WarmStartJob(model="none", data="none", output=folder / "none"))
+
+
+def test_a_reward_model_of_two_ranks_is_that_of_one_process(folder: Path, tmp_path: Path) -> None:
+    """Each rank sees half of a step's pairs; a warm start refuses ranks before it reads anything."""
+    problems = launch(folder, "reward", case_reward_model)
+    assert not any(problems.values()), "\n".join(problems.values())
+    train_reward_model(reward_model(tmp_path / "alone", 4))
+    found, expected = weights(folder / "reward"), weights(tmp_path / "alone")
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-5)
 
 
 # In shards
