@@ -16,7 +16,8 @@ test-ray: .venv-ray/installed
 	.venv-ray/bin/python -m pytest -n 0 tests/eval/score/test_ray.py
 
 test-deepspeed: .venv-deepspeed/installed
-	.venv-deepspeed/bin/python -m pytest -n 0 -k zero3 tests/jacobian/test_sharding.py tests/train/test_two_ranks.py
+	.venv-deepspeed/bin/python -m pytest -n 0 -k zero3 \
+		tests/jacobian/test_sharding.py tests/train/test_two_ranks.py tests/train/test_ranks.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

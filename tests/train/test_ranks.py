@@ -142,10 +142,16 @@ def case_resumed(rank: int, folder: Path) -> None:
     train(config(folder, "ddp", "broken"))
 
 
-def test_a_run_is_one_output_and_goes_on_from_a_whole_checkpoint_to_the_same_weights(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """Return the output of an uninterrupted data-parallel run."""
     problems = launch(folder, "whole", case_ranks_agree_or_all_raise, case_whole)
     assert not any(problems.values()), "\n".join(problems.values())
-    whole, broken = folder / "whole", folder / "broken"
+    return folder / "whole"
+
+
+def test_a_run_is_one_output_and_goes_on_from_a_whole_checkpoint_to_the_same_weights(whole: Path, folder: Path) -> None:
+    broken = folder / "broken"
     assert [row["step"] for _, row in read_jsonl(whole / "metrics.jsonl")[0]] == [*range(1, STEPS + 1), STEPS]
     written = {"checkpoint-3", "checkpoint-4", "final", "log.txt", "log-1.txt", "metrics.jsonl", "settings.json"}
     assert {path.name for path in whole.iterdir()} == {*written, "README.md"}  # TRL's
@@ -220,18 +226,19 @@ def case_zero3(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", [case_fsdp2, case_zero3], ids=["fsdp2", "zero3"])
-def test_shards_end_in_whole_safetensors(case: Any, folder: Path) -> None:
+def test_shards_end_in_whole_safetensors(case: Any, folder: Path, request: pytest.FixtureRequest) -> None:
     """Stopped after two steps and resumed: the weights of the run on one whole policy a rank."""
     if case is case_zero3 and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is an extra, pip install 'cepo[deepspeed]': make test-deepspeed")
     name = case.__name__.removeprefix("case_")
     problems = launch(folder, name, case)
     assert not any(problems.values()), "\n".join(problems.values())
-    found, expected = weights(folder / name), weights(folder / "whole")
+    whole = request.getfixturevalue("whole")
+    found, expected = weights(folder / name), weights(whole)
     assert set(expected) <= set(found) <= {*expected, "lm_head.weight"}  # tied: once, or twice the same
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-5)
     load_model(resolve_model(str(folder / name / "final")))
     assert {path.name for path in (folder / name / "final").iterdir()} == {
-        path.name for path in (folder / "whole" / "final").iterdir()
+        path.name for path in (whole / "final").iterdir()
     }
