@@ -138,35 +138,52 @@ class PairEncoder:
             ValueError: with the reason why the text cannot be used: it is too long, or the chat template refuses it.
         """
         ids = list(self._tokenizer(self._text(messages), add_special_tokens=not self._has_template)["input_ids"])
-        ids = self._with_one_beginning(ids)[0]
+        ids = self._with_one_beginning(ids)
         if self._max_length is not None and len(ids) > self._max_length:
             raise ValueError(f"too long: {len(ids)} tokens, over max_length {self._max_length}")
         return ids
 
-    def encode_response(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        """Return the ids of a prompt and a response as a Bradley-Terry model reads them, and the response's positions.
+    def encode_response(
+        self, prompt: str, response: str, words: Sequence[str] = ()
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Return the ids of a prompt and a response as a Bradley-Terry model reads them, and where its tokens stand.
+
+        Args:
+            prompt: what was asked.
+            response: the response.
+            words: texts to look for in the response, whole words only.
+
+        Returns:
+            The ids, the positions of the response's tokens, and among them those that hold some of the words.
 
         Raises:
-            ValueError: for a tokenizer that does not say where its tokens stand, or a template that changes responses.
+            ValueError: for a text that is too long, a tokenizer that does not say where its tokens stand, or a template
+                that changes responses.
         """
-        text = self._text(self.shown.messages(prompt, response))
-        start = text.rfind(response.strip())
+        messages = self.shown.messages(prompt, response)
+        ids, text, response = self.ids(messages), self._text(messages), response.strip()
+        start = text.rfind(response)
         if start < 0 or not self._tokenizer.is_fast:
             raise ValueError(
                 "the tokens of the response cannot be found; a fast tokenizer and a plain template show them"
             )
         encoded = self._tokenizer(text, add_special_tokens=not self._has_template, return_offsets_mapping=True)
-        end = start + len(response.strip())
-        ids, dropped = self._with_one_beginning(list(encoded["input_ids"]))
-        offsets = enumerate(encoded["offset_mapping"][dropped:])
-        return ids, [place for place, (left, right) in offsets if max(left, start) < min(right, end)]
+        offsets = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]
+        said = "|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in words)
+        found = [match.span() for match in re.finditer(said, response)] if words else []
+        spans = [(start, start + len(response)), *((start + first, start + last) for first, last in found)]
+        of_response, *of_words = [
+            [place for place, (left, right) in enumerate(offsets) if max(left, first) < min(right, last)]
+            for first, last in spans
+        ]
+        return ids, of_response, sorted({place for places in of_words for place in places})
 
-    def _with_one_beginning(self, ids: list[int]) -> tuple[list[int], int]:
-        """Return the ids without all but the last of the beginnings of text that they start with, and their number."""
+    def _with_one_beginning(self, ids: list[int]) -> list[int]:
+        """Return the ids without all but the last of the beginnings of text that they start with."""
         beginning, extra = self._tokenizer.bos_token_id, 0
         while beginning is not None and ids[extra : extra + 2] == [beginning] * 2:
             extra += 1
-        return ids[extra:], extra
+        return ids[extra:]
 
     def _text(self, messages: Sequence[Mapping[str, str]]) -> str:
         answered = messages[-1]["role"] == "assistant"

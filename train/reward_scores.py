@@ -46,7 +46,7 @@ class RewardModel:
     def __init__(self, model: Any, encoder: PairEncoder, *, batch_size: int = BATCH_SIZE) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-        self.model, self.encoder, self._batch_size = model, encoder, batch_size
+        self.model, self.encoder, self.batch_size = model, encoder, batch_size
 
     @classmethod
     def open(
@@ -118,7 +118,7 @@ class RewardModel:
             except ValueError as reason:
                 left_out[place] = str(reason)
         values_N = np.full(len(conversations), np.nan)
-        values_N[list(texts)] = rewards(self.model, list(texts.values()), batch_size=self._batch_size)
+        values_N[list(texts)] = rewards(self.model, list(texts.values()), batch_size=self.batch_size)
         for place in texts:
             if not math.isfinite(values_N[place]):
                 left_out[place], values_N[place] = f"not finite: the model gives {values_N[place]}", math.nan

@@ -1,4 +1,4 @@
-"""The commands of `cepo eval`: rewardbench, robustness, best-of-n, cue-flips, causal."""
+"""The commands of `cepo eval`: rewardbench, robustness, best-of-n, sensitivity, cue-flips, causal."""
 
 from __future__ import annotations
 
@@ -142,6 +142,57 @@ def best_of_n(
         picked = measure_best_of(job, progress=progress)
     console.print(picked.table())
     _finish(output, str(data), picked.failed, picked.broken)
+
+
+@eval_app.command()
+def sensitivity(
+    reward_model: Annotated[
+        str,
+        typer.Option(help="Folder that cepo reward-model wrote, or hub id of a sequence classifier with one output."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Edits: a file or data set of prompt, chosen, rejected, attribute, attribute_words; or testbed."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.")],
+    split: Split = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of edits to stop at. Default: all; of the testbed 100 responses.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the testbed's edits.")] = 0,
+    threads: Threads = None,
+    dtype: Dtype = RewardSettings.dtype,
+    device: Device = RewardSettings.device,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Does a reward model's gradient stand at the attribute that was edited, or elsewhere?
+
+    An edit is a pair of which one response is the other with one attribute made better or worse. For each, the exact
+    gradient of the reward at the chosen response's tokens (how much of its energy is at the attribute's), and what each
+    token did to the reward against the rejected response: attributions along the path between the two, which add up to
+    the difference of the rewards. The attribute's tokens are those that hold one of attribute_words; without that
+    column, those that the edit changed. The page shows both as heat maps.
+
+    With --data testbed, edits of which the truth is known compare leak, the share of the change that falls outside the
+    attribute's tokens, with plain edit distance.
+
+    Run a killed command again with the same arguments, and it resumes.
+    """
+    use_threads(threads)
+    from cepo.eval.sensitivity.command import SensitivityJob, run_sensitivity
+
+    settings = RewardSettings(reward_model, seed, dtype, device, trust_remote_code=trust_remote_code)
+    with progress_bar() as bar:
+        task = bar.add_task("measuring", total=None)
+        summary = run_sensitivity(
+            SensitivityJob(settings, data, output, split, limit),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for table in summary.tables():
+        console.print(table)
+    _finish(output, data, summary.failed, summary.left_out)
 
 
 @eval_app.command("cue-flips")

@@ -23,12 +23,14 @@ class Attribution:
         delta: the exact effect in nats.
         path_sum: what the tokens' nats add up to.
         parts: text, nats and share of the effect (None where the effect is 0) of each sentence or list item.
+        unit: of these numbers: "nats", or "reward" where the target is the reward of a response.
     """
 
     nats: Mapping[int, float]
     delta: float
     path_sum: float
     parts: tuple[tuple[str, float, float | None], ...] = ()
+    unit: str = "nats"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LinkView:
-    """The heat map of one link: of norms, or signed, of nats."""
+    """The heat map of one link: of norms, or signed, of an attribution."""
 
     name: str
     count: int
@@ -127,7 +129,7 @@ def criteria_rows(attribution: Attribution) -> list[tuple[str, str, str]]:
 
 def text_parts(heat_map: HeatMap) -> tuple[Part, ...]:
     """Return prompt and completion without colours."""
-    return _parts(heat_map, {}, frozenset(), signed=False)
+    return _parts(heat_map, {}, frozenset(), unit=None)
 
 
 def _view(heat_map: HeatMap, name: str, values: Mapping[int, float], attribution: Attribution | None) -> LinkView:
@@ -139,19 +141,19 @@ def _view(heat_map: HeatMap, name: str, values: Mapping[int, float], attribution
         count=len(values),
         largest=_largest(values),
         strongest=tuple((_visible(heat_map.tokens[position]), position, finite[position]) for position in order),
-        parts=_parts(heat_map, values, targets, signed=attribution is not None),
+        parts=_parts(heat_map, values, targets, unit=None if attribution is None else attribution.unit),
         attribution=attribution,
     )
 
 
 def _parts(
-    heat_map: HeatMap, values: Mapping[int, float], targets: frozenset[int], *, signed: bool
+    heat_map: HeatMap, values: Mapping[int, float], targets: frozenset[int], *, unit: str | None
 ) -> tuple[Part, ...]:
     """Return prompt and completion, coloured by the values; a prompt without source tokens is folded."""
     border, end = heat_map.prompt_tokens, len(heat_map.tokens)
     in_prompt = any(position < border for position in values)
     return tuple(
-        Part(name, stop - start, unfolded, _pieces(heat_map.tokens, start, stop, values, targets, signed=signed))
+        Part(name, stop - start, unfolded, _pieces(heat_map.tokens, start, stop, values, targets, unit=unit))
         for name, start, stop, unfolded in (("Prompt", 0, border, in_prompt), ("Completion", border, end, True))
     )
 
@@ -163,7 +165,7 @@ def _pieces(
     values: Mapping[int, float],
     targets: frozenset[int],
     *,
-    signed: bool,
+    unit: str | None,
 ) -> tuple[Piece, ...]:
     """Cut tokens[start:end] into one piece for each source token and one for each run of others."""
     largest = _largest(values)
@@ -180,7 +182,7 @@ def _pieces(
         share = abs(value) / largest if largest > 0.0 and math.isfinite(value) else 0.0
         colour = "c" if value < 0.0 else "h"  # cold, hot
         kind = f"{colour}{math.ceil(share * LEVELS)} {outline} {'line' if chr(10) in text else ''}"
-        number = f"{value:+.3g} nats" if signed else f"norm {value:.3g}"
+        number = f"{value:+.3g} {unit}" if unit else f"norm {value:.3g}"
         tip = f"{number}, {share:.0%} of the largest, token {source}{', target of the link' if target else ''}"
         pieces.append(Piece(text, tip, " ".join(kind.split())))
     return tuple(pieces)

@@ -55,9 +55,11 @@ def test_a_pairwise_text_holds_both_responses_in_both_orders(template: str | Non
 @pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat"])
 def test_the_response_is_found_in_its_text(template: str | None) -> None:
     encoder = PairEncoder(build(template), Shown())
-    ids, positions = encoder.encode_response("one two", " two three ")
-    assert [WORDS[ids[place]] for place in positions] == ["two", "three"]
+    ids, positions, found = encoder.encode_response("one two", " two three two ", ["two", "thre", "one"])
+    assert [WORDS[ids[place]] for place in positions] == ["two", "three", "two"]
     assert positions[0] > 2, "the same word in the prompt is not the response"
+    assert found == [positions[0], positions[2]], "whole words of the response alone"
+    assert ids == encoder.ids(encoder.shown.messages("one two", " two three two "))
 
 
 def test_what_cannot_be_told_apart_is_said(tmp_path: Path) -> None:

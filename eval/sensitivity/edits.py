@@ -1,0 +1,132 @@
+"""Edits of responses: rows with the attribute that was edited, and the testbed's, of which the truth is known."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from cepo.counterfactual.text.mechanical import show, shows
+from cepo.files import BrokenLine, Row, content_hash
+from cepo.train.reward_testbed import WORDS, generate_sources
+from cepo.train.rows import given, read_flag, read_id, read_pair
+from cepo.train.source import collect_rows
+
+CLEAN, UNCHECKED = "clean", "unchecked"
+"""Kinds of the testbed's edits: of the attribute alone, and of the attribute and something else."""
+_SEED_OFFSET = 7_000_003  # apart from the seeds of training data and of `measure_reward_model`
+_FILLERS = ("indeed", "well", "also")
+_MOST_CHANGES = 3  # beside the attribute's, in an unchecked edit
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A pair of which one response is an edit of the other.
+
+    Attributes:
+        id: the row's own, or "".
+        prompt: what was asked.
+        chosen: the better response.
+        rejected: the other.
+        kind: how the pair was made, such as degrade.
+        attribute: what was edited.
+        words: how the responses show the attribute; empty where nobody says.
+        others: the chosen response with all changes but the attribute's, of the testbed's unchecked edits; else None.
+    """
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    kind: str
+    attribute: str
+    words: tuple[str, ...] = ()
+    others: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Stands for the content."""
+        return content_hash(asdict(self))
+
+
+def read_edits(
+    source: str, *, split: str | None = None, limit: int | None = None
+) -> tuple[list[Edit], list[BrokenLine]]:
+    """Read edits: rows of a preference with the `attribute` that was edited; equal rows count once.
+
+    A row may have `id`, `kind`, `attribute_words` (a text, or a list of them), and `kept`; rows that are not kept, or
+    have no attribute, are left out with that reason.
+
+    Args:
+        source: see `open_source`.
+        split: see `open_source`.
+        limit: number of edits to stop at; None for all.
+
+    Returns:
+        The edits in order, and (number, reason) of the rows that are none.
+
+    Raises:
+        ValueError: for a source that cannot be read or holds no edit.
+    """
+    edits, left_out = collect_rows(source, read_edit, split=split, limit=limit)
+    return list({edit.key: edit for edit in edits}.values()), left_out
+
+
+def read_edit(row: Row) -> Edit:
+    """Return the edit of a row; ValueError with the reason why there is none."""
+    if not read_flag(row, "kept", default=True):
+        raise ValueError(f"not kept: {given(row, 'reason')}")
+    attribute, words = given(row, "attribute"), given(row, "attribute_words")
+    if not isinstance(attribute, str):
+        raise ValueError("has no attribute: it is no edit of one")
+    listed = [words] if isinstance(words, str) else list(words) if isinstance(words, list | tuple) else []
+    if (words is not None and not listed) or not all(isinstance(word, str) and word.strip() for word in listed):
+        raise ValueError(f"column 'attribute_words' holds {words!r}; expected a text, or a list of texts")
+    own = read_id(row)
+    kind = given(row, "kind")
+    return Edit(
+        "" if own is None else str(own),
+        *read_pair(row),
+        "edit" if kind is None else str(kind),
+        attribute,
+        tuple(listed),
+    )
+
+
+def known_edits(count: int, *, seed: int) -> list[Edit]:
+    """Return edits of the testbed's responses: of each, one of the cause's word alone, and one that changes more.
+
+    The unchecked edit changes one to three things beside the cause, none of which decides: another aspect's word is
+    turned, or a filler word is put in or taken out.
+
+    Args:
+        count: number of responses, at least 1.
+        seed: of everything that is drawn.
+    """
+    edits = []
+    for place, source in enumerate(generate_sources(count, seed=seed + _SEED_OFFSET, cue_agreement=0.5)):
+        rng = np.random.default_rng([seed, place])
+        others = _with_other_changes(source.chosen, source.cause, rng)
+        clean, unchecked = (show(text, source.cause, WORDS, positive=False) for text in (source.chosen, others))
+        for kind, rejected, more in ((CLEAN, clean, None), (UNCHECKED, unchecked, others)):
+            name, words = f"{source.id}/{kind}", WORDS[source.cause]
+            edits.append(Edit(name, source.prompt, source.chosen, rejected, kind, source.cause, words, more))
+    return edits
+
+
+def _with_other_changes(response: str, cause: str, rng: np.random.Generator) -> str:
+    """Return the response with one to three things changed that decide nothing."""
+    aspects = rng.permutation([aspect for aspect in WORDS if aspect != cause]).tolist()
+    for aspect in aspects[: int(rng.integers(1, _MOST_CHANGES + 1))]:
+        words = response.split()
+        fillers = [place for place, word in enumerate(words) if word in _FILLERS]
+        change = rng.integers(3 if fillers else 2)
+        if change == 0:
+            response = show(response, aspect, WORDS, positive=not shows(response, aspect, WORDS))
+        elif change == 1:
+            words.insert(int(rng.integers(1, len(words) + 1)), _FILLERS[rng.integers(len(_FILLERS))])
+            response = " ".join(words)
+        else:
+            del words[fillers[rng.integers(len(fillers))]]
+            response = " ".join(words)
+    return response
