@@ -23,8 +23,22 @@ from tests.counterfactual.text.fake_writer import (
     part,
     what_is_asked,
 )
+from tests.paths import ROOT
 
 KINDS = {"original": BY_RULE["original"], **WRITTEN}
+
+
+def test_the_documented_calls_are_those_that_are_made() -> None:
+    """The cost on paper, per preference with two attributes; the first unrelated prompt passes."""
+    writer = FakeWriter()
+    made(writer)
+    asked = Counter(map(what_is_asked, writer.asked))
+    page = (ROOT / "docs" / "reward-models.md").read_text()
+    rows = page.split("### What it costs, on paper")[1].split("| --- |", 1)[1].split("\n\n")[0].splitlines()[1:]
+    names = {"check of an edit": "differ", "check of an unrelated prompt": "relevance"}
+    shown = dict((cell.strip() for cell in row.split("|")[1:3]) for row in rows)
+    per_preference = {"1": 1, "1 to 3": 1, "a": len(WEIGHTS), "2a + 2": 2 * len(WEIGHTS) + 2}
+    assert {names.get(name, name): len(SOURCES) * per_preference[calls] for name, calls in shown.items()} == asked
 
 
 PIECES = (
