@@ -1,9 +1,10 @@
 """What an edit of any length did to a reward: the blocks in which text and edit differ, and what each of them did.
 
 Where every block has as many tokens in both, the gradient along the path between their embeddings spreads the change of
-the reward over tokens (see `attribute_edit`). Where not, no path leads from one to the other: the blocks are exchanged
-one after another, from the left and from the right, and a block did what the reward changed by when it was exchanged,
-the mean of both orders. Either way the parts add up to the whole.
+the reward over tokens (see `attribute_edit`). Where not, no path leads from one to the other, and where the reward
+jumps along the path its gradient misses the jump: then the blocks are exchanged one after another, from the left and
+from the right, and a block did what the reward changed by when it was exchanged, the mean of both orders. Either way
+the parts add up to the whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from cepo.jacobian.reward_model import rewards
 from cepo.jacobian.scalar import attribute_edit
 
+_MOST_NODES = 16  # of a path; one that needs more is steep, and exchanged blocks are exact
 _MARKED = -1  # stands for every marked token while texts are aligned
 
 
@@ -132,20 +134,16 @@ def measure_edit(
         token_ids: of the text, without padding.
         edit_ids: of the edit.
         blocks: from `differing_blocks`.
-        tolerance: of a path's certificate, see `attribute_edit`.
+        tolerance: of a path's certificate, see `attribute_edit`; a path that misses it with 16 nodes is not taken.
         batch_size: texts per forward pass, where blocks are exchanged.
     """
     if len(token_ids) == len(edit_ids) and all(block.start == block.edit_start for block in blocks):
-        path = attribute_edit(model, token_ids, edit_ids, tolerance=tolerance)
-        parts = [path.attribution_T[block.start : block.end] for block in blocks]
-        return EditEffect(
-            path.difference,
-            tuple(blocks),
-            tuple(float(part.sum()) for part in parts),
-            tuple(float(part.abs().sum()) for part in parts),
-            path.attribution_T,
-            path.nodes,
-        )
+        path = attribute_edit(model, token_ids, edit_ids, tolerance=tolerance, most_nodes=_MOST_NODES)
+        if path.certificate <= tolerance * max(1.0, abs(path.difference)):
+            parts = [path.attribution_T[block.start : block.end] for block in blocks]
+            effects, sizes = [float(part.sum()) for part in parts], [float(part.abs().sum()) for part in parts]
+            found = tuple(blocks), tuple(effects), tuple(sizes)
+            return EditEffect(path.difference, *found, path.attribution_T, path.nodes)
     texts = [_exchanged(token_ids, edit_ids, blocks, range(count)) for count in range(len(blocks) + 1)]
     texts += [_exchanged(token_ids, edit_ids, blocks, range(count, len(blocks))) for count in range(len(blocks) + 1)]
     numbers_T = torch.tensor(rewards(model, texts, batch_size=batch_size), dtype=torch.float64)
@@ -157,8 +155,8 @@ def measure_edit(
         end = max(block.end, start + 1)
         attribution_T[start:end] += effect / (end - start)
     difference = float(from_left[-1] - from_left[0])
-    found = tuple(effects.tolist())
-    return EditEffect(difference, tuple(blocks), found, tuple(map(abs, found)), attribution_T, nodes=0)
+    exact = tuple(effects.tolist())
+    return EditEffect(difference, tuple(blocks), exact, tuple(map(abs, exact)), attribution_T, nodes=0)
 
 
 def _exchanged(

@@ -141,11 +141,11 @@ def run_sensitivity(job: SensitivityJob, *, progress: Progress | None = None) ->
         run = {name: getattr(settings, name) for name in ("dtype", "device", "batch_size", "trust_remote_code")}
         model = RewardModel.open(settings.model, **run)
         token_bytes = TokenBytes(load_tokenizer(source, trust_remote_code=settings.trust_remote_code))
-        for done, edit in enumerate(pending):
-            if progress is not None:
-                progress(len(edits) - len(pending) + done, len(edits))
+        for done, edit in enumerate(pending, start=1):
             known[edit.key] = _row(edit, model, token_bytes)
             append_jsonl(rows_file, [known[edit.key]])
+            if progress is not None:
+                progress(len(edits) - len(pending) + done, len(edits))
     summary = summarise(edits, [known[edit.key] for edit in edits], left_out)
     lines = [summary_row({"scope": scope, "metric": metric}, found) for (scope, metric), found in summary.means.items()]
     lines += [summary_row({"measure": name, "metric": figure}, at) for (name, figure), at in summary.comparison.items()]

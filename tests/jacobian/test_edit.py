@@ -51,6 +51,16 @@ def test_an_edit_with_as_many_tokens_is_a_path() -> None:
         assert found.certificate <= 0.01 * max(1.0, abs(found.difference))
 
 
+def test_a_path_that_does_not_add_up_is_not_taken() -> None:
+    """A cured reward model is steep between two words: its path can miss half of the change with 64 nodes."""
+    with InDouble():
+        model, edit = reward_model(), [1, 5, 31, 14, 3, 8, 2]
+        found = measure_edit(model, TEXT, edit, differing_blocks(TEXT, edit, [2], [2]), tolerance=1e-13)
+        assert found.nodes == 0
+        assert found.certificate < 1e-12
+        assert found.attribution_T.nonzero().flatten().tolist() == [2, 5]
+
+
 def test_blocks_of_other_lengths_are_exchanged_from_both_sides_and_add_up() -> None:
     with InDouble():
         model, edit = reward_model(), [1, 5, 31, 35, 36, 14, 22, 2]
