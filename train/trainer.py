@@ -64,10 +64,10 @@ def read_rollouts(
             returned as `prompt_ids` and `env_mask`, see `_hand_on`. A completion with a 0 in its mask, a token that
             the policy did not write, is malformed.
     """
-    ids_of_prompts, messages = columns.get(PROMPT_IDS), [None] * len(prompts)
+    ids_of_prompts = columns.get(PROMPT_IDS)
+    messages = [prompt if ids_of_prompts is None and isinstance(prompt, list) else None for prompt in prompts]
     if ids_of_prompts is None:
         ids_of_prompts = prompt_ids(trainer, prompts)
-        messages = [prompt if isinstance(prompt, list) else None for prompt in prompts]
     rollouts = [reader.read(*each) for each in zip(ids_of_prompts, completion_ids, messages, strict=True)]
     for place, mask in enumerate(columns.get(ENV_MASK) or ()):
         if mask is not None and not all(mask):
