@@ -75,6 +75,8 @@ def augment(
         console.print(console_table(*header, rows=rows, title=title))
     console.print(f"pairs: {output / 'pairs.jsonl'}", soft_wrap=True)
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)
+    if summary.writer.used:
+        console.print(f"{summary.writer.told}, {summary.writer.failed.total()} failed", highlight=False)
     if summary.writer.cut:
         console.print(f"{summary.writer.cut} answer(s) were cut; a larger --max-new-tokens lets them end")
     if summary.writer.failed:

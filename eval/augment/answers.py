@@ -55,11 +55,12 @@ class JournaledWriter:
         """Return what the model wrote for each prompt, or why there is nothing."""
         keys = [content_hash(prompt) for prompt in prompts]
         new = [at for at, key in enumerate(keys) if key not in self._answers.found]
-        self.used |= {key: key in self._answers.found for key in keys if key not in self.used}
+        self.used |= {key: True for key in keys if key in self._answers.found and key not in self.used}
 
         def append(place: int, answer: Answer) -> None:
             at, record = new[place], answer.record()
             written = {name: record[name] for name in ("text", "tokens", "cut", "seconds", "error")}
+            self.used[keys[at]] = False
             self._answers.add([{"key": keys[at], "prompt": prompts[at][-1]["content"], **written}])
             self._on_answer()
 
@@ -79,9 +80,9 @@ class JournaledWriter:
         return sum(self._answers.found[key]["cut"] for key in self.used)
 
     @property
-    def resumed(self) -> int:
-        """Number of answers that an earlier run had."""
-        return sum(self.used.values())
+    def told(self) -> str:
+        """How many answers were used, in words."""
+        return f"{len(self.used)} answers, {sum(self.used.values())} from an earlier run"
 
 
 def journaled_difference(path: Path, model: RewardModel) -> Callable[[Sequence[Pair]], list[float]]:

@@ -82,7 +82,7 @@ def augment(job: AugmentJob, *, progress: Progress | None = None) -> AugmentSumm
         nonlocal done
         done = done if now is None else now
         if progress is not None:
-            progress(done, len(sources), f"{len(writer.used)} prompts" if job.writer.model else "")
+            progress(done, len(sources), writer.told if job.writer.model else "")
 
     writer = JournaledWriter(writings, lambda: open_judge(job.writer), show)
     pairs = synthesise(
@@ -105,7 +105,12 @@ def augment(job: AugmentJob, *, progress: Progress | None = None) -> AugmentSumm
         pairs = filter_pairs(pairs, journaled_difference(differences, model))
     summary = AugmentSummary(writer, tuple(broken))
     write_jsonl(pairs_file, (summary.count(pair).row() for pair in pairs))
-    write_page(page, summary, {"data": job.data, "writer": str(job.writer)})
+    facts = {"data": job.data, "kinds": ", ".join(job.kinds)}
+    if job.writer.model:
+        facts |= {"writer": str(job.writer), "its answers": writer.told}
+    if job.filter_model is not None:
+        facts["model of the filter"] = job.filter_model
+    write_page(page, summary, facts)
     return summary
 
 

@@ -90,7 +90,7 @@ def write_page(path: Path, summary: AugmentSummary, facts: dict[str, str]) -> No
     write_report(
         path,
         title="cepo augment",
-        summary={**facts, "prompts": str(len(summary.writer.used)), "from an earlier run": str(summary.writer.resumed)},
+        summary=facts,
         figures=figures,
         tables=summary.tables(),
         notes=[
