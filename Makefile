@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-ray test-deepspeed check bench gpu figures forms experiments experiments-smollm2 clean
+.PHONY: demo test test-ray test-deepspeed test-verl check bench gpu figures forms experiments experiments-smollm2 clean
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
@@ -18,6 +18,9 @@ test-ray: .venv-ray/installed
 test-deepspeed: .venv-deepspeed/installed
 	.venv-deepspeed/bin/python -m pytest -n 0 -k zero3 \
 		tests/jacobian/test_sharding.py tests/train/test_two_ranks.py tests/train/test_ranks.py
+
+test-verl: .venv-verl/installed
+	.venv-verl/bin/python -m pytest tests/train/verl/test_trainer.py
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -94,6 +97,14 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 		> $$(.venv-$*/bin/python -c '$(SITE)')/venv.pth
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[$*]'
+	touch $@
+
+# verl wants an older transformers than ours, and breaks beside our TRL: an environment that sees nothing of .venv.
+.venv-verl/installed: pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-verl.txt torch numpy
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-verl.txt \
+		--editable '.[verl]' pytest
 	touch $@
 
 clean:

@@ -26,10 +26,10 @@ from cepo.train.run import lora_config, require_trl, train_to_end
 
 logger = logging.getLogger(__name__)
 
-_TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
+TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 _PEERS = ("cir", "log_cir", "csr", "necessary")
 AUTO = "auto"
-_REWARDS = ("format", "causal", "proxy", *_PEERS, *_TASKS)
+_REWARDS = ("format", "causal", "proxy", *_PEERS, *TASKS)
 
 
 @dataclass(frozen=True)
@@ -119,22 +119,39 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     source = resolve_model(config.model) if config.model not in TESTBEDS else None
     _check_rank(source, functions)
     with failing_together():
-        data = load_data(config.kind, config.data, seed=config.seed)
-        settings = _settings(config, data)
-    if len(data.train) < (wanted := arguments.generation_batch_size // arguments.num_generations):
-        raise ValueError(
-            f"data leaves {len(data.train)} row(s) to train on ({len(data.test)} to test on), and a generation batch "
-            f"takes {wanted} prompts; add rows, or lower data.test_fraction or grpo.per_device_train_batch_size"
+        data = load_train_data(
+            config, arguments.generation_batch_size // arguments.num_generations, tells=arguments.process_index == 0
         )
-    if data.skipped and arguments.process_index == 0:
-        shown = "; ".join(f"row {number}: {reason}" for number, reason in data.skipped[:5])
-        logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
+        settings = run_settings(config, data)
     return train_to_end(
         lambda: _trainer(config, arguments, functions, causal_loss, data, lora),
         arguments,
         settings,
         fresh=fresh,
     )
+
+
+def load_train_data(config: TrainConfig, prompts: int, *, tells: bool = True) -> DataSplit:
+    """Return the rows of a run, with a warning for those that were skipped.
+
+    Args:
+        config: the run.
+        prompts: how many a generation batch takes.
+        tells: whether to warn; of several processes one does.
+
+    Raises:
+        ValueError: for data that cannot be used, or fewer rows to train on than that.
+    """
+    data = load_data(config.kind, config.data, seed=config.seed)
+    if len(data.train) < prompts:
+        raise ValueError(
+            f"data leaves {len(data.train)} row(s) to train on ({len(data.test)} to test on), and a generation batch "
+            f"takes {prompts} prompts; add rows, or lower data.test_fraction or grpo.per_device_train_batch_size"
+        )
+    if data.skipped and tells:
+        shown = "; ".join(f"row {number}: {reason}" for number, reason in data.skipped[:5])
+        logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
+    return data
 
 
 def _trainer(
@@ -169,7 +186,7 @@ def _trainer(
         tokenizer.pad_token = tokenizer.eos_token
     options: dict[str, Any] = {}
     if causal_loss is not None:
-        tasks = [f.__name__ for f, reward in zip(functions, config.rewards, strict=True) if reward["name"] in _TASKS]
+        tasks = [f.__name__ for f, reward in zip(functions, config.rewards, strict=True) if reward["name"] in TASKS]
         options = {"causal_loss": causal_loss, "layout": _layout(config), "task_rewards": tasks}
     trainer = (CausalTrainer if options else GRPOTrainer)(
         model=model,
@@ -216,7 +233,7 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
         functions.append(_build_reward(name, settings, config))
         weights.append(float(weight))
     if _is_automatic(config) and not _watched(config, functions):
-        raise ValueError(f"auto needs a task reward to watch; expected one of {', '.join(_TASKS)} among the rewards")
+        raise ValueError(f"auto needs a task reward to watch; expected one of {', '.join(TASKS)} among the rewards")
     return functions, weights
 
 
@@ -243,7 +260,7 @@ def _is_automatic(config: TrainConfig) -> bool:
 def _watched(config: TrainConfig, functions: Sequence[Any]) -> list[str]:
     """Return the metrics that say how well the task is done."""
     pairs = list(zip(config.rewards, functions, strict=True))
-    alone = [f"rewards/{function.__name__}/mean" for reward, function in pairs if reward["name"] in _TASKS]
+    alone = [f"rewards/{function.__name__}/mean" for reward, function in pairs if reward["name"] in TASKS]
     return alone + [f"{function.__name__}/task" for reward, function in pairs if reward.get("task") is not None]
 
 
@@ -268,7 +285,7 @@ def _power_at(start: float, pressure: float) -> float:
     return 1.0 - (1.0 - start) * pressure
 
 
-def _settings(config: TrainConfig, data: DataSplit) -> dict[str, Any]:
+def run_settings(config: TrainConfig, data: DataSplit) -> dict[str, Any]:
     """Return all that decides the trained weights except the number of steps; data and weights by their content."""
     settings = dataclasses.asdict(config)
     for elsewhere in ("output", "model", "testbed", "data", "trust_remote_code"):
@@ -311,8 +328,8 @@ def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> A
             return published[name](**{"layout": layout, **settings})
         if name == "causal":
             task = settings.pop("task", None)
-            if task is not None and task not in _TASKS:
-                raise ValueError(f"task is {task!r}; expected one of {', '.join(_TASKS)}")
+            if task is not None and task not in TASKS:
+                raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
             preset = settings.pop("preset", None)
             if preset not in (None, "paper"):
                 raise ValueError(f"preset is {preset!r}; expected paper, or none")

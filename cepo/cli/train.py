@@ -39,6 +39,9 @@ def train(
     data: Annotated[str | None, typer.Option(help="Data to train on: file, hub data set id or testbed.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder for checkpoints, logs and the trained model.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", min=1)] = None,
+    engine: Annotated[
+        str, typer.Option(help="Trainer: trl, or verl, whose configuration is written for you to launch.")
+    ] = "trl",
     seed: Annotated[int | None, typer.Option(help="Seed of the data split, sampling and training.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -57,13 +60,21 @@ def train(
     `--set causal_loss.weight=0.5` adds the causal loss to GRPO's own; its other settings are in docs/glossary.md.
     The options override the config. Started again with the same settings, data and weights, a killed run resumes from
     its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
+    `--engine verl` trains nothing: it writes verl.yaml and the data, and shows the command that starts verl.
     """
     from cepo.train.grpo import load_config
     from cepo.train.grpo import train as run
 
     named = {"model": model, "data.source": data, "output": output, "grpo.max_steps": max_steps, "seed": seed}
-    overrides = _overrides(named, set_, trust_remote_code)
-    _tell(run(load_config(config, overrides), fresh=fresh))
+    run_config = load_config(config, _overrides(named, set_, trust_remote_code))
+    if engine == "verl":
+        from cepo.train.verl.config import write_verl_run
+
+        console.print(f"start it with: {write_verl_run(run_config, fresh=fresh)}", soft_wrap=True, highlight=False)
+        return
+    if engine != "trl":
+        raise ValueError(f"--engine is {engine!r}; expected trl or verl")
+    _tell(run(run_config, fresh=fresh))
 
 
 def reward_model(

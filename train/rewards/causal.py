@@ -136,13 +136,7 @@ class CausalReward:
         """
         from cepo.train.trainer import frozen_model, prompts_per_batch, span_reader, tell_opened_thoughts
 
-        prompts = prompts_per_batch(trainer)
-        if self.config.reads_effects and self.config.no_donor == "zero" and prompts < 2:
-            raise ValueError(
-                f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the content of "
-                "another prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or "
-                "steps_per_generation, or set no_donor='permute'"
-            )
+        self.check_prompts(prompts_per_batch(trainer))
         self._frozen, self._trainer = frozen_model(trainer, self.scorer), trainer
         self.check(self._model)
         self._reader = span_reader(trainer, self.layout)
@@ -224,6 +218,15 @@ class CausalReward:
                 pools=pools,
                 exchanged=exchanged_prompts(rollouts, reader) if self.config.reads_leak else None,
                 seconds=seconds,
+            )
+
+    def check_prompts(self, count: int) -> None:
+        """Raise ValueError if donors are needed and batches of so many prompts have none."""
+        if self.config.reads_effects and self.config.no_donor == "zero" and count < 2:
+            raise ValueError(
+                f"trainer generates for {count} prompt at a time, so no completion has a donor, the content of "
+                "another prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or "
+                "steps_per_generation, or set no_donor='permute'"
             )
 
     def check(self, model: Any) -> None:
