@@ -11,6 +11,7 @@ from cepo.counterfactual.text.pairs import Source
 from cepo.counterfactual.text.synthesise import Messages
 
 MOST_ATTRIBUTES = 5
+END_OF_RESPONSE = "[End of response]"
 OTHER = "other"
 """What a check says of a difference that no attribute names."""
 
@@ -121,7 +122,7 @@ def ask_edit(kind: str, source: Source, response: str, attributes: Sequence[str]
         attributes: that decide under the prompt.
         attribute: the one to change.
     """
-    marked = f"[Response]\n{response}\n[End of response]"
+    marked = f"[Response]\n{response}\n{END_OF_RESPONSE}"
     named = {"attributes": ", ".join(attributes), "attribute": attribute}
     return _fill(_EDITS[kind], source.prompt, response=marked, model=source.chosen, **named)
 

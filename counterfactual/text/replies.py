@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from cepo.counterfactual.text.prompts import MOST_ATTRIBUTES, OTHER
+from cepo.counterfactual.text.prompts import END_OF_RESPONSE, MOST_ATTRIBUTES, OTHER
 from cepo.jacobian.reading.layout import MalformedError, as_bytes
 from cepo.jacobian.reading.thought import after_thought
 
@@ -48,6 +48,8 @@ def read_response(reply: str | Exception) -> str:
     response = text[begin + len(f"<{_RESPONSE}>") : end].strip() if 0 <= begin < end else ""
     if not response:
         raise MalformedError(f"no edit: nothing between <{_RESPONSE}> and </{_RESPONSE}> in {_shown(text)}")
+    if END_OF_RESPONSE in response:
+        raise MalformedError(f"no edit: it holds the mark {END_OF_RESPONSE!r} of its prompt")
     return response
 
 

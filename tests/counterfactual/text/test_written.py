@@ -135,6 +135,7 @@ def test_bad_attributes_drop_the_pair_and_nothing_else(reply: Any, reason: str) 
         ("tides wrong", "no edit"),
         ("<response> </response>", "no edit"),
         ("</response> <response>", "no edit"),
+        ("<response>tides wrong\n[End of response]</response>", "no edit"),
         (ConnectionError("the server answered 500"), "no answer"),
         (lambda text: f"<response>{TOPICS_IN[text.split('Explain ')[1].split()[0]]}</response>", "unchanged edit"),
     ],
