@@ -141,21 +141,21 @@ def measure_edit(
         path = attribute_edit(model, token_ids, edit_ids, tolerance=tolerance, most_nodes=_MOST_NODES)
         if path.certificate <= tolerance * max(1.0, abs(path.difference)):
             parts = [path.attribution_T[block.start : block.end] for block in blocks]
-            effects, sizes = [float(part.sum()) for part in parts], [float(part.abs().sum()) for part in parts]
-            found = tuple(blocks), tuple(effects), tuple(sizes)
+            sums, sizes = [float(part.sum()) for part in parts], [float(part.abs().sum()) for part in parts]
+            found = tuple(blocks), tuple(sums), tuple(sizes)
             return EditEffect(path.difference, *found, path.attribution_T, path.nodes)
     texts = [_exchanged(token_ids, edit_ids, blocks, range(count)) for count in range(len(blocks) + 1)]
     texts += [_exchanged(token_ids, edit_ids, blocks, range(count, len(blocks))) for count in range(len(blocks) + 1)]
-    numbers_T = torch.tensor(rewards(model, texts, batch_size=batch_size), dtype=torch.float64)
-    from_left, from_right = numbers_T.chunk(2)
-    effects = (from_left.diff() - from_right.diff()) / 2
+    numbers_N = torch.tensor(rewards(model, texts, batch_size=batch_size), dtype=torch.float64)
+    left_N, right_N = numbers_N.chunk(2)
+    effects_N = (left_N.diff() - right_N.diff()) / 2
     attribution_T = torch.zeros(len(token_ids), dtype=torch.float64)
-    for block, effect in zip(blocks, effects.tolist(), strict=True):
+    for block, effect in zip(blocks, effects_N.tolist(), strict=True):
         start = min(block.start, len(token_ids) - 1)
         end = max(block.end, start + 1)
         attribution_T[start:end] += effect / (end - start)
-    difference = float(from_left[-1] - from_left[0])
-    exact = tuple(effects.tolist())
+    difference = float(left_N[-1] - left_N[0])
+    exact = tuple(effects_N.tolist())
     return EditEffect(difference, tuple(blocks), exact, tuple(map(abs, exact)), attribution_T, nodes=0)
 
 
