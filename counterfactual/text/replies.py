@@ -23,7 +23,7 @@ _SHOWN = 60  # characters of a value in a reason
 
 def read_attributes(reply: str | Exception) -> dict[str, float]:
     """Return the weight of each attribute that the reply names; the weights sum to 1."""
-    listed = _member(reply, "attributes", list)
+    listed = _member(reply, "attributes", list, "attributes")
     if not 1 <= len(listed) <= MOST_ATTRIBUTES:
         raise MalformedError(f"malformed attributes: {len(listed)} of them; expected 1 to {MOST_ATTRIBUTES}")
     weights: dict[str, float] = {}
@@ -56,11 +56,11 @@ def read_response(reply: str | Exception) -> str:
 def read_differences(reply: str | Exception, attributes: Sequence[str]) -> tuple[set[str], str]:
     """Return the attributes in which two responses differ, `OTHER` among them, and "A", "B" or "neither"."""
     known = {name.casefold(): name for name in [*attributes, OTHER]}
-    names = _member(reply, "differ", list)
+    names = _member(reply, "differ", list, "check")
     strange = [name for name in names if not isinstance(name, str) or name.strip().casefold() not in known]
     if strange:
         raise MalformedError(f"malformed check: it names {_shown(strange[0])}; expected some of {', '.join(known)}")
-    better = _member(reply, "better", str).strip().upper()
+    better = _member(reply, "better", str, "check").strip().upper()
     if better not in ("A", "B", "NEITHER"):
         raise MalformedError(f"malformed check: {_shown(better)} is better; expected A, B or neither")
     return {known[name.strip().casefold()] for name in names}, "neither" if better == "NEITHER" else better
@@ -68,7 +68,7 @@ def read_differences(reply: str | Exception, attributes: Sequence[str]) -> tuple
 
 def read_relevance(reply: str | Exception) -> bool:
     """Return whether either response has to do with the prompt."""
-    return bool(_member(reply, "answers", bool))
+    return bool(_member(reply, "answers", bool, "check"))
 
 
 def same_text(first: str, second: str) -> bool:
@@ -87,7 +87,7 @@ def _written(reply: str | Exception) -> str:
     return as_bytes(reply)[start:].decode("utf-8", "replace")
 
 
-def _member(reply: str | Exception, name: str, kind: type) -> Any:
+def _member(reply: str | Exception, name: str, kind: type, what: str) -> Any:
     """Return a member of the first JSON object in a reply that has one, whatever stands around it."""
     text = _written(reply)
     for opening in _OBJECT.finditer(text):
@@ -95,7 +95,7 @@ def _member(reply: str | Exception, name: str, kind: type) -> Any:
             found = json.JSONDecoder().raw_decode(text, opening.start())[0].get(name)
             if isinstance(found, kind):
                 return found
-    raise MalformedError(f"malformed JSON: no object with {name!r}, a {kind.__name__}, in {_shown(text)}")
+    raise MalformedError(f"malformed {what}: no JSON object with {name!r}, a {kind.__name__}, in {_shown(text)}")
 
 
 def _valid(text: str) -> str:

@@ -107,11 +107,11 @@ def test_the_attributes_of_a_prompt_are_asked_once_and_sources_together() -> Non
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        ('{"attributes": [', "malformed JSON"),
-        ("I would rather not.", "malformed JSON"),
+        ('{"attributes": [', "malformed attributes"),
+        ("I would rather not.", "malformed attributes"),
         ("<think> so many", "no answer"),
         (TimeoutError("no answer within 300 s"), "no answer"),
-        ('{"attributes": "accuracy"}', "malformed JSON"),
+        ('{"attributes": "accuracy"}', "malformed attributes"),
         (attributes(), "malformed attributes"),
         (attributes(*((f"a{at}", 0.1) for at in range(10))), "malformed attributes"),
         (attributes(("accuracy", 0.5), ("Accuracy", 0.5)), "malformed attributes"),
@@ -119,7 +119,7 @@ def test_the_attributes_of_a_prompt_are_asked_once_and_sources_together() -> Non
         (attributes(("accuracy", 0.5), ("clarity", 0.3)), "malformed weights"),
         (attributes(("accuracy", 1.5), ("clarity", -0.5)), "malformed weights"),
         ('{"attributes": [{"name": "accuracy", "weight": NaN}]}', "malformed weights"),
-        ("{" * 5000, "malformed JSON"),
+        ("{" * 5000, "malformed attributes"),
     ],
 )
 def test_bad_attributes_drop_the_pair_and_nothing_else(reply: Any, reason: str) -> None:
@@ -165,7 +165,7 @@ def test_a_writer_that_changes_more_or_the_other_way_is_found_out_by_the_second_
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        ("They are alike.", "malformed JSON"),
+        ("They are alike.", "malformed check"),
         ('{"differ": ["tone"], "better": "A"}', "malformed check"),
         ('{"differ": [["accuracy"]], "better": "A"}', "malformed check"),
         ('{"differ": ["accuracy"], "better": "both"}', "malformed check"),
@@ -197,7 +197,7 @@ def test_false_ties_under_other_prompts_are_kept_out_and_their_share_can_be_coun
     assert set(Counter(pair.source_ids for pair in never).values()) <= {2, 3}  # its own prompt may have been drawn
     assert len({(pair.source_ids, pair.prompt) for pair in never}) == len(never)
     unread = made(FakeWriter(relevance='{"answers": "no"}'), "irrelevant-by-writer")
-    assert set(reasons(unread)) == {"malformed JSON"}
+    assert set(reasons(unread)) == {"malformed check"}
 
 
 def test_the_split_comes_first_and_a_prompt_that_is_alone_has_no_other() -> None:
