@@ -127,7 +127,7 @@ def score(
     device: Device = "cpu",
     threads: Threads = None,
     engine: Annotated[str, _model(help="Engine: group, or autograd (the slower reference).")] = "group",
-    memory_gib: Annotated[float, _model(help="Memory that the group engine may use beyond the model's, in GiB.")] = 4.0,
+    memory_gib: Annotated[float, _model(help="Memory that the group engine may use beyond the model's, in GiB.")] = 3.0,
     no_adapters: Annotated[bool, _model("--no-adapters", help="Switch the model's adapters off.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     ray: Annotated[

@@ -50,7 +50,7 @@ class Scoring:
     device: str = "cpu"
     adapters: bool = True
     engine: EngineName = "group"
-    memory_gib: float = 4.0
+    memory_gib: float = 3.0
     trust_remote_code: bool = False
 
 

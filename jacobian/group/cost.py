@@ -1,4 +1,4 @@
-"""The costs of one model: FLOPs and bytes of segments, by the shapes of its weights and three tiny runs."""
+"""The costs of one model: FLOPs and bytes of segments, by the shapes of its weights and a few tiny runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cepo.jacobian.group.cuts import Segment, Stem
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
+from cepo.kernels.attention.blocks import BLOCK_BYTES, KEPT_BYTES
 
 # More rows in one matrix product save no time and take more memory: for SmolLM2, 512 and 2048 were equally fast on a
 # CPU. A tiny model's products are over before the next is called: it takes more rows at once.
@@ -22,7 +23,7 @@ _ROWS_AT_ONCE_ELSEWHERE = 8192
 # The most that a process was seen to hold over the sum of its tensors (17 runs on a CPU: 1.25 to 1.64). The C library's
 # allocator keeps blocks that were freed; CUDA's gives them to the next tensor.
 _OVERHEAD, _OVERHEAD_ELSEWHERE = {"cpu": 1.65}, 1.1
-_SHARES = 1.2  # layers of attention's scores that are alive beside two of everything, by the tensors of small models
+_COPIES = 3.0  # of attention's scores in its definition: before the mask, after it, and as shares
 _OF_LOGITS = 8.0  # bytes of a logit's float32 copies beside the logit and its gradient
 
 
@@ -38,8 +39,10 @@ class CostModel:
         attention: query heads times head size.
         key_values: key heads times head size.
         itemsize: bytes of one activation.
+        heads: number of query heads.
         saved_row: bytes that the graph keeps for one row of all layers.
-        saved_pair: bytes that it keeps for one row and one position that the row attends to.
+        working_row: bytes that one row of all layers takes while it is run: `saved_row` where nothing is recomputed.
+        saved_pair: bytes that it keeps for one row and one position that the row attends to, where scores are kept.
         saved_past: bytes that it keeps for one position of the past of one rollout.
         logits: bytes of one row of logits and of what is computed from it.
         overhead: the most that a process was seen to hold, over the sum of its tensors.
@@ -53,7 +56,9 @@ class CostModel:
     attention: int
     key_values: int
     itemsize: int
+    heads: int
     saved_row: float
+    working_row: float
     saved_pair: float
     saved_past: float
     logits: float
@@ -66,16 +71,12 @@ class CostModel:
 
     def graph(self, rollouts: int, tokens: int, past: int) -> float:
         """Return the bytes that the graph of a segment keeps."""
-        rows = rollouts * tokens
-        return rows * self.saved_row + rows * (past + tokens) * self.saved_pair + rollouts * past * self.saved_past
+        kept = self.saved_pair if self._keeps_scores(rollouts, tokens, past) else 0.0
+        return rollouts * (tokens * (self.saved_row + (past + tokens) * kept) + past * self.saved_past)
 
     def forward(self, rollouts: int, tokens: int, past: int) -> float:
-        """Return the bytes that a forward pass works with beside what it keeps.
-
-        About two layers, and of attention's scores a copy more: before the mask, after it, and as shares.
-        """
-        pairs = rollouts * tokens * (past + tokens) * self.saved_pair
-        return (2.0 * self.graph(rollouts, tokens, past) + _SHARES * pairs) / self.layers
+        """Return the bytes that a forward pass works with beside what it keeps: about two layers, and scores."""
+        return self._layers(rollouts, tokens, past) + self._scores(0, rollouts, tokens, past)
 
     def head_bytes(self, segment: Segment) -> float:
         """Return the bytes of the logits of a segment, and of what is computed from them."""
@@ -87,7 +88,9 @@ class CostModel:
 
     def backward(self, cotangents: int, rollouts: int, tokens: int, past: int) -> float:
         """Return the bytes that a batched backward pass works with at once."""
-        return cotangents * self.forward(rollouts, tokens, past)
+        recomputed = rollouts * tokens * (self.working_row - self.saved_row) / self.layers
+        scores = self._scores(cotangents, rollouts, tokens, past)
+        return cotangents * self._layers(rollouts, tokens, past) + recomputed + scores
 
     def held_bytes(self, tensors: float) -> float:
         """Return the most that a process holds for so many bytes of tensors at once."""
@@ -100,7 +103,7 @@ class CostModel:
 
     def stem_forward_bytes(self, stem: Stem) -> float:
         """Return the peak bytes of a prompt's own forward pass."""
-        before = 2.0 * self.forward(1, stem.start, 0) + 2.0 * self.cache(1, stem.start)
+        before = self.forward(1, stem.start, 0) + self._layers(1, stem.start, 0) + 2.0 * self.cache(1, stem.start)
         return max(
             before,
             self.stem_bytes(stem) + self.forward(1, stem.segment.length, stem.start) + self.head_bytes(stem.segment),
@@ -146,12 +149,37 @@ class CostModel:
         room = (budget / self.overhead - self.stem_bytes(stem)) / self._stem_cotangent(stem)
         return max(1, int(min(room, -(-self.rows_at_once // stem.segment.length))))
 
+    def _layers(self, rollouts: int, tokens: int, past: int) -> float:
+        """Return the bytes of what two layers work with, without attention's scores."""
+        return 2.0 * rollouts * (tokens * self.working_row + past * self.saved_past) / self.layers
+
+    def _scores(self, cotangents: int, rollouts: int, tokens: int, past: int) -> float:
+        """Return the bytes that attention works with on its scores: all of one layer where few, else a block's.
+
+        Args:
+            cotangents: that go back at once; 0 for a forward pass.
+            rollouts: that run at once.
+            tokens: of each.
+            past: before them.
+        """
+        scores = self._score_bytes(rollouts, tokens, past)
+        if self._keeps_scores(rollouts, tokens, past):
+            return _COPIES * max(1, cotangents) * scores
+        return min((2 * cotangents + 1 if cotangents else 2) * scores, 2.0 * BLOCK_BYTES)
+
+    def _keeps_scores(self, rollouts: int, tokens: int, past: int) -> bool:
+        return self.saved_pair > 0 and self._score_bytes(rollouts, tokens, past) <= KEPT_BYTES
+
+    def _score_bytes(self, rollouts: int, tokens: int, past: int) -> float:
+        """Return the bytes of attention's scores of one layer, in float32 or wider."""
+        return max(4.0, self.itemsize) * self.heads * rollouts * tokens * (past + tokens)
+
     def _stem_cotangent(self, stem: Stem) -> float:
         return self.backward(1, 1, stem.segment.length, stem.start) + self.cache(1, stem.segment.length)
 
 
 def measured_cost(model: Any, four: int, eight: int, four_on_eight: int, *, has_logits: bool = True) -> CostModel:
-    """Return the cost model, from the shapes of the weights and the bytes that the graphs of three tiny runs keep.
+    """Return the cost model, from the shapes of the weights and the bytes that the graphs of tiny runs keep.
 
     Args:
         model: a causal LM.
@@ -180,7 +208,9 @@ def measured_cost(model: Any, four: int, eight: int, four_on_eight: int, *, has_
         attention=heads * size,
         key_values=(getattr(config, "num_key_value_heads", None) or heads) * size,
         itemsize=model.get_input_embeddings().weight.element_size(),
+        heads=heads,
         saved_row=row,
+        working_row=row,
         saved_pair=pair,
         saved_past=max(0.0, (four_on_eight - 4 * row - 48 * pair) / 8),
         logits=head.weight.shape[0] * (2.0 * head.weight.element_size() + _OF_LOGITS) if has_logits else 0.0,

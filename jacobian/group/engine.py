@@ -94,7 +94,7 @@ class GroupEngine(ModelEngine):
         self._check([requests] if isinstance(requests, Group) else (request.group for request in requests))
         if isinstance(requests, Group):
             requests = [Request(requests, default_links(requests) if links is None else tuple(links))]
-        served = self._planned(requests)
+        served = self._fitting(requests, self._planned(requests))
         return plan_of(self._schedule(requests, served), served.cost)
 
     def plan_paths(self, requests: Sequence[PathRequest]) -> Plan:
@@ -104,7 +104,7 @@ class GroupEngine(ModelEngine):
             ValueError: as `plan`.
         """
         self._check_paths(requests)
-        served = self._planned(requests)
+        served = self._fitting_paths(requests, self._planned(requests))
         return plan_paths(requests, served.cost, self._budget_now())
 
     def _planned(self, requests: Sequence[Request] | Sequence[PathRequest]) -> Served:
@@ -130,6 +130,7 @@ class GroupEngine(ModelEngine):
             yield from self._oracle.compute(alike) if served is None else self._compute(alike, served)
 
     def _compute(self, requests: Sequence[Request], served: Served) -> Iterator[Answer]:
+        served = self._fitting(requests, served)
         work = self._schedule(requests, served)
         opening: KeyValues | None = None
         stem: StemRun | None = None
@@ -159,6 +160,7 @@ class GroupEngine(ModelEngine):
             if served is None:
                 yield from self._oracle.paths(alike)
                 continue
+            served = self._fitting_paths(alike, served)
             runner = PathRunner(served, self._budget_now())
             for _, of_prompt in groupby(alike, key=lambda request: request.group.rollouts[0].prompt_ids):
                 with served.model.prepared():
@@ -201,6 +203,16 @@ class GroupEngine(ModelEngine):
         for of_part in run_in_parts(work.jobs, work.at_once, run):
             answers |= of_part
         return answers
+
+    def _fitting(self, requests: Sequence[Request], served: Served) -> Served:
+        """Return the model with its MLPs recomputed in the backward pass where the requests exceed the budget else."""
+        plan = plan_of(self._schedule(requests, served), served.cost)
+        return served if served.lean is None or plan.peak_bytes <= self._budget_now() else served.lean
+
+    def _fitting_paths(self, requests: Sequence[PathRequest], served: Served) -> Served:
+        """Return it likewise for path requests."""
+        plan = plan_paths(requests, served.cost, self._budget_now())
+        return served if served.lean is None or plan.peak_bytes <= self._budget_now() else served.lean
 
     def _warn_over_budget(self, work: Work, served: Served) -> None:
         first = chunk_of(work.jobs[: work.at_once.sequences], work.stem)

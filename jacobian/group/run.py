@@ -18,7 +18,6 @@ from cepo.jacobian.group.swaps import KernelHead, Swaps, swapped
 from cepo.jacobian.model import HeldModel
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Head, LogitsHead, values_of_terms
 from cepo.kernels.attention.door import attend
-from cepo.kernels.launch import Implementation
 
 # Keys and values, layer by layer: key of layer 0, value of layer 0, key of layer 1 ... each (B, J, L, E).
 KeyValues = list[Tensor]
@@ -90,7 +89,7 @@ def run_segment(
         [piece for piece in past if piece],
         torch.tensor(past_lengths, device=device),
         max(past_lengths),
-        model.swaps.attention,
+        model.swaps,
     )
     run = SegmentRun(cache.keys_values)
     read = [(row.sequence, row.row) for row in segment.head]
@@ -208,9 +207,9 @@ def _through_prefix_attention(model: Any) -> Iterator[None]:
 class _SegmentCache(Cache):
     """Collects the keys and values of a segment layer by layer, and gives our attention those before it."""
 
-    def __init__(self, past: list[KeyValues], past_lengths_B: Tensor, length: int, kernels: Implementation) -> None:
+    def __init__(self, past: list[KeyValues], past_lengths_B: Tensor, length: int, swaps: Swaps) -> None:
         super().__init__(layers=[])
-        self.past, self.past_lengths_B, self.length, self.kernels = past, past_lengths_B, length, kernels
+        self.past, self.past_lengths_B, self.length, self.swaps = past, past_lengths_B, length, swaps
         self.keys_values: KeyValues = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -259,7 +258,8 @@ def _attend(
         cache.past_lengths_B,
         scale=query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
-        implementation=cache.kernels,
+        implementation=cache.swaps.attention,
+        kept_bytes=cache.swaps.kept_bytes,
     )
     return output_BHTE.transpose(1, 2), None
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cepo.kernels.attention.blocks import KEPT_BYTES
 from cepo.kernels.attention.door import HEAD_SIZES
 from cepo.kernels.head.door import head_log_likelihood, head_log_odds
 from cepo.kernels.launch import Implementation, takes_over
@@ -42,11 +43,13 @@ class Swaps:
         attention: which attention the layers call.
         head: which implementation forms the targets at the head; "torch" goes through the model's logits.
         forwards: modules, each with the function that replaces its forward.
+        kept_bytes: up to how many bytes of scores per layer attention keeps its shares, see `attend`.
     """
 
     attention: Implementation = "torch"
     head: Implementation = "torch"
     forwards: tuple[tuple[nn.Module, Forward], ...] = ()
+    kept_bytes: int = KEPT_BYTES
 
 
 def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implementation) -> Swaps:

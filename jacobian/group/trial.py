@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.chunk import chunk_answers, chunk_gradients, run_stem
 from cepo.jacobian.group.cost import CostModel, measured_cost
 from cepo.jacobian.group.cuts import Segment, UnservedError
+from cepo.jacobian.group.recompute import recomputing, watching_mlps
 from cepo.jacobian.group.run import KeyValues, SegmentModel, leaves_of, run_segment
 from cepo.jacobian.group.schedule import chunk_of, schedule
 from cepo.jacobian.group.swaps import Swaps, find_swaps
@@ -36,10 +37,18 @@ _ROUNDING_OF_WIDE = 1e-3
 
 @dataclass(frozen=True)
 class Served:
-    """A model that can be run in segments, and its costs."""
+    """A model that can be run in segments, and its costs.
+
+    Attributes:
+        model: the model.
+        cost: its costs.
+        lean: the same with what can be recomputed in the backward pass, for work that does not fit otherwise; None
+            where nothing can.
+    """
 
     model: SegmentModel
     cost: CostModel
+    lean: Served | None = None
 
 
 def try_segments(held: HeldModel, oracle: JacobianEngine, kernels: Implementation) -> Served:
@@ -59,11 +68,11 @@ def try_segments(held: HeldModel, oracle: JacobianEngine, kernels: Implementatio
             swaps = find_swaps(held.causal_lm, held.forward, kernels)
         if kernels == "auto" and swaps != Swaps():
             try:
-                return _compared(SegmentModel(held, swaps), oracle)
+                return _with_lean(SegmentModel(held, swaps), oracle)
             except UnservedError as error:
                 logger.warning("the group engine goes on without kernels: %s", error)
                 swaps = Swaps()
-        return _compared(SegmentModel(held, swaps), oracle)
+        return _with_lean(SegmentModel(held, swaps), oracle)
 
 
 def default_links(group: Group) -> tuple[Link, ...]:
@@ -85,6 +94,17 @@ def _check_architecture(held: HeldModel) -> None:
     others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     if others:
         raise UnservedError(f"its cache holds {', '.join(others)}, not whole keys and values")
+
+
+def _with_lean(model: SegmentModel, oracle: JacobianEngine) -> Served:
+    """Return the model and its costs, also as it runs where memory is short, if it gives the oracle's Jacobians."""
+    with watching_mlps(model.held.layers) as mlps:
+        served = _compared(model, oracle)
+    if not mlps or sharding_of(model.held.causal_lm) != "none":  # layers are gathered for saved tensors alone
+        return served
+    lean = _compared(SegmentModel(model.held, recomputing(model.swaps, list(mlps))), oracle)
+    cost = replace(lean.cost, working_row=served.cost.working_row)
+    return replace(served, lean=replace(lean, cost=cost))
 
 
 def _compared(model: SegmentModel, oracle: JacobianEngine) -> Served:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cepo.kernels.attention.blocks import KEPT_BYTES, block_forward, block_vjp
 from cepo.kernels.attention.definition import prefix_attention
 from cepo.kernels.cotangents import differentiable
 from cepo.kernels.launch import Implementation, unit_last, use_triton
@@ -25,12 +26,14 @@ def attend(
     scale: float,
     softcap: float | None = None,
     implementation: Implementation = "auto",
+    kept_bytes: int = KEPT_BYTES,
 ) -> Tensor:
-    """Return `prefix_attention` of the same arguments, by the Triton kernels where they apply.
+    """Return `prefix_attention` of the same arguments, by the Triton kernels where they apply, and else in blocks.
 
-    In Triton no score is ever in memory, and a batch of cotangents (`torch.func.vmap` over `torch.autograd.grad`) goes
-    through each VJP kernel once. Gradients of the past are per rollout, and formed only if the past requires grad:
-    detach it if they are not needed. There is no second derivative.
+    Large scores are not kept: the backward pass forms them again. In Triton they are never in memory. A
+    batch of cotangents (`torch.func.vmap` over `torch.autograd.grad`) goes through the VJP once. Gradients of the past
+    are per rollout, and formed only if the past requires grad: detach it if they are not needed. There is no second
+    derivative.
 
     Args:
         query_BHTE: queries; this and the other tensors are as in `prefix_attention`, with any strides.
@@ -42,6 +45,7 @@ def attend(
         scale: factor of the scores.
         softcap: c for scores c * tanh(scores / c), or None.
         implementation: "auto" takes Triton exactly when the tensors are on CUDA.
+        kept_bytes: up to how many bytes of scores plain PyTorch keeps the shares for the backward pass, >= 0.
 
     Returns:
         Tensor (B, H, T, E) of the query's dtype.
@@ -52,13 +56,20 @@ def attend(
         RuntimeError: if Triton is needed and is missing, or the device is too old.
     """
     tensors = (query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE)
+    asked = [tensor.requires_grad for tensor in tensors]
     if not use_triton(implementation, *tensors, past_lengths_B):
-        return prefix_attention(*tensors, past_lengths_B, scale=scale, softcap=softcap)
+        if _score_bytes(*tensors) <= kept_bytes:
+            return prefix_attention(*tensors, past_lengths_B, scale=scale, softcap=softcap)
+        return differentiable(
+            partial(block_forward, scale=scale, softcap=softcap),
+            partial(block_vjp, scale=scale, softcap=softcap, past_wanted=asked[1] or asked[2]),
+            *tensors,
+            past_lengths_B,
+        )
     _check_shapes(*tensors, past_lengths_B)
     from cepo.kernels.attention.forward import attention_forward
     from cepo.kernels.attention.vjp import attention_vjp
 
-    asked = [tensor.requires_grad for tensor in tensors]
     wanted = (asked[0], asked[1] or asked[2], asked[3] or asked[4])
     return differentiable(
         partial(attention_forward, scale=scale, softcap=softcap),
@@ -66,6 +77,12 @@ def attend(
         *map(unit_last, tensors),
         past_lengths_B.contiguous(),
     )
+
+
+def _score_bytes(query_BHTE: Tensor, past_key_BJLE: Tensor, *_: Tensor) -> int:
+    """Return the bytes of the scores, in float32 or wider."""
+    tokens, past = query_BHTE.shape[2], past_key_BJLE.shape[2]
+    return query_BHTE.shape[:3].numel() * (past + tokens) * max(4, query_BHTE.itemsize)
 
 
 def _check_shapes(*inputs: Tensor) -> None:

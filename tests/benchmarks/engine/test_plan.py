@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cepo.benchmarks.engine.cases import EXACT, ONLY, _requests
+from cepo.benchmarks.engine.memory import shapes_of
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
 from cepo.fusion.config import PAPER_LINKS
 from cepo.jacobian.group import cost as cost_module
@@ -30,18 +30,22 @@ CASES: dict[str, tuple[Mapping[str, float], dict[str, Any]]] = {
 }
 
 
-def costs_of_smollm2(dtype: torch.dtype, device: str) -> CostModel:
-    """Return the cost model of SmolLM2-135M's shape on a device: what one layer of its width keeps, thirty times."""
+def costs_of_smollm2(dtype: torch.dtype, device: str, *, lean: bool = False) -> CostModel:
+    """Return the cost model of SmolLM2-135M's shape on a device: what one layer of its width keeps, thirty times.
+
+    With `lean`, as it runs where memory is short.
+    """
     found = []
     for layers in (1, 2):
         small = LlamaConfig(**{**CONFIG.to_dict(), "num_hidden_layers": layers, "vocab_size": 64})
         served = GroupEngine(AutoModelForCausalLM.from_config(small, dtype=dtype).eval())._tried()
         assert not isinstance(served, str), served
-        found.append(served.cost)
+        assert served.lean is not None
+        found.append(served.lean.cost if lean else served.cost)
     one, two = found
     kept = {
         name: getattr(one, name) + (CONFIG.num_hidden_layers - 1) * (getattr(two, name) - getattr(one, name))
-        for name in ("body", "saved_row", "saved_pair", "saved_past")
+        for name in ("body", "saved_row", "working_row", "saved_pair", "saved_past")
     }
     return replace(
         one,
@@ -54,21 +58,29 @@ def costs_of_smollm2(dtype: torch.dtype, device: str) -> CostModel:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "device", "most"),
-    [("bench-small-cpu", torch.float32, "cpu", 1.35), ("bench-gpu-135m-h200", torch.bfloat16, "cuda", 1.25)],
-)
-def test_the_plan_is_above_what_was_recorded(name: str, dtype: torch.dtype, device: str, most: float) -> None:
-    """Every recorded row of the group engine, of a process on a CPU and of a GPU: the plan is no less, nor far more.
-
-    Rows of the kernels are left out: what their graph keeps can be measured on a GPU alone.
-    """
-    cost, compared = costs_of_smollm2(dtype, device), 0
-    for row in map(json.loads, (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()):
-        if row["case"] in CASES:
+def test_the_plan_is_above_what_was_recorded() -> None:
+    """Rows of groups on a CPU. Those of longer prompts, and of a GPU, are older than attention in blocks."""
+    cost, compared = costs_of_smollm2(torch.float32, "cpu"), 0
+    for row in rows_of("bench-small-cpu"):
+        if row["case"] in CASES and row["shapes"]["Lz"] <= 256:
             links, options = CASES[row["case"]]
             workload = random_workload(CONFIG.vocab_size, Shapes(**row["shapes"]), row["seed"])
             plan = plan_of(schedule(_requests(workload, links, **options), cost, 64 * 2**30), cost)
-            assert row["peak_bytes"] <= plan.peak_bytes <= most * row["peak_bytes"], (row["case"], row["shapes"])
+            assert row["peak_bytes"] <= plan.peak_bytes <= 1.35 * row["peak_bytes"], (row["case"], row["shapes"])
             compared += 1
-    assert compared >= 4
+    assert compared == 4
+
+
+def test_the_plan_of_one_rollout_is_above_what_was_recorded() -> None:
+    """Each length without a budget, and with one that it exceeds, so that MLPs and attention are recomputed."""
+    for row in rows_of("memory-cpu"):
+        lean = row["memory_gib"] < 64
+        cost, budget = costs_of_smollm2(torch.float32, "cpu", lean=lean), row["memory_gib"] * 2**30
+        requests = _requests(random_workload(CONFIG.vocab_size, shapes_of(row["tokens"]), 0), PAPER_LINKS)
+        plan = plan_of(schedule(requests, cost, budget), cost)
+        assert row["peak_bytes"] <= plan.peak_bytes <= 1.6 * row["peak_bytes"], (row["tokens"], budget)
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Return the recorded rows of a benchmark."""
+    return [json.loads(line) for line in (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()]

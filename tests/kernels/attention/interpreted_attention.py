@@ -24,7 +24,7 @@ def attention_inputs(
 
 def attention_oracle(tensors: list[Tensor], lengths_B: Tensor, cotangents: Tensor, **settings: float) -> list[Tensor]:
     """Return the output and the C gradients of each input by the definition in float64."""
-    from cepo.kernels.attention.door import prefix_attention
+    from cepo.kernels.attention.definition import prefix_attention
 
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     output = prefix_attention(*wide, lengths_B, **settings)  # type: ignore[arg-type]

@@ -1,0 +1,136 @@
+"""Shared-prefix attention in plain PyTorch, a block of queries at a time; the definition is `prefix_attention`.
+
+Kept for the backward pass, the shares of T queries over N keys would be most of what a long rollout's graph holds. So
+a block forms its shares, uses them and drops them, and the backward pass forms them again, once for all cotangents.
+Keys that no query of a block sees yet are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+KEPT_BYTES = 2**23
+"""Up to so many bytes of scores per layer it is faster to keep the shares, as the definition does."""
+BLOCK_BYTES = 2**24
+"""Most bytes of a block's shares and their cotangents: about what a cache holds; smaller blocks make more calls."""
+
+
+def block_forward(
+    query_BHTE: Tensor,
+    past_key_BJLE: Tensor,
+    past_value_BJLE: Tensor,
+    key_BJTE: Tensor,
+    value_BJTE: Tensor,
+    past_lengths_B: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the output (B, H, T, E) and what `block_vjp` reads: the arguments, which are those of the definition."""
+    inputs = (query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE, past_lengths_B)
+    rollouts, heads, tokens, size = query_BHTE.shape
+    key_BJNE, value_BJNE = _joined(past_key_BJLE, key_BJTE), _joined(past_value_BJLE, value_BJTE)
+    past = key_BJNE.shape[2] - tokens
+    # Laid out (B, T, H, E) in memory, as the layer's next reshape wants it.
+    output_BHTE = query_BHTE.new_empty(rollouts, tokens, heads, size).transpose(1, 2)
+    for start, end in _blocks(1, query_BHTE, key_BJNE):
+        query_BJME = _folded(query_BHTE[:, :, start:end], key_BJNE.shape[1]) * scale
+        shares_BJMN, _ = _shares(query_BJME, key_BJNE[:, :, : past + end], past_lengths_B, past, start, softcap)
+        output_BJME = shares_BJMN.to(value_BJNE.dtype) @ value_BJNE[:, :, : past + end]
+        output_BHTE[:, :, start:end] = output_BJME.reshape(rollouts, heads, end - start, size)
+    return output_BHTE, inputs
+
+
+def block_vjp(
+    cotangent_CBHTE: Tensor,
+    query_BHTE: Tensor,
+    past_key_BJLE: Tensor,
+    past_value_BJLE: Tensor,
+    key_BJTE: Tensor,
+    value_BJTE: Tensor,
+    past_lengths_B: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    past_wanted: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return what C cotangents of the output become at the first five arguments, each (C, *shape).
+
+    Args:
+        cotangent_CBHTE: cotangents of the output.
+        query_BHTE: this and the other tensors are what `block_forward` took.
+        past_key_BJLE: as there.
+        past_value_BJLE: as there.
+        key_BJTE: as there.
+        value_BJTE: as there.
+        past_lengths_B: as there.
+        scale: as there.
+        softcap: as there.
+        past_wanted: whether gradients of the past are asked for; None stands for them if not.
+    """
+    count, rollouts, heads, tokens, size = cotangent_CBHTE.shape
+    key_BJNE, value_BJNE = _joined(past_key_BJLE, key_BJTE), _joined(past_value_BJLE, value_BJTE)
+    key_heads, past = key_BJNE.shape[1], key_BJNE.shape[2] - tokens
+    dtype, wide = query_BHTE.dtype, torch.promote_types(query_BHTE.dtype, torch.float32)
+    first = 0 if past_wanted else past  # of the keys that take gradients
+    query_CBHTE = query_BHTE.new_empty(count, rollouts, tokens, heads, size).transpose(2, 3)
+    # Blocks are added up: in float32 at least.
+    key_CBJNE = key_BJNE.new_zeros(count, rollouts, key_heads, past + tokens - first, size, dtype=wide)
+    value_CBJNE = torch.zeros_like(key_CBJNE)
+    for start, end in _blocks(count, query_BHTE, key_BJNE):
+        seen = past + end
+        query_BJME = _folded(query_BHTE[:, :, start:end], key_heads) * scale
+        shares_BJMN, slope_BJMN = _shares(query_BJME, key_BJNE[:, :, :seen], past_lengths_B, past, start, softcap)
+        cotangent_CBJME = _folded(cotangent_CBHTE[:, :, :, start:end], key_heads)
+        value_CBJNE[..., : seen - first, :] += shares_BJMN[..., first:].to(dtype).mT @ cotangent_CBJME
+        scores_CBJMN = (cotangent_CBJME @ value_BJNE[:, :, :seen].mT).to(shares_BJMN.dtype)
+        scores_CBJMN -= (scores_CBJMN * shares_BJMN).sum(-1, keepdim=True)
+        scores_CBJMN *= shares_BJMN if slope_BJMN is None else shares_BJMN * slope_BJMN
+        scores_CBJMN = scores_CBJMN.to(dtype)
+        query_CBJME = (scores_CBJMN @ key_BJNE[:, :, :seen]) * scale
+        query_CBHTE[:, :, :, start:end] = query_CBJME.reshape(count, rollouts, heads, end - start, size)
+        key_CBJNE[..., : seen - first, :] += scores_CBJMN[..., first:].mT @ query_BJME
+    both = [gradient_CBJNE.to(dtype) for gradient_CBJNE in (key_CBJNE, value_CBJNE)]
+    own = past - first
+    of_past = [gradient[..., :own, :] if past_wanted else None for gradient in both]
+    return query_CBHTE, *of_past, *(gradient[..., own:, :] for gradient in both)
+
+
+def _blocks(count: int, query_BHTE: Tensor, key_BJNE: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield the first query of each block and that of the next, last block first: it takes the most memory."""
+    rollouts, heads, tokens, _ = query_BHTE.shape
+    wide = torch.promote_types(query_BHTE.dtype, torch.float32)
+    row_bytes = (count + 1) * rollouts * heads * key_BJNE.shape[2] * wide.itemsize
+    size = max(1, BLOCK_BYTES // row_bytes)
+    for end in range(tokens, 0, -size):
+        yield max(0, end - size), end
+
+
+def _shares(
+    query_BJME: Tensor, key_BJNE: Tensor, past_lengths_B: Tensor, past: int, start: int, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the shares of a block's queries, in float32 or wider, and the slope of the cap on their scores."""
+    scores_BJMN, slope_BJMN = query_BJME @ key_BJNE.mT, None
+    if softcap is not None:
+        capped_BJMN = torch.tanh(scores_BJMN / softcap)
+        scores_BJMN, slope_BJMN = softcap * capped_BJMN, 1 - capped_BJMN.square()
+    scores_BJMN = scores_BJMN.to(torch.promote_types(scores_BJMN.dtype, torch.float32))
+    tokens = key_BJNE.shape[2] - past - start
+    place_N = torch.arange(key_BJNE.shape[2], device=key_BJNE.device)
+    last_T1 = torch.arange(past + start, key_BJNE.shape[2], device=key_BJNE.device)[:, None]
+    hidden_BTN = (place_N > last_T1) | ((place_N < past) & (place_N >= past_lengths_B[:, None]))[:, None]
+    scores_BJMN.unflatten(2, (-1, tokens)).masked_fill_(hidden_BTN[:, None, None], float("-inf"))
+    return scores_BJMN.softmax(-1), slope_BJMN
+
+
+def _folded(heads_HTE: Tensor, key_heads: int) -> Tensor:
+    """Fold the query heads that read one key head into the rows: (..., H, T, E) to (..., J, H / J * T, E)."""
+    *batch, _, _, size = heads_HTE.shape
+    return heads_HTE.reshape(*batch, key_heads, -1, size)
+
+
+def _joined(past_BJLE: Tensor, own_BJTE: Tensor) -> Tensor:
+    return torch.cat([past_BJLE, own_BJTE], dim=2) if past_BJLE.shape[2] else own_BJTE
