@@ -29,6 +29,7 @@ from cepo.fusion.config import PAPER_LINKS, RewardConfig
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.cost import CostModel, measured_cost
 from cepo.jacobian.group.engine import GroupEngine
+from cepo.jacobian.group.schedule import Plan
 from cepo.jacobian.group.swaps import Swaps
 from cepo.jacobian.protocol import Engine, Request
 
@@ -49,11 +50,12 @@ class Case:
 
     Attributes:
         name: what the row is called.
-        links: links that it answers for every rollout as sampled.
+        links: what it answers for every rollout as sampled.
         run: workload and rollouts at once -> Jacobians; the group engine chooses its own chunks.
         count: workload -> its cost.
         peer: one of PEERS; None for the group engine.
         alone: whether it runs one rollout at a time, so that its time is proportional to their number.
+        baseline: name of the case that its time is divided by.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Case:
     count: Callable[[Workload], Counts]
     peer: str | None = None
     alone: bool = False
+    baseline: str = REFERENCE_SCHEDULE
 
     @property
     def batched(self) -> bool:
@@ -126,17 +129,26 @@ def new_subject(
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.eval().requires_grad_(False)
     requests = _requests(check, {**PAPER_LINKS, "Z->Y:total": 1.0})
-    wanted = engine_jacobians(JacobianEngine(model), requests)
-    tolerance, oracle_error = _TOLERANCES.get(dtype, 0.0), 0.0
-    if dtype not in _TOLERANCES:
-        narrow, wide = wanted, copy.deepcopy(model).float()
-        wanted = engine_jacobians(JacobianEngine(wide), requests)
-        oracle_error = worst_error(narrow, wanted, [])
-        tolerance = min(_NARROW_LIMIT, _NARROW_FACTOR * oracle_error)
+    wanted, tolerance, oracle_error = right_answers(model, lambda oracle: engine_jacobians(oracle, requests))
     rate = matmul_rate(dtype, device, config.hidden_size, config.intermediate_size, seconds=0.3)
     # The plan's cost model, by the shapes alone: peers need no memory estimate.
     cost = measured_cost(model, 0, 0, 0)
     return Subject(name, model, GroupEngine(model), cost, check, wanted, tolerance, oracle_error, rate, device)
+
+
+def right_answers(model: Any, answers_of: Callable[[Engine], Jacobians]) -> tuple[Jacobians, float, float]:
+    """Return the oracle's answers in float32 or wider, the error that passes, and its own error in the model's dtype.
+
+    Args:
+        model: the model.
+        answers_of: asks an engine.
+    """
+    found = answers_of(JacobianEngine(model))
+    if model.dtype in _TOLERANCES:
+        return found, _TOLERANCES[model.dtype], 0.0
+    wanted = answers_of(JacobianEngine(copy.deepcopy(model).float()))
+    oracle_error = worst_error(found, wanted, [])
+    return wanted, min(_NARROW_LIMIT, _NARROW_FACTOR * oracle_error), oracle_error
 
 
 def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
@@ -204,12 +216,17 @@ def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
     return [case for case in found if case.peer is None or case.peer in peers]
 
 
-def contenders_on_kernels(subject: Subject) -> list[Case]:
-    """Return the group engine's schedules on the Triton kernels; none where the kernels do not run."""
+def on_kernels(subject: Subject, cases_of: Callable[[Subject, Sequence[str]], list[Case]]) -> list[Case]:
+    """Return the group engine's schedules on the Triton kernels; none where the kernels do not run.
+
+    Args:
+        subject: the model.
+        cases_of: `contenders`, or another function like it.
+    """
     engine = GroupEngine(subject.model, kernels="auto")
     if engine.swaps == Swaps():
         return []
-    return [replace(case, name=f"{case.name}, kernels") for case in contenders(replace(subject, engine=engine), ())]
+    return [replace(case, name=f"{case.name}, kernels") for case in cases_of(replace(subject, engine=engine), ())]
 
 
 def engine_jacobians(engine: Engine, requests: Sequence[Request]) -> Jacobians:
@@ -243,10 +260,14 @@ def base_keys(case: Case, workload: Workload) -> list[Key]:
     return [(link, rollout.token_ids) for link in case.links for rollout in workload.rollouts]
 
 
+def counts_of(plan: Plan) -> Counts:
+    """Return the cost that the group engine plans."""
+    return Counts(plan.forward_rows, plan.backward_rows, plan.head_rows, plan.flops, plan.peak_bytes)
+
+
 def _group_case(subject: Subject, name: str, links: Mapping[str, float], **options: Any) -> Case:
     def count(workload: Workload) -> Counts:
-        plan = subject.engine.plan(_requests(workload, links, **options))
-        return Counts(plan.forward_rows, plan.backward_rows, plan.head_rows, plan.flops, plan.peak_bytes)
+        return counts_of(subject.engine.plan(_requests(workload, links, **options)))
 
     return Case(
         name,

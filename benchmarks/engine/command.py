@@ -22,10 +22,11 @@ from cepo.benchmarks.engine.cases import (
     Subject,
     base_keys,
     contenders,
-    contenders_on_kernels,
     new_subject,
+    on_kernels,
     worst_error,
 )
+from cepo.benchmarks.engine.effects import effect_contenders, effect_subject
 from cepo.benchmarks.engine.figures import draw_scaling
 from cepo.benchmarks.engine.peers import Jacobians, Workload
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, Size, random_workload
@@ -81,15 +82,18 @@ def run_benchmark(
         log.progress(f"{name}: the oracle")
         check = random_workload(config.vocab_size, chosen.check, seed)
         subject = new_subject(name, config, chosen.dtype, place, check, seed)
-        cases = [*contenders(subject, named_peers), *contenders_on_kernels(subject)]
-        agreed = _run_shapes(subject, cases, chosen, config.vocab_size, log)
+        cases = [*contenders(subject, named_peers), *on_kernels(subject, contenders)]
+        agreed = _run_shapes("peers", subject, cases, chosen, config.vocab_size, log)
+        of_effects = effect_subject(subject, chosen.shapes[0].K)
+        cases = [*effect_contenders(of_effects, named_peers), *on_kernels(of_effects, effect_contenders)]
+        _run_shapes("effects", of_effects, cases, chosen, config.vocab_size, log)
         if scaling and index == 0:
             _run_static(subject, agreed, chosen, config.vocab_size, log)
             _run_scaling(subject, agreed, chosen, config.vocab_size, log)
             for axis in chosen.scaling:
                 points = [row for row in log.rows if row["section"] == "scaling" and axis in row["axes"]]
                 draw_scaling(points, axis, f"{name}, {facts['device']}", output / f"scaling_{axis}.png")
-        del subject, cases, agreed
+        del subject, of_effects, cases, agreed
         write_text(output / "bench.txt", results_text(size, log.rows))
     return results_table(size, log.rows)
 
@@ -125,17 +129,20 @@ class _Log:
         append_jsonl(self.path, self.rows[-1:])
 
 
-def _run_shapes(subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log) -> list[Case]:
+def _run_shapes(
+    section: str, subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log
+) -> list[Case]:
     """Measure every case on every workload of the size; return those that agreed everywhere."""
     wrong: set[str] = set()
     for shapes in size.shapes:
         workload = random_workload(vocabulary, shapes, subject.check.seed)
-        baseline: Row | None = None
+        by_case: dict[str, Row] = {}
         for number, case in enumerate(cases):
             log.progress(f"{subject.name}, G {shapes.G}: {case.name} ({number + 1} of {len(cases)})")
             row = _measured(subject, case, workload, subject.wanted, checked=True, alone=size.alone)[0]
-            baseline = row if case.name == REFERENCE_SCHEDULE else baseline
-            log.add({"section": "peers", **_shapes_of(subject, shapes), **row, **_ratios(row, baseline)})
+            by_case[case.name] = row
+            ratios = _ratios(row, by_case.get(case.baseline))
+            log.add({"section": section, **_shapes_of(subject, shapes), **row, **ratios})
             if row["status"] not in ("ok", "out of memory"):
                 wrong.add(case.name)
     return [case for case in cases if case.name not in wrong]
@@ -251,7 +258,7 @@ def _disagreement(error: float) -> Row:
 
 
 def _ratios(row: Row, baseline: Row | None) -> Row:
-    """Return how many times faster than the reference schedule, as measured and as rows and operations predict."""
+    """Return how many times faster than its reference, as measured and as rows and operations predict."""
     if baseline is None or baseline["seconds"] is None or row["seconds"] is None:
         return dict.fromkeys(RATIOS)
     rows, baseline_rows = (each["forward_rows"] + each["backward_rows"] for each in (row, baseline))

@@ -24,7 +24,7 @@ Jacobians = dict[Key, Tensor]
 
 ALL_LINKS = ("Z->X", "X->Y", "Z->Y:total")  # plain autograd has no direct effect
 ONLY_XY = ("X->Y",)
-_BOTH = ("rationale", "answer")
+BOTH = ("rationale", "answer")
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,21 @@ def reference_jacobians(model: Any, workload: Workload) -> Jacobians:
 
     def gradients(rollouts: Sequence[Rollout], _: Sequence[str]) -> dict[str, Tensor]:
         (rollout,) = rollouts
-        ids_T = torch.tensor(rollout.token_ids, device=model.device)
-        embeddings_BTD = _embedded(model, ids_T[None])
-        logits_TV = model(inputs_embeds=embeddings_BTD, use_cache=False).logits[0]
-        log_p_T = _log_likelihood(logits_TV, torch.cat([ids_T[1:], ids_T[:1]]))
-        return _backward({target: log_p_T[_rows(rollout, [target])].sum() for target in _BOTH}, embeddings_BTD)
+        embeddings_BTD = embedded(model, torch.tensor([rollout.token_ids], device=model.device))
+        return _backward(reference_scores(model, rollout, embeddings_BTD), embeddings_BTD)
 
     return _differentiate(workload, ALL_LINKS, 1, gradients)
+
+
+def reference_scores(model: Any, rollout: Rollout, embeddings_BTD: Tensor) -> dict[str, Tensor]:
+    """Return the scores of a rollout's rationale and answer after the embeddings of one sequence.
+
+    One forward pass, and log-softmax over the whole vocabulary at every position.
+    """
+    ids_T = torch.tensor(rollout.token_ids, device=model.device)
+    logits_TV = model(inputs_embeds=embeddings_BTD, use_cache=False).logits[0]
+    log_p_T = _log_likelihood(logits_TV, torch.cat([ids_T[1:], ids_T[:1]]))
+    return {target: log_p_T[_rows(rollout, [target])].sum(dtype=torch.float64) for target in BOTH}
 
 
 def padded_jacobians(model: Any, workload: Workload, *, links: Sequence[str], batch: int) -> Jacobians:
@@ -129,8 +137,8 @@ def padded_jacobians(model: Any, workload: Workload, *, links: Sequence[str], ba
     """
 
     def gradients(rollouts: Sequence[Rollout], targets: Sequence[str]) -> dict[str, Tensor]:
-        padded = _Padded(model, rollouts, targets)
-        embeddings_BTD = _embedded(model, padded.ids_BT)
+        padded = Padded(model, rollouts, targets)
+        embeddings_BTD = embedded(model, padded.ids_BT)
         scores = {target: score_B.sum() for target, score_B in padded.scores(embeddings_BTD).items()}
         return _backward(scores, embeddings_BTD)
 
@@ -148,16 +156,16 @@ def functional_jacobians(model: Any, workload: Workload) -> Jacobians:
     """
 
     def gradients(rollouts: Sequence[Rollout], _: Sequence[str]) -> dict[str, Tensor]:
-        padded = _Padded(model, rollouts, _BOTH, masked=False)
+        padded = Padded(model, rollouts, BOTH, masked=False)
 
         def scores_of(embeddings_BTD: Tensor) -> Tensor:
             scores = padded.scores(embeddings_BTD)
-            return torch.stack([scores[target][0] for target in _BOTH])
+            return torch.stack([scores[target][0] for target in BOTH])
 
-        scores_C, pull = torch.func.vjp(scores_of, _embedded(model, padded.ids_BT).detach())[:2]
-        cotangents_CC = torch.eye(len(_BOTH), dtype=scores_C.dtype, device=scores_C.device)
+        scores_C, pull = torch.func.vjp(scores_of, embedded(model, padded.ids_BT).detach())[:2]
+        cotangents_CC = torch.eye(len(BOTH), dtype=scores_C.dtype, device=scores_C.device)
         (gradients_CBTD,) = torch.func.vmap(pull)(cotangents_CC)
-        return dict(zip(_BOTH, gradients_CBTD, strict=True))
+        return dict(zip(BOTH, gradients_CBTD, strict=True))
 
     with eager_attention(model):
         return _differentiate(workload, ALL_LINKS, 1, gradients)
@@ -178,9 +186,9 @@ def captum_jacobians(model: Any, workload: Workload, *, batch: int) -> Jacobians
     saliency_of = importlib.import_module("captum.attr").Saliency
 
     def gradients(rollouts: Sequence[Rollout], targets: Sequence[str]) -> dict[str, Tensor]:
-        padded = _Padded(model, rollouts, targets)
+        padded = Padded(model, rollouts, targets)
         saliency = saliency_of(lambda embeddings_BTD: padded.scores(embeddings_BTD)["answer"])
-        return {"answer": saliency.attribute(_embedded(model, padded.ids_BT), abs=False)}
+        return {"answer": saliency.attribute(embedded(model, padded.ids_BT), abs=False)}
 
     return _differentiate(workload, ONLY_XY, batch, gradients)
 
@@ -202,23 +210,40 @@ def count_rows(
         whole_head: whether all positions go through the head, not only those that predict a target.
         always_both: whether both scores are differentiated whichever link is wanted.
     """
+    passes = [
+        (rollout, targets, len(targets))
+        for version in workload.versions(links)
+        for targets in [BOTH if always_both else version.targets]
+        for rollout in version.rollouts
+    ]
+    return count_passes(cost, passes, whole_head=whole_head)
+
+
+def count_passes(
+    cost: CostModel, passes: Sequence[tuple[Rollout, Sequence[str], int]], *, whole_head: bool = False
+) -> Counts:
+    """Return the cost of forward passes over whole rollouts.
+
+    Args:
+        cost: of the model.
+        passes: of each, the rollout, the targets that are scored and the number of backward passes.
+        whole_head: whether all positions go through the head, not only those that predict a target.
+    """
     forward = backward = head = 0
     flops = 0.0
-    for version in workload.versions(links):
-        targets = _BOTH if always_both else version.targets
-        for rollout in version.rollouts:
-            needed = _rows(rollout, targets)
-            tokens = len(rollout.token_ids) if whole_head else max(needed) + 1
-            columns = tokens if whole_head else len(needed)
-            forward += tokens
-            backward += len(targets) * tokens
-            head += columns
-            flops += cost.flops(tokens, tokens / 2, backward=False) + 2.0 * cost.head * columns * (1 + len(targets))
-            flops += cost.flops(len(targets) * tokens, tokens / 2, backward=True)
+    for rollout, targets, backwards in passes:
+        needed = _rows(rollout, targets)
+        tokens = len(rollout.token_ids) if whole_head else max(needed) + 1
+        columns = tokens if whole_head else len(needed)
+        forward += tokens
+        backward += backwards * tokens
+        head += columns
+        flops += cost.flops(tokens, tokens / 2, backward=False) + 2.0 * cost.head * columns * (1 + backwards)
+        flops += cost.flops(backwards * tokens, tokens / 2, backward=True)
     return Counts(forward, backward, head, flops)
 
 
-class _Padded:
+class Padded:
     """Rollouts as one batch, padded on the right, and the columns of the logits that predict their targets."""
 
     def __init__(self, model: Any, rollouts: Sequence[Rollout], targets: Sequence[str], *, masked: bool = True) -> None:
@@ -248,7 +273,8 @@ class _Padded:
         return {target: (log_p_BP * chosen_BP).sum(-1) for target, chosen_BP in self._chosen_BP.items()}
 
 
-def _embedded(model: Any, ids_BT: Tensor) -> Tensor:
+def embedded(model: Any, ids_BT: Tensor) -> Tensor:
+    """Return the embeddings of ids as a leaf."""
     embeddings_BTD: Tensor = model.get_input_embeddings()(ids_BT)
     return embeddings_BTD.detach().requires_grad_()
 

@@ -16,9 +16,9 @@ Row = Mapping[str, Any]
 
 def results_table(size: str, rows: Sequence[Row]) -> Table:
     """Return the rows of all sections but the scaling, one part per model and workload."""
-    table = Table(title=f"cepo bench, {size}: seconds only where J agrees with the oracle")
+    table = Table(title=f"cepo bench, {size}: seconds only where the values agree with the oracle")
     table.add_column("case")
-    for name in ("error of J", "seconds", "rollouts/s", "token rows/s", "peak MiB", "TFLOP", "of matmul"):
+    for name in ("error", "seconds", "rollouts/s", "token rows/s", "peak MiB", "TFLOP", "of matmul"):
         table.add_column(name, justify="right")
     for name in ("× reference", "by rows", "by FLOPs"):
         table.add_column(name, justify="right")
@@ -64,11 +64,13 @@ def results_text(size: str, rows: Sequence[Row]) -> str:
     lines = [
         f"{first['device']}, {first['threads']} threads, {versions}, commit {first['commit']}, seed {first['seed']}"
     ]
-    for row in {row["model"]: row for row in reversed(rows) if row["section"] == "peers"}.values():
+    compared = {"peers": "Jacobians", "effects": "effects and paths"}
+    first_rows = {(row["model"], row["section"]): row for row in reversed(rows) if row["section"] in compared}
+    for row in reversed(first_rows.values()):
         rate = max(other["matmul_flops_per_s"] for other in rows if other["model"] == row["model"])
         lines.append(
             f"{row['model']}: matrix products of its MLP run at {rate / 1e12:.3g} TFLOP/s; "
-            f"an error of J up to {row['tolerance']:.1e} passes"
+            f"an error of {compared[row['section']]} up to {row['tolerance']:.1e} passes"
             + (f" (the oracle's own in {row['dtype']}: {row['oracle_error']:.1e})" if row["oracle_error"] else "")
         )
     stream = io.StringIO()

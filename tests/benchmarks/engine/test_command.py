@@ -15,6 +15,7 @@ from cepo.benchmarks.engine import command as throughput
 from cepo.benchmarks.engine import memory
 from cepo.benchmarks.engine.cases import PEERS, contenders, new_subject, worst_error
 from cepo.benchmarks.engine.command import run_benchmark
+from cepo.benchmarks.engine.effects import effect_contenders, effect_subject
 from cepo.benchmarks.engine.figures import draw_scaling
 from cepo.benchmarks.engine.peers import ALL_LINKS, Jacobians, count_rows, reference_jacobians
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
@@ -23,7 +24,7 @@ from cepo.jacobian.records import Span
 from tests.models import InDouble
 
 PNG = b"\x89PNG\r\n\x1a\n"
-MEASURED = ("seconds", "rollouts_per_s", "rows_per_s", "flops", "matmul_fraction", "forward_rows", "backward_rows")
+MEASURED = ("seconds", "rollouts_per_s", "rows_per_s", "flops", "matmul_fraction", "forward_rows")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,11 @@ def test_tiny_runs_end_to_end_and_everybody_agrees(tmp_path: Path) -> None:
     rows = rows_of(tmp_path)
     of_peers = [row for row in rows if row["section"] == "peers"]
     assert len(of_peers) == 9 == len({row["case"] for row in of_peers})
+    of_effects = [row for row in rows if row["section"] == "effects"]
+    questions = ("effect", "chain's effect", "path, 4 nodes")
+    named = {f"{who}: {question}" for question in questions for who in ("reference", "group")}
+    assert len(of_effects) == 7
+    assert {row["case"] for row in of_effects} == {*named, "captum: integrated gradients"}
     for row in rows:
         if row["case"].startswith("captum") and not has_captum():
             assert row["status"] == "not installed"
@@ -54,11 +60,13 @@ def test_tiny_runs_end_to_end_and_everybody_agrees(tmp_path: Path) -> None:
             continue
         assert row["status"] == "ok", row
         assert all(row[name] > 0 for name in MEASURED)
+        assert (row["backward_rows"] > 0) == (not row["case"].endswith("effect"))
         assert row["error"] is None or row["error"] <= row["tolerance"]
         assert (row["size"], row["dtype"], row["seed"]) == ("tiny", "float32", 0)
         assert {"device", "driver", "threads", "torch", "triton", "transformers", "python", "commit"} <= row.keys()
-    assert all(row["error"] is not None for row in of_peers if row["status"] == "ok")
-    assert all(row["speedup_by_flops"] > 0 for row in of_peers if row["status"] == "ok")
+    assert all(row["error"] is not None for row in of_peers + of_effects if row["status"] == "ok")
+    assert all(row["speedup_by_flops"] > 0 for row in of_peers + of_effects if row["status"] == "ok")
+    assert all(row["speedup"] == 1.0 for row in of_effects if row["case"].startswith("reference"))
     static = [row for row in rows if row["section"] == "static"]
     assert [row["shapes"]["opening"] for row in static] == [32, 32, 32, 0]
     exact, whole = (row for row in static if row["case"] == "group: all links, exact")
@@ -68,7 +76,7 @@ def test_tiny_runs_end_to_end_and_everybody_agrees(tmp_path: Path) -> None:
     text = (tmp_path / "bench.txt").read_text()
     assert "group: all links, exact" in text
     assert "reference schedule (scaled from 1 of 4 rollouts)" in text
-    assert table.row_count == len(of_peers) + len(static) + 3  # three headings
+    assert table.row_count == len(of_peers) + len(of_effects) + len(static) + 3  # three headings
     assert told
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -85,7 +93,7 @@ def test_values_agree_in_double_and_in_half_precision(
     else:
         run_benchmark("tiny", tmp_path, scaling=False)
     rows = [row for row in rows_of(tmp_path) if row["status"] != "not installed"]
-    assert len(rows) == 8 + has_captum()
+    assert len(rows) == 14 + 2 * has_captum()
     for row in rows:
         assert row["status"] == "ok", row
         assert row["error"] <= row["tolerance"] <= limit
@@ -101,7 +109,7 @@ def test_a_wrong_peer_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("cepo.benchmarks.engine.cases.reference_jacobians", spoilt)
     run_benchmark("tiny", tmp_path, peers=["reference"], scaling=False)
-    wrong, *ours = rows_of(tmp_path)
+    wrong, *ours = (row for row in rows_of(tmp_path) if row["section"] == "peers")
     assert wrong["case"] == "reference schedule"
     assert wrong["status"] == "disagrees by 1.0e-03"
     assert wrong["seconds"] is None
@@ -140,10 +148,10 @@ def test_a_peer_that_goes_wrong_only_when_timed_gets_no_time(tmp_path: Path, mon
 
 
 def test_the_engine_gets_no_time_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds for peers holds for us."""
+    """What holds for peers holds for us, of effects and paths as well."""
     from cepo.jacobian.group.engine import GroupEngine
 
-    compute = GroupEngine.compute
+    compute, paths = GroupEngine.compute, GroupEngine.paths
 
     def spoilt(self: GroupEngine, requests: Any) -> Any:
         for answer in compute(self, requests):
@@ -151,11 +159,29 @@ def test_the_engine_gets_no_time_either(tmp_path: Path, monkeypatch: pytest.Monk
                 {name: replace(record, jac_SD=-record.jac_SD) for name, record in records.items()} for records in answer
             ]
 
+    def slightly_spoilt(self: GroupEngine, requests: Any) -> Any:
+        for answer in paths(self, requests):
+            yield [
+                {
+                    name: replace(
+                        path,
+                        others=tuple(path.own + 1.001 * (other - path.own) for other in path.others),
+                        attribution_S=None if path.attribution_S is None else 1.001 * path.attribution_S,
+                    )
+                    for name, path in paths.items()
+                }
+                for paths in answer
+            ]
+
     monkeypatch.setattr(GroupEngine, "compute", spoilt)
+    monkeypatch.setattr(GroupEngine, "paths", slightly_spoilt)
     run_benchmark("tiny", tmp_path, peers=["padded"])
     rows = rows_of(tmp_path)
-    ours = [row for row in rows if row["case"].startswith("group")]
+    ours = [row for row in rows if row["section"] == "peers" and row["case"].startswith("group")]
     assert len(ours) == 4
+    compared = [row for row in rows if row["section"] == "effects"]
+    assert len(compared) == 3
+    assert all(row["status"].startswith("disagrees by 1.0e-03") and row["seconds"] is None for row in compared)
     assert all(row["status"] == "disagrees by 2.0e+00" and row["seconds"] is None for row in ours)
     assert {row["case"] for row in rows if row["seconds"]} == {"padded autograd", "padded autograd: X->Y"}
 
@@ -225,6 +251,19 @@ def test_rows_of_the_reference_schedule() -> None:
     assert counts.rows == 3 * tokens
 
 
+def test_rows_of_effects_and_paths_alone() -> None:
+    """1 + K forward passes for an effect, 1 + 2K for a chain's two, and K times the nodes both ways for a path."""
+    workload, K = random_workload(128, Shapes(3, 24, 8, 3, 2), 0), 2
+    subject = new_subject("tiny", SIZES["tiny"].models["tiny"], torch.float32, torch.device("cpu"), workload, 0)
+    effect, chain, path = effect_contenders(effect_subject(subject, K), ["reference"])[::2]
+    rollouts, tokens = 3, 35
+    for case, forward, backward in ((effect, 1 + K, 0), (path, 4 * K, 4 * K)):
+        counts = case.count(workload)
+        passes = rollouts * tokens * forward
+        assert (counts.forward, counts.backward, counts.head) == (passes, rollouts * tokens * backward, passes)
+    assert chain.count(workload).forward == rollouts * tokens * (1 + 2 * K)
+
+
 def test_a_smaller_workload_is_part_of_a_larger_one() -> None:
     """So that what the oracle says about the small one can be compared with the timed run's answers."""
     for size in SIZES.values():
@@ -233,6 +272,7 @@ def test_a_smaller_workload_is_part_of_a_larger_one() -> None:
             large = random_workload(128, shapes, 3)
             assert large.rollouts[: len(small.rollouts)] == small.rollouts
             assert shapes.K >= size.check.K
+            assert shapes.K == size.shapes[0].K  # of which effects and paths are checked
 
 
 def test_a_plot_without_a_single_time_is_drawn(tmp_path: Path) -> None:
