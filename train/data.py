@@ -176,9 +176,9 @@ def _check_ranges(test_fraction: float, limit: int | None, max_characters: int |
     if not 0.0 <= test_fraction <= 1.0:
         raise ValueError(f"test_fraction is {test_fraction}; expected a fraction in [0, 1]")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least 1, or None for all rows")
+        raise ValueError(f"limit is {limit}; expected at least 1")
     if max_characters is not None and max_characters < 1:
-        raise ValueError(f"max_characters is {max_characters}; expected at least 1, or None for no limit")
+        raise ValueError(f"max_characters is {max_characters}; expected at least 1")
 
 
 def _rename(needed: tuple[str, ...], columns: Mapping[str, str] | None) -> dict[str, str]:

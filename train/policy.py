@@ -182,11 +182,13 @@ def _questions(kind: str, known: Mapping[str, Any], given: Mapping[str, Any], se
 
 def _testbed_options(given: Mapping[str, Any]) -> dict[str, Any]:
     options = {"judge": "lazy", "steps": 300, **given}
-    _check_options(options, {"judge": None, "steps": None})
+    _check_options(options, {"judge": None, "steps": None}, of="testbed")
     return options
 
 
-def _check_options(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any], known: Mapping[str, Any], *, of: str = "data") -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"unknown option {', '.join(unknown)}; expected some of {', '.join(known)}")
+        raise ValueError(
+            f"{of} holds {', '.join(unknown)}, unknown for this source; expected some of {', '.join(known)}"
+        )

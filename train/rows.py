@@ -100,9 +100,13 @@ def read_tie(row: Row, *, ties: bool) -> bool:
         ties: whether ties are asked for.
 
     Raises:
-        ValueError: for a tie that nobody asked for, and for a column `tie` that holds neither true nor false.
+        ValueError: for a tie that nobody asked for, a column `tie` that holds neither true nor false, and one that says
+            false beside a label that says tie.
     """
-    tie = str(given(row, "label")).lower() == TIE or read_flag(row, "tie", default=False)
+    labelled = str(given(row, "label")).lower() == TIE
+    tie = read_flag(row, "tie", default=labelled)
+    if labelled and not tie:
+        raise ValueError("column 'label' says that it is a tie, and column 'tie' that it is none")
     if tie and not ties:
         raise ValueError(
             "is a tie: neither response is better; data.ties: true of cepo train, and --ties of cepo warm-start and "

@@ -103,7 +103,9 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
     path = Path(source)
     if path.is_file() or (path.suffix.lower() in _ENDINGS and not path.is_dir()):
         if split is not None:
-            raise ValueError(f"split is {split!r}, but source {source} is a file; expected None, files have no splits")
+            raise ValueError(
+                f"split is {split!r}, but source {source} is a file, and files have no splits; leave it out"
+            )
         return open_file(path)
     import datasets
 
@@ -115,9 +117,10 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
             rows = datasets.load_from_disk(str(path))
         else:
             rows = datasets.load_dataset(name, configuration or None, split=split or "train")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        reason = f"{error} {error.__cause__ or ''}".strip()
         raise ValueError(
-            f"source {source} is neither a file nor a data set that can be loaded, from a folder or the hub: {error}"
+            f"source {source} is neither a file nor a data set that can be loaded, from a folder or the hub: {reason}"
         ) from error
     return Source(enumerate(rows, start=1), "row")
 

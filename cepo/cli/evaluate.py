@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -192,7 +193,11 @@ def sensitivity(
         )
     for table in summary.tables():
         console.print(table)
-    _finish(output, data, summary.failed, summary.left_out)
+    if summary.left_out:
+        reasons = Counter(reason for _, reason in summary.left_out).most_common(8)
+        shown = "; ".join(f"{reason} ({count}x)" for reason, count in reasons)
+        console.print(f"left out: {len(summary.left_out)} row(s) that are no edit: {shown}", markup=False)
+    _finish(output, data, summary.failed, ())
 
 
 @eval_app.command("cue-flips")

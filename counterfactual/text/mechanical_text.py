@@ -74,7 +74,8 @@ def wrong_number(source: Source, peers: Peers, rng: np.random.Generator) -> Iter
     place = digits[rng.integers(len(digits))]
     others = [digit for digit in "123456789" if digit != source.chosen[place]]  # no 0: it could open a number
     wrong = source.chosen[:place] + others[rng.integers(len(others))] + source.chosen[place + 1 :]
-    yield _made(source, "wrong-number", "wrong-number", source.chosen, wrong, attribute="correct numbers")
+    pair = _made(source, "wrong-number", "wrong-number", source.chosen, wrong, attribute="correct numbers")
+    yield replace(pair, direction="down")
 
 
 def dropped_sentence(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
@@ -88,7 +89,8 @@ def dropped_sentence(source: Source, peers: Peers, rng: np.random.Generator) -> 
         start, end = inner[place]
         shorter = text[:start] + text[end:]
         if len(words_of(text[start:end]) - peers.common_words - words_of(source.prompt, shorter)) >= _NEW_WORDS:
-            yield _made(source, "dropped-sentence", "dropped-sentence", text, shorter, attribute="completeness")
+            pair = _made(source, "dropped-sentence", "dropped-sentence", text, shorter, attribute="completeness")
+            yield replace(pair, direction="down")
             return
 
 

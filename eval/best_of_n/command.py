@@ -127,7 +127,7 @@ def measure_best_of(
     elif job.draws != 1:
         raise ValueError(f"draws is {job.draws}; a reward model's best of N is exact over all draws, leave it out")
     if job.limit is not None and job.limit < 1:
-        raise ValueError(f"limit is {job.limit}; expected at least 1, or None for all questions")
+        raise ValueError(f"limit is {job.limit}; expected at least 1")
     found, broken = read_questions(job.data, verifier=job.verifier)
     largest = max(job.sizes, default=0)
     questions = [question for question in found if len(question.candidates) >= largest]

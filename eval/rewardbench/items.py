@@ -84,7 +84,7 @@ def load_items(
         ValueError: If an argument is out of range, the source can't be read, or no row is usable.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least 1, or None for all items")
+        raise ValueError(f"limit is {limit}; expected at least 1")
     name, split = _named(str(source), split)
     items, problems = collect_rows(name, partial(read_item, ties=ties), split=split)
     items = _numbered(items)

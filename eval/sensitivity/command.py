@@ -117,7 +117,7 @@ def run_sensitivity(job: SensitivityJob, *, progress: Progress | None = None) ->
     """
     settings = job.model
     if job.limit is not None and job.limit < 1:
-        raise ValueError(f"limit is {job.limit}; expected at least 1, or None for all edits")
+        raise ValueError(f"limit is {job.limit}; expected at least 1")
     source, shown = find_reward_model(settings.model)
     if shown.form == "pairwise":
         raise ValueError(

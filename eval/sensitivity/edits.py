@@ -9,7 +9,7 @@ import numpy as np
 from cepo.counterfactual.text.mechanical import show, shows
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.train.reward_testbed import WORDS, generate_sources
-from cepo.train.rows import given, read_flag, read_id, read_pair
+from cepo.train.rows import given, read_flag, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows
 
 CLEAN, UNCHECKED = "clean", "unchecked"
@@ -54,8 +54,9 @@ def read_edits(
 ) -> tuple[list[Edit], list[BrokenLine]]:
     """Read edits: rows of a preference with the `attribute` that was edited; equal rows count once.
 
-    A row may have `id`, `kind`, `attribute_words` (a text, or a list of them), and `kept`; rows that are not kept, or
-    have no attribute, are left out with that reason.
+    A row may have `id`, `kind`, `attribute_words` (a text, or a list of them), and `kept`. Left out, with that reason,
+    are ties, rows that are not kept or have no attribute, and those whose `direction` is null, as `cepo augment` writes
+    it for pairs of which neither response is an edit of the other.
 
     Args:
         source: see `open_source`.
@@ -77,8 +78,10 @@ def read_edit(row: Row) -> Edit:
     if not read_flag(row, "kept", default=True):
         raise ValueError(f"not kept: {given(row, 'reason')}")
     attribute, words = given(row, "attribute"), given(row, "attribute_words")
-    if not isinstance(attribute, str):
-        raise ValueError("has no attribute: it is no edit of one")
+    if read_tie(row, ties=True):
+        raise ValueError("is a tie: no response is the better one")
+    if not isinstance(attribute, str) or ("direction" in row and given(row, "direction") is None):
+        raise ValueError("has no attribute, or no direction: neither response is an edit of the other")
     listed = [words] if isinstance(words, str) else list(words) if isinstance(words, list | tuple) else []
     if (words is not None and not listed) or not all(isinstance(word, str) and word.strip() for word in listed):
         raise ValueError(f"column 'attribute_words' holds {words!r}; expected a text, or a list of texts")

@@ -295,7 +295,7 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
         ({"data": {"limit": 1}}, "data.source is missing"),
         ({"data": "rows.jsonl"}, "data.source is not there: data is 'rows.jsonl'"),
         ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"data": {"source": "testbed", "colour": 1}}, "unknown option colour"),
+        ({"data": {"source": "testbed", "colour": 1}}, "data holds colour, unknown"),
     ],
 )
 def test_bad_settings_end_in_one_paragraph_and_exit_code_2(

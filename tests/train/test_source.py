@@ -191,5 +191,12 @@ def test_a_name_of_a_file_is_never_taken_for_a_hub_data_set(tmp_path: Path, monk
     for name in ("absent.json", "data/absent.csv.gz", "absent.xlsx"):
         with pytest.raises(ValueError, match="is not a file; expected JSONL"):
             open_source(name)
-    with pytest.raises(ValueError, match="split is 'test', but source .* is a file"):
+    with pytest.raises(ValueError, match="split is 'test', but source .* is a file, and files have no splits"):
         open_source(tmp_path / "rows", "test")
+
+
+def test_a_folder_with_a_file_that_holds_no_rows_is_refused_in_words(tmp_path: Path) -> None:
+    written(tmp_path, "rows.jsonl", UTF8)
+    written(tmp_path, "notes.jsonl", b"not json\n")
+    with pytest.raises(ValueError, match="neither a file nor a data set that can be loaded"):
+        open_source(tmp_path)

@@ -14,6 +14,7 @@ from cepo.train.grpo import TrainConfig, build_rewards, train
 from cepo.train.policy import load_data
 from cepo.train.prompts import JUDGE, JUDGE_LITERALS, TIES_JUDGE, TIES_LITERALS, judge_prompt
 from cepo.train.rewards.task import argmax_reward
+from cepo.train.rows import read_tie
 
 PAIR = {"prompt": "What is the capital of Australia?", "chosen": "Canberra.", "rejected": "It is Canberra."}
 TIES: list[dict[str, Any]] = [{"tie": True}, {"tie": "true"}, {"tie": 1}, {"label": "tie"}, {"label": "Tie"}]
@@ -47,6 +48,11 @@ def test_ties_are_left_out_with_the_way_to_take_them_unless_they_are_asked_for(t
     assert all("data.ties" in reason for _, reason in loaded.skipped)
 
 
+def test_columns_that_disagree_about_a_tie_are_named() -> None:
+    with pytest.raises(ValueError, match="'label' says that it is a tie, and column 'tie' that it is none"):
+        read_tie({**PREFERENCES[0], "label": "tie", "tie": False}, ties=True)
+
+
 def test_ties_that_are_asked_for_are_rows_whose_prompts_do_not_tell_them_apart(tmp_path: Path) -> None:
     """Every prompt allows equal scores, or the prompt alone would say which rows are ties."""
     settings = {"source": write(tmp_path / "rows.jsonl", [*PREFERENCES, *TIES]), "test_fraction": 0.0, "ties": True}
@@ -68,7 +74,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="ties is 'yes'; expected true or false"):
         load_data("judge", {"source": path, "ties": "yes"}, seed=0)
-    with pytest.raises(ValueError, match="unknown option ties"):
+    with pytest.raises(ValueError, match="data holds ties, unknown for this source"):
         load_data("reasoning", {"source": path, "ties": True}, seed=0)
 
 

@@ -47,6 +47,8 @@ def test_rows_with_an_attribute_are_edits_and_the_others_say_why_not(tmp_path: P
         {**edit, "kept": False, "reason": "other change: tone"},
         {**edit, "attribute_words": [3]},
         {**edit, "attribute_words": "correct"},
+        {**edit, "tie": True},
+        {**edit, "kind": "relevance", "direction": None},
     ]
     edits, left_out = read_edits(str(write(tmp_path / "rows.jsonl", rows)))
     texts = PROMPT, PAIR["chosen"], PAIR["rejected"]
@@ -55,9 +57,11 @@ def test_rows_with_an_attribute_are_edits_and_the_others_say_why_not(tmp_path: P
         Edit("", *texts, "edit", "accuracy", ("correct",)),
     ]
     assert left_out == [
-        (3, "has no attribute: it is no edit of one"),
+        (3, "has no attribute, or no direction: neither response is an edit of the other"),
         (4, "not kept: other change: tone"),
         (5, "column 'attribute_words' holds [3]; expected a text, or a list of texts"),
+        (7, "is a tie: no response is the better one"),
+        (8, "has no attribute, or no direction: neither response is an edit of the other"),
     ]
 
 
