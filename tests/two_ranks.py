@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 Case = Callable[[int, Path], None]
 
@@ -48,6 +49,7 @@ def _run(rank: int, cases: Sequence[Case], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     limit = datetime.timedelta(seconds=60)  # of a collective that the other rank never joins
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a trainer in the process that was forked
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=limit)
     for case in cases:
         try:
