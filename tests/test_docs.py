@@ -290,6 +290,30 @@ def test_the_table_of_pairs_is_what_the_rows_say() -> None:
         assert line in text
 
 
+def test_the_tables_of_real_text_are_what_the_rows_say() -> None:
+    rows = rows_of("text-reward-models.jsonl")
+    assert len({(row["arm"], row["seed"]) for row in rows}) == len(rows), "a run was recorded twice"
+    arms = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
+    text = (ROOT / "docs" / "reward-models.md").read_text()
+
+    def agrees(cell: str, arm: str, measure: str) -> bool:
+        values = [float(row[measure]) for row in arms[arm]]
+        return near(cell, [mean(values), min(values), max(values)])
+
+    shown = table(text, "### On real text")
+    assert [row[:2] for row in shown] == [[arm, str(len(of_arm))] for arm, of_arm in arms.items()]
+    for arm, _, *cells in shown:
+        for cell, measure in zip(cells, ("right_cue", "flipped", "no_cue", "cue_effect", "relevance"), strict=True):
+            assert agrees(cell, arm, measure), (arm, measure)
+    for name, arm, *cells, longest, shortest in table(text, "### Preferences as they are"):
+        for cell, part in zip(cells, ("accuracy", "where_longer", "where_shorter"), strict=True):
+            assert agrees(cell, arm, f"{name}/{part}"), (name, arm, part)
+        assert near(longest, [arms[arm][0][f"{name}/longest"]])
+        assert near(shortest, [1 - arms[arm][0][f"{name}/longest"]])
+    for line in verdicts(rows, read_plan(ROOT / "benchmarks" / "recipes" / "text-reward-models.yaml").gates):
+        assert line in text
+
+
 def test_the_table_of_judges_is_what_the_rows_say() -> None:
     definitions = {
         "phi of X->Y, K = 4, r = 2 (the paper's)": "phi criteria->scores@log_likelihood K=4 r=2",
