@@ -128,7 +128,7 @@ def new_subject(
     with device:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.eval().requires_grad_(False)
-    requests = _requests(check, {**PAPER_LINKS, "Z->Y:total": 1.0})
+    requests = jacobian_requests(check, {**PAPER_LINKS, "Z->Y:total": 1.0})
     wanted, tolerance, oracle_error = right_answers(model, lambda oracle: engine_jacobians(oracle, requests))
     rate = matmul_rate(dtype, device, config.hidden_size, config.intermediate_size, seconds=0.3)
     # The plan's cost model, by the shapes alone: peers need no memory estimate.
@@ -267,17 +267,17 @@ def counts_of(plan: Plan) -> Counts:
 
 def _group_case(subject: Subject, name: str, links: Mapping[str, float], **options: Any) -> Case:
     def count(workload: Workload) -> Counts:
-        return counts_of(subject.engine.plan(_requests(workload, links, **options)))
+        return counts_of(subject.engine.plan(jacobian_requests(workload, links, **options)))
 
     return Case(
         name,
         tuple(links),
-        lambda workload, batch: engine_jacobians(subject.engine, _requests(workload, links, **options)),
+        lambda workload, batch: engine_jacobians(subject.engine, jacobian_requests(workload, links, **options)),
         count,
     )
 
 
-def _requests(workload: Workload, links: Mapping[str, float], **options: Any) -> list[Request]:
+def jacobian_requests(workload: Workload, links: Mapping[str, float], **options: Any) -> list[Request]:
     """Return the requests that a reward would make of an engine."""
     config = RewardConfig.paper(links=links, counterfactuals=workload.counterfactuals, seed=workload.seed)
     config = replace(config, **options)

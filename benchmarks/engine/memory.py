@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from cepo.benchmarks.engine.cases import Jacobians, _requests, engine_jacobians, worst_error
+from cepo.benchmarks.engine.cases import Jacobians, engine_jacobians, jacobian_requests, worst_error
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
 from cepo.benchmarks.measure import environment, measure
 from cepo.files import append_jsonl
@@ -49,7 +49,7 @@ def main(
     engines = {budget: GroupEngine(model, memory_budget=budget * 2**30) for budget in (64.0, memory_gib)}
     table = Table("tokens", "budget, GiB", "peak, GiB", "planned", "seconds", "largest error")
     for tokens in LENGTHS:
-        requests = _requests(random_workload(config.vocab_size, shapes_of(tokens), 0), PAPER_LINKS)
+        requests = jacobian_requests(random_workload(config.vocab_size, shapes_of(tokens), 0), PAPER_LINKS)
         wanted: Jacobians = {}
         for budget, engine in engines.items():
             assert engine.unserved is None  # the trial runs before anything is measured

@@ -25,18 +25,9 @@ not make a response better in itself: length, formatting, tone, confidence, unle
 Answer with JSON alone, in this form:
 {{"attributes": [{{"name": "...", "weight": 0.6}}, {{"name": "...", "weight": 0.4}}]}}"""
 
-_DEGRADE = """\
-Rewrite the response below so that it is clearly worse in {attribute}, and in nothing else. Every other attribute, the
-length, the format and the tone stay as they are. Do not say what you changed.
-
-{query}
-
-{response}
-
-Answer with the whole rewritten response between <response> and </response>."""
-
-_UPGRADE = """\
-Rewrite the response below so that it is clearly better in {attribute}, and in nothing else. Every other attribute, the
+_CHANGE = """\
+Rewrite the response below so that it is clearly {direction} in {attribute}, and in nothing else. Every other \
+attribute, the
 length, the format and the tone stay as they are. Do not say what you changed.
 
 {query}
@@ -104,7 +95,8 @@ Does either of the two responses below answer the query, even in part, or better
 Answer with JSON alone: {{"answers": true}} if so, {{"answers": false}} if both miss the query altogether."""
 
 
-_EDITS = {"degrade": _DEGRADE, "upgrade": _UPGRADE, "aligned": _ALIGN, "paraphrase": _PARAPHRASE}
+_DIRECTIONS = {"degrade": "worse", "upgrade": "better"}
+_EDITS = {"degrade": _CHANGE, "upgrade": _CHANGE, "aligned": _ALIGN, "paraphrase": _PARAPHRASE}
 
 
 def ask_attributes(prompt: str) -> Messages:
@@ -123,7 +115,7 @@ def ask_edit(kind: str, source: Source, response: str, attributes: Sequence[str]
         attribute: the one to change.
     """
     marked = f"[Response]\n{response}\n{END_OF_RESPONSE}"
-    named = {"attributes": ", ".join(attributes), "attribute": attribute}
+    named = {"attributes": ", ".join(attributes), "attribute": attribute, "direction": _DIRECTIONS.get(kind)}
     return _fill(_EDITS[kind], source.prompt, response=marked, model=source.chosen, **named)
 
 

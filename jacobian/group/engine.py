@@ -94,8 +94,8 @@ class GroupEngine(ModelEngine):
         self._check([requests] if isinstance(requests, Group) else (request.group for request in requests))
         if isinstance(requests, Group):
             requests = [Request(requests, default_links(requests) if links is None else tuple(links))]
-        served = self._fitting(requests, self._planned(requests))
-        return plan_of(self._schedule(requests, served), served.cost)
+        served, work = self._fitting(requests, self._planned(requests))
+        return plan_of(work, served.cost)
 
     def plan_paths(self, requests: Sequence[PathRequest]) -> Plan:
         """Return what `paths` would run, without running it; of nodes "auto", the first.
@@ -130,8 +130,7 @@ class GroupEngine(ModelEngine):
             yield from self._oracle.compute(alike) if served is None else self._compute(alike, served)
 
     def _compute(self, requests: Sequence[Request], served: Served) -> Iterator[Answer]:
-        served = self._fitting(requests, served)
-        work = self._schedule(requests, served)
+        served, work = self._fitting(requests, served)
         opening: KeyValues | None = None
         stem: StemRun | None = None
         for request, of_request in zip(requests, work.works, strict=True):
@@ -204,15 +203,20 @@ class GroupEngine(ModelEngine):
             answers |= of_part
         return answers
 
-    def _fitting(self, requests: Sequence[Request], served: Served) -> Served:
-        """Return the model with its MLPs recomputed in the backward pass where the requests exceed the budget else."""
-        plan = plan_of(self._schedule(requests, served), served.cost)
-        return served if served.lean is None or plan.peak_bytes <= self._budget_now() else served.lean
+    def _fitting(self, requests: Sequence[Request], served: Served) -> tuple[Served, Schedule]:
+        """Return the model, recomputed in the backward pass where the requests exceed the budget else; and the work."""
+        budget = self._budget_now()
+        work = schedule(requests, served.cost, budget)
+        if served.lean is None or plan_of(work, served.cost).peak_bytes <= budget:
+            return served, work
+        return served.lean, schedule(requests, served.lean.cost, budget)
 
     def _fitting_paths(self, requests: Sequence[PathRequest], served: Served) -> Served:
-        """Return it likewise for path requests."""
-        plan = plan_paths(requests, served.cost, self._budget_now())
-        return served if served.lean is None or plan.peak_bytes <= self._budget_now() else served.lean
+        """Return the model likewise for path requests; values alone keep nothing that could be recomputed."""
+        if served.lean is None or not any(request.nodes for request in requests):
+            return served
+        budget = self._budget_now()
+        return served if plan_paths(requests, served.cost, budget).peak_bytes <= budget else served.lean
 
     def _warn_over_budget(self, work: Work, served: Served) -> None:
         first = chunk_of(work.jobs[: work.at_once.sequences], work.stem)
@@ -223,9 +227,6 @@ class GroupEngine(ModelEngine):
                 "memory_budget is %.0f MiB, and one rollout alone may take %.0f MiB: going on above the budget",
                 *(self._budget / 2**20, needed / 2**20),
             )
-
-    def _schedule(self, requests: Sequence[Request], served: Served) -> Schedule:
-        return schedule(requests, served.cost, self._budget_now())
 
     def _budget_now(self) -> float:
         return self._budget if self._budget is not None else free_memory(self._held.embedding.weight.device) / 2

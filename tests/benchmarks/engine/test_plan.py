@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cepo.benchmarks.engine.cases import EXACT, ONLY, _requests
+from cepo.benchmarks.engine.cases import EXACT, ONLY, jacobian_requests
 from cepo.benchmarks.engine.memory import shapes_of
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
 from cepo.fusion.config import PAPER_LINKS
@@ -65,7 +65,7 @@ def test_the_plan_is_above_what_was_recorded() -> None:
         if row["case"] in CASES and row["shapes"]["Lz"] <= 256:
             links, options = CASES[row["case"]]
             workload = random_workload(CONFIG.vocab_size, Shapes(**row["shapes"]), row["seed"])
-            plan = plan_of(schedule(_requests(workload, links, **options), cost, 64 * 2**30), cost)
+            plan = plan_of(schedule(jacobian_requests(workload, links, **options), cost, 64 * 2**30), cost)
             assert row["peak_bytes"] <= plan.peak_bytes <= 1.35 * row["peak_bytes"], (row["case"], row["shapes"])
             compared += 1
     assert compared == 4
@@ -76,7 +76,7 @@ def test_the_plan_of_one_rollout_is_above_what_was_recorded() -> None:
     for row in rows_of("memory-cpu"):
         lean = row["memory_gib"] < 64
         cost, budget = costs_of_smollm2(torch.float32, "cpu", lean=lean), row["memory_gib"] * 2**30
-        requests = _requests(random_workload(CONFIG.vocab_size, shapes_of(row["tokens"]), 0), PAPER_LINKS)
+        requests = jacobian_requests(random_workload(CONFIG.vocab_size, shapes_of(row["tokens"]), 0), PAPER_LINKS)
         plan = plan_of(schedule(requests, cost, budget), cost)
         assert row["peak_bytes"] <= plan.peak_bytes <= 1.6 * row["peak_bytes"], (row["tokens"], budget)
 
