@@ -16,7 +16,7 @@ from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.records import Group, LinkJacobian, Rollout
-from tests.models import FAMILIES, VOCABULARY, WIDTH, InDouble, judge_rollout, span, tiny_model
+from tests.models import FAMILIES, VOCABULARY, WIDTH, judge_rollout, span, tiny_model
 
 TARGETS = ("log_likelihood", "log_odds", "expected_score", "margin")
 # No span in one piece, one token in two spans, and the criteria's last token predicts the first score.
@@ -29,17 +29,6 @@ SCATTERED = {
 
 in_double = pytest.mark.usefixtures("_in_double")
 Scores = dict[tuple[str, str], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def _in_double() -> Iterator[None]:
-    with InDouble():
-        yield
 
 
 def link(text: str) -> Link:

@@ -16,20 +16,9 @@ from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.records import Group, Rollout
 from tests.jacobian.test_autograd import LINKS, embeddings, jacobians, link, plain_scores, relative
-from tests.models import VOCABULARY, WIDTH, InDouble, judge_rollout, randomise, tiny_config, tiny_model
+from tests.models import VOCABULARY, WIDTH, judge_rollout, randomise, tiny_config, tiny_model
 
 in_double = pytest.mark.usefixtures("_in_double")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def _in_double() -> Iterator[None]:
-    with InDouble():
-        yield
 
 
 def lora_model(family: str = "llama", *, seed: int = 3, dropout: float = 0.0, **options: Any) -> nn.Module:

@@ -3,10 +3,9 @@
 import contextlib
 import json
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from cepo.train.reward_data import load_pairs
 from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import build_reward_model
 from tests.counterfactual.text.fake_writer import SOURCES, FakeWriter
-from tests.eval.judges.fake_judge import SETTINGS, run_cepo
+from tests.eval.judges.fake_judge import SETTINGS, run_cepo, serving
 
 ALL = ("original", "degrade", "upgrade", "irrelevant-by-writer", "aligned", "paraphrase")
 
@@ -228,23 +227,12 @@ class _Fails(BaseHTTPRequestHandler):
         pass
 
 
-@contextlib.contextmanager
-def failing() -> Iterator[str]:
-    running = ThreadingHTTPServer(("127.0.0.1", 0), _Fails)
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{running.server_port}/v1"
-    running.shutdown()
-    thread.join()
-    running.server_close()
-
-
 def test_a_server_that_hangs_up_and_fails_loses_its_own_pairs_alone(
     job: AugmentJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command ends with exit code 2, every pair is in the file, and the table says why."""
     monkeypatch.setenv("COLUMNS", "160")
-    with failing() as address:
+    with serving(_Fails) as address:
         server = ("--writer", "w", "--base-url", address, "--retries", "0")
         code = run_cepo(
             monkeypatch,

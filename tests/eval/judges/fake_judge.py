@@ -79,9 +79,9 @@ class _Server(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[str]:
-    """Yield the address of a server whose judge prefers the response with the word "good"."""
-    running = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+def serving(handler: type[BaseHTTPRequestHandler] = _Server) -> Iterator[str]:
+    """Yield the address of a server, whose judge prefers the response with the word "good" unless told otherwise."""
+    running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=running.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{running.server_port}/v1"

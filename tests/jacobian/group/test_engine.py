@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,21 +38,10 @@ from cepo.jacobian.protocol import PathRequest, Request
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.records import Group, LinkJacobian, Rollout
 from tests.jacobian.test_autograd import LINKS, SCATTERED, link
-from tests.models import FAMILIES, VOCABULARY, InDouble, judge_rollout, randomise, span, tiny_model
+from tests.models import FAMILIES, VOCABULARY, judge_rollout, randomise, span, tiny_model
 
 SERVED = [family for family in FAMILIES if family not in ("gemma2", "mistral-sliding")]
 PAPER = tuple(link(text) for text in ("Z->X", "X->Y", "Z->Y"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def _in_double() -> Iterator[None]:
-    with InDouble():
-        yield
 
 
 def ragged_rollout(seed: int, *, prompt: Sequence[int] | None = None, lead: int = 0) -> Rollout:

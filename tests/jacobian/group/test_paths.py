@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -21,20 +21,9 @@ from cepo.jacobian.protocol import Nodes, PathAnswer, PathRequest
 from cepo.jacobian.records import Group, LinkPath, Rollout
 from tests.jacobian.group.test_engine import ragged_rollout
 from tests.jacobian.test_autograd import link
-from tests.models import FAMILIES, VOCABULARY, InDouble, judge_rollout, randomise, tiny_model
+from tests.models import FAMILIES, VOCABULARY, judge_rollout, randomise, tiny_model
 
 TOTAL = ("criteria->analysis", "analysis->scores", "X->Y", "Z->X", "Z->Y:total", "analysis->scores@log_odds")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def _in_double() -> Iterator[None]:
-    with InDouble():
-        yield
 
 
 def counterfactuals(rollout: Rollout, source: str, count: int, seed: int = 0) -> tuple[Rollout, ...]:

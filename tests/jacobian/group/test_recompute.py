@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,18 +12,7 @@ from cepo.jacobian.protocol import Request
 from cepo.jacobian.records import Group
 from tests.jacobian.group import test_engine, test_paths
 from tests.jacobian.group.test_engine import PAPER, SERVED, ragged_rollout
-from tests.models import InDouble, tiny_model
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def _in_double() -> Iterator[None]:
-    with InDouble():
-        yield
+from tests.models import tiny_model
 
 
 def served_by(engine: GroupEngine) -> Served:

@@ -26,11 +26,6 @@ from tests.jacobian.test_autograd import link
 from tests.models import VOCABULARY, span, tiny_model
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def rows_run(engine: GroupEngine, model: Any, requests: Sequence[Request]) -> dict[str, int]:
     """Compute the requests, and count the rows that pass through the model's modules and back."""
     counted = {"forward": 0, "backward": 0, "head": 0}
