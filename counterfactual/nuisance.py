@@ -9,6 +9,7 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
+from cepo.counterfactual.rank import check_rank
 from cepo.kernels.spectral import project_out, top_right_vectors
 
 
@@ -86,13 +87,3 @@ def angles_between(one_RD: Tensor, other_RD: Tensor) -> list[float]:
         return []
     angles = np.rad2deg(subspace_angles(one_RD.cpu().double().numpy().T, other_RD.cpu().numpy().T))
     return sorted(float(angle) for angle in angles)
-
-
-def check_rank(rank: int | None, energy: float | None) -> None:
-    """Raise ValueError unless exactly one of rank (an integer >= 0) and energy (in (0, 1]) is given."""
-    if (rank is None) == (energy is None):
-        raise ValueError(f"rank is {rank} and energy is {energy}; expected exactly one of them, None for the other")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
-        raise ValueError(f"rank is {rank!r}; expected an integer >= 0")
-    if energy is not None and not 0.0 < energy <= 1.0:
-        raise ValueError(f"energy is {energy}; expected a fraction in (0, 1]")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from cepo.counterfactual.donors import Candidate
-from cepo.counterfactual.nuisance import check_rank
 from cepo.counterfactual.permute import Permutation, check_permutation
+from cepo.counterfactual.rank import check_rank
+from cepo.fusion.names import EFFECT_SCORES, INFLUENCE_SCORES, PHI_SCORES, Measure, Score
 from cepo.fusion.power_mean import check_power, check_weights
-from cepo.fusion.records import EFFECT_SCORES, INFLUENCE_SCORES, PHI_SCORES, Measure, Score
 from cepo.fusion.requests import EffectRequests, GroupRequests, NoDonor, effect_requests, reward_requests
 from cepo.jacobian.links import NUMERIC_FUNCTIONS, Chain, Link, parse_chain
 from cepo.jacobian.protocol import Nodes, check_nodes

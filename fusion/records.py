@@ -5,24 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from cepo.counterfactual.nuisance import angles_between, nuisance_bases
+from cepo.fusion.names import EFFECT_SCORES, PHI_SCORES, Measure, Score
 from cepo.fusion.requests import Against, Compared
 from cepo.jacobian.links import Link
 from cepo.jacobian.records import LinkJacobian
 from cepo.kernels.spectral import SpectralShare, frobenius_energy, spectral_shares
-
-Score = Literal[
-    "effect", "explained", "path", "influence", "phi", "phi_retained", "phi_influence", "influence_retained"
-]
-Measure = Literal["phi", "influence", "angles", "effect", "path", "order_leak"]
-GRADIENT_SCORES: tuple[Score, ...] = ("influence", "phi", "phi_retained", "phi_influence", "influence_retained")
-EFFECT_SCORES: tuple[Score, ...] = ("effect", "explained", "path")
-PHI_SCORES: tuple[Score, ...] = ("phi", "phi_retained", "phi_influence")
-INFLUENCE_SCORES: tuple[Score, ...] = ("influence", "phi_influence", "influence_retained")
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from cepo.counterfactual.donors import Candidate, has_donors, with_donors
 from cepo.counterfactual.permute import Permutation, permute_rollout
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, Nodes, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, LinkJacobian, LinkPath, Rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NoDonor = Literal["zero", "permute"]
 Against = Literal["donors", "permuted", "same", "nothing"]
@@ -39,7 +39,7 @@ class LinkGradients:
     @property
     def is_finite(self) -> bool:
         """Whether no matrix holds a NaN or an infinity."""
-        return all(bool(torch.isfinite(jac_SD).all()) for jac_SD in (self.base.jac_SD, *self.counterfactuals))
+        return all(bool(jac_SD.isfinite().all()) for jac_SD in (self.base.jac_SD, *self.counterfactuals))
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cepo.jacobian.links import Link
+
+if TYPE_CHECKING:  # settings that refer to rollouts are refused before torch is imported
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

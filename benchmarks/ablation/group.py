@@ -8,7 +8,8 @@ from typing import Any
 
 from cepo.benchmarks.ablation.sweep import Hardening, Sweep
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.records import LinkScore, Measured, Score, named_scores, score_links
+from cepo.fusion.names import Score
+from cepo.fusion.records import LinkScore, Measured, named_scores, score_links
 from cepo.fusion.requests import LinkGradients, reward_requests
 from cepo.fusion.score import fuse, harden
 from cepo.jacobian.group.engine import GroupEngine

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cepo.fusion.config import PAPER, RewardConfig
-from cepo.fusion.records import GRADIENT_SCORES, Score
+from cepo.fusion.names import GRADIENT_SCORES, Score
 from cepo.train.prompts import JUDGE
 
 

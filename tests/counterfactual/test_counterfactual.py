@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cepo.counterfactual.nuisance import angles_between, check_rank, nuisance_bases, remove_mean, remove_nuisance
+from cepo.counterfactual.nuisance import angles_between, nuisance_bases, remove_mean, remove_nuisance
 from cepo.counterfactual.permute import BLOCK_TOKENS, check_permutation, permute_rollout
+from cepo.counterfactual.rank import check_rank
 from cepo.jacobian.records import Rollout
 from tests.models import span
 

@@ -22,7 +22,7 @@ from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
 from cepo.cli.app import main
 from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.records import GRADIENT_SCORES
+from cepo.fusion.names import GRADIENT_SCORES
 from cepo.fusion.score import score_rollouts
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import load_model, resolve_model

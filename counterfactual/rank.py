@@ -1,0 +1,13 @@
+"""What the rank of a nuisance subspace may be; without torch, so that settings are refused before it is imported."""
+
+from __future__ import annotations
+
+
+def check_rank(rank: int | None, energy: float | None) -> None:
+    """Raise ValueError unless exactly one of rank (an integer >= 0) and energy (in (0, 1]) is given."""
+    if (rank is None) == (energy is None):
+        raise ValueError(f"rank is {rank} and energy is {energy}; expected exactly one of them, None for the other")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
+        raise ValueError(f"rank is {rank!r}; expected an integer >= 0")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"energy is {energy}; expected a fraction in (0, 1]")
