@@ -89,6 +89,15 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
+def means_path(name: str) -> bool:
+    """Return whether a name that could be an id of the hub was meant as a path.
+
+    It begins with `.`, `/` or `~`, has more than one separator, or begins with the name of a folder that is here.
+    """
+    first, *rest = name.split("/")
+    return name.startswith((".", "/", "~")) or len(rest) > 1 or (bool(rest) and Path(first).is_dir())
+
+
 # Reading
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.files import content_hash, fingerprint
+from cepo.files import content_hash, fingerprint, means_path
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -65,9 +65,10 @@ def resolve_model(name: str) -> ModelSource:
         if not (path / "config.json").is_file():
             raise ValueError(f"model is the folder {name!r}, which holds neither config.json nor adapter_config.json")
         return ModelSource(name, str(path))
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
+    if means_path(name) or name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
         raise ValueError(
-            f"model is {name!r}, which is not there; expected a folder, a .gguf file, a hub id, or smollm2"
+            f"model is {name!r}, which is not there: it is neither a folder nor a file; expected a folder that holds "
+            "config.json or adapter_config.json, a .gguf file, a hub id such as owner/name, or smollm2"
         )
     if "/" not in name and difflib.get_close_matches(name, ("smollm2",), cutoff=0.8):
         raise ValueError(f"model is {name!r}; did you mean smollm2?")
@@ -104,7 +105,7 @@ def load_model(
                 source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
+            raise not_loaded("model", source, error) from error
     if source.gguf_file:
         # The weights are dequantised on loading. With these marks left, trainers and save_pretrained would refuse them.
         for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
@@ -134,6 +135,8 @@ def model_fingerprint(source: ModelSource) -> str:
 
 def check_device(device: str) -> None:
     """Raise ValueError unless torch can run on the device."""
+    if device == "cpu":  # what else is wrong is told without waiting for torch
+        return
     import torch
 
     try:
@@ -170,12 +173,20 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
             # transformers 5.17 gives SmolLM2's tokenizer another end than the file names: generation would not stop.
             end = AutoConfig.from_pretrained(source.location, **options).eos_token_id if source.gguf_file else None
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the tokenizer of model {source.name!r} could not be loaded from {source.location}: {error}"
-            ) from error
+            raise not_loaded("the tokenizer of model", source, error) from error
     if isinstance(end, int) and tokenizer.eos_token_id != end:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
+
+
+def not_loaded(what: str, source: ModelSource, error: Exception) -> ValueError:
+    """Return the error of a model that cannot be loaded, by what it is, such as "model"."""
+    return ValueError(f"{what} {source.name!r} could not be loaded from {_place(source)}: {error}")
+
+
+def _place(source: ModelSource) -> str:
+    """Return where a model was looked for, in words."""
+    return source.location + ("" if Path(source.location).is_dir() else ", which is not a folder here")
 
 
 @contextlib.contextmanager
@@ -202,6 +213,6 @@ def _hub_commit(source: ModelSource) -> str:
         folder = snapshot_download(source.location, allow_patterns=["config.json", "adapter_config.json"])
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model {source.name!r} was found neither on the hub nor in its cache as {source.location}: {error}"
+            f"model {source.name!r} was found neither on the hub nor in its cache as {_place(source)}: {error}"
         ) from error
     return Path(folder).name

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cepo.jacobian.loading import ModelSource, load_model, load_tokenizer
+from cepo.jacobian.loading import ModelSource, load_model, load_tokenizer, not_loaded
 
 Form = Literal["bradley-terry", "pairwise"]
 FORMS: tuple[Form, ...] = ("bradley-terry", "pairwise")
@@ -211,7 +211,7 @@ def is_classifier(source: ModelSource) -> bool:
     try:
         config, _ = PretrainedConfig.get_config_dict(source.location)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
+        raise not_loaded("reward model", source, error) from error
     return any("SequenceClassification" in name for name in config.get("architectures") or ())
 
 
@@ -237,7 +237,7 @@ def _load_classifier(source: ModelSource, dtype: str, trust_remote_code: bool) -
             source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {source.name!r} could not be loaded from {source.location}: {error}") from error
+        raise not_loaded("reward model", source, error) from error
     model.name_or_path = source.name
     return model, load_tokenizer(source, trust_remote_code=trust_remote_code)
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import yaml
 
 import cepo
-from cepo.train.run import trainer_defaults
 
 _RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
 # Fields of a trainer's settings that a run may change when it goes on: its length, and what it writes where.
@@ -31,17 +30,7 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
     Raises:
         ValueError: if the file cannot be read, lacks a key, or holds one that does not exist.
     """
-    try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        names = sorted(name.relative_to(_RECIPES) for name in _RECIPES.rglob("*.yaml"))
-        recipes = ", ".join(f"train/recipes/{name}" for name in names)
-        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; recipes: {recipes}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read as YAML: {reason_of(error)}") from error
-    if not isinstance(loaded, dict):
-        held = "is empty" if loaded is None else f"holds a {type(loaded).__name__}"
-        raise ValueError(f"config {str(path)!r} {held}; expected a mapping with {_listed(needed)}")
+    loaded = load_recipe(path)
     for key, value in overrides.items():
         place, *rest = key.split(".")
         if rest:
@@ -65,6 +54,22 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
     return kind(**loaded)
 
 
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Return what a YAML file holds, a mapping; ValueError for another file. It needs no torch."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        names = sorted(name.relative_to(_RECIPES) for name in _RECIPES.rglob("*.yaml"))
+        recipes = ", ".join(f"train/recipes/{name}" for name in names)
+        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; recipes: {recipes}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read as YAML: {reason_of(error)}") from error
+    if not isinstance(loaded, dict):
+        held = "is empty" if loaded is None else f"holds a {type(loaded).__name__}"
+        raise ValueError(f"config {str(path)!r} {held}; expected a mapping with keys such as model, data and output")
+    return loaded
+
+
 def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, output: str, seed: int) -> Any:
     """Return the settings of a TRL trainer: ours for any trainer, and over them those of a recipe.
 
@@ -78,6 +83,8 @@ def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, ou
     Raises:
         ValueError: for a field that the class does not have or refuses.
     """
+    from cepo.train.run import trainer_defaults  # imports transformers, which reading a recipe does not wait for
+
     known = {item.name: item for item in dataclasses.fields(kind)}
     unknown = sorted(set(given) - set(known))
     if unknown:
@@ -107,10 +114,6 @@ def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, ou
 def decisive(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a TRL trainer that decide the trained weights, the number of steps apart."""
     return {name: value for name, value in given.items() if name not in _FREE}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def reason_of(error: Exception) -> str:

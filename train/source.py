@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from cepo.files import BrokenLine, Row, parse_line
+from cepo.files import BrokenLine, Row, means_path, parse_line
 from cepo.train.file_kinds import PARQUET, check_kind, decompressed, text_encoding
 
 Entry: TypeAlias = tuple[int, Row | str]
@@ -100,8 +100,9 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
     Raises:
         ValueError: for a source that cannot be read, and for a split of a file; as the rows come, for a damaged file.
     """
+    check_source(source)
     path = Path(source)
-    if path.is_file() or (path.suffix.lower() in _ENDINGS and not path.is_dir()):
+    if path.is_file():
         if split is not None:
             raise ValueError(
                 f"split is {split!r}, but source {source} is a file, and files have no splits; leave it out"
@@ -123,6 +124,17 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
             f"source {source} is neither a file nor a data set that can be loaded, from a folder or the hub: {reason}"
         ) from error
     return Source(enumerate(rows, start=1), "row")
+
+
+def check_source(source: str | Path) -> None:
+    """Raise ValueError for a file or folder that is not there; a name that may be a data set of the hub passes."""
+    path = Path(source)
+    there = path.exists() or Path(str(source).partition(":")[0]).exists()
+    if not there and (path.suffix.lower() in _ENDINGS or means_path(str(source))):
+        raise ValueError(
+            f"{source} is not a file; expected JSONL, JSON, CSV, TSV or parquet, a folder of a data set, or the hub's "
+            "owner/name"
+        )
 
 
 def open_file(path: Path) -> Source:

@@ -8,9 +8,9 @@ from importlib import metadata
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from cepo.cli.augment import augment
+from cepo.cli.checks import OptionNames
 from cepo.cli.evaluate import eval_app
 from cepo.cli.research import ablate, bench, experiment, reward_experiment, words_judge
 from cepo.cli.score import score
@@ -21,7 +21,7 @@ TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Research"
 _RESEARCH_COMMANDS = (ablate, bench, experiment, reward_experiment, words_judge)
 
 
-class _ResearchLast(TyperGroup):
+class _ResearchLast(OptionNames):
     """Lists the research commands after `eval`; typer lists groups of commands last."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]

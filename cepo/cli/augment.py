@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cepo.cli import checks
 from cepo.cli.judge_options import with_writer
 from cepo.cli.shared import console, progress_bar
 from cepo.eval.judges.settings import JudgeSettings
@@ -16,13 +17,22 @@ from cepo.eval.judges.settings import JudgeSettings
 def augment(
     writer: JudgeSettings,
     data: Annotated[
-        str, typer.Option(help="Preferences: file or hub data set with prompt, chosen, rejected; testbed.")
+        str,
+        typer.Option(
+            help="Preferences: file or hub data set with prompt, chosen, rejected; testbed.", callback=checks.data
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for pairs.jsonl, report.html and what the models answered.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for pairs.jsonl, report.html and what the models answered.", callback=checks.folder),
+    ],
     kinds: Annotated[str, typer.Option(help="Kinds of pairs to make, with commas between them; see above.")],
     filter_model: Annotated[
         str | None,
-        typer.Option(help="Reward model whose right answers drop a pair: folder or hub id. Default: no filter."),
+        typer.Option(
+            help="Reward model whose right answers drop a pair: folder or hub id. Default: no filter.",
+            callback=checks.model,
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set. Default: train.")] = None,
     limit: Annotated[int | None, typer.Option(help="Number of preferences to read. Default: all.", min=1)] = None,
@@ -57,12 +67,14 @@ def augment(
     Run a killed command again with the same arguments, and it resumes. Prompts that a server did not answer make the
     exit code 2; the next run asks them again.
     """
-    from cepo.eval.augment.command import AugmentJob
-    from cepo.eval.augment.command import augment as run
-    from cepo.eval.report.tables import console_table
+    from cepo.eval.augment.job import AugmentJob, chosen_kinds
 
     names = tuple(name.strip() for name in kinds.split(",") if name.strip())
     job = AugmentJob(data, output, names, writer, filter_model, split, limit, test_fraction)
+    chosen_kinds(job)  # refuses what it can before torch is imported
+    from cepo.eval.augment.command import augment as run
+    from cepo.eval.report.tables import console_table
+
     with progress_bar() as bar:
         task = bar.add_task("augmenting", total=None)
         summary = run(

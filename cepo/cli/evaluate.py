@@ -5,26 +5,35 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cepo.cli import checks
 from cepo.cli.judge_options import with_judge
 from cepo.cli.shared import Device, Dtype, Raw, Threads, TrustRemoteCode, console, progress_bar, use_threads
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings, Progress
 
 eval_app = typer.Typer(
+    cls=checks.OptionNames,
     help="Evaluate a judge: is it right, is it robust, and does S measure what its criteria do?",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
 
-Output = Annotated[Path, typer.Option(help="Folder for judgements.jsonl, summary.jsonl and report.html.")]
+Output = Annotated[
+    Path,
+    typer.Option(help="Folder for judgements.jsonl, summary.jsonl and report.html.", callback=checks.folder),
+]
 Pairs = Annotated[
     str,
-    typer.Option(help="rewardbench, rewardbench2, another data set, or a file of prompt, chosen, rejected."),
+    typer.Option(
+        help="rewardbench, rewardbench2, another data set, or a file of prompt, chosen, rejected.",
+        callback=checks.data,
+    ),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set. Default: the benchmark's own, or train.")]
 Subset = Annotated[list[str] | None, typer.Option(help="Name of a subset to keep; may be repeated. Default: all.")]
@@ -38,7 +47,9 @@ def rewardbench(
     output: Output,
     split: Split = None,
     subset: Subset = None,
-    limit: Annotated[int | None, typer.Option(help="Number of rows to draw at random. Default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of rows to draw at random. Default: all.", callback=checks.at_least_one)
+    ] = None,
     ties: Annotated[
         bool, typer.Option("--ties", help="Judge ties too, and let every prompt allow equal scores, as data.ties does.")
     ] = False,
@@ -85,7 +96,9 @@ def robustness(
     ] = None,
     split: Split = None,
     subset: Subset = None,
-    limit: Annotated[int | None, typer.Option(help="Number of pairs to draw at random. Default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of pairs to draw at random. Default: all.", callback=checks.at_least_one)
+    ] = None,
 ) -> None:
     """Does the judge still find the better response when nothing that matters has changed?
 
@@ -97,10 +110,12 @@ def robustness(
 
     Run a killed command again with the same arguments, and it resumes.
     """
-    from cepo.eval.robustness.command import RobustnessJob, measure_robustness
-    from cepo.eval.robustness.transformations import TRANSFORMATIONS
+    from cepo.eval.robustness.transformations import TRANSFORMATIONS, check_names
 
     names = tuple(transformation or TRANSFORMATIONS)
+    check_names(names)
+    from cepo.eval.robustness.command import RobustnessJob, measure_robustness
+
     with _judging() as progress:
         job = RobustnessJob(judge, data, output, names, limit, split, tuple(subset or ()))
         found = measure_robustness(job, progress=progress)
@@ -118,13 +133,26 @@ def robustness(
 def best_of_n(
     judge: JudgeSettings | RewardSettings,
     data: Annotated[
-        Path, typer.Option(help="File of question, completions, and correct or answer; or of preference pairs.")
+        Path,
+        typer.Option(
+            help="File of question, completions, and correct or answer; or of preference pairs.", callback=checks.data
+        ),
     ],
     output: Output,
     n: Annotated[str, typer.Option("--n", help="Numbers of candidates, with commas between them, e.g. 1,2,4,8.")],
-    draws: Annotated[int, typer.Option(help="Random orders of each question's solutions.")] = 1,
-    verify: Annotated[str, typer.Option(help="How solutions are compared with the answer: math or exact.")] = "math",
-    limit: Annotated[int | None, typer.Option(help="Number of questions to draw at random. Default: all.")] = None,
+    draws: Annotated[
+        int, typer.Option(help="Random orders of each question's solutions.", callback=checks.at_least_one)
+    ] = 1,
+    verify: Annotated[
+        str,
+        typer.Option(
+            help="How solutions are compared with the answer: math or exact.", callback=checks.one_of("math", "exact")
+        ),
+    ] = "math",
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Number of questions to draw at random. Default: all.", callback=checks.at_least_one),
+    ] = None,
 ) -> None:
     """How often is the judge's pick among N solutions right?
 
@@ -136,9 +164,10 @@ def best_of_n(
 
     Run a killed command again with the same arguments, and it resumes.
     """
+    sizes = _whole_numbers(n)
     from cepo.eval.best_of_n.command import BestOfJob, measure_best_of
 
-    job = BestOfJob(judge, data, output, _whole_numbers(n), draws, verify, limit)  # type: ignore[arg-type]
+    job = BestOfJob(judge, data, output, sizes, draws, verify, limit)  # type: ignore[arg-type]
     with _judging() as progress:
         picked = measure_best_of(job, progress=progress)
     console.print(picked.table())
@@ -149,18 +178,27 @@ def best_of_n(
 def sensitivity(
     reward_model: Annotated[
         str,
-        typer.Option(help="Folder that cepo reward-model wrote, or hub id of a sequence classifier with one output."),
+        typer.Option(
+            help="Folder that cepo reward-model wrote, or hub id of a sequence classifier with one output.",
+            callback=checks.model,
+        ),
     ],
     data: Annotated[
         str,
         typer.Option(
-            help="Edits: a file or data set of prompt, chosen, rejected, attribute, attribute_words; or testbed."
+            help="Edits: a file or data set of prompt, chosen, rejected, attribute, attribute_words; or testbed.",
+            callback=checks.data,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.", callback=checks.folder)
+    ],
     split: Split = None,
     limit: Annotated[
-        int | None, typer.Option(help="Number of edits to stop at. Default: all; of the testbed 100 responses.")
+        int | None,
+        typer.Option(
+            help="Number of edits to stop at. Default: all; of the testbed 100 responses.", callback=checks.at_least_one
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the testbed's edits.")] = 0,
     threads: Threads = None,
@@ -206,11 +244,12 @@ def cue_flips(
         list[str],
         typer.Option(
             help="able, lazy, hollow, decorative, copied, criteria, query, or the folder of a policy trained there; "
-            "may be repeated."
+            "may be repeated.",
+            callback=checks.testbed_judges,
         ),
     ],
     output: Output,
-    items: Annotated[int, typer.Option(help="Items per agreement of the cue.")] = 200,
+    items: Annotated[int, typer.Option(help="Items per agreement of the cue.", callback=checks.at_least_one)] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the items and of the judges' warm-up.")] = 0,
     threads: Threads = None,
 ) -> None:
@@ -238,18 +277,26 @@ def cue_flips(
 
 @eval_app.command()
 def causal(
-    output: Annotated[Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.", callback=checks.folder)
+    ],
     testbed: Annotated[
         bool, typer.Option("--testbed", help="Evaluate on a testbed judge, whose completions have a known mode.")
     ] = False,
     world: Annotated[
         str,
         typer.Option(
-            help="Testbed judge: lazy, hollow, decorative, copied, able, criteria or query; in words: words-lazy ..."
+            help="Testbed judge: lazy, hollow, decorative, copied, able, criteria or query; in words: words-lazy ...",
+            callback=checks.one_of(*checks.WORLDS),
         ),
     ] = "lazy",
-    model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
-    input: Annotated[Path | None, typer.Option(help="File of that model's judgements, as for cepo score.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model),
+    ] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="File of that model's judgements, as for cepo score.", callback=checks.data)
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Finish in minutes: 16 prompts of 6 completions, no certified pair."),
@@ -290,16 +337,12 @@ def causal(
 
     Run a killed command again with the same arguments, and it resumes.
     """
+    if testbed == (model is not None) or testbed == (input is not None):
+        raise ValueError("eval causal needs --model and --input, or --testbed alone")
     use_threads(threads)
-    from dataclasses import replace
-
     from cepo.eval.causal.command import CausalJob, run_causal
     from cepo.eval.causal.report import console_tables
 
-    if testbed == (model is not None) or testbed == (input is not None):
-        raise ValueError("eval causal needs --model and --input, or --testbed alone")
-    if dtype not in ("float64", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is {dtype!r}; expected float64, float32, bfloat16 or float16")
     job = CausalJob(
         output=output,
         model=model,

@@ -12,9 +12,10 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from cepo.cli import checks
 from cepo.cli.shared import Device, Dtype, Raw, Threads, TrustRemoteCode, use_threads
 from cepo.eval.judges.reward import RewardSettings
-from cepo.eval.judges.settings import JudgeSettings
+from cepo.eval.judges.settings import JudgeSettings, check_judge
 
 _OF_VERDICTS = ("force_format", "verdicts")
 _OF_REWARDS = {*(name for name in RewardSettings.__dataclass_fields__ if name != "model"), "threads"}
@@ -90,9 +91,10 @@ def _judge_settings(
         raise ValueError("expected --model, a judge that writes, or --reward-model, one of the two")
     if reward_model is not None:
         _refuse_given(context, _WRITING.keys() - _OF_REWARDS)
+        checks.check_model("--reward-model", reward_model)
         use_threads(writing["threads"])
         return RewardSettings(reward_model, **{name: writing[name] for name in _OF_REWARDS - {"threads"}})
-    return _writing_settings(str(model), **writing)
+    return _writing_settings("--model", str(model), **writing)
 
 
 def _writer_settings(
@@ -103,10 +105,11 @@ def _writer_settings(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer, the thought included.")] = 2048,
     **writing: Any,
 ) -> JudgeSettings:
-    return _writing_settings(writer, max_new_tokens=max_new_tokens, **writing)
+    return _writing_settings("--writer", writer, max_new_tokens=max_new_tokens, **writing)
 
 
 def _writing_settings(
+    option: str,
     model: str,
     backend: Annotated[
         str | None,
@@ -142,8 +145,9 @@ def _writing_settings(
     device: Device = JudgeSettings.device,
     trust_remote_code: TrustRemoteCode = False,
 ) -> JudgeSettings:
-    use_threads(threads)
-    return JudgeSettings(
+    if model and base_url is None:
+        checks.check_model(option, model)
+    settings = JudgeSettings(
         model=model,
         backend=backend or ("transformers" if base_url is None else "server"),  # type: ignore[arg-type]
         max_new_tokens=max_new_tokens,
@@ -162,9 +166,13 @@ def _writing_settings(
         timeout_s=timeout,
         retries=retries,
     )
+    if model:
+        check_judge(settings)
+    use_threads(threads)
+    return settings
 
 
-_WRITING = {name: option for name, option in _parameters(_writing_settings).items() if name != "model"}
+_WRITING = {name: option for name, option in _parameters(_writing_settings).items() if name not in ("option", "model")}
 """Options of every model that writes."""
 
 

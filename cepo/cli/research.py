@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cepo.cli import checks
 from cepo.cli.shared import (
     Device,
     Dtype,
@@ -24,9 +25,14 @@ from cepo.cli.shared import (
 
 
 def ablate(
-    output: Annotated[Path, typer.Option(help="Folder for tables, plots and finished groups.")],
-    model: Annotated[str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")] = None,
-    input: Annotated[Path | None, typer.Option(help="File of rollouts, as for cepo score.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for tables, plots and finished groups.", callback=checks.folder)],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model),
+    ] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="File of rollouts, as for cepo score.", callback=checks.data)
+    ] = None,
     testbed: Annotated[
         int | None,
         typer.Option(help="Instead of both: sweep over this many rollouts of the testbed judge, 8 per prompt."),
@@ -59,8 +65,6 @@ def ablate(
     Every Jacobian is computed once and used by all settings. The paper's hardening (K = 4, rank 2) is always included;
     rank correlations are with it. A killed sweep continues when it is started again with the same arguments.
     """
-    use_threads(threads)
-    from cepo.benchmarks.ablation.command import AblateJob, run_ablation
     from cepo.benchmarks.ablation.sweep import plan_sweep
     from cepo.fusion.config import PAPER_LINKS, RewardConfig
 
@@ -80,6 +84,9 @@ def ablate(
         powers=[_number("--p", part) for part in p.split(",")],
         scores=[part.strip() for part in score_name.split(",")],  # type: ignore[misc]
     )
+    use_threads(threads)
+    from cepo.benchmarks.ablation.command import AblateJob, run_ablation
+
     job = AblateJob(model or "", input or Path(), output, sweep, config, raw, dtype, device, trust_remote_code)
     if testbed is not None:
         from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
@@ -94,12 +101,15 @@ def ablate(
 
 
 def bench(
-    output: Annotated[Path, typer.Option(help="Folder for results.jsonl, bench.txt and plots.")] = Path("runs/bench"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for results.jsonl, bench.txt and plots.", callback=checks.folder)
+    ] = Path("runs/bench"),
     size: Annotated[
         str,
         typer.Option(
             help="tiny (seconds), small (SmolLM2's shape, CPU), a100 or h100 (Qwen3's shapes, GPU), "
-            "gpu-135m or gpu-7b (SmolLM2's or Qwen2.5-7B's shape, GPU)."
+            "gpu-135m or gpu-7b (SmolLM2's or Qwen2.5-7B's shape, GPU).",
+            callback=checks.one_of(*checks.SIZES),
         ),
     ] = "tiny",
     peer: Annotated[
@@ -146,15 +156,21 @@ def bench(
 
 
 def experiment(
-    output: Annotated[Path, typer.Option(help="Folder for the runs, results.jsonl and report.html.")] = Path(
-        "runs/experiments/training"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the runs, results.jsonl and report.html.", callback=checks.folder)
+    ] = Path("runs/experiments/training"),
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML with worlds, steps, seeds and arms. Default: all worlds of the testbed.")
+        Path | None,
+        typer.Option(
+            help="YAML with worlds, steps, seeds and arms. Default: all worlds of the testbed.", callback=checks.file
+        ),
     ] = None,
     worlds: Annotated[
         str | None,
-        typer.Option(help="Worlds to run, with commas between them, e.g. lazy,hollow. Default: the recipe's."),
+        typer.Option(
+            help="Worlds to run, with commas between them, e.g. lazy,hollow. Default: the recipe's.",
+            callback=checks.one_of(*checks.WORLDS, *checks.REASONERS, commas=True),
+        ),
     ] = None,
     arm: Annotated[
         list[str] | None, typer.Option(help="Run only this arm, such as task or 'X->Y influence'; repeatable.")
@@ -211,10 +227,12 @@ def experiment(
 
 
 def reward_experiment(
-    output: Annotated[Path, typer.Option(help="Folder for the runs and results.jsonl.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the runs and results.jsonl.", callback=checks.folder)] = Path(
         "runs/experiments/reward-models"
     ),
-    recipe: Annotated[Path | None, typer.Option(help="YAML with arms, seeds, items and gates.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML with arms, seeds, items and gates.", callback=checks.file)
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the preferences, for a recipe of real text.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Run only this arm, such as plain or both; repeatable.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Run this seed instead of the recipe's; repeatable.")] = None,
@@ -254,8 +272,15 @@ def reward_experiment(
 
 
 def words_judge(
-    judge: Annotated[str, typer.Argument(help="What to teach: able, lazy, hollow, decorative or copied.")] = "lazy",
-    base: Annotated[str | None, typer.Option(help="Pretrained model to teach, with a chat template.")] = None,
+    judge: Annotated[
+        str,
+        typer.Argument(
+            help="What to teach: able, lazy, hollow, decorative or copied.", callback=checks.one_of(*checks.JUDGES)
+        ),
+    ] = "lazy",
+    base: Annotated[
+        str | None, typer.Option(help="Pretrained model to teach, with a chat template.", callback=checks.model)
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Keep only so many first layers. Default: all.", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.", min=1)] = None,

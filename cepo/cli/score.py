@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cepo.cli import checks
 from cepo.cli.shared import (
     Device,
     Dtype,
@@ -30,11 +31,18 @@ _output = partial(typer.Option, rich_help_panel="Output")
 
 
 def score(
-    model: Annotated[str, _model(help="Hub id, folder, adapter folder, .gguf file, or smollm2.")],
-    input: Annotated[
-        Path, typer.Option(help="File to read, one rollout per row: JSONL, JSON, CSV, parquet; see above.")
+    model: Annotated[
+        str, _model(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model)
     ],
-    output: Annotated[Path, _output(help="JSONL file to write, one record per row of the input.")],
+    input: Annotated[
+        Path,
+        typer.Option(
+            help="File to read, one rollout per row: JSONL, JSON, CSV, parquet; see above.", callback=checks.data
+        ),
+    ],
+    output: Annotated[
+        Path, _output(help="JSONL file to write, one record per row of the input.", callback=checks.new_file)
+    ],
     links: Annotated[
         list[str] | None,
         _links(
@@ -43,7 +51,12 @@ def score(
             "Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat for more.",
         ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="Format of the completions: judge or reasoning.")] = "judge",
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="Format of the completions: judge or reasoning.", callback=checks.one_of("judge", "reasoning")
+        ),
+    ] = "judge",
     rationale_tag: Annotated[str, typer.Option(help="Tag around the rationale; reasoning only.")] = "think",
     answer_tag: Annotated[str, typer.Option(help="Tag around the answer; reasoning only.")] = "answer",
     guard: Annotated[
@@ -101,7 +114,9 @@ def score(
     ] = None,
     donors_file: Annotated[
         Path | None,
-        _donors("--donors", help="File of rollouts to draw donors from; by default the input itself."),
+        _donors(
+            "--donors", help="File of rollouts to draw donors from; by default the input itself.", callback=checks.data
+        ),
     ] = None,
     no_donor: Annotated[
         str | None, _donors(help="What a span without donors gets: zero, or permute (its own tokens permuted).")
@@ -126,7 +141,10 @@ def score(
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = None,
-    engine: Annotated[str, _model(help="Engine: group, or autograd (the slower reference).")] = "group",
+    engine: Annotated[
+        str,
+        _model(help="Engine: group, or autograd (the slower reference).", callback=checks.one_of("group", "autograd")),
+    ] = "group",
     memory_gib: Annotated[float, _model(help="Memory that the group engine may use beyond the model's, in GiB.")] = 3.0,
     no_adapters: Annotated[bool, _model("--no-adapters", help="Switch the model's adapters off.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -137,9 +155,15 @@ def score(
             "cluster that Ray finds, or else here; needs the extra ray, see docs/scale.md. Default: this process alone."
         ),
     ] = None,
-    save_jacobians: Annotated[Path | None, _output(help="Write the matrices to this safetensors file.")] = None,
-    html: Annotated[Path | None, _output(help="Write the token heat maps to this file.")] = None,
-    batch_size: Annotated[int, _output(help="Rows after which records are written; changes no result.")] = 8,
+    save_jacobians: Annotated[
+        Path | None, _output(help="Write the matrices to this safetensors file.", callback=checks.new_file)
+    ] = None,
+    html: Annotated[
+        Path | None, _output(help="Write the token heat maps to this file.", callback=checks.new_file)
+    ] = None,
+    batch_size: Annotated[
+        int, _output(help="Rows after which records are written; changes no result.", callback=checks.at_least_one)
+    ] = 8,
 ) -> None:
     """Score the links of a file of rollouts, and draw token heat maps with --html.
 
@@ -157,19 +181,14 @@ def score(
 
     A killed run goes on where it stopped when it is started again with the same options.
     """
-    use_threads(threads)
     from cepo.fusion.config import RewardConfig
     from cepo.jacobian.reading.layout import Layout
     from cepo.jacobian.reading.reasoner import ReasonerLayout
     from cepo.train.prompts import JUDGE, REASONING_LITERALS
 
-    if kind not in ("judge", "reasoning"):
-        raise ValueError(f"--kind is {kind!r}; expected judge or reasoning")
     for option, value in given(guard=guard, verdicts=verdicts).items():
         if kind == "reasoning":
             raise ValueError(f"--{option} is {value!r}, but --kind is reasoning; only a judge writes a verdict")
-    if dtype not in ("float64", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is {dtype!r}; expected float64, float32, bfloat16 or float16")
     fields = given(
         links=weighted_links(links) if links else None,
         task_weight=task_weight,
@@ -195,6 +214,8 @@ def score(
     layout: Layout = replace(JUDGE, **given(guard=guard, verdicts=verdicts))
     if kind == "reasoning":
         layout = ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
+    config.parsed_links(layout)
+    use_threads(threads)
     from cepo.eval.report.tables import console_table
     from cepo.eval.score.command import ScoreJob, score_file
 

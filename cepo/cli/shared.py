@@ -10,11 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 from typer.core import TyperCommand
 
+from cepo.cli import checks
+
 console = Console()
 errors = Console(stderr=True)
 
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the weights: float64, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Dtype of the weights: float64, float32, bfloat16 or float16.",
+        callback=checks.one_of("float64", "float32", "bfloat16", "float16"),
+    ),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own choice.", min=1)]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from a hub repository to run.")]

@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from cepo.cli import checks
 from cepo.cli.shared import Dtype, Threads, TrustRemoteCode, console, use_threads
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the model, metrics and report.html.")] = Path("runs/demo"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the model, metrics and report.html.", callback=checks.folder)
+    ] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(help="Number of GRPO steps.", min=1)] = 40,
     seed: Annotated[int, typer.Option(help="Seed of warm-up, items, sampling and training.")] = 16,
     without_causal: Annotated[
@@ -32,15 +35,29 @@ def demo(
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run; start from one in train/recipes/.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of the run; start from one in train/recipes/.", callback=checks.recipe)
+    ],
     model: Annotated[
-        str | None, typer.Option(help="Model to train: hub id, folder, .gguf file, smollm2 or a testbed's name.")
+        str | None,
+        typer.Option(
+            help="Model to train: hub id, folder, .gguf file, smollm2 or a testbed's name.", callback=checks.model
+        ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Data to train on: file, hub data set id or testbed.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for checkpoints, logs and the trained model.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data to train on: file, hub data set id or testbed.", callback=checks.data)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints, logs and the trained model.", callback=checks.folder),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", min=1)] = None,
     engine: Annotated[
-        str, typer.Option(help="Trainer: trl, or verl, whose configuration is written for you to launch.")
+        str,
+        typer.Option(
+            help="Trainer: trl, or verl, whose configuration is written for you to launch.",
+            callback=checks.one_of("trl", "verl"),
+        ),
     ] = "trl",
     seed: Annotated[int | None, typer.Option(help="Seed of the data split, sampling and training.")] = None,
     set_: Annotated[
@@ -62,28 +79,39 @@ def train(
     its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
     `--engine verl` trains nothing: it writes verl.yaml and the data, and shows the command that starts verl.
     """
+    named = {"model": model, "data.source": data, "output": output, "grpo.max_steps": max_steps, "seed": seed}
+    overrides = _overrides(named, set_, trust_remote_code)
     from cepo.train.grpo import load_config
     from cepo.train.grpo import train as run
 
-    named = {"model": model, "data.source": data, "output": output, "grpo.max_steps": max_steps, "seed": seed}
-    run_config = load_config(config, _overrides(named, set_, trust_remote_code))
+    run_config = load_config(config, overrides)
     if engine == "verl":
         from cepo.train.verl.config import write_verl_run
 
         console.print(f"start it with: {write_verl_run(run_config, fresh=fresh)}", soft_wrap=True, highlight=False)
         return
-    if engine != "trl":
-        raise ValueError(f"--engine is {engine!r}; expected trl or verl")
     _tell(run(run_config, fresh=fresh))
 
 
 def reward_model(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run; start from train/recipes/reward-model-*.yaml.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file of the run; start from train/recipes/reward-model-*.yaml.", callback=checks.recipe
+        ),
+    ],
     model: Annotated[
-        str | None, typer.Option(help="Model to train: hub id, folder, .gguf file, smollm2 or testbed.")
+        str | None,
+        typer.Option(help="Model to train: hub id, folder, .gguf file, smollm2 or testbed.", callback=checks.model),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Pairs to train on: JSONL file, hub data set id or testbed.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for checkpoints, logs and the trained model.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Pairs to train on: JSONL file, hub data set id or testbed.", callback=checks.data),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints, logs and the trained model.", callback=checks.folder),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of optimiser steps.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the split, a new head and training.")] = None,
     set_: Annotated[
@@ -100,20 +128,26 @@ def reward_model(
     The options override the config. Started again with the same settings, data and weights, a killed run resumes from
     its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
     """
-    from cepo.train.reward_model import load_reward_config, train_reward_model
-
     named = {"model": model, "data.source": data, "output": output, "reward.max_steps": max_steps, "seed": seed}
     overrides = _overrides(named, set_, trust_remote_code)
+    from cepo.train.reward_model import load_reward_config, train_reward_model
+
     _tell(train_reward_model(load_reward_config(config, overrides), fresh=fresh))
 
 
 def warm_start(
-    data: Annotated[str, typer.Option(help="File or hub data set with prompt, chosen and rejected.")],
-    output: Annotated[Path, typer.Option(help="Folder for the trained model, which --model takes everywhere.")],
-    model: Annotated[str, typer.Option(help="Model to train: hub id, folder, .gguf file or smollm2.")] = "smollm2",
+    data: Annotated[
+        str, typer.Option(help="File or hub data set with prompt, chosen and rejected.", callback=checks.data)
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the trained model, which --model takes everywhere.", callback=checks.folder)
+    ],
+    model: Annotated[
+        str, typer.Option(help="Model to train: hub id, folder, .gguf file or smollm2.", callback=checks.model)
+    ] = "smollm2",
     steps: Annotated[int, typer.Option(help="Number of training steps.", min=1)] = 40,
     batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of the LoRA layers.")] = 5e-4,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the LoRA layers.", min=0.0)] = 5e-4,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA layers, which are merged at the end.", min=1)] = 16,
     max_characters: Annotated[
         int | None, typer.Option(help="Leave out rows whose prompt, with its instructions, has more characters.")
@@ -165,7 +199,9 @@ def _tell(trained: Path) -> None:
 
 def _overrides(named: Mapping[str, Any], pairs: list[str] | None, trust_remote_code: bool) -> dict[str, Any]:
     """Return the keys of a recipe that options set."""
-    overrides: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    overrides: dict[str, Any] = {
+        key: str(value) if isinstance(value, Path) else value for key, value in named.items() if value is not None
+    }
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals:

@@ -7,57 +7,29 @@ killed run makes its pairs anew from the answers that it has, and asks for the o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from cepo.counterfactual.text.filter import filter_pairs
-from cepo.counterfactual.text.kinds import BY_RULE, WRITTEN
-from cepo.counterfactual.text.mechanical import world_kinds
 from cepo.counterfactual.text.pairs import Source
-from cepo.counterfactual.text.synthesise import Kind, synthesise
+from cepo.counterfactual.text.synthesise import synthesise
 from cepo.eval.augment.answers import JournaledWriter, journaled_difference
+from cepo.eval.augment.job import AugmentJob, chosen_kinds
 from cepo.eval.augment.summary import AugmentSummary, write_page
 from cepo.eval.judges.open import open_judge
-from cepo.eval.judges.settings import JudgeSettings, check_judge, decisive_settings
+from cepo.eval.judges.settings import decisive_settings
 from cepo.files import BrokenLine, Row, claim, content_hash, write_jsonl
 from cepo.jacobian.loading import model_fingerprint, resolve_model
 from cepo.train.policy import TESTBED
 from cepo.train.reward_scores import RewardModel
-from cepo.train.reward_testbed import WORDS, generate_sources
+from cepo.train.reward_testbed import generate_sources
 from cepo.train.rows import given, read_flag, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows
 
 Progress = Callable[[int, int, str], None]
 """Called with (preferences done, preferences in all, what has been asked in words)."""
 _WORLD_SIZE, _WORLD_CUE = 300, 0.9  # of the testbed, as reward models train on it by default
-
-
-@dataclass(frozen=True)
-class AugmentJob:
-    """What `cepo augment` is asked to do.
-
-    Attributes:
-        data: preferences, see `open_source`, or "testbed".
-        output: folder for pairs.jsonl, report.html and the models' answers.
-        kinds: names of kinds, of `WRITTEN` and `BY_RULE`, or of the testbed's own.
-        writer: which model writes, and how; its name is empty where none does. Its seed is also that of the draws and
-            the split, and its dtype, device, batch size and trust are also those of the filter's model.
-        filter_model: a reward model, see `RewardModel.open`; None for no filter.
-        split: of a hub data set, or None for its usual one.
-        limit: number of preferences to read, or None for all.
-        test_fraction: share of the prompts on the test side, in [0, 1].
-    """
-
-    data: str
-    output: Path
-    kinds: tuple[str, ...]
-    writer: JudgeSettings
-    filter_model: str | None = None
-    split: str | None = None
-    limit: int | None = None
-    test_fraction: float = 0.02
 
 
 def augment(job: AugmentJob, *, progress: Progress | None = None) -> AugmentSummary:
@@ -71,7 +43,7 @@ def augment(job: AugmentJob, *, progress: Progress | None = None) -> AugmentSumm
         ValueError: for what cannot work, before a model is asked; for an output of other settings, data or weights; for
             a server that refuses the key, the address or the model.
     """
-    kinds = _kinds(job)
+    kinds = chosen_kinds(job)
     sources, broken = _read(job)
     results = [job.output / name for name in ("pairs.jsonl", "writings.jsonl", "differences.jsonl", "report.html")]
     claim(job.output / "settings.json", _settings(job, sources), results=results)
@@ -112,28 +84,6 @@ def augment(job: AugmentJob, *, progress: Progress | None = None) -> AugmentSumm
         facts["model of the filter"] = job.filter_model
     write_page(page, summary, facts)
     return summary
-
-
-def _kinds(job: AugmentJob) -> dict[str, Kind]:
-    """Return the kinds of a job; everything about it that needs neither data nor models is checked here."""
-    known: Mapping[str, Kind] = {**BY_RULE, **WRITTEN}
-    written = [name for name in job.kinds if name in WRITTEN]
-    if job.data == TESTBED:
-        known, written = {str(name): kind for name, kind in world_kinds(WORDS).items()}, []
-    unknown = [name for name in job.kinds if name not in known]
-    if unknown or not job.kinds:
-        raise ValueError(
-            f"kinds holds {', '.join(map(repr, unknown)) or 'nothing'}; expected some of {', '.join(known)}"
-        )
-    if written and not job.writer.model:
-        raise ValueError(f"kinds holds {', '.join(written)}, which a model writes; name one with --writer")
-    if job.writer.model and not written:
-        raise ValueError(f"writer is {job.writer.model!r}, but no kind needs one; those that do: {', '.join(WRITTEN)}")
-    if written:
-        check_judge(job.writer)
-    if not 0.0 <= job.test_fraction <= 1.0:
-        raise ValueError(f"test_fraction is {job.test_fraction}; expected a fraction in [0, 1]")
-    return {name: known[name] for name in job.kinds}
 
 
 def _read(job: AugmentJob) -> tuple[list[Source], list[BrokenLine]]:

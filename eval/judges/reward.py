@@ -42,6 +42,10 @@ class RewardSettings:
     batch_size: int = 16
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
+
     def __str__(self) -> str:
         return f"{self.model} (reward model)"
 
@@ -112,8 +116,6 @@ def collect_rewards(
     """
     from cepo.train.reward_scores import RewardModel, find_reward_model
 
-    if settings.batch_size < 1:
-        raise ValueError(f"batch_size is {settings.batch_size}; expected at least 1")
     check_device(settings.device)
     source, shown = find_reward_model(settings.model)
     tasks: dict[str, JudgeTask] = {}

@@ -15,7 +15,8 @@ import pytest
 from cepo.counterfactual.text.filter import certainty, filter_pairs
 from cepo.counterfactual.text.pairs import Pair, read_pair_row
 from cepo.eval.augment import command
-from cepo.eval.augment.command import AugmentJob, augment
+from cepo.eval.augment.command import augment
+from cepo.eval.augment.job import AugmentJob
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
 from cepo.files import read_jsonl, write_jsonl
 from cepo.train.reward_data import load_pairs

@@ -654,9 +654,9 @@ def test_judgements_of_weights_that_were_overwritten_are_refused(
     [
         (["--model", "./nowhere"], "./nowhere"),
         (["--model", "smollm2", "--backend", "tgi"], "backend is 'tgi'"),
-        (["--model", "smollm2", "--base-url", "nowhere"], "base_url is 'nowhere'"),
+        (["--model", "smollm2", "--base-url", "nowhere"], "--base-url is 'nowhere'"),
         (["--model", "smollm2", "--base-url", "http://127.0.0.1:9", "--api-key-file", "none"], "--api-key-file"),
-        (["--model", "smollm2", "--limit", 0], "limit is 0"),
+        (["--model", "smollm2", "--limit", 0], "--limit is 0"),
         (["--model", "smollm2", "--data", "none.jsonl"], "none.jsonl"),
         (["--model", "smollm2", "--subset", "z"], "'z'"),
         (["--model", "smolm2"], "did you mean smollm2?"),

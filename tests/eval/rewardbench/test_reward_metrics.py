@@ -168,7 +168,7 @@ def test_the_command_judges_and_refuses_what_belongs_to_other_judges(
         (("--reward-model", str(folder), "--model", "smollm2"), "one of the two"),
         (("--reward-model", str(folder), "--temperature", "0", "--raw"), "--raw, --temperature cannot be used with"),
         (("--reward-model", "smollm2"), "a causal language model without reward_model.json"),
-        (("--reward-model", str(folder), "--batch-size", "0"), "batch_size is 0"),
+        (("--reward-model", str(folder), "--batch-size", "0"), "--batch-size is 0"),
         (("--reward-model", "./nowhere"), "./nowhere"),
     ):
         assert run_cepo(monkeypatch, *common, *options) == 2
