@@ -18,7 +18,17 @@ from cepo.eval.causal.measures import Pools, links_of, measure
 from cepo.eval.causal.report import write_causal_report
 from cepo.eval.causal.summary import CausalSummary, JudgeResults, summarise_causal
 from cepo.eval.score.rows import read_lines, rollout_of
-from cepo.files import SETTINGS, claim, fingerprint, make_folder, write_jsonl, write_text
+from cepo.files import (
+    SETTINGS,
+    append_jsonl,
+    claim,
+    fingerprint,
+    json_line,
+    make_folder,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
 from cepo.fusion.score import pools_of
 from cepo.jacobian.loading import check_device, load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.spans import SpanReader
@@ -27,7 +37,7 @@ from cepo.train.policy import CACHE, load_testbed_judge, testbed_fingerprint
 from cepo.train.prompts import JUDGE, UNGUARDED_JUDGE
 from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerprint
 
-_CHUNK = 16  # rollouts per part
+_CHUNK = 16  # judgements of the testbed that are measured and written at once; of a model, whose take minutes, each
 _JUDGE_STEPS = 300
 IN_WORDS = "words-"  # begins the name of a world whose judge is a pretrained model
 Progress = Callable[[str, int, int], None]
@@ -229,19 +239,28 @@ def _testbed_judge(job: CausalJob, name: str, completions: int, parts: Path, rep
 
 
 def _rows(job: CausalJob, judged: _Judged, parts: Path, report: Progress) -> list[dict[str, Any]]:
-    """Return one record per judgement, chunk by chunk."""
+    """Return one record per judgement; each is written to the journal as soon as it, or its chunk, is measured."""
     judgements, name, pools = judged.judgements, judged.judge.name, judged.pools
     first_of = {one.rollout.prompt_ids: place for place, one in reversed(list(enumerate(judgements)))}
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(judgements), _CHUNK):
-        report(f"scores of {name}", start, len(judgements))
-        chunk = judgements[start : start + _CHUNK]
-        records = _once(parts / f"rows-{name}-{start:05d}.json", partial(_chunk, job, judged.judge, chunk, pools))
-        for place, record in enumerate(records):
-            one = judgements[start + place]
-            labels = {"judge": name, "row": start + place, "prompt": first_of[one.rollout.prompt_ids], "mode": one.mode}
-            rows.append({**labels, **record})
-    return rows
+    journal = parts / f"rows-{name}.jsonl"
+    done = {record["row"]: record for _, record in read_jsonl(journal)[0]} if journal.is_file() else {}
+    pending = [row for row in range(len(judgements)) if row not in done]
+    if pending:
+        make_folder(parts)
+        write_jsonl(journal, done.values())  # without a torn line
+    size = _CHUNK if job.model is None else 1
+    for start in range(0, len(pending), size):
+        report(f"scores of {name}", len(done), len(judgements))
+        rows = pending[start : start + size]
+        records = _chunk(job, judged.judge, [judgements[row] for row in rows], pools)
+        labelled = [
+            {"judge": name, "row": row, "prompt": first_of[judgements[row].rollout.prompt_ids]}
+            | {"mode": judgements[row].mode, **record}
+            for row, record in zip(rows, records, strict=True)
+        ]
+        append_jsonl(journal, labelled)
+        done.update({record["row"]: json.loads(json_line(record)) for record in labelled})
+    return [done[row] for row in range(len(judgements))]
 
 
 def _chunk(job: CausalJob, judge: Judge, chunk: Sequence[Judgement], pools: Pools) -> list[dict[str, Any]]:

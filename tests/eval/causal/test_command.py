@@ -151,7 +151,6 @@ def test_a_run_writes_every_judgement_and_goes_on_where_it_stopped(
     job: CausalJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A malformed row and a broken line are kept with their reasons; nothing is computed twice; same files."""
-    monkeypatch.setattr(causal_module, "_CHUNK", 2)
     monkeypatch.setattr(causal_module, "randomisation", lambda *_, **__: [])
     summary = run_causal(job)
     rows = read_lines(job.output / "rows.jsonl")
@@ -167,9 +166,12 @@ def test_a_run_writes_every_judgement_and_goes_on_where_it_stopped(
     with pytest.raises(ValueError, match="made with other settings: seed was 3 and is 4; name another"):
         run_causal(replace(job, seed=4))
     monkeypatch.undo()
-    monkeypatch.setattr(causal_module, "_CHUNK", 2)
-    (job.output / "parts" / "rows-judgements-00002.json").unlink()
-    run_causal(job)
+    journal = job.output / "parts" / "rows-judgements.jsonl"
+    torn = b"".join(journal.read_bytes().splitlines(keepends=True)[:3])[:-30]  # killed while it wrote the third row
+    journal.write_bytes(torn)
+    told: list[tuple[str, int, int]] = []
+    run_causal(job, progress=lambda *where: told.append(where))
+    assert [done for what, done, _ in told if what.startswith("scores")] == [2, 3, 4]
     assert files == {name: (job.output / name).read_bytes() for name in files}
 
 
@@ -217,9 +219,8 @@ def test_what_cannot_be_run_is_named(job: CausalJob, changes: dict[str, Any], ma
         run_causal(replace(job, **changes))
 
 
-def test_every_row_offers_donors_and_one_prompt_is_too_few(job: CausalJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_offers_donors_and_one_prompt_is_too_few(job: CausalJob) -> None:
     """Fewer rows are measured with the donors of all; a file of one prompt has none."""
-    monkeypatch.setattr(causal_module, "_CHUNK", 1)
     run_causal(replace(job, items=1, most_nodes=1, estimates_only=True))
     (row,) = read_lines(job.output / "rows.jsonl")
     assert row["problem"] is None
