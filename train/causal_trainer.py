@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ from trl import GRPOTrainer
 
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.records import Rollout
-from cepo.train.causal_loss import CausalLoss, interchange
+from cepo.train.causal_loss import CausalLoss
+from cepo.train.causal_values import causal_values, forward_arguments
 from cepo.train.prompts import JUDGE
 from cepo.train.readings import donor_pool, merge_pools, pack_readings, read_with_donors
 from cepo.train.trainer import ENV_MASK, PROMPT_IDS, read_rollouts, span_reader, tokenizer
@@ -62,9 +62,7 @@ class CausalTrainer(GRPOTrainer):
         self.causal_weight = causal_loss.first_weight
         self._causal_reader = span_reader(self, layout)
         self._causal_tasks = [index for index, name in enumerate(self.reward_func_names) if name in task_rewards]
-        model = self.accelerator.unwrap_model(self.model)
-        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._causal_takes = frozenset(inspect.signature(type(bare).forward).parameters)
+        self._causal_takes = forward_arguments(self.accelerator.unwrap_model(self.model))
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **options: Any) -> Tensor:
         rewards_BN: Tensor = super()._calculate_rewards(inputs, *args, **options)
@@ -119,45 +117,12 @@ class CausalTrainer(GRPOTrainer):
         return loss + sign * self.causal_weight * term
 
     def _causal_values(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the term of each completion (0 without a donor), and whether it has one (1.0 or 0.0)."""
-        ids_BRT, tokens_BRT, targets_BRT = (inputs[f"{_PREFIX}{name}_BRT"] for name in ("ids", "tokens", "targets"))
-        read_BR = targets_BRT.any(-1)
-        if not read_BR.any():  # one forward all the same: ranks of sharded parameters run in step
-            tokens_BRT = tokens_BRT.clone()
-            tokens_BRT[0, 0] = True
-            read_BR[0, 0] = True
-        first = int(tokens_BRT.flatten(0, 1).any(0).to(torch.int8).argmax())  # columns of padding alone are left out
-        ids_BRT, tokens_BRT, targets_BRT = ids_BRT[..., first:], tokens_BRT[..., first:], targets_BRT[..., first:]
-        columns = targets_BRT.flatten(0, 1).any(0)
-        kept = len(columns) - int(columns.to(torch.int8).argmax()) if columns.any() else 1
-        logits_NPV = self._causal_logits(model, ids_BRT[read_BR], tokens_BRT[read_BR], kept)
-        ids_BRP, targets_BRP = ids_BRT[..., -kept:], targets_BRT[..., -kept:]
-        logits_BRPV = logits_NPV.new_zeros((*read_BR.shape, *logits_NPV.shape[1:]))
-        logits_BRPV = logits_BRPV.index_put(read_BR.nonzero(as_tuple=True), logits_NPV)
-        links = len(self._causal_links)
-
-        def by_link(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(1, (links, -1))
-
-        if self._causal_loss.compares:
-            logits, targets = by_link(logits_BRPV), by_link(targets_BRP)[:, :, 1:]
-            values = self._causal_loss.distance(
-                logits[:, :, :1].expand_as(logits[:, :, 1:]), logits[:, :, 1:], targets
-            ).flatten(1)
-        else:
-            targets = targets_BRP
-            values = interchange(logits_BRPV, ids_BRP, targets)
-        valid = targets.any(-1).flatten(1)
-        count_B = valid.sum(-1)
-        return (values * valid).sum(-1) / count_B.clamp(min=1), (count_B > 0).to(values.dtype)
-
-    def _causal_logits(self, model: Any, ids_NT: Tensor, tokens_NT: Tensor, kept: int) -> Tensor:
-        """Return the logits that predict the last `kept` tokens of each text."""
-        options: dict[str, Any] = {"use_cache": False}
-        if "position_ids" in self._causal_takes:
-            options["position_ids"] = (tokens_NT.long().cumsum(-1) - 1).clamp(min=0)
-        if "logits_to_keep" in self._causal_takes:
-            options["logits_to_keep"] = kept + 1
-        with self.accelerator.autocast():
-            logits_NTV: Tensor = model(input_ids=ids_NT, attention_mask=tokens_NT.long(), **options).logits
-        return logits_NTV[:, -kept - 1 : -1]
+        packed = {name.removeprefix(_PREFIX): tensor for name, tensor in inputs.items() if name.startswith(_PREFIX)}
+        return causal_values(
+            model,
+            packed,
+            self._causal_loss,
+            links=len(self._causal_links),
+            takes=self._causal_takes,
+            autocast=self.accelerator.autocast,
+        )
