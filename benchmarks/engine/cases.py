@@ -33,7 +33,7 @@ from cepo.jacobian.group.schedule import Plan
 from cepo.jacobian.group.swaps import Swaps
 from cepo.jacobian.protocol import Engine, Request
 
-PEERS = ("reference", "padded", "functional", "captum")
+PEERS = ("reference", "padded", "functional", "captum", "inseq")
 EXACT, ONLY = "group: all links, exact", "group: X->Y"
 REFERENCE_SCHEDULE, PADDED = "reference schedule", "padded autograd"
 
@@ -129,25 +129,31 @@ def new_subject(
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.eval().requires_grad_(False)
     requests = jacobian_requests(check, {**PAPER_LINKS, "Z->Y:total": 1.0})
-    wanted, tolerance, oracle_error = right_answers(model, lambda oracle: engine_jacobians(oracle, requests))
+    wanted, tolerance, oracle_error = right_answers(
+        model, lambda oracle: engine_jacobians(JacobianEngine(oracle), requests)
+    )
     rate = matmul_rate(dtype, device, config.hidden_size, config.intermediate_size, seconds=0.3)
     # The plan's cost model, by the shapes alone: peers need no memory estimate.
     cost = measured_cost(model, 0, 0, 0)
     return Subject(name, model, GroupEngine(model), cost, check, wanted, tolerance, oracle_error, rate, device)
 
 
-def right_answers(model: Any, answers_of: Callable[[Engine], Jacobians]) -> tuple[Jacobians, float, float]:
-    """Return the oracle's answers in float32 or wider, the error that passes, and its own error in the model's dtype.
+def right_answers(
+    model: Any, answers_of: Callable[[Any], Jacobians], *, cancels: bool = False
+) -> tuple[Jacobians, float, float]:
+    """Return the right answers in float32 or wider, the error that passes, and the oracle's own in the model's dtype.
 
     Args:
         model: the model.
-        answers_of: asks an engine.
+        answers_of: the oracle: from a model to its answers.
+        cancels: whether terms cancel, so that in float32 the oracle's own rounding would exceed the tolerance: a
+            float32 model's answers are then those of a float64 copy.
     """
-    found = answers_of(JacobianEngine(model))
     if model.dtype in _TOLERANCES:
-        return found, _TOLERANCES[model.dtype], 0.0
-    wanted = answers_of(JacobianEngine(copy.deepcopy(model).float()))
-    oracle_error = worst_error(found, wanted, [])
+        oracle = copy.deepcopy(model).double() if cancels else model
+        return answers_of(oracle), _TOLERANCES[model.dtype], 0.0
+    wanted = answers_of(copy.deepcopy(model).float())
+    oracle_error = worst_error(answers_of(model), wanted, [])
     return wanted, min(_NARROW_LIMIT, _NARROW_FACTOR * oracle_error), oracle_error
 
 

@@ -26,8 +26,9 @@ from cepo.benchmarks.engine.cases import (
     on_kernels,
     worst_error,
 )
-from cepo.benchmarks.engine.effects import effect_contenders, effect_subject
+from cepo.benchmarks.engine.effects import DONORS, effect_contenders, effect_subject
 from cepo.benchmarks.engine.figures import draw_scaling
+from cepo.benchmarks.engine.loss import SETTINGS, loss_contenders, loss_subject
 from cepo.benchmarks.engine.peers import Jacobians, Workload
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, Size, random_workload
 from cepo.benchmarks.engine.tables import RATIOS, results_table, results_text
@@ -61,8 +62,8 @@ def run_benchmark(
         size: a name in `SIZES`.
         output: folder of the results.
         seed: of weights, ids and permutations.
-        peers: some of "reference", "padded", "functional" and "captum"; None for all. The group engine always runs, and
-            on CUDA a second time on the kernels.
+        peers: some of "reference", "padded", "functional", "captum" and "inseq"; None for all. The group engine always
+            runs, and on CUDA a second time on the kernels.
         scaling: whether to measure how cost grows with G, Lz, Lx and K, and what a static opening of the prompt saves.
         device: "cpu" or "cuda"; None: "cuda" for the sizes that need it, else "cpu".
         commit: of this code, where there is no repository to ask.
@@ -84,16 +85,19 @@ def run_benchmark(
         subject = new_subject(name, config, chosen.dtype, place, check, seed)
         cases = [*contenders(subject, named_peers), *on_kernels(subject, contenders)]
         agreed = _run_shapes("peers", subject, cases, chosen, config.vocab_size, log)
-        of_effects = effect_subject(subject, chosen.shapes[0].K)
+        of_effects = effect_subject(subject)
         cases = [*effect_contenders(of_effects, named_peers), *on_kernels(of_effects, effect_contenders)]
-        _run_shapes("effects", of_effects, cases, chosen, config.vocab_size, log)
+        _run_shapes("effects", of_effects, cases, _with_donors(chosen, DONORS), config.vocab_size, log)
+        of_loss = loss_subject(subject)
+        cases = loss_contenders(of_loss, named_peers)
+        _run_shapes("loss", of_loss, cases, _with_donors(chosen, SETTINGS.donors), config.vocab_size, log)
         if scaling and index == 0:
             _run_static(subject, agreed, chosen, config.vocab_size, log)
             _run_scaling(subject, agreed, chosen, config.vocab_size, log)
             for axis in chosen.scaling:
                 points = [row for row in log.rows if row["section"] == "scaling" and axis in row["axes"]]
                 draw_scaling(points, axis, f"{name}, {facts['device']}", output / f"scaling_{axis}.png")
-        del subject, of_effects, cases, agreed
+        del subject, of_effects, of_loss, cases, agreed
         write_text(output / "bench.txt", results_text(size, log.rows))
     return results_table(size, log.rows)
 
@@ -146,6 +150,11 @@ def _run_shapes(
             if row["status"] not in ("ok", "out of memory"):
                 wrong.add(case.name)
     return [case for case in cases if case.name not in wrong]
+
+
+def _with_donors(size: Size, count: int) -> Size:
+    """Return the size with so many counterfactuals."""
+    return replace(size, shapes=tuple(replace(shapes, K=count) for shapes in size.shapes))
 
 
 def _run_static(subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log) -> None:
@@ -209,15 +218,16 @@ def _measured(
     # Measured beside each case as well, since the load of the machine changes.
     rate = max(subject.matmul, subject.matmul_rate(seconds=0.05))
     row |= {"oracle_error": subject.oracle_error, "matmul_flops_per_s": rate}
-    if case.peer == "captum" and importlib.util.find_spec("captum") is None:
+    if case.peer in ("captum", "inseq") and importlib.util.find_spec(case.peer) is None:
         return {**row, "status": "not installed"}, {}
     measured_on = replace(workload, rollouts=workload.rollouts[: alone if case.alone else None])
+    check = replace(subject.check, rollouts=subject.check.rollouts[: alone if case.alone else None])
     batch = len(measured_on.rollouts)
     error = 0.0
     while True:
         try:
             if checked:
-                error = worst_error(case.run(subject.check, batch), wanted, base_keys(case, subject.check))
+                error = worst_error(case.run(check, batch), wanted, base_keys(case, check))
             if not error <= tolerance:
                 return {**row, **_disagreement(error)}, {}
             found, took = measure(lambda batch=batch: case.run(measured_on, batch), subject.device)  # type: ignore[misc]

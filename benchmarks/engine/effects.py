@@ -2,60 +2,84 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from cepo.benchmarks.engine.cases import Case, Subject, counts_of, right_answers
-from cepo.benchmarks.engine.peers import BOTH, LAYOUT, Counts, Jacobians, Padded, Workload, count_passes, embedded
-from cepo.benchmarks.engine.peers import reference_scores as scores_of
+from cepo.benchmarks.engine.peers import (
+    LAYOUT,
+    Counts,
+    Jacobians,
+    Padded,
+    Workload,
+    backward,
+    count_passes,
+    embedded,
+    log_likelihood,
+    reference_scores,
+    rows_before,
+)
 from cepo.counterfactual.donors import Candidate
 from cepo.fusion.config import RewardConfig
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.path import between, gauss_nodes
 from cepo.jacobian.protocol import Engine, PathRequest
-from cepo.jacobian.records import Rollout
+from cepo.jacobian.reading.judge import JudgeLayout
+from cepo.jacobian.reading.layout import Layout
+from cepo.jacobian.records import Rollout, Span
 
+DONORS = RewardConfig().donors
 NODES = 4
-PATH = f"path, {NODES} nodes"
-# What is asked: links, and nodes along the path to each donor; 0 for the effect alone.
-_QUESTIONS: Mapping[str, tuple[Mapping[str, float], int]] = {
-    "effect": ({"X->Y": 1.0}, 0),
-    "chain's effect": ({"chain": 1.0}, 0),
-    PATH: ({"X->Y": 1.0}, NODES),
+EFFECT, CHAIN, PATH = "effect of X->Y", "chain's effect", f"path, {NODES} nodes"
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked: fields of RewardConfig, and the layout whose links they name."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layout: Layout = LAYOUT
+
+
+_XY = {"links": {"X->Y": 1.0}}
+_QUESTIONS: Mapping[str, _Question] = {
+    EFFECT: _Question(_XY),
+    CHAIN: _Question(layout=JudgeLayout()),  # the default reward
+    PATH: _Question({**_XY, "score": "path", "nodes": NODES}),
 }
 
 
-def effect_subject(subject: Subject, counterfactuals: int) -> Subject:
-    """Return a model with the right effects and paths of its small workload.
+def effect_subject(subject: Subject) -> Subject:
+    """Return a model with the right effects and paths of its small workload, with as many donors as the default.
 
     Args:
         subject: the model, with the right Jacobians.
-        counterfactuals: K of the workload that will be timed; what tokens add along paths is a mean over all K.
     """
-    check = replace(subject.check, counterfactuals=counterfactuals)
+    check = replace(subject.check, counterfactuals=DONORS)
     asked = [_requests(check, subject.model.config.vocab_size, question) for question in _QUESTIONS]
 
-    def answers_of(oracle: Engine) -> Jacobians:
+    def answers_of(model: Any) -> Jacobians:
+        oracle = JacobianEngine(model)
         return {key: value for requests in asked for key, value in _answers(oracle, requests).items()}
 
-    if subject.model.dtype == torch.float32:
-        # An effect is a small difference of large sums: in float32 the oracle's own rounding exceeds the tolerance.
-        wide = JacobianEngine(copy.deepcopy(subject.model).double())
-        wanted, tolerance, oracle_error = answers_of(wide), subject.tolerance, 0.0
-    else:
-        wanted, tolerance, oracle_error = right_answers(subject.model, answers_of)
+    # An effect is a small difference of large sums.
+    wanted, tolerance, oracle_error = right_answers(subject.model, answers_of, cancels=True)
     return replace(subject, check=check, wanted=wanted, tolerance=tolerance, oracle_error=oracle_error)
 
 
 def effect_contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
-    """Return for each question the reference's schedule, where it is asked for, and the group engine's, then Captum's.
+    """Return for each question the reference's schedule, where it is asked for, and the group engine's, then others'.
+
+    The first row of the chain is the schedule of the section "peers": Jacobians at as many counterfactuals.
 
     Args:
         subject: from `effect_subject`.
@@ -81,35 +105,48 @@ def effect_contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
             lambda workload: count(asked(workload)),
             peer,
             alone=peer is not None,
-            baseline=f"reference: {question}",
+            baseline=f"reference{' schedule' if question == CHAIN else ''}: {question}",
         )
 
-    def cost_alone(requests: Sequence[PathRequest], *, whole_head: bool = False) -> Counts:
-        return count_passes(cost, _passes(requests), whole_head=whole_head)
+    def alone(requests: Sequence[PathRequest], *, whole_head: bool = True, jacobians: bool = False) -> Counts:
+        return count_passes(cost, _passes(requests, jacobians=jacobians), whole_head=whole_head)
 
     def planned(requests: Sequence[PathRequest]) -> Counts:
         return counts_of(engine.plan_paths(requests))
 
-    found, whole = [], partial(cost_alone, whole_head=True)
-    for question, (_, nodes) in _QUESTIONS.items():
-        reference = partial(reference_paths if nodes else reference_effects, model)
-        found.append(case(f"reference: {question}", question, reference, whole, "reference"))
-        found.append(case(f"group: {question}", question, partial(_answers, engine), planned))
-    found.append(case("captum: integrated gradients", PATH, partial(captum_paths, model), cost_alone, "captum"))
+    effects, paths = partial(reference_effects, model), partial(reference_paths, model)
+    schedule, one_head = partial(effects, jacobians=True), partial(alone, whole_head=False)
+    ours = partial(_answers, engine)
+    found = [
+        case(f"reference: {EFFECT}", EFFECT, effects, alone, "reference"),
+        case(f"group: {EFFECT}", EFFECT, ours, planned),
+        case(f"reference schedule: {CHAIN}", CHAIN, schedule, partial(alone, jacobians=True), "reference"),
+        case(f"reference: {CHAIN}", CHAIN, effects, alone, "reference"),
+        case(f"group: {CHAIN}", CHAIN, ours, planned),
+        case(f"reference: {PATH}", PATH, paths, alone, "reference"),
+        case(f"group: {PATH}", PATH, ours, planned),
+        case("captum: integrated gradients", PATH, partial(captum_paths, model), one_head, "captum"),
+        case("inseq: integrated gradients", PATH, partial(inseq_paths, model), alone, "inseq"),
+    ]
     return [each for each in found if each.peer is None or each.peer in peers]
 
 
-def reference_effects(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
+def reference_effects(model: Any, requests: Sequence[PathRequest], *, jacobians: bool = False) -> Jacobians:
     """Return effects by one forward pass for every rollout and every counterfactual alone, all positions in the head.
 
     Args:
         model: a frozen causal LM in eval mode.
         requests: what to compare; a rollout of several requests is run once.
+        jacobians: whether each target's gradient is computed as well, as the reference schedule does.
     """
     values: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for each, _, _ in _passes(requests):
-            values[each.token_ids] = scores_of(model, each, _embedded(model, each))
+    for each, targets, _ in _passes(requests, jacobians=jacobians):
+        with torch.set_grad_enabled(jacobians):
+            embeddings_BTD = _embedded(model, each)
+            scores = reference_scores(model, each, embeddings_BTD, targets)
+            if jacobians:
+                backward(scores, embeddings_BTD)
+        values[each.token_ids] = {target: score.detach() for target, score in scores.items()}
     return {
         (_name(request, link.name), own.token_ids): torch.stack(
             [values[own.token_ids][link.target] - values[other.token_ids][link.target] for other in others]
@@ -133,7 +170,7 @@ def reference_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
         for fraction, weight in gauss_nodes(NODES):
             at_BTD, step_BTD = between(_embedded(model, own), _embedded(model, other), fraction)
             leaf_BTD = at_BTD.detach().requires_grad_()
-            (gradient_BTD,) = torch.autograd.grad(scores_of(model, own, leaf_BTD)[link.target], [leaf_BTD])
+            gradient_BTD = backward(reference_scores(model, own, leaf_BTD, [link.target]), leaf_BTD)[link.target]
             of_nodes.append(weight * (gradient_BTD * step_BTD)[0].detach().sum(-1))
         return torch.stack(of_nodes).sum(0)
 
@@ -166,6 +203,55 @@ def captum_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
     return _attributions(requests, attributed)
 
 
+def inseq_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
+    """Return what tokens add along paths by Inseq's `integrated_gradients`, which runs Captum's.
+
+    Its interface for texts takes the unknown token as the only baseline and a target token at a time; the method behind
+    it takes a batch with any baseline, and a function of the logits, which here adds up the target's tokens. It returns
+    float32 whatever the model's dtype.
+
+    Args:
+        model: a frozen causal LM in eval mode.
+        requests: what to compare, one link each.
+
+    Raises:
+        ImportError: where inseq is not installed.
+    """
+    data, models = importlib.import_module("inseq.data"), importlib.import_module("inseq.models")
+    words = WordLevel({str(token): token for token in range(model.config.vocab_size)}, unk_token="0")
+    named = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), "0")  # it asks for these; none is read
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **named)
+    loaded = models.load_model(model, "integrated_gradients", tokenizer=tokenizer, device=str(model.device))
+
+    def attributed(request: PathRequest, own: Rollout, other: Rollout) -> Tensor:
+        (link,) = request.links
+        rows, last = rows_before(own, [link.target]), len(own.token_ids) - 1
+        ids_BT = torch.tensor([own.token_ids], device=model.device)
+        next_P = ids_BT[0, 1:][rows]
+
+        def score(args: Any) -> Tensor:
+            logits_BPV = args.forward_output.logits[:, rows]
+            return log_likelihood(logits_BPV, next_P.expand(len(logits_BPV), -1)).sum(-1)
+
+        own_BTD, other_BTD = (_embedded(model, each).detach() for each in (own, other))
+        tokens = [[str(token) for token in own.token_ids]]
+        encoding = data.BatchEncoding(ids_BT, torch.ones_like(ids_BT), tokens, ids_BT)
+        output = loaded.attribution_method.attribute(
+            data.DecoderOnlyBatch(encoding, data.BatchEmbedding(own_BTD, other_BTD)),
+            score,
+            attr_pos_start=last,
+            attr_pos_end=last + 1,
+            show_progress=False,
+            pretty_progress=False,
+            output_step_attributions=True,
+            attribution_args={"n_steps": NODES, "method": "gausslegendre"},
+        )
+        attributions_TD: Tensor = output.step_attributions[0].target_attributions[0]
+        return attributions_TD.sum(-1)
+
+    return _attributions(requests, attributed)
+
+
 def _attributions(
     requests: Sequence[PathRequest], attributed: Callable[[PathRequest, Rollout, Rollout], Tensor]
 ) -> Jacobians:
@@ -192,17 +278,29 @@ def _answers(engine: Engine, requests: Sequence[PathRequest]) -> Jacobians:
 
 def _requests(workload: Workload, vocabulary: int, question: str) -> list[PathRequest]:
     """Return the requests that a reward would make of an engine, with K donors of random ids for each source."""
-    links, nodes = _QUESTIONS[question]
-    options: dict[str, Any] = {"score": "path", "nodes": nodes} if nodes else {}
-    config = RewardConfig(links=links, donors=workload.counterfactuals, seed=workload.seed, **options)
-    parsed, generator = config.parsed_links(LAYOUT), torch.Generator().manual_seed(workload.seed + 1)
+    asked = _QUESTIONS[question]
+    rollouts = [_judged(each) if isinstance(asked.layout, JudgeLayout) else each for each in workload.rollouts]
+    config = RewardConfig(donors=workload.counterfactuals, seed=workload.seed, **asked.options)
+    parsed, generator = config.parsed_links(asked.layout), torch.Generator().manual_seed(workload.seed + 1)
     pools = {}
     for link in parsed:
-        shape_KS = (workload.counterfactuals, len(workload.rollouts[0].spans[link.source].movable))
+        shape_KS = (workload.counterfactuals, len(rollouts[0].spans[link.source].movable))
         drawn = torch.randint(0, vocabulary, shape_KS, generator=generator).tolist()
         pools[link.source] = [Candidate(f"another prompt {k}", tuple(ids)) for k, ids in enumerate(drawn)]
-    groups = config.effects(dict(enumerate(workload.rollouts)), parsed, pools)
+    groups = config.effects(dict(enumerate(rollouts)), parsed, pools)
     return [request for group in groups for request in group.requests]
+
+
+def _judged(rollout: Rollout) -> Rollout:
+    """Return a rollout as a judge's: the first half of its rationale is the criteria, the other half the analysis."""
+    prompt, rationale, answer = (rollout.spans[name].positions for name in LAYOUT.names)
+    half = len(rationale) // 2
+    parts = (prompt, rationale[:half], rationale[half:], answer)
+    spans = {
+        name: Span(name, positions, positions, (0,) * len(positions), "")
+        for name, positions in zip(JudgeLayout().names, parts, strict=True)
+    }
+    return replace(rollout, spans=spans)
 
 
 def _compared(requests: Sequence[PathRequest]) -> list[tuple[PathRequest, Rollout, tuple[Rollout, ...]]]:
@@ -213,14 +311,14 @@ def _compared(requests: Sequence[PathRequest]) -> list[tuple[PathRequest, Rollou
     ]
 
 
-def _passes(requests: Sequence[PathRequest]) -> list[tuple[Rollout, Sequence[str], int]]:
+def _passes(requests: Sequence[PathRequest], *, jacobians: bool) -> list[tuple[Rollout, Sequence[str], int]]:
     """Return the passes of a schedule that runs everything alone; a rollout of several requests is run once."""
     compared = _compared(requests)
+    targets = list(dict.fromkeys(link.target for request in requests for link in request.links))
     if requests[0].nodes:
-        once = [(own, [request.links[0].target], 1) for request, own, others in compared for _ in others]
-        return [each for each in once for _ in range(NODES)]
+        return [(own, targets, 1) for _, own, others in compared for _ in others for _ in range(NODES)]
     distinct = {each.token_ids: each for _, own, others in compared for each in (own, *others)}
-    return [(each, BOTH, 0) for each in distinct.values()]
+    return [(each, targets, len(targets) if jacobians else 0) for each in distinct.values()]
 
 
 def _embedded(model: Any, rollout: Rollout) -> Tensor:

@@ -108,20 +108,22 @@ def reference_jacobians(model: Any, workload: Workload) -> Jacobians:
     def gradients(rollouts: Sequence[Rollout], _: Sequence[str]) -> dict[str, Tensor]:
         (rollout,) = rollouts
         embeddings_BTD = embedded(model, torch.tensor([rollout.token_ids], device=model.device))
-        return _backward(reference_scores(model, rollout, embeddings_BTD), embeddings_BTD)
+        return backward(reference_scores(model, rollout, embeddings_BTD), embeddings_BTD)
 
     return _differentiate(workload, ALL_LINKS, 1, gradients)
 
 
-def reference_scores(model: Any, rollout: Rollout, embeddings_BTD: Tensor) -> dict[str, Tensor]:
-    """Return the scores of a rollout's rationale and answer after the embeddings of one sequence.
+def reference_scores(
+    model: Any, rollout: Rollout, embeddings_BTD: Tensor, targets: Sequence[str] = BOTH
+) -> dict[str, Tensor]:
+    """Return the scores of a rollout's targets after the embeddings of one sequence.
 
     One forward pass, and log-softmax over the whole vocabulary at every position.
     """
     ids_T = torch.tensor(rollout.token_ids, device=model.device)
     logits_TV = model(inputs_embeds=embeddings_BTD, use_cache=False).logits[0]
-    log_p_T = _log_likelihood(logits_TV, torch.cat([ids_T[1:], ids_T[:1]]))
-    return {target: log_p_T[_rows(rollout, [target])].sum(dtype=torch.float64) for target in BOTH}
+    log_p_T = log_likelihood(logits_TV, torch.cat([ids_T[1:], ids_T[:1]]))
+    return {target: log_p_T[rows_before(rollout, [target])].sum(dtype=torch.float64) for target in targets}
 
 
 def padded_jacobians(model: Any, workload: Workload, *, links: Sequence[str], batch: int) -> Jacobians:
@@ -140,7 +142,7 @@ def padded_jacobians(model: Any, workload: Workload, *, links: Sequence[str], ba
         padded = Padded(model, rollouts, targets)
         embeddings_BTD = embedded(model, padded.ids_BT)
         scores = {target: score_B.sum() for target, score_B in padded.scores(embeddings_BTD).items()}
-        return _backward(scores, embeddings_BTD)
+        return backward(scores, embeddings_BTD)
 
     return _differentiate(workload, links, batch, gradients)
 
@@ -232,7 +234,7 @@ def count_passes(
     forward = backward = head = 0
     flops = 0.0
     for rollout, targets, backwards in passes:
-        needed = _rows(rollout, targets)
+        needed = rows_before(rollout, targets)
         tokens = len(rollout.token_ids) if whole_head else max(needed) + 1
         columns = tokens if whole_head else len(needed)
         forward += tokens
@@ -248,7 +250,7 @@ class Padded:
 
     def __init__(self, model: Any, rollouts: Sequence[Rollout], targets: Sequence[str], *, masked: bool = True) -> None:
         self._model = model
-        needed = [_rows(rollout, targets) for rollout in rollouts]
+        needed = [rows_before(rollout, targets) for rollout in rollouts]
         tokens = max(row for rows in needed for row in rows) + 1  # what comes later has no part in any score
         ids = [rollout.token_ids[:tokens] for rollout in rollouts]
         self.ids_BT = torch.tensor([[*row, *[0] * (tokens - len(row))] for row in ids], device=model.device)
@@ -260,7 +262,7 @@ class Padded:
         self._next_BP = torch.tensor(next_ids, device=model.device)
         self._chosen_BP = {}
         for target in targets:
-            wanted = [set(_rows(rollout, [target])) for rollout in rollouts]
+            wanted = [set(rows_before(rollout, [target])) for rollout in rollouts]
             self._chosen_BP[target] = torch.tensor([[at in row for at in columns] for row in wanted]).to(model.device)
 
     def scores(self, embeddings_BTD: Tensor) -> dict[str, Tensor]:
@@ -269,7 +271,7 @@ class Padded:
         logits_BPV = self._model(
             inputs_embeds=embeddings_BTD, logits_to_keep=self._columns_P, use_cache=False, **mask
         ).logits
-        log_p_BP = _log_likelihood(logits_BPV, self._next_BP)
+        log_p_BP = log_likelihood(logits_BPV, self._next_BP)
         return {target: (log_p_BP * chosen_BP).sum(-1) for target, chosen_BP in self._chosen_BP.items()}
 
 
@@ -279,18 +281,18 @@ def embedded(model: Any, ids_BT: Tensor) -> Tensor:
     return embeddings_BTD.detach().requires_grad_()
 
 
-def _log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+def log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
     """Return the log-likelihood of an id at each position, in float32 or wider."""
     log_p = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return log_p.gather(-1, ids[..., None])[..., 0]
 
 
-def _rows(rollout: Rollout, targets: Sequence[str]) -> list[int]:
+def rows_before(rollout: Rollout, targets: Sequence[str]) -> list[int]:
     """Return the positions whose logits predict the targets' tokens."""
     return sorted(position - 1 for target in targets for position in rollout.spans[target].positions)
 
 
-def _backward(scores: Mapping[str, Tensor], embeddings_BTD: Tensor) -> dict[str, Tensor]:
+def backward(scores: Mapping[str, Tensor], embeddings_BTD: Tensor) -> dict[str, Tensor]:
     """Return the gradient (B, T, D) of each score, one backward pass each."""
     last = list(scores)[-1]
     return {

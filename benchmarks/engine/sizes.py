@@ -180,6 +180,7 @@ SIZES: dict[str, Size] = {
         static=Shapes(2, 1024, 64, 9, 1, opening=700, prompts=2),
         scaling_base=Shapes(4, 128, 32, 9, 1),
         scaling={"G": (2, 4, 8), "Lz": (64, 128, 256), "Lx": (16, 32, 64), "K": (1, 2)},
+        alone=1,
     ),
     "a100": _GPU,
     "h100": _GPU,

@@ -64,7 +64,7 @@ def results_text(size: str, rows: Sequence[Row]) -> str:
     lines = [
         f"{first['device']}, {first['threads']} threads, {versions}, commit {first['commit']}, seed {first['seed']}"
     ]
-    compared = {"peers": "Jacobians", "effects": "effects and paths"}
+    compared = {"peers": "Jacobians", "effects": "effects and paths", "loss": "losses and their gradients"}
     first_rows = {(row["model"], row["section"]): row for row in reversed(rows) if row["section"] in compared}
     for row in reversed(first_rows.values()):
         rate = max(other["matmul_flops_per_s"] for other in rows if other["model"] == row["model"])

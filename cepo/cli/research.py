@@ -113,7 +113,7 @@ def bench(
         ),
     ] = "tiny",
     peer: Annotated[
-        list[str] | None, typer.Option(help="reference, padded, functional or captum; repeatable. Default: all.")
+        list[str] | None, typer.Option(help="reference, padded, functional, captum or inseq; repeatable. Default: all.")
     ] = None,
     scaling: Annotated[bool, typer.Option(help="Also measure how cost grows with G, Lz, Lx and K.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,

@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cepo.benchmarks.engine import command as throughput
-from cepo.benchmarks.engine import memory
+from cepo.benchmarks.engine import effects, loss, memory
 from cepo.benchmarks.engine.cases import PEERS, contenders, new_subject, worst_error
 from cepo.benchmarks.engine.command import run_benchmark
-from cepo.benchmarks.engine.effects import effect_contenders, effect_subject
+from cepo.benchmarks.engine.effects import DONORS, effect_contenders, effect_subject
 from cepo.benchmarks.engine.figures import draw_scaling
+from cepo.benchmarks.engine.loss import loss_contenders, loss_subject
 from cepo.benchmarks.engine.peers import ALL_LINKS, Jacobians, count_rows, reference_jacobians
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
 from cepo.jacobian.group.cost import measured_cost
@@ -37,8 +38,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def has_captum() -> bool:
-    return throughput.importlib.util.find_spec("captum") is not None
+def installed(*peers: str) -> list[str]:
+    return [peer for peer in peers if throughput.importlib.util.find_spec(peer) is not None]
 
 
 def test_tiny_runs_end_to_end_and_everybody_agrees(tmp_path: Path) -> None:
@@ -49,24 +50,35 @@ def test_tiny_runs_end_to_end_and_everybody_agrees(tmp_path: Path) -> None:
     of_peers = [row for row in rows if row["section"] == "peers"]
     assert len(of_peers) == 9 == len({row["case"] for row in of_peers})
     of_effects = [row for row in rows if row["section"] == "effects"]
-    questions = ("effect", "chain's effect", "path, 4 nodes")
+    questions = ("effect of X->Y", "chain's effect", "path, 4 nodes")
     named = {f"{who}: {question}" for question in questions for who in ("reference", "group")}
-    assert len(of_effects) == 7
-    assert {row["case"] for row in of_effects} == {*named, "captum: integrated gradients"}
+    named |= {f"{peer}: integrated gradients" for peer in ("captum", "inseq")}
+    assert len(of_effects) == 9
+    assert {row["case"] for row in of_effects} == {*named, "reference schedule: chain's effect"}
+    of_loss = [row for row in rows if row["section"] == "loss"]
+    assert [row["case"] for row in of_loss] == ["policy update", "causal loss", "reference: causal loss"]
+    by_section = {"peers": of_peers, "effects": of_effects, "loss": of_loss}
+    for section, K in (("peers", 2), ("effects", 3), ("loss", 1)):
+        assert {row["shapes"]["K"] for row in by_section[section]} == {K}
+    compared = of_peers + of_effects + of_loss
     for row in rows:
-        if row["case"].startswith("captum") and not has_captum():
+        peer = row["case"].partition(":")[0]
+        if peer in ("captum", "inseq") and not installed(peer):
             assert row["status"] == "not installed"
             assert row["seconds"] is None
             continue
         assert row["status"] == "ok", row
         assert all(row[name] > 0 for name in MEASURED)
-        assert (row["backward_rows"] > 0) == (not row["case"].endswith("effect"))
+        by_values = "effect" in row["case"] and "schedule" not in row["case"]
+        assert (row["backward_rows"] > 0) == (not by_values)
         assert row["error"] is None or row["error"] <= row["tolerance"]
         assert (row["size"], row["dtype"], row["seed"]) == ("tiny", "float32", 0)
         assert {"device", "driver", "threads", "torch", "triton", "transformers", "python", "commit"} <= row.keys()
-    assert all(row["error"] is not None for row in of_peers + of_effects if row["status"] == "ok")
-    assert all(row["speedup_by_flops"] > 0 for row in of_peers + of_effects if row["status"] == "ok")
-    assert all(row["speedup"] == 1.0 for row in of_effects if row["case"].startswith("reference"))
+    assert all(row["error"] is not None for row in compared if row["status"] == "ok")
+    assert all(row["speedup_by_flops"] > 0 for row in compared if row["status"] == "ok")
+    baselines = {row["case"] for row in compared if row["speedup"] == 1.0}
+    of_schedule = {"reference schedule", "reference schedule: chain's effect"}
+    assert baselines == {*of_schedule, "reference: effect of X->Y", "reference: path, 4 nodes", "policy update"}
     static = [row for row in rows if row["section"] == "static"]
     assert [row["shapes"]["opening"] for row in static] == [32, 32, 32, 0]
     exact, whole = (row for row in static if row["case"] == "group: all links, exact")
@@ -76,7 +88,7 @@ def test_tiny_runs_end_to_end_and_everybody_agrees(tmp_path: Path) -> None:
     text = (tmp_path / "bench.txt").read_text()
     assert "group: all links, exact" in text
     assert "reference schedule (scaled from 1 of 4 rollouts)" in text
-    assert table.row_count == len(of_peers) + len(of_effects) + len(static) + 3  # three headings
+    assert table.row_count == len(compared) + len(static) + 5  # five headings
     assert told
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -93,7 +105,7 @@ def test_values_agree_in_double_and_in_half_precision(
     else:
         run_benchmark("tiny", tmp_path, scaling=False)
     rows = [row for row in rows_of(tmp_path) if row["status"] != "not installed"]
-    assert len(rows) == 14 + 2 * has_captum()
+    assert len(rows) == 18 + 2 * len(installed("captum")) + len(installed("inseq"))
     for row in rows:
         assert row["status"] == "ok", row
         assert row["error"] <= row["tolerance"] <= limit
@@ -148,10 +160,14 @@ def test_a_peer_that_goes_wrong_only_when_timed_gets_no_time(tmp_path: Path, mon
 
 
 def test_the_engine_gets_no_time_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds for peers holds for us, of effects and paths as well."""
+    """What holds for peers holds for us, of effects, paths and the causal loss as well."""
     from cepo.jacobian.group.engine import GroupEngine
 
-    compute, paths = GroupEngine.compute, GroupEngine.paths
+    compute, paths, values_of = GroupEngine.compute, GroupEngine.paths, loss.causal_values
+
+    def spoilt_values(*arguments: Any, **options: Any) -> Any:
+        values_B, has_donor_B = values_of(*arguments, **options)
+        return 1.001 * values_B, has_donor_B
 
     def spoilt(self: GroupEngine, requests: Any) -> Any:
         for answer in compute(self, requests):
@@ -175,12 +191,13 @@ def test_the_engine_gets_no_time_either(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(GroupEngine, "compute", spoilt)
     monkeypatch.setattr(GroupEngine, "paths", slightly_spoilt)
+    monkeypatch.setattr(loss, "causal_values", spoilt_values)
     run_benchmark("tiny", tmp_path, peers=["padded"])
     rows = rows_of(tmp_path)
     ours = [row for row in rows if row["section"] == "peers" and row["case"].startswith("group")]
     assert len(ours) == 4
-    compared = [row for row in rows if row["section"] == "effects"]
-    assert len(compared) == 3
+    compared = [row for row in rows if row["section"] in ("effects", "loss")]
+    assert len(compared) == 4
     assert all(row["status"].startswith("disagrees by 1.0e-03") and row["seconds"] is None for row in compared)
     assert all(row["status"] == "disagrees by 2.0e+00" and row["seconds"] is None for row in ours)
     assert {row["case"] for row in rows if row["seconds"]} == {"padded autograd", "padded autograd: X->Y"}
@@ -222,7 +239,7 @@ def test_ragged_rollouts_are_padded_right() -> None:
         cut.append(replace(rollout, completion_ids=rollout.completion_ids[: 11 - 2 * shorter], spans=spans))
     ragged = replace(workload, rollouts=tuple(cut))
     subject = new_subject("tiny", SIZES["tiny"].models["tiny"], torch.float32, torch.device("cpu"), ragged, 0)
-    for case in contenders(subject, PEERS if has_captum() else PEERS[:3]):
+    for case in contenders(subject, (*PEERS[:3], *installed("captum"))):
         found = case.run(ragged, 2)
         assert found.keys() <= subject.wanted.keys()
         assert worst_error(found, subject.wanted, []) <= 1e-5, case.name
@@ -252,16 +269,49 @@ def test_rows_of_the_reference_schedule() -> None:
 
 
 def test_rows_of_effects_and_paths_alone() -> None:
-    """1 + K forward passes for an effect, 1 + 2K for a chain's two, and K times the nodes both ways for a path."""
-    workload, K = random_workload(128, Shapes(3, 24, 8, 3, 2), 0), 2
+    """1 + K forward passes for an effect, 1 + 2K for a chain's two, and K times the nodes both ways for a path; the
+    schedule of the reference goes back twice after each forward pass."""
+    workload = random_workload(128, Shapes(3, 24, 8, 3, DONORS), 0)
     subject = new_subject("tiny", SIZES["tiny"].models["tiny"], torch.float32, torch.device("cpu"), workload, 0)
-    effect, chain, path = effect_contenders(effect_subject(subject, K), ["reference"])[::2]
+    cases = {case.name: case for case in effect_contenders(effect_subject(subject), ["reference"])}
+    expected = {
+        "reference: effect of X->Y": (1 + DONORS, 0),
+        "reference schedule: chain's effect": (1 + 2 * DONORS, 2 * (1 + 2 * DONORS)),
+        "reference: chain's effect": (1 + 2 * DONORS, 0),
+        "reference: path, 4 nodes": (4 * DONORS, 4 * DONORS),
+    }
     rollouts, tokens = 3, 35
-    for case, forward, backward in ((effect, 1 + K, 0), (path, 4 * K, 4 * K)):
-        counts = case.count(workload)
-        passes = rollouts * tokens * forward
-        assert (counts.forward, counts.backward, counts.head) == (passes, rollouts * tokens * backward, passes)
-    assert chain.count(workload).forward == rollouts * tokens * (1 + 2 * K)
+    for name, (forward, backward) in expected.items():
+        counts = cases[name].count(workload)
+        assert counts.forward == counts.head == rollouts * tokens * forward, name
+        assert counts.backward == rollouts * tokens * backward, name
+
+
+def test_the_reference_schedule_of_the_chain_forms_the_jacobians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both targets at each rollout and each counterfactual; its values alone would not show that it does."""
+    called: list[int] = []
+    monkeypatch.setattr(effects, "backward", lambda scores, _: called.append(len(scores)))
+    workload = random_workload(128, Shapes(2, 24, 8, 3, DONORS), 0)
+    subject = new_subject("tiny", SIZES["tiny"].models["tiny"], torch.float32, torch.device("cpu"), workload, 0)
+    cases = {case.name: case for case in effect_contenders(replace(subject, wanted={}), ["reference"])}
+    cases["reference: chain's effect"].run(workload, 2)
+    assert called == []
+    cases["reference schedule: chain's effect"].run(workload, 2)
+    assert called == [2] * 2 * (1 + 2 * DONORS)
+
+
+def test_losses_and_their_gradients_are_compared() -> None:
+    """Every schedule answers what the oracle does on the small workload, and together they answer all of it."""
+    workload = random_workload(128, SIZES["tiny"].check, 0)
+    subject = new_subject("tiny", SIZES["tiny"].models["tiny"], torch.float32, torch.device("cpu"), workload, 0)
+    of_loss = loss_subject(subject)
+    found: Jacobians = {}
+    for case in loss_contenders(of_loss, PEERS):
+        of_case = case.run(workload, 2)
+        assert worst_error(of_case, of_loss.wanted, [*of_case]) <= 1e-5
+        found |= of_case
+    assert found.keys() == of_loss.wanted.keys()
+    assert all(value.norm() > 0 for value in found.values())
 
 
 def test_a_smaller_workload_is_part_of_a_larger_one() -> None:
@@ -272,7 +322,6 @@ def test_a_smaller_workload_is_part_of_a_larger_one() -> None:
             large = random_workload(128, shapes, 3)
             assert large.rollouts[: len(small.rollouts)] == small.rollouts
             assert shapes.K >= size.check.K
-            assert shapes.K == size.shapes[0].K  # of which effects and paths are checked
 
 
 def test_a_plot_without_a_single_time_is_drawn(tmp_path: Path) -> None:
