@@ -1,15 +1,16 @@
-"""How the variants of a path request are cut so that common tokens run once: its schedule, without tensors.
+"""How the variants of path requests are cut so that common tokens run once: their schedule, without tensors.
 
 Variants are a rollout, its counterfactuals, and points between the two. All variants of a prompt share a stem; those
 of one rollout share a prefix after it, up to the first token in which they differ; from there on each runs alone, in a
-tail that ends at the last row that predicts a target. Nothing is ever sent back into stem and prefix: the gradient is
-wanted at the source alone, which lies in the tail.
+tail that ends at the last row that predicts a target. Prompts that are too short to fill a batch run as one: what their
+stems begin with is their trunk. Nothing is ever sent back into trunk, stem and prefix: the gradient is wanted at the
+source alone, which lies in the tail.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.group.cuts import HeadRow, Segment, shared_length
@@ -18,6 +19,7 @@ from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term
 
 Placed = tuple[int, int, int]
+"""Of a tail the index of its variant, the index of its prefix, and where it starts."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,23 @@ class Tails:
 
 @dataclass(frozen=True)
 class Branches:
-    """The variants of one prompt.
+    """The variants of one prompt, or of several that run as one batch.
 
     Attributes:
         variants: those of all prompts.
-        stem: tokens shared by all of them; None where they share none.
-        prefixes: what the variants of each family share after it, ragged; None where no family shares more.
-        placed: for each variant its index, the index of its prefix, and where its tail starts.
+        trunk: tokens shared by all of them; None where they share none.
+        stems: what the variants of each prompt share after it, ragged; None for one prompt, whose stem is the trunk.
+        prefixes: what the variants of each family share after that, ragged; None where no family shares more.
+        stem_of: for each family the index of its stem.
+        placed: the tails.
         tails_at_once: how many tails fit the budget.
     """
 
     variants: Sequence[Variant]
-    stem: Segment | None
+    trunk: Segment | None
+    stems: Segment | None
     prefixes: Segment | None
+    stem_of: tuple[int, ...]
     placed: tuple[Placed, ...]
     tails_at_once: int
 
@@ -87,7 +93,7 @@ class Branches:
 
 
 def branches_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> list[Branches]:
-    """Return the schedule of variants, prompt by prompt.
+    """Return the schedule of variants, prompts in order of first appearance.
 
     Args:
         variants: all with a counterfactual to move towards, which are differentiated, or all without.
@@ -97,15 +103,46 @@ def branches_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> 
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, variant in enumerate(variants):
         by_prompt.setdefault(variant.rollout.prompt_ids, []).append(index)
-    return [_branches(variants, members, cost, budget) for members in by_prompt.values()]
+    found = []
+    for prompts in _small_enough(list(by_prompt), cost.rows_at_once):
+        members = [by_prompt[prompt] for prompt in prompts]
+        found += _within_budget(variants, members, cost, budget)
+    return found
+
+
+def _small_enough(prompts: Sequence[tuple[int, ...]], rows: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yield runs of prompts that fit so many rows, beside what all of them begin with, or are one alone."""
+    run: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        more = [*run, prompt]
+        if run and len(more) * (max(map(len, more)) - shared_length(more)) > rows:
+            yield run
+            more = [prompt]
+        run = more
+    if run:
+        yield run
+
+
+def _within_budget(
+    variants: Sequence[Variant], members: Sequence[Sequence[int]], cost: CostModel, budget: float
+) -> list[Branches]:
+    """Return the branches of prompts, fewer of them at once where what they share takes more than half the budget."""
+    found = _branches(variants, members, cost, budget)
+    if len(members) == 1 or cost.held_bytes(shared_bytes(found, cost)) <= budget / 2:
+        return [found]
+    half = len(members) // 2
+    return [
+        *_within_budget(variants, members[:half], cost, budget),
+        *_within_budget(variants, members[half:], cost, budget),
+    ]
 
 
 def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> Plan:
     """Return the rows, FLOPs and memory that branches add up to.
 
     Args:
-        work: from `branches_of`; what a stem has in common with the one before it, and equal prefixes that follow each
-            other, are run once.
+        work: from `branches_of`; what a trunk has in common with the one before it, and equal stems and prefixes that
+            follow each other, are run once.
         passes: cotangents that go back through each differentiated tail.
         cost: of the model.
     """
@@ -122,47 +159,69 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
         flops += cost.flops(segment.rows, context, backward=False) + cost.flops(back, context, backward=True)
         flops += (4.0 if cotangents else 2.0) * cost.head * head
 
-    stem_before: Segment | None = None
-    prefixes_before: Segment | None = None
+    before: Branches | None = None
     for each in work:
-        if each.stem != stem_before:
-            _, new = stem_after(stem_before, each.stem)
-            stem_before, prefixes_before = each.stem, None
-            if new is not None:
-                add("stem", new)
-        if each.prefixes != prefixes_before:
-            prefixes_before = each.prefixes
-            if each.prefixes is not None:
-                add("prefixes", each.prefixes)
-        stem = each.stem.length if each.stem is not None else 0
-        shared = shared_bytes(stem, each.prefixes, cost)
-        peak = max(peak, cost.held_bytes(shared + _shared_forward_bytes(stem, each.prefixes, cost)))
+        same = before is not None and (each.trunk, each.stems) == (before.trunk, before.stems)
+        if not same:
+            _, new = trunk_after(before.trunk if before is not None else None, each.trunk)
+            for segment in (new, each.stems):
+                if segment is not None:
+                    add("stem", segment)
+        if each.prefixes is not None and not (same and before is not None and each.prefixes == before.prefixes):
+            for _, segment in parts_of(each.prefixes, cost.rows_at_once):
+                add("prefixes", segment)
+        before = each
+        shared = shared_bytes(each, cost)
+        peak = max(peak, cost.held_bytes(shared + _shared_forward_bytes(each, cost)))
         for tails in each.tails():
             sizes.append(len(tails.placed))
             add("tails", tails.segment, passes if tails.segment.differentiated else 0)
-            peak = max(peak, cost.held_bytes(shared + tails_bytes(tails, passes, stem, cost)))
+            peak = max(peak, cost.held_bytes(shared + tails_bytes(tails, passes, expanded(each), cost)))
     return Plan(tuple(total.values()), flops, peak, tuple(sizes))
 
 
-def stem_after(before: Segment | None, stem: Segment | None) -> tuple[int, Segment | None]:
-    """Return how many tokens a stem has in common with the one before it, and the others; None where there are none."""
-    if stem is None:
+def trunk_after(before: Segment | None, trunk: Segment | None) -> tuple[int, Segment | None]:
+    """Return how many tokens a trunk has in common with the one before it, and the rest, if any."""
+    if trunk is None:
         return 0, None
-    ids = stem.ids[0]
+    ids = trunk.ids[0]
     shared = shared_length([ids, before.ids[0]]) if before is not None else 0
     return shared, Segment((ids[shared:],), (shared,)) if shared < len(ids) else None
 
 
-def shared_bytes(stem: int, prefixes: Segment | None, cost: CostModel) -> float:
-    """Return the bytes of the keys and values of a stem of so many tokens, and of prefixes."""
-    return cost.cache(1, stem) + (cost.cache(len(prefixes.ids), prefixes.length) if prefixes is not None else 0.0)
+def parts_of(segment: Segment, rows: int) -> list[tuple[tuple[int, ...], Segment]]:
+    """Return the sequences of a segment without head, longest first, in parts of so many rows; each with its places."""
+    order = sorted(range(len(segment.ids)), key=lambda at: -len(segment.ids[at]))
+    found, start = [], 0
+    while start < len(order):
+        size = max(1, rows // max(1, len(segment.ids[order[start]])))
+        places = tuple(order[start : start + size])
+        found.append((places, sequences_of(segment, places)))
+        start += size
+    return found
 
 
-def tails_bytes(tails: Tails, passes: int, stem: int, cost: CostModel) -> float:
-    """Return the bytes that tails need while they run, beside what they share."""
+def sequences_of(segment: Segment, places: Sequence[int]) -> Segment:
+    """Return some sequences of a segment without head."""
+    return Segment(tuple(segment.ids[at] for at in places), tuple(segment.starts[at] for at in places))
+
+
+def expanded(branches: Branches) -> int:
+    """Return how many tokens before a tail all tails read without a copy of their own."""
+    return branches.trunk.length if branches.trunk is not None else 0
+
+
+def shared_bytes(branches: Branches, cost: CostModel) -> float:
+    """Return the bytes of the keys and values of what tails share."""
+    segments = (branches.trunk, branches.stems, branches.prefixes)
+    return sum(cost.cache(len(each.ids), each.length) for each in segments if each is not None)
+
+
+def tails_bytes(tails: Tails, passes: int, shared: int, cost: CostModel) -> float:
+    """Return the bytes that tails need while they run, beside what they share, of which so many tokens are one copy."""
     segment = tails.segment
     count, past = len(segment.ids), max(segment.starts)
-    needed = cost.cache(count, past - stem) + 2.0 * cost.cache(count, segment.length)
+    needed = cost.cache(count, past - shared) + 2.0 * cost.cache(count, segment.length)
     work = cost.forward(count, segment.length, past) + cost.head_bytes(segment)
     if segment.differentiated:
         moved = 16.0 * count * segment.length * cost.width  # the embeddings of both ends, and what lies between
@@ -171,48 +230,64 @@ def tails_bytes(tails: Tails, passes: int, stem: int, cost: CostModel) -> float:
     return needed + work
 
 
-def _shared_forward_bytes(stem: int, prefixes: Segment | None, cost: CostModel) -> float:
-    """Return what the forward passes of a stem and of prefixes work with, beside their keys and values."""
-    of_stem = cost.forward(1, stem, 0) + cost.cache(1, stem)  # the latter where a stem goes on from the one before
-    return max(of_stem, cost.forward(len(prefixes.ids), prefixes.length, stem) if prefixes is not None else 0.0)
+def _shared_forward_bytes(branches: Branches, cost: CostModel) -> float:
+    """Return what the forward passes of all that tails share work with, beside their keys and values."""
+    trunk, past = branches.trunk, 0
+    most = 0.0
+    if trunk is not None:
+        past = trunk.length
+        most = cost.forward(1, past, 0) + cost.cache(1, past)  # the latter where it goes on from the one before
+    if branches.stems is not None:
+        most = max(most, cost.forward(len(branches.stems.ids), branches.stems.length, past))
+    if branches.prefixes is not None:
+        for _, part in parts_of(branches.prefixes, cost.rows_at_once):
+            most = max(most, cost.forward(len(part.ids), part.length, max(part.starts)))
+    return most
 
 
-def _branches(variants: Sequence[Variant], members: Sequence[int], cost: CostModel, budget: float) -> Branches:
-    families: dict[int, list[int]] = {}
-    for index in members:
-        families.setdefault(variants[index].family, []).append(index)
-    splits = [
-        min(_shared([variants[index] for index in of_family]), *(variants[index].first_row for index in of_family))
-        for of_family in families.values()
-    ]
-    end = min(_shared([variants[index] for index in members]), *splits)
-    ids = variants[members[0]].rollout.token_ids
-    pieces = [
-        variants[of_family[0]].rollout.token_ids[end:split]
-        for of_family, split in zip(families.values(), splits, strict=True)
-    ]
-    placed = [
-        (index, branch, split)
-        for branch, (of_family, split) in enumerate(zip(families.values(), splits, strict=True))
-        for index in of_family
-    ]
+def _branches(
+    variants: Sequence[Variant], members: Sequence[Sequence[int]], cost: CostModel, budget: float
+) -> Branches:
+    """Return the branches of some prompts, given the indices of the variants of each."""
+    stems: list[tuple[int, ...]] = []  # of each prompt, whole
+    families: list[tuple[int, int, list[int]]] = []  # of each the index of its stem, where it ends, its variants
+    for place, of_prompt in enumerate(members):
+        by_family: dict[int, list[int]] = {}
+        for index in of_prompt:
+            by_family.setdefault(variants[index].family, []).append(index)
+        for of_family in by_family.values():
+            split = min(_shared([variants[index] for index in of_family]), *_first_rows(variants, of_family))
+            families.append((place, split, of_family))
+        end = min(_shared([variants[index] for index in of_prompt]), *(at for one, at, _ in families if one == place))
+        stems.append(variants[of_prompt[0]].rollout.token_ids[:end])
+    trunk = shared_length(stems)
+    rests = Segment(tuple(ids[trunk:] for ids in stems), (trunk,) * len(stems))
+    pieces = [variants[own[0]].rollout.token_ids[len(stems[place]) : split] for place, split, own in families]
+    placed = [(index, branch, split) for branch, (_, split, of_family) in enumerate(families) for index in of_family]
     # Neighbours of equal length need least padding.
     placed.sort(key=lambda each: each[2] - variants[each[0]].last_row)
-    prefixes = Segment(tuple(pieces), (end,) * len(pieces)) if any(pieces) else None
-    room = budget / cost.overhead - shared_bytes(end, prefixes, cost)
-    return Branches(
+    starts = tuple(len(stems[place]) for place, _, _ in families)
+    found = Branches(
         variants,
-        Segment((ids[:end],), (0,)) if end else None,
-        prefixes,
+        Segment((stems[0][:trunk],), (0,)) if trunk else None,
+        rests if any(rests.ids) else None,
+        Segment(tuple(pieces), starts) if any(pieces) else None,
+        tuple(place for place, _, _ in families),
         tuple(placed),
-        _size(variants, placed, end, cost, room),
+        1,
     )
+    room = budget / cost.overhead - shared_bytes(found, cost)
+    return replace(found, tails_at_once=_size(variants, placed, expanded(found), cost, room))
+
+
+def _first_rows(variants: Sequence[Variant], members: Sequence[int]) -> list[int]:
+    return [variants[index].first_row for index in members]
 
 
 def _size(
     variants: Sequence[Variant],
     members: Sequence[Placed],
-    stem: int,
+    shared: int,
     cost: CostModel,
     room: float,
 ) -> int:
@@ -220,7 +295,7 @@ def _size(
     longest = tails_of(variants, members[:1]).segment.length
     passes = len(variants[members[0][0]].terms)
     size = min(len(members), max(1, cost.rows_at_once // longest))
-    while size > 1 and tails_bytes(tails_of(variants, members[:size]), passes, stem, cost) > room:
+    while size > 1 and tails_bytes(tails_of(variants, members[:size]), passes, shared, cost) > room:
         size = (size + 1) // 2
     return size
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cepo.jacobian.group.cotangents import Asked, append_stage, slice_of_stage
+from cepo.jacobian.group.cotangents import Asked
 from cepo.jacobian.group.cuts import Segment, Stem
 from cepo.jacobian.group.halving import AtOnce
-from cepo.jacobian.group.run import KeyValues, SegmentModel, SegmentRun, backward_in_parts, leaves_of, run_segment
-from cepo.jacobian.group.schedule import Chunk
+from cepo.jacobian.group.run import KeyValues, Past, SegmentModel, SegmentRun, backward_in_parts, run_segment
+from cepo.jacobian.group.schedule import Chunk, Kind
 from cepo.jacobian.passes import link_jacobians
-from cepo.jacobian.protocol import Request
 from cepo.jacobian.records import LinkJacobian
 
 
@@ -25,39 +24,45 @@ class StemRun:
     Attributes:
         stem: the stem.
         run: its segment, with a graph.
-        constant: keys and values of everything before the segment.
-        keys_values: of the segment, detached.
+        before: keys and values of everything before the segment.
+        own: keys and values of the segment, detached.
     """
 
     stem: Stem
     run: SegmentRun
-    constant: KeyValues
-    keys_values: KeyValues
+    before: tuple[Past, ...]
+    own: Past
 
 
 @dataclass(frozen=True)
 class _StageRun:
-    """A stage after its forward pass, and the leaves of the past that take cotangents of it."""
+    """A stage after its forward pass, and the leaves of the past that take cotangents of it.
+
+    Attributes:
+        stage: the stage.
+        run: its forward pass.
+        of_stem: keys and values of the stem; empty where nothing goes back to them.
+        of_stages: likewise of each stage before it.
+    """
 
     stage: Segment
     run: SegmentRun
     of_stem: KeyValues
-    of_middle: KeyValues
+    of_stages: list[KeyValues]
 
 
-def run_opening(model: SegmentModel, opening: Segment | None) -> KeyValues:
+def run_opening(model: SegmentModel, opening: Segment | None) -> tuple[Past, ...]:
     """Return the keys and values of what prompts share."""
-    return run_segment(model, opening).keys_values if opening is not None else []
+    return (_past_of(opening, run_segment(model, opening)),) if opening is not None else ()
 
 
-def run_stem(model: SegmentModel, stem: Stem, opening: KeyValues) -> StemRun:
-    """Run what the rollouts of a prompt share."""
-    constant = opening if stem.opening else []
-    if stem.constant is not None:  # more of this prompt that nothing differentiates
-        new = run_segment(model, stem.constant, [constant], [stem.opening]).keys_values
-        constant = [torch.cat(pair, dim=2) for pair in zip(constant, new, strict=True)] if constant else new
-    run = run_segment(model, stem.segment, [constant], [stem.start])
-    return StemRun(stem, run, constant, [tensor.detach() for tensor in run.keys_values])
+def run_stem(model: SegmentModel, stem: Stem, opening: tuple[Past, ...]) -> StemRun:
+    """Run what the rollouts of a prompt share, of one prompt or of several."""
+    before = opening if stem.opening else ()
+    if stem.constant is not None:  # more of these prompts that nothing differentiates
+        before = (*before, _past_of(stem.constant, run_segment(model, stem.constant, before)))
+    run = run_segment(model, stem.segment, before)
+    return StemRun(stem, run, before, _past_of(stem.segment, run))
 
 
 def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun, at_once: AtOnce) -> Tensor:
@@ -76,10 +81,10 @@ def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun, at_once: A
         embedding_VD.shape[1],
         dtype=torch.promote_types(embedding_VD.dtype, torch.float32),
     )
-    of_stem, of_stages = Asked(chunk.entering), [Asked(stage.active, stage) for stage in chunk.stages]
+    of_stem, of_stages = Asked(chunk.entering), [Asked(stage.active) for stage in chunk.stages]
     while runs:
         if runs[-1].stage.active:  # in a call of its own, so that a stage is freed before the one before it
-            _stage_backward(runs.pop(), of_stages, of_stem, gradient_PBTD, stem.stem.end, at_once.passes)
+            _stage_backward(runs.pop(), of_stages, of_stem, gradient_PBTD, at_once.passes)
         else:
             runs.pop()
         of_stages.pop()
@@ -87,68 +92,95 @@ def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun, at_once: A
     return gradient_PBTD
 
 
-def chunk_answers(request: Request, chunk: Chunk, gradient_PBTD: Tensor) -> dict[int, dict[str, LinkJacobian]]:
+def chunk_answers(kind: Kind, chunk: Chunk, gradient_PBTD: Tensor) -> dict[int, dict[str, LinkJacobian]]:
     """Return the Jacobians of each job of the chunk, by the job's number."""
     answers = {}
     for job, gradient_PTD in zip(chunk.jobs, gradient_PBTD.unbind(1), strict=True):
         gradients = {each.key: gradient_TD for each, gradient_TD in zip(job.passes, gradient_PTD, strict=True)}
-        answers[job.number] = link_jacobians(job.rollout, request.links, gradients, request.context_energy)
+        answers[job.number] = link_jacobians(job.rollout, kind.links, gradients, kind.context_energy)
     return answers
+
+
+def _past_of(segment: Segment, run: SegmentRun) -> Past:
+    return Past([tensor.detach() for tensor in run.keys_values], tuple(map(len, segment.ids)))
 
 
 def _run_stages(model: SegmentModel, chunk: Chunk, stem: StemRun) -> list[_StageRun]:
     runs: list[_StageRun] = []
-    middle: KeyValues = []  # keys and values between the stem and the next stage, ragged
-    lengths = [0] * len(chunk.jobs)
-    sending: set[int] = set()  # passes with rows in an earlier stage
+    earlier: list[Past] = []
+    everyone = range(len(chunk.jobs))
+    before = [piece.leaves(chunk.places, differentiated=False) for piece in stem.before]
     for stage in chunk.stages:
-        to_stem, to_middle = (bool(set(stage.active) & passes) for passes in (set(chunk.entering), sending))
-        of_stem = leaves_of(stem.keys_values, len(chunk.jobs), to_stem)
-        of_middle = leaves_of(middle, len(chunk.jobs), to_middle)
-        run = run_segment(
-            model, stage, [stem.constant, of_stem, of_middle], [stem.stem.end + length for length in lengths]
-        )
-        runs.append(_StageRun(stage, run, of_stem if to_stem else [], of_middle if to_middle else []))
-        sending |= set(stage.active)
-        if stage is not chunk.stages[-1]:
-            middle, lengths = append_stage(middle, lengths, run.keys_values, stage)
+        wanted = [
+            bool(set(stage.active) & set(passes)) for passes in (chunk.entering, *(each.stage.active for each in runs))
+        ]
+        of_stem, *of_stages = [
+            piece.leaves(places, differentiated)
+            for piece, places, differentiated in zip(
+                (stem.own, *earlier), (chunk.places, *[everyone] * len(earlier)), wanted, strict=True
+            )
+        ]
+        run = run_segment(model, stage, [*before, of_stem, *of_stages])
+        asked = [piece.keys_values if each else [] for piece, each in zip((of_stem, *of_stages), wanted, strict=True)]
+        runs.append(_StageRun(stage, run, asked[0], asked[1:]))
+        earlier.append(_past_of(stage, run))
     return runs
 
 
 def _stage_backward(
-    at: _StageRun, of_stages: Sequence[Asked], of_stem: Asked, gradient_PBTD: Tensor, stem_end: int, at_once: int
+    at: _StageRun, of_stages: Sequence[Asked], of_stem: Asked, gradient_PBTD: Tensor, at_once: int
 ) -> None:
     """Send the cotangents of a stage, the last of these, back, and add what it asks of those before it."""
     *of_earlier, asked = of_stages
     asked.add_head(at.stage.head, at.run.head_PD, at.run.hidden_BTD.shape)
-    inputs = [at.run.leaf_BTD, *at.of_stem, *at.of_middle]
+    pieces = [at.of_stem, *at.of_stages]
     outputs = asked.of_outputs(len(at.run.keys_values))
+    everyone = range(len(at.stage.ids))
+    inputs = [at.run.leaf_BTD, *(tensor for piece in pieces for tensor in piece)]
     for part, (leaf_CBTD, *sent) in backward_in_parts(at.run, outputs, inputs, at_once):
         passes = at.stage.active[part]
-        for place, (start, end) in enumerate(zip(at.stage.starts, at.stage.ends, strict=True)):
-            gradient_PBTD[list(passes), place, start:end] = leaf_CBTD[:, place, : end - start].to(gradient_PBTD.dtype)
-        of_stem.add_keys_values(passes, sent[: len(at.of_stem)])
-        for earlier in of_earlier:
-            if earlier.stage is not None and earlier.shares(passes):
-                to_middle = sent[len(at.of_stem) :]
-                earlier.add_keys_values(
-                    passes, [slice_of_stage(sent_C, earlier.stage, stem_end) for sent_C in to_middle]
-                )
+        for place, key in enumerate(passes):
+            _write_rows(gradient_PBTD[key], everyone, at.stage, everyone, leaf_CBTD[place])
+        for piece, earlier in zip(pieces, (of_stem, *of_earlier), strict=True):
+            earlier.add_keys_values(passes, sent[: len(piece)])
+            sent = sent[len(piece) :]
 
 
 def _stem_backward(chunk: Chunk, stem: StemRun, asked: Asked, gradient_PBTD: Tensor, at_once: int) -> None:
     """Send the cotangents of the stem's outputs back through it, and write the gradients of its rows."""
     if not chunk.entering:
         return
-    run = stem.run
+    run, slots = stem.run, chunk.slots
     asked.add_head(chunk.stem_head, run.head_PD[list(chunk.stem_rows)], (len(chunk.jobs), *run.hidden_BTD.shape[1:]))
-    # One cotangent per pass and job, each of a batch of one.
+    # One cotangent of the whole batch for each pass and each slot: the first job of every prompt, the second ...
+    prompts, rows = len(stem.stem.prompts), max(slots) + 1
+    at_B = torch.tensor([slot * prompts + place for slot, place in zip(slots, chunk.places, strict=True)])
     of_outputs = [
-        None if sent_C is None else sent_C.flatten(0, 1)[:, None] for sent_C in asked.of_outputs(len(run.keys_values))
+        None if sent_C is None else _in_slots(sent_C, at_B, rows, prompts)
+        for sent_C in asked.of_outputs(len(run.keys_values))
     ]
-    passes_N = torch.tensor(chunk.entering).repeat_interleave(len(chunk.jobs))
-    jobs_N = torch.arange(len(chunk.jobs)).repeat(len(chunk.entering))
-    for part, (leaf_NBTD,) in backward_in_parts(run, of_outputs, [run.leaf_BTD], at_once, keep=True):
-        gradient_PBTD[passes_N[part], jobs_N[part], stem.stem.start : stem.stem.end] = leaf_NBTD[:, 0].to(
-            gradient_PBTD.dtype
-        )
+    jobs_of = [[job for job, slot in enumerate(slots) if slot == row] for row in range(rows)]
+    for part, (leaf_NSTD,) in backward_in_parts(run, of_outputs, [run.leaf_BTD], at_once, keep=True):
+        for number, leaf_STD in zip(range(part.start, part.stop), leaf_NSTD, strict=True):
+            jobs = jobs_of[number % rows]
+            places = [chunk.places[job] for job in jobs]
+            _write_rows(gradient_PBTD[chunk.entering[number // rows]], jobs, stem.stem.segment, places, leaf_STD)
+
+
+def _in_slots(sent_CB: Tensor, at_B: Tensor, rows: int, prompts: int) -> Tensor:
+    """Return cotangents (C, B, ...) as (C * rows, prompts, ...), each job's at its slot and prompt; 0 where none is."""
+    if len(at_B) != rows * prompts or not torch.equal(at_B, torch.arange(len(at_B))):
+        filled_CB = sent_CB.new_zeros(len(sent_CB), rows * prompts, *sent_CB.shape[2:])
+        filled_CB[:, at_B.to(sent_CB.device)] = sent_CB
+        sent_CB = filled_CB
+    return sent_CB.unflatten(1, (rows, prompts)).flatten(0, 1)
+
+
+def _write_rows(
+    gradient_BTD: Tensor, jobs: Sequence[int], segment: Segment, sequences: Sequence[int], leaf_STD: Tensor
+) -> None:
+    """Write the gradients of sequences of a segment to the rows of jobs, padding left out."""
+    bounds = list(zip(segment.starts, segment.ends, strict=True))
+    for job, sequence in zip(jobs, sequences, strict=True):
+        start, end = bounds[sequence]
+        gradient_BTD[job, start:end] = leaf_STD[sequence, : end - start]

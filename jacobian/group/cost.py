@@ -97,17 +97,17 @@ class CostModel:
         return self.overhead * tensors
 
     def stem_bytes(self, stem: Stem) -> float:
-        """Return the bytes that a prompt holds while its stages run."""
-        kept = self.graph(1, stem.segment.length, stem.start) if stem.segment.differentiated else 0.0
-        return kept + self.cache(1, stem.end)
+        """Return the bytes that prompts hold while their stages run."""
+        prompts = len(stem.prompts)
+        kept = self.graph(prompts, stem.segment.length, stem.start) if stem.segment.differentiated else 0.0
+        return kept + self.cache(prompts, stem.end)
 
     def stem_forward_bytes(self, stem: Stem) -> float:
-        """Return the peak bytes of a prompt's own forward pass."""
-        before = self.forward(1, stem.start, 0) + self._layers(1, stem.start, 0) + 2.0 * self.cache(1, stem.start)
-        return max(
-            before,
-            self.stem_bytes(stem) + self.forward(1, stem.segment.length, stem.start) + self.head_bytes(stem.segment),
-        )
+        """Return the peak bytes of the forward pass of prompts."""
+        prompts, start = len(stem.prompts), stem.start
+        before = self.forward(prompts, start, 0) + self._layers(prompts, start, 0) + 2.0 * self.cache(prompts, start)
+        own = self.forward(prompts, stem.segment.length, start) + self.head_bytes(stem.segment)
+        return max(before, self.stem_bytes(stem) + own)
 
     def stages_bytes(self, stages: Sequence[Segment], passes: int, entering: Sequence[int], stem: Stem) -> float:
         """Return the peak bytes of the stages of jobs that run at once, without the stem.
@@ -116,9 +116,11 @@ class CostModel:
             stages: of these jobs.
             passes: how many passes a job has.
             entering: those of them that send cotangents to the stem.
-            stem: of their prompt.
+            stem: of their prompts.
         """
         jobs, past, kept, peak = len(stages[0].ids) if stages else 0, stem.end, 0.0, 0.0
+        if len(stem.prompts) > 1:  # each job has a copy of its prompt's
+            kept = self.cache(jobs, stem.end)
         own: list[float] = []
         for stage in stages:
             graph = self.graph(jobs, stage.length, past) if stage.active else 0.0
@@ -142,12 +144,14 @@ class CostModel:
     def stem_backward_bytes(self, jobs: int, passes: int, cotangents: int, at_once: int, stem: Stem) -> float:
         """Return the bytes of cotangents of jobs that go back through the stem, some at once, and of all gradients."""
         gradients = 4.0 * jobs * passes * stem.end * self.width
-        return gradients + cotangents * self.cache(1, stem.segment.length) + at_once * self._stem_cotangent(stem)
+        prompts, length = len(stem.prompts), stem.segment.length
+        sent = cotangents * self.cache(prompts, length)  # twice where they are put in slots
+        return gradients + (2.0 if prompts > 1 else 1.0) * sent + at_once * self._stem_cotangent(stem)
 
     def stem_cotangents_at_once(self, stem: Stem, budget: float) -> int:
         """Return how many cotangents go back through the stem at once within the budget, at least one."""
         room = (budget / self.overhead - self.stem_bytes(stem)) / self._stem_cotangent(stem)
-        return max(1, int(min(room, -(-self.rows_at_once // stem.segment.length))))
+        return max(1, int(min(room, -(-self.rows_at_once // stem.segment.rows))))
 
     def _layers(self, rollouts: int, tokens: int, past: int) -> float:
         """Return the bytes of what two layers work with, without attention's scores."""
@@ -175,7 +179,8 @@ class CostModel:
         return max(4.0, self.itemsize) * self.heads * rollouts * tokens * (past + tokens)
 
     def _stem_cotangent(self, stem: Stem) -> float:
-        return self.backward(1, 1, stem.segment.length, stem.start) + self.cache(1, stem.segment.length)
+        prompts, length = len(stem.prompts), stem.segment.length
+        return self.backward(1, prompts, length, stem.start) + self.cache(prompts, length)
 
 
 def measured_cost(model: Any, four: int, eight: int, four_on_eight: int, *, has_logits: bool = True) -> CostModel:

@@ -1,4 +1,4 @@
-"""What later segments ask of a segment's outputs, and the keys and values of ragged stages put together."""
+"""What later segments ask of a segment's outputs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cepo.jacobian.group.cuts import HeadRow, Segment
-from cepo.jacobian.group.run import KeyValues
+from cepo.jacobian.group.cuts import HeadRow
 
 
 class Asked:
@@ -16,15 +15,14 @@ class Asked:
 
     Args:
         passes: indices of the passes.
-        stage: the segment, where it is a stage.
 
     Attributes:
         hidden_CBTD: of its hidden states, or None where they are not asked for.
         keys_values: of its keys and values, (C, B, J, L, E) each; empty where they are not asked for.
     """
 
-    def __init__(self, passes: Sequence[int], stage: Segment | None = None) -> None:
-        self.passes, self.stage = tuple(passes), stage
+    def __init__(self, passes: Sequence[int]) -> None:
+        self.passes = tuple(passes)
         self.hidden_CBTD: Tensor | None = None
         self.keys_values: list[Tensor] = []
 
@@ -56,43 +54,3 @@ class Asked:
         """Return the cotangents of hidden states and of that many keys and values; None is zero."""
         given: list[Tensor | None] = [*self.keys_values] or [None] * keys_values
         return [self.hidden_CBTD, *given]
-
-
-def append_stage(
-    middle: KeyValues, lengths: Sequence[int], new: KeyValues, stage: Segment
-) -> tuple[KeyValues, list[int]]:
-    """Return the keys and values of ragged stages with a ragged stage after them, and their lengths."""
-    total = [length + len(ids) for length, ids in zip(lengths, stage.ids, strict=True)]
-    if not middle:
-        return [tensor.detach() for tensor in new], total
-    width = middle[0].shape[2]
-    index_BL = torch.tensor(
-        [
-            [at if at < length else min(width + at - length, width + new[0].shape[2] - 1) for at in range(max(total))]
-            for length in lengths
-        ],
-        device=new[0].device,
-    )
-    return [
-        _gather(torch.cat([old, more.detach()], dim=2), index_BL) for old, more in zip(middle, new, strict=True)
-    ], total
-
-
-def slice_of_stage(cotangent_CBJLE: Tensor, stage: Segment, stem_end: int) -> Tensor:
-    """Return a stage's part of the cotangents of everything between the stem and a later stage; 0 at its padding."""
-    width = cotangent_CBJLE.shape[3]
-    offsets = [start - stem_end for start in stage.starts]
-    if not any(offsets) and stage.length == width:
-        return cotangent_CBJLE
-    columns = range(stage.length)
-    index_BT = torch.tensor([[min(offset + at, width - 1) for at in columns] for offset in offsets])
-    real_BT = torch.tensor([[at < len(ids) for at in columns] for ids in stage.ids])
-    cotangents, rollouts = cotangent_CBJLE.shape[:2]
-    index_NT = index_BT.repeat(cotangents, 1).to(cotangent_CBJLE.device)
-    part = _gather(cotangent_CBJLE.flatten(0, 1), index_NT).unflatten(0, (cotangents, rollouts))
-    return part * real_BT[:, None, :, None].to(part.device)
-
-
-def _gather(tensor_BJLE: Tensor, index_BT: Tensor) -> Tensor:
-    rollouts, heads, _, size = tensor_BJLE.shape
-    return tensor_BJLE.gather(2, index_BT[:, None, :, None].expand(rollouts, heads, -1, size))

@@ -9,7 +9,7 @@ blocking), before a span that is a source (rows before it need no backward pass)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cepo.jacobian.passes import Pass, passes_of
 from cepo.jacobian.protocol import Request
@@ -51,12 +51,14 @@ class Job:
 
     Attributes:
         number: its own among the jobs of one call, ascending in the order of the rollouts.
+        prompt: the number of its prompt, of those of one call.
         rollout: the rollout to differentiate.
         passes: what the request's links need of it; all jobs of a request have the same keys.
         edges: ascending ends of the stages; nothing is run from the last one on.
     """
 
     number: int
+    prompt: int
     rollout: Rollout
     passes: tuple[JobPass, ...]
     edges: tuple[int, ...]
@@ -117,35 +119,38 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Stem:
-    """What all jobs of a prompt share, the tokens [0, end); equal only to itself.
+    """What all jobs of a prompt share, its tokens [0, end), of one prompt or of several that run as one batch.
 
     Attributes:
+        prompts: numbers of the prompts, one for each sequence.
         opening: [0, opening) is shared with other prompts and run once for all of them, without a graph.
-        constant: [opening, start), run without a graph for this prompt; None where it is empty.
+        constant: [opening, start), run without a graph for each prompt; None where it is empty.
         segment: [start, end), run with a graph where any gradient is wanted in it.
     """
 
+    prompts: tuple[int, ...]
     opening: int
     constant: Segment | None
     segment: Segment
 
     @property
     def start(self) -> int:
-        """First position of the segment."""
-        return self.segment.starts[0]
+        """First position of the segment, of the prompt where it is the last."""
+        return max(self.segment.starts)
 
     @property
     def end(self) -> int:
-        """First position after the stem."""
-        return self.segment.ends[0]
+        """First position after the stem, of the longest prompt."""
+        return max(self.segment.ends)
 
 
-def cut_request(request: Request, numbers: Iterator[int]) -> tuple[Job, ...]:
+def cut_request(request: Request, numbers: Iterator[int], prompt: int) -> tuple[Job, ...]:
     """Return the request's rollouts as jobs, longest first: neighbours of equal length need least padding.
 
     Args:
         request: the request.
         numbers: the numbers of its rollouts, in their order.
+        prompt: the number of its prompt.
 
     Raises:
         UnservedError: if a rollout cannot be cut.
@@ -153,7 +158,7 @@ def cut_request(request: Request, numbers: Iterator[int]) -> tuple[Job, ...]:
     sources = {
         key: {link.source for link in request.links if key in passes_of([link])} for key in passes_of(request.links)
     }
-    jobs = [_cut_rollout(request, rollout, sources, next(numbers)) for rollout in request.group.rollouts]
+    jobs = [_cut_rollout(request, rollout, sources, next(numbers), prompt) for rollout in request.group.rollouts]
     return tuple(sorted(jobs, key=lambda job: -job.edges[-1]))
 
 
@@ -185,13 +190,37 @@ def stems_of(jobs_by_prompt: Sequence[Sequence[Job]]) -> tuple[Segment | None, l
             if each.first_row <= term.position - 1 < end
         )
         constant = Segment((ids[opening:start],), (opening,)) if start > opening else None
-        found.append(Stem(opening, constant, Segment((ids[start:end],), (start,), head, first < end)))
+        found.append(
+            Stem((jobs[0].prompt,), opening, constant, Segment((ids[start:end],), (start,), head, first < end))
+        )
     return Segment((can_share[0][:shared],), (0,)) if shared else None, found
 
 
-def stages_of(jobs: Sequence[Job], stem_end: int) -> tuple[Segment, ...]:
-    """Return the stages of jobs of one request; empty ones are left out."""
-    bounds = [(stem_end, *(max(edge, stem_end) for edge in job.edges)) for job in jobs]
+def joined(stems: Sequence[Stem]) -> Stem:
+    """Return stems of one prompt each, which are alike, as one batch."""
+    if len(stems) == 1:
+        return stems[0]
+    segments = [stem.segment for stem in stems]
+    constants = [stem.constant for stem in stems if stem.constant is not None]
+    head = tuple(replace(row, sequence=sequence) for sequence, segment in enumerate(segments) for row in segment.head)
+    return Stem(
+        tuple(prompt for stem in stems for prompt in stem.prompts),
+        stems[0].opening,
+        _side_by_side(constants) if constants else None,
+        replace(_side_by_side(segments), head=head, differentiated=segments[0].differentiated),
+    )
+
+
+def _side_by_side(segments: Sequence[Segment]) -> Segment:
+    return Segment(
+        tuple(ids for segment in segments for ids in segment.ids),
+        tuple(start for segment in segments for start in segment.starts),
+    )
+
+
+def stages_of(jobs: Sequence[Job], stem_ends: Sequence[int]) -> tuple[Segment, ...]:
+    """Return the stages of jobs whose requests are alike, after the stem of each; empty ones are left out."""
+    bounds = [(end, *(max(edge, end) for edge in job.edges)) for job, end in zip(jobs, stem_ends, strict=True)]
     found: list[Segment] = []
     downstream: set[int] = set()  # passes that a later stage sends cotangents back for
     for place in reversed(range(len(bounds[0]) - 1)):
@@ -219,7 +248,7 @@ def stages_of(jobs: Sequence[Job], stem_end: int) -> tuple[Segment, ...]:
     return tuple(found[::-1])
 
 
-def _cut_rollout(request: Request, rollout: Rollout, sources: Mapping[Pass, set[str]], number: int) -> Job:
+def _cut_rollout(request: Request, rollout: Rollout, sources: Mapping[Pass, set[str]], number: int, prompt: int) -> Job:
     blocked = {name: _run_of(rollout, name) for key in sources for name in key.blocked}
     passes = tuple(
         JobPass(
@@ -238,7 +267,7 @@ def _cut_rollout(request: Request, rollout: Rollout, sources: Mapping[Pass, set[
     edges = _edges(
         spans, blocked, sources={link.source for link in request.links}, targets={key.target for key in sources}
     )
-    return Job(number, rollout, passes, (*(min(edge, last) for edge in edges), last))
+    return Job(number, prompt, rollout, passes, (*(min(edge, last) for edge in edges), last))
 
 
 def _edges(

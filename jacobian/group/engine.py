@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 from cepo.jacobian.autograd import JacobianEngine
-from cepo.jacobian.group.chunk import StemRun, chunk_answers, chunk_gradients, run_opening, run_stem
+from cepo.jacobian.group.chunk import chunk_answers, chunk_gradients, run_opening, run_stem
 from cepo.jacobian.group.cost import free_memory
-from cepo.jacobian.group.cuts import Job, UnservedError
+from cepo.jacobian.group.cuts import Job, Stem, UnservedError
 from cepo.jacobian.group.halving import AtOnce, run_in_parts
-from cepo.jacobian.group.paths import PathRunner, plan_paths
-from cepo.jacobian.group.run import KeyValues
-from cepo.jacobian.group.schedule import Plan, Schedule, Work, bytes_needed, chunk_of, plan_of, schedule
+from cepo.jacobian.group.paths import PathRunner, plan_paths, together
+from cepo.jacobian.group.run import Past
+from cepo.jacobian.group.schedule import Batch, Kind, Plan, Schedule, bytes_needed, chunk_of, plan_of, schedule
 from cepo.jacobian.group.swaps import Swaps
 from cepo.jacobian.group.trial import Served, default_links, try_segments
 from cepo.jacobian.links import Link
@@ -120,7 +120,8 @@ class GroupEngine(ModelEngine):
         """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`.
 
         Consecutive requests of one prompt share its stem, and prompts that begin alike share that beginning where no
-        link differentiates it. Each answer is yielded before the next is computed.
+        link differentiates it. Requests of several prompts run as one batch where each alone is too small to fill one;
+        the answers to a few batches are computed before the first of them is yielded.
 
         Raises:
             ValueError: if a rollout is malformed or refused, before the first is run.
@@ -131,25 +132,26 @@ class GroupEngine(ModelEngine):
 
     def _compute(self, requests: Sequence[Request], served: Served) -> Iterator[Answer]:
         served, work = self._fitting(requests, served)
-        opening: KeyValues | None = None
-        stem: StemRun | None = None
-        for request, of_request in zip(requests, work.works, strict=True):
-            if isinstance(of_request, str):
-                logger.warning("the group engine hands a request to the oracle: %s", of_request)
-                yield from self._oracle.compute([request])
-                continue
-            with served.model.prepared():
-                if stem is None or stem.stem is not of_request.stem:
-                    stem = None  # its graph is freed before the next one is built
+        opening: tuple[Past, ...] | None = None
+        in_order = iter(requests)
+        for wave in work.waves:
+            answers: dict[int, dict[str, LinkJacobian]] = {}
+            for batch in wave.batches:
+                with served.model.prepared():
                     opening = run_opening(served.model, work.opening) if opening is None else opening
-                    stem = run_stem(served.model, of_request.stem, opening)
-                answers = self._answers(request, of_request, stem, served)
-            yield [answers[number] for number in sorted(answers)]
+                    answers |= self._answers(batch, opening, served)
+            for request, numbers in zip(islice(in_order, len(wave.answers)), wave.answers, strict=True):
+                if isinstance(numbers, str):
+                    logger.warning("the group engine hands a request to the oracle: %s", numbers)
+                    yield from self._oracle.compute([request])
+                else:
+                    yield [answers.pop(number) for number in numbers]
 
     def paths(self, requests: Sequence[PathRequest]) -> Iterator[PathAnswer]:
         """Yield the answer to each path request, in order; see `cepo.jacobian.protocol.PathRequest`.
 
         What the rollouts of a prompt begin with is run once, and so is what a rollout shares with its counterfactuals.
+        Values of requests without nodes that follow one another are computed together.
 
         Raises:
             ValueError: if a rollout or a counterfactual is malformed or refused, before the first is run.
@@ -161,9 +163,9 @@ class GroupEngine(ModelEngine):
                 continue
             served = self._fitting_paths(alike, served)
             runner = PathRunner(served, self._budget_now())
-            for _, of_prompt in groupby(alike, key=lambda request: request.group.rollouts[0].prompt_ids):
+            for run in together(alike):
                 with served.model.prepared():
-                    answers = [runner.answer(request) for request in of_prompt]
+                    answers = runner.answers(run)
                 yield from answers
 
     def _by_server(self, requests: Sequence[AnyRequest]) -> Iterator[tuple[Served | None, list[AnyRequest]]]:
@@ -188,19 +190,29 @@ class GroupEngine(ModelEngine):
             logger.warning("the group engine hands requests to the oracle: %s", reason)
         return reason
 
-    def _answers(
-        self, request: Request, work: Work, stem: StemRun, served: Served
-    ) -> dict[int, dict[str, LinkJacobian]]:
-        """Return the Jacobians of each rollout of a request, by the number of its job."""
-        self._warn_over_budget(work, served)
-
-        def run(jobs: Sequence[Job], at_once: AtOnce) -> dict[int, dict[str, LinkJacobian]]:
-            chunk = chunk_of(jobs, work.stem)
-            return chunk_answers(request, chunk, chunk_gradients(served.model, chunk, stem, at_once))
-
+    def _answers(self, batch: Batch, opening: tuple[Past, ...], served: Served) -> dict[int, dict[str, LinkJacobian]]:
+        """Return the Jacobians of each rollout of a batch, by the number of its job."""
+        self._warn_over_budget(batch, served)
         answers: dict[int, dict[str, LinkJacobian]] = {}
-        for of_part in run_in_parts(work.jobs, work.at_once, run):
-            answers |= of_part
+
+        def run_prompts(stems: Sequence[Stem], _: AtOnce) -> dict[int, dict[str, LinkJacobian]]:
+            part = batch.part(stems)
+            stem = run_stem(served.model, part.stem, opening)
+            found: dict[int, dict[str, LinkJacobian]] = {}
+            for work in part.works:
+
+                def run(
+                    jobs: Sequence[Job], at_once: AtOnce, kind: Kind = work.kind
+                ) -> dict[int, dict[str, LinkJacobian]]:
+                    chunk = chunk_of(jobs, part.stem)
+                    return chunk_answers(kind, chunk, chunk_gradients(served.model, chunk, stem, at_once))
+
+                for of_part in run_in_parts(work.jobs, work.at_once, run):
+                    found |= of_part
+            return found
+
+        for of_prompts in run_in_parts(batch.stems, AtOnce(len(batch.stems)), run_prompts):
+            answers |= of_prompts
         return answers
 
     def _fitting(self, requests: Sequence[Request], served: Served) -> tuple[Served, Schedule]:
@@ -218,9 +230,9 @@ class GroupEngine(ModelEngine):
         budget = self._budget_now()
         return served if plan_paths(requests, served.cost, budget).peak_bytes <= budget else served.lean
 
-    def _warn_over_budget(self, work: Work, served: Served) -> None:
-        first = chunk_of(work.jobs[: work.at_once.sequences], work.stem)
-        needed = bytes_needed(first, work.stem, served.cost)
+    def _warn_over_budget(self, batch: Batch, served: Served) -> None:
+        first = [chunk_of(work.jobs[: work.at_once.sequences], batch.stem) for work in batch.works]
+        needed = max(bytes_needed(chunk, batch.stem, served.cost) for chunk in first)
         if self._budget is not None and needed > self._budget and not self._over_budget:
             self._over_budget = True
             logger.warning(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cepo.jacobian.group.branches import (
     Branches,
@@ -16,15 +16,17 @@ from cepo.jacobian.group.branches import (
     Tails,
     Variant,
     branches_of,
+    parts_of,
     plan_of_branches,
-    stem_after,
+    sequences_of,
     tails_of,
+    trunk_after,
 )
 from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.group.cotangents import Asked
 from cepo.jacobian.group.cuts import Segment
 from cepo.jacobian.group.halving import AtOnce, run_in_parts
-from cepo.jacobian.group.run import KeyValues, SegmentRun, backward_in_parts, run_segment
+from cepo.jacobian.group.run import KeyValues, Past, SegmentRun, backward_in_parts, run_segment
 from cepo.jacobian.group.schedule import Plan
 from cepo.jacobian.group.trial import Served
 from cepo.jacobian.passes import Pass, passes_of
@@ -33,13 +35,14 @@ from cepo.jacobian.protocol import PathAnswer, PathRequest
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import Term, target_terms
 
+_NOTHING = Past([], ())
 Read = TypeVar("Read")
 # From tails, their run, the step of each and how many cotangents go back at once, what is read of each.
 Reader: TypeAlias = Callable[[Tails, SegmentRun, Tensor, int], Sequence[Read]]
 
 
 class PathRunner:
-    """Answers path requests of one model; consecutive requests of a prompt share its stem.
+    """Answers path requests of one model; requests that follow one another share what they begin with.
 
     Args:
         served: the model.
@@ -48,97 +51,115 @@ class PathRunner:
 
     def __init__(self, served: Served, budget: float) -> None:
         self._served, self._budget = served, budget
-        self._stem: tuple[Segment | None, KeyValues] = (None, [])
-        self._prefixes: tuple[Segment | None, KeyValues] = (None, [])
+        self._trunk: tuple[Segment | None, Past] = (None, _NOTHING)
+        self._stems: tuple[Segment | None, Past] = (None, _NOTHING)
+        self._prefixes: tuple[Segment | None, Past] = (None, _NOTHING)
 
-    def answer(self, request: PathRequest) -> PathAnswer:
-        """Return the answer to a request; inside `model.prepared()`."""
+    def answers(self, requests: Sequence[PathRequest]) -> list[PathAnswer]:
+        """Return the answers to requests, their values computed together; inside `model.prepared()`."""
+        in_order = iter(self._run(value_variants(requests), 1, _values))
+        answers = []
+        for request in requests:
+            passes = passes_of(request.links)
+            values = [
+                [
+                    {key: found.get(index, 0.0) for index, key in enumerate(passes)}
+                    for found in islice(in_order, 1 + len(others))
+                ]
+                for others in request.counterfactuals
+            ]
+            answers.append(path_answer(request, values, partial(self._contract, request)))
+        return answers
+
+    def _contract(self, request: PathRequest, points: Sequence[Point]) -> list[dict[Pass, Tensor]]:
+        """Return the rows of the gradient at each point times those of the path's step, by pass."""
         passes, source = passes_of(request.links), request.links[0].source
+        variants = point_variants(request, points)
 
-        def values_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> list[dict[Pass, float]]:
-            found = [dict.fromkeys(passes, 0.0) for _ in tails.placed]
-            for row, value in zip(tails.segment.head, run.values_P.double().tolist(), strict=True):
-                found[row.job][passes[row.pass_index]] += value
+        def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> list[dict[Pass, Tensor]]:
+            asked = Asked(range(len(passes)))
+            asked.add_head(tails.segment.head, run.head_PD, run.hidden_BTD.shape)
+            outputs = asked.of_outputs(len(run.keys_values))
+            parts = backward_in_parts(run, outputs, [run.leaf_BTD], at_once)
+            rows_CBT = torch.cat([_contracted(leaf_CBTD, step_BTD) for _, (leaf_CBTD,) in parts])
+            found = []
+            for place, (index, _, start) in enumerate(tails.placed):
+                # A source may begin before the first token that differs: there is no step there.
+                at = [position - start for position in variants[index].rollout.spans[source].positions]
+                before = rows_CBT.new_zeros(sum(row < 0 for row in at))
+                kept = [row for row in at if row >= 0]
+                found.append({key: torch.cat([before, rows_CBT[c, place, kept]]) for c, key in enumerate(passes)})
             return found
 
-        def contract(points: Sequence[Point]) -> list[dict[Pass, Tensor]]:
-            variants = point_variants(request, points)
-
-            def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> list[dict[Pass, Tensor]]:
-                asked = Asked(range(len(passes)))
-                asked.add_head(tails.segment.head, run.head_PD, run.hidden_BTD.shape)
-                outputs = asked.of_outputs(len(run.keys_values))
-                parts = backward_in_parts(run, outputs, [run.leaf_BTD], at_once)
-                rows_CBT = torch.cat([_contracted(leaf_CBTD, step_BTD) for _, (leaf_CBTD,) in parts])
-                found = []
-                for place, (index, _, start) in enumerate(tails.placed):
-                    # A source may begin before the first token that differs: there is no step there.
-                    at = [position - start for position in variants[index].rollout.spans[source].positions]
-                    before = rows_CBT.new_zeros(sum(row < 0 for row in at))
-                    kept = [row for row in at if row >= 0]
-                    found.append({key: torch.cat([before, rows_CBT[c, place, kept]]) for c, key in enumerate(passes)})
-                return found
-
-            return self._run(variants, len(passes), rows_of)
-
-        in_order = iter(self._run(value_variants(request), 1, values_of))
-        values = [list(islice(in_order, 1 + len(others))) for others in request.counterfactuals]
-        return path_answer(request, values, contract)
+        return self._run(variants, len(passes), rows_of)
 
     def _run(self, variants: Sequence[Variant], passes: int, read: Reader[Read]) -> list[Read]:
         """Run variants, and return what is read of each, in order."""
         found: dict[int, Read] = {}
         for branches in branches_of(variants, self._served.cost, self._budget):
-            stem = self._run_stem(branches)
-            prefixes = self._run_prefixes(branches, stem)
+            self._run_shared(branches)
 
-            def run(
-                placed: Sequence[Placed], at_once: AtOnce, stem: KeyValues = stem, prefixes: KeyValues = prefixes
-            ) -> dict[int, Read]:
+            def run(placed: Sequence[Placed], at_once: AtOnce, branches: Branches = branches) -> dict[int, Read]:
                 tails = tails_of(variants, placed)
-                of_tails = read(tails, *self._run_tails(tails, variants, stem, prefixes), at_once.passes)
+                of_tails = read(tails, *self._run_tails(tails, branches), at_once.passes)
                 return {index: one for (index, _, _), one in zip(placed, of_tails, strict=True)}
 
             for of_part in run_in_parts(branches.placed, AtOnce(branches.tails_at_once, passes), run):
                 found |= of_part
         return [found[index] for index in range(len(variants))]
 
-    def _run_stem(self, branches: Branches) -> KeyValues:
-        before, keys_values = self._stem
-        if branches.stem != before:
-            self._stem = self._prefixes = (None, [])  # freed before the next ones are built
-            shared, new = stem_after(before, branches.stem)
-            keys_values = [tensor[:, :, :shared] for tensor in keys_values] if shared else []
-            if new is not None:
-                more = run_segment(self._served.model, new, [keys_values], [shared]).keys_values
-                joined = [torch.cat(pair, dim=2) for pair in zip(keys_values, more, strict=True)] if shared else more
-                keys_values = joined
-            self._stem = (branches.stem, keys_values)
-        return self._stem[1]
-
-    def _run_prefixes(self, branches: Branches, stem: KeyValues) -> KeyValues:
-        """Return what families share; values and points of a request have it in common."""
-        if branches.prefixes != self._prefixes[0]:
-            self._prefixes = (None, [])
+    def _run_shared(self, branches: Branches) -> None:
+        """Run what tails share, and what of it is not what the tails before them shared."""
+        (trunk, in_trunk), (stems, _), (prefixes, _) = self._trunk, self._stems, self._prefixes
+        if (branches.trunk, branches.stems) != (trunk, stems):
+            self._trunk = self._stems = self._prefixes = (None, _NOTHING)  # freed before the next ones are built
+            self._trunk = (branches.trunk, self._trunk_after(trunk, in_trunk, branches.trunk))
+            if branches.stems is not None:
+                self._stems = (branches.stems, self._past_of(branches.stems, lambda places: ()))
+            prefixes = None
+        if branches.prefixes != prefixes:
+            self._prefixes = (None, _NOTHING)
             if branches.prefixes is not None:
-                self._prefixes = (branches.prefixes, self._prefixes_after(branches.prefixes, stem))
-        return self._prefixes[1]
+                self._prefixes = (
+                    branches.prefixes,
+                    self._past_of(branches.prefixes, partial(self._after_stems, branches)),
+                )
 
-    def _prefixes_after(self, prefixes: Segment, stem: KeyValues) -> KeyValues:
-        """Return the keys and values of prefixes, padded to the longest."""
+    def _trunk_after(self, before: Segment | None, in_before: Past, trunk: Segment | None) -> Past:
+        """Return the keys and values of a trunk that goes on from the one before it."""
+        shared, new = trunk_after(before, trunk)
+        keys_values = [tensor[:, :, :shared] for tensor in in_before.keys_values] if shared else []
+        if new is not None:
+            past = [Past(keys_values, (shared,))] if shared else []
+            more = run_segment(self._served.model, new, past).keys_values
+            keys_values = [torch.cat(pair, dim=2) for pair in zip(keys_values, more, strict=True)] if shared else more
+        return Past(keys_values, (trunk.length,)) if trunk is not None else _NOTHING
 
-        def run(places: Sequence[int], at_once: AtOnce) -> KeyValues:
-            segment = Segment(tuple(prefixes.ids[at] for at in places), tuple(prefixes.starts[at] for at in places))
-            found = run_segment(self._served.model, segment, [stem], segment.starts).keys_values
-            return [functional.pad(tensor, (0, 0, 0, prefixes.length - segment.length)) for tensor in found]
+    def _after_stems(self, branches: Branches, families: Sequence[int]) -> tuple[Past, ...]:
+        """Return what comes before the prefixes of families, beside the trunk."""
+        _, stems = self._stems
+        return (stems.leaves([branches.stem_of[at] for at in families], False),) if stems.keys_values else ()
 
-        count = len(prefixes.ids)
-        parts = list(run_in_parts(range(count), AtOnce(count), run))
-        return [torch.cat(of_parts) for of_parts in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+    def _past_of(self, segment: Segment, before: Callable[[Sequence[int]], tuple[Past, ...]]) -> Past:
+        """Return the keys and values of a segment after the trunk and, for each sequence, what else is before it."""
+        whole: KeyValues = []
 
-    def _run_tails(
-        self, tails: Tails, variants: Sequence[Variant], stem: KeyValues, prefixes: KeyValues
-    ) -> tuple[SegmentRun, Tensor]:
+        def run(places: Sequence[int], at_once: AtOnce) -> None:
+            part = sequences_of(segment, places)
+            found = run_segment(self._served.model, part, [self._trunk[1], *before(places)]).keys_values
+            if not whole:
+                whole.extend(
+                    each.new_zeros(len(segment.ids), each.shape[1], segment.length, each.shape[3]) for each in found
+                )
+            index = torch.tensor(places, device=found[0].device)
+            for all_sequences, each in zip(whole, found, strict=True):
+                all_sequences[index, :, : part.length] = each
+
+        for places, _ in parts_of(segment, self._served.cost.rows_at_once):
+            list(run_in_parts(places, AtOnce(len(places)), run))
+        return Past(whole, tuple(map(len, segment.ids)))
+
+    def _run_tails(self, tails: Tails, branches: Branches) -> tuple[SegmentRun, Tensor]:
         """Return a run of tails, and the step of each from its counterfactual (empty where values alone are read)."""
         segment, embedding = tails.segment, self._served.model.held.embedding
         device, step_BTD = embedding.weight.device, torch.empty(0)
@@ -147,18 +168,30 @@ class PathRunner:
             nonlocal step_BTD
             ids_BT = torch.zeros(embedded_BTD.shape[:2], dtype=torch.long)
             for place, ((index, _, start), row) in enumerate(zip(tails.placed, segment.ids, strict=True)):
-                other = variants[index].other
+                other = branches.variants[index].other
                 assert other is not None
                 ids_BT[place, : len(row)] = torch.tensor(other.token_ids[start : start + len(row)])
-            fraction_B = torch.tensor([variants[index].fraction for index, _, _ in tails.placed], dtype=torch.float64)
+            fractions = [branches.variants[index].fraction for index, _, _ in tails.placed]
+            fraction_B = torch.tensor(fractions, dtype=torch.float64)
             other_BTD = embedding.forward(ids_BT.to(device)).detach()
             entered_BTD, step_BTD = between(embedded_BTD, other_BTD, fraction_B[:, None, None].to(device))
             return entered_BTD
 
-        branch_B = torch.tensor([branch for _, branch, _ in tails.placed], device=device)
-        past = [stem, [tensor[branch_B] for tensor in prefixes]]
-        run = run_segment(self._served.model, segment, past, segment.starts, moved if segment.differentiated else None)
+        families = [branch for _, branch, _ in tails.placed]
+        (_, trunk), (_, prefixes) = self._trunk, self._prefixes
+        past = [trunk, *self._after_stems(branches, families)]
+        if prefixes.keys_values:
+            past.append(prefixes.leaves(families, differentiated=False))
+        run = run_segment(self._served.model, segment, past, moved if segment.differentiated else None)
         return run, step_BTD
+
+
+def _values(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> list[dict[int, float]]:
+    """Return the value of each tail's target functions, by the index of the pass."""
+    found: list[dict[int, float]] = [{} for _ in tails.placed]
+    for row, value in zip(tails.segment.head, run.values_P.double().tolist(), strict=True):
+        found[row.job][row.pass_index] = found[row.job].get(row.pass_index, 0.0) + value
+    return found
 
 
 def _contracted(leaf_CBTD: Tensor, step_BTD: Tensor) -> Tensor:
@@ -166,17 +199,28 @@ def _contracted(leaf_CBTD: Tensor, step_BTD: Tensor) -> Tensor:
     return (leaf_CBTD.to(step_BTD.dtype) * step_BTD).double().sum(-1).cpu()
 
 
+def together(requests: Sequence[PathRequest]) -> list[list[PathRequest]]:
+    """Return requests in runs that are answered together: values alone that follow one another, or one with nodes."""
+    found: list[list[PathRequest]] = []
+    for request in requests:
+        if found and not request.nodes and not found[-1][-1].nodes:
+            found[-1].append(request)
+        else:
+            found.append([request])
+    return found
+
+
 def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) -> Plan:
     """Return the plan of path requests; of nodes "auto", the first."""
     work: list[Branches] = []
-    for request in requests:
-        work += branches_of(value_variants(request), cost, budget)
-        count = 1 if request.nodes == "auto" else request.nodes
+    for run in together(requests):
+        work += branches_of(value_variants(run), cost, budget)
+        request, nodes = run[0], 1 if run[0].nodes == "auto" else run[0].nodes
         points = [
             Point(row, other, fraction)
             for row, others in enumerate(request.counterfactuals)
             for other in range(len(others))
-            for fraction, _ in (gauss_nodes(count) if count else ())
+            for fraction, _ in (gauss_nodes(nodes) if nodes else ())
         ]
         if points:
             work += branches_of(point_variants(request, points), cost, budget)
@@ -184,11 +228,14 @@ def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) 
     return plan_of_branches(work, cotangents, cost)
 
 
-def value_variants(request: PathRequest) -> list[Variant]:
-    """Return each rollout of a request, followed by its counterfactuals."""
+def value_variants(requests: Sequence[PathRequest]) -> list[Variant]:
+    """Return each rollout of requests, followed by its counterfactuals."""
+    families = count()
     return [
         Variant(family, each, _terms(request, each))
-        for family, (rollout, others) in enumerate(zip(request.group.rollouts, request.counterfactuals, strict=True))
+        for request in requests
+        for rollout, others in zip(request.group.rollouts, request.counterfactuals, strict=True)
+        for family in [next(families)]
         for each in (rollout, *others)
     ]
 

@@ -25,6 +25,32 @@ KeyValues = list[Tensor]
 _ATTENTION = "cepo_prefix"
 
 
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of a piece of what came before a segment.
+
+    Attributes:
+        keys_values: right-padded; of each sequence of the segment, or of one that all of them share.
+        lengths: how many of them are real, of each sequence; one number where they are shared.
+    """
+
+    keys_values: KeyValues
+    lengths: tuple[int, ...]
+
+    def leaves(self, places: Sequence[int], differentiated: bool) -> Past:
+        """Return the piece for sequences that stand at these places of it, as new leaves."""
+        if len(self.lengths) == 1:  # expanded, not copied
+            places = [0] * len(places)
+            of_places = [tensor.detach().expand(len(places), -1, -1, -1) for tensor in self.keys_values]
+        elif list(places) == list(range(len(self.lengths))):
+            of_places = [tensor.detach() for tensor in self.keys_values]
+        else:
+            index_B = torch.tensor(places, device=self.keys_values[0].device)
+            of_places = [tensor.detach()[index_B] for tensor in self.keys_values]
+        lengths = tuple(self.lengths[place] for place in places)
+        return Past([tensor.requires_grad_(differentiated) for tensor in of_places], lengths)
+
+
 @dataclass
 class SegmentRun:
     """One forward pass of a segment: its outputs, its leaf, and the cotangents of the rows that the head read.
@@ -63,8 +89,7 @@ class SegmentModel:
 def run_segment(
     model: SegmentModel,
     segment: Segment,
-    past: Sequence[KeyValues] = (),
-    past_lengths: Sequence[int] = (0,),
+    past: Sequence[Past] = (),
     moved: Callable[[Tensor], Tensor] | None = None,
 ) -> SegmentRun:
     """Run one segment forward; inside `model.prepared()`.
@@ -72,8 +97,7 @@ def run_segment(
     Args:
         model: the model.
         segment: its tokens and the rows of its head.
-        past: keys and values before the segment, in pieces along their length; the last may be ragged.
-        past_lengths: real length of each sequence's past.
+        past: what came before the segment, piece by piece.
         moved: what enters the first layer instead of the embeddings (B, T, D), as a function of them.
     """
     causal_lm, device, length = model.held.causal_lm, model.held.embedding.weight.device, segment.length
@@ -85,12 +109,7 @@ def run_segment(
         ],
         device=device,
     )
-    cache = _SegmentCache(
-        [piece for piece in past if piece],
-        torch.tensor(past_lengths, device=device),
-        max(past_lengths),
-        model.swaps,
-    )
+    cache = _SegmentCache([piece for piece in past if piece.keys_values], len(segment.ids), device, model.swaps)
     run = SegmentRun(cache.keys_values)
     read = [(row.sequence, row.row) for row in segment.head]
     rows = torch.tensor(read + read[-1:] * (FEWEST_HEAD_ROWS - len(read)), dtype=torch.long, device=device)
@@ -185,11 +204,6 @@ def backward_in_parts(
         yield part, backward(run, of_part, inputs, keep=keep or part.stop < count)
 
 
-def leaves_of(keys_values: KeyValues, sequences: int, differentiated: bool) -> KeyValues:
-    """Return the keys and values as new leaves for that many sequences; expanded, not copied."""
-    return [tensor.detach().expand(sequences, -1, -1, -1).requires_grad_(differentiated) for tensor in keys_values]
-
-
 @contextlib.contextmanager
 def _through_prefix_attention(model: Any) -> Iterator[None]:
     """Let the model's layers call our attention, by the name that it has in transformers."""
@@ -207,10 +221,14 @@ def _through_prefix_attention(model: Any) -> Iterator[None]:
 class _SegmentCache(Cache):
     """Collects the keys and values of a segment layer by layer, and gives our attention those before it."""
 
-    def __init__(self, past: list[KeyValues], past_lengths_B: Tensor, length: int, swaps: Swaps) -> None:
+    def __init__(self, past: list[Past], sequences: int, device: torch.device, swaps: Swaps) -> None:
         super().__init__(layers=[])
-        self.past, self.past_lengths_B, self.length, self.swaps = past, past_lengths_B, length, swaps
+        self.past, self.swaps = past, swaps
         self.keys_values: KeyValues = []
+        lengths = [piece.lengths if len(piece.lengths) == sequences else piece.lengths * sequences for piece in past]
+        totals = [sum(of_one) for of_one in zip(*lengths, strict=True)] or [0] * sequences
+        self.past_lengths_B, self.length = torch.tensor(totals, device=device), max(totals)
+        self._order_BL = _without_gaps(lengths, [piece.keys_values[0].shape[2] for piece in past], device)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if 2 * layer_idx != len(self.keys_values):
@@ -222,13 +240,35 @@ class _SegmentCache(Cache):
         return self.length
 
     def past_of_layer(self, like_BJTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values before the segment of the layer that was updated last."""
+        """Return the keys and values before the segment of the layer that was updated last, right-padded."""
         layer = len(self.keys_values) - 2
         both = []
         for which in (layer, layer + 1):
-            pieces = [piece[which].expand(like_BJTE.shape[0], -1, -1, -1) for piece in self.past]
-            both.append(torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0] if pieces else like_BJTE[:, :, :0])
+            pieces = [piece.keys_values[which].expand(like_BJTE.shape[0], -1, -1, -1) for piece in self.past]
+            whole = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0] if pieces else like_BJTE[:, :, :0]
+            if self._order_BL is not None:
+                _, heads, _, size = whole.shape
+                whole = whole.gather(2, self._order_BL[:, None, :, None].expand(-1, heads, -1, size))
+            both.append(whole)
         return both[0], both[1]
+
+
+def _without_gaps(lengths: Sequence[Sequence[int]], widths: Sequence[int], device: torch.device) -> Tensor | None:
+    """Return which keys of pieces put together to take, so that all padding stands at the end; None for all of them.
+
+    Args:
+        lengths: of each piece, how many keys of each sequence are real.
+        widths: of each piece, padding included.
+        device: where to put it.
+    """
+    if all(length == width for of_piece, width in list(zip(lengths, widths, strict=True))[:-1] for length in of_piece):
+        return None
+    pieces = [
+        torch.arange(width)[None] >= torch.tensor(of_piece)[:, None]
+        for of_piece, width in zip(lengths, widths, strict=True)
+    ]
+    longest = max(sum(of_one) for of_one in zip(*lengths, strict=True))
+    return torch.cat(pieces, dim=1).int().argsort(dim=1, stable=True)[:, :longest].to(device)
 
 
 _CACHE: ContextVar[_SegmentCache] = ContextVar("cepo_segment_cache")

@@ -1,60 +1,135 @@
-"""The group engine's schedule, which it runs and its plan adds up: prompts, their requests, chunks, stages."""
+"""The group engine's schedule, which it runs and its plan adds up: waves of prompts, their requests, chunks, stages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, groupby
+from functools import cached_property
+from itertools import count, groupby, zip_longest
+from typing import NamedTuple
 
 from cepo.jacobian.group.cost import CostModel
-from cepo.jacobian.group.cuts import HeadRow, Job, Segment, Stem, UnservedError, cut_request, stages_of, stems_of
+from cepo.jacobian.group.cuts import (
+    HeadRow,
+    Job,
+    Segment,
+    Stem,
+    UnservedError,
+    cut_request,
+    joined,
+    stages_of,
+    stems_of,
+)
 from cepo.jacobian.group.halving import AtOnce
+from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
+
+# Rows of the stages of a wave, over the rows that run at once: enough that its last batches are full, and few enough
+# that its answers are small beside what computes them.
+_WAVE = 8
+
+
+class Kind(NamedTuple):
+    """What requests that run as one batch have in common.
+
+    Attributes:
+        links: of each.
+        context_energy: of each.
+        edges: how many stages a rollout may have.
+    """
+
+    links: tuple[Link, ...]
+    context_energy: bool
+    edges: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Jobs of one request that run at once.
+    """Jobs of one kind that run at once.
 
     Attributes:
-        jobs: the rollouts, longest first.
+        jobs: the rollouts.
+        places: of each the sequence of the stem that it follows.
         stages: what they run after the stem, first to last.
-        entering: the passes whose cotangents enter the stem; one cotangent per pass and job.
+        entering: the passes whose cotangents enter the stem.
         stem_rows: indices of the rows of the stem's head that serve these jobs.
         stem_head: these rows; `job` is the place in the chunk.
     """
 
     jobs: tuple[Job, ...]
+    places: tuple[int, ...]
     stages: tuple[Segment, ...]
     entering: tuple[int, ...]
     stem_rows: tuple[int, ...]
     stem_head: tuple[HeadRow, ...]
 
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """Of each job, how many before it follow the same sequence."""
+        return tuple(self.places[:at].count(place) for at, place in enumerate(self.places))
+
     @property
     def stem_cotangents(self) -> int:
-        """How many cotangents enter the stem, one per entering pass and job."""
-        return len(self.entering) * len(self.jobs)
+        """How many cotangents of the whole stem go back through it, one per entering pass and slot."""
+        return len(self.entering) * (max(self.slots) + 1)
 
 
 @dataclass(frozen=True)
 class Work:
-    """One request that is served.
+    """Requests of one kind, and of prompts that run as one batch.
 
     Attributes:
-        stem: what it shares with its prompt's other requests.
-        jobs: its rollouts, longest first.
+        kind: what they have in common.
+        jobs: their rollouts: the longest of every prompt, then the next of every prompt ...
         at_once: how much of it runs at once.
     """
 
-    stem: Stem
+    kind: Kind
     jobs: tuple[Job, ...]
     at_once: AtOnce
 
-    def chunks(self) -> list[Chunk]:
+    def chunks(self, stem: Stem) -> list[Chunk]:
         """Return its jobs in chunks, if memory lasts."""
         size = self.at_once.sequences
-        return [chunk_of(self.jobs[start : start + size], self.stem) for start in range(0, len(self.jobs), size)]
+        return [chunk_of(self.jobs[start : start + size], stem) for start in range(0, len(self.jobs), size)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts whose requests are alike, and run as one batch.
+
+    Attributes:
+        stems: of each prompt.
+        works: all of their requests.
+    """
+
+    stems: tuple[Stem, ...]
+    works: tuple[Work, ...]
+
+    @cached_property
+    def stem(self) -> Stem:
+        """The stems as one."""
+        return joined(self.stems)
+
+    def part(self, stems: Sequence[Stem]) -> Batch:
+        """Return what concerns some of the prompts."""
+        prompts = {prompt for stem in stems for prompt in stem.prompts}
+        works = [replace(work, jobs=tuple(job for job in work.jobs if job.prompt in prompts)) for work in self.works]
+        return Batch(tuple(stems), tuple(works))
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Requests that follow one another and are answered together.
+
+    Attributes:
+        answers: for each request the numbers of its rollouts, or why it is not served.
+        batches: its work.
+    """
+
+    answers: tuple[tuple[int, ...] | str, ...]
+    batches: tuple[Batch, ...]
 
 
 @dataclass(frozen=True)
@@ -63,33 +138,46 @@ class Schedule:
 
     Attributes:
         opening: what prompts share, run before the first of them; None where it is not worth it.
-        works: by request, in order; why it is not served where it is not.
+        waves: the requests in order.
     """
 
     opening: Segment | None
-    works: tuple[Work | str, ...]
+    waves: tuple[Wave, ...]
 
 
 def schedule(requests: Sequence[Request], cost: CostModel, budget: float) -> Schedule:
-    """Return the work that the requests need, in chunks that fit the budget in bytes."""
+    """Return the work that the requests need, in batches and chunks that fit the budget in bytes."""
     numbers = count()
-    jobs_of: dict[int, tuple[Job, ...]] = {}
-    works: dict[int, Work | str] = {}
-    for index, request in enumerate(requests):
-        try:
-            jobs_of[index] = cut_request(request, numbers)
-        except UnservedError as error:
-            works[index] = str(error)
-    by_prompt = groupby(jobs_of, key=lambda index: requests[index].group.rollouts[0].prompt_ids)
-    prompts = [list(indices) for _, indices in by_prompt]
-    opening, stems = stems_of([[job for index in indices for job in jobs_of[index]] for indices in prompts])
-    for indices, stem in zip(prompts, stems, strict=True):
-        in_stem = cost.stem_cotangents_at_once(stem, budget)
-        for index in indices:
-            jobs = jobs_of[index]
-            at_once = AtOnce(_chunk_size(jobs, stem, cost, budget), len(jobs[0].passes), in_stem)
-            works[index] = Work(stem, jobs, at_once)
-    return Schedule(opening, tuple(works[index] for index in range(len(requests))))
+    answers: list[list[tuple[int, ...] | str]] = []  # by prompt
+    jobs_of: dict[int, dict[Kind, list[Job]]] = {}
+    by_prompt = groupby(requests, key=lambda request: request.group.rollouts[0].prompt_ids)
+    for prompt, (_, of_prompt) in enumerate(by_prompt):
+        answers.append([])
+        for request in of_prompt:
+            try:
+                jobs = cut_request(request, numbers, prompt)
+            except UnservedError as error:
+                answers[prompt].append(str(error))
+                continue
+            answers[prompt].append(tuple(sorted(job.number for job in jobs)))
+            kind = Kind(request.links, request.context_energy, len(jobs[0].edges))
+            jobs_of.setdefault(prompt, {}).setdefault(kind, []).extend(jobs)
+    opening, stems = stems_of([[job for jobs in kinds.values() for job in jobs] for kinds in jobs_of.values()])
+    stem_of = dict(zip(jobs_of, stems, strict=True))
+    rows = [
+        sum(max(0, job.edges[-1] - stem_of[prompt].end) for jobs in jobs_of.get(prompt, {}).values() for job in jobs)
+        for prompt in range(len(answers))
+    ]
+    waves = [
+        Wave(
+            tuple(answer for prompt in prompts for answer in answers[prompt]),
+            tuple(
+                _batches([(stem_of[prompt], jobs_of[prompt]) for prompt in prompts if prompt in jobs_of], cost, budget)
+            ),
+        )
+        for prompts in _in_waves(rows, _WAVE * cost.rows_at_once)
+    ]
+    return Schedule(opening, tuple(waves))
 
 
 def bytes_needed(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
@@ -100,8 +188,9 @@ def bytes_needed(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
 
 
 def chunk_of(jobs: Sequence[Job], stem: Stem) -> Chunk:
-    """Return the chunk that runs these jobs of one request, longest first, at once."""
-    stages = stages_of(jobs, stem.end)
+    """Return the chunk that runs these jobs of one kind at once."""
+    ends = dict(zip(stem.prompts, stem.segment.ends, strict=True))
+    stages = stages_of(jobs, [ends[job.prompt] for job in jobs])
     place_of = {job.number: place for place, job in enumerate(jobs)}
     in_stem = [
         (index, replace(row, job=place_of[row.job]))
@@ -109,17 +198,70 @@ def chunk_of(jobs: Sequence[Job], stem: Stem) -> Chunk:
         if row.job in place_of
     ]
     sent = {index for stage in stages for index in stage.active} | {row.pass_index for _, row in in_stem}
-    entering = tuple(index for index in sorted(sent) if any(job.passes[index].first_row < stem.end for job in jobs))
-    return Chunk(tuple(jobs), stages, entering, tuple(index for index, _ in in_stem), tuple(row for _, row in in_stem))
+    entering = tuple(
+        index for index in sorted(sent) if any(job.passes[index].first_row < ends[job.prompt] for job in jobs)
+    )
+    return Chunk(
+        tuple(jobs),
+        tuple(stem.prompts.index(job.prompt) for job in jobs),
+        stages,
+        entering,
+        tuple(index for index, _ in in_stem),
+        tuple(row for _, row in in_stem),
+    )
 
 
-def _chunk_size(jobs: Sequence[Job], stem: Stem, cost: CostModel, budget: float) -> int:
-    """Return how many of the jobs, longest first, run at once within the budget, at least one."""
-    longest = max((stage.length for stage in stages_of(jobs[:1], stem.end)), default=1)
+def _in_waves(rows: Sequence[int], most: int) -> Iterator[range]:
+    """Yield runs of prompts that have so many rows together at most, or are one alone."""
+    start = total = 0
+    for prompt, of_prompt in enumerate(rows):
+        if prompt > start and total + of_prompt > most:
+            yield range(start, prompt)
+            start, total = prompt, 0
+        total += of_prompt
+    if rows:
+        yield range(start, len(rows))
+
+
+def _batches(
+    prompts: Sequence[tuple[Stem, Mapping[Kind, Sequence[Job]]]], cost: CostModel, budget: float
+) -> Iterator[Batch]:
+    """Yield the prompts in batches whose stems run at once: alike, of about one length, and within half the budget."""
+    alike: dict[tuple[object, ...], list[tuple[Stem, Mapping[Kind, Sequence[Job]]]]] = {}
+    for stem, kinds in prompts:
+        key = (stem.opening, stem.constant is None, stem.segment.differentiated, *kinds)
+        alike.setdefault(key, []).append((stem, kinds))
+    for members in alike.values():
+        members.sort(key=lambda member: -member[0].end)
+        longest = members[0][0]
+        size = max(1, min(len(members), cost.rows_at_once // (longest.end - longest.opening)))
+        while size > 1 and _stem_bytes([stem for stem, _ in members[:size]], cost) > budget / 2:
+            size = (size + 1) // 2
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
+            stems = tuple(stem for stem, _ in part)
+            works = [
+                _work(kind, [kinds[kind] for _, kinds in part], joined(stems), cost, budget) for kind in part[0][1]
+            ]
+            yield Batch(stems, tuple(works))
+
+
+def _stem_bytes(stems: Sequence[Stem], cost: CostModel) -> float:
+    return cost.held_bytes(cost.stem_forward_bytes(joined(stems)))
+
+
+def _work(kind: Kind, jobs_of: Sequence[Sequence[Job]], stem: Stem, cost: CostModel, budget: float) -> Work:
+    """Return the work of one kind, given the jobs of each prompt of a stem."""
+    columns = zip_longest(*(sorted(jobs, key=lambda job: -job.edges[-1]) for jobs in jobs_of))
+    jobs = [job for column in columns for job in column if job is not None]
+    prompts = len(stem.prompts)
+    longest = max((stage.length for stage in chunk_of(jobs, stem).stages), default=1)
     size = min(len(jobs), max(1, cost.rows_at_once // longest))
+    size -= size % prompts if size > prompts else 0  # whole slots: each costs a backward pass through the stem
     while size > 1 and bytes_needed(chunk_of(jobs[:size], stem), stem, cost) > budget:
         size = (size + 1) // 2
-    return size
+    at_once = AtOnce(size, len(jobs[0].passes), cost.stem_cotangents_at_once(stem, budget))
+    return Work(kind, tuple(jobs), at_once)
 
 
 @dataclass(frozen=True)
@@ -192,10 +334,10 @@ def plan_of(work: Schedule, cost: CostModel) -> Plan:
         flops += cost.flops(segment.rows, context, backward=False) + cost.flops(back, context, backward=True)
         flops += 4.0 * cost.head * head
 
-    served = [each for each in work.works if isinstance(each, Work)]
     add("opening", work.opening)
-    for stem, run in groupby(served, key=lambda each: each.stem):
-        chunks = [(chunk, each.at_once) for each in run for chunk in each.chunks()]
+    for batch in (batch for wave in work.waves for batch in wave.batches):
+        stem = batch.stem
+        chunks = [(chunk, each.at_once) for each in batch.works for chunk in each.chunks(stem)]
         add("stem", stem.constant)
         add("stem", stem.segment, sum(chunk.stem_cotangents for chunk, _ in chunks))
         for chunk, at_once in chunks:

@@ -18,7 +18,7 @@ from cepo.jacobian.group.chunk import chunk_answers, chunk_gradients, run_stem
 from cepo.jacobian.group.cost import CostModel, measured_cost
 from cepo.jacobian.group.cuts import Segment, UnservedError
 from cepo.jacobian.group.recompute import recomputing, watching_mlps
-from cepo.jacobian.group.run import KeyValues, SegmentModel, leaves_of, run_segment
+from cepo.jacobian.group.run import Past, SegmentModel, run_segment
 from cepo.jacobian.group.schedule import chunk_of, schedule
 from cepo.jacobian.group.swaps import Swaps, find_swaps
 from cepo.jacobian.links import Link, parse_link
@@ -116,11 +116,12 @@ def _compared(model: SegmentModel, oracle: JacobianEngine) -> Served:
         wanted = next(oracle.compute([request]))[0]
         with model.prepared():
             cost = _measured_cost(model, group.rollouts[0].token_ids)
-            (work,) = schedule([request], cost, math.inf).works
-            assert not isinstance(work, str)
-            chunk = chunk_of(work.jobs, work.stem)
-            stem = run_stem(model, work.stem, [])
-            (found,) = chunk_answers(request, chunk, chunk_gradients(model, chunk, stem, work.at_once)).values()
+            (wave,) = schedule([request], cost, math.inf).waves
+            (batch,) = wave.batches
+            (work,) = batch.works
+            chunk = chunk_of(work.jobs, batch.stem)
+            stem = run_stem(model, batch.stem, ())
+            (found,) = chunk_answers(work.kind, chunk, chunk_gradients(model, chunk, stem, work.at_once)).values()
     for name, record in wanted.items():
         difference = float((found[name].jac_SD - record.jac_SD).norm() / record.jac_SD.norm().clamp_min(1e-30))
         if not difference <= _ROUNDING.get(embedding_VD.dtype, _ROUNDING_OF_WIDE):  # a NaN is refused too
@@ -148,7 +149,7 @@ def _rollout(vocabulary: int) -> Rollout:
 def _measured_cost(model: SegmentModel, ids: Sequence[int]) -> CostModel:
     """Return the model's costs, with the bytes that its graph keeps measured on three tiny runs."""
 
-    def saved_bytes(start: int, end: int, before: KeyValues) -> int:
+    def saved_bytes(start: int, end: int, before: Sequence[Past]) -> int:
         sizes: dict[int, int] = {}
         kept: list[Tensor] = []  # alive, so that no address is used twice
 
@@ -161,14 +162,14 @@ def _measured_cost(model: SegmentModel, ids: Sequence[int]) -> CostModel:
 
         segment = Segment((tuple(ids[start:end]),), (start,), differentiated=True)
         with watching_saved(keep):
-            run_segment(model, segment, [leaves_of(before, 1, True)], [start])
+            run_segment(model, segment, [piece.leaves([0], True) for piece in before])
         return sum(sizes.values())
 
-    before = run_segment(model, Segment((tuple(ids[:8]),), (0,))).keys_values
+    before = Past(run_segment(model, Segment((tuple(ids[:8]),), (0,))).keys_values, (8,))
     return measured_cost(
         model.held.causal_lm,
         saved_bytes(0, 4, []),
         saved_bytes(0, 8, []),
-        saved_bytes(8, 12, before),
+        saved_bytes(8, 12, [before]),
         has_logits=model.swaps.head == "torch",
     )
