@@ -226,7 +226,7 @@ def _in_waves(rows: Sequence[int], most: int) -> Iterator[range]:
 def _batches(
     prompts: Sequence[tuple[Stem, Mapping[Kind, Sequence[Job]]]], cost: CostModel, budget: float
 ) -> Iterator[Batch]:
-    """Yield the prompts in batches whose stems run at once: alike, of about one length, and within half the budget."""
+    """Yield the prompts in batches: alike, of about one length, and no more rows of their stems than run at once."""
     alike: dict[tuple[object, ...], list[tuple[Stem, Mapping[Kind, Sequence[Job]]]]] = {}
     for stem, kinds in prompts:
         key = (stem.opening, stem.constant is None, stem.segment.differentiated, *kinds)
@@ -234,20 +234,25 @@ def _batches(
     for members in alike.values():
         members.sort(key=lambda member: -member[0].end)
         longest = members[0][0]
-        size = max(1, min(len(members), cost.rows_at_once // (longest.end - longest.opening)))
-        while size > 1 and _stem_bytes([stem for stem, _ in members[:size]], cost) > budget / 2:
-            size = (size + 1) // 2
+        size = max(1, cost.rows_at_once // (longest.end - longest.opening))
         for start in range(0, len(members), size):
-            part = members[start : start + size]
-            stems = tuple(stem for stem, _ in part)
-            works = [
-                _work(kind, [kinds[kind] for _, kinds in part], joined(stems), cost, budget) for kind in part[0][1]
-            ]
-            yield Batch(stems, tuple(works))
+            yield from _fitting(members[start : start + size], cost, budget)
 
 
-def _stem_bytes(stems: Sequence[Stem], cost: CostModel) -> float:
-    return cost.held_bytes(cost.stem_forward_bytes(joined(stems)))
+def _fitting(
+    members: Sequence[tuple[Stem, Mapping[Kind, Sequence[Job]]]], cost: CostModel, budget: float
+) -> Iterator[Batch]:
+    """Yield the prompts as one batch, or in halves where the budget does not let one rollout of each run at once."""
+    stems = tuple(stem for stem, _ in members)
+    stem, kinds = joined(stems), members[0][1]
+    works = [_work(kind, [of_prompt[kind] for _, of_prompt in members], stem, cost, budget) for kind in kinds]
+    fits = cost.held_bytes(cost.stem_forward_bytes(stem)) <= budget / 2
+    if len(members) == 1 or (fits and all(work.at_once.sequences >= len(members) for work in works)):
+        yield Batch(stems, tuple(works))
+        return
+    half = len(members) // 2
+    yield from _fitting(members[:half], cost, budget)
+    yield from _fitting(members[half:], cost, budget)
 
 
 def _work(kind: Kind, jobs_of: Sequence[Sequence[Job]], stem: Stem, cost: CostModel, budget: float) -> Work:
