@@ -69,7 +69,7 @@ def test_prompts_of_unequal_length_and_number_of_rollouts(opening: int, lead: in
 
 
 def test_five_prompts_take_few_more_calls_of_the_model_than_one() -> None:
-    """Stems and stages of prompts that ask for the same are one batch each; one that cannot be permuted asks for less."""
+    """Stems and stages of prompts that ask for the same are one batch; one that cannot be permuted asks for less."""
     model = tiny_model("llama")
     engine, prompts = GroupEngine(model), prompts_of(5)
     assert engine.unserved is None
