@@ -86,6 +86,45 @@ def score_rollouts(
         ValueError: for links that the layout does not have, a rank above the model's width, task rewards that are not
             one per rollout in [0, 1], or exchanged rollouts that are needed and missing; all before the first Jacobian.
     """
+    found = dict(
+        scores_as_they_come(
+            rollouts,
+            engine,
+            config,
+            layout,
+            task_rewards=task_rewards,
+            pools=pools,
+            exchanged=exchanged,
+            keep_jacobians=keep_jacobians,
+            seconds=seconds,
+        )
+    )
+    return [found[index] for index in range(len(rollouts))]
+
+
+def scores_as_they_come(
+    rollouts: Sequence[Rollout],
+    engine: Engine,
+    config: RewardConfig,
+    layout: Layout,
+    *,
+    task_rewards: Sequence[float | None] | None = None,
+    pools: Pools | None = None,
+    exchanged: Sequence[Rollout | None] | None = None,
+    keep_jacobians: bool = False,
+    one_by_one: bool = False,
+    seconds: dict[str, float] | None = None,
+) -> Iterator[tuple[int, RolloutScore]]:
+    """Yield the index and the score of each rollout as they come: first those without one, then prompt by prompt.
+
+    Arguments and errors are those of `score_rollouts`. The matrices of one prompt are held at a time.
+
+    Args:
+        one_by_one: compare each rollout with its donors in a request of its own, in the order of the token ids. The
+            group engine then goes on, in each rollout, from where it differs from the one before: whatever they begin
+            with is run once, be it a thought before the criteria, and no rollout's keys and values wait for another's.
+            That is less work for long rollouts; short ones run faster in larger batches.
+    """
     chains, links = config.chains(layout), config.parsed_links(layout)
     config.check_width(engine.width)
     if task_rewards is not None:
@@ -93,15 +132,18 @@ def score_rollouts(
     if config.reads_leak and (exchanged is None or len(exchanged) != len(rollouts)):
         came = "None" if exchanged is None else f"{len(exchanged)} entries"
         raise ValueError(f"exchanged is {came}, for {len(rollouts)} rollouts; the order leak needs one for each")
-    scores = [_refused(engine.refusal(rollout) or rollout.malformed) for rollout in rollouts]
-    sound = {index: rollout for index, rollout in enumerate(rollouts) if scores[index].malformed is None}
-    compared = _compare(sound, engine, config, links, pools, seconds) if config.reads_effects else {}
+    sound: dict[int, Rollout] = {}
+    for index, rollout in enumerate(rollouts):
+        problem = engine.refusal(rollout) or rollout.malformed
+        if problem is None:
+            sound[index] = rollout
+        else:
+            yield index, _refused(problem)
     leaks: dict[int, float] = {}
     if config.reads_leak and exchanged is not None:
         with _timed("effects", seconds):
             leaks = order_leaks(sound, dict(enumerate(exchanged)), engine, layout)
-    groups = _differentiate(sound, engine, config, links, seconds) if config.reads_jacobians else [(tuple(sound), {})]
-    for members, hardened in groups:
+    for members, hardened, compared in _measure(sound, engine, config, links, pools, one_by_one, seconds):
         measured = []
         for index in members:
             of_links = [
@@ -120,7 +162,7 @@ def score_rollouts(
             if problem is None:
                 measured += of_links
             else:
-                scores[index] = _refused(problem)
+                yield index, _refused(problem)
         with _timed("spectral", seconds):
             records = score_links(measured, score=config.score, also=config.also)
         for index, of_rollout in groupby(zip(measured, records, strict=True), key=lambda pair: pair[0].rollout):
@@ -130,19 +172,23 @@ def score_rollouts(
                 chain.name: power_mean([by_name[link.name].value for link in chain.links], p=config.join)
                 for chain in chains
             }
-            scores[index] = RolloutScore(
-                values=values,
-                links=by_name,
-                reward=fuse(
-                    less_leak(values, leaks.get(index), config.leak_weight),
-                    config,
-                    task_rewards[index] if task_rewards is not None else None,
+            yield (
+                index,
+                RolloutScore(
+                    values=values,
+                    links=by_name,
+                    reward=fuse(
+                        less_leak(values, leaks.get(index), config.leak_weight),
+                        config,
+                        task_rewards[index] if task_rewards is not None else None,
+                    ),
+                    paths={one.link.name: one.compared.path for one, _ in parts if one.compared and one.compared.path},
+                    jacobians={one.link.name: one.hardened for one, _ in parts if one.hardened}
+                    if keep_jacobians
+                    else {},
+                    order_leak=leaks.get(index),
                 ),
-                paths={one.link.name: one.compared.path for one, _ in parts if one.compared and one.compared.path},
-                jacobians={one.link.name: one.hardened for one, _ in parts if one.hardened} if keep_jacobians else {},
-                order_leak=leaks.get(index),
             )
-    return scores
 
 
 def pools_of(rollouts: Iterable[Rollout], links: Iterable[Link]) -> dict[str, list[Candidate]]:
@@ -151,22 +197,48 @@ def pools_of(rollouts: Iterable[Rollout], links: Iterable[Link]) -> dict[str, li
     return {source: candidates(rollouts, source) for source in dict.fromkeys(link.source for link in links)}
 
 
+def _measure(
+    rollouts: Mapping[int, Rollout],
+    engine: Engine,
+    config: RewardConfig,
+    links: Sequence[Link],
+    pools: Pools | None,
+    one_by_one: bool,
+    seconds: dict[str, float] | None,
+) -> Iterator[tuple[tuple[int, ...], Mapping[tuple[int, str], HardenedLink], Mapping[tuple[int, str], Compared]]]:
+    """Yield, group by group, its members and what is read of their links; all effects come before the first Jacobian,
+    so that neither waits with the other's memory."""
+    effects = (
+        _compare(rollouts, engine, config, links, pools, one_by_one, seconds) if config.reads_effects else iter(())
+    )
+    if not config.reads_jacobians:
+        yield from ((members, {}, compared) for members, compared in effects)
+        return
+    of_all = {key: one for _, compared in effects for key, one in compared.items()}
+    for members, hardened in _differentiate(rollouts, engine, config, links, seconds):
+        yield members, hardened, of_all
+
+
 def _compare(
     rollouts: Mapping[int, Rollout],
     engine: Engine,
     config: RewardConfig,
     links: Sequence[Link],
     pools: Pools | None,
+    one_by_one: bool,
     seconds: dict[str, float] | None,
-) -> dict[tuple[int, str], Compared]:
-    """Return each link of each rollout beside its donors, by the rollout's index and the link's name."""
+) -> Iterator[tuple[tuple[int, ...], dict[tuple[int, str], Compared]]]:
+    """Yield, group by group, its members and each of their links beside its donors, by index and the link's name."""
     with _timed("effects", seconds):
-        groups = config.effects(rollouts, links, pools_of(rollouts.values(), links) if pools is None else pools)
-        answers = engine.paths([request for group in groups for request in group.requests])
-        found: dict[tuple[int, str], Compared] = {}
-        for group in groups:
-            found |= group.compared([next(answers) for _ in group.requests])
-        return found
+        pools = pools_of(rollouts.values(), links) if pools is None else pools
+        by_ids = sorted(rollouts, key=lambda index: rollouts[index].token_ids)
+        parts = [{index: rollouts[index]} for index in by_ids] if one_by_one else [rollouts]
+        groups = [group for part in parts for group in config.effects(part, links, pools)]
+    answers = engine.paths([request for group in groups for request in group.requests])
+    for group in groups:
+        with _timed("effects", seconds):
+            compared = group.compared([next(answers) for _ in group.requests])
+        yield group.members, compared
 
 
 def _differentiate(

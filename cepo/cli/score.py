@@ -162,7 +162,7 @@ def score(
         Path | None, _output(help="Write the token heat maps to this file.", callback=checks.new_file)
     ] = None,
     batch_size: Annotated[
-        int, _output(help="Rows after which records are written; changes no result.", callback=checks.at_least_one)
+        int, _model(help="Rows scored together: what they share is run once.", callback=checks.at_least_one)
     ] = 8,
 ) -> None:
     """Score the links of a file of rollouts, and draw token heat maps with --html.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from typer.core import TyperCommand
 
@@ -14,6 +14,7 @@ from cepo.cli import checks
 
 console = Console()
 errors = Console(stderr=True)
+_SECONDS_PER_LINE = 30
 
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[
@@ -53,8 +54,21 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def progress_bar() -> Progress:
-    """Return the progress bar of all commands, on stderr."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn(), console=errors)
+    """Return the progress bar of all commands, on stderr; where that is no terminal, it is printed now and then."""
+    return _Progress(TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn(), console=errors)
+
+
+class _Progress(Progress):
+    """A bar that also shows outside of a terminal, where rich prints it at the end alone."""
+
+    _next_line = 0.0
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        """Move the bar; outside of a terminal, print it unless that was done in the last half minute."""
+        super().update(task_id, **fields)
+        if not self.console.is_terminal and self.get_time() >= self._next_line:
+            self._next_line = self.get_time() + _SECONDS_PER_LINE
+            self.console.print(self.get_renderable())
 
 
 class _Count(MofNCompleteColumn):

@@ -17,7 +17,7 @@ from cepo.eval.report.page import write_report
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices
 from cepo.eval.score.ray import check_ray, score_on_ray
 from cepo.eval.score.rows import Line, read_input, rollout_of
-from cepo.eval.score.scorer import Scoring, donor_pools, open_model, score_line
+from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_model, score_lines
 from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.score import Pools
 from cepo.jacobian.engines import check_engine
@@ -40,7 +40,7 @@ class ScoreJob(Scoring):
         input: file of rollouts, see `open_file` and FORMS. A row may carry task_reward in [0, 1], which is then fused,
             and a judged pair label ("A" or "B": where the chosen response was shown; A by default).
         output: JSONL file to write, one record per row of the input, in order.
-        batch_size: rows after which records are written, at least 1; changes no result.
+        batch_size: rows that are scored together, at least 1; changes results by no more than rounding.
         jacobians: safetensors file for the matrices, or None.
         html: file for the heat maps, or None.
         workers: Ray workers that score the rows, see `cepo.eval.score.ray`; None for this process.
@@ -87,9 +87,9 @@ class ScoreSummary:
 def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = None) -> ScoreSummary:
     """Score every row of the input, and go on from an interrupted run with the same settings.
 
-    Records are appended to OUTPUT.partial as they come, and written to the output when all are there. A record is taken
-    over where the model's weights, the settings and the row's content are the same. Everything that needs no weights is
-    checked before they are loaded.
+    Records are appended to OUTPUT.partial as they come, rows of one prompt one after another, and written to the output
+    in order when all are there. A record is taken over where the model's weights, the settings and the row's content
+    are the same. Everything that needs no weights is checked before they are loaded.
 
     Args:
         job: what to do.
@@ -210,12 +210,12 @@ def _check_prompts(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> 
 def _score_here(
     job: ScoreJob, pending: Mapping[int, Line], reader: SpanReader, engine: Engine | None, pools: Pools | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the records of the lines, so many at a time as the job says."""
+    """Yield each record as it comes."""
     matrices = _beside(job.output, ".jacobians") if job.jacobians is not None else None
-    rows = list(pending)
-    for start in range(0, len(rows), job.batch_size):
-        batch = rows[start : start + job.batch_size]
-        yield [score_line(job, row, pending[row], reader, engine, pools, matrices=matrices) for row in batch]
+    for batch in batches_of(pending, job.batch_size):
+        lines = [pending[row] for row in batch]
+        for _, record in score_lines(job, lines, reader, engine, pools, rows=batch, matrices=matrices):
+            yield [record]
 
 
 def _write_page(

@@ -1,6 +1,6 @@
 """`cepo score --ray N`, and a callable class for `ray.data.map_batches`: rows scored by several processes or machines.
 
-The records are those of one process: a row is scored alone, and all workers draw from the same donors.
+The records are those of one process, but for rounding: all workers draw from the same donors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow
 
 from cepo.eval.score.rows import Line, line_of
-from cepo.eval.score.scorer import Scoring, donor_pools, open_model, score_line
+from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_model, score_lines
 from cepo.files import json_line
 from cepo.fusion.score import Pools
 from cepo.jacobian.loading import resolve_model
@@ -39,16 +39,14 @@ def score_on_ray(
         pools: where donors are drawn from, of all rows.
         workers: processes that score, each with a model of its own.
         threads: CPUs of each, at least 1; on a GPU each has a whole card too.
-        batch_size: rows that a worker is given at once.
+        batch_size: rows that a worker is given at once, and scores together.
 
     Raises:
         ValueError: with the reason of a worker that refuses its model or settings.
     """
     import ray.data
 
-    size = max(batch_size, len(lines) // _BLOCKS)
-    rows = list(lines)
-    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    blocks = batches_of(lines, max(batch_size, len(lines) // _BLOCKS))
     tables = [
         pyarrow.table({"row": block, "line": [json.dumps(asdict(lines[row])) for row in block]}) for block in blocks
     ]
@@ -110,11 +108,8 @@ class CepoScorer:
         return batch.append_column("record", self._records(numbers, lines))
 
     def _records(self, numbers: list[int | None], lines: list[Line]) -> pyarrow.Array:
-        records = [
-            score_line(self.scoring, number, line, self.reader, self.engine, self.pools)
-            for number, line in zip(numbers, lines, strict=True)
-        ]
-        return pyarrow.array([json_line(record) for record in records], pyarrow.string())
+        found = dict(score_lines(self.scoring, lines, self.reader, self.engine, self.pools, rows=numbers))
+        return pyarrow.array([json_line(found[place]) for place in range(len(lines))], pyarrow.string())
 
 
 class _LineScorer(CepoScorer):

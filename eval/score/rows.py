@@ -52,6 +52,12 @@ class Line:
         return content_hash(self.id, self.row, self.task_reward, self.broken)
 
     @property
+    def prompt(self) -> Any:
+        """Return what stands for the row's prompt: text, messages or token ids; None where it cannot be used."""
+        row = self.row or {}
+        return row.get("prompt", row.get("prompt_ids"))
+
+    @property
     def is_text(self) -> bool:
         """Return whether the row's prompt is text or messages."""
         return self.row is not None and "prompt" in self.row

@@ -1,8 +1,9 @@
-"""What scores one row for `cepo score`, in this process or in a Ray worker: the model, the donors, and the record."""
+"""What scores rows for `cepo score`, in this process or in a Ray worker: the model, the donors, and the records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from cepo.counterfactual.exchange import exchanged_prompts
 from cepo.eval.score.criteria import criteria_of
 from cepo.eval.score.matrices import save_matrices
 from cepo.eval.score.rows import Line, read_lines, rollout_of
+from cepo.files import content_hash
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import LinkScore
-from cepo.fusion.score import Pools, RolloutScore, pools_of, score_rollouts
+from cepo.fusion.score import Pools, RolloutScore, pools_of, scores_as_they_come
 from cepo.jacobian.engines import EngineName, new_engine
+from cepo.jacobian.group.halving import is_out_of_memory, release_memory
 from cepo.jacobian.loading import ModelSource, load_model, load_tokenizer
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
 from cepo.train.prompts import JUDGE
+
+logger = logging.getLogger("cepo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,42 +99,96 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
     return pools
 
 
-def score_line(
+def batches_of(lines: Mapping[int, Line], size: int) -> list[list[int]]:
+    """Return the rows in batches of at most `size`; rows of one prompt stand together, and are parted only where more.
+
+    Args:
+        lines: by number of the row.
+        size: at least 1.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for row, line in lines.items():
+        by_prompt.setdefault(content_hash(line.prompt), []).append(row)
+    batches: list[list[int]] = []
+    for rows in by_prompt.values():
+        if batches and len(batches[-1]) + len(rows) <= size:
+            batches[-1] += rows
+        else:
+            batches += [rows[start : start + size] for start in range(0, len(rows), size)]
+    return batches
+
+
+def score_lines(
     scoring: Scoring,
-    row: int | None,
-    line: Line,
+    lines: Sequence[Line],
     reader: SpanReader,
     engine: Engine | None,
     pools: Pools | None,
     *,
+    rows: Sequence[int | None],
     matrices: Path | None = None,
-) -> dict[str, Any]:
-    """Return the record of a line, scored alone: to the last bit, it does not depend on the lines beside it.
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the place of each line and its record as they come; what rows have in common is computed once.
+
+    A record does not depend on the lines beside it, but for rounding. Where memory runs out, half of the lines that are
+    left are scored at once.
 
     Args:
         scoring: how rows are scored.
-        row: its number in the input, from 0.
-        line: what is read of it.
-        reader: finds its spans.
-        engine: what computes effects and Jacobians; None where the line cannot be used.
+        lines: what is read of the rows.
+        reader: finds their spans.
+        engine: what computes effects and Jacobians; None where no line can be used.
         pools: where donors are drawn from.
-        matrices: folder to write its matrices to, or None.
+        rows: the number of each in the input, from 0.
+        matrices: folder to write the matrices of each to, or None.
     """
-    rollout = rollout_of(line, reader, raw=scoring.raw)
-    score = RolloutScore({}, 0.0, rollout.malformed)
-    if engine is not None and rollout.token_ids:
-        (score,) = score_rollouts(
-            [rollout],
-            engine,
-            scoring.config,
-            scoring.layout,
-            task_rewards=[line.task_reward],
-            pools=pools,
-            exchanged=exchanged_prompts([rollout], reader) if scoring.config.reads_leak else None,
-            keep_jacobians=True,
-        )
-    if matrices is not None and row is not None and rollout.token_ids:
-        save_matrices(matrices, row, rollout, score)
+    rollouts = [rollout_of(line, reader, raw=scoring.raw) for line in lines]
+    left, at_once = list(range(len(lines))), len(lines)
+    while left:
+        part = left[:at_once]
+        try:
+            some = [lines[place] for place in part], [rollouts[place] for place in part]
+            for index, score in _scores(scoring, *some, reader, engine, pools):
+                place = part[index]
+                row, rollout = rows[place], rollouts[place]
+                if matrices is not None and row is not None and rollout.token_ids:
+                    save_matrices(matrices, row, rollout, score)
+                left.remove(place)
+                yield place, _record(row, lines[place], rollout, score, reader)
+            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(part) == 1:
+                raise
+        at_once = (len(part) + 1) // 2
+        logger.warning("out of memory with %d rows together; going on with %d", len(part), at_once)
+        release_memory()
+
+
+def _scores(
+    scoring: Scoring,
+    lines: Sequence[Line],
+    rollouts: Sequence[Rollout],
+    reader: SpanReader,
+    engine: Engine | None,
+    pools: Pools | None,
+) -> Iterator[tuple[int, RolloutScore]]:
+    """Yield index and score of each line, those that cannot be used first."""
+    if engine is None:
+        return ((index, RolloutScore({}, 0.0, one.malformed)) for index, one in enumerate(rollouts))
+    return scores_as_they_come(
+        rollouts,
+        engine,
+        scoring.config,
+        scoring.layout,
+        task_rewards=[line.task_reward for line in lines],
+        pools=pools,
+        exchanged=exchanged_prompts(rollouts, reader) if scoring.config.reads_leak else None,
+        keep_jacobians=True,
+        one_by_one=True,
+    )
+
+
+def _record(row: int | None, line: Line, rollout: Rollout, score: RolloutScore, reader: SpanReader) -> dict[str, Any]:
     texts = reader.texts(rollout.token_ids) if score.links else []
     links = {name: _link_record(link, score, rollout, texts) for name, link in score.links.items()}
     return {
