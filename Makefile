@@ -30,9 +30,9 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/cepo bench --size small --output runs/bench
 
-# On a machine with a GPU, in about four minutes: are the kernels and the engines right there, and how fast are they?
+# On a machine with a GPU, in calls of at most ten minutes: is everything right there, how fast is it, and what is it worth?
 gpu: .venv/installed
-	$(BIN)/python -m cepo.benchmarks.device --output runs/gpu
+	benchmarks/first_hour.sh
 
 # Draws the pictures of the documentation from benchmarks/results.
 figures: .venv/installed

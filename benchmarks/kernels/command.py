@@ -6,6 +6,7 @@ bytes, a large product for operations. Each part has a deadline, so that the who
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,15 @@ from cepo.benchmarks.engine.cases import EXACT, ONLY, Case, Subject, contenders,
 from cepo.benchmarks.engine.peers import Jacobians, Workload, padded_jacobians
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
 from cepo.benchmarks.kernels.cases import EAGER, Operation, Widths, operations
-from cepo.benchmarks.kernels.rows import Recorder, Row, case_row, measured_floors, missing_reason, operation_row
+from cepo.benchmarks.kernels.rows import (
+    Recorder,
+    Row,
+    WrongValueError,
+    case_row,
+    measured_floors,
+    missing_reason,
+    operation_row,
+)
 from cepo.benchmarks.measure import environment
 from cepo.files import make_folder, write_text
 from cepo.jacobian.group.engine import GroupEngine
@@ -98,7 +107,7 @@ def run_kernel_benchmark(
         progress: called with the name of each contender before it runs.
 
     Returns:
-        The table, and whether all of ours agreed.
+        The table, and whether all of ours agreed for which there was time. It ends at the first that disagrees.
 
     Raises:
         ValueError: for an unknown or a missing device.
@@ -116,15 +125,16 @@ def run_kernel_benchmark(
     started, limit = time.perf_counter(), 60 * minutes if device == "cuda" else float("inf")
     deadlines = {part: started + limit * share for part, share in _UNTIL.items()}
     run = Recorder(output / "kernels.jsonl", facts, place, deadlines, [], progress)
-    _run_operations(run, "kernels", operations(chosen.widths, place, ours, seed), compiled=False)
-    subject, workload = _run_engine(run, chosen, ours, seed)
-    _run_operations(run, "compiled kernels", operations(chosen.widths, place, ours, seed), compiled=True)
-    _write(output / "kernels.txt", _table(run.rows), facts)  # before compiling, which can outlast the deadline
-    _run_compiled_engine(run, subject, workload)
+    with contextlib.suppress(WrongValueError):
+        _run_operations(run, "kernels", operations(chosen.widths, place, ours, seed), compiled=False)
+        subject, workload = _run_engine(run, chosen, ours, seed)
+        _run_operations(run, "compiled kernels", operations(chosen.widths, place, ours, seed), compiled=True)
+        _write(output / "kernels.txt", _table(run.rows), facts)  # before compiling, which can outlast the deadline
+        _run_compiled_engine(run, subject, workload)
     table = _table(run.rows)
     _write(output / "kernels.txt", table, facts)
-    sound = all(row["status"] == "ok" for row in run.rows if row["contender"].startswith("cepo"))
-    return table, sound
+    of_ours = [row["status"] for row in run.rows if row["contender"].startswith("cepo")]
+    return table, all(status == "ok" or status.startswith("out of time") for status in of_ours)
 
 
 def _our_implementation(device: str) -> Implementation:
@@ -253,7 +263,7 @@ def main(
         raise typer.Exit(2) from None
     Console().print(table)
     if not sound:
-        errors.print("error: a kernel failed, disagreed or ran out of time; see the table", markup=False)
+        errors.print("error: a kernel failed or disagreed; see the table", markup=False)
         raise typer.Exit(1)
 
 

@@ -24,6 +24,10 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _LENGTHS = {"Lz": "prompt", "Lx": "rationale", "Ly": "answer"}
 
 
+class WrongValueError(Exception):
+    """One of ours has a wrong value: nothing is timed after it."""
+
+
 @dataclass(frozen=True)
 class Recorder:
     """Where rows go (to the file at once, so that a killed run keeps them), the device, and when each part must end."""
@@ -35,10 +39,16 @@ class Recorder:
     rows: list[Row]
     progress: Callable[[str], None]
 
-    def add(self, row: Row) -> Row:
+    def add(self, row: Row) -> None:
+        """Record a row.
+
+        Raises:
+            WrongValueError: after a row of ours whose values disagree.
+        """
         self.rows.append({**self.facts, **row})
         append_jsonl(self.path, self.rows[-1:])
-        return self.rows[-1]
+        if row["contender"].startswith("cepo") and row["status"].startswith("disagrees"):
+            raise WrongValueError
 
     def left(self, part: str) -> float:
         return self.deadlines[part] - time.perf_counter()

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
-import httpx2
-
 from cepo.files import Row
 from cepo.jacobian.loading import check_device, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import read_scores
@@ -212,6 +210,8 @@ def row_seed(seed: int, messages: Messages) -> int:
 
 
 def _check_server(settings: JudgeSettings) -> None:
+    import httpx2  # here, since a server alone needs it
+
     try:
         url = httpx2.URL(settings.base_url or "")
     except httpx2.InvalidURL:

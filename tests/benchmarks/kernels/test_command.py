@@ -20,6 +20,7 @@ import torch
 
 from cepo.benchmarks.engine.cases import EXACT, contenders, new_subject
 from cepo.benchmarks.engine.sizes import random_workload
+from cepo.benchmarks.kernels import command
 from cepo.benchmarks.kernels import rows as kernel_rows
 from cepo.benchmarks.kernels.cases import Contender, Operation
 from cepo.benchmarks.kernels.command import KERNEL_SIZES, run_kernel_benchmark
@@ -37,11 +38,11 @@ def test_every_contender_agrees_in_the_interpreter_and_without_training_packages
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
         "from tests.kernels.checks import stay_patched; stay_patched(); "
-        "from cepo.benchmarks.kernels.command import main; import typer; typer.run(main)"
+        "from cepo.cli.app import main; main()"
     )
-    command = [sys.executable, "-c", code, "--device", "cpu", "--output", str(tmp_path)]
+    arguments = [sys.executable, "-c", code, "bench", "--kernels", "--device", "cpu", "--output", str(tmp_path)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
     assert {row["kernels"] for row in rows} == {"interpreted"}
@@ -109,6 +110,28 @@ def test_only_values_that_agree_get_a_time(tmp_path: Path, monkeypatch: pytest.M
     assert late["status"] == "out of time"
     absent = Contender("absent", "", fails, needs="no_such_package")
     assert operation_row(run, "kernels", operation, absent, truth)["status"] == "not installed"
+
+
+def test_nothing_is_timed_after_a_wrong_value_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark ends there, with its table, as a failure; neither a peer nor lack of time does that."""
+    cases = {"peer": "disagrees by 1.0e+00", "cepo": "out of time", "cepo, kernels": "disagrees by 2.0e-01"}
+
+    def run_operations(run: Recorder, part: str, found: Any, **_: Any) -> None:
+        for contender, status in cases.items():
+            run.add({"contender": contender, "operation": "doubling", "shapes": "2 x 3", "status": status} | columns)
+        ended.append(part)
+
+    ended: list[str] = []
+    columns = {"error": None, "seconds": None, "computes": ""}
+    monkeypatch.setattr(command, "_run_operations", run_operations)
+    monkeypatch.setattr(command, "_run_engine", lambda *_: (None, None))
+    monkeypatch.setattr(command, "_run_compiled_engine", lambda *_: None)
+    assert not run_kernel_benchmark(tmp_path, device="cpu")[1]
+    assert not ended
+    assert "disagrees by 2.0e-01" in (tmp_path / "kernels.txt").read_text()
+    del cases["cepo, kernels"]
+    assert run_kernel_benchmark(tmp_path, device="cpu")[1]
+    assert ended == ["kernels", "compiled kernels"]
 
 
 def test_a_schedule_that_would_not_end_in_time_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

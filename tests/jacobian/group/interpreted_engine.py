@@ -166,6 +166,7 @@ def test_a_grpo_step_with_lora_is_rewarded_on_the_kernels(
 
     An untrained policy writes no judgement, so that generation is made to end in one; all else is TRL's.
     """
+    pytest.importorskip("trl", reason="trl is an extra: pip install 'cepo[trl]'")
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
