@@ -35,14 +35,13 @@ def nuisance_bases(
     """
     check_rank(rank, energy)
     found = [torch.zeros(0, 0, dtype=torch.float64) for _ in stacks]
-    stacked = {
-        index: torch.cat([jac_SD.double() for jac_SD in jacs_SD]) for index, jacs_SD in enumerate(stacks) if jacs_SD
-    }
+    stacked = {index: torch.cat(list(jacs_SD)) for index, jacs_SD in enumerate(stacks) if jacs_SD}
     if rank is not None:
         for index, basis_RD in zip(stacked, top_right_vectors(list(stacked.values()), rank), strict=True):
             found[index] = basis_RD
         return found
     for index, stack_ND in stacked.items():
+        stack_ND = stack_ND.double()
         wide = stack_ND.shape[0] < stack_ND.shape[1]
         energies_N = torch.linalg.eigvalsh(stack_ND @ stack_ND.T if wide else stack_ND.T @ stack_ND).flip(0)
         energies_N = energies_N.clamp_min(0.0)

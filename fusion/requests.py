@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -39,7 +40,12 @@ class LinkGradients:
     @property
     def is_finite(self) -> bool:
         """Whether no matrix holds a NaN or an infinity."""
-        return all(bool(jac_SD.isfinite().all()) for jac_SD in (self.base.jac_SD, *self.counterfactuals))
+        return all(math.isfinite(jac_SD.abs().max()) for jac_SD in (self.base.jac_SD, *self.counterfactuals))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the matrices take."""
+        return sum(jac_SD.nbytes for jac_SD in (self.base.jac_SD, *self.counterfactuals))
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ def scores_as_they_come(
 ) -> Iterator[tuple[int, RolloutScore]]:
     """Yield the index and the score of each rollout as they come: first those without one, then prompt by prompt.
 
-    Arguments and errors are those of `score_rollouts`. The matrices of one prompt are held at a time.
+    Arguments and errors are those of `score_rollouts`. The matrices of one prompt are held at a time, or
+    those of a few prompts where they are small.
 
     Args:
         one_by_one: compare each rollout with its donors in a request of its own, in the order of the token ids. The
@@ -241,6 +242,10 @@ def _compare(
         yield group.members, compared
 
 
+# Bytes of Jacobians up to which groups wait for the next, to be hardened with it: a few prompts of a tiny model.
+_HARDENED_TOGETHER = 2**23
+
+
 def _differentiate(
     rollouts: Mapping[int, Rollout],
     engine: Engine,
@@ -248,18 +253,27 @@ def _differentiate(
     links: Sequence[Link],
     seconds: dict[str, float] | None,
 ) -> Iterator[tuple[tuple[int, ...], dict[tuple[int, str], HardenedLink]]]:
-    """Yield, group by group, its members and the finite Jacobians of their links with what hardening leaves of them."""
+    """Yield members of groups and the finite Jacobians of their links with what hardening leaves of them.
+
+    Groups are hardened together while their Jacobians are small, and one by one where they are large.
+    """
     groups = config.requests(rollouts, links)
     answers = engine.compute([request for group in groups for request in group.requests])
+    members: tuple[int, ...] = ()
+    gradients: list[LinkGradients] = []
     for group in groups:
         with _timed("links", seconds):
             base = next(answers)
         with _timed("counterfactuals", seconds):
             counterfactuals = [next(answers) for _ in group.requests[1:]]
         with _timed("spectral", seconds):
-            gradients = [one for one in group.gradients(base, counterfactuals) if one.is_finite]
+            members += group.members
+            gradients += (one for one in group.gradients(base, counterfactuals) if one.is_finite)
+            if group is not groups[-1] and sum(one.nbytes for one in gradients) < _HARDENED_TOGETHER:
+                continue
             hardened = {(one.rollout, one.base.link.name): one for one in harden(gradients, config)}
-        yield group.members, hardened
+        yield members, hardened
+        members, gradients = (), []
 
 
 def _problem(one: Measured, config: RewardConfig) -> str | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ def project_out(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
         Tensor (S, D) of J's dtype.
     """
     basis_RD = basis_RD.to(jac_SD.dtype)
-    once_SD = jac_SD - (jac_SD @ basis_RD.T) @ basis_RD
-    return once_SD - (once_SD @ basis_RD.T) @ basis_RD
+    once_SD = torch.addmm(jac_SD, jac_SD @ basis_RD.T, basis_RD, alpha=-1)
+    return torch.addmm(once_SD, once_SD @ basis_RD.T, basis_RD, alpha=-1)
 
 
 def frobenius_energy(jac_SD: Tensor) -> float:
@@ -45,13 +47,13 @@ def frobenius_energy(jac_SD: Tensor) -> float:
 def spectral_shares(
     jacs_SD: Sequence[Tensor], *, tolerance: float = 1e-9, max_squarings: int = 64
 ) -> list[SpectralShare]:
-    """Return phi(J) = sigma_1^2 / ||J||_F^2 of each matrix by repeated squaring of its Gram matrix, all in one batch.
+    """Return phi(J) = sigma_1^2 / ||J||_F^2 of each matrix by repeated squaring of its Gram matrix, in batches.
 
     With M = J J^T / tr(J J^T) (the smaller side), eigenvalues l_i that sum to 1 and p = 2^k,
     (||M^p||_F^2 / tr M^p)^(1/p) <= l_1 <= ||M^p||_F^(1/p): the lower side is a weighted mean of l_i^p, the upper one
     the 2p-norm. Neither needs a gap between l_1 and l_2. M is squared, rescaled to trace 1 with the scale kept as a
     logarithm, until the interval is narrower than `tolerance` relative to phi; the geometric mean is returned. A matrix
-    is done when its own interval is narrow, so that its result does not depend on the others.
+    is done when its own interval is narrow, so that the others in its batch change its result by rounding alone.
 
     Args:
         jacs_SD: matrices (S, D), finite, any float dtype, S may differ; computed in float64.
@@ -65,7 +67,8 @@ def spectral_shares(
         ValueError: if a matrix holds a NaN or an infinity.
     """
     found = [SpectralShare(0.0, 0.0, 0.0, 0)] * len(jacs_SD)
-    for indices, gram_BNN in _grams(jacs_SD):
+    for indices, jac_BSD in _batches(jacs_SD):
+        gram_BNN = jac_BSD @ jac_BSD.mT if jac_BSD.shape[1] <= jac_BSD.shape[2] else jac_BSD.mT @ jac_BSD
         power_BNN = gram_BNN / _trace(gram_BNN)[:, None, None]
         log_scale_B = power_BNN.new_zeros(len(indices))  # M^p = exp(log_scale) * power, with tr power = 1
         waiting = list(range(len(indices)))
@@ -93,102 +96,168 @@ def spectral_shares(
 
 
 def top_right_vectors(stacks_ND: Sequence[Tensor], rank: int) -> list[Tensor]:
-    """Return the top right singular vectors of each matrix, by a block iteration on its Gram matrix, all in one batch.
+    """Return the top right singular vectors of each matrix, those of matrices of similar size in one batch.
 
-    Subspace iteration with the fourth power of the smaller Gram matrix, a few more columns than asked for, and
-    Rayleigh-Ritz. A matrix is done when ||G v - l v|| <= 1e-11 l_1 for each vector asked for; one that isn't after 40
-    rounds (a flat spectrum, or one that falls by more than four orders) is left to a full eigendecomposition.
-    Directions below the rounding of the Gram matrix are never returned, so there can be fewer than asked.
+    With A the matrix, or its transpose if that is the wider one, a subspace of a few more vectors than asked for is
+    iterated on A A^T with a Chebyshev filter and Rayleigh-Ritz: first in float32, which only chooses the start, then in
+    float64. A matrix is done, whatever else is in its batch, when ||A A^T u - s^2 u|| <= 1e-10 s_1 s for each vector u
+    asked for and its singular value s, or 1e-6 s_1 s if the matrix came in float32 or less and is no better known. The
+    last image A A^T u is returned, which is closer yet. A matrix that is small or isn't done after the last cycle (a
+    flat spectrum, or one that falls by orders of magnitude) is left to a full eigendecomposition. Directions below
+    the rounding of that are never returned, so there can be fewer than asked.
 
     Args:
-        stacks_ND: matrices (N, D), finite, N may differ; computed in float64.
+        stacks_ND: matrices (N, D), finite, any float dtype, N may differ.
         rank: r >= 0.
 
     Returns:
-        For each (R, D) with orthonormal rows, float64, R <= rank.
+        For each (R, D) with orthonormal rows, float64, R <= rank. What else is in its batch changes it by rounding.
+
+    Raises:
+        ValueError: if a matrix holds a NaN or an infinity.
+
+    Source:
+        Zhou, Saad, Tiago and Chelikowsky, Self-consistent-field calculations using Chebyshev-filtered subspace
+        iteration (2006), section 3, for the filter.
     """
     found = [stack_ND.new_zeros(0, stack_ND.shape[1], dtype=torch.float64) for stack_ND in stacks_ND]
-    for indices, gram_BNN in _grams(stacks_ND) if rank else ():
-        size = gram_BNN.shape[1]
-        width = min(size, rank + _OVERSAMPLED)
-        values_BR, vectors_BNR = _block_iteration(gram_BNN, width, min(rank, width))
-        wanted_BNR = vectors_BNR[:, :, :rank]
-        miss_BR = torch.linalg.vector_norm(gram_BNN @ wanted_BNR - wanted_BNR * values_BR[:, None, :rank], dim=1)
-        poor = (miss_BR.amax(1) > _RESIDUAL * values_BR[:, 0]).tolist()
-        for place, index in enumerate(indices):
-            values_R, vectors_NR = values_BR[place, :rank], wanted_BNR[place]
-            if poor[place]:
-                values_N, vectors_NN = torch.linalg.eigh(gram_BNN[place])
-                values_R, vectors_NR = values_N.flip(0)[:rank], vectors_NN.flip(1)[:, :rank]
-            stack_ND = stacks_ND[index].double()
-            rounding = max(stack_ND.shape) * torch.finfo(torch.float64).eps * float(values_R[0])
-            vectors_NR = vectors_NR[:, : int((values_R > rounding).sum())]
-            basis_RD = vectors_NR.T @ stack_ND if _is_wide(stack_ND) else vectors_NR.T
-            found[index] = torch.linalg.qr(basis_RD.T).Q.T
+    for indices, stack_BND in _batches(stacks_ND) if rank else ():
+        is_wide = stack_BND.shape[1] <= stack_BND.shape[2]
+        wide_BNM = stack_BND if is_wide else stack_BND.mT
+        size = wide_BNM.shape[1]
+        vectors_BRN = stack_BND.new_zeros(len(indices), min(rank, size), size)
+        counts, left = [rank] * len(indices), list(range(len(indices)))
+        if size > 4 * (rank + _OVERSAMPLED):
+            # A fixed start, whatever the batch and its padding: a result must not depend on what else is in it.
+            start_RD = torch.randn(rank + _OVERSAMPLED, stack_BND.shape[2], generator=torch.Generator().manual_seed(0))
+            start_RD = start_RD.to(stack_BND)
+            start_BRN = start_RD @ stack_BND.mT if is_wide else start_RD.expand(len(indices), -1, -1)
+            known = 1e-10 if stacks_ND[indices[0]].dtype == torch.float64 else 1e-6
+            left = _iterate(wide_BNM, start_BRN, known, vectors_BRN)
+        if left:
+            vectors_BRN[left], kept = _by_eigenvectors(wide_BNM[left], rank)
+            for place, count in zip(left, kept, strict=True):
+                counts[place] = count
+        bases_BRD = _orthonormal(vectors_BRN @ stack_BND if is_wide else vectors_BRN)
+        for index, basis_RD, count in zip(indices, bases_BRD, counts, strict=True):
+            found[index] = basis_RD[:count]
     return found
 
 
-# More columns than asked for: the iteration converges by the first eigenvalue left out, not by the next one.
-_OVERSAMPLED = 8
-_ROUNDS = 40
-_RESIDUAL = 1e-11
-# Entries of the Gram matrices of one batch: 1 GiB in float64.
-_BATCH_ENTRIES = 2**27
+# More vectors than asked for: the iteration converges by the first eigenvalue left out, not by the next one.
+_OVERSAMPLED = 6
+# Degree of the filter in each cycle. High degrees part close eigenvalues, low ones those that differ by magnitudes.
+_DEGREES_FLOAT32 = (4, 5)
+_DEGREES_FLOAT64 = (3, 3, 6, 8, 8, 8)
+# The most by which a filter may raise one direction over another: less than 1 / rounding, or it drowns the other.
+_GAIN = 1e11
+# Entries of the matrices of one batch. On a CPU what fits a cache; elsewhere 256 MiB in float64.
+_BATCH_ENTRIES_CPU = 2**18
+_BATCH_ENTRIES = 2**25
 
 
-def _block_iteration(gram_BNN: Tensor, width: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the top `width` Ritz values, descending, and vectors of a batch of Gram matrices."""
-    scaled_BNN = gram_BNN / _trace(gram_BNN)[:, None, None]
-    fourth_BNN = scaled_BNN @ scaled_BNN
-    fourth_BNN = fourth_BNN @ fourth_BNN
-    # A fixed start, whatever the batch: a result must not depend on what else is in it.
-    generator = torch.Generator().manual_seed(0)
-    start_NR = torch.randn(gram_BNN.shape[1], width, generator=generator, dtype=torch.float64).to(gram_BNN.device)
-    block_BNR = torch.linalg.qr(gram_BNN @ start_NR).Q
-    for round_ in range(_ROUNDS):
-        block_BNR = torch.linalg.qr(fourth_BNN @ block_BNR).Q
-        if round_ % 4 == 3:
-            image_BNR = scaled_BNN @ block_BNR
-            values_BR, turn_BRR = torch.linalg.eigh(block_BNR.mT @ image_BNR)
-            values_BR, turn_BRR = values_BR.flip(1), turn_BRR.flip(2)
-            block_BNR = block_BNR @ turn_BRR
-            miss_BNR = (image_BNR @ turn_BRR - block_BNR * values_BR[:, None])[:, :, :rank]
-            if bool((torch.linalg.vector_norm(miss_BNR, dim=1) <= 0.1 * _RESIDUAL * values_BR[:, :1]).all()):
-                break
-    return values_BR * _trace(gram_BNN)[:, None], block_BNR
+def _iterate(wide_BNM: Tensor, block_BRN: Tensor, tolerance: float, vectors_BRN: Tensor) -> list[int]:
+    """Write the top left vectors, descending, of the matrices that converge; return the places of the others."""
+    rank = vectors_BRN.shape[1]
+    places = list(range(len(wide_BNM)))
+    single_BNM = wide_BNM.float()
+    gram_BNN = single_BNM @ single_BNM.mT
+    block_BRN = _orthonormal(block_BRN.float() @ gram_BNN)
+    for degree in _DEGREES_FLOAT32:
+        block_BRN = _filter((gram_BNN,), *_rayleigh_ritz((gram_BNN,), block_BRN), degree)
+    block_BRN = _orthonormal(block_BRN.double())
+    for degree in _DEGREES_FLOAT64:
+        factors = (wide_BNM, wide_BNM.mT)
+        values_BR, block_BRN, image_BRN = _rayleigh_ritz(factors, block_BRN)
+        miss_BR = torch.linalg.vector_norm(image_BRN - values_BR[:, :, None] * block_BRN, dim=2)
+        near_BR = miss_BR <= tolerance * (values_BR[:, -1:] * values_BR).clamp_min(0.0).sqrt()
+        near_BR &= _above_rounding(values_BR, block_BRN.shape[2])
+        is_done = near_BR[:, -rank:].all(1).tolist()
+        done, keep = ([at for at, each in enumerate(is_done) if each is wanted] for wanted in (True, False))
+        vectors_BRN[[places[at] for at in done]] = image_BRN[done, -rank:].flip(1)
+        if done:
+            places = [places[at] for at in keep]
+            wide_BNM, values_BR, block_BRN, image_BRN = (
+                each[keep] for each in (wide_BNM, values_BR, block_BRN, image_BRN)
+            )
+        if not keep:
+            break
+        block_BRN = _filter((wide_BNM, wide_BNM.mT), values_BR, block_BRN, image_BRN, degree)
+    return places
 
 
-def _grams(matrices_ND: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield batches of Gram matrices of the smaller side, in float64, with the indices that they belong to.
+def _by_eigenvectors(wide_BNM: Tensor, rank: int) -> tuple[Tensor, list[int]]:
+    """Return the top left vectors, descending, and for each matrix how many of them have more than rounding."""
+    values_BN, vectors_BNN = torch.linalg.eigh(wide_BNM @ wide_BNM.mT)
+    counts = _above_rounding(values_BN, wide_BNM.shape[1])[:, -rank:].sum(1).tolist()
+    return vectors_BNN.mT.flip(1)[:, :rank], counts
 
-    Each matrix is scaled by its largest entry, so that squares neither overflow nor vanish. Zero matrices are left out.
-    Matrices of one side and one size make a batch.
+
+def _above_rounding(values_BR: Tensor, size: int) -> Tensor:
+    return values_BR > 10 * size * torch.finfo(torch.float64).eps * values_BR[:, -1:]
+
+
+def _rayleigh_ritz(factors: tuple[Tensor, ...], block_BRN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the Ritz values in the span of the block, ascending, their vectors, and the images of those."""
+    image_BRN = reduce(torch.matmul, factors, block_BRN)
+    values_BR, turn_BRR = torch.linalg.eigh(block_BRN @ image_BRN.mT)
+    return values_BR, turn_BRR.mT @ block_BRN, turn_BRR.mT @ image_BRN
+
+
+def _filter(
+    factors: tuple[Tensor, ...], values_BR: Tensor, block_BRN: Tensor, image_BRN: Tensor, degree: int
+) -> Tensor:
+    """Return an orthonormal basis of T(1 - G / h) of a block, lowering what is in [0, 2 h], raising what is above.
+
+    Args:
+        factors: G, as matrices to be multiplied.
+        values_BR: Ritz values, ascending; the least is 2 h, unless the largest is so far above that it would drown all.
+        block_BRN: Ritz vectors.
+        image_BRN: G of them.
+        degree: of the Chebyshev polynomial T.
     """
-    sizes: dict[tuple[int, str], list[int]] = {}
+    least = 4.0 * (2.0 * _GAIN) ** (-1.0 / degree)
+    half_B11 = torch.maximum(values_BR[:, 0], least * values_BR[:, -1])[:, None, None] / 2.0
+    before_BRN, now_BRN = block_BRN, block_BRN - image_BRN / half_B11
+    for _ in range(degree - 1):
+        image_BRN = reduce(torch.matmul, factors, now_BRN)
+        before_BRN, now_BRN = now_BRN, torch.addcmul(2.0 * now_BRN - before_BRN, image_BRN, -2.0 / half_B11)
+    return _orthonormal(now_BRN)
+
+
+def _orthonormal(block_BRD: Tensor) -> Tensor:
+    return torch.linalg.qr(block_BRD.mT).Q.mT
+
+
+def _batches(matrices_ND: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield batches of matrices in float64, with the indices that they belong to.
+
+    Matrices of similar size share a batch, the shorter ones with rows of zeros added, which change neither singular
+    values nor right vectors. Each is scaled by its largest entry, so that squares neither overflow nor vanish. Zero
+    matrices are left out.
+    """
+    kinds: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for index, matrix_ND in enumerate(matrices_ND):
         if matrix_ND.numel():
-            sizes.setdefault((min(matrix_ND.shape), str(matrix_ND.device)), []).append(index)
-    for (size, _), members in sizes.items():
-        # On a CPU a batch gains nothing, and one by one a result is the same to the bit whatever else is in the batch.
-        alone = matrices_ND[members[0]].device.type == "cpu"
-        step = 1 if alone else max(1, _BATCH_ENTRIES // size**2)
-        for start in range(0, len(members), step):
-            indices, grams = [], []
-            for index in members[start : start + step]:
-                matrix_ND = matrices_ND[index].detach().double()
-                largest = matrix_ND.abs().max()
-                if not bool(torch.isfinite(largest)):
-                    raise ValueError("jac_SD holds a NaN or an infinity; expected a finite Jacobian")
-                if bool(largest > 0):
-                    matrix_ND = matrix_ND / largest
-                    indices.append(index)
-                    grams.append(matrix_ND @ matrix_ND.T if _is_wide(matrix_ND) else matrix_ND.T @ matrix_ND)
-            if indices:
-                yield indices, torch.stack(grams)
-
-
-def _is_wide(matrix_ND: Tensor) -> bool:
-    return matrix_ND.shape[0] <= matrix_ND.shape[1]
+            kinds.setdefault((matrix_ND.shape[1], matrix_ND.dtype, matrix_ND.device), []).append(index)
+    rows = [matrix_ND.shape[0] for matrix_ND in matrices_ND]
+    for (columns, _, device), members in kinds.items():
+        entries = _BATCH_ENTRIES_CPU if device.type == "cpu" else _BATCH_ENTRIES
+        members.sort(key=lambda index: -rows[index])
+        while members:
+            longest = rows[members[0]]
+            most = max(1, entries // (longest * columns))
+            indices = [index for index in members[:most] if 4 * rows[index] >= 3 * longest]
+            members = members[len(indices) :]
+            padded_BND = pad_sequence([matrices_ND[index].detach() for index in indices], batch_first=True)
+            largest_B = padded_BND.abs().amax((1, 2)).double()
+            if not bool(torch.isfinite(largest_B).all()):
+                raise ValueError("jac_SD holds a NaN or an infinity; expected a finite Jacobian")
+            kept = [place for place, largest in enumerate(largest_B.tolist()) if largest > 0.0]
+            if len(kept) < len(indices):
+                padded_BND, largest_B = padded_BND[kept], largest_B[kept]
+            if kept:
+                yield [indices[place] for place in kept], padded_BND.double().div_(largest_B[:, None, None])
 
 
 def _trace(gram_BNN: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from cepo.counterfactual.permute import permute_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.power_mean import power_mean
 from cepo.fusion.records import HardenedLink, Measured, score_links
-from cepo.fusion.score import RolloutScore, fuse, score_rollouts
+from cepo.fusion.score import RolloutScore, fuse, harden, score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, Request
@@ -305,26 +305,56 @@ def test_zero_jacobian_scores_zero() -> None:
         assert (record.value, record.phi, record.influence, record.retained, record.norm) == (0.0,) * 5
 
 
+def assert_same(one: RolloutScore, other: RolloutScore) -> None:
+    """Assert that all of two scores is the same but for rounding."""
+    assert one.malformed == other.malformed
+    assert one.reward == pytest.approx(other.reward, rel=1e-9)
+    assert one.links.keys() == other.links.keys()
+    for name, record in one.links.items():
+        theirs = asdict(other.links[name])
+        for field, value in asdict(record).items():
+            wanted = theirs[field] if value is None or isinstance(value, str) else pytest.approx(theirs[field], 1e-9)
+            assert value == wanted, field
+
+
 def test_batch_and_order_do_not_matter(engine: JacobianEngine) -> None:
-    """Scores are the same bits alone, together, reversed, and with the groups of two prompts interleaved."""
+    """Scores are the same to rounding alone, together, reversed, and with the groups of two prompts interleaved."""
     config = RewardConfig(links=LINKS, score="influence", counterfactuals=4, also=EVERYTHING)
     rollouts = [judge_rollout(seed, prompt_seed=100 + seed % 2) for seed in range(4)]
     assert len({rollout.prompt_ids for rollout in rollouts}) == 2
     tasks = [0.1, 0.9, 0.5, 1.0]
     together = score_rollouts(rollouts, engine, config, LAYOUT, task_rewards=tasks)
     backwards = score_rollouts(rollouts[::-1], engine, config, LAYOUT, task_rewards=tasks[::-1])[::-1]
-    alone = [
-        score_rollouts([rollout], engine, config, LAYOUT, task_rewards=[task])[0]
-        for rollout, task in zip(rollouts, tasks, strict=True)
-    ]
     doubled = score_rollouts([*rollouts, *rollouts], engine, config, LAYOUT, task_rewards=tasks * 2)
-    assert together == backwards == alone == doubled[:4] == doubled[4:]
-    assert len({score.reward for score in together}) == 4
     reordered = replace(config, links=dict(reversed(list(LINKS.items()))))
-    for score, other in zip(together, score_rollouts(rollouts, engine, reordered, LAYOUT), strict=True):
-        assert {name: asdict(record) for name, record in other.links.items()} == {
-            name: asdict(record) for name, record in score.links.items()
-        }
+    other_order = score_rollouts(rollouts, engine, reordered, LAYOUT, task_rewards=tasks)
+    for place, (rollout, task) in enumerate(zip(rollouts, tasks, strict=True)):
+        (alone,) = score_rollouts([rollout], engine, config, LAYOUT, task_rewards=[task])
+        for other in (backwards[place], alone, doubled[place], doubled[place + 4], other_order[place]):
+            assert_same(together[place], other)
+    assert len({score.reward for score in together}) == 4
+
+
+@pytest.mark.parametrize(("most", "calls"), [(2**23, 1), (0, 2)])
+def test_small_groups_are_hardened_together(
+    engine: JacobianEngine, monkeypatch: pytest.MonkeyPatch, most: int, calls: int
+) -> None:
+    """One call hardens both prompts' Jacobians while they are small; large ones are not kept. The scores are equal."""
+    config = RewardConfig(links=LINKS, score="phi", counterfactuals=2)
+    rollouts = [judge_rollout(seed, prompt_seed=100 + seed % 2) for seed in range(4)]
+    wanted = score_rollouts(rollouts, engine, config, LAYOUT)
+    hardened: list[int] = []
+
+    def counting(gradients: Sequence[Any], of: RewardConfig) -> Any:
+        hardened.append(len(gradients))
+        return harden(gradients, of)
+
+    monkeypatch.setattr("cepo.fusion.score.harden", counting)
+    monkeypatch.setattr("cepo.fusion.score._HARDENED_TOGETHER", most)
+    found = score_rollouts(rollouts, engine, config, LAYOUT)
+    assert hardened == [len(LINKS) * 4 // calls] * calls
+    for one, other in zip(found, wanted, strict=True):
+        assert_same(one, other)
 
 
 def test_fuse_by_hand() -> None:

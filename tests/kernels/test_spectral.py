@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,19 +162,79 @@ def test_energy_is_summed_in_float64() -> None:
     assert frobenius_energy(torch.full((2, 2), 1e30)) == pytest.approx(4e60, rel=1e-6)  # overflows in float32
 
 
+def projector(basis_RD: Tensor) -> Tensor:
+    """Return the projection onto the span of orthonormal rows."""
+    return basis_RD.T @ basis_RD
+
+
 def test_a_batch_equals_its_members() -> None:
     """Matrices of several sizes and orientations in one call give what each gives alone; zeros stay zeros."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(5, 9), (9, 5), (5, 5), (1, 9), (5, 9), (12, 12), (5, 9)]
-    jacs_SD = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    shapes = [(5, 9), (9, 5), (5, 5), (1, 9), (5, 9), (12, 12), (5, 9), (50, 60), (41, 60), (30, 60), (200, 60)]
+    jacs_SD = [random_matrix(*shape, seed) for seed, shape in enumerate(shapes)]
     jacs_SD[4] = torch.zeros(5, 9, dtype=torch.float64)
-    assert spectral_shares(jacs_SD) == [spectral_shares([jac_SD])[0] for jac_SD in jacs_SD]
+    jacs_SD += [random_matrix(48, 60, 90).float(), random_matrix(44, 60, 91).float()]
+    for jac_SD, share in zip(jacs_SD, spectral_shares(jacs_SD), strict=True):
+        alone = spectral_shares([jac_SD])[0]
+        assert (share.value, share.lower, share.upper) == pytest.approx((alone.value, alone.lower, alone.upper), 1e-12)
+        assert share.squarings == alone.squarings
     assert spectral_shares([]) == []
     for rank in (0, 1, 3):
         for jac_SD, basis_RD in zip(jacs_SD, top_right_vectors(jacs_SD, rank), strict=True):
-            alone_RD = top_right_vectors([jac_SD], rank)[0]
-            assert torch.equal(basis_RD, alone_RD)
+            (alone_RD,) = top_right_vectors([jac_SD], rank)
+            tolerance = 1e-10 if jac_SD.dtype == torch.float64 else 1e-7
+            assert torch.allclose(projector(basis_RD), projector(alone_RD), rtol=0.0, atol=tolerance)
             assert len(basis_RD) == min(rank, int(torch.linalg.matrix_rank(jac_SD)))
+
+
+def test_shares_of_one_batch_equal_scipy() -> None:
+    """Certified intervals hold where wide, tall, degenerate, rank-1 and zero matrices are squared together."""
+    shapes = [(40, 64), (64, 40), (150, 64), (33, 64), (4, 64)]
+    jacs_SD = [random_matrix(*shape, seed) for seed, shape in enumerate(shapes)]
+    jacs_SD += [random_matrix(38, 1, 5) @ random_matrix(1, 64, 6), torch.zeros(40, 64, dtype=torch.float64)]
+    jacs_SD += [with_singular_values([1.0, second, 0.4, 0.1], 39, 64) for second in (1.0, 1.0 - 1e-9, 1.0 - 1e-4)]
+    for jac_SD, found in zip(jacs_SD, spectral_shares(jacs_SD), strict=True):
+        sigma_N = scipy.linalg.svdvals(jac_SD.numpy())
+        exact = float(sigma_N[0] ** 2 / (sigma_N**2).sum()) if sigma_N[0] > 0.0 else 0.0
+        assert found.lower - ROUNDING <= exact <= found.upper + ROUNDING
+        assert found.lower <= found.value <= found.upper <= found.lower * (1.0 + 2e-9)
+
+
+TOP_TWO = {
+    "gap": [1.0, 0.6, 0.3],
+    "two equal": [1.0, 1.0, 0.5],
+    "1e-6 apart": [1.0, 1.0 - 1e-6, 0.5],
+    "second near the third": [1.0, 0.6, 0.599],
+    "falls fast": [1.0, 0.01, 0.003],
+    "falls by six orders": [1.0, 1e-6, 1e-7],
+    "rank 1": [1.0],
+    "rank 2": [1.0, 0.3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(90, 96), (96, 48), (40, 300), (300, 40), (6, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_vectors_of_one_batch_equal_scipy(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Easy and hard spectra in one batch: each basis is as near to SciPy's as its gap and its precision allow."""
+    tail = [0.5**n for n in range(1, min(shape) + 1)]
+    spectra = [[*top, *(top[2] * each for each in tail)][: min(shape)] if top[2:] else top for top in TOP_TWO.values()]
+    stacks_ND = [with_singular_values(spectrum, *shape, seed).to(dtype) for seed, spectrum in enumerate(spectra)]
+    stacks_ND.append(torch.zeros(shape, dtype=dtype))
+    found = top_right_vectors(stacks_ND, 2)
+    assert found[-1].shape == (0, shape[1])
+    for name, stack_ND, basis_RD in zip(TOP_TWO, stacks_ND[:-1], found[:-1], strict=True):
+        assert basis_RD.dtype == torch.float64
+        assert torch.allclose(basis_RD @ basis_RD.T, torch.eye(len(basis_RD), dtype=torch.float64), atol=1e-12)
+        _, sigma_N, right_ND = scipy.linalg.svd(stack_ND.double().numpy())
+        if name == "rank 1":
+            # What else rounding left in the matrix is below that of its Gram matrix.
+            assert len(basis_RD) == 1
+            assert abs(float(basis_RD[0] @ torch.from_numpy(right_ND[0]))) == pytest.approx(1.0, abs=1e-12)
+            continue
+        # ||A^T A v - s^2 v|| <= tolerance s_1 s turns the span by at most that over the gap of the squares.
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+        gap = (sigma_N[1] ** 2 - sigma_N[2] ** 2) / (sigma_N[0] * sigma_N[1])
+        exact_DD = torch.from_numpy(right_ND[:2].T @ right_ND[:2])
+        assert float((projector(basis_RD) - exact_DD).norm()) < 3.0 * tolerance / gap + 1e-10 / sigma_N[1]
 
 
 @pytest.mark.parametrize("spectrum", ["flat", "steep", "gap", "pairs"])
