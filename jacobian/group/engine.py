@@ -151,7 +151,7 @@ class GroupEngine(ModelEngine):
         """Yield the answer to each path request, in order; see `cepo.jacobian.protocol.PathRequest`.
 
         What the rollouts of a prompt begin with is run once, and so is what a rollout shares with its counterfactuals.
-        Values of requests without nodes that follow one another are computed together.
+        Small requests without nodes that follow one another are answered together.
 
         Raises:
             ValueError: if a rollout or a counterfactual is malformed or refused, before the first is run.
@@ -163,7 +163,7 @@ class GroupEngine(ModelEngine):
                 continue
             served = self._fitting_paths(alike, served)
             runner = PathRunner(served, self._budget_now())
-            for run in together(alike):
+            for run in together(alike, served.cost):
                 with served.model.prepared():
                     answers = runner.answers(run)
                 yield from answers

@@ -27,7 +27,7 @@ from cepo.jacobian.group.cotangents import Asked
 from cepo.jacobian.group.cuts import Segment
 from cepo.jacobian.group.halving import AtOnce, run_in_parts
 from cepo.jacobian.group.run import KeyValues, Past, SegmentRun, backward_in_parts, run_segment
-from cepo.jacobian.group.schedule import Plan
+from cepo.jacobian.group.schedule import WAVE, Plan
 from cepo.jacobian.group.trial import Served
 from cepo.jacobian.passes import Pass, passes_of
 from cepo.jacobian.path import Point, between, gauss_nodes, path_answer
@@ -199,21 +199,26 @@ def _contracted(leaf_CBTD: Tensor, step_BTD: Tensor) -> Tensor:
     return (leaf_CBTD.to(step_BTD.dtype) * step_BTD).double().sum(-1).cpu()
 
 
-def together(requests: Sequence[PathRequest]) -> list[list[PathRequest]]:
-    """Return requests in runs that are answered together: values alone that follow one another, or one with nodes."""
+def together(requests: Sequence[PathRequest], cost: CostModel) -> list[list[PathRequest]]:
+    """Return requests in runs that are answered together: values alone that make a few full batches, or one request."""
     found: list[list[PathRequest]] = []
+    rows = 0
     for request in requests:
-        if found and not request.nodes and not found[-1][-1].nodes:
+        each = sum(len(rollout.completion_ids) for rollout in request.group.rollouts)
+        each += sum(len(other.completion_ids) for others in request.counterfactuals for other in others)
+        rows += each
+        if found and not request.nodes and not found[-1][-1].nodes and rows <= WAVE * cost.rows_at_once:
             found[-1].append(request)
         else:
             found.append([request])
+            rows = each
     return found
 
 
 def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) -> Plan:
     """Return the plan of path requests; of nodes "auto", the first."""
     work: list[Branches] = []
-    for run in together(requests):
+    for run in together(requests, cost):
         work += branches_of(value_variants(run), cost, budget)
         request, nodes = run[0], 1 if run[0].nodes == "auto" else run[0].nodes
         points = [

@@ -25,9 +25,9 @@ from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
-# Rows of the stages of a wave, over the rows that run at once: enough that its last batches are full, and few enough
-# that its answers are small beside what computes them.
-_WAVE = 8
+WAVE = 8
+"""Rows of what is answered together, over the rows that run at once: enough that the batches are full, and few enough
+that answers come soon and are small beside what computes them."""
 
 
 class Kind(NamedTuple):
@@ -175,7 +175,7 @@ def schedule(requests: Sequence[Request], cost: CostModel, budget: float) -> Sch
                 _batches([(stem_of[prompt], jobs_of[prompt]) for prompt in prompts if prompt in jobs_of], cost, budget)
             ),
         )
-        for prompts in _in_waves(rows, _WAVE * cost.rows_at_once)
+        for prompts in _in_waves(rows, WAVE * cost.rows_at_once)
     ]
     return Schedule(opening, tuple(waves))
 

@@ -84,7 +84,7 @@ def test_waves_and_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many prompts run at once, and however few rows a wave has, answers are the same and in order."""
     model, requests = tiny_model("llama"), asked(prompts_of(6))
     wanted = list(GroupEngine(model).compute(requests))
-    monkeypatch.setattr(schedule_module, "_WAVE", 0)
+    monkeypatch.setattr(schedule_module, "WAVE", 0)
     for found, right in zip(GroupEngine(model).compute(requests), wanted, strict=True):
         assert_same(found, right, 1e-12)
     monkeypatch.undo()
