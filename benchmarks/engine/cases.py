@@ -132,7 +132,7 @@ def new_subject(
     wanted, tolerance, oracle_error = right_answers(
         model, lambda oracle: engine_jacobians(JacobianEngine(oracle), requests)
     )
-    rate = matmul_rate(dtype, device, config.hidden_size, config.intermediate_size, seconds=0.3)
+    rate = matmul_rate(dtype, device, config.hidden_size, config.intermediate_size, 0.3)
     # The plan's cost model, by the shapes alone: peers need no memory estimate.
     cost = measured_cost(model, 0, 0, 0)
     return Subject(name, model, GroupEngine(model), cost, check, wanted, tolerance, oracle_error, rate, device)

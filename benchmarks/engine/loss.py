@@ -138,7 +138,8 @@ def update(policy: Any, workload: Workload, batch: int) -> Jacobians:
 def _answers(name: str, policy: Any, workload: Workload, losses: Iterable[Tensor]) -> Jacobians:
     """Return the losses by rollout and the gradient of their mean, one backward pass for each part of the batch."""
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    gradient_N, of_rollouts = torch.zeros(0), []
+    gradient_N = torch.zeros(0)
+    of_rollouts: list[Tensor] = []
     for part_B in losses:
         gradients = torch.autograd.grad(part_B.sum() / len(workload.rollouts), weights)
         of_part_N = torch.cat([each.flatten() for each in gradients])
@@ -154,8 +155,8 @@ def _answers(name: str, policy: Any, workload: Workload, losses: Iterable[Tensor
 def _readings(policy: Any, workload: Workload) -> list[list[Reading]]:
     """Return for each rollout its reading: the own prompt, then what a rollout of another prompt says."""
     (link,) = SETTINGS.parsed_links(LAYOUT)
-    prompt, *parts = (len(span.positions) for span in workload.rollouts[0].spans.values())
-    shapes = Shapes(1, prompt, *parts, K=0)
+    prompt, rationale, answer = (len(span.positions) for span in workload.rollouts[0].spans.values())
+    shapes = Shapes(G=1, Lz=prompt, Lx=rationale, Ly=answer, K=0)
     (donor,) = random_workload(policy.config.vocab_size, shapes, workload.seed + 1).rollouts
     pool = donor_pool([donor], link, SETTINGS, [True])
     return [read_with_donors(rollout, link, pool, SETTINGS) for rollout in workload.rollouts]

@@ -20,6 +20,7 @@ from cepo.benchmarks.engine.figures import draw_scaling
 from cepo.benchmarks.engine.loss import loss_contenders, loss_subject
 from cepo.benchmarks.engine.peers import ALL_LINKS, Jacobians, count_rows, reference_jacobians
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
+from cepo.benchmarks.measure import matmul_rate
 from cepo.jacobian.group.cost import measured_cost
 from cepo.jacobian.records import Span
 from tests.models import InDouble
@@ -30,8 +31,9 @@ MEASURED = ("seconds", "rollouts_per_s", "rows_per_s", "flops", "matmul_fraction
 
 @pytest.fixture(autouse=True)
 def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case is timed once, not three times."""
+    """A case is timed once, not three times, and the machine's rate for a moment."""
     monkeypatch.setattr("cepo.benchmarks.measure._SHORT", 0.0)
+    monkeypatch.setattr("cepo.benchmarks.engine.cases.matmul_rate", lambda *shape: matmul_rate(*shape[:4], 1e-9))
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
