@@ -167,8 +167,8 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
             for segment in (new, each.stems):
                 if segment is not None:
                     add("stem", segment)
-        if each.prefixes is not None and not (same and before is not None and each.prefixes == before.prefixes):
-            for _, segment in parts_of(each.prefixes, cost.rows_at_once):
+        if before is None or not same or (each.prefixes, each.stem_of) != (before.prefixes, before.stem_of):
+            for _, segment in parts_of(each.prefixes, cost.rows_at_once) if each.prefixes is not None else ():
                 add("prefixes", segment)
         before = each
         shared = shared_bytes(each, cost)

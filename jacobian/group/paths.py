@@ -53,7 +53,7 @@ class PathRunner:
         self._served, self._budget = served, budget
         self._trunk: tuple[Segment | None, Past] = (None, _NOTHING)
         self._stems: tuple[Segment | None, Past] = (None, _NOTHING)
-        self._prefixes: tuple[Segment | None, Past] = (None, _NOTHING)
+        self._prefixes: tuple[tuple[Segment | None, tuple[int, ...]], Past] = ((None, ()), _NOTHING)
 
     def answers(self, requests: Sequence[PathRequest]) -> list[PathAnswer]:
         """Return the answers to requests, their values computed together; inside `model.prepared()`."""
@@ -111,19 +111,18 @@ class PathRunner:
     def _run_shared(self, branches: Branches) -> None:
         """Run what tails share, and what of it is not what the tails before them shared."""
         (trunk, in_trunk), (stems, _), (prefixes, _) = self._trunk, self._stems, self._prefixes
-        if (branches.trunk, branches.stems) != (trunk, stems):
-            self._trunk = self._stems = self._prefixes = (None, _NOTHING)  # freed before the next ones are built
+        same = (branches.trunk, branches.stems) == (trunk, stems)
+        if not same:
+            self._stems, self._prefixes = (None, _NOTHING), ((None, ()), _NOTHING)  # freed before the next are built
             self._trunk = (branches.trunk, self._trunk_after(trunk, in_trunk, branches.trunk))
             if branches.stems is not None:
                 self._stems = (branches.stems, self._past_of(branches.stems, lambda places: ()))
-            prefixes = None
-        if branches.prefixes != prefixes:
-            self._prefixes = (None, _NOTHING)
-            if branches.prefixes is not None:
-                self._prefixes = (
-                    branches.prefixes,
-                    self._past_of(branches.prefixes, partial(self._after_stems, branches)),
-                )
+        wanted = (branches.prefixes, branches.stem_of)
+        if not same or wanted != prefixes:
+            self._prefixes = ((None, ()), _NOTHING)
+            before = partial(self._after_stems, branches)
+            in_prefixes = _NOTHING if branches.prefixes is None else self._past_of(branches.prefixes, before)
+            self._prefixes = (wanted, in_prefixes)
 
     def _trunk_after(self, before: Segment | None, in_before: Past, trunk: Segment | None) -> Past:
         """Return the keys and values of a trunk that goes on from the one before it."""
