@@ -35,7 +35,9 @@ def augment(
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set. Default: train.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Number of preferences to read. Default: all.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of preferences to read. Default: all.", callback=checks.at_least(1))
+    ] = None,
     test_fraction: Annotated[
         float, typer.Option(help="Share of the prompts whose pairs are marked for testing.")
     ] = 0.02,
@@ -53,12 +55,16 @@ def augment(
 
     An example; a row of `preferences.jsonl`, and one of `runs/pairs/pairs.jsonl` (shortened):
 
-        cepo augment --data preferences.jsonl --output runs/pairs --kinds original,degrade --writer smollm2
+        cepo augment --data preferences.jsonl --output runs/pairs \\
+            --kinds original,degrade --writer smollm2
 
-        {"prompt": "What is the capital of Australia?", "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
+        {"prompt": "What is the capital of Australia?",
+         "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
 
-        {"id": "7/degrade-0", "split": "train", "kind": "degrade", "tie": false, "prompt": "What is the capital ...",
-         "chosen": "Canberra.", "rejected": "Melbourne.", "attribute": "accuracy", "weight": 0.7, "kept": true, ...}
+        {"id": "7/degrade-0", "split": "train", "kind": "degrade",
+         "tie": false, "prompt": "What is the capital ...",
+         "chosen": "Canberra.", "rejected": "Melbourne.",
+         "attribute": "accuracy", "weight": 0.7, "kept": true, ...}
 
     Prompts fall to the training or the test side before anything is made of them. A pair that was written badly, that a
     check refuses, or that the filter's model already gets right stays in the file as not kept, with the reason; the

@@ -117,11 +117,16 @@ def testbed_judges(parameter: typer.CallbackParam, names: list[str]) -> list[str
     return names
 
 
-def at_least_one(parameter: typer.CallbackParam, number: int | None) -> int | None:
-    """Refuse a number below 1."""
-    if number is not None and number < 1:
-        raise ValueError(f"{option_of(parameter)} is {number}; expected at least 1")
-    return number
+def at_least(least: float) -> Callable[..., Any]:
+    """Return the callback of an option that takes a number, or several, none below `least`."""
+
+    def check(parameter: typer.CallbackParam, value: Any) -> Any:
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not number >= least:
+                raise ValueError(f"{option_of(parameter)} is {number}; expected at least {least:g}")
+        return value
+
+    return check
 
 
 def one_of(*names: str, commas: bool = False) -> Callable[..., Any]:

@@ -48,13 +48,21 @@ def rewardbench(
     split: Split = None,
     subset: Subset = None,
     limit: Annotated[
-        int | None, typer.Option(help="Number of rows to draw at random. Default: all.", callback=checks.at_least_one)
+        int | None, typer.Option(help="Number of rows to draw at random. Default: all.", callback=checks.at_least(1))
     ] = None,
     ties: Annotated[
         bool, typer.Option("--ties", help="Judge ties too, and let every prompt allow equal scores, as data.ties does.")
     ] = False,
 ) -> None:
     """How often does a judge, or a reward model, prefer the better response?
+
+    An example, and a row of `preferences.jsonl`:
+
+        cepo eval rewardbench --model smollm2 --data preferences.jsonl \\
+            --output runs/eval --limit 4 --max-new-tokens 64 --force-format
+
+        {"prompt": "What is the capital of Australia?",
+         "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
 
     A judge that writes (--model) judges each pair in both orders. The tables show the accuracy in both orders at once,
     its mean over the orders, and that of one randomly drawn order (as in j1's evaluation); how much the verdict depends
@@ -97,7 +105,7 @@ def robustness(
     split: Split = None,
     subset: Subset = None,
     limit: Annotated[
-        int | None, typer.Option(help="Number of pairs to draw at random. Default: all.", callback=checks.at_least_one)
+        int | None, typer.Option(help="Number of pairs to draw at random. Default: all.", callback=checks.at_least(1))
     ] = None,
 ) -> None:
     """Does the judge still find the better response when nothing that matters has changed?
@@ -141,7 +149,7 @@ def best_of_n(
     output: Output,
     n: Annotated[str, typer.Option("--n", help="Numbers of candidates, with commas between them, e.g. 1,2,4,8.")],
     draws: Annotated[
-        int, typer.Option(help="Random orders of each question's solutions.", callback=checks.at_least_one)
+        int, typer.Option(help="Random orders of each question's solutions.", callback=checks.at_least(1))
     ] = 1,
     verify: Annotated[
         str,
@@ -151,7 +159,7 @@ def best_of_n(
     ] = "math",
     limit: Annotated[
         int | None,
-        typer.Option(help="Number of questions to draw at random. Default: all.", callback=checks.at_least_one),
+        typer.Option(help="Number of questions to draw at random. Default: all.", callback=checks.at_least(1)),
     ] = None,
 ) -> None:
     """How often is the judge's pick among N solutions right?
@@ -197,7 +205,7 @@ def sensitivity(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Number of edits to stop at. Default: all; of the testbed 100 responses.", callback=checks.at_least_one
+            help="Number of edits to stop at. Default: all; of the testbed 100 responses.", callback=checks.at_least(1)
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the testbed's edits.")] = 0,
@@ -212,7 +220,11 @@ def sensitivity(
     gradient of the reward at the chosen response's tokens (how much of its energy is at the attribute's), and what each
     token did to the reward against the rejected response: attributions along the path between the two, which add up to
     the difference of the rewards. The attribute's tokens are those that hold one of attribute_words; without that
-    column, those that the edit changed. The page shows both as heat maps.
+    column, those that the edit changed. The page shows both as heat maps. A row of edits:
+
+        {"prompt": "What is the capital of Australia?",
+         "chosen": "Canberra.", "rejected": "Melbourne.",
+         "attribute": "accuracy", "attribute_words": ["Canberra", "Melbourne"]}
 
     With --data testbed, edits of which the truth is known compare leak, the share of the change that falls outside the
     attribute's tokens, with plain edit distance.
@@ -249,7 +261,7 @@ def cue_flips(
         ),
     ],
     output: Output,
-    items: Annotated[int, typer.Option(help="Items per agreement of the cue.", callback=checks.at_least_one)] = 200,
+    items: Annotated[int, typer.Option(help="Items per agreement of the cue.", callback=checks.at_least(1))] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the items and of the judges' warm-up.")] = 0,
     threads: Threads = None,
 ) -> None:
@@ -303,16 +315,25 @@ def causal(
     ] = False,
     items: Annotated[
         int | None,
-        typer.Option(help="Testbed prompts, at least 8, by default 48; or rows of the input to measure.", min=1),
+        typer.Option(
+            help="Testbed prompts, at least 8, by default 48; or rows of the input to measure.",
+            callback=checks.at_least(1),
+        ),
     ] = None,
     completions: Annotated[
-        int | None, typer.Option(help="Completions to sample per testbed prompt. Default: 8, or 6 with --quick.", min=2)
+        int | None,
+        typer.Option(
+            help="Completions to sample per testbed prompt. Default: 8, or 6 with --quick.", callback=checks.at_least(2)
+        ),
     ] = None,
     without_pair: Annotated[
         bool, typer.Option("--without-pair", help="Leave the certified pair of testbed judges out.")
     ] = False,
     most_nodes: Annotated[
-        int, typer.Option(help="Largest number of nodes along a path; 1, 2, 4, 8 and 16 are tried.", min=1)
+        int,
+        typer.Option(
+            help="Largest number of nodes along a path; 1, 2, 4, 8 and 16 are tried.", callback=checks.at_least(1)
+        ),
     ] = 16,
     estimates_only: Annotated[
         bool,

@@ -122,7 +122,9 @@ def bench(
         bool,
         typer.Option("--kernels", help="Time the Triton kernels, and the engine on them, instead: one GPU."),
     ] = False,
-    minutes: Annotated[float, typer.Option(help="Time limit of --kernels on a GPU, in minutes.", min=0.0)] = 9.0,
+    minutes: Annotated[
+        float, typer.Option(help="Time limit of --kernels on a GPU, in minutes.", callback=checks.at_least(0))
+    ] = 9.0,
     commit: Annotated[
         str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
     ] = None,
@@ -175,10 +177,18 @@ def experiment(
     arm: Annotated[
         list[str] | None, typer.Option(help="Run only this arm, such as task or 'X->Y influence'; repeatable.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Run only this seed; repeatable.", min=0)] = None,
-    steps: Annotated[int | None, typer.Option(help="GRPO steps of every arm. Default: the recipe's.", min=1)] = None,
-    jobs: Annotated[int, typer.Option(help="Processes to run at once, one thread each.", min=1)] = 2,
-    items: Annotated[int | None, typer.Option(help="Items per measure. Default: 200.", min=1)] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Run only this seed; repeatable.", callback=checks.at_least(0))
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="GRPO steps of every arm. Default: the recipe's.", callback=checks.at_least(1))
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Processes to run at once, one thread each.", callback=checks.at_least(1))
+    ] = 2,
+    items: Annotated[
+        int | None, typer.Option(help="Items per measure. Default: 200.", callback=checks.at_least(1))
+    ] = None,
     device: Device = "cpu",
     commit: Annotated[
         str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
@@ -237,7 +247,8 @@ def reward_experiment(
     arm: Annotated[list[str] | None, typer.Option(help="Run only this arm, such as plain or both; repeatable.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Run this seed instead of the recipe's; repeatable.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps of every arm. Default: the training recipe's.", min=1)
+        int | None,
+        typer.Option(help="Optimiser steps of every arm. Default: the training recipe's.", callback=checks.at_least(1)),
     ] = None,
     commit: Annotated[
         str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
@@ -281,9 +292,11 @@ def words_judge(
     base: Annotated[
         str | None, typer.Option(help="Pretrained model to teach, with a chat template.", callback=checks.model)
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Keep only so many first layers. Default: all.", min=1)] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.", min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", min=1)] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Keep only so many first layers. Default: all.", callback=checks.at_least(1))
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.", callback=checks.at_least(1))] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", callback=checks.at_least(1))] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the samples.")] = None,
     device: Device = "cpu",

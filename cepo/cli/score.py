@@ -162,17 +162,20 @@ def score(
         Path | None, _output(help="Write the token heat maps to this file.", callback=checks.new_file)
     ] = None,
     batch_size: Annotated[
-        int, _model(help="Rows scored together: what they share is run once.", callback=checks.at_least_one)
+        int, _model(help="Rows scored together: what they share is run once.", callback=checks.at_least(1))
     ] = 8,
 ) -> None:
     """Score the links of a file of rollouts, and draw token heat maps with --html.
 
     An input row, and its record in the output (shortened):
 
-        {"id": "7", "prompt": "Which is better, ...", "completion": "<specific_criteria> ...", "task_reward": 1.0}
+        {"id": "7", "prompt": "Which is better, ...",
+         "completion": "<specific_criteria> ...", "task_reward": 1.0}
 
-        {"row": 0, "id": "7", "reward": 0.58, "malformed": null, "S": {"chain": 0.38},
-         "links": {"criteria->analysis": {"S": 0.38, "delta": 0.8, ...}, "analysis->scores": {"S": 0.91, ...}}}
+        {"row": 0, "id": "7", "reward": 0.58, "malformed": null,
+         "S": {"chain": 0.38}, "links": {
+          "criteria->analysis": {"S": 0.38, "delta": 0.8, ...},
+          "analysis->scores": {"S": 0.91, ...}}}
 
     A prompt is text, which becomes a user message in the chat template unless --raw is given, or a list of messages.
     Instead of prompt and completion, a row may hold `prompt_ids` and `completion_ids`; or `prompt`, `chosen`,

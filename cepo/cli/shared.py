@@ -25,7 +25,9 @@ Dtype = Annotated[
     ),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own choice.", min=1)]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads. Default: torch's own choice.", callback=checks.at_least(1))
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from a hub repository to run.")]
 
 

@@ -17,7 +17,7 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Folder for the model, metrics and report.html.", callback=checks.folder)
     ] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Number of GRPO steps.", min=1)] = 40,
+    steps: Annotated[int, typer.Option(help="Number of GRPO steps.", callback=checks.at_least(1))] = 40,
     seed: Annotated[int, typer.Option(help="Seed of warm-up, items, sampling and training.")] = 16,
     without_causal: Annotated[
         bool, typer.Option("--without-causal", help="Train without the causal reward, for comparison.")
@@ -51,7 +51,7 @@ def train(
         Path | None,
         typer.Option(help="Folder for checkpoints, logs and the trained model.", callback=checks.folder),
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", min=1)] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", callback=checks.at_least(1))] = None,
     engine: Annotated[
         str,
         typer.Option(
@@ -69,14 +69,26 @@ def train(
 ) -> None:
     """Train a judge or a reasoner with GRPO and exact causal rewards.
 
-    Data: rows with `prompt`, `chosen` and `rejected` for a judge; with `question` and `answer` for a reasoner.
+    An example, and a row of `preferences.jsonl`; for a reasoner, rows have `question` and `answer`:
+
+        cepo train train/recipes/smollm2-cpu.yaml \\
+            --data preferences.jsonl --output runs/judge
+
+        {"prompt": "What is the capital of Australia?",
+         "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
+
+    Output: final/ (the model), metrics.jsonl (a line per step), log.txt (what the libraries print). The options
+    override the config. Started again with the same settings, data and weights, a killed run resumes from its last
+    complete checkpoint.
+
     `--set data.ties=true` takes ties too, rows of which neither response is better.
+
     Rewards: a list of `name`, `weight` and settings. Names: format, argmax, exact_match, math_verify, bertscore,
     causal; to compare with: proxy, cir, log_cir, csr, necessary. `--set rewards='[{name: format}, ...]'` replaces the
     whole list.
+
     `--set causal_loss.weight=0.5` adds the causal loss to GRPO's own; its other settings are in docs/glossary.md.
-    The options override the config. Started again with the same settings, data and weights, a killed run resumes from
-    its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
+
     `--engine verl` trains nothing: it writes verl.yaml and the data, and shows the command that starts verl.
     """
     named = {"model": model, "data.source": data, "output": output, "grpo.max_steps": max_steps, "seed": seed}
@@ -112,7 +124,9 @@ def reward_model(
         Path | None,
         typer.Option(help="Folder for checkpoints, logs and the trained model.", callback=checks.folder),
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Number of optimiser steps.", min=1)] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Number of optimiser steps.", callback=checks.at_least(1))
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the split, a new head and training.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -123,10 +137,23 @@ def reward_model(
 ) -> None:
     """Train a reward model on preferences and ties: Bradley-Terry, or pairwise (token A or B).
 
-    Data: rows with `prompt`, `chosen` and `rejected`; `tie: true` where neither is better. The other columns are in
-    docs/reward-models.md. Pairs that are too long, or equal once encoded, are counted and named in left_out.jsonl.
+    An example; a row of `pairs.jsonl`, with `"tie": true` where neither response is better, and a line of
+    `runs/reward/metrics.jsonl` (shortened):
+
+        cepo reward-model train/recipes/reward-model-smollm2-cpu.yaml \\
+            --data pairs.jsonl --output runs/reward
+
+        {"prompt": "What is the capital of Australia?",
+         "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
+
+        {"step": 5, "loss": 0.61, "accuracy": 0.71, "margin": 0.24, ...}
+
+    `margin` is the mean reward of the chosen responses less that of the rejected ones. Output: final/ (the model, which
+    `--reward-model` of `cepo eval` takes), metrics.jsonl, left_out.jsonl (pairs that are too long, or equal once
+    encoded), log.txt (what the libraries print). All columns of the data are in docs/reward-models.md.
+
     The options override the config. Started again with the same settings, data and weights, a killed run resumes from
-    its last complete checkpoint. Output: final/ (the model), metrics.jsonl, log.txt (what the libraries print).
+    its last complete checkpoint.
     """
     named = {"model": model, "data.source": data, "output": output, "reward.max_steps": max_steps, "seed": seed}
     overrides = _overrides(named, set_, trust_remote_code)
@@ -145,10 +172,14 @@ def warm_start(
     model: Annotated[
         str, typer.Option(help="Model to train: hub id, folder, .gguf file or smollm2.", callback=checks.model)
     ] = "smollm2",
-    steps: Annotated[int, typer.Option(help="Number of training steps.", min=1)] = 40,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of the LoRA layers.", min=0.0)] = 5e-4,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA layers, which are merged at the end.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Number of training steps.", callback=checks.at_least(1))] = 40,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.", callback=checks.at_least(1))] = 2,
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate of the LoRA layers.", callback=checks.at_least(0))
+    ] = 5e-4,
+    rank: Annotated[
+        int, typer.Option(help="Rank of the LoRA layers, which are merged at the end.", callback=checks.at_least(1))
+    ] = 16,
     max_characters: Annotated[
         int | None, typer.Option(help="Leave out rows whose prompt, with its instructions, has more characters.")
     ] = None,
@@ -161,6 +192,13 @@ def warm_start(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Teach a model the judge's format with supervised examples, before `cepo train`.
+
+    An example, and a row of `preferences.jsonl`:
+
+        cepo warm-start --data preferences.jsonl --output runs/warm
+
+        {"prompt": "What is the capital of Australia?",
+         "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
 
     A row with a `judge_output` is learned from as it is; its `label` (A or B, A by default) says where the chosen
     response was shown. For a row without, a short judgement is made by rule: it quotes the pair and scores the chosen
