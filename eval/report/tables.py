@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -26,8 +27,15 @@ def share(part: int, whole: int) -> Estimate:
 
 
 def console_table(*header: str, rows: Sequence[Sequence[str]] = (), title: str | None = None) -> Table:
-    """Return a table whose cells are wrapped, never cut, so that every digit is shown on 80 columns or in a log."""
+    """Return a table whose cells are wrapped, never cut, so that every digit is shown on 80 columns or in a log.
+
+    The first cell of a row, its name, breaks between words and after hyphens alone.
+    """
     table = Table(*(Column(name, overflow="fold") for name in header), title=title)
-    for cells in rows:
-        table.add_row(*cells)
+    words = [max(map(len, ["0.000", *name.split()])) for name in header[1:]]
+    room = max(12, 80 - 6 - sum(words) - 3 * len(words))  # beside numbers, the words of the header, and borders
+    names = [textwrap.wrap(cells[0], room, break_long_words=False) or [""] for cells in rows]
+    table.columns[0].no_wrap = all(len(part) <= room for parts in names for part in parts)
+    for parts, cells in zip(names, rows, strict=True):
+        table.add_row("\n".join(parts), *cells[1:])
     return table
