@@ -71,26 +71,27 @@ def spectral_shares(
         gram_BNN = jac_BSD @ jac_BSD.mT if jac_BSD.shape[1] <= jac_BSD.shape[2] else jac_BSD.mT @ jac_BSD
         power_BNN = gram_BNN / _trace(gram_BNN)[:, None, None]
         log_scale_B = power_BNN.new_zeros(len(indices))  # M^p = exp(log_scale) * power, with tr power = 1
-        waiting = list(range(len(indices)))
+        waiting = indices
         for squarings in range(max_squarings + 1):
             p = 2.0**squarings
             log_norm_B = torch.linalg.matrix_norm(power_BNN).log()
             upper_B = ((log_scale_B + log_norm_B) / p).exp().clamp_max(1.0)
             lower_B = torch.minimum(upper_B, ((log_scale_B + 2.0 * log_norm_B) / p).exp())
-            narrow = (upper_B - lower_B <= tolerance * upper_B).tolist()
-            bounds = list(zip(lower_B.tolist(), upper_B.tolist(), strict=True))
-            done = [place for place in range(len(waiting)) if narrow[place] or squarings == max_squarings]
-            for place in done:
-                lower, upper = bounds[place]
-                found[indices[waiting[place]]] = SpectralShare(math.sqrt(lower * upper), lower, upper, squarings)
-            keep = [place for place in range(len(waiting)) if place not in set(done)]
-            if not keep:
+            is_done = [
+                each or squarings == max_squarings for each in (upper_B - lower_B <= tolerance * upper_B).tolist()
+            ]
+            for index, done, lower, upper in zip(waiting, is_done, lower_B.tolist(), upper_B.tolist(), strict=True):
+                if done:
+                    found[index] = SpectralShare(math.sqrt(lower * upper), lower, upper, squarings)
+            if all(is_done):
                 break
-            waiting = [waiting[place] for place in keep]
-            power_BNN, log_scale_B = power_BNN[keep], log_scale_B[keep]
+            if any(is_done):
+                keep = [place for place, done in enumerate(is_done) if not done]
+                waiting = [waiting[place] for place in keep]
+                power_BNN, log_scale_B = power_BNN[keep], log_scale_B[keep]
             power_BNN = power_BNN @ power_BNN
             trace_B = _trace(power_BNN)
-            power_BNN = power_BNN / trace_B[:, None, None]
+            power_BNN = power_BNN.div_(trace_B[:, None, None])
             log_scale_B = 2.0 * log_scale_B + trace_B.log()
     return found
 
@@ -160,29 +161,34 @@ def _iterate(wide_BNM: Tensor, block_BRN: Tensor, tolerance: float, vectors_BRN:
     """Write the top left vectors, descending, of the matrices that converge; return the places of the others."""
     rank = vectors_BRN.shape[1]
     places = list(range(len(wide_BNM)))
-    single_BNM = wide_BNM.float()
-    gram_BNN = single_BNM @ single_BNM.mT
-    block_BRN = _orthonormal(block_BRN.float() @ gram_BNN)
+    # Two products with a matrix are less work than its Gram matrix, unless one side is much the smaller.
+    exact: tuple[Tensor, ...]
+    if 2 * wide_BNM.shape[1] <= wide_BNM.shape[2]:
+        exact = (wide_BNM @ wide_BNM.mT,)
+        rough = (exact[0].float(),)
+    else:
+        exact = (wide_BNM, wide_BNM.mT)
+        single_BNM = wide_BNM.float()
+        rough = (single_BNM @ single_BNM.mT,)
+    block_BRN = _orthonormal(block_BRN.float() @ rough[0])
     for degree in _DEGREES_FLOAT32:
-        block_BRN = _filter((gram_BNN,), *_rayleigh_ritz((gram_BNN,), block_BRN), degree)
+        block_BRN = _filter(rough, *_rayleigh_ritz(rough, block_BRN), degree)
     block_BRN = _orthonormal(block_BRN.double())
     for degree in _DEGREES_FLOAT64:
-        factors = (wide_BNM, wide_BNM.mT)
-        values_BR, block_BRN, image_BRN = _rayleigh_ritz(factors, block_BRN)
+        values_BR, block_BRN, image_BRN = _rayleigh_ritz(exact, block_BRN)
         miss_BR = torch.linalg.vector_norm(image_BRN - values_BR[:, :, None] * block_BRN, dim=2)
         near_BR = miss_BR <= tolerance * (values_BR[:, -1:] * values_BR).clamp_min(0.0).sqrt()
         near_BR &= _above_rounding(values_BR, block_BRN.shape[2])
         is_done = near_BR[:, -rank:].all(1).tolist()
         done, keep = ([at for at, each in enumerate(is_done) if each is wanted] for wanted in (True, False))
-        vectors_BRN[[places[at] for at in done]] = image_BRN[done, -rank:].flip(1)
         if done:
+            vectors_BRN[[places[at] for at in done]] = image_BRN[done, -rank:].flip(1)
             places = [places[at] for at in keep]
-            wide_BNM, values_BR, block_BRN, image_BRN = (
-                each[keep] for each in (wide_BNM, values_BR, block_BRN, image_BRN)
-            )
+            exact = tuple(factor[keep] for factor in exact)
+            values_BR, block_BRN, image_BRN = values_BR[keep], block_BRN[keep], image_BRN[keep]
         if not keep:
             break
-        block_BRN = _filter((wide_BNM, wide_BNM.mT), values_BR, block_BRN, image_BRN, degree)
+        block_BRN = _filter(exact, values_BR, block_BRN, image_BRN, degree)
     return places
 
 
