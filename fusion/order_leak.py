@@ -30,22 +30,22 @@ def order_leaks(
         The leak by index, of those that have an exchanged rollout.
     """
     link = parse_link("Z->X:total@log_likelihood", names=layout.names, roles=layout.roles)
-    groups: dict[tuple[int, ...], dict[int, tuple[Rollout, Rollout]]] = {}
-    for index, rollout in rollouts.items():
-        other = exchanged[index]
-        if other is not None and engine.refusal(other) is None:
-            groups.setdefault(rollout.prompt_ids, {})[index] = (rollout, other)
+    others = {index: exchanged[index] for index in rollouts}
+    shown = {index: other for index, other in others.items() if other is not None and engine.refusal(other) is None}
+    # By prompt, of either order: a prompt is run once for all that was written after it.
+    groups: dict[tuple[int, ...], dict[tuple[int, bool], Rollout]] = {}
+    for index, other in shown.items():
+        for is_exchanged, rollout in ((False, rollouts[index]), (True, other)):
+            groups.setdefault(rollout.prompt_ids, {})[index, is_exchanged] = rollout
     requests = [
-        PathRequest(
-            Group(tuple(own for own, _ in members.values())), tuple((other,) for _, other in members.values()), (link,)
-        )
-        for members in groups.values()
+        PathRequest(Group(tuple(members.values())), ((),) * len(members), (link,)) for members in groups.values()
     ]
-    return {
-        index: of_links[link.name].delta
+    likelihoods = {
+        key: of_links[link.name].own
         for members, answer in zip(groups.values(), engine.paths(requests), strict=True)
-        for index, of_links in zip(members, answer, strict=True)
+        for key, of_links in zip(members, answer, strict=True)
     }
+    return {index: likelihoods[index, False] - likelihoods[index, True] for index in shown}
 
 
 def less_leak(values: Mapping[str, float], leak: float | None, weight: float) -> dict[str, float]:

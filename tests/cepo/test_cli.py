@@ -7,6 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from cepo.cli.app import app
+from cepo.cli.shared import progress_bar
 
 JUDGE = {
     *(
@@ -57,3 +58,16 @@ def test_a_command_has_the_judges_options_and_few_of_its_own(name: str) -> None:
         judge_panel = shown[shown.index("─ Judge ─") :]
         assert all("--" + option.replace("_", "-") in judge_panel for option in JUDGE)
         assert not any(f"--{option.replace('_', '-')} " in judge_panel for option in own)
+
+
+def test_progress_shows_where_stderr_is_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A log of a long run says how far it is, a line every half minute, whatever the steps take."""
+    now = 0.0
+    with progress_bar() as bar:
+        bar.get_time = lambda: now
+        task = bar.add_task("scoring", total=40)
+        for done in range(1, 41):
+            now = 7.0 * done
+            bar.update(task, completed=done)
+        shown = [line.split()[-2] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["1/40", "6/40", "11/40", "16/40", "21/40", "26/40", "31/40", "36/40"]
