@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from cepo.files import write_text
+from cepo.jacobian.reading.unknown import UnknownTokens
 from cepo.jacobian.reward_model import FORMS, Form, verdict_ids
 
 SHOWN_FILE = "reward_model.json"
@@ -115,6 +116,7 @@ class PairEncoder:
 
     def __init__(self, tokenizer: Any, shown: Shown, *, max_length: int | None = None) -> None:
         self._tokenizer, self.shown, self._max_length = tokenizer, shown, max_length
+        self._unknown = UnknownTokens(tokenizer)
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self.verdict_ids = None
         if shown.form == "pairwise":
@@ -141,6 +143,7 @@ class PairEncoder:
         ids = self._with_one_beginning(ids)
         if self._max_length is not None and len(ids) > self._max_length:
             raise ValueError(f"too long: {len(ids)} tokens, over max_length {self._max_length}")
+        self._unknown.check(ids)
         return ids
 
     def encode_response(

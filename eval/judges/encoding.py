@@ -14,6 +14,7 @@ from cepo.jacobian.reading.judge import SCORES_CLOSING, JudgeLayout, find_verdic
 from cepo.jacobian.reading.prompt import PromptReader
 from cepo.jacobian.reading.thought import THOUGHT, template_opens_thought
 from cepo.jacobian.reading.token_bytes import TokenBytes
+from cepo.jacobian.reading.unknown import UnknownTokens
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
 
 Likely: TypeAlias = Callable[[int], Mapping[bytes, float]]
@@ -36,6 +37,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any, settings: JudgeSettings) -> None:
         self._tokenizer, self._raw, self.opened = tokenizer, settings.raw, ""
+        self._unknown = UnknownTokens(tokenizer)
         if settings.raw:
             return
         self._prompts = PromptReader(tokenizer, TokenBytes(tokenizer))
@@ -64,7 +66,10 @@ class PromptEncoder:
         """Return the ids of the prompts by row, and judgements with an error for the rows that have none."""
         encoded = {row: self.encode(messages) for row, messages in enumerate(prompts)}
         failed = {row: Judgement("", error=ids) for row, ids in encoded.items() if isinstance(ids, str)}
-        return {row: ids for row, ids in encoded.items() if not isinstance(ids, str)}, failed
+        kept = {row: ids for row, ids in encoded.items() if not isinstance(ids, str)}
+        for ids in kept.values():
+            self._unknown.check(ids)
+        return kept, failed
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
         return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)

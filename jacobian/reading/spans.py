@@ -20,6 +20,7 @@ from cepo.jacobian.reading.prompt import PromptReader
 from cepo.jacobian.reading.sentences import sentence_ends
 from cepo.jacobian.reading.thought import thought_opened
 from cepo.jacobian.reading.token_bytes import TokenBytes
+from cepo.jacobian.reading.unknown import UnknownTokens
 from cepo.jacobian.records import Digit, Rollout, Span
 
 _REMEMBERED = 128  # number tokens whose alternatives are kept; the same few are written again and again
@@ -39,6 +40,7 @@ class SpanReader:
         self._bytes = TokenBytes(tokenizer)
         self._unread = self._bytes.unread_ids(layout.tags)
         self.prompts = PromptReader(tokenizer, self._bytes, layout.instructions)
+        self._unknown = UnknownTokens(tokenizer)
         self._short_numbers: list[tuple[int, bytes]] | None = None
         self._gains: dict[NumberToken, dict[int, float]] = {}
 
@@ -64,6 +66,7 @@ class SpanReader:
         if not len(prompt_ids):
             raise ValueError("prompt_ids is empty; a rollout needs at least one prompt token to be predicted from")
         prompt_ids, completion_ids = self.prompts.without_padding([*map(int, prompt_ids)], [*map(int, completion_ids)])
+        self._unknown.check(prompt_ids + completion_ids)
         blank = Rollout(prompt_ids, completion_ids)
         prompt = self._bytes.of(prompt_ids)
         completion = self._without_specials(completion_ids, self._bytes.of(completion_ids))

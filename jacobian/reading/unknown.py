@@ -1,0 +1,41 @@
+"""Texts in words that a tokenizer does not know: what a model makes of them says nothing about them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+logger = logging.getLogger("cepo")
+
+_MOST = 0.25  # share of a text's tokens that may be unknown; a name or a sign is often
+
+
+class UnknownTokens:
+    """Warns once of a text of which more than a quarter of the tokens are unknown.
+
+    A tokenizer whose unknown token is also its end or beginning of text, or padding, spells every text, so nothing is
+    unknown to it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        others = [getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos", "pad")]
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        self._unknown = None if unknown in others else unknown
+        self._told = False
+
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Warn unless the tokenizer knows the text, or a warning was given before."""
+        if self._unknown is None or self._told or not token_ids:
+            return
+        share = sum(token == self._unknown for token in token_ids) / len(token_ids)
+        if share > _MOST:
+            self._told = True
+            logger.warning(
+                "%.0f%% of the tokens of a text are unknown to the model's tokenizer, which then reads all such words "
+                "as one and the same: its scores say nothing about them; expected a model of the text's language",
+                100 * share,
+            )
