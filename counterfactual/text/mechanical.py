@@ -113,15 +113,17 @@ def _original(source: Source, world: _World) -> Iterator[Pair]:
 
 def _degrade(source: Source, world: _World) -> Iterator[Pair]:
     worse = show(source.chosen, source.cause, world.words, positive=False)
-    yield _edit(source, "degrade", source.chosen, worse)
+    yield _edit(source, "degrade", source.chosen, worse, world.words[source.cause])
 
 
 def _upgrade(source: Source, world: _World) -> Iterator[Pair]:
     better = show(source.rejected, source.cause, world.words, positive=True)
-    yield _edit(source, "upgrade", better, source.rejected)
+    yield _edit(source, "upgrade", better, source.rejected, world.words[source.cause])
 
 
-def _edit(source: Source, kind: Literal["degrade", "upgrade"], chosen: str, rejected: str) -> Pair:
+def _edit(
+    source: Source, kind: Literal["degrade", "upgrade"], chosen: str, rejected: str, words: tuple[str, str]
+) -> Pair:
     return Pair(
         f"{source.id}/{kind}",
         source.prompt,
@@ -129,6 +131,7 @@ def _edit(source: Source, kind: Literal["degrade", "upgrade"], chosen: str, reje
         rejected,
         kind=kind,
         attribute=source.cause,
+        attribute_words=words,
         weight=1.0,
         direction="down" if kind == "degrade" else "up",
         source_ids=(source.id,),

@@ -75,7 +75,7 @@ def wrong_number(source: Source, peers: Peers, rng: np.random.Generator) -> Iter
     others = [digit for digit in "123456789" if digit != source.chosen[place]]  # no 0: it could open a number
     wrong = source.chosen[:place] + others[rng.integers(len(others))] + source.chosen[place + 1 :]
     pair = _made(source, "wrong-number", "wrong-number", source.chosen, wrong, attribute="correct numbers")
-    yield replace(pair, direction="down")
+    yield replace(pair, direction="down", attribute_words=(source.chosen[start:end], wrong[start:end]))
 
 
 def dropped_sentence(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
@@ -90,7 +90,7 @@ def dropped_sentence(source: Source, peers: Peers, rng: np.random.Generator) -> 
         shorter = text[:start] + text[end:]
         if len(words_of(text[start:end]) - peers.common_words - words_of(source.prompt, shorter)) >= _NEW_WORDS:
             pair = _made(source, "dropped-sentence", "dropped-sentence", text, shorter, attribute="completeness")
-            yield replace(pair, direction="down")
+            yield replace(pair, direction="down", attribute_words=(text[start:end].strip(),))
             return
 
 

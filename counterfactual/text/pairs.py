@@ -48,6 +48,7 @@ class Pair:
         kind: how the pair was made: original, or the name of a kind, such as degrade or irrelevant.
         split: the side that its source prompt fell to before anything was made of it; None where nobody split.
         attribute: what was edited, such as accuracy; None where nothing was.
+        attribute_words: texts that show the attribute in either response; None where the kind does not know them.
         weight: of the attribute among those of its prompt, in [0, 1]; None without an attribute.
         direction: "down" where the rejected response is an edit of the chosen, "up" for the reverse; None for others.
         source_ids: ids of the pairs that it was made of; empty for an original.
@@ -69,6 +70,7 @@ class Pair:
     kind: str = ORIGINAL
     split: Split | None = None
     attribute: str | None = None
+    attribute_words: tuple[str, ...] | None = None
     weight: float | None = None
     direction: Literal["down", "up"] | None = None
     source_ids: tuple[str, ...] = ()
@@ -101,7 +103,9 @@ def read_pair_row(row: Mapping[str, Any]) -> Pair:
     names = {item.name for item in fields(Pair)}
     if set(row) != names:
         raise ValueError(f"row differs from a pair in {', '.join(sorted(names ^ set(row)))}")
-    return Pair(**{**row, "source_ids": tuple(row["source_ids"])})
+    words = row["attribute_words"]
+    lists = {"source_ids": tuple(row["source_ids"]), "attribute_words": None if words is None else tuple(words)}
+    return Pair(**{**row, **lists})
 
 
 def side_of(prompt: str, test_fraction: float, seed: int) -> Split:

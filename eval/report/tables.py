@@ -32,8 +32,11 @@ def console_table(*header: str, rows: Sequence[Sequence[str]] = (), title: str |
     The first cell of a row, its name, breaks between words and after hyphens alone.
     """
     table = Table(*(Column(name, overflow="fold") for name in header), title=title)
-    words = [max(map(len, ["0.000", *name.split()])) for name in header[1:]]
-    room = max(12, 80 - 6 - sum(words) - 3 * len(words))  # beside numbers, the words of the header, and borders
+    columns = zip(header[1:], *(cells[1:] for cells in rows), strict=False)
+    words = [max(len(word) for cell in column for word in (*cell.split(), "")) for column in columns]
+    room = max(
+        12, 80 - 6 - sum(words) - 3 * len(words)
+    )  # beside the words and numbers of all other columns, and borders
     names = [textwrap.wrap(cells[0], room, break_long_words=False) or [""] for cells in rows]
     table.columns[0].no_wrap = all(len(part) <= room for parts in names for part in parts)
     for parts, cells in zip(names, rows, strict=True):

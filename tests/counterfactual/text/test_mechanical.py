@@ -8,6 +8,7 @@ import pytest
 
 from cepo.counterfactual.text.mechanical import make_pairs, show, shows
 from cepo.counterfactual.text.pairs import Pair, read_pair_row
+from cepo.eval.sensitivity.edits import read_edit
 from cepo.train.reward_testbed import WORDS, generate_sources
 
 KINDS: Any = ("original", "degrade", "upgrade", "irrelevant", "rrm")
@@ -24,6 +25,7 @@ def test_an_edit_changes_the_causes_word_and_nothing_else() -> None:
         old, new = pair.rejected.split(), pair.chosen.split()
         assert [(a, b) for a, b in zip(old, new, strict=True) if a != b] == [WORDS[source.cause][::-1]]
         assert pair.attribute == source.cause
+        assert read_edit(pair.row()).words == pair.attribute_words == WORDS[source.cause]
         assert (pair.direction == "down") == (pair.chosen == source.chosen)
         assert not pair.tie
 
@@ -72,6 +74,7 @@ def test_a_row_holds_every_field_and_reads_back() -> None:
         assert read_pair_row(row) == pair
     assert set(PAIRS[0].row()) == {
         *("id", "split", "kind", "tie", "prompt", "chosen", "rejected", "attribute", "weight", "direction"),
+        "attribute_words",
         *("source_ids", "generator", "checks", "base_difference", "kept", "reason"),
     }
     with pytest.raises(ValueError, match="row differs from a pair in tie"):

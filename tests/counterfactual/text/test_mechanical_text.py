@@ -128,7 +128,12 @@ def test_results_are_found_as_they_are_written(solution: str, results: set[str])
     assert len(pairs) == (len(sources) if results else 0)
     for pair in pairs:
         ((before, after),) = edits(pair.chosen, pair.rejected)
-        assert any(before in result for result in results)
+        assert pair.attribute_words is not None
+        right, wrong = pair.attribute_words  # what `cepo eval sensitivity` takes for the attribute
+        assert right in results
+        assert wrong in pair.rejected
+        assert before in right
+        assert after in wrong
         assert len(before) == len(after) == 1
 
 
@@ -138,6 +143,7 @@ def test_a_dropped_sentence_is_whole_and_said_something_of_its_own() -> None:
         assert not pair.tie
         _, _, _, four, five, six = topic(int(source.id.removeprefix("row-")))
         assert pair.rejected == pair.chosen.replace(f" Then {four} meets {five} in {six}.", "")
+        assert pair.attribute_words == (f"Then {four} meets {five} in {six}.",)
     two = replace(SOURCES[0], chosen="One sentence stands here. Another follows it.")
     assert not made("dropped-sentence", two)
 
