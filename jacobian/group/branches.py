@@ -1,10 +1,10 @@
 """How the variants of path requests are cut so that common tokens run once: their schedule, without tensors.
 
-Variants are a rollout, its counterfactuals, and points between the two. All variants of a prompt share a stem; those
-of one rollout share a prefix after it, up to the first token in which they differ; from there on each runs alone, in a
-tail that ends at the last row that predicts a target. Prompts that are too short to fill a batch run as one: what their
-stems begin with is their trunk. Nothing is ever sent back into trunk, stem and prefix: the gradient is wanted at the
-source alone, which lies in the tail.
+Variants are a rollout, its counterfactuals, and points between the two. All variants of a prompt share a stem. After it
+the rollout itself is run, once for all that is asked of it; every other variant leaves it at the first token in which
+they differ, and runs alone from there, in a tail that ends at the last row that predicts a target. Prompts that are too
+short to fill a batch run as one: what their stems begin with is their trunk. Nothing is ever sent back into what tails
+share: the gradient is wanted at the source alone, which lies in the tail.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term
 
 Placed = tuple[int, int, int]
-"""Of a tail the index of its variant, the index of its prefix, and where it starts."""
+"""Of a tail the index of its variant, the index of the rollout that it leaves, and where it starts."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,18 @@ class Variant:
         """The last row that predicts a target."""
         return max(term.position for terms in self.terms for term in terms) - 1
 
+    def shared_with(self, ids: Sequence[int]) -> int:
+        """Return how many tokens it begins with in common with others, at both ends of its path."""
+        ends = [end.token_ids for end in (self.rollout, self.other) if end is not None]
+        return shared_length([ids, *ends])
+
 
 @dataclass(frozen=True)
 class Tails:
     """Tails that run at once.
 
     Attributes:
-        placed: for each its index among the variants, the index of its prefix, and where it starts.
+        placed: where each leaves what it shares.
         segment: their tokens and head rows.
     """
 
@@ -72,19 +77,36 @@ class Branches:
         variants: those of all prompts.
         trunk: tokens shared by all of them; None where they share none.
         stems: what the variants of each prompt share after it, ragged; None for one prompt, whose stem is the trunk.
-        prefixes: what the variants of each family share after that, ragged; None where no family shares more.
-        stem_of: for each family the index of its stem.
+        leads: rollouts after their stems, ragged, as far as anything reads them; None where tails leave at the stem.
+        stem_of: for each lead the index of its stem.
         placed: the tails.
+        lead_rows: rows of leads that fit the budget.
         tails_at_once: how many tails fit the budget.
     """
 
     variants: Sequence[Variant]
     trunk: Segment | None
     stems: Segment | None
-    prefixes: Segment | None
+    leads: Segment | None
     stem_of: tuple[int, ...]
     placed: tuple[Placed, ...]
-    tails_at_once: int
+    lead_rows: int = 1
+    tails_at_once: int = 1
+
+    def lead_parts(self) -> list[tuple[tuple[int, ...], Segment]]:
+        """Return its leads as they run, if memory lasts, each part with the indices of its leads."""
+        return parts_of(self.leads, self.lead_rows) if self.leads is not None else []
+
+    def has_stems_of(self, before: Branches | None) -> bool:
+        """Return whether its trunk and stems are those of the branches before it."""
+        return before is not None and (self.trunk, self.stems) == (before.trunk, before.stems)
+
+    def has_leads_of(self, before: Branches | None) -> bool:
+        """Return whether its leads were run for the branches before it, as far as its tails read them."""
+        if before is None or not self.has_stems_of(before) or self.leads is None or before.leads is None:
+            return self.leads is None
+        alike = (self.stem_of, self.leads.starts) == (before.stem_of, before.leads.starts) and not self.leads.head
+        return alike and all(run[: len(ids)] == ids for ids, run in zip(self.leads.ids, before.leads.ids, strict=True))
 
     def tails(self) -> list[Tails]:
         """Return its tails as they run, if memory lasts."""
@@ -141,12 +163,12 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
     """Return the rows, FLOPs and memory that branches add up to.
 
     Args:
-        work: from `branches_of`; what a trunk has in common with the one before it, and equal stems and prefixes that
+        work: from `branches_of`; what a trunk has in common with the one before it, and equal stems and leads that
             follow each other, are run once.
         passes: cotangents that go back through each differentiated tail.
         cost: of the model.
     """
-    total = {kind: Rows(kind) for kind in ("stem", "prefixes", "tails")}
+    total = {kind: Rows(kind) for kind in ("stem", "rollouts", "tails")}
     flops = peak = 0.0
     sizes: list[int] = []
 
@@ -161,15 +183,14 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
 
     before: Branches | None = None
     for each in work:
-        same = before is not None and (each.trunk, each.stems) == (before.trunk, before.stems)
-        if not same:
+        if not each.has_stems_of(before):
             _, new = trunk_after(before.trunk if before is not None else None, each.trunk)
             for segment in (new, each.stems):
                 if segment is not None:
                     add("stem", segment)
-        if before is None or not same or (each.prefixes, each.stem_of) != (before.prefixes, before.stem_of):
-            for _, segment in parts_of(each.prefixes, cost.rows_at_once) if each.prefixes is not None else ():
-                add("prefixes", segment)
+        if not each.has_leads_of(before):
+            for _, segment in each.lead_parts():
+                add("rollouts", segment)
         before = each
         shared = shared_bytes(each, cost)
         peak = max(peak, cost.held_bytes(shared + _shared_forward_bytes(each, cost)))
@@ -190,11 +211,14 @@ def trunk_after(before: Segment | None, trunk: Segment | None) -> tuple[int, Seg
 
 
 def parts_of(segment: Segment, rows: int) -> list[tuple[tuple[int, ...], Segment]]:
-    """Return the sequences of a segment without head, longest first, in parts of so many rows; each with its places."""
-    order = sorted(range(len(segment.ids)), key=lambda at: -len(segment.ids[at]))
+    """Return the sequences of a segment, longest first, in parts of so many rows; each with their places.
+
+    Sequences without tokens are left out.
+    """
+    order = sorted((at for at, ids in enumerate(segment.ids) if ids), key=lambda at: -len(segment.ids[at]))
     found, start = [], 0
     while start < len(order):
-        size = max(1, rows // max(1, len(segment.ids[order[start]])))
+        size = max(1, rows // len(segment.ids[order[start]]))
         places = tuple(order[start : start + size])
         found.append((places, sequences_of(segment, places)))
         start += size
@@ -202,8 +226,13 @@ def parts_of(segment: Segment, rows: int) -> list[tuple[tuple[int, ...], Segment
 
 
 def sequences_of(segment: Segment, places: Sequence[int]) -> Segment:
-    """Return some sequences of a segment without head."""
-    return Segment(tuple(segment.ids[at] for at in places), tuple(segment.starts[at] for at in places))
+    """Return some sequences of a segment, with their rows of the head."""
+    new = {place: sequence for sequence, place in enumerate(places)}
+    return Segment(
+        tuple(segment.ids[at] for at in places),
+        tuple(segment.starts[at] for at in places),
+        tuple(replace(row, sequence=new[row.sequence]) for row in segment.head if row.sequence in new),
+    )
 
 
 def expanded(branches: Branches) -> int:
@@ -213,7 +242,7 @@ def expanded(branches: Branches) -> int:
 
 def shared_bytes(branches: Branches, cost: CostModel) -> float:
     """Return the bytes of the keys and values of what tails share."""
-    segments = (branches.trunk, branches.stems, branches.prefixes)
+    segments = (branches.trunk, branches.stems, branches.leads)
     return sum(cost.cache(len(each.ids), each.length) for each in segments if each is not None)
 
 
@@ -239,10 +268,16 @@ def _shared_forward_bytes(branches: Branches, cost: CostModel) -> float:
         most = cost.forward(1, past, 0) + cost.cache(1, past)  # the latter where it goes on from the one before
     if branches.stems is not None:
         most = max(most, cost.forward(len(branches.stems.ids), branches.stems.length, past))
-    if branches.prefixes is not None:
-        for _, part in parts_of(branches.prefixes, cost.rows_at_once):
-            most = max(most, cost.forward(len(part.ids), part.length, max(part.starts)))
+    for _, part in branches.lead_parts():
+        most = max(most, _lead_bytes(part, expanded(branches), cost))
     return most
+
+
+def _lead_bytes(part: Segment, shared: int, cost: CostModel) -> float:
+    """Return the bytes that leads need while they run, beside what they share, of which so many tokens are one copy."""
+    count, past = len(part.ids), max(part.starts)
+    copies = cost.cache(count, past - shared) + 2.0 * cost.cache(count, part.length)
+    return copies + cost.forward(count, part.length, past) + cost.head_bytes(part)
 
 
 def _branches(
@@ -250,54 +285,66 @@ def _branches(
 ) -> Branches:
     """Return the branches of some prompts, given the indices of the variants of each."""
     stems: list[tuple[int, ...]] = []  # of each prompt, whole
-    families: list[tuple[int, int, list[int]]] = []  # of each the index of its stem, where it ends, its variants
+    leads: list[tuple[int, tuple[int, ...], list[int]]] = []  # index of the stem, tokens, the variants that it is
+    placed: list[Placed] = []
     for place, of_prompt in enumerate(members):
         by_family: dict[int, list[int]] = {}
         for index in of_prompt:
             by_family.setdefault(variants[index].family, []).append(index)
+        first, ends = len(leads), []
         for of_family in by_family.values():
-            split = min(_shared([variants[index] for index in of_family]), *_first_rows(variants, of_family))
-            families.append((place, split, of_family))
-        end = min(_shared([variants[index] for index in of_prompt]), *(at for one, at, _ in families if one == place))
-        stems.append(variants[of_prompt[0]].rollout.token_ids[:end])
+            ids, own = variants[of_family[0]].rollout.token_ids, []
+            starts = [0]
+            for index in of_family:
+                one = variants[index]
+                if one.other is None and one.rollout.token_ids == ids:
+                    own.append(index)
+                    ends.append(one.first_row)
+                else:
+                    starts.append(min(one.shared_with(ids), one.first_row))
+                    placed.append((index, len(leads), starts[-1]))
+            ends += starts[1:]
+            read = [variants[index].last_row + 1 for index in own]
+            leads.append((place, ids[: max(*starts, *read, 0)], own))
+        stems.append(leads[first][1][: min(shared_length([ids for _, ids, _ in leads[first:]]), *ends)])
     trunk = shared_length(stems)
     rests = Segment(tuple(ids[trunk:] for ids in stems), (trunk,) * len(stems))
-    pieces = [variants[own[0]].rollout.token_ids[len(stems[place]) : split] for place, split, own in families]
-    placed = [(index, branch, split) for branch, (_, split, of_family) in enumerate(families) for index in of_family]
+    pieces = tuple(ids[len(stems[place]) :] for place, ids, _ in leads)
+    head = tuple(
+        HeadRow(index, number, lead, term.position - 1 - len(stems[place]), term)
+        for lead, (place, _, own) in enumerate(leads)
+        for index in own
+        for number, terms in enumerate(variants[index].terms)
+        for term in terms
+    )
     # Neighbours of equal length need least padding.
     placed.sort(key=lambda each: each[2] - variants[each[0]].last_row)
-    starts = tuple(len(stems[place]) for place, _, _ in families)
     found = Branches(
         variants,
         Segment((stems[0][:trunk],), (0,)) if trunk else None,
         rests if any(rests.ids) else None,
-        Segment(tuple(pieces), starts) if any(pieces) else None,
-        tuple(place for place, _, _ in families),
+        Segment(pieces, tuple(len(stems[place]) for place, _, _ in leads), head) if any(pieces) else None,
+        tuple(place for place, _, _ in leads),
         tuple(placed),
-        1,
     )
-    room = budget / cost.overhead - shared_bytes(found, cost)
-    return replace(found, tails_at_once=_size(variants, placed, expanded(found), cost, room))
+    return _sized(found, cost, budget / cost.overhead - shared_bytes(found, cost))
 
 
-def _first_rows(variants: Sequence[Variant], members: Sequence[int]) -> list[int]:
-    return [variants[index].first_row for index in members]
-
-
-def _size(
-    variants: Sequence[Variant],
-    members: Sequence[Placed],
-    shared: int,
-    cost: CostModel,
-    room: float,
-) -> int:
-    """Return how many tails run at once in so many bytes, at least one."""
-    longest = tails_of(variants, members[:1]).segment.length
-    passes = len(variants[members[0][0]].terms)
-    size = min(len(members), max(1, cost.rows_at_once // longest))
-    while size > 1 and tails_bytes(tails_of(variants, members[:size]), passes, shared, cost) > room:
-        size = (size + 1) // 2
-    return size
+def _sized(branches: Branches, cost: CostModel, room: float) -> Branches:
+    """Return the branches with as many rows of leads, and as many tails, at once as fit so many bytes, at least one."""
+    shared, rows, size = expanded(branches), cost.rows_at_once, 1
+    while rows > 1 and any(
+        len(places) > 1 and _lead_bytes(part, shared, cost) > room
+        for places, part in replace(branches, lead_rows=rows).lead_parts()
+    ):
+        rows = (rows + 1) // 2
+    if branches.placed:
+        variants, placed = branches.variants, branches.placed
+        passes = len(variants[placed[0][0]].terms)
+        size = min(len(placed), max(1, cost.rows_at_once // tails_of(variants, placed[:1]).segment.length))
+        while size > 1 and tails_bytes(tails_of(variants, placed[:size]), passes, shared, cost) > room:
+            size = (size + 1) // 2
+    return replace(branches, lead_rows=rows, tails_at_once=size)
 
 
 def tails_of(variants: Sequence[Variant], members: Sequence[Placed]) -> Tails:
@@ -307,16 +354,10 @@ def tails_of(variants: Sequence[Variant], members: Sequence[Placed]) -> Tails:
         variant = variants[index]
         ids.append(variant.rollout.token_ids[start : variant.last_row + 1])
         head += [
-            HeadRow(place, number, place, term.position - 1 - start, term)
+            HeadRow(index, number, place, term.position - 1 - start, term)
             for number, terms in enumerate(variant.terms)
             for term in terms
         ]
     differentiated = variants[members[0][0]].other is not None
     segment = Segment(tuple(ids), tuple(start for _, _, start in members), tuple(head), differentiated)
     return Tails(tuple(members), segment)
-
-
-def _shared(variants: Sequence[Variant]) -> int:
-    """Return how many tokens variants begin with in common, at both ends of their paths."""
-    ends = [end for one in variants for end in (one.rollout, one.other) if end is not None]
-    return shared_length([end.token_ids for end in ends])

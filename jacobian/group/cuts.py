@@ -69,7 +69,8 @@ class HeadRow:
     """One row of the head.
 
     Attributes:
-        job: the job that it serves: in a stage its place in the batch, in a stem its number.
+        job: what it serves: in a stage the place of a job in the batch, in a stem the job's number, in what path
+            requests run the index of a variant.
         pass_index: the pass that it serves.
         sequence: the sequence of the segment's batch that it is read from.
         row: its row within that sequence.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -37,8 +38,10 @@ from cepo.jacobian.targets import Term, target_terms
 
 _NOTHING = Past([], ())
 Read = TypeVar("Read")
-# From tails, their run, the step of each and how many cotangents go back at once, what is read of each.
-Reader: TypeAlias = Callable[[Tails, SegmentRun, Tensor, int], Sequence[Read]]
+# From tails, their run, the step of each and how many cotangents go back at once, what is read by index of the variant.
+Reader: TypeAlias = Callable[[Tails, SegmentRun, Tensor, int], dict[int, Read]]
+Values: TypeAlias = dict[int, float]
+"""The value of a variant's target functions, by the index of the pass."""
 
 
 class PathRunner:
@@ -51,20 +54,24 @@ class PathRunner:
 
     def __init__(self, served: Served, budget: float) -> None:
         self._served, self._budget = served, budget
-        self._trunk: tuple[Segment | None, Past] = (None, _NOTHING)
-        self._stems: tuple[Segment | None, Past] = (None, _NOTHING)
-        self._prefixes: tuple[tuple[Segment | None, tuple[int, ...]], Past] = ((None, ()), _NOTHING)
+        self._before: Branches | None = None  # what was run last, and the keys and values of what it shared
+        self._trunk = self._stems = self._leads = _NOTHING
 
     def answers(self, requests: Sequence[PathRequest]) -> list[PathAnswer]:
         """Return the answers to requests, their values computed together; inside `model.prepared()`."""
-        in_order = iter(self._run(value_variants(requests), 1, _values))
+        variants = value_variants(requests)
+        found: dict[int, Values] = {}
+        for branches in branches_of(variants, self._served.cost, self._budget):
+            found |= self._run_shared(branches)
+            found |= self._run_tails(branches, 1, lambda tails, run, step_BTD, at_once: _values(tails.segment, run))
+        in_order = (found[index] for index in range(len(variants)))
         answers = []
         for request in requests:
             passes = passes_of(request.links)
             values = [
                 [
-                    {key: found.get(index, 0.0) for index, key in enumerate(passes)}
-                    for found in islice(in_order, 1 + len(others))
+                    {key: of_one.get(index, 0.0) for index, key in enumerate(passes)}
+                    for of_one in islice(in_order, 1 + len(others))
                 ]
                 for others in request.counterfactuals
             ]
@@ -76,89 +83,96 @@ class PathRunner:
         passes, source = passes_of(request.links), request.links[0].source
         variants = point_variants(request, points)
 
-        def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> list[dict[Pass, Tensor]]:
-            asked = Asked(range(len(passes)))
-            asked.add_head(tails.segment.head, run.head_PD, run.hidden_BTD.shape)
+        def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> dict[int, dict[Pass, Tensor]]:
+            asked, place_of = Asked(range(len(passes))), {index: at for at, (index, _, _) in enumerate(tails.placed)}
+            head = [replace(row, job=place_of[row.job]) for row in tails.segment.head]
+            asked.add_head(head, run.head_PD, run.hidden_BTD.shape)
             outputs = asked.of_outputs(len(run.keys_values))
             parts = backward_in_parts(run, outputs, [run.leaf_BTD], at_once)
             rows_CBT = torch.cat([_contracted(leaf_CBTD, step_BTD) for _, (leaf_CBTD,) in parts])
-            found = []
+            found = {}
             for place, (index, _, start) in enumerate(tails.placed):
                 # A source may begin before the first token that differs: there is no step there.
                 at = [position - start for position in variants[index].rollout.spans[source].positions]
                 before = rows_CBT.new_zeros(sum(row < 0 for row in at))
                 kept = [row for row in at if row >= 0]
-                found.append({key: torch.cat([before, rows_CBT[c, place, kept]]) for c, key in enumerate(passes)})
+                found[index] = {key: torch.cat([before, rows_CBT[c, place, kept]]) for c, key in enumerate(passes)}
             return found
 
-        return self._run(variants, len(passes), rows_of)
-
-    def _run(self, variants: Sequence[Variant], passes: int, read: Reader[Read]) -> list[Read]:
-        """Run variants, and return what is read of each, in order."""
-        found: dict[int, Read] = {}
+        found: dict[int, dict[Pass, Tensor]] = {}
         for branches in branches_of(variants, self._served.cost, self._budget):
             self._run_shared(branches)
-
-            def run(placed: Sequence[Placed], at_once: AtOnce, branches: Branches = branches) -> dict[int, Read]:
-                tails = tails_of(variants, placed)
-                of_tails = read(tails, *self._run_tails(tails, branches), at_once.passes)
-                return {index: one for (index, _, _), one in zip(placed, of_tails, strict=True)}
-
-            for of_part in run_in_parts(branches.placed, AtOnce(branches.tails_at_once, passes), run):
-                found |= of_part
+            found |= self._run_tails(branches, len(passes), rows_of)
         return [found[index] for index in range(len(variants))]
 
-    def _run_shared(self, branches: Branches) -> None:
-        """Run what tails share, and what of it is not what the tails before them shared."""
-        (trunk, in_trunk), (stems, _), (prefixes, _) = self._trunk, self._stems, self._prefixes
-        same = (branches.trunk, branches.stems) == (trunk, stems)
-        if not same:
-            self._stems, self._prefixes = (None, _NOTHING), ((None, ()), _NOTHING)  # freed before the next are built
-            self._trunk = (branches.trunk, self._trunk_after(trunk, in_trunk, branches.trunk))
+    def _run_shared(self, branches: Branches) -> dict[int, Values]:
+        """Run what tails share, and was not run for the tails before them; return the values of rollouts themselves."""
+        before, self._before = self._before, None  # in case that memory runs out
+        if not branches.has_stems_of(before):
+            self._stems = self._leads = _NOTHING  # freed before the next ones are built
+            self._trunk = self._trunk_after(before.trunk if before is not None else None, branches.trunk)
             if branches.stems is not None:
-                self._stems = (branches.stems, self._past_of(branches.stems, lambda places: ()))
-        wanted = (branches.prefixes, branches.stem_of)
-        if not same or wanted != prefixes:
-            self._prefixes = ((None, ()), _NOTHING)
-            before = partial(self._after_stems, branches)
-            in_prefixes = _NOTHING if branches.prefixes is None else self._past_of(branches.prefixes, before)
-            self._prefixes = (wanted, in_prefixes)
+                self._stems, _ = self._past_of(branches.stems, parts_of(branches.stems, self._served.cost.rows_at_once))
+        values: dict[int, Values] = {}
+        if not branches.has_leads_of(before):
+            self._leads = _NOTHING
+            if branches.leads is not None:
+                self._leads, values = self._past_of(branches.leads, branches.lead_parts(), branches.stem_of)
+        self._before = branches
+        return values
 
-    def _trunk_after(self, before: Segment | None, in_before: Past, trunk: Segment | None) -> Past:
+    def _trunk_after(self, before: Segment | None, trunk: Segment | None) -> Past:
         """Return the keys and values of a trunk that goes on from the one before it."""
         shared, new = trunk_after(before, trunk)
-        keys_values = [tensor[:, :, :shared] for tensor in in_before.keys_values] if shared else []
+        keys_values = [tensor[:, :, :shared] for tensor in self._trunk.keys_values] if shared else []
         if new is not None:
             past = [Past(keys_values, (shared,))] if shared else []
             more = run_segment(self._served.model, new, past).keys_values
             keys_values = [torch.cat(pair, dim=2) for pair in zip(keys_values, more, strict=True)] if shared else more
         return Past(keys_values, (trunk.length,)) if trunk is not None else _NOTHING
 
-    def _after_stems(self, branches: Branches, families: Sequence[int]) -> tuple[Past, ...]:
-        """Return what comes before the prefixes of families, beside the trunk."""
-        _, stems = self._stems
-        return (stems.leaves([branches.stem_of[at] for at in families], False),) if stems.keys_values else ()
-
-    def _past_of(self, segment: Segment, before: Callable[[Sequence[int]], tuple[Past, ...]]) -> Past:
-        """Return the keys and values of a segment after the trunk and, for each sequence, what else is before it."""
+    def _past_of(
+        self, segment: Segment, parts: Sequence[tuple[Sequence[int], Segment]], stem_of: Sequence[int] = ()
+    ) -> tuple[Past, dict[int, Values]]:
+        """Return the keys and values of a segment after the trunk and, if any, stems; and what its head reads."""
         whole: KeyValues = []
+        values: dict[int, Values] = {}
 
         def run(places: Sequence[int], at_once: AtOnce) -> None:
             part = sequences_of(segment, places)
-            found = run_segment(self._served.model, part, [self._trunk[1], *before(places)]).keys_values
+            past = [self._trunk, *self._after_trunk([stem_of[at] for at in places] if stem_of else ())]
+            found = run_segment(self._served.model, part, past)
             if not whole:
                 whole.extend(
-                    each.new_zeros(len(segment.ids), each.shape[1], segment.length, each.shape[3]) for each in found
+                    each.new_zeros(len(segment.ids), each.shape[1], segment.length, each.shape[3])
+                    for each in found.keys_values
                 )
-            index = torch.tensor(places, device=found[0].device)
-            for all_sequences, each in zip(whole, found, strict=True):
+            index = torch.tensor(places, device=whole[0].device)
+            for all_sequences, each in zip(whole, found.keys_values, strict=True):
                 all_sequences[index, :, : part.length] = each
+            values.update(_values(part, found))
 
-        for places, _ in parts_of(segment, self._served.cost.rows_at_once):
+        for places, _ in parts:
             list(run_in_parts(places, AtOnce(len(places)), run))
-        return Past(whole, tuple(map(len, segment.ids)))
+        return Past(whole, tuple(map(len, segment.ids))), values
 
-    def _run_tails(self, tails: Tails, branches: Branches) -> tuple[SegmentRun, Tensor]:
+    def _after_trunk(self, stems: Sequence[int]) -> tuple[Past, ...]:
+        """Return the stems at these places; nothing where the trunk is the stem."""
+        return (self._stems.leaves(stems, differentiated=False),) if self._stems.keys_values and stems else ()
+
+    def _run_tails(self, branches: Branches, passes: int, read: Reader[Read]) -> dict[int, Read]:
+        """Return what is read of each tail, by the index of its variant."""
+        found: dict[int, Read] = {}
+
+        def run(placed: Sequence[Placed], at_once: AtOnce) -> dict[int, Read]:
+            tails = tails_of(branches.variants, placed)
+            return read(tails, *self._run_at_once(tails, branches), at_once.passes)
+
+        for of_part in run_in_parts(branches.placed, AtOnce(branches.tails_at_once, passes), run):
+            found |= of_part
+        return found
+
+    def _run_at_once(self, tails: Tails, branches: Branches) -> tuple[SegmentRun, Tensor]:
         """Return a run of tails, and the step of each from its counterfactual (empty where values alone are read)."""
         segment, embedding = tails.segment, self._served.model.held.embedding
         device, step_BTD = embedding.weight.device, torch.empty(0)
@@ -176,20 +190,22 @@ class PathRunner:
             entered_BTD, step_BTD = between(embedded_BTD, other_BTD, fraction_B[:, None, None].to(device))
             return entered_BTD
 
-        families = [branch for _, branch, _ in tails.placed]
-        (_, trunk), (_, prefixes) = self._trunk, self._prefixes
-        past = [trunk, *self._after_stems(branches, families)]
-        if prefixes.keys_values:
-            past.append(prefixes.leaves(families, differentiated=False))
+        leads = [lead for _, lead, _ in tails.placed]
+        past = [self._trunk, *self._after_trunk([branches.stem_of[lead] for lead in leads])]
+        if branches.leads is not None:  # each up to where its tail leaves it
+            lengths = tuple(start - branches.leads.starts[lead] for _, lead, start in tails.placed)
+            narrow = Past([tensor[:, :, : max(lengths)] for tensor in self._leads.keys_values], self._leads.lengths)
+            past.append(replace(narrow.leaves(leads, differentiated=False), lengths=lengths))
         run = run_segment(self._served.model, segment, past, moved if segment.differentiated else None)
         return run, step_BTD
 
 
-def _values(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> list[dict[int, float]]:
-    """Return the value of each tail's target functions, by the index of the pass."""
-    found: list[dict[int, float]] = [{} for _ in tails.placed]
-    for row, value in zip(tails.segment.head, run.values_P.double().tolist(), strict=True):
-        found[row.job][row.pass_index] = found[row.job].get(row.pass_index, 0.0) + value
+def _values(segment: Segment, run: SegmentRun) -> dict[int, Values]:
+    """Return what the head of a segment reads, by the index of the variant."""
+    found: dict[int, Values] = {}
+    for row, value in zip(segment.head, run.values_P.double().tolist(), strict=True):
+        of_variant = found.setdefault(row.job, {})
+        of_variant[row.pass_index] = of_variant.get(row.pass_index, 0.0) + value
     return found
 
 
@@ -233,13 +249,12 @@ def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) 
 
 
 def value_variants(requests: Sequence[PathRequest]) -> list[Variant]:
-    """Return each rollout of requests, followed by its counterfactuals."""
-    families = count()
+    """Return each rollout of requests, followed by its counterfactuals; a rollout of several requests is one family."""
+    families: dict[tuple[int, ...], int] = {}
     return [
-        Variant(family, each, _terms(request, each))
+        Variant(families.setdefault(rollout.token_ids, len(families)), each, _terms(request, each))
         for request in requests
         for rollout, others in zip(request.group.rollouts, request.counterfactuals, strict=True)
-        for family in [next(families)]
         for each in (rollout, *others)
     ]
 

@@ -285,7 +285,7 @@ class Plan:
 
     Attributes:
         rows: by segment: "opening" (shared by all prompts), "stem" (shared by a prompt's rollouts), "stages"; of path
-            requests "stem", "prefixes" (shared by a rollout and its counterfactuals), "tails".
+            requests "stem", "rollouts" (themselves, once for all that is asked of them), "tails" (counterfactuals).
         flops: floating-point operations of the matrix products; a mixture of experts is counted whole.
         peak_bytes: estimated peak of the memory that the computation adds to the model, allocator overhead included.
         chunks: rollouts in each chunk of the stages.

@@ -26,6 +26,7 @@ from tests.eval.score.records import check_alike
 
 ITEMS = testbed.generate_items(5, seed=9, cue_agreement=0.5)
 LINKS = ["Z->X", "X->Y", "Z->Y"]
+WIDE = ("-K", 1, "--dtype", "float64")
 ALONE = ("--link", "X->Y", "--score", "influence")  # what a row has without rows of other prompts, its donors
 PARTS = ("base", "residual", "source_positions", "target_positions")
 
@@ -133,12 +134,13 @@ def test_paths_give_attributions_that_add_up(judge: Path, tmp_path: Path, cepo: 
 
 
 def test_batch_size_order_and_repetition_change_nothing(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    """In float64: in float32 an effect, a difference of sums of tens of nats, is rounded at its sixth decimal."""
     rows = gold_rows()
     outputs = []
     for name, order, batch in (("a", rows, 1), ("b", rows, 4), ("c", rows[::-1], 3), ("d", rows, 4)):
         source = write_jsonl(tmp_path / f"{name}.jsonl", order)
         out = tmp_path / f"{name}.out"
-        assert cepo("--model", judge, "--input", source, "--output", out, "--batch-size", batch, "-K", 1)[0] == 0
+        assert cepo("--model", judge, "--input", source, "--output", out, "--batch-size", batch, *WIDE)[0] == 0
         outputs.append({record["id"]: {**record, "row": 0} for record in read_jsonl(out)})
     for found in outputs[1:]:
         check_alike({key: found[key] for key in outputs[0]}, outputs[0], 1e-6)
@@ -206,7 +208,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    arguments = ("--model", judge, "--input", source, *ALONE, "--also", "effect", "-K", 1)
+    arguments = ("--model", judge, "--input", source, *ALONE, "--also", "effect", *WIDE)
     matrices = {name: tmp_path / f"{name}.safetensors" for name in ("whole", "broken")}
     assert cepo(*arguments, "--output", whole, "--save-jacobians", matrices["whole"])[0] == 0
     written: list[int] = []

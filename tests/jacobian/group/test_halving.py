@@ -128,9 +128,9 @@ PATHS: dict[str, tuple[Any, str, int, Measure]] = {
     "the head": (run_module, "values_of_terms", 6, lambda logits, terms, *rest: len(terms)),
     "backward through the tails": (run_module, "backward", 2, sequences_back),
     "backward, one cotangent at a time": (run_module, "backward", 1, all_back),
-    "what families share": (
+    "the rollouts themselves": (
         *(paths_module, "run_segment", 1),
-        lambda model, segment, *rest: 0 if segment.head else len(segment.ids),
+        lambda model, segment, *rest: 0 if len(set(segment.starts)) > 1 else len(segment.ids),
     ),
 }
 
@@ -139,7 +139,7 @@ PATHS: dict[str, tuple[Any, str, int, Measure]] = {
 def test_every_stage_of_a_path_that_runs_out_of_memory_runs_less_at_once(
     stage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Effects and gradients along paths, of two links of one source; prefixes differ in length."""
+    """Effects and gradients along paths, of two links of one source; tails start at different places."""
     model, rollouts = tiny_model("llama"), [ragged_rollout(seed) for seed in range(4)]
     asked = request(rollouts, "analysis->scores", nodes=2)
     asked = type(asked)(asked.group, asked.counterfactuals, (*asked.links, link("analysis->scores@log_odds")), 2)

@@ -198,8 +198,8 @@ def test_the_plan_counts_the_rows_that_run(monkeypatch: pytest.MonkeyPatch) -> N
     list(engine.paths(asked))
     assert seen == {"forward": plan.forward_rows, "backward": plan.backward_rows, "head": plan.head_rows}
     by_segment = {row.segment: row for row in plan.rows}
-    assert by_segment["stem"].backward == by_segment["prefixes"].backward == 0
-    assert sum(plan.chunks) == 2 * len(rollouts) * (1 + 2 + 2 * 2)
+    assert by_segment["stem"].backward == by_segment["rollouts"].backward == 0
+    assert sum(plan.chunks) == 2 * len(rollouts) * (2 + 2 * 2)
 
 
 def test_live_adapters_and_narrow_dtypes() -> None:
