@@ -133,7 +133,7 @@ def branches_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> 
 
 
 def _small_enough(prompts: Sequence[tuple[int, ...]], rows: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yield runs of prompts that fit so many rows, beside what all of them begin with, or are one alone."""
+    """Yield runs of prompts that fit in `rows` after their common beginning; a longer prompt is a run of its own."""
     run: list[tuple[int, ...]] = []
     for prompt in prompts:
         more = [*run, prompt]
@@ -211,7 +211,7 @@ def trunk_after(before: Segment | None, trunk: Segment | None) -> tuple[int, Seg
 
 
 def parts_of(segment: Segment, rows: int) -> list[tuple[tuple[int, ...], Segment]]:
-    """Return the sequences of a segment, longest first, in parts of so many rows; each with their places.
+    """Return the sequences of a segment, longest first, in parts of at most `rows`, each part with their places.
 
     Sequences without tokens are left out.
     """
@@ -247,7 +247,7 @@ def shared_bytes(branches: Branches, cost: CostModel) -> float:
 
 
 def tails_bytes(tails: Tails, passes: int, shared: int, cost: CostModel) -> float:
-    """Return the bytes that tails need while they run, beside what they share, of which so many tokens are one copy."""
+    """Return the bytes that tails need while they run, beside what they share; `shared` tokens of it are not copied."""
     segment = tails.segment
     count, past = len(segment.ids), max(segment.starts)
     needed = cost.cache(count, past - shared) + 2.0 * cost.cache(count, segment.length)
@@ -274,7 +274,7 @@ def _shared_forward_bytes(branches: Branches, cost: CostModel) -> float:
 
 
 def _lead_bytes(part: Segment, shared: int, cost: CostModel) -> float:
-    """Return the bytes that leads need while they run, beside what they share, of which so many tokens are one copy."""
+    """Return the bytes that leads need while they run, beside what they share; `shared` tokens of it are not copied."""
     count, past = len(part.ids), max(part.starts)
     copies = cost.cache(count, past - shared) + 2.0 * cost.cache(count, part.length)
     return copies + cost.forward(count, part.length, past) + cost.head_bytes(part)
@@ -331,7 +331,7 @@ def _branches(
 
 
 def _sized(branches: Branches, cost: CostModel, room: float) -> Branches:
-    """Return the branches with as many rows of leads, and as many tails, at once as fit so many bytes, at least one."""
+    """Return the branches with the rows of leads and the tails that fit in `room` bytes at once, at least one each."""
     shared, rows, size = expanded(branches), cost.rows_at_once, 1
     while rows > 1 and any(
         len(places) > 1 and _lead_bytes(part, shared, cost) > room

@@ -212,7 +212,7 @@ def chunk_of(jobs: Sequence[Job], stem: Stem) -> Chunk:
 
 
 def _in_waves(rows: Sequence[int], most: int) -> Iterator[range]:
-    """Yield runs of prompts that have so many rows together at most, or are one alone."""
+    """Yield runs of prompts with at most `most` rows together; a prompt with more is a run of its own."""
     start = total = 0
     for prompt, of_prompt in enumerate(rows):
         if prompt > start and total + of_prompt > most:
