@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cepo.kernels.launch import Variant
+from cepo.kernels.launch import COUNTS, Variant
 
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, by compute capability
-# Numbers that models and our chunks make multiples of 16, which Triton is told at a launch (loads get wider).
-_ALIGNED = ("size", "first", "columns", "columns_each")
 _PRODUCTS = ("tt.dot", "ttng.warp_group_dot")  # at once and asynchronous, in Triton's GPU dialect
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -91,15 +89,19 @@ def as_table(rows: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
+def form_of(variant: Variant) -> str:
+    """Return the dtype, constants, warps and stages that a kernel is compiled for."""
+    constants = " ".join(f"{key}={variant.constants[key]}" for key in sorted(variant.constants) if key != "INTERPRETED")
+    return f"{_DTYPES[variant.dtype]} {constants} warps={variant.tile.warps} stages={variant.tile.stages}"
+
+
 def _compile(variant: Variant, arch: int) -> Compiled:
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    name, tile = variant.kernel.__name__, variant.tile
-    constants = " ".join(f"{key}={value}" for key, value in variant.constants.items() if key != "INTERPRETED")
-    form = f"{_DTYPES[variant.dtype]} {constants} warps={tile.warps} stages={tile.stages}"
+    name, form = variant.kernel.__name__, form_of(variant)
     source = ASTSource(
         fn=variant.kernel,
         signature={argument: _type_of(argument, variant) for argument in variant.kernel.arg_names},
@@ -107,15 +109,14 @@ def _compile(variant: Variant, arch: int) -> Compiled:
         attrs={
             (index,): [["tt.divisibility", 16]]
             for index, argument in enumerate(variant.kernel.arg_names)
-            if argument not in variant.constants
-            and (argument.endswith("_ptr") or "_stride_" in argument or argument in _ALIGNED)
+            if argument not in (*variant.constants, *COUNTS) and not argument.endswith("_f32")
         },
     )
     knobs.nvidia.dump_ptxas_log = True  # the assembler's own log of the one run that makes the binary
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=tile.options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.tile.options)
     except Exception as error:  # the compilers below raise many kinds; the row carries the reason
         reason = " ".join(str(error).split())[:200]
         return Compiled(name, form, arch, error=f"{type(error).__name__}: {reason}")
@@ -123,7 +124,7 @@ def _compile(variant: Variant, arch: int) -> Compiled:
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     if registers is None or not spills:
         raise RuntimeError(f"ptxas -v names no registers and spills (empty for a cached kernel): {log.getvalue()!r}")
-    mixes = tile.stages > 1 and all(f" {product} " in compiled.asm["ttgir"] for product in _PRODUCTS)
+    mixes = variant.tile.stages > 1 and all(f" {product} " in compiled.asm["ttgir"] for product in _PRODUCTS)
     return Compiled(name, form, arch, int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, mixes)
 
 

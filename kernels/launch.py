@@ -11,6 +11,9 @@ from torch import Tensor
 
 Implementation = Literal["auto", "torch", "triton"]
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Arguments of kernels that Triton does not compile for: it would do so anew where one of them is 1 or a multiple of 16.
+# Numbers that decide how wide loads are (strides, sizes of rows) are not among them; models make them multiples of 16.
+COUNTS = ("tokens", "padded_length", "count", "rows", "vocabulary", "blocks_each")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cepo.kernels.attention.tiles import (
     strides,
     token_major,
 )
-from cepo.kernels.launch import Tile, Variant, architecture, interpreted
+from cepo.kernels.launch import COUNTS, Tile, Variant, architecture, interpreted
 from cepo.kernels.product import product
 
 # (architecture, bytes of an element, head size rounded up to a power of two, at least 64) -> tile.
@@ -78,7 +78,7 @@ def attention_forward(
     return output_BHTE, (*inputs, output_BHTE, lse_BHT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_forward_kernel(
     query_ptr,
     past_key_ptr,

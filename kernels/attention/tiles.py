@@ -80,12 +80,14 @@ def attention_variants(
 ) -> Iterator[Variant]:
     """Yield one kernel of the attention for full heads, for masked ones, and with capped scores.
 
-    In float32, whose small tiles are far from every limit: masked heads alone, capped in one size, as they are in the
-    other.
+    Full heads are those of SmolLM2 (64) and Qwen3 (128). In float32, whose small tiles are far from every limit: one
+    form of each size, at 128 masked and capped.
     """
     dtype = torch.float32 if width == 4 else torch.bfloat16
-    masked = [(96, 3, False)] if padded == 128 else []
-    forms = [(padded, 2, False), *masked, (padded, 1, True)] if width == 2 else [(padded * 3 // 4, 3, padded == 64)]
+    if padded == 64:
+        forms = [(64, 3, False)] if width == 4 else [(64, 3, False), (64, 1, True)]
+    else:
+        forms = [(96, 3, True)] if width == 4 else [(128, 2, False), (96, 3, False), (128, 1, True)]
     for size, group, capped in forms:
         used = capped_tile if capped and capped_tile else tile
         shape = {"GROUP": group, "SIZE": size, "BLOCK_E": padded, "BLOCK_M": used.rows, "BLOCK_N": used.columns}

@@ -16,15 +16,17 @@ from cepo.kernels.attention.vjp_kernels import (
 )
 from cepo.kernels.launch import Tile, Variant, architecture, interpreted, unit_last
 
-# Keys as in FORWARD_TILES; the architectures differ where float32 heads of 128 would spill.
+# Keys as in FORWARD_TILES; the architectures differ where a form would spill: on the A100 SmolLM2's three heads of 64
+# per key head, in float32 heads of 128.
 QUERY_TILES = {
     **{(arch, 2, 64): Tile(128, 64, 8, 2) for arch in (80, 90)},
     **{(arch, 2, 128): Tile(64, 64, 8, 2) for arch in (80, 90)},
-    **{(arch, 4, 64): Tile(32, 32, 8, 1) for arch in (80, 90)},
+    **{(80, 4, 64): Tile(32, 16, 8, 1), (90, 4, 64): Tile(32, 32, 8, 1)},
     **{(80, 4, 128): Tile(32, 16, 8, 1), (90, 4, 128): Tile(16, 16, 8, 1)},
 }
 KEY_TILES = {
-    **{(arch, 2, padded): Tile(64, 64, 8, 2) for arch in (80, 90) for padded in (64, 128)},
+    **{(80, 2, 64): Tile(64, 32, 8, 2), (90, 2, 64): Tile(64, 64, 8, 2)},
+    **{(arch, 2, 128): Tile(64, 64, 8, 2) for arch in (80, 90)},
     **{(arch, 4, 64): Tile(32, 32, 8, 1) for arch in (80, 90)},
     **{(80, 4, 128): Tile(32, 32, 8, 1), (90, 4, 128): Tile(16, 32, 8, 1)},
 }
@@ -139,7 +141,7 @@ def vjp_variants(arch: int) -> Iterator[Variant]:
     for (table_arch, width, padded), tile in QUERY_TILES.items():
         if table_arch != arch:
             continue
-        shape = {"GROUP": 2, "SIZE": padded, "BLOCK_E": padded, "BLOCK_M": DELTA_TILE.rows}
+        shape = {"GROUP": 3 if padded == 64 else 2, "SIZE": padded, "BLOCK_E": padded, "BLOCK_M": DELTA_TILE.rows}
         dtype = torch.float32 if width == 4 else torch.bfloat16
         yield Variant(attention_delta_kernel, dtype, shape, DELTA_TILE)
         yield from attention_variants(attention_query_vjp_kernel, width, padded, tile, {})

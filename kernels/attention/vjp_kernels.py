@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 
 from cepo.kernels.attention.tiles import base2_scores, load_rows, seen, store_rows
+from cepo.kernels.launch import COUNTS
 from cepo.kernels.product import product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_delta_kernel(
     cotangent_ptr,
     output_ptr,
@@ -55,7 +56,7 @@ def attention_delta_kernel(
         delta_M += rollouts * heads * tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_query_vjp_kernel(
     cotangent_ptr,
     query_ptr,
@@ -153,7 +154,7 @@ def attention_query_vjp_kernel(
     store_rows(gradient, heads, row_M, rows, gradient_ME * scale_f32, GROUP, SIZE, BLOCK_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_key_vjp_kernel(
     cotangent_ptr,
     query_ptr,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cepo.kernels.launch import Tile, Variant, architecture, interpreted
+from cepo.kernels.launch import COUNTS, Tile, Variant, architecture, interpreted
 from cepo.kernels.product import product
 
 # (architecture, bytes of an element) -> tile of logits; hidden states and weights are read INNER columns at a time.
@@ -122,7 +122,7 @@ def _constants(tile: Tile, width: int, is_interpreted: bool) -> dict[str, Any]:
     return {**blocks, "INTERPRETED": is_interpreted}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def head_forward_kernel(
     hidden_ptr,
     weight_ptr,
@@ -170,7 +170,7 @@ def head_forward_kernel(
     tl.store(others_f32_ptr + split * rows + row_M, others_M, mask=real_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def head_shares_kernel(
     hidden_ptr,
     weight_ptr,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cepo.kernels.launch import Tile, Variant, architecture, unit_last
+from cepo.kernels.launch import COUNTS, Tile, Variant, architecture, unit_last
 
 # (architecture, row size rounded up to a power of two, at least 64) -> tile: whole rows, several where they are short.
 NORM_TILES = {
@@ -87,7 +87,7 @@ def _tile(rows_ND: Tensor) -> Tile:
     return NORM_TILES[architecture(rows_ND.device), max(64, triton.next_power_of_2(rows_ND.shape[1]))]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_forward_kernel(
     hidden_ptr,
     weight_f32_ptr,
@@ -118,7 +118,7 @@ def norm_forward_kernel(
     tl.store(normed_ptr + place_MD, normed_MD.to(normed_ptr.dtype.element_ty), mask=mask_MD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_vjp_kernel(
     cotangent_ptr,
     hidden_ptr,
@@ -160,11 +160,10 @@ def norm_vjp_kernel(
 
 
 def norm_variants(arch: int) -> Iterator[Variant]:
-    """Yield these kernels with every tile in float32, and with the outer ones in bfloat16, which is no heavier."""
-    widths = [width for table_arch, width in NORM_TILES if table_arch == arch]
-    for dtype, chosen in ((torch.float32, widths), (torch.bfloat16, [min(widths), max(widths)])):
-        for width in chosen:
-            tile = NORM_TILES[arch, width]
-            constants = {"BLOCK_M": tile.rows, "BLOCK_D": tile.columns}
-            yield Variant(norm_forward_kernel, dtype, constants, tile)
-            yield Variant(norm_vjp_kernel, dtype, constants, tile)
+    """Yield every form in which these kernels are launched on an architecture."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for (table_arch, _), tile in NORM_TILES.items():
+            if table_arch == arch:
+                constants = {"BLOCK_M": tile.rows, "BLOCK_D": tile.columns}
+                yield Variant(norm_forward_kernel, dtype, constants, tile)
+                yield Variant(norm_vjp_kernel, dtype, constants, tile)

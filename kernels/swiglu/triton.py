@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cepo.kernels.launch import Tile, Variant, architecture, unit_last
+from cepo.kernels.launch import COUNTS, Tile, Variant, architecture, unit_last
 
 SWIGLU_TILES = {80: Tile(1, 1024, 4, 1), 90: Tile(1, 1024, 4, 1)}
 
@@ -72,7 +72,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return unit_last(tensor.reshape(-1, tensor.shape[-1]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def swiglu_forward_kernel(
     gate_ptr, up_ptr, output_ptr, gate_stride_n, up_stride_n, size, elements, BLOCK: tl.constexpr
 ):
@@ -88,7 +88,7 @@ def swiglu_forward_kernel(
     tl.store(output_ptr + place, (gate * tl.sigmoid(gate) * up).to(output_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def swiglu_vjp_kernel(
     cotangent_ptr,
     gate_ptr,
