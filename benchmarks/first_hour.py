@@ -120,7 +120,7 @@ def _benchmarks(output: Path, device: str, size: str, commit: str | None) -> dic
     kernels = f"bench --kernels --device {device} --minutes 3"
     # Two peers are enough for a figure.
     engine = f"bench --size {size} --device {device} --no-scaling --peer reference --peer padded"
-    left_out = "scaling, the static opening, and the peers torch.func and Captum"
+    left_out = "scaling, the static opening, and the peers torch.func, Captum and Inseq"
     return {
         "kernels": Part(_cepo(kernels, output / "kernels", commit), 200, "kernels.jsonl"),
         "engine": Part(_cepo(engine, output / "engine", commit), 200, "results.jsonl", leaves_out=left_out),
