@@ -40,7 +40,9 @@ def job(judge: Path, tmp_path: Path) -> ScoreJob:
     lines.insert(7, "{broken")
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines))
-    return ScoreJob(model=str(judge), input=source, output=tmp_path / "plain.jsonl", config=CONFIG, batch_size=2)
+    return ScoreJob(
+        model=str(judge), input=source, output=tmp_path / "plain.jsonl", config=CONFIG, batch_size=2, dtype="float64"
+    )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -90,7 +92,7 @@ def test_cepo_scorer_adds_the_records_to_a_data_set(job: ScoreJob, judge: Path) 
     job.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = replace(job, donors=job.input)
     score_file(job)
-    scoring = Scoring(model=str(judge), config=CONFIG, donors=job.input)
+    scoring = Scoring(model=str(judge), config=CONFIG, donors=job.input, dtype="float64")
     scored = ray.data.read_json(str(job.input)).map_batches(
         CepoScorer,
         fn_constructor_args=[scoring],
