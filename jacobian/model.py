@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from cepo.jacobian.gradients import check_gradients
-from cepo.jacobian.heap import returning_blocks
 from cepo.jacobian.layers import decoder_layers
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
@@ -125,8 +124,6 @@ class HeldModel:
     def prepared(self) -> Iterator[None]:
         """Set eval mode, gradients on, autocast off and adapters as asked; restore everything on the way out.
 
-        On a CPU, large blocks of memory are returned to the system meanwhile; see `cepo.jacobian.heap`.
-
         Raises:
             ValueError: if the model is sharded, and not inside of `cepo.jacobian.sharding.readable`.
         """
@@ -134,10 +131,8 @@ class HeldModel:
         modes = [(module, module.training) for module in self.causal_lm.modules()]
         trainable = [(parameter, parameter.requires_grad) for parameter in self.causal_lm.parameters()]
         adapters = contextlib.nullcontext() if self._adapters or not self._peft else self._peft.disable_adapter()
-        on_cpu = self.embedding.weight.device.type == "cpu"
         try:
             with (
-                returning_blocks() if on_cpu else contextlib.nullcontext(),
                 torch.inference_mode(False),
                 torch.enable_grad(),
                 torch.autocast(self.embedding.weight.device.type, enabled=False),

@@ -1,8 +1,8 @@
-"""How much memory one rollout takes alone, by its length, and eight of one prompt; without a budget and with one.
+"""How much memory one rollout takes alone, by its length, without a budget and with one.
 
-`python -m cepo.benchmarks.engine.memory --output runs/memory.jsonl`: SmolLM2's shape in float32 with random weights.
-One rollout has all links of the paper and one counterfactual (more of them run one after another). A row per workload
-and budget; the Jacobians under a budget are compared with those without.
+`python -m cepo.benchmarks.engine.memory --output runs/memory.jsonl`: SmolLM2's shape in float32 with random weights,
+all links of the paper and one counterfactual (more of them run one after another). A row per length and budget; the
+Jacobians under a budget are compared with those without.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from cepo.benchmarks.measure import environment, measure
 from cepo.files import append_jsonl
 from cepo.fusion.config import PAPER_LINKS
 from cepo.jacobian.group.engine import GroupEngine
-from cepo.jacobian.protocol import Request
 
 LENGTHS = (501, 1003, 2006)
 _ANSWER = 9
@@ -35,33 +34,22 @@ def shapes_of(tokens: int) -> Shapes:
     return Shapes(G=1, Lz=tokens - rationale - _ANSWER, Lx=rationale, Ly=_ANSWER, K=1)
 
 
-def workloads(vocabulary: int) -> dict[str, list[Request]]:
-    """Return what is measured, by name: one rollout by its length, and eight of 329 tokens by what is asked of them."""
-    eight = random_workload(vocabulary, Shapes(G=8, Lz=256, Lx=64, Ly=_ANSWER, K=1), 0)
-    alone = {f"{tokens} tokens": random_workload(vocabulary, shapes_of(tokens), 0) for tokens in LENGTHS}
-    return {
-        **{name: jacobian_requests(workload, PAPER_LINKS) for name, workload in alone.items()},
-        "eight, X->Y": jacobian_requests(eight, {"X->Y": 1.0}),
-        "eight, X->Y with influence": jacobian_requests(eight, {"X->Y": 1.0}, also=("influence",)),
-        "eight, all links, K = 0": jacobian_requests(eight, PAPER_LINKS, counterfactuals=0),
-    }
-
-
 def main(
     output: Annotated[Path, typer.Option(help="JSONL file that the rows are appended to.")],
-    memory_gib: Annotated[float, typer.Option(help="Budget of the second run of each workload, GiB.")] = 1.0,
+    memory_gib: Annotated[float, typer.Option(help="Budget of the second run of each length, GiB.")] = 1.0,
     size: Annotated[str, typer.Option(help="Size of cepo bench whose first model is run.")] = "small",
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Measure the peak memory of one rollout alone and of eight, without a budget and with one."""
+    """Measure the peak memory of one rollout alone, by its length, without a budget and with one."""
     place, config = torch.device(device), next(iter(SIZES[size].models.values()))
     torch.manual_seed(0)
     with place:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     model.eval().requires_grad_(False)
     engines = {budget: GroupEngine(model, memory_budget=budget * 2**30) for budget in (64.0, memory_gib)}
-    table = Table("workload", "budget, GiB", "peak, GiB", "planned", "seconds", "largest error")
-    for name, requests in workloads(config.vocab_size).items():
+    table = Table("tokens", "budget, GiB", "peak, GiB", "planned", "seconds", "largest error")
+    for tokens in LENGTHS:
+        requests = jacobian_requests(random_workload(config.vocab_size, shapes_of(tokens), 0), PAPER_LINKS)
         wanted: Jacobians = {}
         for budget, engine in engines.items():
             assert engine.unserved is None  # the trial runs before anything is measured
@@ -69,7 +57,7 @@ def main(
             wanted = wanted or found
             row = {
                 **environment(place),
-                "workload": name,
+                "tokens": tokens,
                 "memory_gib": budget,
                 "peak_bytes": took.peak_bytes,
                 "planned_peak_bytes": engine.plan(requests).peak_bytes,
@@ -79,7 +67,7 @@ def main(
             append_jsonl(output, [row])
             peak = "" if took.peak_bytes is None else f"{took.peak_bytes / 2**30:.2f}"
             planned = f"{row['planned_peak_bytes'] / 2**30:.2f}"
-            table.add_row(name, f"{budget:g}", peak, planned, f"{took.seconds:.1f}", f"{row['error']:.1e}")
+            table.add_row(str(tokens), f"{budget:g}", peak, planned, f"{took.seconds:.1f}", f"{row['error']:.1e}")
     Console().print(table)
 
 

@@ -15,14 +15,14 @@ from cepo.jacobian.group.cuts import Segment, Stem
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 from cepo.kernels.attention.blocks import BLOCK_BYTES, KEPT_BYTES
 
-# More rows in one matrix product save no time and take more memory: for SmolLM2, 512 and 2048 were equally fast on a
-# CPU. A tiny model's products are over before the next is called: it takes more rows at once.
-_ROWS_AT_ONCE = {"cpu": 256}
+# More rows in one matrix product save no time and take more memory: for SmolLM2, 512 and 1024 were equally fast on a
+# CPU, and 256 were a tenth slower. A tiny model's products are over before the next is called: it takes more rows.
+_ROWS_AT_ONCE = {"cpu": 512}
 _MOST_ROWS_OF_TINY, _TINY = 2048, 1_000_000  # weights of the body
 _ROWS_AT_ONCE_ELSEWHERE = 8192
-# The most that a process was seen to hold over the sum of its tensors. The C library keeps blocks that were freed, but
-# for what `cepo.jacobian.heap` makes it return; CUDA's allocator gives them to the next tensor.
-_OVERHEAD, _OVERHEAD_ELSEWHERE = {"cpu": 1.4}, 1.1
+# The most that a process was seen to hold over the sum of its tensors (17 runs on a CPU: 1.25 to 1.64). The C library's
+# allocator keeps blocks that were freed; CUDA's gives them to the next tensor.
+_OVERHEAD, _OVERHEAD_ELSEWHERE = {"cpu": 1.65}, 1.1
 _COPIES = 3.0  # of attention's scores in its definition: before the mask, after it, and as shares
 _OF_LOGITS = 8.0  # bytes of a logit's float32 copies beside the logit and its gradient
 

@@ -10,8 +10,6 @@ from typing import TypeVar
 
 import torch
 
-from cepo.jacobian.heap import return_freed
-
 logger = logging.getLogger("cepo")
 
 Item = TypeVar("Item")
@@ -59,7 +57,6 @@ def run_in_parts(
     start = 0
     while start < len(items):
         part = items[start : start + at_once.sequences]
-        return_freed()  # by the part before it, or whatever ran before
         try:
             found = run(part, at_once)
         except RuntimeError as error:

@@ -4,6 +4,7 @@ the time. Rows that are recorded later are compared without a change here."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cepo.benchmarks.engine import memory
-from cepo.benchmarks.engine.sizes import SIZES
+from cepo.benchmarks.engine.cases import EXACT, ONLY, jacobian_requests
+from cepo.benchmarks.engine.memory import shapes_of
+from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
+from cepo.fusion.config import PAPER_LINKS
 from cepo.jacobian.group import cost as cost_module
 from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.group.engine import GroupEngine
@@ -20,9 +23,15 @@ from cepo.jacobian.group.schedule import plan_of, schedule
 from tests.paths import ROOT
 
 _BEFORE_BLOCKS = {"820a828", "89548b4"}  # commits of rows that are older than attention in blocks
-_BEFORE_RETURNING = {"57119d4"}  # older than the returning of what was freed
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIG = SIZES["small"].models["SmolLM2-135M"]
+XY = {"X->Y": 1.0}
+CASES: dict[str, tuple[Mapping[str, float], dict[str, Any]]] = {
+    EXACT: (PAPER_LINKS, {}),
+    "group: all links, base only": (PAPER_LINKS, {"counterfactuals": 0}),
+    ONLY: (XY, {}),
+    "group: X->Y, with influence": (XY, {"also": ("influence",)}),
+}
 
 
 def costs_of_smollm2(dtype: torch.dtype, device: str, *, lean: bool = False) -> CostModel:
@@ -53,6 +62,21 @@ def costs_of_smollm2(dtype: torch.dtype, device: str, *, lean: bool = False) -> 
     )
 
 
+def test_the_plan_is_above_what_was_recorded() -> None:
+    """The plan of today, for Jacobians of groups on a CPU."""
+    cost, compared = costs_of_smollm2(torch.float32, "cpu"), set()
+    for row in of_today("bench-small-cpu"):
+        if row["case"] in CASES:
+            links, options = CASES[row["case"]]
+            workload = random_workload(CONFIG.vocab_size, Shapes(**row["shapes"]), row["seed"])
+            plan = plan_of(schedule(jacobian_requests(workload, links, **options), cost, 64 * 2**30), cost)
+            assert row["peak_bytes"] <= plan.peak_bytes, (row["case"], row["shapes"])
+            if row["section"] == "peers":
+                assert plan.peak_bytes <= 1.35 * row["peak_bytes"], row["case"]
+                compared.add(row["case"])
+    assert compared == {*CASES}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("bench-*.jsonl")))
 def test_the_plan_of_its_day_was_above_what_was_recorded(name: str) -> None:
     """For effects and paths as well, on any device."""
@@ -69,20 +93,14 @@ def test_operations_predict_how_much_faster_a_schedule_is() -> None:
         assert 0.75 <= row["speedup"] / row["speedup_by_flops"] <= 1.25, (row["section"], row["case"], row["shapes"])
 
 
-def test_the_plan_is_above_what_was_recorded() -> None:
-    """The plan of today, for one rollout and for eight, without a budget and with one.
-
-    Where a call exceeds its budget, MLPs and attention are recomputed.
-    """
-    costs = [costs_of_smollm2(torch.float32, "cpu", lean=lean) for lean in (False, True)]
-    requests = memory.workloads(CONFIG.vocab_size)
-    rows = [row for row in rows_of("memory-cpu") if row["commit"] not in _BEFORE_RETURNING]
-    assert rows
-    for row in rows:
-        budget = row["memory_gib"] * 2**30
-        plans = [plan_of(schedule(requests[row["workload"]], cost, budget), cost) for cost in costs]
-        planned = plans[plans[0].peak_bytes > budget].peak_bytes
-        assert row["peak_bytes"] <= planned <= 1.4 * row["peak_bytes"], (row["workload"], budget)
+def test_the_plan_of_one_rollout_is_above_what_was_recorded() -> None:
+    """Each length without a budget, and with one that it exceeds, so that MLPs and attention are recomputed."""
+    for row in rows_of("memory-cpu"):
+        lean = row["memory_gib"] < 64
+        cost, budget = costs_of_smollm2(torch.float32, "cpu", lean=lean), row["memory_gib"] * 2**30
+        requests = jacobian_requests(random_workload(CONFIG.vocab_size, shapes_of(row["tokens"]), 0), PAPER_LINKS)
+        plan = plan_of(schedule(requests, cost, budget), cost)
+        assert row["peak_bytes"] <= plan.peak_bytes <= 1.6 * row["peak_bytes"], (row["tokens"], budget)
 
 
 def of_today(name: str) -> list[dict[str, Any]]:
