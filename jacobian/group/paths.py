@@ -215,15 +215,21 @@ def _contracted(leaf_CBTD: Tensor, step_BTD: Tensor) -> Tensor:
 
 
 def together(requests: Sequence[PathRequest], cost: CostModel) -> list[list[PathRequest]]:
-    """Return requests in runs that are answered together: values alone that make a few full batches, or one request."""
+    """Return requests in runs that are answered together: of values alone, as many as make a few full batches.
+
+    Requests of values of the same rollouts stay together, whatever they take: the rollouts are run once for all. A
+    request with nodes is answered alone.
+    """
     found: list[list[PathRequest]] = []
     rows = 0
     for request in requests:
         each = sum(len(rollout.completion_ids) for rollout in request.group.rollouts)
         each += sum(len(other.completion_ids) for others in request.counterfactuals for other in others)
-        rows += each
-        if found and not request.nodes and not found[-1][-1].nodes and rows <= WAVE * cost.rows_at_once:
+        before = found[-1][-1] if found else None
+        fits = rows + each <= WAVE * cost.rows_at_once or (before is not None and before.group == request.group)
+        if fits and before is not None and not before.nodes and not request.nodes:
             found[-1].append(request)
+            rows += each
         else:
             found.append([request])
             rows = each

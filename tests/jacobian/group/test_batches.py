@@ -12,6 +12,7 @@ import torch
 from cepo.fusion.requests import reward_requests
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group import chunk as chunk_module
+from cepo.jacobian.group import paths as paths_module
 from cepo.jacobian.group import schedule as schedule_module
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.protocol import Request
@@ -133,3 +134,16 @@ def test_an_unserved_request_among_others_is_answered_in_its_place(caplog: pytes
     for one, right in zip(found, JacobianEngine(model).compute(mixed), strict=True):
         assert_same(one, right, 1e-10)
     assert "hands a request to the oracle" in caplog.text
+
+
+def test_a_rollout_is_run_once_for_the_links_of_all_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows are answered together: the chain's two requests run it together, two rollouts not."""
+    monkeypatch.setattr(paths_module, "WAVE", 0)
+    rollouts, engine = [ragged_rollout(1), ragged_rollout(2)], GroupEngine(tiny_model("llama"))
+    of_one, of_other = (
+        [request([rollout], text) for text in ("criteria->analysis", "analysis->scores")] for rollout in rollouts
+    )
+    both, alone = engine.plan_paths(of_one), [engine.plan_paths([each]) for each in of_one]
+    assert both.forward_rows < sum(plan.forward_rows for plan in alone)
+    assert engine.plan_paths([*of_one, *of_other]).forward_rows > both.forward_rows
+    assert [len(run) for run in paths_module.together([*of_one, *of_other], engine._planned(of_one).cost)] == [2, 2]
