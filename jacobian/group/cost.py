@@ -20,9 +20,11 @@ from cepo.kernels.attention.blocks import BLOCK_BYTES, KEPT_BYTES
 _ROWS_AT_ONCE = {"cpu": 512}
 _MOST_ROWS_OF_TINY, _TINY = 2048, 1_000_000  # weights of the body
 _ROWS_AT_ONCE_ELSEWHERE = 8192
-# The most that a process was seen to hold over the sum of its tensors (17 runs on a CPU: 1.25 to 1.64). The C library's
-# allocator keeps blocks that were freed; CUDA's gives them to the next tensor.
-_OVERHEAD, _OVERHEAD_ELSEWHERE = {"cpu": 1.65}, 1.1
+# The most that a process was seen to hold over the sum of its tensors (45 runs on a CPU: 1.05 to 1.86, the most where
+# all is small). The C library's allocator keeps blocks that were freed; CUDA's gives them to the next tensor.
+_OVERHEAD, _OVERHEAD_ELSEWHERE = {"cpu": 1.9}, 1.1
+# Of a long stem more go back at once: a block's shares are formed again once for all of them.
+_COTANGENTS_OF_BLOCKS = 4
 _COPIES = 3.0  # of attention's scores in its definition: before the mask, after it, and as shares
 _OF_LOGITS = 8.0  # bytes of a logit's float32 copies beside the logit and its gradient
 
@@ -151,7 +153,10 @@ class CostModel:
     def stem_cotangents_at_once(self, stem: Stem, budget: float) -> int:
         """Return how many cotangents go back through the stem at once within the budget, at least one."""
         room = (budget / self.overhead - self.stem_bytes(stem)) / self._stem_cotangent(stem)
-        return max(1, int(min(room, -(-self.rows_at_once // stem.segment.rows))))
+        most = -(-self.rows_at_once // stem.segment.rows)
+        if not self._keeps_scores(len(stem.prompts), stem.segment.length, stem.start):
+            most = max(most, _COTANGENTS_OF_BLOCKS)
+        return max(1, int(min(room, most)))
 
     def _layers(self, rollouts: int, tokens: int, past: int) -> float:
         """Return the bytes of what two layers work with, without attention's scores."""
