@@ -13,7 +13,17 @@ import typer
 
 from cepo.cli import checks
 from cepo.cli.judge_options import with_judge
-from cepo.cli.shared import Device, Dtype, Raw, Threads, TrustRemoteCode, console, progress_bar, use_threads
+from cepo.cli.shared import (
+    Device,
+    Dtype,
+    OptionalModel,
+    Raw,
+    Threads,
+    TrustRemoteCode,
+    console,
+    progress_bar,
+    use_threads,
+)
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings, Progress
 
@@ -302,10 +312,7 @@ def causal(
             callback=checks.one_of(*checks.WORLDS),
         ),
     ] = "lazy",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model),
-    ] = None,
+    model: OptionalModel = None,
     input: Annotated[
         Path | None, typer.Option(help="File of that model's judgements, as for cepo score.", callback=checks.data)
     ] = None,

@@ -12,6 +12,7 @@ from cepo.cli import checks
 from cepo.cli.shared import (
     Device,
     Dtype,
+    OptionalModel,
     Raw,
     Threads,
     TrustRemoteCode,
@@ -26,10 +27,7 @@ from cepo.cli.shared import (
 
 def ablate(
     output: Annotated[Path, typer.Option(help="Folder for tables, plots and finished groups.", callback=checks.folder)],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model),
-    ] = None,
+    model: OptionalModel = None,
     input: Annotated[
         Path | None, typer.Option(help="File of rollouts, as for cepo score.", callback=checks.data)
     ] = None,

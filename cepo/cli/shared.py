@@ -24,6 +24,9 @@ Dtype = Annotated[
         callback=checks.one_of("float64", "float32", "bfloat16", "float16"),
     ),
 ]
+OptionalModel = Annotated[
+    str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model)
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads. Default: torch's own choice.", callback=checks.at_least(1))
