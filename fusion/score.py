@@ -123,7 +123,7 @@ def scores_as_they_come(
     Args:
         one_by_one: compare each rollout with its donors in a request of its own, in the order of the token ids. The
             group engine then goes on, in each rollout, from where it differs from the one before: whatever they begin
-            with is run once, be it a thought before the criteria, and no rollout's keys and values wait for another's.
+            with is run once, be it a thought before the criteria, and the keys and values of few rollouts are held.
             That is less work for long rollouts; short ones run faster in larger batches.
     """
     chains, links = config.chains(layout), config.parsed_links(layout)
@@ -207,8 +207,10 @@ def _measure(
     one_by_one: bool,
     seconds: dict[str, float] | None,
 ) -> Iterator[tuple[tuple[int, ...], Mapping[tuple[int, str], HardenedLink], Mapping[tuple[int, str], Compared]]]:
-    """Yield, group by group, its members and what is read of their links; all effects come before the first Jacobian,
-    so that neither waits with the other's memory."""
+    """Yield, group by group, its members and what is read of their links.
+
+    All effects come before the first Jacobian, so that neither waits with the other's memory.
+    """
     effects = (
         _compare(rollouts, engine, config, links, pools, one_by_one, seconds) if config.reads_effects else iter(())
     )

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.group.cuts import HeadRow, Segment, shared_length
-from cepo.jacobian.group.schedule import Plan, Rows
+from cepo.jacobian.group.schedule import Plan, Tally
 from cepo.jacobian.records import Rollout
-from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Term
+from cepo.jacobian.targets import Term
 
 Placed = tuple[int, int, int]
 """Of a tail the index of its variant, the index of the rollout that it leaves, and where it starts."""
@@ -50,10 +50,14 @@ class Variant:
         """The last row that predicts a target."""
         return max(term.position for terms in self.terms for term in terms) - 1
 
-    def shared_with(self, ids: Sequence[int]) -> int:
-        """Return how many tokens it begins with in common with others, at both ends of its path."""
+    def is_run_as(self, ids: Sequence[int]) -> bool:
+        """Return whether a run of these tokens is its own."""
+        return self.other is None and self.rollout.token_ids == ids
+
+    def leaves(self, ids: Sequence[int]) -> int:
+        """Return where its tail leaves a run of these tokens: where either end of its path differs, or it is read."""
         ends = [end.token_ids for end in (self.rollout, self.other) if end is not None]
-        return shared_length([ids, *ends])
+        return min(shared_length([ids, *ends]), self.first_row)
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,11 @@ class Branches:
 
     def has_leads_of(self, before: Branches | None) -> bool:
         """Return whether its leads were run for the branches before it, as far as its tails read them."""
-        if before is None or not self.has_stems_of(before) or self.leads is None or before.leads is None:
-            return self.leads is None
-        alike = (self.stem_of, self.leads.starts) == (before.stem_of, before.leads.starts) and not self.leads.head
+        if self.leads is None:
+            return True
+        if before is None or before.leads is None or self.leads.head or not self.has_stems_of(before):
+            return False
+        alike = (self.stem_of, self.leads.starts) == (before.stem_of, before.leads.starts)
         return alike and all(run[: len(ids)] == ids for ids, run in zip(self.leads.ids, before.leads.ids, strict=True))
 
     def tails(self) -> list[Tails]:
@@ -168,37 +174,25 @@ def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> 
         passes: cotangents that go back through each differentiated tail.
         cost: of the model.
     """
-    total = {kind: Rows(kind) for kind in ("stem", "rollouts", "tails")}
-    flops = peak = 0.0
+    tally = Tally(cost, "stem", "rollouts", "tails")
     sizes: list[int] = []
-
-    def add(kind: str, segment: Segment, cotangents: int = 0) -> None:
-        nonlocal flops
-        head, back = (max(FEWEST_HEAD_ROWS, len(segment.head)) if segment.head else 0), cotangents * segment.rows
-        old = total[kind]
-        total[kind] = Rows(kind, old.forward + segment.rows, old.backward + back, old.head + head)
-        context = sum(segment.starts) / len(segment.starts) + segment.length / 2
-        flops += cost.flops(segment.rows, context, backward=False) + cost.flops(back, context, backward=True)
-        flops += (4.0 if cotangents else 2.0) * cost.head * head
-
     before: Branches | None = None
     for each in work:
         if not each.has_stems_of(before):
             _, new = trunk_after(before.trunk if before is not None else None, each.trunk)
-            for segment in (new, each.stems):
-                if segment is not None:
-                    add("stem", segment)
+            tally.add("stem", new)
+            tally.add("stem", each.stems)
         if not each.has_leads_of(before):
             for _, segment in each.lead_parts():
-                add("rollouts", segment)
+                tally.add("rollouts", segment)
         before = each
         shared = shared_bytes(each, cost)
-        peak = max(peak, cost.held_bytes(shared + _shared_forward_bytes(each, cost)))
+        tally.reach(cost.held_bytes(shared + _shared_forward_bytes(each, cost)))
         for tails in each.tails():
             sizes.append(len(tails.placed))
-            add("tails", tails.segment, passes if tails.segment.differentiated else 0)
-            peak = max(peak, cost.held_bytes(shared + tails_bytes(tails, passes, expanded(each), cost)))
-    return Plan(tuple(total.values()), flops, peak, tuple(sizes))
+            tally.add("tails", tails.segment, passes if tails.segment.differentiated else 0)
+            tally.reach(cost.held_bytes(shared + tails_bytes(tails, passes, expanded(each), cost)))
+    return tally.plan(sizes)
 
 
 def trunk_after(before: Segment | None, trunk: Segment | None) -> tuple[int, Segment | None]:
@@ -293,19 +287,13 @@ def _branches(
             by_family.setdefault(variants[index].family, []).append(index)
         first, ends = len(leads), []
         for of_family in by_family.values():
-            ids, own = variants[of_family[0]].rollout.token_ids, []
-            starts = [0]
-            for index in of_family:
-                one = variants[index]
-                if one.other is None and one.rollout.token_ids == ids:
-                    own.append(index)
-                    ends.append(one.first_row)
-                else:
-                    starts.append(min(one.shared_with(ids), one.first_row))
-                    placed.append((index, len(leads), starts[-1]))
-            ends += starts[1:]
-            read = [variants[index].last_row + 1 for index in own]
-            leads.append((place, ids[: max(*starts, *read, 0)], own))
+            ids = variants[of_family[0]].rollout.token_ids
+            own = [index for index in of_family if variants[index].is_run_as(ids)]
+            start_of = {index: variants[index].leaves(ids) for index in of_family if index not in own}
+            placed += [(index, len(leads), start) for index, start in start_of.items()]
+            ends += [*start_of.values(), *(variants[index].first_row for index in own)]
+            read = [*start_of.values(), *(variants[index].last_row + 1 for index in own)]
+            leads.append((place, ids[: max(read)], own))
         stems.append(leads[first][1][: min(shared_length([ids for _, ids, _ in leads[first:]]), *ends)])
     trunk = shared_length(stems)
     rests = Segment(tuple(ids[trunk:] for ids in stems), (trunk,) * len(stems))

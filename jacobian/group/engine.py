@@ -231,9 +231,11 @@ class GroupEngine(ModelEngine):
         return served if plan_paths(requests, served.cost, budget).peak_bytes <= budget else served.lean
 
     def _warn_over_budget(self, batch: Batch, served: Served) -> None:
+        if self._budget is None or self._over_budget:
+            return
         first = [chunk_of(work.jobs[: work.at_once.sequences], batch.stem) for work in batch.works]
         needed = max(bytes_needed(chunk, batch.stem, served.cost) for chunk in first)
-        if self._budget is not None and needed > self._budget and not self._over_budget:
+        if needed > self._budget:
             self._over_budget = True
             logger.warning(
                 "memory_budget is %.0f MiB, and one rollout alone may take %.0f MiB: going on above the budget",

@@ -84,8 +84,8 @@ class PathRunner:
         variants = point_variants(request, points)
 
         def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> dict[int, dict[Pass, Tensor]]:
-            asked, place_of = Asked(range(len(passes))), {index: at for at, (index, _, _) in enumerate(tails.placed)}
-            head = [replace(row, job=place_of[row.job]) for row in tails.segment.head]
+            asked = Asked(range(len(passes)))
+            head = [replace(row, job=row.sequence) for row in tails.segment.head]
             asked.add_head(head, run.head_PD, run.hidden_BTD.shape)
             outputs = asked.of_outputs(len(run.keys_values))
             parts = backward_in_parts(run, outputs, [run.leaf_BTD], at_once)
@@ -114,10 +114,9 @@ class PathRunner:
             if branches.stems is not None:
                 self._stems, _ = self._past_of(branches.stems, parts_of(branches.stems, self._served.cost.rows_at_once))
         values: dict[int, Values] = {}
-        if not branches.has_leads_of(before):
+        if branches.leads is not None and not branches.has_leads_of(before):
             self._leads = _NOTHING
-            if branches.leads is not None:
-                self._leads, values = self._past_of(branches.leads, branches.lead_parts(), branches.stem_of)
+            self._leads, values = self._past_of(branches.leads, branches.lead_parts(), branches.stem_of)
         self._before = branches
         return values
 

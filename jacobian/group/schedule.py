@@ -114,6 +114,8 @@ class Batch:
 
     def part(self, stems: Sequence[Stem]) -> Batch:
         """Return what concerns some of the prompts."""
+        if len(stems) == len(self.stems):
+            return self
         prompts = {prompt for stem in stems for prompt in stem.prompts}
         works = [replace(work, jobs=tuple(job for job in work.jobs if job.prompt in prompts)) for work in self.works]
         return Batch(tuple(stems), tuple(works))
@@ -322,35 +324,55 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_of(work: Schedule, cost: CostModel) -> Plan:
-    """Return the rows, FLOPs and memory that a schedule adds up to."""
-    total = {kind: Rows(kind) for kind in ("opening", "stem", "stages")}
-    flops = peak = 0.0
-    sizes: list[int] = []
+class Tally:
+    """Adds up the rows, the FLOPs and the memory of what runs.
 
-    def add(kind: str, segment: Segment | None, cotangents: int = 0) -> None:
-        nonlocal flops
+    Args:
+        cost: of the model.
+        kinds: of segments, in the order of the plan.
+    """
+
+    def __init__(self, cost: CostModel, *kinds: str) -> None:
+        self._cost, self._flops, self._peak = cost, 0.0, 0.0
+        self._rows = {kind: Rows(kind) for kind in kinds}
+
+    def add(self, kind: str, segment: Segment | None, cotangents: int = 0) -> None:
+        """Add a forward pass of a segment, and the backward pass of that many cotangents."""
         if segment is None:
             return
+        cost, old = self._cost, self._rows[kind]
         head = max(FEWEST_HEAD_ROWS, len(segment.head)) if segment.head else 0
-        back, old = cotangents * segment.rows, total[kind]
-        total[kind] = Rows(kind, old.forward + segment.rows, old.backward + back, old.head + head)
+        back = cotangents * segment.rows
+        self._rows[kind] = Rows(kind, old.forward + segment.rows, old.backward + back, old.head + head)
         context = sum(segment.starts) / len(segment.starts) + segment.length / 2
-        flops += cost.flops(segment.rows, context, backward=False) + cost.flops(back, context, backward=True)
-        flops += 4.0 * cost.head * head
+        self._flops += cost.flops(segment.rows, context, backward=False) + cost.flops(back, context, backward=True)
+        self._flops += (4.0 if segment.differentiated else 2.0) * cost.head * head
 
-    add("opening", work.opening)
+    def reach(self, held_bytes: float) -> None:
+        """Note how many bytes are held at some moment; the plan tells the most."""
+        self._peak = max(self._peak, held_bytes)
+
+    def plan(self, chunks: Sequence[int]) -> Plan:
+        """Return what was added up, beside the rollouts of each chunk."""
+        return Plan(tuple(self._rows.values()), self._flops, self._peak, tuple(chunks))
+
+
+def plan_of(work: Schedule, cost: CostModel) -> Plan:
+    """Return the rows, FLOPs and memory that a schedule adds up to."""
+    tally = Tally(cost, "opening", "stem", "stages")
+    sizes: list[int] = []
+    tally.add("opening", work.opening)
     for batch in (batch for wave in work.waves for batch in wave.batches):
         stem = batch.stem
         chunks = [(chunk, each.at_once) for each in batch.works for chunk in each.chunks(stem)]
-        add("stem", stem.constant)
-        add("stem", stem.segment, sum(chunk.stem_cotangents for chunk, _ in chunks))
+        tally.add("stem", stem.constant)
+        tally.add("stem", stem.segment, sum(chunk.stem_cotangents for chunk, _ in chunks))
         for chunk, at_once in chunks:
             sizes.append(len(chunk.jobs))
             for stage in chunk.stages:
-                add("stages", stage, len(stage.active))
-            peak = max(peak, _peak(chunk, stem, at_once, cost))
-    return Plan(tuple(total.values()), flops, peak, tuple(sizes))
+                tally.add("stages", stage, len(stage.active))
+            tally.reach(_peak(chunk, stem, at_once, cost))
+    return tally.plan(sizes)
 
 
 def _peak(chunk: Chunk, stem: Stem, at_once: AtOnce, cost: CostModel) -> float:
