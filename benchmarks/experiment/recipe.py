@@ -47,6 +47,7 @@ class Run:
         scored: sampled judgements whose links are scored.
         folder: where the run lives.
         device: where it is trained and measured.
+        layers: how many of its first layers a pretrained model keeps; None for those of its training recipe.
     """
 
     world: str
@@ -58,6 +59,7 @@ class Run:
     scored: int
     folder: Path
     device: str = "cpu"
+    layers: int | None = None
 
     @property
     def judge(self) -> str:
@@ -86,6 +88,7 @@ def read_plan(
     items: int = ITEMS,
     scored: int = SCORED,
     device: str = "cpu",
+    layers: int | None = None,
 ) -> list[Run]:
     """Return the runs of a recipe, seed by seed and world by world; the judge before training is always among them.
 
@@ -100,6 +103,7 @@ def read_plan(
         items: items per measure.
         scored: sampled judgements whose links are scored.
         device: where runs are trained and measured.
+        layers: of a pretrained model, instead of its training recipe's.
 
     Raises:
         ValueError: for a recipe that cannot be used, an arm that it does not have, a world that there is not, or worlds
@@ -126,12 +130,15 @@ def read_plan(
             raise ValueError(f"{what} names {', '.join(unknown)}; expected some of {', '.join(known)}")
     if len({(world in in_words, world in reasoners) for world in worlds}) > 1:
         raise ValueError(f"worlds names {', '.join(worlds)}, of different testbeds, which share no settings")
+    if layers is not None and not worlds[0].startswith(IN_WORDS):
+        raise ValueError(f"layers is {layers} for {', '.join(worlds)}; expected worlds in words, such as words-lazy")
     chosen = [name for name in {UNTRAINED: None, **named} if not arms or name in arms or name == UNTRAINED]
     return [
-        Run(world, name, named.get(name, {}), seed, steps, items, scored, output / world / _folder(name, seed), device)
+        Run(world, name, named.get(name, {}), seed, steps, items, scored, folder, device, layers)
         for seed in seeds
         for world in worlds
         for name in chosen
+        for folder in [output / world / _folder(name, seed)]
     ]
 
 

@@ -76,18 +76,20 @@ def _measure(run: Run, model: Any, tokenizer: Any) -> Measures:
 
 def training(run: Run) -> TrainConfig:
     """Return the training of a run: the testbed's recipe with what the arm and the world change."""
+    recipe = _recipe(run)
     settings = {
+        "bf16": False,
+        "gradient_checkpointing": False,
+        **recipe["grpo"],
         "max_steps": run.steps,
         "report_to": "none",
         "use_cpu": run.device == "cpu",
-        "bf16": False,
-        "gradient_checkpointing": False,
         **run.changes.get("grpo", {}),
     }
     overrides = {
         "output": str(run.folder / "grpo"),
         "seed": run.seed,
-        f"testbed.{_kind(run)}": run.judge,
+        "testbed": {**recipe["testbed"], _kind(run): run.judge},
         "rewards": [_with_encoder(reward, run) for reward in run.changes["rewards"]],
         **{name: value for name, value in run.changes.items() if name not in ("rewards", "grpo")},
         **{f"grpo.{name}": value for name, value in settings.items()},
@@ -141,6 +143,8 @@ def _kind(run: Run) -> str:
 
 def _recipe(run: Run) -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load(_shared(run).read_text())
+    if run.layers is not None:
+        loaded["testbed"]["layers"] = run.layers
     return loaded
 
 

@@ -16,6 +16,7 @@ from cepo.cli.judge_options import with_judge
 from cepo.cli.shared import (
     Device,
     Dtype,
+    Layers,
     OptionalModel,
     Raw,
     Threads,
@@ -312,6 +313,7 @@ def causal(
             callback=checks.one_of(*checks.WORLDS),
         ),
     ] = "lazy",
+    layers: Layers = None,
     model: OptionalModel = None,
     input: Annotated[
         Path | None, typer.Option(help="File of that model's judgements, as for cepo score.", callback=checks.data)
@@ -376,6 +378,7 @@ def causal(
         model=model,
         input=input,
         world=world,
+        layers=layers,
         pair=not without_pair,
         most_nodes=most_nodes,
         estimates_only=estimates_only,

@@ -12,6 +12,7 @@ from cepo.cli import checks
 from cepo.cli.shared import (
     Device,
     Dtype,
+    Layers,
     OptionalModel,
     Raw,
     Threads,
@@ -181,6 +182,7 @@ def experiment(
     steps: Annotated[
         int | None, typer.Option(help="GRPO steps of every arm. Default: the recipe's.", callback=checks.at_least(1))
     ] = None,
+    layers: Layers = None,
     jobs: Annotated[
         int, typer.Option(help="Processes to run at once, one thread each.", callback=checks.at_least(1))
     ] = 2,
@@ -196,7 +198,7 @@ def experiment(
     """Compare rewards: which one makes the criteria cause the verdict, over seeds, at equal steps, on the testbed.
 
     A world is a disease that the judge starts with: lazy, hollow, decorative or copied; after `words-`, it is SmolLM2's
-    (see `cepo words-judge`), best on a GPU; after `reasoner-`, a reasoner's (lazy, hollow). Every arm of a world starts
+    (see `cepo words-judge`); after `reasoner-`, a reasoner's (lazy, hollow). Every arm of a world starts
     from the same judge, which follows length, and is measured by interventions. A killed experiment continues when it
     is started again with the same arguments, and each run's row is on the disk when the run ends.
     """
@@ -214,6 +216,7 @@ def experiment(
         steps=steps or (4 if quick else None),
         arms=arm,
         device=device,
+        layers=layers,
         **small,
     )
     counts = [len({getattr(run, field) for run in plan}) for field in ("world", "arm", "seed")]
@@ -290,9 +293,7 @@ def words_judge(
     base: Annotated[
         str | None, typer.Option(help="Pretrained model to teach, with a chat template.", callback=checks.model)
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="Keep only so many first layers. Default: all.", callback=checks.at_least(1))
-    ] = None,
+    layers: Layers = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", callback=checks.at_least(1))] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.", callback=checks.at_least(1))] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,

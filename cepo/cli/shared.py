@@ -27,6 +27,13 @@ Dtype = Annotated[
 OptionalModel = Annotated[
     str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model)
 ]
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        help="First layers that a judge in words keeps of the pretrained model, SmolLM2's 30 for all. Default: 8.",
+        callback=checks.at_least(1),
+    ),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as plain text, without the chat template.")]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads. Default: torch's own choice.", callback=checks.at_least(1))

@@ -73,6 +73,7 @@ class CausalJob:
     model: str | None = None
     input: Path | None = None
     world: str = "lazy"
+    layers: int | None = None
     items: int = 48
     completions: int = 8
     pair: bool = True
@@ -139,6 +140,8 @@ def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSum
 
 
 def _check(job: CausalJob) -> None:
+    if job.layers is not None and not job.world.startswith(IN_WORDS):
+        raise ValueError(f"layers is {job.layers} for the world {job.world}; expected one in words, such as words-lazy")
     if (job.model is None) != (job.input is None):
         raise ValueError("model and input go together; expected both, or neither for the testbed's judges")
     least = {"items": 8 if job.model is None else 1, "completions": 2, "most_nodes": 1, "controlled": 1}
@@ -159,18 +162,19 @@ def _settings(job: CausalJob) -> dict[str, Any]:
     settings = {"command": "cepo eval causal", **{name: getattr(job, name) for name in names}}
     if job.model is not None and job.input is not None:
         return {**settings, "model": model_fingerprint(resolve_model(job.model)), "input": fingerprint(job.input)}
-    judges = {name: _judge_fingerprint(name, job.seed) for name in dict.fromkeys((job.world, *PAIR))}
+    judges = {name: _judge_fingerprint(name, job) for name in dict.fromkeys((job.world, *PAIR))}
     return {**settings, "world": job.world, "completions": job.completions, "judges": judges}
 
 
-def _judge_fingerprint(name: str, seed: int) -> str:
+def _judge_fingerprint(name: str, job: CausalJob) -> str:
     if name.startswith(IN_WORDS):
-        return words_fingerprint(_in_words(name))
-    return testbed_fingerprint(name, steps=_JUDGE_STEPS, seed=seed)  # type: ignore[arg-type]
+        return words_fingerprint(_in_words(name, job.layers))
+    return testbed_fingerprint(name, steps=_JUDGE_STEPS, seed=job.seed)  # type: ignore[arg-type]
 
 
-def _in_words(name: str) -> WordsJudge:
-    return WordsJudge(judge=name.removeprefix(IN_WORDS))  # type: ignore[arg-type]
+def _in_words(name: str, layers: int | None) -> WordsJudge:
+    judge: Any = name.removeprefix(IN_WORDS)
+    return WordsJudge(judge) if layers is None else WordsJudge(judge, layers=layers)
 
 
 def _once(path: Path, work: Callable[[], Any]) -> Any:
@@ -210,7 +214,7 @@ def _testbed_judge(job: CausalJob, name: str, completions: int, parts: Path, rep
         report(f"making the judge {name}", step, steps)
 
     if name.startswith(IN_WORDS):  # one judge for all seeds
-        wanted = _in_words(name)
+        wanted = _in_words(name, job.layers)
         steps = wanted.steps
         model, tokenizer = load_words_judge(wanted, cache=CACHE, device=job.device, progress=show)
     else:
