@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import cepo
+from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import policy, testbed_certificate, testbed_words
 from cepo.train.testbed import (
@@ -65,6 +66,22 @@ def test_a_judge_is_taught_once_and_kept_with_its_certificate(
     assert all(torch.equal(*pair) for pair in zip(taught.parameters(), again.parameters(), strict=True))
 
 
+def test_the_loss_is_the_models_own(base: str) -> None:
+    """Logits that no label needs are left out, and neither the loss nor a gradient notices."""
+    model, _ = load_model(resolve_model(base), dtype="float64")
+    ids_BT = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels_BT = ids_BT.clone()
+    for row, (start, end) in enumerate([(4, 9), (3, 8), (6, 7)]):
+        labels_BT[row, :start] = labels_BT[row, end:] = -100
+    expected = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
+    found = testbed_words._CompletionLoss(model)(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # the model's own loss is computed in float32
+    weights = list(model.parameters())
+    pairs = zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True)
+    for mine, own in pairs:
+        torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-8)
+
+
 def test_another_setting_or_base_is_another_judge(base: str, tmp_path: Path) -> None:
     """The name in the cache stands for all that decides the weights, and for the base's content, not its path."""
     first = WordsJudge(base=base)
@@ -77,7 +94,7 @@ def test_another_setting_or_base_is_another_judge(base: str, tmp_path: Path) -> 
         {"layers": 2},
         {"steps": 9},
         {"batch_size": 9},
-        {"learning_rate": 1e-3},
+        {"learning_rate": 2e-3},
         {"seed": 1},
     ]
     assert len({words_fingerprint(words_settings({"base": base, **other})) for other in others}) == len(others)

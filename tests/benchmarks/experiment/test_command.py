@@ -196,6 +196,13 @@ def test_worlds_in_words_have_a_recipe_and_an_output_of_their_own(tmp_path: Path
     one = plan[0]
     assert [[run.arm for run in stage] for stage in command._stages(plan)] == [["task", UNTRAINED]]
     assert (one.judge, one.in_words, one.device) == ("hollow", True, "cuda")
+    (_, whole) = read_plan(tmp_path, worlds=["words-hollow"], seeds=[1], arms=["task"], layers=30)
+    few, all_layers = run.training(replace(whole, layers=None)), run.training(whole)
+    assert (few.testbed["layers"], all_layers.testbed["layers"]) == (8, 30)
+    assert few.grpo["bf16"]
+    assert run.shared_settings(whole)["warm_up"] != run.shared_settings(one)["warm_up"]
+    with pytest.raises(ValueError, match=r"layers is 3 for lazy; expected worlds in words"):
+        read_plan(tmp_path, worlds=["lazy"], layers=3)
     found = {"measures": {"quotes_swap": 0.975}, "uncertified": "the hollow judge is not certified: turned is 0.30"}
     rows = [{**row, "world": "words-hollow", "certificate": found} for row in rows_of({"task": {1: 0.5}})]
     write_page(tmp_path / "page.html", rows, None)

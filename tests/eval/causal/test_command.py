@@ -264,10 +264,14 @@ def test_a_judge_in_words_is_a_world(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return tiny_judge().model.float(), TOKENIZER
 
     monkeypatch.setattr(causal_module, "load_words_judge", load)
-    monkeypatch.setattr(causal_module, "words_fingerprint", lambda judge: f"{judge.judge} in words")
+    monkeypatch.setattr(causal_module, "words_fingerprint", lambda judge: f"{judge.judge} in words, {judge.layers} layers")
     monkeypatch.setattr(causal_module, "load_testbed_judge", lambda *_, **__: pytest.fail("the small judge"))
     job = CausalJob(tmp_path, world="words-lazy", items=8, completions=2, pair=False)
     run_causal(job)
     assert wanted == ["lazy"]
     assert {row["judge"] for row in read_lines(tmp_path / "rows.jsonl")} == {"words-lazy"}
-    assert "lazy in words" in (tmp_path / "settings.json").read_text()
+    assert "lazy in words, 8 layers" in (tmp_path / "settings.json").read_text()
+    with pytest.raises(ValueError, match=r"judges"):
+        run_causal(replace(job, layers=30))
+    with pytest.raises(ValueError, match="layers is 30 for the world lazy; expected one in words"):
+        run_causal(replace(job, world="lazy", layers=30))
