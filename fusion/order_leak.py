@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
+from cepo.fusion.records import certainty
 from cepo.jacobian.links import parse_link
 from cepo.jacobian.protocol import Engine, PathRequest
 from cepo.jacobian.reading.layout import Layout
@@ -56,5 +56,5 @@ def less_leak(values: Mapping[str, float], leak: float | None, weight: float) ->
         leak: in nats; None costs nothing.
         weight: >= 0.
     """
-    cost = weight * max(0.0, math.tanh((leak or 0.0) / 2.0))
+    cost = weight * certainty(leak or 0.0)
     return {name: max(0.0, value - cost) for name, value in values.items()}

@@ -196,12 +196,17 @@ def effect_scores(compared: Compared | None) -> dict[Score, float]:
     path = compared.path
     if path is None:
         return dict.fromkeys(EFFECT_SCORES, 0.0)
-    named: dict[Score, float] = {"effect": _certainty(path.delta)}
+    named: dict[Score, float] = {"effect": certainty(path.delta)}
     surprisal = -sum(path.others) / len(path.others)
     named["explained"] = min(1.0, max(0.0, 1.0 + path.own / surprisal)) if surprisal > 0.0 else 0.0
     if path.path_sum is not None:
-        named["path"] = _certainty(path.path_sum)
+        named["path"] = certainty(path.path_sum)
     return named
+
+
+def certainty(nats: float) -> float:
+    """Return S of an effect, or of an estimate of it, see `effect_scores`."""
+    return max(0.0, math.tanh(nats / 2.0))
 
 
 def named_scores(phi: float | None, retained: float | None, influence: float | None) -> dict[Score, float]:
@@ -225,7 +230,3 @@ def _nuisance_angles(link: HardenedLink) -> tuple[float, ...]:
 
 def _share(part: float, whole: float) -> float:
     return min(1.0, part / whole) if whole > 0.0 else 0.0
-
-
-def _certainty(nats: float) -> float:
-    return max(0.0, math.tanh(nats / 2.0))

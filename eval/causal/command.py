@@ -14,7 +14,7 @@ import torch
 from cepo.eval.causal.controls import PAIR, captum_difference, masked_scores, randomisation
 from cepo.eval.causal.cost import relative_costs
 from cepo.eval.causal.judge import Judge, Judgement, sample_judgements
-from cepo.eval.causal.measures import Pools, links_of, measure
+from cepo.eval.causal.measures import links_of, measure
 from cepo.eval.causal.report import write_causal_report
 from cepo.eval.causal.summary import CausalSummary, JudgeResults, summarise_causal
 from cepo.eval.score.rows import read_lines, rollout_of
@@ -29,7 +29,7 @@ from cepo.files import (
     write_jsonl,
     write_text,
 )
-from cepo.fusion.score import pools_of
+from cepo.fusion.score import Pools, pools_of
 from cepo.jacobian.loading import check_device, load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import testbed, testbed_judges

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cepo.eval.causal.judge import Judge
-from cepo.eval.causal.measures import CHAIN, LINKS, Pools, scored
+from cepo.eval.causal.measures import CHAIN, LINKS, scored
 from cepo.eval.statistics import spearman
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.score import score_rollouts
+from cepo.fusion.score import Pools, score_rollouts
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.layers import decoder_layers
 from cepo.jacobian.records import Rollout

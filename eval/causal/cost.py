@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cepo.eval.causal.judge import Judge
-from cepo.eval.causal.measures import CHAIN, DONORS, NODES, Pools
+from cepo.eval.causal.measures import CHAIN, DONORS, NODES
 from cepo.fusion.config import RewardConfig
+from cepo.fusion.score import Pools
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import target_positions

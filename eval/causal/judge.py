@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -59,7 +59,7 @@ class Judgement:
     """
 
     rollout: Rollout
-    mode: Mode | None = field(default=None)
+    mode: Mode | None = None
 
 
 def sample_judgements(judge: Judge, items: Sequence[testbed.Item], *, completions: int, seed: int) -> list[Judgement]:

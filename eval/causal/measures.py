@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from cepo.counterfactual.donors import Candidate, with_donors
+from cepo.counterfactual.donors import with_donors
 from cepo.eval.causal.judge import Judge
 from cepo.fusion.config import RewardConfig
-from cepo.fusion.records import effect_scores
+from cepo.fusion.records import certainty, effect_scores
 from cepo.fusion.requests import Compared
-from cepo.fusion.score import RolloutScore, score_rollouts
+from cepo.fusion.score import Pools, RolloutScore, score_rollouts
 from cepo.jacobian.curvature import expansions
 from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.records import Rollout
 from cepo.train.rewards.peers import CausalImportance, LogCausalImportance, Necessity, PeerReward
 from cepo.train.rewards.proxy import measure_sensitivity
-
-Pools = Mapping[str, Sequence[Candidate]]
 
 LINKS: tuple[str, ...] = ("criteria->analysis", "analysis->scores", "criteria->scores")
 CHAIN: tuple[str, str] = ("criteria->analysis", "analysis->scores")
@@ -136,11 +133,6 @@ def measure(
     return found
 
 
-def certainty(nats: float) -> float:
-    """Return S of an effect, or of an estimate of it, as `effect_scores` defines it."""
-    return max(0.0, math.tanh(nats / 2.0))
-
-
 def links_of(judge: Judge) -> list[Link]:
     """Return the three links, parsed."""
     layout = judge.layout
@@ -205,9 +197,3 @@ def _own_encoder(judge: Judge) -> Callable[[str], np.ndarray]:
 def _smallest(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return min(known) if len(known) == len(values) else None
-
-
-def read_measured(record: Mapping[str, Any]) -> Measured:
-    """Return what a row of rows.jsonl holds."""
-    names = ("values", "nats", "exact", "attributions", "problem")
-    return replace(Measured({}, {}, {}, {}), **{name: record[name] for name in names})

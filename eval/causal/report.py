@@ -43,13 +43,7 @@ _PIVOTS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 
 def console_tables(summary: CausalSummary) -> list[Table]:
     """Return the tables for the console."""
-    found = []
-    for caption, (header, rows) in text_tables(summary).items():
-        table = console_table(*header, title=caption)
-        for row in rows:
-            table.add_row(*row)
-        found.append(table)
-    return found
+    return [console_table(*header, rows=rows, title=name) for name, (header, rows) in text_tables(summary).items()]
 
 
 def text_tables(summary: CausalSummary) -> dict[str, PageTable]:

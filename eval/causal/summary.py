@@ -18,13 +18,6 @@ from cepo.eval.statistics import SHARE, Estimate, aucs, estimate, estimates, mea
 
 EXACT = "exact effect"
 """The effect of fresh donors as a definition of its own: what no approximation of it can be expected to beat."""
-SHOWN: tuple[tuple[str, str], ...] = (
-    ("effect", "chain"),
-    ("path 1", "chain"),
-    ("influence", "criteria->scores"),
-    ("phi K=4 r=2", "criteria->scores"),
-)
-"""The scores that every run is asked about: of the chain, the effect and one midpoint; influence; the paper's phi."""
 _MODES = {"evidence": 1.0, "length": 0.0, "hollow": 0.0, "query": 0.0, "copied": 0.0}
 _DEALS = 200  # of modes within prompts
 

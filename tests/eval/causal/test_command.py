@@ -264,7 +264,9 @@ def test_a_judge_in_words_is_a_world(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return tiny_judge().model.float(), TOKENIZER
 
     monkeypatch.setattr(causal_module, "load_words_judge", load)
-    monkeypatch.setattr(causal_module, "words_fingerprint", lambda judge: f"{judge.judge} in words, {judge.layers} layers")
+    monkeypatch.setattr(
+        causal_module, "words_fingerprint", lambda judge: f"{judge.judge} in words, {judge.layers} layers"
+    )
     monkeypatch.setattr(causal_module, "load_testbed_judge", lambda *_, **__: pytest.fail("the small judge"))
     job = CausalJob(tmp_path, world="words-lazy", items=8, completions=2, pair=False)
     run_causal(job)
