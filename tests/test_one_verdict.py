@@ -3,7 +3,7 @@
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from cepo.benchmarks.forms import IN_SCORES, JUDGEMENTS
 from cepo.eval.judges.encoding import PromptEncoder, TextReader
 from cepo.eval.judges.journal import JudgeTask, collect_judgements, judgement_record
-from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages
 from cepo.jacobian.reading.judge import (
     SECTIONS,
     JudgeLayout,
@@ -210,12 +210,8 @@ def test_an_evaluation_says_how_many_verdicts_another_setting_reads(
     texts = [GOOD, GOOD.replace("{8, 6}", "{{8, 6}}"), "no verdict"]
 
     class Writer:
-        def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-            judgements = [Judgement(text) for text in texts]
-            for index, judgement in enumerate(judgements):
-                assert on_done is not None
-                on_done(index, judgement)
-            return judgements
+        def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
+            yield from enumerate(map(Judgement, texts))
 
     tasks = [JudgeTask(str(index), [{"role": "user", "content": str(index)}]) for index in range(3)]
     collected = collect_judgements(tasks, tmp_path, {}, Writer)

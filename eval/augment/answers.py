@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cepo.counterfactual.text.pairs import Pair
 from cepo.counterfactual.text.synthesise import Messages
-from cepo.eval.judges.settings import Answer, Judge
+from cepo.eval.judges.settings import Judge
 from cepo.files import Row, append_jsonl, content_hash, read_jsonl, write_jsonl
 from cepo.train.reward_scores import RewardModel
 
@@ -56,16 +56,12 @@ class JournaledWriter:
         keys = [content_hash(prompt) for prompt in prompts]
         new = [at for at, key in enumerate(keys) if key not in self._answers.found]
         self.used |= {key: True for key in keys if key in self._answers.found and key not in self.used}
-
-        def append(place: int, answer: Answer) -> None:
+        for place, answer in self._open().judge([prompts[at] for at in new]) if new else ():
             at, record = new[place], answer.record()
             written = {name: record[name] for name in ("text", "tokens", "cut", "seconds", "error")}
             self.used[keys[at]] = False
             self._answers.add([{"key": keys[at], "prompt": prompts[at][-1]["content"], **written}])
             self._on_answer()
-
-        if new:
-            self._open().judge([prompts[at] for at in new], append)
         records = [self._answers.found[key] for key in keys]
         return [RuntimeError(record["error"]) if record["error"] else record["text"] for record in records]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from cepo.eval.judges.journal import JudgeTask, collect_judgements
-from cepo.eval.judges.settings import Judgement, Messages, OnDone
+from cepo.eval.judges.settings import Judgement, Messages
 from cepo.eval.report.figures import curves
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, share, summary_row
@@ -122,16 +122,12 @@ class _TestbedJudge:
     def __init__(self, model: Any, tokenizer: Any, items: Mapping[str, testbed.Item]) -> None:
         self._model, self._tokenizer, self._items = model, tokenizer, items
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
         """Judge greedily, in batches."""
-        judgements: list[Judgement] = []
         for start in range(0, len(prompts), _BATCH):
             items = [self._items[messages[0]["content"]] for messages in prompts[start : start + _BATCH]]
-            for text in testbed_judges.judge_items(self._model, self._tokenizer, items):
-                judgements.append(Judgement(text))
-                if on_done is not None:
-                    on_done(len(judgements) - 1, judgements[-1])
-        return judgements
+            texts = testbed_judges.judge_items(self._model, self._tokenizer, items)
+            yield from enumerate(map(Judgement, texts), start)
 
 
 def _draw_tasks(judge: str, job: FlipsJob) -> tuple[list[testbed.Item], list[JudgeTask]]:

@@ -109,9 +109,7 @@ def collect_judgements(
         return Collected(records, resumed, 0, 0.0)
     judge = open_judge()
     started = time.perf_counter()
-
-    def append(index: int, answer: Answer) -> None:
-        nonlocal tokens
+    for index, answer in judge.judge([task.messages for task in pending]):
         task = pending[index]
         records[task.key] = judgement_record(task, answer)
         tokens += answer.tokens
@@ -119,8 +117,6 @@ def collect_judgements(
         if progress is not None:
             speed = _speed(len(records) - resumed, tokens, time.perf_counter() - started)
             progress(len(records), len(tasks), speed)
-
-    judge.judge([task.messages for task in pending], append)
     _warn_of_unread(list(records.values()))
     return Collected(records, resumed, tokens, time.perf_counter() - started)
 

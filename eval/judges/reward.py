@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cepo.eval.judges.journal import Collected, JudgeTask, collect_judgements
-from cepo.eval.judges.settings import Messages, OnDone, Progress
+from cepo.eval.judges.settings import Messages, Progress
 from cepo.files import Row, content_hash
 from cepo.jacobian.loading import check_device, model_fingerprint
 
@@ -143,13 +143,9 @@ class _RewardJudge:
     def __init__(self, model: RewardModel, chunk: int) -> None:
         self._model, self._chunk = model, chunk
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Reward]:
-        answers: list[Reward] = []
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Reward]]:
         for start in range(0, len(prompts), self._chunk):
             found = self._model.numbers(prompts[start : start + self._chunk])
             for place, number in enumerate(found.values_N.tolist()):
                 reason = found.left_out.get(place)
-                answers.append(Reward(None if reason else number, reason))
-                if on_done is not None:
-                    on_done(start + place, answers[-1])
-        return answers
+                yield start + place, Reward(None if reason else number, reason)

@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 
 from cepo.eval.judges.answers import NoAnswerError, read_answer
-from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, row_seed
 
 logger = logging.getLogger("cepo")
 
@@ -70,26 +70,22 @@ class ServerJudge:
         self._reason = ""
         self._asked = frozenset(_YIELDS)
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        """Return one judgement per prompt, in order.
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
+        """Yield the index of each prompt and its judgement, as they come.
 
         Raises:
             ValueError: if the server refuses the key, the address or the model (401 to 404), or redirects.
         """
-        found: dict[int, Judgement] = {}
         pool = ThreadPoolExecutor(self._settings.concurrency)
         try:
             rows = {pool.submit(self._judge_one, messages): row for row, messages in enumerate(prompts)}
             for future in as_completed(rows):
-                found[rows[future]] = future.result()
-                if on_done is not None:
-                    on_done(rows[future], found[rows[future]])
+                yield rows[future], future.result()
         except BaseException:
             self._stopping.set()
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return [found[row] for row in range(len(prompts))]
 
     def _judge_one(self, messages: Messages) -> Judgement:
         started = time.perf_counter()

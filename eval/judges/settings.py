@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -82,7 +82,6 @@ class Answer(Protocol):
         ...
 
 
-OnDone: TypeAlias = Callable[[int, Answer], None]
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with (judgements done, judgements in all, speed in words)."""
 
@@ -90,8 +89,8 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 class Judge(Protocol):
     """Anything that answers judge prompts."""
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> Sequence[Answer]:
-        """Return one answer per prompt, in order; call `on_done(index, answer)` as soon as each is there."""
+    def judge(self, prompts: Sequence[Messages]) -> Iterable[tuple[int, Answer]]:
+        """Yield the index of each prompt and its answer, in any order, as soon as it is there."""
         ...
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from cepo.eval.judges.encoding import FORCED_TOKENS, PromptEncoder, TextReader
-from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, row_seed
 
 _WORTH_SHARING = 16  # tokens of a common prefix
 
@@ -45,22 +45,14 @@ class TransformersJudge:
         )
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        """Return one judgement per prompt, in order; prompts of similar length are generated together."""
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
+        """Yield the index of each prompt and its judgement; prompts of similar length are generated together."""
         encoded, failed = self.prompts.encode_all(prompts)
         for row in list(encoded):
             if reason := self._too_long(len(encoded[row])):
                 failed[row] = Judgement("", error=reason)
                 del encoded[row]
-        found: dict[int, Judgement] = {}
-
-        def finish(rows: Iterable[int], judgements: Iterable[Judgement]) -> None:
-            for row, judgement in zip(rows, judgements, strict=True):
-                found[row] = judgement
-                if on_done is not None:
-                    on_done(row, judgement)
-
-        finish(failed, failed.values())
+        yield from failed.items()
         prefix = _common_prefix(list(encoded.values()))
         cache = self._shared_cache(prefix) if len(prefix) >= _WORTH_SHARING else None
         # The longest first, so that a batch that does not fit in memory shows at once.
@@ -69,8 +61,7 @@ class TransformersJudge:
             rows = runnable[start : start + self._settings.batch_size]
             ids_rows = [encoded[row] for row in rows]
             seeds = [row_seed(self._settings.seed, prompts[row]) for row in rows]
-            finish(rows, self._judge_batch(ids_rows, seeds, len(prefix), cache))
-        return [found[row] for row in range(len(prompts))]
+            yield from zip(rows, self._judge_batch(ids_rows, seeds, len(prefix), cache), strict=True)
 
     def _too_long(self, tokens: int) -> str | None:
         if self._context is None or tokens + self._settings.max_new_tokens <= self._context:

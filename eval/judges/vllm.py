@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from cepo.eval.judges.encoding import FORCED_TOKENS, Likely, PromptEncoder, TextReader
-from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone, row_seed
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, row_seed
 from cepo.jacobian.loading import ModelSource, load_tokenizer
 
 _CHUNK = 256  # prompts after which judgements are handed over; vLLM batches within
@@ -50,15 +50,10 @@ class VllmJudge:
             **options,
         )
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        """Return one judgement per prompt, in order."""
-        judgements: list[Judgement] = []
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
+        """Yield the index of each prompt and its judgement, in order."""
         for start in range(0, len(prompts), _CHUNK):
-            for judgement in self._judge_chunk(prompts[start : start + _CHUNK]):
-                if on_done is not None:
-                    on_done(len(judgements), judgement)
-                judgements.append(judgement)
-        return judgements
+            yield from enumerate(self._judge_chunk(prompts[start : start + _CHUNK]), start)
 
     def _judge_chunk(self, prompts: Sequence[Messages]) -> list[Judgement]:
         started = time.perf_counter()

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -17,7 +17,7 @@ from cepo.counterfactual.text.pairs import Pair, read_pair_row
 from cepo.eval.augment import command
 from cepo.eval.augment.command import augment
 from cepo.eval.augment.job import AugmentJob
-from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages
 from cepo.files import read_jsonl, write_jsonl
 from cepo.train.reward_data import load_pairs
 from cepo.train.reward_scores import RewardModel
@@ -34,16 +34,12 @@ class FakeJudge:
     def __init__(self, writer: FakeWriter, *, kill_after: int | None = None) -> None:
         self.writer, self.kill_after = writer, kill_after
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        judgements = []
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
         for place, prompt in enumerate(prompts):
             if len(self.writer.asked) == self.kill_after:
                 raise KeyboardInterrupt
             reply = self.writer.answer(prompt)
-            judgements.append(Judgement("", error=str(reply)) if isinstance(reply, Exception) else Judgement(reply))
-            if on_done is not None:
-                on_done(place, judgements[-1])
-        return judgements
+            yield place, Judgement("", error=str(reply)) if isinstance(reply, Exception) else Judgement(reply)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Protects `cepo eval cue-flips`: accuracies of a judge by length, resumption, policies from folders."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,17 @@ import pytest
 
 from cepo.eval.cue_flips import command as cue_flips
 from cepo.eval.cue_flips.command import AGREEMENTS, FlipsJob, measure_flips
-from cepo.eval.judges.settings import Judgement, Messages, OnDone
+from cepo.eval.judges.settings import Judgement, Messages
 from cepo.train import testbed, testbed_judges
 from tests.eval.judges.fake_judge import run_cepo, verdict
 
 
 def follows_length(*_: Any, shorter: bool = False) -> Any:
     class Judge:
-        def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-            judgements = []
+        def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
             for place, messages in enumerate(prompts):
                 _, first, second = (len(line.split()) for line in messages[0]["content"].split("\n"))
-                judgements.append(Judgement(verdict(second, first) if shorter else verdict(first, second)))
-                if on_done is not None:
-                    on_done(place, judgements[-1])
-            return judgements
+                yield place, Judgement(verdict(second, first) if shorter else verdict(first, second))
 
     return Judge()
 

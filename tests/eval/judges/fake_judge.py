@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cepo.cli import app as cli
-from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
+from cepo.eval.judges.settings import Judge, Judgement, JudgeSettings, Messages
 from cepo.train.prompts import JUDGE_LITERALS
 
 SETTINGS = JudgeSettings("name", backend="server", base_url="http://127.0.0.1:9/v1")
@@ -36,21 +36,23 @@ class FakeJudge:
         self.write, self.kill_after = write, kill_after
         self.prompts: list[tuple[str, str]] = []
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        judgements = []
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
         for place, messages in enumerate(prompts):
             if len(self.prompts) == self.kill_after:
                 raise KeyboardInterrupt
             self.prompts.append(responses(messages))
             text = self.write(*responses(messages))
-            judgement = Judgement("", error="refused") if text == "error" else Judgement(text, tokens=1)
-            judgements.append(judgement)
-            if on_done is not None:
-                on_done(place, judgement)
-        return judgements
+            yield place, Judgement("", error="refused") if text == "error" else Judgement(text, tokens=1)
 
     def open(self, _: JudgeSettings) -> "FakeJudge":
         return self
+
+
+def judged(judge: Judge, prompts: Sequence[Messages]) -> list[Any]:
+    """A judge's answers in the order of the prompts, each of which has one."""
+    answers = list(judge.judge(prompts))
+    assert sorted(index for index, _ in answers) == list(range(len(prompts)))
+    return [answer for _, answer in sorted(answers, key=lambda answer: answer[0])]
 
 
 def prefers_word(word: str) -> Callable[[str, str], str]:

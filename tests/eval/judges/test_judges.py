@@ -28,6 +28,7 @@ from cepo.eval.judges.vllm import VllmJudge
 from cepo.jacobian.loading import ModelSource
 from cepo.jacobian.reading.judge import forced_opening, read_scores
 from cepo.train import testbed, testbed_judges
+from tests.eval.judges.fake_judge import judged
 
 VERDICT = "<scores>\\boxed{8, 6}</scores>"
 
@@ -257,7 +258,7 @@ def prompts(count: int = 6) -> list[list[dict[str, str]]]:
 
 
 def test_a_verdict_ends_the_judgement_and_its_expected_scores_are_the_softmax_of_the_digits() -> None:
-    (found,) = local_judge(chain_model(CHAIN)).judge([messages("Query")])
+    (found,) = judged(local_judge(chain_model(CHAIN)), [messages("Query")])
     first = (8 * math.exp(2) + 5 * math.exp(1)) / (math.exp(2) + math.exp(1))
     second = (6 * math.exp(1) + 9) / (math.exp(1) + 1)
     assert found.text == VERDICT
@@ -280,15 +281,15 @@ def test_batches_order_and_the_shared_beginning_change_no_judgement(monkeypatch:
     """The instructions' keys and values are computed once; a prompt alone has none to share."""
     asked = prompts()
     model = random_model()
-    alone = [local_judge(model).judge([prompt])[0] for prompt in asked]
-    together = local_judge(model, batch_size=4).judge(asked)
-    turned = local_judge(model, batch_size=3).judge(asked[::-1])[::-1]
+    alone = [judged(local_judge(model), [prompt])[0] for prompt in asked]
+    together = judged(local_judge(model, batch_size=4), asked)
+    turned = judged(local_judge(model, batch_size=3), asked[::-1])[::-1]
     shared: list[int] = []
     padded = local._padded
     monkeypatch.setattr(
         local, "_padded", lambda ids, width, own, pad: shared.append(own) or padded(ids, width, own, pad)
     )
-    again = local_judge(model, batch_size=4).judge(asked)
+    again = judged(local_judge(model, batch_size=4), asked)
     assert min(shared) > 16
     for one, *others in zip(alone, together, turned, again, strict=True):
         assert {other.token_ids for other in others} == {one.token_ids}
@@ -299,7 +300,7 @@ def test_expected_scores_kept_while_generating_are_those_of_a_second_pass() -> N
     """Also in a padded batch, behind a shared beginning, for verdicts forced from the cache."""
     model, asked = random_model(), prompts()
     judge = local_judge(model, batch_size=4, force_format=True)
-    for prompt, found in zip(asked, judge.judge(asked), strict=True):
+    for prompt, found in zip(asked, judged(judge, asked), strict=True):
         prompt_ids = judge.prompts.encode(prompt)
         assert isinstance(prompt_ids, list)
         assert found.token_ids is not None
@@ -317,8 +318,8 @@ def test_expected_scores_kept_while_generating_are_those_of_a_second_pass() -> N
 
 def test_a_forced_verdict_is_read_counted_and_keeps_what_was_written_before() -> None:
     model, asked = random_model(), prompts()
-    free = local_judge(model).judge(asked)
-    forced = local_judge(model, force_format=True).judge(asked)
+    free = judged(local_judge(model), asked)
+    forced = judged(local_judge(model, force_format=True), asked)
     assert [found.scores for found in free] == [None] * len(asked)
     for before, after in zip(free, forced, strict=True):
         scores = after.scores
@@ -336,14 +337,14 @@ def test_a_forced_verdict_is_read_counted_and_keeps_what_was_written_before() ->
 def test_forcing_from_the_cache_equals_running_the_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models whose cache cannot be masked take the second way."""
     model, asked = random_model(1), prompts()
-    free = local_judge(model).judge(asked)
+    free = judged(local_judge(model), asked)
     ends = [
         free[row].token_ids[at] for row, at in ((0, 2), (1, 5), (2, 8)) if free[row].token_ids
     ]  # rows of unlike length
     model.generation_config.eos_token_id = ends
-    quick = local_judge(model, force_format=True, batch_size=6).judge(asked)
+    quick = judged(local_judge(model, force_format=True, batch_size=6), asked)
     monkeypatch.setattr(local, "_is_plain", lambda cache: False)
-    slow = local_judge(model, force_format=True, batch_size=6).judge(asked)
+    slow = judged(local_judge(model, force_format=True, batch_size=6), asked)
     assert [found.token_ids for found in quick] == [found.token_ids for found in slow]
     for one, other in zip(quick, slow, strict=True):
         assert one.soft == pytest.approx(other.soft, abs=1e-6)
@@ -351,7 +352,7 @@ def test_forcing_from_the_cache_equals_running_the_whole_again(monkeypatch: pyte
 
 def test_a_verdict_that_was_written_is_never_forced() -> None:
     chain = CHAIN | {"A": {"<scores>": 0.0}}
-    (found,) = local_judge(chain_model(chain), force_format=True).judge([messages("Query")])
+    (found,) = judged(local_judge(chain_model(chain), force_format=True), [messages("Query")])
     assert (found.text, found.forced) == (VERDICT, False)
 
 
@@ -360,7 +361,7 @@ def test_a_draw_hangs_on_the_seed_and_the_prompt_alone() -> None:
 
     def drawn(order: Sequence[int], **settings: Any) -> dict[int, tuple[int, ...] | None]:
         judge = local_judge(model, temperature=1.0, **settings)
-        found = judge.judge([asked[row] for row in order])
+        found = judged(judge, [asked[row] for row in order])
         return {row: judgement.token_ids for row, judgement in zip(order, found, strict=True)}
 
     once = drawn(range(6), batch_size=6, seed=7)
@@ -374,19 +375,16 @@ def test_a_draw_follows_the_softmax() -> None:
     judge = local_judge(chain_model(CHAIN), temperature=2.0, batch_size=200)
     words = [word.strip("Ġ") for word in IDS if word.startswith("Ġ")]
     asked = [messages(f"Query: {first} {second}") for first in words[:20] for second in words[:20]]
-    first = [read_scores(found.text) for found in judge.judge(asked)]
+    first = [read_scores(found.text) for found in judged(judge, asked)]
     share = sum(scores is not None and scores[0] == 8 for scores in first) / sum(scores is not None for scores in first)
     assert share == pytest.approx(1 / (1 + math.exp(-1 / 2)), abs=0.08)  # 3 standard errors of 400 draws
 
 
 def test_a_prompt_that_is_too_long_is_told_and_the_others_are_judged() -> None:
-    heard: list[int] = []
-    judge = local_judge(chain_model(CHAIN))
-    found = judge.judge([messages("Query"), messages("Query " * 300)], lambda row, _: heard.append(row))
+    found = judged(local_judge(chain_model(CHAIN)), [messages("Query"), messages("Query " * 300)])
     assert found[0].error is None
     assert found[1].error is not None
     assert "256" in found[1].error
-    assert sorted(heard) == [0, 1]
 
 
 def test_a_tokenizer_without_a_chat_template_needs_raw() -> None:
@@ -395,13 +393,13 @@ def test_a_tokenizer_without_a_chat_template_needs_raw() -> None:
     with pytest.raises(ValueError, match="--raw"):
         TransformersJudge(random_model(), tokenizer, JudgeSettings("testbed"))
     settings = JudgeSettings("testbed", raw=True, max_new_tokens=2)
-    (found,) = TransformersJudge(random_model(), tokenizer, settings).judge([messages("Query")])
+    (found,) = judged(TransformersJudge(random_model(), tokenizer, settings), [messages("Query")])
     assert found.tokens == 2
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = random_model(), prompts()
-    whole = local_judge(model, batch_size=6).judge(asked)
+    whole = judged(local_judge(model, batch_size=6), asked)
     write = TransformersJudge._write
 
     def scarce(self: Any, ids_rows: Any, *rest: Any) -> Any:
@@ -410,7 +408,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
         return write(self, ids_rows, *rest)
 
     monkeypatch.setattr(TransformersJudge, "_write", scarce)
-    halved = local_judge(model, batch_size=6).judge(asked)
+    halved = judged(local_judge(model, batch_size=6), asked)
     assert [found.token_ids for found in halved] == [found.token_ids for found in whole]
 
 
@@ -452,9 +450,7 @@ def test_vllm_is_asked_with_ids_and_forced_by_a_second_call(monkeypatch: pytest.
     TOKENIZER.save_pretrained(tmp_path)
     settings = JudgeSettings("testbed", backend="vllm", force_format=True, max_new_tokens=5, seed=4)
     judge = VllmJudge(ModelSource("testbed", str(tmp_path)), settings)
-    heard: list[int] = []
-    found = judge.judge([messages("Query"), messages("Query: A")], lambda row, _: heard.append(row))
-    assert heard == [0, 1]
+    found = judged(judge, [messages("Query"), messages("Query: A")])
     assert stand_in.options["model"] == str(tmp_path)
     (first, sampling), (second, forced) = stand_in.calls
     assert first[0] == judge.prompts.encode(messages("Query"))
@@ -552,7 +548,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
 def ask(server: Server, count: int = 1, **settings: Any) -> list[Judgement]:
     values = {"backoff_s": 0.01, "timeout_s": 5.0, "retries": 5, "concurrency": 1, **settings}
     judge = ServerJudge(JudgeSettings("name", backend="server", base_url=server.url, **values))
-    return judge.judge([messages(f"prompt {number}") for number in range(count)])
+    return judged(judge, [messages(f"prompt {number}") for number in range(count)])
 
 
 def test_a_server_is_asked_in_openais_protocol_and_its_answer_read(serve: Callable[..., Server]) -> None:
@@ -777,7 +773,7 @@ def test_a_dead_server_is_given_up_and_rows_that_were_not_tried_say_so(serve: Ca
     assert len(server.requests) == 10
 
 
-def test_requests_run_side_by_side_and_are_heard_of_as_they_come(serve: Callable[..., Server]) -> None:
+def test_requests_run_side_by_side(serve: Callable[..., Server]) -> None:
     together = threading.Barrier(4, timeout=5)
 
     def answer(handler: Handler, number: int, body: dict[str, Any]) -> None:
@@ -786,11 +782,8 @@ def test_requests_run_side_by_side_and_are_heard_of_as_they_come(serve: Callable
 
     server = serve(answer)
     judge = ServerJudge(JudgeSettings("name", backend="server", base_url=server.url + "/v1", concurrency=4, retries=0))
-    heard: dict[int, str] = {}
-    found = judge.judge(
-        [messages(f"prompt {number}") for number in range(4)], lambda row, done: heard.update({row: done.text})
-    )
-    assert [judgement.text for judgement in found] == [heard[row] for row in range(4)]
+    asked = [f"prompt {number}" for number in range(4)]
+    assert [one.text for one in judged(judge, [messages(prompt) for prompt in asked])] == asked
 
 
 def told(token: str, alternatives: Mapping[str, float]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 
 from cepo.cli.app import main
 from cepo.eval.judges.journal import JudgeTask, collect_judgements, judgement_record
-from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, OnDone
+from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages
 from cepo.eval.rewardbench import command as rewardbench_module
 from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 from cepo.eval.rewardbench.items import HUB_NAMES, PreferenceItem, judge_tasks, load_items, read_item
@@ -58,16 +58,11 @@ class Rule:
         self.answer = answer
         self.asked: list[tuple[str, str, str]] = []
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        found = []
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
         for index, messages in enumerate(prompts):
             self.asked.append(shown(messages))
             answer = self.answer(*self.asked[-1])
-            judgement = answer if isinstance(answer, Judgement) else Judgement(answer, tokens=3)
-            found.append(judgement)
-            if on_done is not None:
-                on_done(index, judgement)
-        return found
+            yield index, answer if isinstance(answer, Judgement) else Judgement(answer, tokens=3)
 
 
 def longer(query: str, first: str, second: str) -> str:
@@ -425,17 +420,13 @@ class Plain:
     def __init__(self, dies_after: int | None = None, errors: frozenset[str] = frozenset()) -> None:
         self.dies_after, self.errors, self.asked = dies_after, errors, []  # type: ignore[var-annotated]
 
-    def judge(self, prompts: Sequence[Messages], on_done: OnDone | None = None) -> list[Judgement]:
-        found = []
+    def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
         for index, messages in enumerate(prompts):
             if index == self.dies_after:
                 raise KeyboardInterrupt
             text = messages[0]["content"]
             self.asked.append(text)
-            found.append(Judgement("", error="no") if text in self.errors else Judgement(SCORES.format(text, 0)))
-            assert on_done is not None
-            on_done(index, found[-1])
-        return found
+            yield index, Judgement("", error="no") if text in self.errors else Judgement(SCORES.format(text, 0))
 
 
 def test_a_killed_run_goes_on_without_losing_or_doubling_a_row(tmp_path: Path) -> None:

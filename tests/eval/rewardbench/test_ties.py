@@ -72,10 +72,9 @@ def test_the_command_shows_the_shares_side_by_side(tmp_path: Path, monkeypatch: 
     """Protects the page from calling a tie wrong, and the reliability figure from pairs without a better response."""
 
     class AlwaysEqual:
-        def judge(self, prompts: Any, on_done: Any) -> None:
+        def judge(self, prompts: Any) -> Any:
             assert all(messages[0]["content"].startswith(TIES_LITERALS[0]) for messages in prompts)
-            for index, _ in enumerate(prompts):
-                on_done(index, Judgement(scored(5, 5)))
+            yield from enumerate(Judgement(scored(5, 5)) for _ in prompts)
 
     monkeypatch.setattr("cepo.eval.rewardbench.command.open_judge", lambda settings: AlwaysEqual())
     judge = JudgeSettings("name", backend="server", base_url="http://127.0.0.1:9/v1")
