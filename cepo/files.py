@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -143,6 +143,20 @@ def parse_line(line: bytes) -> Row | str | None:
 
 
 # Resuming
+
+
+def resume_jsonl(path: Path, key: Callable[[Row], Any] = lambda record: record["key"]) -> dict[Any, Row]:
+    """Return the records that an earlier run appended, by key, and leave no torn line, failure or double in the file.
+
+    Args:
+        path: a file that `append_jsonl` wrote, or none.
+        key: of a record; of several with the same, the last counts. One with an `error` is a failure.
+    """
+    if not path.is_file():
+        return {}
+    kept = {key(record): record for _, record in read_jsonl(path)[0] if not record.get("error")}
+    write_jsonl(path, kept.values())
+    return kept
 
 
 def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence[Path]) -> bool:

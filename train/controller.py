@@ -10,28 +10,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-
-@dataclass(frozen=True)
-class Controller:
-    """The law of control; all quantities are per optimiser step.
-
-    Attributes:
-        slack: how far the average task reward may lie below its best before pressure falls, >= 0.
-        decay: of the exponential average of the task reward, in [0, 1).
-        rise: what is added to the pressure while the task reward holds, > 0.
-        fall: what the pressure is multiplied with when it does not, in (0, 1).
-        most: upper bound of the pressure, >= 1. It starts at 1 and is always above 0.
-    """
-
-    slack: float = 0.05
-    decay: float = 0.9
-    rise: float = 0.05
-    fall: float = 0.8
-    most: float = 4.0
-
-    def __post_init__(self) -> None:
-        if not (self.slack >= 0 and 0 <= self.decay < 1 and self.rise > 0 and 0 < self.fall < 1 and self.most >= 1):
-            raise ValueError(f"{self} is out of range; expected slack >= 0, decay in [0, 1), rise > 0, fall in (0, 1)")
+_SLACK = 0.05  # how far the average task reward may lie below its best before pressure falls
+_DECAY = 0.9  # of the exponential average of the task reward
+_RISE = 0.05  # what is added to the pressure while the task reward holds
+_FALL = 0.8  # what the pressure is multiplied by when it does not
+MOST = 4.0
+"""The largest pressure."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +23,7 @@ class Pressure:
     """What the controller remembers.
 
     Attributes:
-        value: the pressure, in (0, most]; 1 is the setting from which it starts.
+        value: the pressure, in (0, MOST]; 1 is the setting from which it starts.
         average: exponential average of the task reward, without the bias towards its start; None before the first.
         best: the highest average so far; None before the average is settled.
         steps: number of task rewards seen.
@@ -51,7 +35,7 @@ class Pressure:
     steps: int = 0
 
 
-def step(pressure: Pressure, task_reward: float, controller: Controller) -> Pressure:
+def step(pressure: Pressure, task_reward: float) -> Pressure:
     """Return the pressure after one more task reward.
 
     Additive increase and multiplicative decrease: a fall of the task reward is answered faster than it came about.
@@ -61,19 +45,18 @@ def step(pressure: Pressure, task_reward: float, controller: Controller) -> Pres
     Args:
         pressure: before.
         task_reward: mean over the step's completions; one that is not finite changes nothing.
-        controller: the law.
     """
     if not math.isfinite(task_reward):
         return pressure
     steps = pressure.steps + 1
     before = task_reward if pressure.average is None else pressure.average
-    average = before + max(1.0 - controller.decay, 1.0 / steps) * (task_reward - before)
-    if steps < round(1.0 / (1.0 - controller.decay)):
+    average = before + max(1.0 - _DECAY, 1.0 / steps) * (task_reward - before)
+    if steps < round(1.0 / (1.0 - _DECAY)):
         return Pressure(pressure.value, average, None, steps)
     best = average if pressure.best is None else max(pressure.best, average)
-    if average >= best - controller.slack:
-        return Pressure(min(controller.most, pressure.value + controller.rise), average, best, steps)
-    return Pressure(pressure.value * controller.fall, average, best, steps)
+    if average >= best - _SLACK:
+        return Pressure(min(MOST, pressure.value + _RISE), average, best, steps)
+    return Pressure(pressure.value * _FALL, average, best, steps)
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,6 @@ class ControlledPressure(TrainerCallback, ExportableState):
         knobs: what to turn.
         observe: returns the task rewards that came in since it was last asked; none leaves the pressure as it is.
         log: takes the name and value of the pressure and of each knob during the step.
-        controller: the law.
 
     Attributes:
         pressure: what it remembers now.
@@ -109,10 +91,8 @@ class ControlledPressure(TrainerCallback, ExportableState):
         knobs: Sequence[Knob],
         observe: Callable[[], Sequence[float]],
         log: Callable[[str, float], None],
-        controller: Controller | None = None,
     ) -> None:
         self._knobs, self._observe, self._log = knobs, observe, log
-        self._controller = controller or Controller()
         self.pressure = Pressure()
 
     def state(self) -> dict[str, Any]:
@@ -130,7 +110,7 @@ class ControlledPressure(TrainerCallback, ExportableState):
             self._log(knob.name, knob.value(self.pressure.value))
         rewards = [reward for reward in self._observe() if math.isfinite(reward)]
         if rewards:
-            self.pressure = step(self.pressure, sum(rewards) / len(rewards), self._controller)
+            self.pressure = step(self.pressure, sum(rewards) / len(rewards))
         self._turn()
 
     def _turn(self) -> None:

@@ -95,7 +95,7 @@ def load_preferences(
     if not isinstance(ties, bool):
         raise ValueError(f"ties is {ties!r}; expected true or false")
     names = _rename(tuple(PAIR), columns)
-    _check_ranges(test_fraction, limit, max_characters)
+    _check_ranges(test_fraction, max_characters)
     rows, skipped = collect_rows(
         source,
         lambda row: check_length(judge_row(row, seed, names, ties=ties), max_characters),
@@ -135,7 +135,7 @@ def load_reasoning(
         ValueError: If an argument is out of range, the source can't be read, a column is missing or no row is usable.
     """
     names = _rename(("question", "answer"), columns)
-    _check_ranges(test_fraction, limit, max_characters)
+    _check_ranges(test_fraction, max_characters)
     rows, skipped = collect_rows(
         source, lambda row: check_length(_reasoning(row, names), max_characters), split=split, limit=limit
     )
@@ -172,11 +172,9 @@ def check_length(row: Row, max_characters: int | None) -> Row:
     return row
 
 
-def _check_ranges(test_fraction: float, limit: int | None, max_characters: int | None) -> None:
+def _check_ranges(test_fraction: float, max_characters: int | None) -> None:
     if not 0.0 <= test_fraction <= 1.0:
         raise ValueError(f"test_fraction is {test_fraction}; expected a fraction in [0, 1]")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least 1")
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters is {max_characters}; expected at least 1")
 

@@ -59,14 +59,16 @@ def collect_rows(
         source: see `open_source`.
         convert: makes something of a row; a row for which it raises ValueError is left out, with that reason.
         split: see `open_source`.
-        limit: number of converted rows to stop at; None for all.
+        limit: number of converted rows to stop at, at least 1; None for all.
 
     Returns:
         What came of the rows, in order, and (number, reason) of each that was left out.
 
     Raises:
-        ValueError: for a source that cannot be read or holds no usable row.
+        ValueError: for a limit below 1, or a source that cannot be read or holds no usable row.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; expected at least 1")
     collected: list[T] = []
     left_out: list[BrokenLine] = []
     columns: dict[str, None] = {}

@@ -11,24 +11,19 @@ from pathlib import Path
 from cepo.counterfactual.text.pairs import Pair
 from cepo.counterfactual.text.synthesise import Messages
 from cepo.eval.judges.settings import Judge
-from cepo.files import Row, append_jsonl, content_hash, read_jsonl, write_jsonl
+from cepo.files import Row, append_jsonl, content_hash, resume_jsonl
 from cepo.train.reward_scores import RewardModel
 
 
 class Answers:
-    """Answers by key, and the file that they are appended to.
-
-    A file of an earlier run is gone on from, without torn lines and without failures, which are asked again.
+    """Answers by key, and the file that they are appended to; failures of an earlier run are asked again.
 
     Args:
         path: of a JSONL file; each record has a key, and an error where there is no answer.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self.found = path, dict[str, Row]()
-        if path.is_file():
-            self.found = {row["key"]: row for _, row in read_jsonl(path)[0] if not row.get("error")}
-            write_jsonl(path, self.found.values())
+        self._path, self.found = path, resume_jsonl(path)
 
     def add(self, records: Sequence[Row]) -> None:
         """Keep answers, on the disk as well."""

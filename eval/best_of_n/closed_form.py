@@ -65,12 +65,7 @@ def pick_by_reward(
     Raises:
         ValueError: for a pairwise model, which gives a solution alone no reward, and see `collect_rewards`.
     """
-    shown = settings.shown
-    if shown.form == "pairwise":
-        raise ValueError(
-            f"reward model is {settings.model!r}, which compares two responses; best-of-n needs one that gives each "
-            "response a reward (form bradley-terry)"
-        )
+    shown = settings.require_rewards("best-of-n")
     texts = [[shown.messages(question.text, text) for text in question.candidates] for question in questions]
     facts = [{"question": question.text, "correct": grade} for question in questions for grade in question.correct]
     flat = [text for of_question in texts for text in of_question]

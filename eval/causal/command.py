@@ -25,7 +25,7 @@ from cepo.files import (
     fingerprint,
     json_line,
     make_folder,
-    read_jsonl,
+    resume_jsonl,
     write_jsonl,
     write_text,
 )
@@ -247,11 +247,9 @@ def _rows(job: CausalJob, judged: _Judged, parts: Path, report: Progress) -> lis
     judgements, name, pools = judged.judgements, judged.judge.name, judged.pools
     first_of = {one.rollout.prompt_ids: place for place, one in reversed(list(enumerate(judgements)))}
     journal = parts / f"rows-{name}.jsonl"
-    done = {record["row"]: record for _, record in read_jsonl(journal)[0]} if journal.is_file() else {}
+    done = resume_jsonl(journal, lambda record: record["row"])
     pending = [row for row in range(len(judgements)) if row not in done]
-    if pending:
-        make_folder(parts)
-        write_jsonl(journal, done.values())  # without a torn line
+    make_folder(parts)
     size = _CHUNK if job.model is None else 1
     for start in range(0, len(pending), size):
         report(f"scores of {name}", len(done), len(judgements))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cepo.eval.judges.settings import Answer, Judge, Messages, Progress
-from cepo.files import append_jsonl, claim, content_hash, read_jsonl, write_jsonl
+from cepo.files import append_jsonl, claim, content_hash, resume_jsonl
 from cepo.jacobian.reading.judge import read_scores
 
 logger = logging.getLogger("cepo")
@@ -97,8 +97,7 @@ def collect_judgements(
         raise ValueError("tasks share a key; expected a different key for each")
     claim(output / "settings.json", settings, results=[output / name for name in _RESULTS])
     path = output / "judgements.jsonl"
-    kept = {(record.get("key"), record.get("prompt")): record for record in _sound_records(path)}
-    write_jsonl(path, kept.values())  # without torn lines, failures and doubles
+    kept = resume_jsonl(path, lambda record: (record.get("key"), record.get("prompt")))
     prompts = {task.key: content_hash(task.messages) for task in tasks}
     records = {key: kept[key, prompt] for key, prompt in prompts.items() if (key, prompt) in kept}
     pending = [task for task in tasks if task.key not in records]
@@ -145,11 +144,6 @@ def _warn_of_unread(records: Sequence[Record]) -> None:
             otherwise,
             len(records),
         )
-
-
-def _sound_records(path: Path) -> list[Record]:
-    rows = read_jsonl(path)[0] if path.is_file() else []
-    return [record for _, record in rows if not record.get("error")]
 
 
 def _speed(judged: int, tokens: int, seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from cepo.eval.judges.journal import Collected, JudgeTask, collect_judgements
 from cepo.eval.judges.settings import Messages, Progress
 from cepo.files import Row, content_hash
-from cepo.jacobian.loading import check_device, model_fingerprint
+from cepo.jacobian.loading import check_device, model_fingerprint, resolve_model
 
 if TYPE_CHECKING:
     from cepo.train.pair_encoding import Shown
@@ -55,6 +55,27 @@ class RewardSettings:
         from cepo.train.reward_scores import find_reward_model
 
         return find_reward_model(self.model)[1]
+
+    def require_rewards(self, command: str) -> Shown:
+        """Return what the model is shown; ValueError for a pairwise one, which gives a response alone no reward."""
+        if self.shown.form == "pairwise":
+            raise ValueError(
+                f"reward model is {self.model!r}, which compares two responses; {command} needs one that gives each "
+                "response a reward (form bradley-terry)"
+            )
+        return self.shown
+
+    def open(self) -> RewardModel:
+        """Load the model."""
+        from cepo.train.reward_scores import RewardModel
+
+        run = {name: getattr(self, name) for name in ("dtype", "device", "batch_size", "trust_remote_code")}
+        return RewardModel.open(self.model, **run)
+
+    def decisive(self) -> Row:
+        """Return what decides a reward, the weights by their content."""
+        weights = model_fingerprint(resolve_model(self.model))
+        return {"dtype": self.dtype, "reward_model": asdict(self.shown), "weights": weights}
 
 
 @dataclass(frozen=True)
@@ -114,27 +135,21 @@ def collect_rewards(
     Raises:
         ValueError: for settings that cannot be used, or a folder with results of other settings.
     """
-    from cepo.train.reward_scores import RewardModel, find_reward_model
-
     check_device(settings.device)
-    source, shown = find_reward_model(settings.model)
+    shown = settings.shown
     tasks: dict[str, JudgeTask] = {}
     for facts, messages in texts:
         key = content_hash(messages)
         tasks.setdefault(key, JudgeTask(key, messages, {**facts, "text": messages[-1]["content"]}))
-
-    def open_judge() -> _RewardJudge:
-        run = {name: getattr(settings, name) for name in ("dtype", "device", "batch_size", "trust_remote_code")}
-        return _RewardJudge(RewardModel.open(settings.model, **run), _CHUNK * settings.batch_size)
-
-    decisive = {
-        "command": command,
-        "seed": settings.seed,
-        "dtype": settings.dtype,
-        "reward_model": asdict(shown),
-        "weights": model_fingerprint(source),
-    }
-    return Rewards(shown, collect_judgements(list(tasks.values()), output, decisive, open_judge, progress=progress))
+    decisive = {"command": command, "seed": settings.seed, **settings.decisive()}
+    collected = collect_judgements(
+        list(tasks.values()),
+        output,
+        decisive,
+        lambda: _RewardJudge(settings.open(), _CHUNK * settings.batch_size),
+        progress=progress,
+    )
+    return Rewards(shown, collected)
 
 
 class _RewardJudge:

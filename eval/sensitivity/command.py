@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,11 +20,11 @@ from cepo.eval.report.tables import PageTable, console_table, summary_row
 from cepo.eval.sensitivity.edits import CLEAN, UNCHECKED, Edit, known_edits, read_edits
 from cepo.eval.sensitivity.measures import METRICS, measure_sensitivity
 from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, aucs, estimate, mean, rank_correlations
-from cepo.files import SETTINGS, BrokenLine, Row, append_jsonl, claim, read_jsonl, write_jsonl
-from cepo.jacobian.loading import load_tokenizer, model_fingerprint
+from cepo.files import SETTINGS, BrokenLine, Row, append_jsonl, claim, resume_jsonl, write_jsonl
+from cepo.jacobian.loading import load_tokenizer, resolve_model
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.train.policy import TESTBED
-from cepo.train.reward_scores import RewardModel, find_reward_model
+from cepo.train.reward_scores import RewardModel
 
 Progress: TypeAlias = Callable[[int, int], None]
 ROWS = "rows.jsonl"
@@ -116,31 +116,18 @@ def run_sensitivity(job: SensitivityJob, *, progress: Progress | None = None) ->
         ValueError: for data or a model that cannot be used, or a folder with results of other settings.
     """
     settings = job.model
-    if job.limit is not None and job.limit < 1:
-        raise ValueError(f"limit is {job.limit}; expected at least 1")
-    source, shown = find_reward_model(settings.model)
-    if shown.form == "pairwise":
-        raise ValueError(
-            f"reward model is {settings.model!r}, which compares two responses; sensitivity needs one that gives each "
-            "response a reward (form bradley-terry)"
-        )
+    settings.require_rewards("sensitivity")
     edits, left_out = _edits(job)
     rows_file, summary_file, page = (job.output / name for name in (ROWS, "summary.jsonl", "report.html"))
-    decisive = {
-        "command": "eval sensitivity",
-        "dtype": settings.dtype,
-        "reward_model": asdict(shown),
-        "weights": model_fingerprint(source),
-    }
+    decisive = {"command": "eval sensitivity", **settings.decisive()}
     claim(job.output / SETTINGS, decisive, results=[rows_file, summary_file, page])
-    before = [row for _, row in read_jsonl(rows_file)[0] if not row["error"]] if rows_file.is_file() else []
-    known = {row["key"]: row for row in before}
-    write_jsonl(rows_file, known.values())
+    known = resume_jsonl(rows_file)
     pending = [edit for edit in edits if edit.key not in known]
     if pending:
-        run = {name: getattr(settings, name) for name in ("dtype", "device", "batch_size", "trust_remote_code")}
-        model = RewardModel.open(settings.model, **run)
-        token_bytes = TokenBytes(load_tokenizer(source, trust_remote_code=settings.trust_remote_code))
+        model = settings.open()
+        token_bytes = TokenBytes(
+            load_tokenizer(resolve_model(settings.model), trust_remote_code=settings.trust_remote_code)
+        )
         for done, edit in enumerate(pending, start=1):
             known[edit.key] = _row(edit, model, token_bytes)
             append_jsonl(rows_file, [known[edit.key]])
