@@ -53,34 +53,7 @@ _HOMES = {
     "exact_match": "train.rewards.task",
     "format_reward": "train.rewards.task",
 }
-__all__ = [
-    "PAPER",
-    "PAPER_LINKS",
-    "CausalReward",
-    "CepoScorer",
-    "Group",
-    "GroupEngine",
-    "JacobianEngine",
-    "JudgeLayout",
-    "LinkJacobian",
-    "LinkScore",
-    "ProxyReward",
-    "ReasonerLayout",
-    "RewardConfig",
-    "Rollout",
-    "RolloutScore",
-    "Scoring",
-    "Span",
-    "SpanReader",
-    "argmax_reward",
-    "exact_match",
-    "format_reward",
-    "load_model",
-    "parse_link",
-    "power_mean",
-    "resolve_model",
-    "score_rollouts",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

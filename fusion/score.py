@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -18,7 +19,7 @@ from cepo.fusion.order_leak import less_leak, order_leaks
 from cepo.fusion.power_mean import power_mean
 from cepo.fusion.records import HardenedLink, LinkScore, Measured, score_links
 from cepo.fusion.requests import Compared, LinkGradients
-from cepo.jacobian.links import Link
+from cepo.jacobian.links import Chain, Link
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.records import LinkPath, Rollout
@@ -50,6 +51,10 @@ class RolloutScore:
 
 Pools = Mapping[str, Sequence[Candidate]]
 """Candidates for the place of each source span, by the span's name."""
+Place = tuple[int, str]
+"""Index of a rollout, and the name of a link."""
+# Bytes of Jacobians up to which groups wait for the next, to be hardened with it: a few prompts of a tiny model.
+_HARDENED_TOGETHER = 2**23
 
 
 def score_rollouts(
@@ -86,196 +91,187 @@ def score_rollouts(
         ValueError: for links that the layout does not have, a rank above the model's width, task rewards that are not
             one per rollout in [0, 1], or exchanged rollouts that are needed and missing; all before the first Jacobian.
     """
-    found = dict(
-        scores_as_they_come(
-            rollouts,
-            engine,
-            config,
-            layout,
-            task_rewards=task_rewards,
-            pools=pools,
-            exchanged=exchanged,
-            keep_jacobians=keep_jacobians,
-            seconds=seconds,
-        )
-    )
+    scorer = RolloutScorer(engine, config, layout, keep_jacobians=keep_jacobians, seconds=seconds)
+    found = dict(scorer.scores(rollouts, task_rewards=task_rewards, pools=pools, exchanged=exchanged))
     return [found[index] for index in range(len(rollouts))]
 
 
-def scores_as_they_come(
-    rollouts: Sequence[Rollout],
-    engine: Engine,
-    config: RewardConfig,
-    layout: Layout,
-    *,
-    task_rewards: Sequence[float | None] | None = None,
-    pools: Pools | None = None,
-    exchanged: Sequence[Rollout | None] | None = None,
-    keep_jacobians: bool = False,
-    one_by_one: bool = False,
-    seconds: dict[str, float] | None = None,
-) -> Iterator[tuple[int, RolloutScore]]:
-    """Yield the index and the score of each rollout as they come: first those without one, then prompt by prompt.
+@dataclass(frozen=True)
+class RolloutScorer:
+    """Scores rollouts as they come; see `score_rollouts` for what is not explained here.
 
-    Arguments and errors are those of `score_rollouts`. The matrices of one prompt are held at a time, or
-    those of a few prompts where they are small.
-
-    Args:
+    Attributes:
+        engine: what computes effects and Jacobians.
+        config: links, hardening, score and fusion.
+        layout: the layout that rollouts are read with.
+        keep_jacobians: whether to return the matrices.
         one_by_one: compare each rollout with its donors in a request of its own, in the order of the token ids. The
-            group engine then goes on, in each rollout, from where it differs from the one before: whatever they begin
-            with is run once, be it a thought before the criteria, and the keys and values of few rollouts are held.
+            group engine then continues, in each rollout, from where it differs from the one before: what they begin
+            with is run once, such as a thought before the criteria, and the keys and values of few rollouts are held.
             That is less work for long rollouts; short ones run faster in larger batches.
+        seconds: where to add the time spent.
     """
-    chains, links = config.chains(layout), config.parsed_links(layout)
-    config.check_width(engine.width)
-    if task_rewards is not None:
-        _check_task_rewards(task_rewards, len(rollouts))
-    if config.reads_leak and (exchanged is None or len(exchanged) != len(rollouts)):
-        came = "None" if exchanged is None else f"{len(exchanged)} entries"
-        raise ValueError(f"exchanged is {came}, for {len(rollouts)} rollouts; the order leak needs one for each")
-    sound: dict[int, Rollout] = {}
-    for index, rollout in enumerate(rollouts):
-        problem = engine.refusal(rollout) or rollout.malformed
-        if problem is None:
-            sound[index] = rollout
-        else:
-            yield index, _refused(problem)
-    leaks: dict[int, float] = {}
-    if config.reads_leak and exchanged is not None:
-        with _timed("effects", seconds):
-            leaks = order_leaks(sound, dict(enumerate(exchanged)), engine, layout)
-    for members, hardened, compared in _measure(sound, engine, config, links, pools, one_by_one, seconds):
-        measured = []
-        for index in members:
-            of_links = [
-                Measured(
-                    index,
-                    link,
-                    len(rollouts[index].spans[link.source].positions),
-                    hardened.get((index, link.name)),
-                    compared.get((index, link.name)),
-                )
-                for link in links
-            ]
-            problem = next(filter(None, (_problem(one, config) for one in of_links)), None)
-            if not math.isfinite(leaks.get(index, 0.0)):
-                problem = "non-finite order leak"
+
+    engine: Engine
+    config: RewardConfig
+    layout: Layout
+    keep_jacobians: bool = False
+    one_by_one: bool = False
+    seconds: dict[str, float] | None = None
+
+    def scores(
+        self,
+        rollouts: Sequence[Rollout],
+        *,
+        task_rewards: Sequence[float | None] | None = None,
+        pools: Pools | None = None,
+        exchanged: Sequence[Rollout | None] | None = None,
+    ) -> Iterator[tuple[int, RolloutScore]]:
+        """Yield the index and the score of each rollout: first those without one, then prompt by prompt.
+
+        The matrices of one prompt are held at a time, or those of a few prompts where they are small.
+        """
+        config, links = self.config, self._links
+        config.check_width(self.engine.width)
+        if task_rewards is not None:
+            _check_task_rewards(task_rewards, len(rollouts))
+        if config.reads_leak and (exchanged is None or len(exchanged) != len(rollouts)):
+            came = "None" if exchanged is None else f"{len(exchanged)} entries"
+            raise ValueError(f"exchanged is {came}, for {len(rollouts)} rollouts; the order leak needs one for each")
+        sound: dict[int, Rollout] = {}
+        for index, rollout in enumerate(rollouts):
+            problem = self.engine.refusal(rollout) or rollout.malformed
             if problem is None:
-                measured += of_links
+                sound[index] = rollout
             else:
                 yield index, _refused(problem)
-        with _timed("spectral", seconds):
-            records = score_links(measured, score=config.score, also=config.also)
-        for index, of_rollout in groupby(zip(measured, records, strict=True), key=lambda pair: pair[0].rollout):
-            parts = list(of_rollout)
-            by_name = {record.link: record for _, record in parts}
-            values = {
-                chain.name: power_mean([by_name[link.name].value for link in chain.links], p=config.join)
-                for chain in chains
-            }
-            yield (
-                index,
-                RolloutScore(
-                    values=values,
-                    links=by_name,
-                    reward=fuse(
-                        less_leak(values, leaks.get(index), config.leak_weight),
-                        config,
-                        task_rewards[index] if task_rewards is not None else None,
-                    ),
-                    paths={one.link.name: one.compared.path for one, _ in parts if one.compared and one.compared.path},
-                    jacobians={one.link.name: one.hardened for one, _ in parts if one.hardened}
-                    if keep_jacobians
-                    else {},
-                    order_leak=leaks.get(index),
-                ),
-            )
+        leaks: dict[int, float] = {}
+        if config.reads_leak and exchanged is not None:
+            with self._timed("effects"):
+                leaks = order_leaks(sound, dict(enumerate(exchanged)), self.engine, self.layout)
+        for members, hardened, compared in self._measure(sound, pools):
+            measured = []
+            for index in members:
+                of_links = [
+                    Measured(
+                        index,
+                        link,
+                        len(rollouts[index].spans[link.source].positions),
+                        hardened.get((index, link.name)),
+                        compared.get((index, link.name)),
+                    )
+                    for link in links
+                ]
+                problem = next(filter(None, (_problem(one, config) for one in of_links)), None)
+                if not math.isfinite(leaks.get(index, 0.0)):
+                    problem = "non-finite order leak"
+                if problem is None:
+                    measured += of_links
+                else:
+                    yield index, _refused(problem)
+            with self._timed("spectral"):
+                records = score_links(measured, score=config.score, also=config.also)
+            for index, of_rollout in groupby(zip(measured, records, strict=True), key=lambda pair: pair[0].rollout):
+                task_reward = task_rewards[index] if task_rewards is not None else None
+                yield index, self._score(list(of_rollout), leaks.get(index), task_reward)
+
+    @cached_property
+    def _chains(self) -> list[Chain]:
+        return self.config.chains(self.layout)
+
+    @cached_property
+    def _links(self) -> list[Link]:
+        return self.config.parsed_links(self.layout)
+
+    def _score(
+        self, parts: Sequence[tuple[Measured, LinkScore]], leak: float | None, task_reward: float | None
+    ) -> RolloutScore:
+        """Return the score of one rollout from its links: chains, less the order leak, fused with the task reward."""
+        by_name = {record.link: record for _, record in parts}
+        values = {
+            chain.name: power_mean([by_name[link.name].value for link in chain.links], p=self.config.join)
+            for chain in self._chains
+        }
+        hardened = {one.link.name: one.hardened for one, _ in parts if one.hardened}
+        return RolloutScore(
+            values=values,
+            links=by_name,
+            reward=fuse(less_leak(values, leak, self.config.leak_weight), self.config, task_reward),
+            paths={one.link.name: one.compared.path for one, _ in parts if one.compared and one.compared.path},
+            jacobians=hardened if self.keep_jacobians else {},
+            order_leak=leak,
+        )
+
+    def _measure(
+        self, rollouts: Mapping[int, Rollout], pools: Pools | None
+    ) -> Iterator[tuple[tuple[int, ...], Mapping[Place, HardenedLink], Mapping[Place, Compared]]]:
+        """Yield, group by group, its members and what is read of their links.
+
+        All effects come before the first Jacobian, so that neither waits with the other's memory.
+        """
+        effects = self._compare(rollouts, pools) if self.config.reads_effects else iter(())
+        if not self.config.reads_jacobians:
+            yield from ((members, {}, compared) for members, compared in effects)
+            return
+        of_all = {key: one for _, compared in effects for key, one in compared.items()}
+        for members, hardened in self._differentiate(rollouts):
+            yield members, hardened, of_all
+
+    def _compare(
+        self, rollouts: Mapping[int, Rollout], pools: Pools | None
+    ) -> Iterator[tuple[tuple[int, ...], dict[Place, Compared]]]:
+        """Yield, group by group, its members and each of their links beside its donors."""
+        with self._timed("effects"):
+            pools = pools_of(rollouts.values(), self._links) if pools is None else pools
+            by_ids = sorted(rollouts, key=lambda index: rollouts[index].token_ids)
+            parts = [{index: rollouts[index]} for index in by_ids] if self.one_by_one else [rollouts]
+            groups = [group for part in parts for group in self.config.effects(part, self._links, pools)]
+        answers = self.engine.paths([request for group in groups for request in group.requests])
+        for group in groups:
+            with self._timed("effects"):
+                compared = group.compared([next(answers) for _ in group.requests])
+            yield group.members, compared
+
+    def _differentiate(
+        self, rollouts: Mapping[int, Rollout]
+    ) -> Iterator[tuple[tuple[int, ...], dict[Place, HardenedLink]]]:
+        """Yield members of groups and the finite Jacobians of their links with what hardening leaves of them.
+
+        Groups are hardened together while their Jacobians are small, and one by one where they are large.
+        """
+        groups = self.config.requests(rollouts, self._links)
+        answers = self.engine.compute([request for group in groups for request in group.requests])
+        members: tuple[int, ...] = ()
+        gradients: list[LinkGradients] = []
+        for group in groups:
+            with self._timed("links"):
+                base = next(answers)
+            with self._timed("counterfactuals"):
+                counterfactuals = [next(answers) for _ in group.requests[1:]]
+            with self._timed("spectral"):
+                members += group.members
+                gradients += (one for one in group.gradients(base, counterfactuals) if one.is_finite)
+                if group is not groups[-1] and sum(one.nbytes for one in gradients) < _HARDENED_TOGETHER:
+                    continue
+                hardened = {(one.rollout, one.base.link.name): one for one in harden(gradients, self.config)}
+            yield members, hardened
+            members, gradients = (), []
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        started = time.perf_counter()
+        yield
+        if self.seconds is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 def pools_of(rollouts: Iterable[Rollout], links: Iterable[Link]) -> dict[str, list[Candidate]]:
     """Return what the rollouts offer for the place of each link's source."""
     rollouts = list(rollouts)
     return {source: candidates(rollouts, source) for source in dict.fromkeys(link.source for link in links)}
-
-
-def _measure(
-    rollouts: Mapping[int, Rollout],
-    engine: Engine,
-    config: RewardConfig,
-    links: Sequence[Link],
-    pools: Pools | None,
-    one_by_one: bool,
-    seconds: dict[str, float] | None,
-) -> Iterator[tuple[tuple[int, ...], Mapping[tuple[int, str], HardenedLink], Mapping[tuple[int, str], Compared]]]:
-    """Yield, group by group, its members and what is read of their links.
-
-    All effects come before the first Jacobian, so that neither waits with the other's memory.
-    """
-    effects = (
-        _compare(rollouts, engine, config, links, pools, one_by_one, seconds) if config.reads_effects else iter(())
-    )
-    if not config.reads_jacobians:
-        yield from ((members, {}, compared) for members, compared in effects)
-        return
-    of_all = {key: one for _, compared in effects for key, one in compared.items()}
-    for members, hardened in _differentiate(rollouts, engine, config, links, seconds):
-        yield members, hardened, of_all
-
-
-def _compare(
-    rollouts: Mapping[int, Rollout],
-    engine: Engine,
-    config: RewardConfig,
-    links: Sequence[Link],
-    pools: Pools | None,
-    one_by_one: bool,
-    seconds: dict[str, float] | None,
-) -> Iterator[tuple[tuple[int, ...], dict[tuple[int, str], Compared]]]:
-    """Yield, group by group, its members and each of their links beside its donors, by index and the link's name."""
-    with _timed("effects", seconds):
-        pools = pools_of(rollouts.values(), links) if pools is None else pools
-        by_ids = sorted(rollouts, key=lambda index: rollouts[index].token_ids)
-        parts = [{index: rollouts[index]} for index in by_ids] if one_by_one else [rollouts]
-        groups = [group for part in parts for group in config.effects(part, links, pools)]
-    answers = engine.paths([request for group in groups for request in group.requests])
-    for group in groups:
-        with _timed("effects", seconds):
-            compared = group.compared([next(answers) for _ in group.requests])
-        yield group.members, compared
-
-
-# Bytes of Jacobians up to which groups wait for the next, to be hardened with it: a few prompts of a tiny model.
-_HARDENED_TOGETHER = 2**23
-
-
-def _differentiate(
-    rollouts: Mapping[int, Rollout],
-    engine: Engine,
-    config: RewardConfig,
-    links: Sequence[Link],
-    seconds: dict[str, float] | None,
-) -> Iterator[tuple[tuple[int, ...], dict[tuple[int, str], HardenedLink]]]:
-    """Yield members of groups and the finite Jacobians of their links with what hardening leaves of them.
-
-    Groups are hardened together while their Jacobians are small, and one by one where they are large.
-    """
-    groups = config.requests(rollouts, links)
-    answers = engine.compute([request for group in groups for request in group.requests])
-    members: tuple[int, ...] = ()
-    gradients: list[LinkGradients] = []
-    for group in groups:
-        with _timed("links", seconds):
-            base = next(answers)
-        with _timed("counterfactuals", seconds):
-            counterfactuals = [next(answers) for _ in group.requests[1:]]
-        with _timed("spectral", seconds):
-            members += group.members
-            gradients += (one for one in group.gradients(base, counterfactuals) if one.is_finite)
-            if group is not groups[-1] and sum(one.nbytes for one in gradients) < _HARDENED_TOGETHER:
-                continue
-            hardened = {(one.rollout, one.base.link.name): one for one in harden(gradients, config)}
-        yield members, hardened
-        members, gradients = (), []
 
 
 def _problem(one: Measured, config: RewardConfig) -> str | None:
@@ -336,14 +332,3 @@ def _check_task_rewards(task_rewards: Sequence[float | None], count: int) -> Non
     for task_reward in task_rewards:
         if task_reward is not None and not 0.0 <= task_reward <= 1.0:
             raise ValueError(f"task_rewards holds {task_reward}; expected numbers in [0, 1], or None")
-
-
-@contextlib.contextmanager
-def _timed(stage: str, seconds: dict[str, float] | None) -> Iterator[None]:
-    """Add the time that the block takes."""
-    started = time.perf_counter()
-    yield
-    if seconds is not None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started

@@ -14,7 +14,7 @@ from cepo.jacobian.passes import Pass, link_jacobians, passes_of
 from cepo.jacobian.path import Point, between, path_answer
 from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Rollout
-from cepo.jacobian.targets import FEWEST_HEAD_ROWS, sum_of_terms, target_terms
+from cepo.jacobian.targets import sum_of_terms, target_terms
 
 
 class JacobianEngine(ModelEngine):
@@ -105,7 +105,7 @@ class JacobianEngine(ModelEngine):
         ids_BT = torch.tensor(
             [ids if len(ids) > settled else ids[: rows[-1] + 1]], device=self._held.embedding.weight.device
         )
-        logits_PV = self._logits(ids_BT, rows + rows[-1:] * (FEWEST_HEAD_ROWS - len(rows)))
+        logits_PV = self._held.logits(rows, input_ids=ids_BT, use_cache=False)
         return {
             key: sum_of_terms(logits_PV[[row_of[term.position - 1] for term in terms]], terms)
             for key, terms in terms_of.items()
@@ -125,12 +125,6 @@ class JacobianEngine(ModelEngine):
                 rows_SD = gradient_BTD[0, source].to(watch.step_BTD.dtype) * watch.step_BTD[0, source]
                 contracted[key] = rows_SD.double().sum(-1).cpu()
         return contracted
-
-    def _logits(self, ids_BT: Tensor, rows: Sequence[int]) -> Tensor:
-        keeps_rows = "logits_to_keep" in self._held.forward_takes
-        keep = {"logits_to_keep": torch.tensor(rows, device=ids_BT.device)} if keeps_rows else {}
-        output = self._held.forward(self._held.causal_lm, input_ids=ids_BT, use_cache=False, return_dict=True, **keep)
-        return output.logits[0] if keeps_rows else output.logits[0, list(rows)]
 
 
 class _Watch:

@@ -13,7 +13,7 @@ from cepo.jacobian.links import Link
 from cepo.jacobian.model import HeldModel, eager_attention
 from cepo.jacobian.path import between
 from cepo.jacobian.records import Rollout
-from cepo.jacobian.targets import FEWEST_HEAD_ROWS, sum_of_terms, target_terms
+from cepo.jacobian.targets import sum_of_terms, target_terms
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,11 @@ def expansions(
         rows = sorted(
             {term.position - 1 - start for link in links for term in target_terms(rollout, link.target, link.function)}
         )
-        if "logits_to_keep" in model.forward_takes:
-            padded = rows + rows[-1:] * (FEWEST_HEAD_ROWS - len(rows))
-            options["logits_to_keep"] = torch.tensor(padded, device=device)
-        logits_PV = model.forward(model.causal_lm, inputs_embeds=own_BTD, return_dict=True, **options).logits[0]
-        place = {row: index for index, row in enumerate(rows)} if "logits_to_keep" in options else None
+        logits_PV = model.logits(rows, inputs_embeds=own_BTD, **options)
+        place = {row: index for index, row in enumerate(rows)}
         for link in links:
             terms = target_terms(rollout, link.target, link.function)
-            read = [term.position - 1 - start for term in terms]
-            value = sum_of_terms(logits_PV[read if place is None else [place[row] for row in read]], terms)
+            value = sum_of_terms(logits_PV[[place[term.position - 1 - start] for term in terms]], terms)
             (gradient_BTD,) = torch.autograd.grad(value, [own_BTD], create_graph=True)
             found[link.name] = [
                 _expansion(gradient_BTD, own_BTD, _step(model, own_BTD, other, start, end)) for other in others

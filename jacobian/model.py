@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cepo.jacobian.gradients import check_gradients
 from cepo.jacobian.layers import decoder_layers
@@ -20,6 +20,7 @@ from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, Rollout
 from cepo.jacobian.rotary import settled_length
 from cepo.jacobian.sharding import check_readable, shape_of, sharding_of
+from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
 _MEDIA = re.compile(
     r"(boi_|eoi_)?(image|video|audio|vision)_.*(token_id|token_index)|(boi|eoi|boa|eoa)_token_(id|index)"
@@ -107,6 +108,20 @@ class HeldModel:
             if token in media:
                 return f"token id {token} stands for what is not text ({media[token]}), and only text is run"
         return None
+
+    def logits(self, rows: list[int], **inputs: Any) -> Tensor:
+        """Return the logits of some rows of one sequence, (P, V), with copies of the last up to FEWEST_HEAD_ROWS.
+
+        Args:
+            rows: positions, at least one.
+            **inputs: of the forward pass.
+        """
+        padded = [*rows, *rows[-1:] * (FEWEST_HEAD_ROWS - len(rows))]
+        keeps_rows = "logits_to_keep" in self.forward_takes
+        if keeps_rows:
+            inputs["logits_to_keep"] = torch.tensor(padded, device=self.embedding.weight.device)
+        logits_PV: Tensor = self.forward(self.causal_lm, return_dict=True, **inputs).logits[0]
+        return logits_PV if keeps_rows else logits_PV[padded]
 
     def check_gradients(self) -> None:
         """Raise ValueError if a layer carries no exact gradient; see `cepo.jacobian.gradients`."""

@@ -9,7 +9,7 @@ import typer
 
 from cepo.cli import checks
 from cepo.cli.judge_options import with_writer
-from cepo.cli.shared import console, progress_bar
+from cepo.cli.shared import console, showing
 from cepo.eval.judges.settings import JudgeSettings
 
 
@@ -81,14 +81,8 @@ def augment(
     from cepo.eval.augment.command import augment as run
     from cepo.eval.report.tables import console_table
 
-    with progress_bar() as bar:
-        task = bar.add_task("augmenting", total=None)
-        summary = run(
-            job,
-            progress=lambda done, total, words: bar.update(
-                task, description=f"augmenting {words}".rstrip(), completed=done, total=total
-            ),
-        )
+    with showing("augmenting") as show:
+        summary = run(job, progress=show)
     for title, (header, rows) in summary.tables().items():
         console.print(console_table(*header, rows=rows, title=title))
     console.print(f"pairs: {output / 'pairs.jsonl'}", soft_wrap=True)

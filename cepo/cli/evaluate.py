@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +21,11 @@ from cepo.cli.shared import (
     Threads,
     TrustRemoteCode,
     console,
-    progress_bar,
+    showing,
     use_threads,
 )
 from cepo.eval.judges.reward import RewardSettings
-from cepo.eval.judges.settings import JudgeSettings, Progress
+from cepo.eval.judges.settings import JudgeSettings
 
 eval_app = typer.Typer(
     cls=checks.OptionNames,
@@ -91,9 +90,9 @@ def rewardbench(
     """
     from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 
-    with _judging() as progress:
+    with showing("judging") as show:
         job = RewardBenchJob(judge, data, output, split, limit, tuple(subset or ()), ties)
-        summary = run_rewardbench(job, progress=progress)
+        summary = run_rewardbench(job, progress=show)
     for table in summary.tables():
         console.print(table)
     if summary.unread > 0.5:
@@ -135,9 +134,9 @@ def robustness(
     check_names(names)
     from cepo.eval.robustness.command import RobustnessJob, measure_robustness
 
-    with _judging() as progress:
+    with showing("judging") as show:
         job = RobustnessJob(judge, data, output, names, limit, split, tuple(subset or ()))
-        found = measure_robustness(job, progress=progress)
+        found = measure_robustness(job, progress=show)
     for table in found.tables():
         console.print(table)
     if found.collected.forced:
@@ -187,8 +186,8 @@ def best_of_n(
     from cepo.eval.best_of_n.command import BestOfJob, measure_best_of
 
     job = BestOfJob(judge, data, output, sizes, draws, verify, limit)  # type: ignore[arg-type]
-    with _judging() as progress:
-        picked = measure_best_of(job, progress=progress)
+    with showing("judging") as show:
+        picked = measure_best_of(job, progress=show)
     console.print(picked.table())
     _finish(output, str(data), picked.failed, picked.broken)
 
@@ -246,12 +245,8 @@ def sensitivity(
     from cepo.eval.sensitivity.command import SensitivityJob, run_sensitivity
 
     settings = RewardSettings(reward_model, seed, dtype, device, trust_remote_code=trust_remote_code)
-    with progress_bar() as bar:
-        task = bar.add_task("measuring", total=None)
-        summary = run_sensitivity(
-            SensitivityJob(settings, data, output, split, limit),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with showing("measuring") as show:
+        summary = run_sensitivity(SensitivityJob(settings, data, output, split, limit), progress=show)
     for table in summary.tables():
         console.print(table)
     if summary.left_out:
@@ -287,12 +282,8 @@ def cue_flips(
     from cepo.eval.cue_flips.command import FlipsJob, flip_table, measure_flips
     from cepo.eval.report.tables import console_table
 
-    with progress_bar() as bar:
-        task = bar.add_task("judging", total=None)
-        flips = measure_flips(
-            FlipsJob(tuple(judge), output, items, seed),
-            progress=lambda name, done, total, _: bar.update(task, description=name, completed=done, total=total),
-        )
+    with showing("judging") as show:
+        flips = measure_flips(FlipsJob(tuple(judge), output, items, seed), progress=show)
     header, rows = flip_table(flips)
     console.print(console_table(*header, rows=rows, title="greedy accuracy"))
     console.print(f"report: {output / 'report.html'}")
@@ -391,12 +382,8 @@ def causal(
     if quick:
         job = replace(job, items=16, completions=6, pair=False, controlled=8)
     job = replace(job, items=items or job.items, completions=completions or job.completions)
-    with progress_bar() as progress:
-        task = progress.add_task("causal", total=None)
-        summary = run_causal(
-            job,
-            progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
-        )
+    with showing() as show:
+        summary = run_causal(job, progress=lambda what, done, total: show(done, total, what))
     for table in console_tables(summary):
         console.print(table)
     for name, reason in summary.refused.items():
@@ -404,16 +391,6 @@ def causal(
     for warning in summary.warnings:
         console.print(warning)
     console.print(f"report: {output / 'report.html'}")
-
-
-@contextlib.contextmanager
-def _judging() -> Iterator[Progress]:
-    """Show a progress bar of judgements."""
-    with progress_bar() as bar:
-        task = bar.add_task("judging", total=None)
-        yield lambda done, total, speed: bar.update(
-            task, description=f"judging {speed}".rstrip(), completed=done, total=total
-        )
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

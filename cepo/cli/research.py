@@ -21,6 +21,7 @@ from cepo.cli.shared import (
     errors,
     given,
     progress_bar,
+    showing,
     use_threads,
     weighted_links,
 )
@@ -92,9 +93,8 @@ def ablate(
 
         folder, rollouts = write_testbed_rollouts(output / "testbed", prompts=testbed // 8)
         job = replace(job, model=str(folder), input=rollouts, output=output / "sweep")
-    with progress_bar() as progress:
-        task = progress.add_task("prompts", total=None)
-        summary = run_ablation(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    with showing("prompts") as show:
+        summary = run_ablation(job, progress=show)
     console.print(summary.table())
     console.print(f"tables and plots: {job.output}")
 
@@ -224,15 +224,8 @@ def experiment(
         "{} runs of {} steps (worlds: {}, arms: {}, seeds: {}), {} at once. The bar tells the time left once some are "
         "done; --worlds, --arm and --seed run fewer.".format(len(plan), max(run.steps for run in plan), *counts, jobs)
     )
-    with progress_bar() as progress:
-        task = progress.add_task("runs", total=len(plan))
-        table = run_experiment(
-            output,
-            plan,
-            jobs=jobs,
-            commit=commit,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with showing("runs", len(plan)) as show:
+        table = run_experiment(output, plan, jobs=jobs, commit=commit, progress=show)
     console.print(table)
     console.print(f"report: {output / 'report.html'}")
 
@@ -268,15 +261,8 @@ def reward_experiment(
 
     use_threads(1)
     plan = read_plan(recipe or RECIPE, data=data, seeds=seed, arms=arm)
-    with progress_bar() as progress:
-        task = progress.add_task("runs", total=None)
-        tables, verdicts = run_reward_experiment(
-            output,
-            plan,
-            steps=steps,
-            commit=commit,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with showing("runs") as show:
+        tables, verdicts = run_reward_experiment(output, plan, steps=steps, commit=commit, progress=show)
     for table in tables:
         console.print(table)
     for line in verdicts:
@@ -315,13 +301,13 @@ def words_judge(
     check_device(device)
     settings = given(base=base, layers=layers, steps=steps, batch_size=batch_size, seed=seed)
     wanted = words_settings({"judge": judge, **settings, **given(learning_rate=learning_rate)})
-    with progress_bar() as progress:
-        task = progress.add_task("warm-up", total=wanted.steps)
-
-        def show(step: int, loss: float) -> None:
-            progress.update(task, completed=step, description=f"warm-up: loss {loss:.3f}")
-
-        load_words_judge(wanted, cache=CACHE, device=device, progress=show)
+    with showing("warm-up", wanted.steps) as show:
+        load_words_judge(
+            wanted,
+            cache=CACHE,
+            device=device,
+            progress=lambda step, loss: show(step, wanted.steps, f"loss {loss:.3f}"),
+        )
     found = read_certificate(wanted, CACHE)
     for name, value in found["measures"].items():
         console.print(f"{name}: {value:.3g}", highlight=False)

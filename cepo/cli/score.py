@@ -18,7 +18,7 @@ from cepo.cli.shared import (
     TrustRemoteCode,
     console,
     given,
-    progress_bar,
+    showing,
     use_threads,
     weighted_links,
 )
@@ -242,9 +242,8 @@ def score(
         workers=ray,
         worker_threads=threads or 1,
     )
-    with progress_bar() as progress:
-        task = progress.add_task("scoring", total=None)
-        summary = score_file(job, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    with showing("scoring") as show:
+        summary = score_file(job, progress=show)
     table = console_table("what", "value", title=str(output))
     table.add_row("rows", str(summary.rows))
     table.add_row("from an earlier run", str(summary.resumed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -68,6 +70,18 @@ def given(**options: Any) -> dict[str, Any]:
 def progress_bar() -> Progress:
     """Return the progress bar of all commands, on stderr; where that is no terminal, it is printed now and then."""
     return _Progress(TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn(), console=errors)
+
+
+@contextlib.contextmanager
+def showing(what: str = "", total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Show the progress bar; yield a function of (done, in all, and words to show after `what`) that moves it."""
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=total)
+
+        def show(done: int, total: int, words: str = "") -> None:
+            bar.update(task, description=f"{what} {words}".strip(), completed=done, total=total)
+
+        yield show
 
 
 class _Progress(Progress):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from cepo.eval.judges.journal import JudgeTask, collect_judgements
-from cepo.eval.judges.settings import Judgement, Messages
+from cepo.eval.judges.settings import Judgement, Messages, Progress
 from cepo.eval.report.figures import curves
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable, share, summary_row
@@ -70,16 +70,14 @@ class JudgeFlips:
     judgements: int
 
 
-def measure_flips(
-    job: FlipsJob, *, progress: Callable[[str, int, int, str], None] | None = None
-) -> dict[str, JudgeFlips]:
+def measure_flips(job: FlipsJob, *, progress: Progress | None = None) -> dict[str, JudgeFlips]:
     """Let each judge decide items under each agreement of the cue, greedily; write judgements, summary and page.
 
     Every agreement has items of its own. A killed run is resumed; a judge whose weights have changed is judged again.
 
     Args:
         job: what to measure.
-        progress: called with (judge, items judged, items in all, speed in words).
+        progress: called with (items judged, items in all, the judge and its speed in words).
 
     Returns:
         The accuracies, by judge.
@@ -92,12 +90,17 @@ def measure_flips(
     found = {}
     for judge in job.judges:
         items, tasks = _draw_tasks(judge, job)
+
+        def show(done: int, total: int, speed: str, judge: str = judge) -> None:
+            if progress is not None:
+                progress(done, total, f"{judge} {speed}")
+
         collected = collect_judgements(
             tasks,
             job.output,
             {"command": "eval cue-flips"},
             functools.partial(_open, judge, job, items),
-            progress=None if progress is None else functools.partial(progress, judge),
+            progress=show,
         )
         found[judge] = _flips(items, [collected.records[task.key] for task in tasks])
     write_jsonl(job.output / "summary.jsonl", _summary_rows(found))

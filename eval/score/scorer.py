@@ -15,7 +15,7 @@ from cepo.eval.score.rows import Line, read_lines, rollout_of
 from cepo.files import content_hash
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import LinkScore
-from cepo.fusion.score import Pools, RolloutScore, pools_of, scores_as_they_come
+from cepo.fusion.score import Pools, RolloutScore, RolloutScorer, pools_of
 from cepo.jacobian.engines import EngineName, new_engine
 from cepo.jacobian.group.halving import is_out_of_memory, release_memory
 from cepo.jacobian.loading import ModelSource, load_model, load_tokenizer
@@ -175,16 +175,12 @@ def _scores(
     """Yield index and score of each line, those that cannot be used first."""
     if engine is None:
         return ((index, RolloutScore({}, 0.0, one.malformed)) for index, one in enumerate(rollouts))
-    return scores_as_they_come(
+    scorer = RolloutScorer(engine, scoring.config, scoring.layout, keep_jacobians=True, one_by_one=True)
+    return scorer.scores(
         rollouts,
-        engine,
-        scoring.config,
-        scoring.layout,
         task_rewards=[line.task_reward for line in lines],
         pools=pools,
         exchanged=exchanged_prompts(rollouts, reader) if scoring.config.reads_leak else None,
-        keep_jacobians=True,
-        one_by_one=True,
     )
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-import torch.distributed as dist
-
-from cepo.counterfactual.donors import Candidate, thinned
 from cepo.counterfactual.exchange import exchanged_prompts
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import RolloutScore, pools_of, score_rollouts
@@ -24,6 +21,7 @@ from cepo.jacobian.records import Rollout
 from cepo.jacobian.sharding import Mode, check_mode, readable
 from cepo.kernels.launch import Implementation
 from cepo.train.prompts import JUDGE
+from cepo.train.rewards.bound import BoundReward, gathered, require_donors
 
 TaskReward = Callable[..., Sequence[float | None]]
 
@@ -31,7 +29,7 @@ logger = logging.getLogger(__name__)
 _LOGGED = ("delta", "path_sum", "certificate", "phi", "retained", "influence", "norm", "tokens")
 
 
-class CausalReward:
+class CausalReward(BoundReward):
     """Reward completions for exact d(score)/d(criteria) of the live policy, in TRL's GRPO and RLOO trainers.
 
     Additive form, a reward function beside the others:
@@ -101,20 +99,15 @@ class CausalReward:
                 self.config.score,
             )
         check_mode(sharded)
+        super().__init__(scorer, layout, name)
         self._chains = [chain.name for chain in self.config.chains(layout)]
         self._links = self.config.parsed_links(layout)
         self.kernels = kernels
         self.memory_gib = memory_gib
         self.task = task
-        self.layout = layout
-        self.scorer = scorer
         self.sharded: Mode = sharded
         self.shuffle = shuffle
-        self.__name__ = name
-        self._trainer: Any = None
-        self._frozen: Any = None
-        self._read: tuple[Any, Engine] | None = None  # the model that was read last, and its engine
-        self._reader: SpanReader | None = None
+        self._last_engine: tuple[Any, Engine] | None = None  # the model that was read last, and its engine
 
     def bind(self, trainer: Any) -> CausalReward:
         """Tie the reward to a trainer: to its tokenizer, its rendering of prompts, and its live policy unless frozen.
@@ -134,12 +127,10 @@ class CausalReward:
                 score needs donors and the trainer generates for one prompt at a time, unless `no_donor` says what to do
                 instead.
         """
-        from cepo.train.trainer import frozen_model, prompts_per_batch, span_reader, tell_opened_thoughts
+        from cepo.train.trainer import prompts_per_batch, tell_opened_thoughts
 
         self.check_prompts(prompts_per_batch(trainer))
-        self._frozen, self._trainer = frozen_model(trainer, self.scorer), trainer
-        self.check(self._model)
-        self._reader = span_reader(trainer, self.layout)
+        self._bind(trainer, self.check)
         tell_opened_thoughts(trainer)
         return self
 
@@ -157,20 +148,16 @@ class CausalReward:
         Raises:
             ValueError: if `bind` was not called.
         """
-        if self._trainer is None or self._reader is None:
-            raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
-        from cepo.train.trainer import read_rollouts
-
         started = time.perf_counter()
-        rollouts = read_rollouts(self._trainer, self._reader, prompts, completion_ids, columns)
+        reader, rollouts = self._read(prompts, completion_ids, columns)
         task_rewards: list[float | None] | None = None
         if self.task is not None:
-            texts = [self._reader.text_of(rollout.prompt_ids) for rollout in rollouts]
+            texts = [reader.text_of(rollout.prompt_ids) for rollout in rollouts]
             opened = [thought_opened(text, self.layout.thought_tag) for text in texts]
             columns |= {"prompts": prompts, "completions": completions, "thought_opened": opened}
             task_rewards = list(self.task(**columns))
         parts: dict[str, float] = {}
-        scores = self.score(rollouts, self._reader, self._model, task_rewards=task_rewards, seconds=parts)
+        scores = self.score(rollouts, reader, self._model, task_rewards=task_rewards, seconds=parts)
         rewards: list[float | None] = [score.reward for score in scores]
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
@@ -222,12 +209,8 @@ class CausalReward:
 
     def check_prompts(self, count: int) -> None:
         """Raise ValueError if donors are needed and batches of so many prompts have none."""
-        if self.config.reads_effects and self.config.no_donor == "zero" and count < 2:
-            raise ValueError(
-                f"trainer generates for {count} prompt at a time, so no completion has a donor, the content of "
-                "another prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or "
-                "steps_per_generation, or set no_donor='permute'"
-            )
+        if self.config.reads_effects and self.config.no_donor == "zero":
+            require_donors(count, "no_donor='permute'")
 
     def check(self, model: Any) -> None:
         """Raise ValueError if a policy cannot be differentiated, or is narrower than the nuisance rank."""
@@ -250,30 +233,14 @@ class CausalReward:
         self.config = replace(self.config, p=p)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the trainer out: a copy must be bound again."""
-        return {**self.__dict__, "_trainer": None, "_frozen": None, "_read": None, "_reader": None}
-
-    @property
-    def _model(self) -> Any:
-        """What the reward reads by now."""
-        return self._trainer.model if self._frozen is None else self._frozen
+        return {**super().__getstate__(), "_last_engine": None}
 
     def _engine_of(self, model: Any) -> Engine:
         """Return the engine of a model; inside of `readable`."""
-        if self._read is None or self._read[0] is not model:
+        if self._last_engine is None or self._last_engine[0] is not model:
             budget = self.memory_gib and self.memory_gib * 2**30
-            self._read = model, new_engine(self.engine, model, memory_budget=budget, kernels=self.kernels)
-        return self._read[1]
-
-
-def gathered(pools: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
-    """Return what the rollouts of all ranks offer for each source, given what those of this rank do."""
-    of_ranks = [pools]
-    if dist.is_initialized():
-        # Every rank calls its rewards once for each generation batch, so this meets no other collective.
-        of_ranks *= dist.get_world_size()
-        dist.all_gather_object(of_ranks, pools)
-    return {source: thinned(one for each in of_ranks for one in each[source]) for source in pools}
+            self._last_engine = model, new_engine(self.engine, model, memory_budget=budget, kernels=self.kernels)
+        return self._last_engine[1]
 
 
 def _shuffled(rewards: Sequence[float | None], rollouts: Sequence[Rollout], seed: int) -> list[float | None]:

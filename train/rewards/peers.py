@@ -20,18 +20,17 @@ from cepo.counterfactual.donors import Candidate, candidates, with_donors
 from cepo.counterfactual.permute import permute_rollout
 from cepo.jacobian.model import HeldModel
 from cepo.jacobian.reading.layout import Layout
-from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
 from cepo.jacobian.sharding import readable
 from cepo.train.prompts import JUDGE
 from cepo.train.rewards.answer import Variant, answer_log_probabilities, joint_log_probabilities, without
-from cepo.train.rewards.causal import gathered
+from cepo.train.rewards.bound import BoundReward, gathered, require_donors
 
 Edit = Literal["donor", "permutation"]
 _BOUND_NATS = 10.0
 
 
-class PeerReward(abc.ABC):
+class PeerReward(BoundReward, abc.ABC):
     """A reward that compares the completion's own answer under the rationale as written and under changed ones.
 
     Called, bound, logged and copied as `CausalReward` is: the policy in eval mode and outside of autocast, on the very
@@ -56,12 +55,7 @@ class PeerReward(abc.ABC):
         self.source = tuple(dict.fromkeys(layout.roles.get(name, name) for name in names))
         if not self.source or not set(self.source) <= set(allowed):
             raise ValueError(f"source is {source!r}; expected one or more of {', '.join(allowed)}")
-        self.scorer = scorer
-        self.layout = layout
-        self.__name__ = name
-        self._trainer: Any = None
-        self._frozen: Any = None
-        self._reader: SpanReader | None = None
+        super().__init__(scorer, layout, name)
 
     @abc.abstractmethod
     def variants(self, rollouts: Sequence[Rollout]) -> list[list[Variant]]:
@@ -90,11 +84,7 @@ class PeerReward(abc.ABC):
         Raises:
             ValueError: as `cepo.train.trainer.span_reader` (tools, images), and if FSDP1 shards the policy.
         """
-        from cepo.train.trainer import frozen_model, span_reader
-
-        self._frozen, self._trainer = frozen_model(trainer, self.scorer), trainer
-        HeldModel(self._model)  # refuses what it cannot run
-        self._reader = span_reader(trainer, self.layout)
+        self._bind(trainer, HeldModel)  # which refuses what it cannot run
         return self
 
     def __call__(
@@ -111,12 +101,8 @@ class PeerReward(abc.ABC):
         Raises:
             ValueError: if `bind` was not called.
         """
-        if self._trainer is None or self._reader is None:
-            raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
-        from cepo.train.trainer import read_rollouts
-
         started = time.perf_counter()
-        rollouts = read_rollouts(self._trainer, self._reader, prompts, completion_ids, columns)
+        _, rollouts = self._read(prompts, completion_ids, columns)
         held = HeldModel(self._model)
         problems = [rollout.malformed or held.refusal(rollout) for rollout in rollouts]
         sound = [place for place, problem in enumerate(problems) if problem is None]
@@ -133,15 +119,6 @@ class PeerReward(abc.ABC):
         if log_extra is not None:
             log_extra(f"{self.__name__} malformed", problems)
         return rewards
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the trainer out: a copy must be bound again."""
-        return {**self.__dict__, "_trainer": None, "_frozen": None, "_reader": None}
-
-    @property
-    def _model(self) -> Any:
-        """What the reward reads by now."""
-        return self._trainer.model if self._frozen is None else self._frozen
 
     def _rationale(self, rollout: Rollout) -> list[int]:
         """Return the ascending positions of the rationale's movable tokens."""
@@ -300,13 +277,8 @@ class CounterfactualSensitivity(PeerReward):
         """
         from cepo.train.trainer import prompts_per_batch
 
-        prompts = prompts_per_batch(trainer)
-        if self.edit == "donor" and prompts < 2:
-            raise ValueError(
-                f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the rationale of "
-                "another prompt; raise per_device_train_batch_size, gradient_accumulation_steps or "
-                "steps_per_generation, or set edit='permutation'"
-            )
+        if self.edit == "donor":
+            require_donors(prompts_per_batch(trainer), "edit='permutation'")
         return super().bind(trainer)
 
     def value(self, log_p: Iterable[Tensor], answer_P: Tensor) -> float:

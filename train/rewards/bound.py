@@ -1,0 +1,76 @@
+"""A reward that reads a policy: bound to a TRL trainer, which holds the model and the tokenizer and renders prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from cepo.counterfactual.donors import Candidate, thinned
+from cepo.jacobian.reading.layout import Layout
+from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.records import Rollout
+
+
+class BoundReward:
+    """What rewards of the live policy have in common; picklable, without the trainer.
+
+    Args:
+        scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
+        layout: what a completion looks like.
+        name: the name in TRL's logs.
+    """
+
+    def __init__(self, scorer: Any, layout: Layout, name: str) -> None:
+        self.scorer, self.layout, self.__name__ = scorer, layout, name
+        self._trainer: Any = None
+        self._frozen: Any = None
+        self._reader: SpanReader | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the trainer out: a copy must be bound again."""
+        return {**self.__dict__, "_trainer": None, "_frozen": None, "_reader": None}
+
+    @property
+    def _model(self) -> Any:
+        """What the reward reads by now: a trainer may wrap or shard its policy after binding."""
+        return self._trainer.model if self._frozen is None else self._frozen
+
+    def _bind(self, trainer: Any, check: Callable[[Any], object]) -> None:
+        """Take a trainer, once `check` has taken the model that is read."""
+        from cepo.train.trainer import frozen_model, span_reader
+
+        self._frozen, self._trainer = frozen_model(trainer, self.scorer), trainer
+        check(self._model)
+        self._reader = span_reader(trainer, self.layout)
+
+    def _read(
+        self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Any]
+    ) -> tuple[SpanReader, list[Rollout]]:
+        """Return the reader, and the rollouts of a batch as TRL hands it over; ValueError if nothing is bound."""
+        if self._trainer is None or self._reader is None:
+            raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
+        from cepo.train.trainer import read_rollouts
+
+        return self._reader, read_rollouts(self._trainer, self._reader, prompts, completion_ids, columns)
+
+
+def require_donors(prompts: int, otherwise: str) -> None:
+    """Raise ValueError if batches of so many prompts have no donors; `otherwise` is a setting that needs none."""
+    if prompts < 2:
+        raise ValueError(
+            f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the content of another "
+            "prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation, or set "
+            f"{otherwise}"
+        )
+
+
+def gathered(pools: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
+    """Return what the rollouts of all ranks offer for each source, given what those of this rank do."""
+    of_ranks = [pools]
+    if dist.is_initialized():
+        # Every rank calls its rewards once for each generation batch, so this meets no other collective.
+        of_ranks *= dist.get_world_size()
+        dist.all_gather_object(of_ranks, pools)
+    return {source: thinned(one for each in of_ranks for one in each[source]) for source in pools}
