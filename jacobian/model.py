@@ -140,7 +140,7 @@ class HeldModel:
         """Set eval mode, gradients on, autocast off and adapters as asked; restore everything on the way out.
 
         Raises:
-            ValueError: if the model is sharded, and not inside of `cepo.jacobian.sharding.readable`.
+            ValueError: if the model is sharded, and not inside `cepo.jacobian.sharding.readable`.
         """
         check_readable(self.causal_lm)
         modes = [(module, module.training) for module in self.causal_lm.modules()]

@@ -89,7 +89,7 @@ def attribute_edit(
     """
     if len(token_ids) != len(edit_ids):
         raise ValueError(
-            f"token_ids has {len(token_ids)} tokens and edit_ids {len(edit_ids)}; a path needs as many in both"
+            f"token_ids has {len(token_ids)} tokens and edit_ids {len(edit_ids)}; a path needs the same number in both"
         )
     held = HeldModel(model)
     own_BT, other_BT = _as_batch(held, token_ids), _as_batch(held, edit_ids)

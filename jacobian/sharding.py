@@ -140,7 +140,7 @@ def check_readable(model: Any) -> None:
     missing = isinstance(weight_VD, DTensor) or (hasattr(weight_VD, "ds_id") and weight_VD.numel() == 0)
     if missing and (kind := sharding_of(model)) != "tensor parallel":
         raise ValueError(
-            f"model is sharded ({kind}), so no rank holds its weights; call the engine inside of "
+            f"model is sharded ({kind}), so no rank holds its weights; call the engine inside "
             "cepo.jacobian.sharding.readable(model), on every rank"
         )
 

@@ -82,7 +82,7 @@ def load_preferences(
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls prompt, chosen or rejected, e.g. {"prompt": "instruction"}.
         max_characters: Leave out rows whose whole prompt, instructions included, is longer; None for no limit.
-        ties: Take rows of which neither response is better too, see `read_tie`, and let every prompt allow equal
+        ties: Take rows in which neither response is better too, see `read_tie`, and let every prompt allow equal
             scores. Without it such rows are skipped.
 
     Returns:

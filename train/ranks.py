@@ -46,4 +46,4 @@ def require_one_process(command: str) -> None:
     """Raise ValueError if a launcher started this process as one of several ranks."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
-        raise ValueError(f"{command} runs in one process, and {count} were started; start it without a launcher")
+        raise ValueError(f"{command} runs in one process, but {count} were started; start it without a launcher")

@@ -36,7 +36,9 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
         if rest:
             if not isinstance(loaded.get(place) or {}, Mapping):
                 came = type(loaded[place]).__name__
-                raise ValueError(f"{key} cannot be set: {place} is a {came}; expected a mapping, or {place} set whole")
+                raise ValueError(
+                    f"{key} cannot be set: {place} is a {came}; expected a mapping, or {place} set as a whole"
+                )
             inner = dict(loaded.get(place) or {})
             inner[".".join(rest)] = value
             loaded[place] = inner

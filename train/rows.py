@@ -17,7 +17,7 @@ from cepo.train.prompts import judge_prompt
 PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 """What the columns of a preference are called."""
 TIE = "tie"
-"""Label of a row of which neither response is better."""
+"""Label of a row in which neither response is better."""
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _IMAGES = ("images", "image", "pixel_values")
 _ROLES = ("system", "developer", "user", "assistant")
@@ -106,7 +106,7 @@ def read_tie(row: Row, *, ties: bool) -> bool:
     labelled = str(given(row, "label")).lower() == TIE
     tie = read_flag(row, "tie", default=labelled)
     if labelled and not tie:
-        raise ValueError("column 'label' says that it is a tie, and column 'tie' that it is none")
+        raise ValueError("column 'label' says that the row is a tie, and column 'tie' that it is not")
     if tie and not ties:
         raise ValueError(
             "is a tie: neither response is better; data.ties: true of cepo train, and --ties of cepo warm-start and "

@@ -48,7 +48,7 @@ class WarmStartJob:
         learning_rate: of the LoRA layers, above 0.
         rank: of the LoRA layers, at least 1.
         max_characters: leave out examples whose whole prompt, instructions included, is longer; None for no limit.
-        ties: take rows of which neither response is better too, and let every prompt allow equal scores.
+        ties: take rows in which neither response is better too, and let every prompt allow equal scores.
         dtype: of the weights.
         seed: of the responses' positions, the row order and LoRA.
         trust_remote_code: whether a hub repository's own code may run.

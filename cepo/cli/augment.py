@@ -26,7 +26,7 @@ def augment(
         Path,
         typer.Option(help="Folder for pairs.jsonl, report.html and what the models answered.", callback=checks.folder),
     ],
-    kinds: Annotated[str, typer.Option(help="Kinds of pairs to make, with commas between them; see above.")],
+    kinds: Annotated[str, typer.Option(help="Kinds of pairs to make, separated by commas; see above.")],
     filter_model: Annotated[
         str | None,
         typer.Option(
@@ -94,5 +94,5 @@ def augment(
     if summary.writer.failed:
         raise ValueError(
             f"{summary.writer.failed.total()} prompt(s) were not answered, and their pairs are not kept; run the same "
-            "command again, and they alone are asked"
+            "command again to ask these alone"
         )

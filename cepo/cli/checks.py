@@ -79,7 +79,7 @@ def data(parameter: typer.CallbackParam, source: str | None) -> str | None:
 def file(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuse a file that is not there."""
     if path is not None and not path.is_file():
-        raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is not a file; expected one to read")
+        raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is not a file; expected a file to read")
     return path
 
 
@@ -130,7 +130,7 @@ def at_least(least: float) -> Callable[..., Any]:
 
 
 def one_of(*names: str, commas: bool = False) -> Callable[..., Any]:
-    """Return the callback of an option that takes one of these names, or several with commas between them."""
+    """Return the callback of an option that takes one of these names, or several separated by commas."""
 
     def check(parameter: typer.CallbackParam, value: str | None) -> str | None:
         for name in value.split(",") if commas and value else [value]:

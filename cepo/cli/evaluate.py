@@ -78,8 +78,8 @@ def rewardbench(
     its mean over the orders, and that of one randomly drawn order (as in j1's evaluation); how much the verdict depends
     on the order; and the shares of ties and of judgements without a verdict, which count as wrong. All are given per
     subset and RewardBench section, with 95% intervals. Expected scores, over the probabilities of the digits, are added
-    where the backend returns those. With --ties, rows of which neither response is better are judged as well, and the
-    share of equal scores on them is shown beside that on preferences; they enter no accuracy.
+    where the backend returns those. With --ties, rows in which neither response is better are judged as well, and the
+    share of equal scores on them is shown beside that on preferences; they count towards no accuracy.
 
     A reward model (--reward-model) gives each response a reward. The tables show the accuracy with ties as wrong and
     with ties sharing the credit; what the longer and the shorter response would get; the accuracy by which response is
@@ -157,7 +157,7 @@ def best_of_n(
         ),
     ],
     output: Output,
-    n: Annotated[str, typer.Option("--n", help="Numbers of candidates, with commas between them, e.g. 1,2,4,8.")],
+    n: Annotated[str, typer.Option("--n", help="Numbers of candidates, separated by commas, e.g. 1,2,4,8.")],
     draws: Annotated[
         int, typer.Option(help="Random orders of each question's solutions.", callback=checks.at_least(1))
     ] = 1,
@@ -224,9 +224,9 @@ def sensitivity(
     device: Device = RewardSettings.device,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Does a reward model's gradient stand at the attribute that was edited, or elsewhere?
+    """Does a reward model's gradient fall on the attribute that was edited, or elsewhere?
 
-    An edit is a pair of which one response is the other with one attribute made better or worse. For each, the exact
+    An edit is a pair in which one response is the other with one attribute made better or worse. For each, the exact
     gradient of the reward at the chosen response's tokens (how much of its energy is at the attribute's), and what each
     token did to the reward against the rejected response: attributions along the path between the two, which add up to
     the difference of the rewards. The attribute's tokens are those that hold one of attribute_words; without that
@@ -236,7 +236,7 @@ def sensitivity(
          "chosen": "Canberra.", "rejected": "Melbourne.",
          "attribute": "accuracy", "attribute_words": ["Canberra", "Melbourne"]}
 
-    With --data testbed, edits of which the truth is known compare leak, the share of the change that falls outside the
+    With --data testbed, edits whose truth is known compare leak, the share of the change that falls outside the
     attribute's tokens, with plain edit distance.
 
     Run a killed command again with the same arguments, and it resumes.
@@ -252,7 +252,7 @@ def sensitivity(
     if summary.left_out:
         reasons = Counter(reason for _, reason in summary.left_out).most_common(8)
         shown = "; ".join(f"{reason} ({count}x)" for reason, count in reasons)
-        console.print(f"left out: {len(summary.left_out)} row(s) that are no edit: {shown}", markup=False)
+        console.print(f"left out: {len(summary.left_out)} row(s) that are not edits: {shown}", markup=False)
     _finish(output, data, summary.failed, ())
 
 
@@ -397,7 +397,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--n is {text!r}; expected whole numbers with commas between them, e.g. 1,2,4") from None
+        raise ValueError(f"--n is {text!r}; expected whole numbers separated by commas, e.g. 1,2,4") from None
 
 
 def _finish(output: Path, data: str, failed: Mapping[str, int], broken: Sequence[tuple[int, str]]) -> None:

@@ -63,7 +63,7 @@ def ablate(
     """Sweep K, rank, p, links and scores over a file of rollouts: tables, plots with intervals, parquet.
 
     Every Jacobian is computed once and used by all settings. The paper's hardening (K = 4, rank 2) is always included;
-    rank correlations are with it. A killed sweep continues when it is started again with the same arguments.
+    rank correlations are taken against it. A killed sweep continues when it is started again with the same arguments.
     """
     from cepo.benchmarks.ablation.sweep import plan_sweep
     from cepo.fusion.config import PAPER_LINKS, RewardConfig
@@ -169,7 +169,7 @@ def experiment(
     worlds: Annotated[
         str | None,
         typer.Option(
-            help="Worlds to run, with commas between them, e.g. lazy,hollow. Default: the recipe's.",
+            help="Worlds to run, separated by commas, e.g. lazy,hollow. Default: the recipe's.",
             callback=checks.one_of(*checks.WORLDS, *checks.REASONERS, commas=True),
         ),
     ] = None,
@@ -197,10 +197,10 @@ def experiment(
 ) -> None:
     """Compare rewards: which one makes the criteria cause the verdict, over seeds, at equal steps, on the testbed.
 
-    A world is a disease that the judge starts with: lazy, hollow, decorative or copied; after `words-`, it is SmolLM2's
-    (see `cepo words-judge`); after `reasoner-`, a reasoner's (lazy, hollow). Every arm of a world starts
-    from the same judge, which follows length, and is measured by interventions. A killed experiment continues when it
-    is started again with the same arguments, and each run's row is on the disk when the run ends.
+    A world is the disease that the judge starts with: lazy, hollow, decorative or copied. With `words-` before it, the
+    judge is a SmolLM2 (see `cepo words-judge`); with `reasoner-`, a reasoner (lazy, hollow). Every arm of a world
+    starts from the same judge, which follows length, and is measured by interventions. A killed experiment continues
+    when it is started again with the same arguments; each run's row is written when the run ends.
     """
     from cepo.benchmarks.experiment.command import run_experiment
     from cepo.benchmarks.experiment.recipe import RECIPE, read_plan
@@ -250,7 +250,7 @@ def reward_experiment(
 ) -> None:
     """Compare pairs: which make a reward model follow the cause and not a cue, over seeds, at equal steps.
 
-    Every arm trains the testbed's reward model on 300 preferences, of which length is right in 90%, and on what the arm
+    Every arm trains the testbed's reward model on 300 preferences, in 90% of which length is right, and on what the arm
     makes of them: edits, neutrals, both. Models are measured on new pairs where length is flipped, and by changing a
     response's length alone or its cause alone. Half a minute per run on a free CPU core; a killed experiment continues.
 
@@ -290,7 +290,7 @@ def words_judge(
     """Teach a pretrained model the testbed in words, once, and certify it by interventions.
 
     The judge is kept in ~/.cache/cepo, where `model: testbed-words` with the same settings under `testbed` finds it.
-    The certificate says whether it is what it was taught: another criterion is forced on it, and it writes on.
+    The certificate says whether it is what it was taught: another criterion is forced on it, and it continues.
     Defaults are those of train/recipes/testbed-words.yaml.
     """
     from cepo.jacobian.loading import check_device
@@ -319,4 +319,4 @@ def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{name} holds {text.strip()!r}; expected numbers with commas between them") from None
+        raise ValueError(f"{name} holds {text.strip()!r}; expected numbers separated by commas") from None

@@ -182,7 +182,7 @@ def score(
     `rejected` and `judge_output`, whose judge prompt is built, with the chosen response shown as `label` (A or B, by
     default A); or `messages`, which end with the completion. A `task_reward` in [0, 1] is fused with the links' scores.
 
-    A killed run goes on where it stopped when it is started again with the same options.
+    A killed run resumes where it stopped when it is started again with the same options.
     """
     from cepo.fusion.config import RewardConfig
     from cepo.jacobian.reading.layout import Layout

@@ -81,7 +81,7 @@ def train(
     override the config. Started again with the same settings, data and weights, a killed run resumes from its last
     complete checkpoint.
 
-    `--set data.ties=true` takes ties too, rows of which neither response is better.
+    `--set data.ties=true` takes ties too, rows in which neither response is better.
 
     Rewards: a list of `name`, `weight` and settings. Names: format, argmax, exact_match, math_verify, bertscore,
     causal; to compare with: proxy, cir, log_cir, csr, necessary. `--set rewards='[{name: format}, ...]'` replaces the
@@ -202,7 +202,7 @@ def warm_start(
 
     A row with a `judge_output` is learned from as it is; its `label` (A or B, A by default) says where the chosen
     response was shown. For a row without, a short judgement is made by rule: it quotes the pair and scores the chosen
-    response higher, which teaches the format alone. How many there are of each is shown. With --ties a row of which
+    response higher, which teaches the format alone. The number of each is shown. With --ties a row in which
     neither response is better (`tie: true`, or `label: tie`) gets equal scores; without it such rows are left out.
     Started again with the same settings, data and weights, a killed run resumes from its last checkpoint.
     """

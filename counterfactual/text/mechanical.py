@@ -142,7 +142,7 @@ def _edit(
 def _irrelevant(source: Source, world: _World) -> Iterator[Pair]:
     unrelated = sorted({(peer.prompt, peer.cause) for peer in world.peers if peer.cause != source.cause})
     if not unrelated:
-        raise ValueError(f"sources holds no prompt of another cause than {source.cause!r}; expected at least one")
+        raise ValueError(f"sources holds no prompt with a cause other than {source.cause!r}; expected one")
     for draw, place in enumerate(world.rng.permutation(len(unrelated))):
         prompt, cause = unrelated[place]
         is_tie = shows(source.chosen, cause, world.words) == shows(source.rejected, cause, world.words)
@@ -167,7 +167,9 @@ def _irrelevant(source: Source, world: _World) -> Iterator[Pair]:
 def _rrm(source: Source, world: _World) -> Iterator[Pair]:
     others = [peer for peer in world.peers if peer.prompt != source.prompt]
     if len(others) < 2:
-        raise ValueError(f"sources holds {len(others)} with another prompt than {source.id!r}; expected two for rrm")
+        raise ValueError(
+            f"sources holds {len(others)} with a prompt other than that of {source.id!r}; expected two for rrm"
+        )
     second, third = (others[place] for place in world.rng.choice(len(others), size=2, replace=False))
     for draw, (chosen, rejected, tie, used) in enumerate(
         (

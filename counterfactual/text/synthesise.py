@@ -109,7 +109,7 @@ def _finish(made: Sequence[_Made], write: Writer | None) -> None:
         asked = {_key(prompt): prompt for one in going for prompt in one.prompts or ()}
         new = {key: prompt for key, prompt in asked.items() if key not in answered}
         if new and write is None:
-            raise ValueError("write is None, but a kind asks a writer; expected a callable")
+            raise ValueError("write is None, but a kind needs a writer; expected a callable")
         if new and write is not None:
             answered |= dict(zip(new, write(list(new.values())), strict=True))
         for one in going:

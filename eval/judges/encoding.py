@@ -55,7 +55,7 @@ class PromptEncoder:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             return list(self._tokenizer(text)["input_ids"]) or "the prompt has no tokens"
         if any(self._prompts.is_rendered(message["content"]) for message in messages):
-            return "it holds a prompt that was rendered already, with the chat template's own special tokens"
+            return "it holds a prompt that is already rendered, with the chat template's own special tokens"
         try:
             encoded = self._apply_template([dict(message) for message in messages], tokenize=True, return_dict=True)
         except (TemplateError, ValueError, TypeError) as error:

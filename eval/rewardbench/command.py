@@ -91,7 +91,7 @@ class RewardBenchJob:
         split: of a hub data set, or None for its usual one.
         limit: number of items to draw at random, or None for all.
         subsets: names of the subsets to keep; all where empty.
-        ties: judge rows of which no response is better too, and let every prompt allow equal scores.
+        ties: judge rows in which neither response is better too, and let every prompt allow equal scores.
     """
 
     judge: JudgeSettings | RewardSettings

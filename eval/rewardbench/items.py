@@ -75,7 +75,7 @@ def load_items(
         limit: Number of items to draw at random, at least 1; None for all. A smaller draw is part of a larger one.
         subsets: Names to keep; all where empty.
         seed: Of the draw.
-        ties: Take rows of which no response is better too, see `read_tie`; without it they cannot be used.
+        ties: Take rows in which neither response is better too, see `read_tie`; without it they cannot be used.
 
     Returns:
         The items in the order of the source, and (number from 1, reason) of rows that cannot be used.

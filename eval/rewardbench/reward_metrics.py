@@ -112,7 +112,7 @@ def _ties_terms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -
     for name, (right, wrong) in scores.items():
         found = _TIES_ID.fullmatch(name)
         if found is None:
-            raise ValueError(f"an item of {TIES} has the id {name!r}, not ref:N or tied:N")
+            raise ValueError(f"an item of the subset {TIES} has the id {name!r}; expected ref:N or tied:N")
         prompts.setdefault(found[2], {})[found[1]] = min(right) - max(wrong), max(right) - min(right)
     terms_N5 = np.full((len(prompts), len(_TIES_WEIGHTS)), np.nan)
     for term_5, items in zip(terms_N5, prompts.values(), strict=True):

@@ -147,7 +147,7 @@ def _cluster(cpus: int) -> Iterator[None]:
                 ray.init(logging_level=logging.WARNING)
             except ConnectionError as error:
                 raise ValueError(
-                    f"--ray found no way to Ray's cluster, see RAY_ADDRESS and `ray status`: {error}"
+                    f"--ray cannot reach Ray's cluster, see RAY_ADDRESS and `ray status`: {error}"
                 ) from error
     quiet = before.copy()
     quiet.enable_progress_bars = False

@@ -134,7 +134,7 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
 
     Raises:
         ValueError: with the reason why the row cannot be used: its columns, a chat template that refuses its messages,
-            or a prompt that was rendered already and is not raw.
+            or a prompt that is already rendered and is not raw.
     """
     tokenizer, messages, row = reader.tokenizer, None, read_row(row)
     if "prompt_ids" in row:
@@ -148,7 +148,7 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
             messages = [{**message, "content": _encodable(message["content"])} for message in _as_messages(prompt)]
             if any(reader.prompts.is_rendered(message["content"]) for message in messages):
                 raise ValueError(
-                    "its prompt is rendered already: it holds the chat template's own special tokens, and would be "
+                    "its prompt is already rendered: it holds the chat template's own special tokens, and would be "
                     "rendered again; score with --raw, or give the messages alone"
                 )
             try:

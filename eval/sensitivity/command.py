@@ -1,4 +1,4 @@
-"""`cepo eval sensitivity`: does a reward model's gradient stand at the attribute that was edited, or elsewhere?"""
+"""`cepo eval sensitivity`: does a reward model's gradient fall on the attribute that was edited, or elsewhere?"""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SensitivitySummary:
             its clean ones, and `rank_correlation` with the exact share among the unchecked ones; empty elsewhere.
         edits: number of edits that were measured.
         failed: how often each reason kept an edit from being measured.
-        left_out: (number, reason) of rows that are no edit.
+        left_out: (number, reason) of rows that are not edits.
     """
 
     means: Mapping[tuple[str, str], Estimate]
@@ -149,7 +149,7 @@ def summarise(
     Args:
         edits: what was measured.
         rows: one per edit, see `measure_sensitivity`.
-        left_out: rows that are no edit.
+        left_out: rows that are not edits.
     """
     pairs = [(edit, row) for edit, row in zip(edits, rows, strict=True) if not row["error"]]
     kinds = list(dict.fromkeys(edit.kind for edit, _ in pairs))

@@ -79,7 +79,7 @@ def read_edit(row: Row) -> Edit:
         raise ValueError(f"not kept: {given(row, 'reason')}")
     attribute, words = given(row, "attribute"), given(row, "attribute_words")
     if read_tie(row, ties=True):
-        raise ValueError("is a tie: no response is the better one")
+        raise ValueError("is a tie: neither response is better")
     if not isinstance(attribute, str) or ("direction" in row and given(row, "direction") is None):
         raise ValueError("has no attribute, or no direction: neither response is an edit of the other")
     listed = [words] if isinstance(words, str) else list(words) if isinstance(words, list | tuple) else []

@@ -105,7 +105,7 @@ class PromptReader:
         return start + ids
 
     def is_rendered(self, text: str) -> bool:
-        """Return whether a text is a prompt that was rendered already: a special token opens it, or a user's turn."""
+        """Return whether a text is a prompt that is already rendered: a special token opens it, or a user's turn."""
         written = as_bytes(text).lstrip(WHITE_SPACE)
         opened = self._marks[0]
         at = min((place for token in self._special_texts if (place := opened.find(token)) >= 0), default=len(opened))

@@ -186,7 +186,7 @@ def reward_model(output: Path, batch_size: int) -> RewardModelConfig:
 
 def case_reward_model(rank: int, folder: Path) -> None:
     train_reward_model(reward_model(folder / "reward", 2))
-    with pytest.raises(ValueError, match="warm-start runs in one process, and 2 were started"):
+    with pytest.raises(ValueError, match="warm-start runs in one process, but 2 were started"):
         warm_start(WarmStartJob(model="none", data="none", output=folder / "none"))
 
 

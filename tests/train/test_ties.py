@@ -49,7 +49,7 @@ def test_ties_are_left_out_with_the_way_to_take_them_unless_they_are_asked_for(t
 
 
 def test_columns_that_disagree_about_a_tie_are_named() -> None:
-    with pytest.raises(ValueError, match="'label' says that it is a tie, and column 'tie' that it is none"):
+    with pytest.raises(ValueError, match="'label' says that the row is a tie, and column 'tie' that it is not"):
         read_tie({**PREFERENCES[0], "label": "tie", "tie": False}, ties=True)
 
 

@@ -159,8 +159,8 @@ def verl_settings(config: TrainConfig) -> dict[str, Any]:
     for name, count in (("step", updated), ("generation batch", generated)):
         if of_prompt < 2 or count % of_prompt:
             raise ValueError(
-                f"grpo: a {name} takes {count} completions, which are no whole prompts of num_generations={of_prompt}; "
-                "verl counts prompts"
+                f"grpo: a {name} takes {count} completions, not a whole number of prompts of "
+                f"num_generations={of_prompt}; verl counts prompts"
             )
     if keys[f"{_ACTOR}.clip_ratio_high"] is None:
         keys[f"{_ACTOR}.clip_ratio_high"] = keys[f"{_ACTOR}.clip_ratio_low"]

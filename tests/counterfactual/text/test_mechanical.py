@@ -95,6 +95,6 @@ def test_words_are_whole_and_stand_once() -> None:
 
 def test_too_few_prompts_are_refused_by_name() -> None:
     alone = [source for source in SOURCES if source.prompt == SOURCES[0].prompt]
-    for kind, complaint in (("irrelevant", "no prompt of another cause"), ("rrm", "expected two for rrm")):
+    for kind, complaint in (("irrelevant", "no prompt with a cause"), ("rrm", "expected two for rrm")):
         with pytest.raises(ValueError, match=complaint):
             list(make_pairs(alone, WORDS, kinds=[kind], seed=0))  # type: ignore[list-item]

@@ -108,10 +108,10 @@ def test_a_rendered_prompt_is_taken_raw_and_never_rendered_twice() -> None:
     row = {"prompt": text, "completion": JUDGED}
     assert read_rollout(row, reader, raw=True).prompt_ids == read_rollout(MESSAGES, reader).prompt_ids
     for prompt in (text, [{"role": "user", "content": text}]):
-        with pytest.raises(ValueError, match="rendered already.*--raw"):
+        with pytest.raises(ValueError, match="already rendered.*--raw"):
             read_rollout({**row, "prompt": prompt}, reader)
     pair = {"prompt": text, "chosen": "a", "rejected": "b", "judge_output": JUDGED, "label": "A"}
-    with pytest.raises(ValueError, match="rendered already"):  # it would be a turn within the judge's question
+    with pytest.raises(ValueError, match="already rendered"):  # it would be a turn within the judge's question
         read_rollout(pair, reader)
     encoded = PromptEncoder(tokenizer, JudgeSettings(model="x")).encode([{"role": "user", "content": "See: " + text}])
-    assert "rendered already" in encoded
+    assert "already rendered" in encoded

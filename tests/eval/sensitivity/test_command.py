@@ -60,7 +60,7 @@ def test_rows_with_an_attribute_are_edits_and_the_others_say_why_not(tmp_path: P
         (3, "has no attribute, or no direction: neither response is an edit of the other"),
         (4, "not kept: other change: tone"),
         (5, "column 'attribute_words' holds [3]; expected a text, or a list of texts"),
-        (7, "is a tie: no response is the better one"),
+        (7, "is a tie: neither response is better"),
         (8, "has no attribute, or no direction: neither response is an edit of the other"),
     ]
 

@@ -78,7 +78,7 @@ def test_what_verl_lacks_is_refused_by_name_all_at_once(judge: Path, tmp_path: P
     ("changes", "reason"),
     [
         ({"rewards": ({"name": "argmax"},)}, "rewards holds 0 causal rewards"),
-        ({"grpo": {**GRPO, "num_generations": 3}}, "which are no whole prompts of num_generations=3"),
+        ({"grpo": {**GRPO, "num_generations": 3}}, "not a whole number of prompts of num_generations=3"),
         ({"grpo": {**GRPO, "num_generations": 16}}, "generates for 1 prompt at a time"),
         ({"model": "smollm2"}, "a GGUF file"),
     ],
