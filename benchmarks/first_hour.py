@@ -47,8 +47,8 @@ class Part:
         seconds: after which it is killed.
         rows: file of rows that it writes, in its folder OUTPUT/NAME.
         least: seconds that a call must have left for it to begin; None for `seconds`.
-        resumes: whether the same command goes on where it was killed. The folder of another part is emptied first, and
-            one that was killed has ended.
+        resumes: whether the same command resumes a killed run. The folder of another part is emptied first, and that
+            of a killed one has ended.
         needs: packages that it cannot run without.
         leaves_out: what its command leaves out to end in time, in words.
     """
@@ -177,7 +177,7 @@ def run_parts(
                 continue
             left = end - time.perf_counter()
             if left < (part.seconds if part.least is None else part.least):
-                _tell(f"== {name}: not begun, {left:.0f} s are left of this call; the same command goes on", log)
+                _tell(f"== {name}: not begun, {left:.0f} s are left of this call; the same command continues", log)
                 return code or GOES_ON
             started = time.perf_counter()
             ended = _run_part(name, part, output, min(left, part.seconds), variables, log)
@@ -231,7 +231,7 @@ def _run_part(name: str, part: Part, output: Path, seconds: float, variables: Ma
 
 
 def _record(name: str, part: Part, output: Path, ended: str, seconds: float, facts: Mapping[str, Any]) -> Row:
-    """Write a part's rows anew, and return the first of them, which says how it ended."""
+    """Write a part's rows again, and return the first of them, which says how it ended."""
     file = None if part.rows is None else output / name / part.rows
     rows = [row for _, row in read_jsonl(file)[0]] if file is not None and file.is_file() else []
     wrong = next((_told(row) for row in rows if _is_wrong(row)), "")

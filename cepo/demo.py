@@ -52,7 +52,7 @@ _CURVES = {
 _TESTBED = (
     "The query names a situation, the criteria name the aspect that decides in it, the analysis quotes each response's "
     "word for that aspect, and the scores follow. Response length is a spurious cue. Accuracies are greedy. For the "
-    "verdicts turned, another criterion is forced and the judge goes on by itself. An S that rises while they do not "
+    "verdicts turned, another criterion is forced and the judge continues by itself. An S that rises while they do not "
     "is a signal satisfied in form."
 )
 
@@ -60,8 +60,8 @@ _TESTBED = (
 def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: bool = True) -> Path:
     """Warm up a judge, measure it, train it with GRPO, measure it again, and show what changed.
 
-    Writes report.html, measures.json and the trained model (grpo/final). A demo that was killed goes on from its last
-    checkpoint; one that was finished starts anew.
+    Writes report.html, measures.json and the trained model (grpo/final). A demo that was killed continues from its last
+    checkpoint; one that was finished starts again.
 
     Args:
         output: folder to write.

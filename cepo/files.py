@@ -172,7 +172,7 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
         results: files and folders that hold work of an earlier run where they exist.
 
     Returns:
-        Whether there are results to go on from.
+        Whether there are results to resume from.
 
     Raises:
         ValueError: for results of other settings, by the name of each that differs; for an output of another command,
@@ -208,12 +208,12 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
 
 
 def content_hash(*parts: Any) -> str:
-    """Return 16 hexadecimal digits that stand for what JSON can hold, the same on every machine."""
+    """Return 16 hexadecimal digits that identify what JSON can hold, the same on every machine."""
     return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint(path: Path) -> str:
-    """Return 16 hexadecimal digits that stand for the content of a file, or of the files that lie in a folder."""
+    """Return 16 hexadecimal digits that identify the content of a file, or of the files that lie in a folder."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file():

@@ -12,7 +12,7 @@ from cepo.jacobian.records import Rollout
 def exchanged_prompts(rollouts: Sequence[Rollout], reader: SpanReader) -> list[Rollout | None]:
     """Return each rollout with the responses of its prompt exchanged, or None where that cannot be done exactly.
 
-    The text of the prompt is encoded anew, so its length may change; the ids of the completion stay as they were
+    The text of the prompt is encoded again, so its length may change; the ids of the completion stay as they were
     sampled. It cannot be done where the rollout is malformed, where nothing marks the two responses clearly (see
     `SpanReader.responses`), or where the ids of the prompt are not those of its own text.
 
@@ -43,7 +43,7 @@ def _exchange(rollout: Rollout, reader: SpanReader) -> tuple[int, ...] | None:
         parts = (prompt[:start_a], prompt[start_b:end_b], prompt[end_a:start_b], prompt[start_a:end_a], prompt[end_b:])
         exchanged = b"".join(parts)
         prompt_ids = _encode(as_text(exchanged), reader)
-    except UnicodeError:  # bytes that are no text
+    except UnicodeError:  # bytes that are not text
         return None
     return prompt_ids if reader.text_of(prompt_ids) == exchanged else None
 

@@ -23,7 +23,7 @@ FIELDS = ("delta", "influence", "norm", "tokens")
 ITEMS = 200  # for each accuracy and intervention
 SCORED = 32  # sampled judgements whose links are scored
 _SHOWN = 4
-_NODES = 16  # along the paths behind the heat maps
+_NODES = 16  # along the paths of the heat maps
 _MEMORY = 2.0**30  # bytes that scoring may add; several judges may be measured at once on a GPU
 
 

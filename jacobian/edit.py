@@ -1,6 +1,6 @@
 """What an edit of any length did to a reward: the blocks in which text and edit differ, and what each of them did.
 
-Where every block has as many tokens in both, the gradient along the path between their embeddings spreads the change of
+Where every block is as long in both, the gradient along the path between their embeddings spreads the change of
 the reward over tokens (see `attribute_edit`). Where not, no path leads from one to the other, and where the reward
 jumps along the path its gradient misses the jump: then the blocks are exchanged one after another, from the left and
 from the right, and a block did what the reward changed by when it was exchanged, the mean of both orders. Either way

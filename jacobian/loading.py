@@ -117,7 +117,7 @@ def load_model(
 
 
 def model_fingerprint(source: ModelSource) -> str:
-    """Return 16 hexadecimal digits that stand for the content of a model's weights, config and tokenizer.
+    """Return 16 hexadecimal digits that identify the content of a model's weights, config and tokenizer.
 
     Equal files have equal fingerprints wherever they lie. An adapter's fingerprint covers its base model. A hub model
     is known by the commit that would be loaded: the cached one where the hub cannot be reached.
@@ -135,7 +135,7 @@ def model_fingerprint(source: ModelSource) -> str:
 
 def check_device(device: str) -> None:
     """Raise ValueError unless torch can run on the device."""
-    if device == "cpu":  # what else is wrong is told without waiting for torch
+    if device == "cpu":  # other errors are reported without waiting for torch
         return
     import torch
 

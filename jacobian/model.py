@@ -28,7 +28,7 @@ _MEDIA = re.compile(
 
 
 class HeldModel:
-    """Holds a causal language model that goes on living elsewhere, in a trainer for example.
+    """Holds a causal language model that is also used elsewhere, in a trainer for example.
 
     Args:
         model: a causal LM, PEFT-wrapped or not.

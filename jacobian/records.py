@@ -38,7 +38,7 @@ class Digit:
 
     Attributes:
         position: position in prompt + completion.
-        candidates: pairs (token id, gain) of the tokens that could go on with the number here, the sampled one included
+        candidates: pairs (token id, gain) of the tokens that could continue the number here, the sampled one included
             though it may end the number: by how much the number is larger with the token than without.
     """
 

@@ -1,6 +1,6 @@
 """Exact gradients of a reward model: d reward / d E(text), and what each token of an edit did to the reward.
 
-With E(X) the embeddings of a text and E(X') those of an edit of it with as many tokens,
+With E(X) the embeddings of a text and E(X') those of an edit of it with the same number of tokens,
 
     r(X) - r(X') = integral over a in [0, 1] of <J(E(X') + a (E(X) - E(X'))), E(X) - E(X')>,
 
@@ -78,7 +78,7 @@ def attribute_edit(
     Args:
         model: from `read_last_token`; left as it was found.
         token_ids: of the text X, without padding.
-        edit_ids: of X', as many.
+        edit_ids: of X', the same number.
         nodes: points of Gauss-Legendre quadrature on the path, at least 1; "auto" doubles them until the certificate is
             within the tolerance.
         tolerance: of the certificate, relative to the difference where that is above 1.
@@ -120,7 +120,7 @@ def _integrate(model: Any, held: HeldModel, ids_BT: Tensor, own_BTD: Tensor, oth
 
 @contextlib.contextmanager
 def _watched(held: HeldModel, replace: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Put other embeddings in the place of what the embedding module returns, and yield the list of them."""
+    """Put other embeddings in place of what the embedding module returns, and yield the list of them."""
     seen: list[Tensor] = []
 
     def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:

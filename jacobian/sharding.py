@@ -38,7 +38,7 @@ _FRAMEWORKS = ("torch.distributed.fsdp.", "deepspeed.")
 
 
 class RankFailedError(RuntimeError):
-    """Another rank failed, so this one cannot go on either."""
+    """Another rank failed, so this one cannot continue either."""
 
 
 def sharding_of(model: Any) -> Sharding:
@@ -108,7 +108,7 @@ def in_step(model: Any) -> Iterator[None]:
     """Hold one layer of a sharded model at a time; inside, ranks may run unequal numbers of passes.
 
     Before each forward and each backward pass, ranks vote which comes next. A rank that did not want it gathers the
-    same layers in the same order meanwhile. On leaving, a rank goes on doing so until all are done.
+    same layers in the same order meanwhile. On leaving, a rank continues to do so until all are done.
 
     Raises:
         RankFailedError: at the next vote, if another rank raised inside.

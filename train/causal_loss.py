@@ -35,7 +35,7 @@ class CausalLoss:
         objective: "interchange" asks the target to be the donor's after the donor's source, which is right where the
             target depends on nothing but the source: the link must end in the scores or the answer. "divergence" raises
             the Jensen-Shannon divergence between the target's distributions after the own source and after a donor's,
-            in any direction, text that is no verdict included; "csr" raises KL(own, donor), which has no bound.
+            in any direction, text outside the verdict included; "csr" raises KL(own, donor), which has no bound.
         seed: of the choice of donors.
 
     Raises:

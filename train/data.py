@@ -53,7 +53,7 @@ class DataSplit:
 
     @property
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that stand for the rows of both sides, in their order."""
+        """Return 16 hexadecimal digits that identify the rows of both sides, in their order."""
         return content_hash(*([content_hash(row) for row in side] for side in (self.train, self.test)))
 
 

@@ -100,7 +100,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     """Run GRPO, starting from the last complete checkpoint in the output folder if there is one.
 
     Everything that can be checked without loading weights is checked first. A finished run trains nothing; one that is
-    asked for more steps goes on, and its old final/ is removed at once, so that final/ is always of the last step.
+    asked for more steps continues, and its old final/ is removed at once, so that final/ is always of the last step.
 
     Args:
         config: the run.

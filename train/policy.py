@@ -116,7 +116,7 @@ def load_policy(
 
 
 def policy_fingerprint(name: str, *, seed: int, testbed_judge: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that stand for the weights of a policy, without loading or making it.
+    """Return 16 hexadecimal digits that identify the weights of a policy, without loading or making it.
 
     Args:
         name: see `load_policy`.
@@ -161,7 +161,7 @@ def load_testbed_judge(
 
 
 def testbed_fingerprint(judge: testbed_judges.JudgeKind, *, steps: int, seed: int) -> str:
-    """Return 16 hexadecimal digits that stand for a warmed-up judge: its world's source, format and settings."""
+    """Return 16 hexadecimal digits that identify a warmed-up judge: its world's source, format and settings."""
     sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges)]
     return content_hash(sources, write_judgement("", "", (0, 0)), judge, steps, seed)
 

@@ -1,4 +1,4 @@
-"""Training on several ranks (torchrun, accelerate launch): all of them go on, or all raise."""
+"""Training on several ranks (torchrun, accelerate launch): all of them continue, or all raise."""
 
 from __future__ import annotations
 

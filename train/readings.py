@@ -33,7 +33,7 @@ class Continuation:
     """What a completion says from the content of a source to the end of a target, to be read in another prompt.
 
     Attributes:
-        key: stands for all the rest; hashing it is cheaper than hashing a long text for every reader.
+        key: identifies all the rest; hashing it is cheaper than hashing a long text for every reader.
         source: the content of the source and the prompt that it was written for.
         ids: the tokens.
         targets: which of them are target tokens.

@@ -13,7 +13,7 @@ import yaml
 import cepo
 
 _RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
-# Fields of a trainer's settings that a run may change when it goes on: its length, and what it writes where.
+# Fields of a trainer's settings that a run may change when it resumes: its length, and what it writes where.
 _FREE = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions", "disable_tqdm")
 Config = TypeVar("Config")
 

@@ -51,7 +51,7 @@ class EncodedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that stand for the rows, in their order."""
+        """Return 16 hexadecimal digits that identify the rows, in their order."""
         texts = (f"{row['chosen_ids'].tolist()} {row['rejected_ids'].tolist()} {row['tie']}" for row in self.rows)
         return content_hash([content_hash(text) for text in texts])
 
@@ -118,7 +118,7 @@ def encode_pairs(pairs: Sequence[Pair], encoder: PairEncoder) -> EncodedPairs:
 
 
 def told(left_out: Sequence[LeftOut]) -> str:
-    """Return how many pairs were left out for each kind of reason; a reason's kind stands before its colon."""
+    """Return how many pairs were left out for each kind of reason; a reason's kind is what precedes its colon."""
     kinds = Counter(reason.partition(":")[0] for _, reason in left_out)
     return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
 

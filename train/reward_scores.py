@@ -35,7 +35,7 @@ class Scores:
 class RewardModel:
     """A reward model and how its texts are made; it reads each number at the last token of the text.
 
-    Nothing is cut: a text over the encoder's `max_length` has no number, and the reason is told.
+    Nothing is cut: a text over the encoder's `max_length` has no number, and the reason is reported.
 
     Args:
         model: from `read_last_token`, in eval mode.
@@ -70,7 +70,7 @@ class RewardModel:
             trust_remote_code: see `load_model`.
 
         Raises:
-            ValueError: for a model that cannot be loaded, or that is no reward model.
+            ValueError: for a model that cannot be loaded, or that is not a reward model.
         """
         check_device(device)
         source, shown = find_reward_model(name)
@@ -132,7 +132,7 @@ def find_reward_model(name: str) -> tuple[ModelSource, Shown]:
         name: folder, adapter folder, or hub id.
 
     Raises:
-        ValueError: for a model that is not there, or that is no reward model.
+        ValueError: for a model that is not there, or that is not a reward model.
     """
     source = resolve_model(name)
     shown = read_shown(Path(source.location))

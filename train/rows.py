@@ -48,8 +48,13 @@ def given(row: Mapping[str, Any], column: str) -> Any:
     return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
 
 
+def encodable(text: str) -> str:
+    """Return the text with lone surrogates replaced, so that a tokenizer takes it."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def refuse_images(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a row with images: its texts are about what nobody here would see."""
+    """Raise ValueError for a row with images: its texts are about what no model here would see."""
     seen = next((column for column in _IMAGES if given(row, column) not in (None, [])), None)
     if seen:
         raise ValueError(f"column {seen!r} holds images; only text is read")
@@ -100,7 +105,7 @@ def read_tie(row: Row, *, ties: bool) -> bool:
         ties: whether ties are asked for.
 
     Raises:
-        ValueError: for a tie that nobody asked for, a column `tie` that holds neither true nor false, and one that says
+        ValueError: for a tie that was not asked for, a column `tie` that holds neither true nor false, or one that is
             false beside a label that says tie.
     """
     labelled = str(given(row, "label")).lower() == TIE

@@ -40,7 +40,7 @@ _TASK_REWARDS = (
 def train_to_end(build: Callable[[], Any], arguments: Any, settings: Mapping[str, Any], *, fresh: bool) -> Path:
     """Train to the last step, going on from the last complete checkpoint if there is one, and write final/.
 
-    A finished run trains nothing; one that is asked for more steps goes on, and its old final/ is removed at once, so
+    A finished run trains nothing; one that is asked for more steps continues, and its old final/ is removed at once, so
     that final/ is always of the last step.
 
     Args:
@@ -98,7 +98,7 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
     Args:
         build: makes the TRL trainer, which saves its checkpoints in the output.
         output: the run's folder.
-        checkpoint: where to go on from, or None.
+        checkpoint: where to resume from, or None.
         rank: of this process.
 
     Returns:

@@ -140,7 +140,7 @@ def check_source(source: str | Path) -> None:
 
 
 def open_file(path: Path) -> Source:
-    """Open a file of rows. Its content decides its kind; only CSV and TSV are told by their names.
+    """Open a file of rows. Its content decides its kind; only CSV and TSV are recognised by their names.
 
     JSONL; JSON (a list of objects, an object with one list of objects, or objects of several lines); CSV and TSV, whose
     first line names the columns; parquet. Each may be packed with gzip, bzip2, xz or zstandard. Text is UTF-8, UTF-16

@@ -71,7 +71,7 @@ class WarmStartJob:
 def warm_start(job: WarmStartJob) -> Path:
     """Train on completions alone, through TRL's SFTTrainer, and write the merged model.
 
-    A killed run goes on from its last checkpoint; a finished one trains nothing.
+    A killed run continues from its last checkpoint; a finished one trains nothing.
 
     Returns:
         The output folder, which `--model` takes everywhere.

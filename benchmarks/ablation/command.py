@@ -133,7 +133,7 @@ def _check_width(job: AblateJob, width: int) -> None:
 def _read_groups(
     lines: Sequence[Line], reader: SpanReader, *, raw: bool
 ) -> tuple[list[dict[int, Rollout]], dict[int, str]]:
-    """Return the well-formed rollouts by prompt and row, in order of first appearance, and why the others are none."""
+    """Return the well-formed rollouts by prompt and row, in order of first appearance, and why the others are not."""
     groups: dict[tuple[int, ...], dict[int, Rollout]] = {}
     malformed: dict[int, str] = {}
     for row, line in enumerate(lines):

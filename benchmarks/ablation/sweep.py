@@ -42,7 +42,7 @@ class LinkSet:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything that is swept; rows of the tables stand in the order of these.
+    """Everything that is swept; rows of the tables are in the order of these.
 
     Attributes:
         hardenings: what is removed, in their `order`; the paper's is always among them.

@@ -72,7 +72,7 @@ def merge_groups(output: Path, folders: Sequence[Path]) -> None:
 
 
 def read_values(folders: Sequence[Path], sweep: Sweep) -> SweptValues:
-    """Read the tables of all groups; their rows stand in the order of the sweep, rollout by rollout."""
+    """Read the tables of all groups; their rows are in the order of the sweep, rollout by rollout."""
     shape_AHF = (len(sweep.links), len(sweep.hardenings), len(sweep.scores))
     shape_HFUP = (len(sweep.hardenings), len(sweep.scores), len(sweep.link_sets), len(sweep.powers))
     of_links = [pq.read_table(folder / LINKS, columns=["group", "S", "nuisance_angle"]) for folder in folders]

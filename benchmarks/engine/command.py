@@ -191,7 +191,7 @@ def _run_scaling(subject: Subject, cases: Sequence[Case], size: Size, vocabulary
     chosen = sorted((case for case in cases if case.name in _SCALED), key=lambda case: _SCALED.index(case.name))
     for number, (shapes, axes) in enumerate(points.items()):
         workload = random_workload(vocabulary, shapes, subject.check.seed)
-        wanted: Jacobians = {}  # of whoever runs first: all agreed with the oracle before
+        wanted: Jacobians = {}  # of the first to run: all agreed with the oracle before
         for case in chosen:
             log.progress(f"{subject.name}, scaling: {case.name} (point {number + 1} of {len(points)})")
             row, found = _measured(subject, case, workload, wanted, checked=False, alone=None)

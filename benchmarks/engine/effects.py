@@ -206,7 +206,7 @@ def captum_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
 def inseq_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
     """Return what tokens add along paths by Inseq's `integrated_gradients`, which runs Captum's.
 
-    Its interface for texts takes the unknown token as the only baseline and a target token at a time; the method behind
+    Its interface for texts takes the unknown token as the only baseline and a target token at a time; the method below
     it takes a batch with any baseline, and a function of the logits, which here adds up the target's tokens. It returns
     float32 whatever the model's dtype.
 

@@ -112,7 +112,7 @@ def run_reward_experiment(
 ) -> tuple[list[Table], list[str]]:
     """Train a reward model on every arm's pairs from every seed, and measure it by interventions.
 
-    Each run's row is added to `results.jsonl` when it is done; a finished run is not repeated, and a killed one goes on
+    Each run's row is added to `results.jsonl` when it is done; a finished run is not repeated, and a killed one resumes
     from its checkpoint, where recipe, settings and world are the same.
 
     Args:

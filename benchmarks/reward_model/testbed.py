@@ -32,7 +32,7 @@ class Testbed:
     columns: Sequence[Mapping[str, str]] = (COLUMNS,)
 
     def settings(self) -> dict[str, Any]:
-        """Return the shared recipe, and what stands for the testbed."""
+        """Return the shared recipe, and what identifies the testbed."""
         return {
             "training": yaml.safe_load(TRAINING.read_text()),
             "testbed": reward_model_fingerprint("bradley-terry", seed=0),

@@ -1,4 +1,4 @@
-"""What is told of an argument before torch is imported: callbacks of the options that name models, data and outputs.
+"""What is checked of an argument before torch is imported: callbacks of the options that name models, data and outputs.
 
 What needs more than that is checked by the functions behind the commands. Their errors begin with the parameter's
 name, and `OptionNames` puts the option's in its place.

@@ -176,7 +176,7 @@ def best_of_n(
 
     A judge that writes (--model) picks one of N solutions by a knockout. The table compares it with a random pick, a
     majority vote and the oracle. A reward model (--reward-model) scores each solution once: its best of N is exact over
-    all draws, ties broken evenly, and stands beside the longest and the shortest solution too. A row holds `question`,
+    all draws, ties broken evenly, and is shown beside the longest and the shortest solution. A row holds `question`,
     `completions` (a list) and `correct` (a list of booleans), or `answer` to verify the completions against. Preference
     pairs work too: the chosen solution is right, the rejected one wrong, and pairs with the same prompt are merged.
 

@@ -33,7 +33,7 @@ def with_judge(command: Callable[..., None]) -> Callable[..., None]:
 def with_writer(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of a model that writes other texts than judgements, by its parameter `writer`.
 
-    They reach it as JudgeSettings, whose model is empty without --writer. There are none about verdicts.
+    They reach it as JudgeSettings, whose model is empty without --writer. None are about verdicts.
     """
     own = _parameters(_writer_settings)
     options = {**own, **{name: option for name, option in _WRITING.items() if name not in _OF_VERDICTS}, **own}
@@ -186,7 +186,7 @@ def _refuse_given(context: typer.Context, names: Set[str]) -> None:
 
 
 def _in_panel(parameter: inspect.Parameter, panel: str) -> inspect.Parameter:
-    """Return the option under a heading of the help; what is no option, typer's context, as it is."""
+    """Return the option under a heading of the help; what is not an option (typer's context) as it is."""
     if parameter.annotation is typer.Context:
         return parameter
     kind, option = get_args(parameter.annotation)

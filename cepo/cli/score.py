@@ -265,7 +265,7 @@ def score(
         shown = "; ".join(summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
         again = "run the same command again to score them alone"
         if config.reads_effects and donors_file is None:
-            again = "name another --output: the rows are each other's donors, so all are scored anew"
+            again = "name another --output: the rows are each other's donors, so all are scored again"
         raise ValueError(
             f"input {str(input)!r} has {len(summary.broken)} row(s) that could not be used: {shown}. All other rows "
             f"were scored; correct these and {again}"

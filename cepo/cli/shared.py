@@ -68,7 +68,7 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def progress_bar() -> Progress:
-    """Return the progress bar of all commands, on stderr; where that is no terminal, it is printed now and then."""
+    """Return the progress bar of all commands, on stderr; where that is not a terminal, it is printed now and then."""
     return _Progress(TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn(), console=errors)
 
 

@@ -52,7 +52,7 @@ def paraphrase(source: Source, peers: Peers, rng: np.random.Generator) -> Making
 
 
 def dropped(pair: Pair, reason: object) -> Pair:
-    """Return a pair that is not kept; a reason's kind stands before its colon."""
+    """Return a pair that is not kept; a reason's kind is what precedes its colon."""
     return replace(pair, kept=False, reason=str(reason))
 
 

@@ -1,7 +1,7 @@
 """Pairs for reward models that are made by rule, in a world that says which words show which attribute.
 
 A *cause* is an attribute that decides what is better under a prompt. Edits teach it: a response against itself with one
-attribute made worse or better, all else equal. Neutrals teach what is no cause: both responses under an unrelated
+attribute made worse or better, all else equal. Neutrals teach what is not a cause: both responses under an unrelated
 prompt, where neither is better, whatever else tells them apart.
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), for edits and irrelevant-query
@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from cepo.counterfactual.text.pairs import ORIGINAL, Pair, Source
+from cepo.counterfactual.text.pairs import MECHANICAL, ORIGINAL, Pair, Source
 from cepo.counterfactual.text.synthesise import Kind, synthesise
 
 Rule = Literal["original", "degrade", "upgrade", "irrelevant", "rrm"]
@@ -31,7 +31,6 @@ _DROPPED = {
     "true": "the responses differ in what the prompt asks",
     "wrong": "the tie is true, and wrong ones are asked",
 }
-_BY_RULE = "mechanical"
 
 
 def make_pairs(
@@ -135,7 +134,7 @@ def _edit(
         weight=1.0,
         direction="down" if kind == "degrade" else "up",
         source_ids=(source.id,),
-        generator=_BY_RULE,
+        generator=MECHANICAL,
     )
 
 
@@ -155,7 +154,7 @@ def _irrelevant(source: Source, world: _World) -> Iterator[Pair]:
             tie=True,
             kind="irrelevant",
             source_ids=(source.id,),
-            generator=_BY_RULE,
+            generator=MECHANICAL,
             checks={"is_tie": is_tie},
             kept=kept,
             reason=None if kept else _DROPPED[world.ties],
@@ -186,7 +185,7 @@ def _rrm(source: Source, world: _World) -> Iterator[Pair]:
             tie=tie,
             kind="rrm",
             source_ids=(source.id, *(other.id for other in used)),
-            generator=_BY_RULE,
+            generator=MECHANICAL,
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cepo.counterfactual.text.pairs import Pair, Source
+from cepo.counterfactual.text.pairs import MECHANICAL, Pair, Source
 from cepo.counterfactual.text.relevance import Peers, why_related, words_of
 from cepo.jacobian.reading.sentences import sentence_ends
 
@@ -30,7 +30,6 @@ CLOSINGS = (
 )
 _DRAWS = 8  # other prompts that are tried for a pair
 _NEW_WORDS = 3  # that a sentence must hold and the rest not, for its loss to be one
-_BY_RULE = "mechanical"
 _RESULT = re.compile(r"\d[^=\n]{0,60}?[-+*/×÷−\\][^=\n]{0,60}=\s*[$€£]?\s*(\d[\d,]*(?:\.\d+)?)")
 
 
@@ -123,7 +122,7 @@ def _made(
         kind=kind,
         attribute=attribute,
         source_ids=(source.id,),
-        generator=_BY_RULE,
+        generator=MECHANICAL,
     )
 
 

@@ -14,6 +14,8 @@ from cepo.files import Row
 Split = Literal["train", "test"]
 ORIGINAL = "original"
 """Kind of a pair that nobody edited."""
+MECHANICAL = "mechanical"
+"""Generator of the pairs that rules make."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Source:
         prompt: what was asked.
         chosen: the better response; shows the cause, where it is known, by its positive word.
         rejected: the other; shows it by the negative word.
-        cause: the attribute that decides under the prompt; empty where nobody knows, as on real text.
+        cause: the attribute that decides under the prompt; empty where unknown, as on real text.
     """
 
     id: str
@@ -46,7 +48,7 @@ class Pair:
         rejected: the other response.
         tie: whether neither is better.
         kind: how the pair was made: original, or the name of a kind, such as degrade or irrelevant.
-        split: the side that its source prompt fell to before anything was made of it; None where nobody split.
+        split: the side of its source prompt, decided before anything was made of it; None where nothing was split.
         attribute: what was edited, such as accuracy; None where nothing was.
         attribute_words: texts that show the attribute in either response; None where the kind does not know them.
         weight: of the attribute among those of its prompt, in [0, 1]; None without an attribute.

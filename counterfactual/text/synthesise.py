@@ -26,7 +26,7 @@ Writer: TypeAlias = Callable[[Sequence[Messages]], Answers]
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts that a kind wants answered before it goes on."""
+    """Prompts that a kind wants answered before it continues."""
 
     prompts: tuple[Messages, ...]
 

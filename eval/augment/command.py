@@ -1,7 +1,7 @@
 """`cepo augment`: pairs made of preferences by rule or by a model that writes, and filtered by a reward model.
 
 The pairs are a function of the data, the settings and what the models answer. The answers are kept as they come, so a
-killed run makes its pairs anew from the answers that it has, and asks for the others alone.
+killed run makes its pairs again from the answers that it has, and asks for the others alone.
 """
 
 from __future__ import annotations

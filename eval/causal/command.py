@@ -48,7 +48,7 @@ class CausalJob:
     """What `cepo eval causal` was asked to do.
 
     Attributes:
-        output: folder for rows.jsonl, summary.jsonl, report.html, and parts/, from which a killed run goes on.
+        output: folder for rows.jsonl, summary.jsonl, report.html, and parts/, from which a killed run continues.
         model: see `resolve_model`; None for a judge of the testbed.
         input: file of judgements of that model, rows as for `cepo score`; None for the testbed.
         world: which judge of the testbed, see `cepo.train.testbed_judges.warm_start`; after "words-", one of a
@@ -103,7 +103,7 @@ def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSum
     """Compare every score with how each completion came to its verdict, and with its exact effect; write the report.
 
     judgements -> scores, approximations and exact effects -> agreement within prompts -> controls that a true measure
-    must pass. Finished parts are kept in `parts/`; the same command goes on from them.
+    must pass. Finished parts are kept in `parts/`; the same command continues from them.
 
     Args:
         job: what to do.
@@ -157,7 +157,7 @@ def _check(job: CausalJob) -> None:
 
 
 def _settings(job: CausalJob) -> dict[str, Any]:
-    """Return what decides the parts; the pair goes on from the parts that are there."""
+    """Return what decides the parts; the pair resumes from the parts that exist."""
     names = ("items", "most_nodes", "estimates_only", "controlled", "seed", "raw", "dtype")
     settings = {"command": "cepo eval causal", **{name: getattr(job, name) for name in names}}
     if job.model is not None and job.input is not None:

@@ -17,7 +17,7 @@ from cepo.jacobian.targets import target_positions
 def relative_costs(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, seed: int) -> dict[str, float]:
     """Return the token rows of each approximation over those of the effect, forward and backward rows alike.
 
-    A Hessian-vector product is counted as two backward passes through the stages behind the source: one through the
+    A Hessian-vector product is counted as two backward passes through the stages after the source: one through the
     forward pass, one through the backward pass. The influence, for comparison, is that of one link, criteria->scores.
 
     Args:

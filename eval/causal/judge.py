@@ -55,7 +55,7 @@ class Judgement:
 
     Attributes:
         rollout: the judgement; malformed or not.
-        mode: how it came to its verdict, see `completion_mode`; None where nobody knows.
+        mode: how it came to its verdict, see `completion_mode`; None where unknown.
     """
 
     rollout: Rollout

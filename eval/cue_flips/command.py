@@ -158,14 +158,14 @@ def _open(judge: str, job: FlipsJob, items: Sequence[testbed.Item]) -> _TestbedJ
 
 
 def _weights(judge: str, job: FlipsJob) -> str:
-    """Return what stands for a judge's weights."""
+    """Return what identifies a judge's weights."""
     if judge in get_args(testbed_judges.JudgeKind):
         return testbed_fingerprint(judge, steps=_STEPS, seed=job.seed)  # type: ignore[arg-type]
     return model_fingerprint(resolve_model(judge))
 
 
 def _flips(items: Sequence[testbed.Item], records: Sequence[Mapping[str, Any]]) -> JudgeFlips:
-    """Return the accuracies of judgements on items that stand in the order of AGREEMENTS."""
+    """Return the accuracies of judgements on items in the order of AGREEMENTS."""
     grades_AN = np.reshape(
         [testbed_judges.accuracy([record["text"]], [item]) for item, record in zip(items, records, strict=True)],
         (len(AGREEMENTS), -1),

@@ -51,7 +51,7 @@ class RewardSettings:
 
     @property
     def shown(self) -> Shown:
-        """What the model is shown of a pair; ValueError for a model that is no reward model."""
+        """What the model is shown of a pair; ValueError for a model that is not a reward model."""
         from cepo.train.reward_scores import find_reward_model
 
         return find_reward_model(self.model)[1]

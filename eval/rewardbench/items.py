@@ -28,7 +28,7 @@ class PreferenceItem:
     """A row of preference data: every chosen response is better than every rejected one, or as good, in a tie.
 
     Attributes:
-        key: stands for the row's content and, among equal rows, its number.
+        key: identifies the row's content and, among equal rows, its number.
         name: the row's id, or "".
         subset: the row's subset, or "all".
         prompt: what was asked.

@@ -123,7 +123,7 @@ def measure_robustness(
 ) -> RobustnessSummary:
     """Judge every pair as it is and under each transformation that applies; write judgements, summary and page.
 
-    The responses of a pair stand in the same order in all its prompts. A killed run is resumed.
+    The responses of a pair are in the same order in all its prompts. A killed run is resumed.
 
     Args:
         job: what to measure.

@@ -85,7 +85,7 @@ class ScoreSummary:
 
 
 def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = None) -> ScoreSummary:
-    """Score every row of the input, and go on from an interrupted run with the same settings.
+    """Score every row of the input, and resume an interrupted run with the same settings.
 
     Records are appended to OUTPUT.partial as they come, rows of one prompt one after another, and written to the output
     in order when all are there. A record is taken over where the model's weights, the settings and the row's content

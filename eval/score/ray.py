@@ -31,7 +31,7 @@ def score_on_ray(
     """Yield the records of the lines as they come from the workers, in any order of batches.
 
     Runs on the cluster that Ray finds (a running `ray.init`, RAY_ADDRESS, `ray start` on this machine), or else on this
-    machine. A worker that dies is started again by Ray, and its rows are given out anew.
+    machine. A worker that dies is started again by Ray, and its rows are given out again.
 
     Args:
         scoring: how rows are scored; its model is read on each machine by the same name.

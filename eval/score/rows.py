@@ -13,7 +13,16 @@ from jinja2 import TemplateError
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train.rows import ask_the_same, given, read_answer, read_id, read_judgement, read_messages, refuse_images
+from cepo.train.rows import (
+    ask_the_same,
+    encodable,
+    given,
+    read_answer,
+    read_id,
+    read_judgement,
+    read_messages,
+    refuse_images,
+)
 from cepo.train.source import open_file
 
 logger = logging.getLogger("cepo")
@@ -53,7 +62,7 @@ class Line:
 
     @property
     def prompt(self) -> Any:
-        """Return what stands for the row's prompt: text, messages or token ids; None where it cannot be used."""
+        """Return what identifies the row's prompt: text, messages or token ids; None where it cannot be used."""
         row = self.row or {}
         return row.get("prompt", row.get("prompt_ids"))
 
@@ -141,11 +150,11 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
         prompt_ids, completion_ids = row["prompt_ids"], row["completion_ids"]
     else:
         prompt = row["prompt"]
-        completion_ids = tokenizer(_encodable(row["completion"]), add_special_tokens=False)["input_ids"]
+        completion_ids = tokenizer(encodable(row["completion"]), add_special_tokens=False)["input_ids"]
         if raw and isinstance(prompt, str):
-            prompt_ids = reader.prompts.raw_ids(_encodable(prompt))
+            prompt_ids = reader.prompts.raw_ids(encodable(prompt))
         else:
-            messages = [{**message, "content": _encodable(message["content"])} for message in _as_messages(prompt)]
+            messages = [{**message, "content": encodable(message["content"])} for message in _as_messages(prompt)]
             if any(reader.prompts.is_rendered(message["content"]) for message in messages):
                 raise ValueError(
                     "its prompt is already rendered: it holds the chat template's own special tokens, and would be "
@@ -250,7 +259,3 @@ def _task_reward(row: Row) -> float | None:
 
 def _as_messages(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", errors="replace").decode() if not text.isascii() else text

@@ -21,7 +21,7 @@ _MOST_CHANGES = 3  # beside the attribute's, in an unchecked edit
 
 @dataclass(frozen=True)
 class Edit:
-    """A pair of which one response is an edit of the other.
+    """A pair in which one response is an edit of the other.
 
     Attributes:
         id: the row's own, or "".
@@ -30,7 +30,7 @@ class Edit:
         rejected: the other.
         kind: how the pair was made, such as degrade.
         attribute: what was edited.
-        words: how the responses show the attribute; empty where nobody says.
+        words: how the responses show the attribute; empty where unknown.
         others: the chosen response with all changes but the attribute's, of the testbed's unchecked edits; else None.
     """
 
@@ -56,7 +56,7 @@ def read_edits(
 
     A row may have `id`, `kind`, `attribute_words` (a text, or a list of them), and `kept`. Left out, with that reason,
     are ties, rows that are not kept or have no attribute, and those whose `direction` is null, as `cepo augment` writes
-    it for pairs of which neither response is an edit of the other.
+    it for pairs in which neither response is an edit of the other.
 
     Args:
         source: see `open_source`.

@@ -1,4 +1,4 @@
-"""What a reward model's gradient and path say of one edit: a row of numbers, with the tokens that they stand at."""
+"""What a reward model's gradient and path say of one edit: a row of numbers, with the tokens that they fall on."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class JudgeLayout:
     responses: tuple[ResponseMarks, ...] = RESPONSE_FORMS
     guard: Guard = "standard"
     verdicts: Verdicts = STRICT
-    # Not shown: what it changes for a run shows in the instructions, and older runs go on under the same settings.
+    # Not shown: what it changes for a run shows in the instructions, and older runs resume under the same settings.
     ties: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ class NumberToken:
         mark: what stands in it before the number's first digit, such as " " or "{".
         tail: what stands in it after its digits, such as "," or "}".
         before: the number's digits before it; none for the token that opens the number.
-        rest: what the number goes on with after the digits that it holds, the decimal part included.
+        rest: what the number continues with after the digits that it holds, the decimal part included.
         after: the start of the text from there on; none for the token that opens the number.
         ended: the number if it had ended before the token; 0 for the token that opens it.
         reached: the number if it ends after the token.

@@ -173,7 +173,7 @@ class SpanReader:
         return tuple(digits)
 
     def _gains_of(self, token: NumberToken) -> dict[int, float]:
-        """Return the gain of every token of the vocabulary that could go on with the number here."""
+        """Return the gain of every token of the vocabulary that could continue the number here."""
         if self._short_numbers is None:
             self._short_numbers = self._bytes.short_numbers()
         gains = ((token_id, token.gain(piece)) for token_id, piece in self._short_numbers)

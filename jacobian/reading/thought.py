@@ -20,7 +20,7 @@ class Thought:
 
     Attributes:
         contents: what stands between its tags; one range for each of several thoughts in a row, () without a thought.
-        end: where the completion goes on after it; 0 without a thought.
+        end: where the completion continues after it; 0 without a thought.
     """
 
     contents: tuple[ByteRange, ...] = ()
@@ -70,7 +70,7 @@ def find_thought(
 
 
 def after_thought(completion: bytes, tag: str = THOUGHT, *, opened: bool = False, sections: Sequence[str] = ()) -> int:
-    """Return where a completion goes on after its thought, 0 without one; arguments and errors as `find_thought`."""
+    """Return where a completion continues after its thought, 0 without one; arguments and errors as `find_thought`."""
     return find_thought(completion, tag, opened=opened, sections=sections).end
 
 

@@ -40,7 +40,7 @@ class TokenBytes:
         return [self._read(token_id) for token_id in token_ids]
 
     def unread_ids(self, tags: Sequence[str]) -> frozenset[int]:
-        """Return the special tokens that are no part of an output's text: all but those that are its tags.
+        """Return the special tokens that are not part of an output's text: all but those that are its tags.
 
         Args:
             tags: names of the tags; some tokenizers have `<think>` and `</think>` as special tokens.

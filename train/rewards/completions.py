@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from cepo.jacobian.reading.thought import THOUGHT
 from cepo.jacobian.reading.thought import thought_opened as ends_in_thought
-from cepo.train.rows import THOUGHT_FIELDS
+from cepo.train.rows import THOUGHT_FIELDS, encodable
 
 Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
 
@@ -53,7 +53,7 @@ def completion_text(completion: Completion) -> str:
         ValueError: If the completion is neither.
     """
     if isinstance(completion, str):
-        return _encodable(completion)
+        return encodable(completion)
     if not isinstance(completion, Sequence) or not all(isinstance(message, Mapping) for message in completion):
         raise ValueError(f"completions holds a {type(completion).__name__}; expected strings or lists of messages")
     messages: Sequence[Any] = completion
@@ -61,7 +61,7 @@ def completion_text(completion: Completion) -> str:
     message: Mapping[str, Any] = spoken[-1] if spoken else {}
     thought = next((message[name] for name in THOUGHT_FIELDS if message.get(name)), None)
     before = f"<{THOUGHT}>{thought}</{THOUGHT}>\n" if isinstance(thought, str) else ""
-    return _encodable(before + _content_text(message.get("content")))
+    return encodable(before + _content_text(message.get("content")))
 
 
 def check_column(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
@@ -81,7 +81,3 @@ def _content_text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(str(part.get("text") or "") for part in content or () if isinstance(part, Mapping))
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -76,7 +76,7 @@ def argmax_reward(
         completions: Strings or message lists.
         label: The better response of each row, "A" or "B", or "tie".
         verdicts, **columns: as for `format_reward`.
-        log_metric: TRL's. It is told the shares of completions with equal scores, `argmax/ties_on_preferences` and
+        log_metric: TRL's. It gets the shares of completions with equal scores, `argmax/ties_on_preferences` and
             `argmax/ties_on_ties`, of the rows of either kind that there are.
 
     Returns:

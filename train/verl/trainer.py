@@ -86,7 +86,7 @@ class CausalWorker(ActorRolloutRefWorker):
 class CausalTrainer(PPOTrainerSync):
     """verl's synchronous trainer with a recipe's rewards, the causal one among them.
 
-    The reward of a completion stands at its last token, in verl's field `rm_scores`.
+    The reward of a completion is put at its last token, in verl's field `rm_scores`.
 
     Raises:
         ValueError: for settings under which the policy cannot be read, or completions hold what it did not write.
