@@ -188,7 +188,7 @@ def near(text: str, values: list[float]) -> bool:
     [
         ("testbed-worlds", "## Which reward or loss"),
         ("testbed-reasoner", "## The same for reasoners"),
-        ("testbed-controller", "## A weight that a controller holds"),
+        ("testbed-controller", "## A weight set by a controller"),
     ],
 )
 def test_a_table_of_worlds_is_what_the_rows_say(name: str, heading: str) -> None:

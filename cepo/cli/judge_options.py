@@ -88,7 +88,7 @@ def _judge_settings(
     **writing: Any,
 ) -> JudgeSettings | RewardSettings:
     if (model is None) == (reward_model is None):
-        raise ValueError("expected one of the two: --model, a judge that writes, or --reward-model")
+        raise ValueError("expected --model, a judge that writes, or --reward-model: one of the two")
     if reward_model is not None:
         _refuse_given(context, _WRITING.keys() - _OF_REWARDS)
         checks.check_model("--reward-model", reward_model)
