@@ -66,12 +66,12 @@ def augment(
          "chosen": "Canberra.", "rejected": "Melbourne.",
          "attribute": "accuracy", "weight": 0.7, "kept": true, ...}
 
-    Prompts fall to the training or the test side before anything is made of them. A pair that was written badly, that a
+    Prompts are split into training and test before anything is made of them. A pair that was written badly, that a
     check refuses, or that the filter's model already gets right stays in the file as not kept, with the reason; the
     tables count them. `cepo reward-model RECIPE --data runs/pairs/pairs.jsonl` trains on the others.
 
-    Run a killed command again with the same arguments, and it resumes. Prompts that a server did not answer make the
-    exit code 2; the next run asks them again.
+    Run a killed command again with the same arguments, and it resumes. If a server left prompts unanswered,
+    the exit code is 2, and the next run asks them again.
     """
     from cepo.eval.augment.job import AugmentJob, chosen_kinds
 

@@ -82,11 +82,11 @@ def rewardbench(
     share of equal scores on them is shown beside that on preferences; they count towards no accuracy.
 
     A reward model (--reward-model) gives each response a reward. The tables show the accuracy with ties as wrong and
-    with ties sharing the credit; what the longer and the shorter response would get; the accuracy by which response is
-    longer; and RewardBench 2's own measure of its subset Ties.
+    with ties sharing the credit; what always choosing the longer or the shorter response would get; the accuracy by
+    which response is longer; and RewardBench 2's own measure of its subset Ties.
 
     Run a killed command again with the same arguments, and it resumes. A larger --limit adds to what is there. Prompts
-    that a server did not answer, and texts that are too long for a reward model, are listed and make the exit code 2.
+    that a server did not answer, and texts that are too long for a reward model, are listed, and the exit code is 2.
     """
     from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 
@@ -215,7 +215,8 @@ def sensitivity(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Number of edits to stop at. Default: all; of the testbed 100 responses.", callback=checks.at_least(1)
+            help="Number of edits to measure. Default: all; for the testbed, of 100 responses.",
+            callback=checks.at_least(1),
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the testbed's edits.")] = 0,
@@ -226,11 +227,11 @@ def sensitivity(
 ) -> None:
     """Does a reward model's gradient fall on the attribute that was edited, or elsewhere?
 
-    An edit is a pair in which one response is the other with one attribute made better or worse. For each, the exact
-    gradient of the reward at the chosen response's tokens (how much of its energy is at the attribute's), and what each
-    token did to the reward against the rejected response: attributions along the path between the two, which add up to
-    the difference of the rewards. The attribute's tokens are those that hold one of attribute_words; without that
-    column, those that the edit changed. The page shows both as heat maps. A row of edits:
+    An edit is a pair in which one response is the other with one attribute made better or worse. Shown for each: the
+    exact gradient of the reward at the chosen response's tokens (how much of its energy falls on the attribute's), and
+    what each token did to the reward against the rejected response: attributions along the path between the two,
+    which add up to the difference of the rewards. The attribute's tokens are those that hold one of attribute_words;
+    without that column, those that the edit changed. The page shows both as heat maps. A row of edits:
 
         {"prompt": "What is the capital of Australia?",
          "chosen": "Canberra.", "rejected": "Melbourne.",

@@ -34,7 +34,7 @@ def test_the_documented_calls_are_those_that_are_made() -> None:
     made(writer)
     asked = Counter(map(what_is_asked, writer.asked))
     page = (ROOT / "docs" / "reward-models.md").read_text()
-    rows = page.split("### What it costs, on paper")[1].split("| --- |", 1)[1].split("\n\n")[0].splitlines()[1:]
+    rows = page.split("### What it costs, an estimate")[1].split("| --- |", 1)[1].split("\n\n")[0].splitlines()[1:]
     names = {"check of an edit": "differ", "check of an unrelated prompt": "relevance"}
     shown = dict((cell.strip() for cell in row.split("|")[1:3]) for row in rows)
     per_preference = {"1": 1, "1 to 3": 1, "a": len(WEIGHTS), "2a + 2": 2 * len(WEIGHTS) + 2}
