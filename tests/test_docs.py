@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from cepo.benchmarks.reward_model.command import read_plan, verdicts
 from cepo.cli.app import app
+from cepo.files import read_jsonl
 from tests.paths import ROOT
 
 README = ROOT / "README.md"
@@ -111,6 +112,16 @@ def test_a_command_that_does_not_exist_is_noticed() -> None:
     for line in ("cepo scores", "cepo score --modell x", "cepo eval robustness x", "cepo score --model"):
         with pytest.raises(AssertionError):
             check_command(line)
+
+
+def test_the_readmes_rows_are_those_of_the_example_files() -> None:
+    """Its figures are of these files: a row that is shown is the file's first."""
+    readme = re.sub(r"\n {5}", "", README.read_text())  # a row may be shown on several lines
+    for name in ("preferences", "judged"):
+        (_, first), *others = read_jsonl(ROOT / "docs" / "examples" / f"{name}.jsonl")[0]
+        shown = [json.loads(line) for line in readme.splitlines() if line.startswith('    {"') and "..." not in line]
+        assert first in shown, name
+        assert len({row["prompt"] for _, row in others} | {first["prompt"]}) >= 3  # donors
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
