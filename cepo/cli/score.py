@@ -261,6 +261,8 @@ def score(
     others = summary.malformed - sum(summary.reasons.values())
     if others:
         console.print(f"malformed: for other reasons, which the records hold ({others}x)", highlight=False)
+    if summary.malformed == summary.rows - len(summary.broken) > 0:
+        console.print("warning: no completion is well-formed, so every reward is 0; see --kind and docs/formats.md")
     if summary.broken:
         shown = "; ".join(summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
         again = "run the same command again to score them alone"

@@ -17,7 +17,7 @@ from cepo.eval.report.page import write_report
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices
 from cepo.eval.score.ray import check_ray, score_on_ray
 from cepo.eval.score.rows import Line, read_input, rollout_of
-from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_model, score_lines
+from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_engine, open_reader, score_lines
 from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.score import Pools
 from cepo.jacobian.engines import check_engine
@@ -111,9 +111,10 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         write_jsonl(partial, done.values())
     pending = {row: line for row, line in enumerate(lines) if row not in done}
     usable = any(line.row is not None for line in pending.values())
-    reader, engine = open_model(job, source, weights=usable and job.workers is None)
+    reader = open_reader(job, source)
     _check_prompts(job, lines, reader)
     pools = donor_pools(job, lines, reader, origin=job.input) if usable else None
+    engine = open_engine(job, source) if usable and job.workers is None else None
     scored = _score_here(job, pending, reader, engine, pools)
     if usable and job.workers is not None:
         scored = score_on_ray(
@@ -202,8 +203,15 @@ def _earlier_records(job: ScoreJob, lines: Sequence[Line]) -> dict[int, dict[str
 
 
 def _check_prompts(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> None:
-    templated = job.raw or getattr(reader.tokenizer, "chat_template", None)
-    if not templated and any(line.is_text for line in lines):
+    """Raise ValueError for prompts that need the chat template of a model that has none, with the way out."""
+    if getattr(reader.tokenizer, "chat_template", None):
+        return
+    if any(isinstance(line.prompt, list) for line in lines if line.is_text):
+        raise ValueError(
+            f"model {job.model!r} has no chat template, which is needed for messages and for the judge's prompt around "
+            "chosen and rejected; give rows of prompt and completion as text, and --raw"
+        )
+    if not job.raw and any(line.is_text for line in lines):
         raise ValueError(f"model {job.model!r} has no chat template for prompts given as text; score with --raw")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow
 
 from cepo.eval.score.rows import Line, line_of
-from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_model, score_lines
+from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_engine, open_reader, score_lines
 from cepo.files import json_line
 from cepo.fusion.score import Pools
 from cepo.jacobian.loading import resolve_model
@@ -88,7 +88,8 @@ class CepoScorer:
                 "Scoring(donors=...)"
             )
         self.scoring = scoring
-        self.reader, self.engine = open_model(scoring, resolve_model(scoring.model), weights=True)
+        source = resolve_model(scoring.model)
+        self.reader, self.engine = open_reader(scoring, source), open_engine(scoring, source)
         self.pools = donor_pools(scoring, [], self.reader, origin=None) if pools is None else pools
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:

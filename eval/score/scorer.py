@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,15 +60,17 @@ class Scoring:
     trust_remote_code: bool = False
 
 
-def open_model(scoring: Scoring, source: ModelSource, *, weights: bool) -> tuple[SpanReader, Engine | None]:
-    """Return the reader, and the engine if weights are wanted: nothing else loads them."""
+def open_reader(scoring: Scoring, source: ModelSource) -> SpanReader:
+    """Return what finds the spans; it needs the tokenizer and no weights."""
+    return SpanReader(load_tokenizer(source, trust_remote_code=scoring.trust_remote_code), scoring.layout)
+
+
+def open_engine(scoring: Scoring, source: ModelSource) -> Engine:
+    """Load the weights, and return the engine."""
     code = scoring.trust_remote_code
-    if not weights:
-        return SpanReader(load_tokenizer(source, trust_remote_code=code), scoring.layout), None
-    model, tokenizer = load_model(source, dtype=scoring.dtype, device=scoring.device, trust_remote_code=code)
+    model, _ = load_model(source, dtype=scoring.dtype, device=scoring.device, trust_remote_code=code)
     budget = scoring.memory_gib * 2**30
-    engine = new_engine(scoring.engine, model, adapters=scoring.adapters, memory_budget=budget)
-    return SpanReader(tokenizer, scoring.layout), engine
+    return new_engine(scoring.engine, model, adapters=scoring.adapters, memory_budget=budget)
 
 
 def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, origin: Path | None) -> Pools | None:
@@ -80,21 +83,26 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
         origin: the file that the lines are from, for the error.
 
     Raises:
-        ValueError: if no span could have a donor.
+        ValueError: if there are well-formed rollouts to draw from, but of one prompt, so that no span has a donor; if a
+            donors file has none.
     """
     if not scoring.config.reads_effects:
         return None
     offered = lines if scoring.donors is None else read_lines(scoring.donors)
     rollouts = [rollout_of(line, reader, raw=scoring.raw) for line in offered]
     pools = pools_of(rollouts, scoring.config.parsed_links(scoring.layout))
+    wrong = Counter(one.malformed for one in rollouts if one.malformed)
+    if scoring.donors is None and wrong.total() == len(rollouts):
+        return pools  # there is no span that could need a donor: all rows are scored 0
     prompts = {candidate.prompt for pool in pools.values() for candidate in pool}
     if scoring.config.no_donor == "zero" and len(prompts) < (2 if scoring.donors is None else 1):
         where = "input" if scoring.donors is None else "donors"
-        reason = next((f"; {one.malformed}" for one in rollouts if one.malformed), "")
+        reasons = "; ".join(f"{reason} ({count}x)" for reason, count in wrong.most_common(3))
+        cause = f"{wrong.total()} of {len(rollouts)} rows are malformed: {reasons}. It " if wrong else "It "
         raise ValueError(
-            f"{where} {str(scoring.donors or origin)!r} holds well-formed rollouts of {len(prompts)} prompt(s), so no "
-            "span has a donor, the content of another prompt's rollout; name a file of rollouts with --donors, or "
-            f"compare with permuted tokens by --no-donor permute{reason}"
+            f"{where} {str(scoring.donors or origin)!r} has no donors. {cause}holds well-formed rollouts of "
+            f"{len(prompts)} prompt(s), and a donor is the content of another prompt's rollout; name a file of "
+            "rollouts with --donors, or compare with permuted tokens by --no-donor permute"
         )
     return pools
 

@@ -355,6 +355,52 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
     assert "<script>alert" not in page.read_text()
 
 
+def test_where_no_row_is_well_formed_all_are_scored_zero_and_the_reasons_shown(
+    judge: Path, tmp_path: Path, cepo: Cepo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Free text is output like any other: there is no span, so no span lacks a donor."""
+    rows = [{"prompt": ITEMS[row].prompt, "completion": ITEMS[row].analysis} for row in range(2)]
+    out = tmp_path / "out.jsonl"
+    job = score_module.ScoreJob(model=str(judge), input=write_jsonl(tmp_path / "in", rows), output=out)
+    done = score_module.score_file(job)
+    assert (done.rows, done.malformed, sum(done.reasons.values())) == (2, 2, 2)
+    assert [record["reward"] for record in read_jsonl(out)] == [0.0, 0.0]
+    sys.argv = ["cepo", "score", "--model", str(judge), "--input", str(job.input), "--output", str(out)]
+    with pytest.raises(SystemExit) as end:
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert 0 < shown.index("malformed: ") < shown.index("no completion is well-formed")
+
+
+def test_rows_of_one_prompt_are_told_why_before_weights_are_loaded(
+    judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
+    rows = [gold_rows()[0], {"prompt": ITEMS[1].prompt, "completion": ITEMS[1].analysis}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    code, message = cepo("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
+    assert code == 2
+    assert message.index("1 of 2 rows are malformed") < message.index("of 1 prompt(s)")
+
+
+def test_a_model_without_chat_template_is_told_what_rows_it_takes(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    """No advice leads to another refusal: --raw for text, and rows of text for what only a template can write."""
+    plain = tmp_path / "plain"
+    shutil.copytree(judge, plain)
+    (plain / "chat_template.jinja").unlink()
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "judge_output": "c"}
+    for row, raw, advice in (
+        (pair, (), "rows of prompt and completion as text, and --raw"),
+        (pair, ("--raw",), "rows of prompt and completion as text, and --raw"),
+        ({"prompt": "p", "completion": "c"}, (), "score with --raw"),
+    ):
+        source = write_jsonl(tmp_path / "in.jsonl", [row])
+        code, message = cepo("--model", plain, "--input", source, "--output", tmp_path / "out.jsonl", *raw)
+        assert code == 2
+        assert advice in message
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [

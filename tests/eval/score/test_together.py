@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cepo.eval.score.rows import Line, line_of, rollout_of
-from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_model, score_lines
+from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_engine, open_reader, score_lines
 from cepo.fusion.config import RewardConfig
 from cepo.jacobian.loading import resolve_model
 from cepo.jacobian.protocol import PathAnswer, PathRequest
@@ -31,7 +31,8 @@ class Scored:
         rows += [{**rows[0], "completion": "no tags"}, {"id": "broken", "prompt": "no completion"}]
         self.lines = [line_of(row, f"line {number}") for number, row in enumerate(rows, start=1)]
         self.scoring = Scoring(model=str(judge), config=config, dtype="float64")
-        self.reader, self.engine = open_model(self.scoring, resolve_model(str(judge)), weights=True)
+        source = resolve_model(str(judge))
+        self.reader, self.engine = open_reader(self.scoring, source), open_engine(self.scoring, source)
         donors = [line_of({"prompt": item.prompt, "completion": item.completion}, "donor") for item in ITEMS]
         self.pools = donor_pools(self.scoring, donors, self.reader, origin=None)
         self.token_rows = 0
