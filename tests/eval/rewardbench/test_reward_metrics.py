@@ -94,7 +94,7 @@ def test_the_measure_of_ties_by_hand() -> None:
     found = measure_ties(scores)
     assert found.value == pytest.approx(expected, abs=1e-12)
     assert found.low < found.value < found.high
-    assert "not ref:N or tied:N" in measure_ties({"7": ([1.0], [0.0])}).why
+    assert "expected ref:N or tied:N" in measure_ties({"7": ([1.0], [0.0])}).why
     assert "no prompt has both items" in measure_ties({"tied:1": ([1.0, 1.0], [0.0])}).why
 
 
