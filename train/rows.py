@@ -18,6 +18,11 @@ PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 """What the columns of a preference are called."""
 TIE = "tie"
 """Label of a row in which neither response is better."""
+UNASKED_TIE = (
+    "is a tie: neither response is better; data.ties: true of cepo train, and --ties of cepo warm-start and "
+    "cepo eval rewardbench, ask for ties"
+)
+"""Why a sound row that is a tie is left out."""
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _IMAGES = ("images", "image", "pixel_values")
 _ROLES = ("system", "developer", "user", "assistant")
@@ -113,10 +118,7 @@ def read_tie(row: Row, *, ties: bool) -> bool:
     if labelled and not tie:
         raise ValueError("column 'label' says that the row is a tie, and column 'tie' that it is not")
     if tie and not ties:
-        raise ValueError(
-            "is a tie: neither response is better; data.ties: true of cepo train, and --ties of cepo warm-start and "
-            "cepo eval rewardbench, ask for ties"
-        )
+        raise ValueError(UNASKED_TIE)
     return tie
 
 

@@ -402,9 +402,17 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _finish(output: Path, data: str, failed: Mapping[str, int], broken: Sequence[tuple[int, str]]) -> None:
-    """Print where the page is, and end in an error if rows were lost: everything else is judged and shown by then."""
+    """Print where the page is, and end in an error if rows were lost: everything else is judged and shown by then.
+
+    A tie that was not asked for is no loss: it is counted and left out.
+    """
+    from cepo.train.rows import UNASKED_TIE
+
     console.print(f"report: {output / 'report.html'}")
-    complaints = []
+    lost = [(number, reason) for number, reason in broken if reason != UNASKED_TIE]
+    if ties := len(broken) - len(lost):
+        console.print(f"left out: {ties} row(s), each of which {UNASKED_TIE}", highlight=False, soft_wrap=True)
+    broken, complaints = lost, []
     if broken:
         shown = "; ".join(f"row {number}: {reason}" for number, reason in broken[:5])
         more = "; ..." if len(broken) > 5 else ""

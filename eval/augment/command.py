@@ -75,7 +75,7 @@ def augment(job: AugmentJob, *, progress: Progress | None = None) -> AugmentSumm
             trust_remote_code=job.writer.trust_remote_code,
         )
         pairs = filter_pairs(pairs, journaled_difference(differences, model))
-    summary = AugmentSummary(writer, tuple(broken))
+    summary = AugmentSummary(writer, tuple(broken), tuple(kinds))
     write_jsonl(pairs_file, (summary.count(pair).row() for pair in pairs))
     facts = {"data": job.data, "kinds": ", ".join(job.kinds)}
     if job.writer.model:

@@ -25,10 +25,11 @@ class AugmentSummary:
     Args:
         writer: whose answers the pairs are made of.
         broken: (number, reason) of each row of the data that could not be used.
+        kinds: names of the kinds that were asked for; one that makes no pair is shown with 0.
     """
 
-    def __init__(self, writer: JournaledWriter, broken: tuple[BrokenLine, ...]) -> None:
-        self.writer, self.broken = writer, broken
+    def __init__(self, writer: JournaledWriter, broken: tuple[BrokenLine, ...], kinds: tuple[str, ...]) -> None:
+        self.writer, self.broken, self.kinds = writer, broken, kinds
         self.pairs: Counter[tuple[str, str, bool]] = Counter()
         """By kind, side of the split, and whether they are kept."""
         self.checks: Counter[tuple[str, str, bool]] = Counter()
@@ -53,7 +54,7 @@ class AugmentSummary:
     def tables(self) -> dict[str, PageTable]:
         """Return what console and page show, by title; tables without rows are left out."""
         pairs = []
-        for kind in dict.fromkeys(kind for kind, _, _ in self.pairs):
+        for kind in dict.fromkeys((*self.kinds, *(kind for kind, _, _ in self.pairs))):
             kept = [self.pairs[kind, side, True] for side in ("train", "test")]
             dropped = sum(self.pairs[kind, side, False] for side in ("train", "test"))
             pairs.append([kind, str(sum(kept) + dropped), *map(str, kept), str(dropped)])

@@ -222,7 +222,7 @@ def _write_report(job: RewardBenchJob, summary: RewardBenchSummary, examples: Ma
             [[reason, str(count)] for reason, count in failed.most_common()],
         )
     if summary.broken:
-        tables["Lines that could not be used"] = (
+        tables["Rows that were left out"] = (
             ["line", "reason"],
             [[str(number), reason] for number, reason in summary.broken],
         )

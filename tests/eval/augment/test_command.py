@@ -143,7 +143,9 @@ def test_rows_without_a_preference_are_named_and_ids_are_made_distinct(
         {"prompt": "a", "chosen": "b"},
     ]
     write_jsonl(Path(job.data), rows)
-    summary = augment(replace(job, kinds=("original",), writer=JudgeSettings("")))
+    summary = augment(replace(job, kinds=("original", "wrong-number"), writer=JudgeSettings("")))
+    made = {row[0]: row[1] for row in summary.tables()["pairs"][1]}
+    assert made == {"original": "2", "wrong-number": "0"}  # none of the texts holds a number
     assert [pair.id for pair in pairs_of(job)] == ["7", "7#2"]
     assert [number for number, _ in summary.broken] == [3, 4, 5]
     assert "unchanged edit" in summary.broken[1][1]

@@ -527,7 +527,7 @@ def test_the_whole_job_agrees_with_itself(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(lines[0]) == {"metric", "subset", "value", "low", "high", "count"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "wordy" in page
-    assert "Lines that could not be used" in page
+    assert "Rows that were left out" in page
     assert "http-equiv" in page
     assert "<script" not in page
     again = run_rewardbench(job(tmp_path, path))

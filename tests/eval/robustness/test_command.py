@@ -207,15 +207,19 @@ def server() -> Iterator[str]:
 def test_the_command_judges_with_a_server(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A good run ends in 0; a broken line is named and ends in 2 after all others are judged."""
+    """A good run ends in 0, ties or not; a broken line is named and ends in 2 after all others are judged."""
     source = write_pairs(tmp_path / "pairs.jsonl", 4)
+    tie = {"prompt": "p", "chosen": "good", "rejected": "fine", "tie": True}
+    source.write_text(source.read_text() + json.dumps(tie) + "\n")
     common = ("--model", "any", "--base-url", server, "--data", str(source), "--transformation", "quotes")
     assert run_cepo(monkeypatch, "eval", "robustness", *common, "--output", str(tmp_path / "out")) == 0
-    assert "quotes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "quotes" in shown
+    assert "left out: 1 row(s), each of which is a tie" in shown
     source.write_text(source.read_text() + "{torn\n")
     assert run_cepo(monkeypatch, "eval", "robustness", *common, "--output", str(tmp_path / "second")) == 2
     captured = capsys.readouterr()
-    assert "1 row(s) that could not be used: row 5: not JSON" in captured.err
+    assert "1 row(s) that could not be used: row 6: not JSON" in captured.err
     assert (tmp_path / "second" / "report.html").is_file()
 
 
