@@ -245,7 +245,7 @@ def tails_bytes(tails: Tails, passes: int, shared: int, cost: CostModel) -> floa
     segment = tails.segment
     count, past = len(segment.ids), max(segment.starts)
     needed = cost.cache(count, past - shared) + 2.0 * cost.cache(count, segment.length)
-    work = cost.forward(count, segment.length, past) + cost.head_bytes(segment)
+    work = cost.forward(count, segment.length, past, differentiated=segment.differentiated) + cost.head_bytes(segment)
     if segment.differentiated:
         moved = 16.0 * count * segment.length * cost.width  # the embeddings of both ends, and what lies between
         needed += cost.graph(count, segment.length, past) + moved
@@ -315,7 +315,7 @@ def _branches(
         tuple(place for place, _, _ in leads),
         tuple(placed),
     )
-    return _sized(found, cost, budget / cost.overhead - shared_bytes(found, cost))
+    return _sized(found, cost, cost.tensors_within(budget) - shared_bytes(found, cost))
 
 
 def _sized(branches: Branches, cost: CostModel, room: float) -> Branches:

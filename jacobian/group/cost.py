@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,36 @@ from cepo.kernels.attention.blocks import BLOCK_BYTES, KEPT_BYTES
 _ROWS_AT_ONCE = {"cpu": 512}
 _MOST_ROWS_OF_TINY, _TINY = 2048, 1_000_000  # weights of the body
 _ROWS_AT_ONCE_ELSEWHERE = 8192
-# The most that a process was seen to hold over the sum of its tensors (45 runs on a CPU: 1.05 to 1.86, the most where
-# all is small). The C library's allocator keeps blocks that were freed; CUDA's gives them to the next tensor.
-_OVERHEAD, _OVERHEAD_ELSEWHERE = {"cpu": 1.9}, 1.1
 # Of a long stem more go back at once: a block's shares are formed again once for all of them.
 _COTANGENTS_OF_BLOCKS = 4
-_COPIES = 3.0  # of attention's scores in its definition: before the mask, after it, and as shares
-_OF_LOGITS = 8.0  # bytes of a logit's float32 copies beside the logit and its gradient
+_COPIES, _MASKS = 3.5, 0.25  # of attention's scores: in its definition, with the mask; and the masks of a block
+_COPIES_OF_LOGITS = 4  # themselves, in float32 or wider, their logarithms, and the gradients of both
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """What a process holds for the tensors that are alive: the most that was seen, by kind.
+
+    The C library's allocator keeps gaps between blocks, so that small tensors take more than their bytes, and tensors
+    of middling size find no gap left whole. Blocks of `mapped` bytes or more come from the system and go back to it.
+    CUDA's allocator gives blocks that were freed to the next tensor.
+
+    Attributes:
+        small: bytes held per byte of tensors other than logits, at least 1.
+        logits: bytes held per byte of logits and of what is computed from them, where blocks are smaller than `mapped`;
+            larger ones take what they are.
+        mapped: bytes of a block.
+        constant: bytes held whatever runs.
+    """
+
+    small: float
+    logits: float
+    mapped: float
+    constant: float
+
+
+ALLOCATORS = {"cpu": Allocator(small=1.45, logits=2.0, mapped=2.0**25, constant=24.0 * 2**20)}
+ALLOCATOR_ELSEWHERE = Allocator(small=1.1, logits=1.1, mapped=math.inf, constant=0.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +71,7 @@ class CostModel:
         saved_pair: bytes that it keeps for one row and one position that the row attends to, where scores are kept.
         saved_past: bytes that it keeps for one position of the past of one rollout.
         logits: bytes of one row of logits and of what is computed from it.
-        overhead: the most that a process was seen to hold, over the sum of its tensors.
+        allocator: what a process holds for its tensors.
         rows_at_once: rows of one matrix product beyond which larger products are no faster.
     """
 
@@ -64,7 +88,7 @@ class CostModel:
     saved_pair: float
     saved_past: float
     logits: float
-    overhead: float
+    allocator: Allocator
     rows_at_once: int
 
     def flops(self, rows: int, context: float, *, backward: bool) -> float:
@@ -76,27 +100,52 @@ class CostModel:
         kept = self.saved_pair if self._keeps_scores(rollouts, tokens, past) else 0.0
         return rollouts * (tokens * (self.saved_row + (past + tokens) * kept) + past * self.saved_past)
 
-    def forward(self, rollouts: int, tokens: int, past: int) -> float:
-        """Return the bytes that a forward pass works with beside what it keeps: about two layers, and scores."""
-        return self._layers(rollouts, tokens, past) + self._scores(0, rollouts, tokens, past)
+    def forward(self, rollouts: int, tokens: int, past: int, *, differentiated: bool = False) -> float:
+        """Return the bytes that one layer of a forward pass works with beside what it keeps: its MLP or attention.
+
+        How much of a layer's rows and past lives beside attention's scores was counted, here and in `backward`.
+        """
+        layer, of_past = self._layer(rollouts, tokens, past)
+        scores = self._scores(0, rollouts, tokens, past)
+        if not differentiated:
+            return max(layer, scores + 2.0 * of_past + 0.5 * layer)
+        if self._keeps_scores(rollouts, tokens, past):  # the rest is in the graph
+            return scores - self._score_bytes(rollouts, tokens, past)
+        return max(layer, scores + of_past + 0.25 * layer)
 
     def head_bytes(self, segment: Segment) -> float:
-        """Return the bytes of the logits of a segment, and of what is computed from them."""
-        return max(FEWEST_HEAD_ROWS, len(segment.head)) * self.logits if segment.head else 0.0
+        """Return the bytes of the logits of a segment and of what is computed from them, as held beside other tensors.
+
+        That is, times what the allocator holds for them over what it holds for others: see `held_bytes`.
+        """
+        if not segment.head:
+            return 0.0
+        logits = max(FEWEST_HEAD_ROWS, len(segment.head)) * self.logits
+        if not segment.differentiated:  # no gradients, and nothing that would be kept between them
+            return logits * (0.5 if self.itemsize >= 4 else 0.75) / self.allocator.small
+        is_mapped = logits / _COPIES_OF_LOGITS >= self.allocator.mapped
+        return logits * (1.0 if is_mapped else self.allocator.logits) / self.allocator.small
 
     def cache(self, rollouts: int, tokens: int) -> float:
         """Return the bytes of keys and values, or of one cotangent of them."""
         return 2.0 * rollouts * tokens * self.layers * self.key_values * self.itemsize
 
-    def backward(self, cotangents: int, rollouts: int, tokens: int, past: int) -> float:
-        """Return the bytes that a batched backward pass works with at once."""
+    def backward(self, cotangents: int, rollouts: int, tokens: int, past: int, *, past_asked: bool = False) -> float:
+        """Return the bytes that one layer of a batched backward pass works with: its MLP or attention."""
+        layer, of_past = self._layer(rollouts, tokens, past)
         recomputed = rollouts * tokens * (self.working_row - self.saved_row) / self.layers
-        scores = self._scores(cotangents, rollouts, tokens, past)
-        return cotangents * self._layers(rollouts, tokens, past) + recomputed + scores
+        attention = self._scores(cotangents, rollouts, tokens, past) + 0.25 * cotangents * layer
+        if not self._keeps_scores(rollouts, tokens, past):
+            attention += (cotangents + 1 if past_asked else 1) * of_past + 0.75 * cotangents * layer
+        return max(recomputed + cotangents * layer, attention)
 
     def held_bytes(self, tensors: float) -> float:
         """Return the most that a process holds for so many bytes of tensors at once."""
-        return self.overhead * tensors
+        return self.allocator.small * tensors + self.allocator.constant
+
+    def tensors_within(self, budget: float) -> float:
+        """Return how many bytes of tensors a process may have at once that holds at most `budget` bytes."""
+        return (budget - self.allocator.constant) / self.allocator.small
 
     def stem_bytes(self, stem: Stem) -> float:
         """Return the bytes that prompts hold while their stages run."""
@@ -107,9 +156,9 @@ class CostModel:
     def stem_forward_bytes(self, stem: Stem) -> float:
         """Return the peak bytes of the forward pass of prompts."""
         prompts, start = len(stem.prompts), stem.start
-        before = self.forward(prompts, start, 0) + self._layers(prompts, start, 0) + 2.0 * self.cache(prompts, start)
-        own = self.forward(prompts, stem.segment.length, start) + self.head_bytes(stem.segment)
-        return max(before, self.stem_bytes(stem) + own)
+        before = self.forward(prompts, start, 0) + 2.0 * self.cache(prompts, start)
+        own = self.forward(prompts, stem.segment.length, start, differentiated=stem.segment.differentiated)
+        return max(before, self.stem_bytes(stem) + own + self.head_bytes(stem.segment))
 
     def stages_bytes(self, stages: Sequence[Segment], passes: int, entering: Sequence[int], stem: Stem) -> float:
         """Return the peak bytes of the stages of jobs that run at once, without the stem.
@@ -122,25 +171,27 @@ class CostModel:
         """
         jobs, past, kept, peak = len(stages[0].ids) if stages else 0, stem.end, 0.0, 0.0
         if len(stem.prompts) > 1:  # each job has a copy of its prompt's
-            kept = self.cache(jobs, stem.end)
-        own: list[float] = []
+            kept = self.cache(jobs, stem.end - stem.opening)
+        graphs: list[float] = []
         for stage in stages:
-            graph = self.graph(jobs, stage.length, past) if stage.active else 0.0
-            own.append(graph + 2.0 * self.cache(jobs, stage.length))
-            kept += own[-1]
-            peak = max(peak, kept + self.forward(jobs, stage.length, past) + self.head_bytes(stage))
+            graphs.append(self.graph(jobs, stage.length, past) if stage.active else 0.0)
+            kept += graphs[-1] + 2.0 * self.cache(jobs, stage.length)
+            work = self.forward(jobs, stage.length, past, differentiated=bool(stage.active)) + self.head_bytes(stage)
+            peak = max(peak, kept + work)
             past += stage.length
         kept += 4.0 * jobs * passes * past * self.width  # the gradients that are returned
         asked = 0.0  # cotangents that later stages sent to the stem and to earlier ones
         of_stem = self.cache(jobs, stem.segment.length)
-        for stage, of_stage in zip(reversed(stages), reversed(own), strict=True):
+        for stage, graph in zip(reversed(stages), reversed(graphs), strict=True):
             past -= stage.length
             if stage.active:
                 sent = len(stage.active) * self.cache(jobs, past - stem.end)
                 sent += len(stage.active) * of_stem if set(stage.active) & set(entering) else 0.0
-                peak = max(peak, kept + asked + sent + self.backward(len(stage.active), jobs, stage.length, past))
+                work = self.backward(len(stage.active), jobs, stage.length, past, past_asked=sent > 0)
+                peak = max(peak, kept + asked + sent + work)
                 asked = min(asked + sent, len(entering) * of_stem + passes * self.cache(jobs, past - stem.end))
-            kept -= of_stage
+                peak = max(peak, kept + asked + sent)  # what was sent is added up before it is freed, and the graph
+            kept -= graph + 2.0 * self.cache(jobs, stage.length)
         return peak
 
     def stem_backward_bytes(self, jobs: int, passes: int, cotangents: int, at_once: int, stem: Stem) -> float:
@@ -148,19 +199,20 @@ class CostModel:
         gradients = 4.0 * jobs * passes * stem.end * self.width
         prompts, length = len(stem.prompts), stem.segment.length
         sent = cotangents * self.cache(prompts, length)  # twice where they are put in slots
-        return gradients + (2.0 if prompts > 1 else 1.0) * sent + at_once * self._stem_cotangent(stem)
+        return gradients + (2.0 if prompts > 1 else 1.0) * sent + self._stem_cotangents(at_once, stem)
 
     def stem_cotangents_at_once(self, stem: Stem, budget: float) -> int:
         """Return how many cotangents go back through the stem at once within the budget, at least one."""
-        room = (budget / self.overhead - self.stem_bytes(stem)) / self._stem_cotangent(stem)
-        most = -(-self.rows_at_once // stem.segment.rows)
+        at_once = -(-self.rows_at_once // stem.segment.rows)
         if not self._keeps_scores(len(stem.prompts), stem.segment.length, stem.start):
-            most = max(most, _COTANGENTS_OF_BLOCKS)
-        return max(1, int(min(room, most)))
+            at_once = max(at_once, _COTANGENTS_OF_BLOCKS)
+        while at_once > 1 and self.held_bytes(self.stem_bytes(stem) + self._stem_cotangents(at_once, stem)) > budget:
+            at_once -= 1
+        return at_once
 
-    def _layers(self, rollouts: int, tokens: int, past: int) -> float:
-        """Return the bytes of what two layers work with, without attention's scores."""
-        return 2.0 * rollouts * (tokens * self.working_row + past * self.saved_past) / self.layers
+    def _layer(self, rollouts: int, tokens: int, past: int) -> tuple[float, float]:
+        """Return the bytes of what one layer works with, without attention's scores: of the rows, and of their past."""
+        return rollouts * tokens * self.working_row / self.layers, rollouts * past * self.saved_past / self.layers
 
     def _scores(self, cotangents: int, rollouts: int, tokens: int, past: int) -> float:
         """Return the bytes that attention works with on its scores: all of one layer where few, else a block's.
@@ -173,8 +225,8 @@ class CostModel:
         """
         scores = self._score_bytes(rollouts, tokens, past)
         if self._keeps_scores(rollouts, tokens, past):
-            return _COPIES * max(1, cotangents) * scores
-        return min((2 * cotangents + 1 if cotangents else 2) * scores, 2.0 * BLOCK_BYTES)
+            return (3.0 * cotangents if cotangents > 1 else 2.0 if cotangents else _COPIES) * scores
+        return (max(2, 2 * cotangents + 1) + _MASKS) * min(scores, BLOCK_BYTES / (max(1, cotangents) + 1))
 
     def _keeps_scores(self, rollouts: int, tokens: int, past: int) -> bool:
         return self.saved_pair > 0 and self._score_bytes(rollouts, tokens, past) <= KEPT_BYTES
@@ -183,9 +235,10 @@ class CostModel:
         """Return the bytes of attention's scores of one layer, in float32 or wider."""
         return max(4.0, self.itemsize) * self.heads * rollouts * tokens * (past + tokens)
 
-    def _stem_cotangent(self, stem: Stem) -> float:
+    def _stem_cotangents(self, count: int, stem: Stem) -> float:
+        """Return the bytes that so many cotangents work with on their way through prompts."""
         prompts, length = len(stem.prompts), stem.segment.length
-        return self.backward(1, prompts, length, stem.start) + self.cache(prompts, length)
+        return self.backward(count, prompts, length, stem.start) + count * self.cache(prompts, length)
 
 
 def measured_cost(model: Any, four: int, eight: int, four_on_eight: int, *, has_logits: bool = True) -> CostModel:
@@ -223,8 +276,8 @@ def measured_cost(model: Any, four: int, eight: int, four_on_eight: int, *, has_
         working_row=row,
         saved_pair=pair,
         saved_past=max(0.0, (four_on_eight - 4 * row - 48 * pair) / 8),
-        logits=head.weight.shape[0] * (2.0 * head.weight.element_size() + _OF_LOGITS) if has_logits else 0.0,
-        overhead=_OVERHEAD.get(device, _OVERHEAD_ELSEWHERE),
+        logits=_COPIES_OF_LOGITS * head.weight.shape[0] * max(4.0, head.weight.element_size()) if has_logits else 0.0,
+        allocator=ALLOCATORS.get(device, ALLOCATOR_ELSEWHERE),
         rows_at_once=_MOST_ROWS_OF_TINY if body < _TINY else _ROWS_AT_ONCE.get(device, _ROWS_AT_ONCE_ELSEWHERE),
     )
 

@@ -167,7 +167,7 @@ def tensors(plan: Plan, engine: GroupEngine) -> float:
     """The planned peak without what the allocator adds."""
     served = engine._tried()
     assert not isinstance(served, str)
-    return plan.peak_bytes / served.cost.overhead
+    return served.cost.tensors_within(plan.peak_bytes)
 
 
 @pytest.mark.parametrize("budget", [1e6, 1e9])
