@@ -93,12 +93,13 @@ class RewardConfig:
         for weight in self.links.values():
             if not isinstance(weight, int | float):
                 raise ValueError(f"links holds the weight {weight!r}; expected a number >= 0")
-        check_weights(list(self.links.values()))
-        check_weights([self.task_weight, 1.0])
+        check_weights(list(self.links.values()), "links, by weight,")
+        if not 0.0 <= self.task_weight < math.inf:
+            raise ValueError(f"task_weight is {self.task_weight}; expected a finite number >= 0")
         check_power(self.p)
         if not isinstance(self.counterfactuals, int) or self.counterfactuals < 0:
             raise ValueError(f"counterfactuals (K) is {self.counterfactuals!r}; expected an integer >= 0")
-        check_power(self.join)
+        check_power(self.join, "join")
         if not isinstance(self.donors, int) or self.donors < 1:
             raise ValueError(f"donors is {self.donors!r}; expected an integer >= 1")
         check_nodes(self.nodes)

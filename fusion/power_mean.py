@@ -61,16 +61,16 @@ def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, 
     return _between(smallest, math.exp(min(0.0, mean_log + log_kept / p)), largest)
 
 
-def check_power(p: float) -> None:
-    """Raise ValueError if p is NaN."""
+def check_power(p: float, name: str = "p") -> None:
+    """Raise ValueError, with the argument's name, if an exponent is NaN."""
     if math.isnan(p):
-        raise ValueError("p is NaN; expected a real number, inf or -inf")
+        raise ValueError(f"{name} is NaN; expected a real number, inf or -inf")
 
 
-def check_weights(weights: Sequence[float]) -> None:
-    """Raise ValueError unless the weights are finite, not negative, and at least one is positive."""
+def check_weights(weights: Sequence[float], name: str = "weights") -> None:
+    """Raise ValueError, with the argument's name, unless all are finite and not negative, and at least one positive."""
     if any(not math.isfinite(weight) or weight < 0.0 for weight in weights) or not any(w > 0.0 for w in weights):
-        raise ValueError(f"weights is {list(weights)}; expected finite numbers >= 0, at least one of them > 0")
+        raise ValueError(f"{name} is {list(weights)}; expected finite numbers >= 0, at least one of them > 0")
 
 
 def _between(low: float, value: float, high: float) -> float:

@@ -85,7 +85,7 @@ def collect_rows(
     if not collected:
         reasons = [f"{reason} ({count}x)" for reason, count in Counter(text for _, text in left_out).most_common(3)]
         raise ValueError(
-            f"source {source} holds no usable row: {'; '.join(reasons) or 'it is empty'}; "
+            f"data {source} holds no usable row: {'; '.join(reasons) or 'it is empty'}; "
             f"columns found: {', '.join(columns) or 'none'}"
         )
     return collected, left_out

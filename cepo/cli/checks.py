@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,32 @@ WORLDS = (*JUDGES, *(f"words-{name}" for name in JUDGES))
 SIZES = ("tiny", "small", "a100", "h100", "gpu-135m", "gpu-7b")
 """Of `cepo bench`."""
 REASONERS = ("reasoner-able", "reasoner-lazy", "reasoner-hollow")
+_OTHER_SETTINGS = "made with other settings: "
+_SETTING = re.compile(r"(?:\w+\.)*(\w+)(?= was | has other content)")
 
 
 class OptionNames(TyperGroup):
-    """A group of commands whose errors name options as they are typed: --batch-size, not batch_size."""
+    """A group of commands whose errors name options as they are typed: --batch-size, not batch_size.
+
+    So do refusals to resume, which name each setting that differs (`cepo.files.claim`): --seed, not config.seed. A
+    dotted name that begins an error is a recipe's entry, such as data.source, and stays.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an error that begins with the name of one of its parameters begins with its option."""
         try:
             return super().invoke(ctx)
         except ValueError as error:
-            options: dict[str, str] = {}
-            for one in self.commands[ctx.invoked_subcommand].params:
-                option = option_of(one)
-                options |= {str(one.name): option, option.strip("-").replace("-", "_"): option}
-            told = re.sub(r"^\w+", lambda name: options.get(name[0], name[0]), str(error))
+            parameters = {str(one.name): one for one in self.commands[ctx.invoked_subcommand].params}
+            options = {option_of(one).strip("-").replace("-", "_"): option_of(one) for one in parameters.values()}
+            options |= {
+                f"{name}s": option_of(one) for name, one in parameters.items() if getattr(one, "multiple", False)
+            }
+            options |= {name: option_of(one) for name, one in parameters.items()}  # --donors is not the number `donors`
+            told, other, settings = str(error).partition(_OTHER_SETTINGS)
+            told = re.sub(r"^\w+\b(?!\.)", lambda name: options.get(name[0], name[0]), told)
+            settings = _SETTING.sub(lambda name: options.get(name[1], name[0]), settings)
+            told += other + settings
             if told == str(error):
                 raise
             raise ValueError(told) from error
@@ -49,6 +60,21 @@ class OptionNames(TyperGroup):
 def option_of(parameter: Any) -> str:
     """Return an option as it is typed, or an argument's name."""
     return max(parameter.opts, key=len)
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raise ValueError for options that stand on the command line and would do nothing; `why` continues the sentence.
+
+    Args:
+        context: the command's.
+        names: of its parameters.
+        why: such as "needs --base-url".
+    """
+    parameters = {str(one.name): one for one in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = sorted(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
+    if given:
+        raise ValueError(f"{', '.join(option_of(parameters[name]) for name in given)} {why}; leave it out")
 
 
 def model(parameter: typer.CallbackParam, name: str | None) -> str | None:

@@ -34,6 +34,8 @@ eval_app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+_NODES = (1, 2, 4, 8, 16)
+"""Of `cepo.eval.causal.measures`, whose import would wait for torch."""
 Output = Annotated[
     Path,
     typer.Option(help="Folder for judgements.jsonl, summary.jsonl and report.html.", callback=checks.folder),
@@ -61,7 +63,11 @@ def rewardbench(
         int | None, typer.Option(help="Number of rows to draw at random. Default: all.", callback=checks.at_least(1))
     ] = None,
     ties: Annotated[
-        bool, typer.Option("--ties", help="Judge ties too, and let every prompt allow equal scores, as data.ties does.")
+        bool,
+        typer.Option(
+            "--ties",
+            help="Judge ties too, and tell the judge in every prompt that equal scores are allowed (like data.ties).",
+        ),
     ] = False,
 ) -> None:
     """How often does a judge, or a reward model, prefer the better response?
@@ -292,6 +298,7 @@ def cue_flips(
 
 @eval_app.command()
 def causal(
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option(help="Folder for rows.jsonl, summary.jsonl and report.html.", callback=checks.folder)
     ],
@@ -332,9 +339,7 @@ def causal(
     ] = False,
     most_nodes: Annotated[
         int,
-        typer.Option(
-            help="Largest number of nodes along a path; 1, 2, 4, 8 and 16 are tried.", callback=checks.at_least(1)
-        ),
+        typer.Option(help="Largest number of nodes along a path: 1, 2, 4, 8 or 16; these are tried up to it."),
     ] = 16,
     estimates_only: Annotated[
         bool,
@@ -361,6 +366,15 @@ def causal(
     """
     if testbed == (model is not None) or testbed == (input is not None):
         raise ValueError("eval causal needs --model and --input, or --testbed alone")
+    if most_nodes not in _NODES:
+        raise ValueError(f"--most-nodes is {most_nodes}; expected one of {', '.join(map(str, _NODES))}")
+    if testbed:
+        checks.refuse_given(context, ("raw", "trust_remote_code"), "cannot be used with --testbed")
+        if items is not None and items < 8:
+            raise ValueError(f"--items is {items}; expected at least 8 with --testbed")
+    else:
+        of_testbed = ("world", "layers", "completions", "without_pair")
+        checks.refuse_given(context, of_testbed, "needs --testbed")
     use_threads(threads)
     from cepo.eval.causal.command import CausalJob, run_causal
     from cepo.eval.causal.report import console_tables

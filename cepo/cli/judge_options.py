@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -20,6 +20,9 @@ from cepo.eval.judges.settings import JudgeSettings, check_judge
 _OF_VERDICTS = ("force_format", "verdicts")
 _OF_REWARDS = {*(name for name in RewardSettings.__dataclass_fields__ if name != "model"), "threads"}
 """Options that say how a reward model runs; the others are those of judges that write."""
+_OF_SERVERS = ("concurrency", "timeout", "retries", "api_key_file")
+_OF_WEIGHTS = ("batch_size", "dtype", "device", "trust_remote_code")
+"""Options that play no part where a server runs the model."""
 
 
 def with_judge(command: Callable[..., None]) -> Callable[..., None]:
@@ -88,16 +91,18 @@ def _judge_settings(
     **writing: Any,
 ) -> JudgeSettings | RewardSettings:
     if (model is None) == (reward_model is None):
-        raise ValueError("expected --model, a judge that writes, or --reward-model: one of the two")
+        raise ValueError("give either --model or --reward-model; expected one judge, which writes or gives rewards")
     if reward_model is not None:
-        _refuse_given(context, _WRITING.keys() - _OF_REWARDS)
+        why = "cannot be used with --reward-model, which writes no judgement"
+        checks.refuse_given(context, _WRITING.keys() - _OF_REWARDS, why)
         checks.check_model("--reward-model", reward_model)
         use_threads(writing["threads"])
         return RewardSettings(reward_model, **{name: writing[name] for name in _OF_REWARDS - {"threads"}})
-    return _writing_settings("--model", str(model), **writing)
+    return _writing_settings(context, "--model", str(model), **writing)
 
 
 def _writer_settings(
+    context: typer.Context,
     writer: Annotated[
         str,
         typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, its name there."),
@@ -105,10 +110,11 @@ def _writer_settings(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer, the thought included.")] = 2048,
     **writing: Any,
 ) -> JudgeSettings:
-    return _writing_settings("--writer", writer, max_new_tokens=max_new_tokens, **writing)
+    return _writing_settings(context, "--writer", writer, max_new_tokens=max_new_tokens, **writing)
 
 
 def _writing_settings(
+    context: typer.Context,
     option: str,
     model: str,
     backend: Annotated[
@@ -145,8 +151,12 @@ def _writing_settings(
     device: Device = JudgeSettings.device,
     trust_remote_code: TrustRemoteCode = False,
 ) -> JudgeSettings:
-    if model and base_url is None:
-        checks.check_model(option, model)
+    if base_url is None:
+        checks.refuse_given(context, _OF_SERVERS, "needs --base-url, a server that answers")
+        if model:
+            checks.check_model(option, model)
+    else:
+        checks.refuse_given(context, _OF_WEIGHTS, "cannot be used with --base-url: the server runs the model")
     settings = JudgeSettings(
         model=model,
         backend=backend or ("transformers" if base_url is None else "server"),  # type: ignore[arg-type]
@@ -172,17 +182,12 @@ def _writing_settings(
     return settings
 
 
-_WRITING = {name: option for name, option in _parameters(_writing_settings).items() if name not in ("option", "model")}
+_WRITING = {
+    name: option
+    for name, option in _parameters(_writing_settings).items()
+    if name not in ("context", "option", "model")
+}
 """Options of every model that writes."""
-
-
-def _refuse_given(context: typer.Context, names: Set[str]) -> None:
-    """Raise ValueError for options of judges that write, where they stand on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    given = sorted(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{options} cannot be used with --reward-model, which writes no judgement; leave it out")
 
 
 def _in_panel(parameter: inspect.Parameter, panel: str) -> inspect.Parameter:

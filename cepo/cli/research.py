@@ -272,9 +272,7 @@ def reward_experiment(
 def words_judge(
     judge: Annotated[
         str,
-        typer.Argument(
-            help="What to teach: able, lazy, hollow, decorative or copied.", callback=checks.one_of(*checks.JUDGES)
-        ),
+        typer.Argument(help=f"What to teach: {', '.join(checks.JUDGES)}.", callback=checks.one_of(*checks.JUDGES)),
     ] = "lazy",
     base: Annotated[
         str | None, typer.Option(help="Pretrained model to teach, with a chat template.", callback=checks.model)

@@ -31,6 +31,7 @@ _output = partial(typer.Option, rich_help_panel="Output")
 
 
 def score(
+    context: typer.Context,
     model: Annotated[
         str, _model(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model)
     ],
@@ -189,9 +190,13 @@ def score(
     from cepo.jacobian.reading.reasoner import ReasonerLayout
     from cepo.train.prompts import JUDGE, REASONING_LITERALS
 
-    for option, value in given(guard=guard, verdicts=verdicts).items():
-        if kind == "reasoning":
-            raise ValueError(f"--{option} is {value!r}, but --kind is reasoning; only a judge writes a verdict")
+    if kind == "reasoning":
+        checks.refuse_given(
+            context, ("guard", "verdicts"), "cannot be used with --kind reasoning, which has no verdict"
+        )
+    else:
+        tags = ("rationale_tag", "answer_tag")
+        checks.refuse_given(context, tags, "needs --kind reasoning: the tags of judgements are fixed")
     fields = given(
         links=weighted_links(links) if links else None,
         task_weight=task_weight,

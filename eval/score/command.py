@@ -173,7 +173,7 @@ def _check(job: ScoreJob) -> ModelSource:
 
 def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict[str, Any]:
     """Return what decides the records; where spans are compared with donors, all rows decide each of them."""
-    name = "donors" if job.donors else "input (its rows are each other's donors)"
+    name = "donors_file" if job.donors else "input (its rows are each other's donors)"
     donors = fingerprint(job.donors) if job.donors else content_hash([line.content for line in lines])
     return {
         **({name: donors} if job.config.reads_effects else {}),

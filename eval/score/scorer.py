@@ -96,7 +96,7 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
         return pools  # there is no span that could need a donor: all rows are scored 0
     prompts = {candidate.prompt for pool in pools.values() for candidate in pool}
     if scoring.config.no_donor == "zero" and len(prompts) < (2 if scoring.donors is None else 1):
-        where = "input" if scoring.donors is None else "donors"
+        where = "input" if scoring.donors is None else "the donors file"
         reasons = "; ".join(f"{reason} ({count}x)" for reason, count in wrong.most_common(3))
         cause = f"{wrong.total()} of {len(rollouts)} rows are malformed: {reasons}. It " if wrong else "It "
         raise ValueError(

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args
 
 import pytest
+import typer
 
-from cepo.cli.checks import JUDGES, REASONERS, SIZES, WORLDS
+from cepo.cli.checks import JUDGES, REASONERS, SIZES, WORLDS, OptionNames
 from cepo.files import means_path
 
 SCORE = "score --model smollm2 --input rows.jsonl --output s.jsonl"
@@ -20,6 +21,12 @@ REFUSED = {
     f"{SCORE} --counterfactuals -1": "--counterfactuals (K) is -1",
     f"{SCORE} --link X=>Y": "--link is 'X=>Y'",
     f"{SCORE} --link Q->Y": "'Q->Y'",
+    f"{SCORE} --join nan": "--join is NaN",
+    f"{SCORE} --donor-count 0": "--donor-count is 0",
+    f"{SCORE} --task-weight -1": "--task-weight is -1",
+    f"{SCORE} --link X->Y=nan": "--link, by weight, is [nan]",
+    f"{SCORE} --answer-tag foo": "--answer-tag needs --kind reasoning",
+    f"{SCORE} --kind reasoning --guard off": "--guard cannot be used with --kind reasoning",
     f"{SCORE} --dtype int": "--dtype is 'int'",
     f"{SCORE} --engine fast": "--engine is 'fast'",
     f"{SCORE} --html rows.jsonl/page.html": "--html is",
@@ -37,8 +44,10 @@ REFUSED = {
     f"augment {EVAL} --kinds degrade --writer ./none": "--writer is './none'",
     f"augment {EVAL} --kinds original --filter-model ./none": "--filter-model is './none'",
     "demo --output rows.jsonl": "--output is 'rows.jsonl'",
-    f"eval rewardbench {EVAL}": "expected --model",
+    f"eval rewardbench {EVAL}": "give either --model or --reward-model",
     f"eval rewardbench {EVAL} --reward-model ./none": "--reward-model is './none'",
+    f"eval rewardbench {EVAL} --model smollm2 --timeout 5": "--timeout needs --base-url",
+    f"eval rewardbench {EVAL} --model any --base-url http://h/v1 --dtype float64": "--dtype cannot be used with --base",
     f"eval rewardbench {EVAL} --model smollm2 --batch-size 0": "--batch-size is 0",
     f"eval rewardbench {EVAL} --model smollm2 --max-new-tokens 0": "--max-new-tokens is 0",
     f"eval robustness {EVAL} --model smollm2 --transformation good": "--transformation is 'good'",
@@ -47,6 +56,9 @@ REFUSED = {
     "eval sensitivity --reward-model ./none --data testbed --output out": "--reward-model is './none'",
     "eval cue-flips --judge good --output out": "--judge is 'good'",
     "eval causal --output out": "--testbed alone",
+    "eval causal --output out --testbed --most-nodes 3": "--most-nodes is 3",
+    "eval causal --output out --testbed --items 3": "--items is 3",
+    "eval causal --output out --model smollm2 --input rows.jsonl --world lazy": "--world needs --testbed",
     "eval causal --output out --testbed --world good": "--world is 'good'",
     "ablate --model smollm2 --input none.jsonl --output out": "--input none.jsonl",
     "ablate --model smollm2 --input rows.jsonl --output out --score good": "--score is 'good'",
@@ -95,9 +107,44 @@ def test_a_refusal_names_the_option_and_waits_for_no_import(line: str, told: dic
     assert REFUSED[line] in told[line]
 
 
+def test_errors_name_the_option_and_leave_what_is_none() -> None:
+    """A recipe's entry is no option; a setting that differs and the plural of a repeated option are."""
+
+    def told(error: str) -> str:
+        app = typer.Typer(cls=OptionNames)
+
+        @app.callback()
+        def root() -> None:
+            pass
+
+        @app.command()
+        def run(
+            data: str = "",
+            seed: int = 0,
+            arm: list[str] = [],  # noqa: B006
+            donors: Annotated[int, typer.Option("--donor-count")] = 3,
+            donors_file: Annotated[str, typer.Option("--donors")] = "",
+        ) -> None:
+            raise ValueError(error)
+
+        with pytest.raises(ValueError, match=".") as raised:
+            app(["run"], standalone_mode=False)
+        return str(raised.value)
+
+    assert told("data.source is missing") == "data.source is missing"
+    assert told("data rows.jsonl holds no usable row") == "--data rows.jsonl holds no usable row"
+    assert told("arms names foo") == "--arm names foo"
+    assert told("donors is 0") == "--donor-count is 0"
+    assert told("donors_file is none") == "--donors is none"
+    differ = "output 'o' holds o, made with other settings: config.seed was 0 and is 1, donors_file has other content"
+    assert told(differ).endswith(": --seed was 0 and is 1, --donors has other content")
+
+
 def test_names_that_are_known_without_torch_are_those_of_the_library() -> None:
     from cepo.benchmarks.engine import sizes
     from cepo.benchmarks.experiment.recipe import REASONS
+    from cepo.cli.evaluate import _NODES
+    from cepo.eval.causal.measures import NODES
     from cepo.train.reasoner_testbed_models import ReasonerKind
     from cepo.train.testbed_judges import JudgeKind
 
@@ -105,6 +152,7 @@ def test_names_that_are_known_without_torch_are_those_of_the_library() -> None:
     assert WORLDS[: len(JUDGES)] == JUDGES
     assert tuple(REASONS + kind for kind in get_args(ReasonerKind)) == REASONERS
     assert tuple(sizes.SIZES) == SIZES
+    assert _NODES == NODES
 
 
 def test_what_looks_like_a_path_is_none_of_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

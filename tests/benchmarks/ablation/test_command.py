@@ -291,7 +291,7 @@ def test_other_arguments_and_other_files_are_refused(
         ({"links": {"Y->X": 1.0}}, "by causality"),
         ({"links": {}}, "links is empty"),
         ({"permutation": "shuffle"}, "permutation is 'shuffle'"),
-        ({"task_weight": -1.0}, "weights"),
+        ({"task_weight": -1.0}, "task_weight is -1.0"),
         ({"seed": -1}, "seed is -1"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"device": "warp:1"}, "device is 'warp:1'"),

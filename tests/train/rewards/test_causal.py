@@ -291,7 +291,7 @@ def test_settings_are_refused_before_any_model() -> None:
         ({"links": {"X->Q": 1.0}}, "unknown span 'Q'"),
         ({"counterfactuals": -1}, r"counterfactuals \(K\)"),
         ({"p": float("nan")}, "p is NaN"),
-        ({"links": {"X->Y": -1.0}}, "weights"),
+        ({"links": {"X->Y": -1.0}}, "links, by weight"),
         ({"score": "size"}, "score is 'size'"),
         ({"rank": -1}, "rank is -1"),
     ):
