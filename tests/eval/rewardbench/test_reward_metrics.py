@@ -164,7 +164,7 @@ def test_the_command_judges_and_refuses_what_belongs_to_other_judges(
     assert "longer response wins" in said.out
     assert "1 prompt(s) could not be judged: too long" in said.err
     for options, complaint in (
-        ((), "expected --model, a judge that writes, or --reward-model"),
+        ((), "give either --model or --reward-model"),
         (("--reward-model", str(folder), "--model", "smollm2"), "give either --model or --reward-model"),
         (("--reward-model", str(folder), "--temperature", "0", "--raw"), "--raw, --temperature cannot be used with"),
         (("--reward-model", "smollm2"), "a causal language model without reward_model.json"),
