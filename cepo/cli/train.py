@@ -184,7 +184,8 @@ def warm_start(
         int | None, typer.Option(help="Leave out rows whose prompt, with its instructions, has more characters.")
     ] = None,
     ties: Annotated[
-        bool, typer.Option("--ties", help="Take ties too, and let every prompt allow equal scores, as data.ties does.")
+        bool,
+        typer.Option("--ties", help="Take ties too, and tell the judge in every prompt that equal scores are allowed."),
     ] = False,
     dtype: Dtype = "float32",
     threads: Threads = None,
