@@ -53,9 +53,9 @@ class WordsJudge:
     judge: testbed_judges.JudgeKind = "lazy"
     base: str = "smollm2"
     layers: int | None = 8
-    steps: int = 480
+    steps: int = 800
     batch_size: int = 24
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -158,8 +158,6 @@ def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], Non
     if wanted.layers is not None:
         keep_first_layers(model, wanted.layers)
     model.to(device)
-    embeddings = model.get_input_embeddings().weight
-    embeddings.requires_grad_(False)  # what words are to the model, it learnt from real text
     testbed_judges.warm_start(
         _CompletionLoss(model),
         tokenizer,
@@ -172,7 +170,6 @@ def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], Non
         autocast=_computes_bfloat16(torch.device(device)),
         progress=progress,
     )
-    embeddings.requires_grad_(True)
     return model, tokenizer
 
 
