@@ -139,7 +139,15 @@ def parse_line(line: bytes) -> Row | str | None:
         return f"JSON that can't be held: {error}"
     if isinstance(row, dict) or not text:
         return row
-    return f"a JSON {type(row).__name__}, not an object"
+    return f"holds {kind_of(row)}; expected a JSON object"
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, in words that JSON, YAML and tables have."""
+    if isinstance(value, bool):
+        return "true or false"
+    words = {str: "text", type(None): "nothing", int: "a number", float: "a number", dict: "an object", list: "a list"}
+    return words.get(type(value), f"a {type(value).__name__}")
 
 
 # Resuming

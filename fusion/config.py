@@ -182,7 +182,7 @@ class RewardConfig:
         if self.reads_leak and not layout.responses:
             raise ValueError(
                 "the order leak (also='order_leak', or leak_weight) exchanges the two responses that a judge compares; "
-                f"{type(layout).__name__} has none"
+                "the prompt of a reasoner has none"
             )
         return [chain for chain in chains if self.links[chain.name] > 0.0]
 

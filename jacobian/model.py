@@ -53,7 +53,7 @@ class HeldModel:
         if self._peft is not None and any(c.is_prompt_learning for c in self._peft.peft_config.values()):
             raise ValueError("model carries a prompt-learning adapter; expected LoRA or another weight adapter")
         if not adapters and self._peft is None:
-            raise ValueError("adapters is False, but the model is not a PeftModel and has no adapters to disable")
+            raise ValueError("adapters is False, but the model has no adapters (such as LoRA) to switch off")
         self._adapters = adapters
         self.causal_lm = self._peft.get_base_model() if self._peft is not None else model
         config = getattr(self.causal_lm, "config", None)

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.layout import Layout
-from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts
+from cepo.jacobian.reading.verdict import STRICT, Verdicts
 from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
 from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
+from cepo.train.left_out import shown, write_left_out
 from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint, source_and_options
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.ranks import failing_together
-from cepo.train.recipe import decisive, read_recipe, trainer_arguments
-from cepo.train.run import lora_config, require_trl, train_to_end
+from cepo.train.recipe import Dtype, decisive, read_recipe, trainer_arguments
+from cepo.train.run import check_lora, lora_config, require_trl, train_to_end
+from cepo.train.settings import check_settings
 
 logger = logging.getLogger(__name__)
 
+# Of a reward that reads one kind's output and reference: that kind. The others read either.
+_KINDS = {
+    "exact_match": "reasoning",
+    "math_verify": "reasoning",
+    "bertscore": "reasoning",
+    "argmax": "judge",
+    "format": "judge",
+    "proxy": "judge",
+}
 TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 _PEERS = ("cir", "log_cir", "csr", "necessary")
 AUTO = "auto"
@@ -48,7 +60,7 @@ class TrainConfig:
         verdicts: which written forms of a judge's verdict all of this reads, strict or lenient, see `JudgeLayout`.
         causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None to add no term to the
             loss of GRPO.
-        output: folder of the run: checkpoints, metrics.jsonl, log.txt, settings.json, final/.
+        output: folder of the run: checkpoints, metrics.jsonl, left_out.jsonl, log.txt, settings.json, final/.
         grpo: any field of TRL's GRPOConfig.
         lora: any field of peft's LoraConfig, or None to train all weights.
         dtype: dtype of the weights: float32, bfloat16, float16.
@@ -62,29 +74,28 @@ class TrainConfig:
     data: Mapping[str, Any]
     rewards: Sequence[Mapping[str, Any]]
     output: str
-    kind: str = "judge"
+    kind: Literal["judge", "reasoning"] = "judge"
     verdicts: Verdicts = STRICT
     causal_loss: Mapping[str, Any] | None = None
     grpo: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     seed: int = 0
     threads: int | None = None
     testbed: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("judge", "reasoning"):
-            raise ValueError(f"kind is {self.kind!r}; expected judge or reasoning")
-        check_verdicts(self.verdicts)
         source_and_options(self.data)
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {self.dtype!r}; expected float32, bfloat16 or float16")
-        if not isinstance(self.rewards, Sequence) or not self.rewards:
+        check_settings("", vars(self), TrainConfig)
+        if not self.rewards:
             raise ValueError("rewards is empty; expected a list of mappings such as {name: format}")
         for reward in self.rewards:
             if not isinstance(reward, Mapping) or reward.get("name") not in _REWARDS:
                 raise ValueError(f"rewards holds {reward!r}; expected a mapping with a name of {', '.join(_REWARDS)}")
+            for name, kind in _KINDS.items():
+                if name in (reward["name"], reward.get("task")) and kind != self.kind:
+                    raise ValueError(f"reward {name} needs kind: {kind}, but kind is {self.kind}")
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -123,8 +134,14 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
             config, arguments.generation_batch_size // arguments.num_generations, tells=arguments.process_index == 0
         )
         settings = run_settings(config, data)
+
+    def build() -> Any:
+        if arguments.process_index == 0:
+            write_left_out(Path(config.output), data.skipped)
+        return _trainer(config, arguments, functions, causal_loss, data, lora)
+
     return train_to_end(
-        lambda: _trainer(config, arguments, functions, causal_loss, data, lora),
+        build,
         arguments,
         settings,
         fresh=fresh,
@@ -149,8 +166,9 @@ def load_train_data(config: TrainConfig, prompts: int, *, tells: bool = True) ->
             f"takes {prompts} prompts; add rows, or lower data.test_fraction or grpo.per_device_train_batch_size"
         )
     if data.skipped and tells:
-        shown = "; ".join(f"row {number}: {reason}" for number, reason in data.skipped[:5])
-        logger.warning("%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown)
+        logger.warning(
+            "%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown(data.skipped)
+        )
     return data
 
 
@@ -182,6 +200,7 @@ def _trainer(
             testbed_judge=config.testbed,
             trust_remote_code=config.trust_remote_code,
         )
+    check_lora(model, lora)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options: dict[str, Any] = {}
@@ -241,19 +260,17 @@ def build_causal_loss(config: TrainConfig) -> CausalLoss | None:
     """Return the settings of the causal loss, checked, or None."""
     if config.causal_loss is None:
         return None
-    if not isinstance(config.causal_loss, Mapping):
-        raise ValueError(f"causal_loss is {config.causal_loss!r}; expected a mapping such as {{weight: 0.5}}, or none")
+    check_settings("causal_loss", config.causal_loss, CausalLoss)
     try:
         settings = CausalLoss(**config.causal_loss)
         settings.parsed_links(_layout(config))
-    except (TypeError, ValueError) as error:
-        names = ", ".join(item.name for item in dataclasses.fields(CausalLoss))
-        raise ValueError(f"causal_loss cannot be used: {error} (its fields are {names})") from error
+    except ValueError as error:
+        raise ValueError(f"causal_loss cannot be used: {error}") from error
     return settings
 
 
 def _is_automatic(config: TrainConfig) -> bool:
-    loss = config.causal_loss if isinstance(config.causal_loss, Mapping) else {}
+    loss = config.causal_loss or {}
     return AUTO in [loss.get("weight"), *(reward.get(key) for reward in config.rewards for key in ("weight", "p"))]
 
 
@@ -300,7 +317,7 @@ def run_settings(config: TrainConfig, data: DataSplit) -> dict[str, Any]:
 
 
 def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> Any:
-    from cepo.fusion.config import PAPER
+    from cepo.fusion.config import PAPER, RewardConfig
     from cepo.train.rewards import peers
     from cepo.train.rewards import task as task_rewards
     from cepo.train.rewards.causal import CausalReward, TaskReward
@@ -319,12 +336,17 @@ def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> A
         "csr": peers.CounterfactualSensitivity,
         "necessary": peers.Necessity,
     }
+    key = f"rewards: {name}"
+    if "bertscore" in (name, settings.get("task")) and importlib.util.find_spec("bert_score") is None:
+        raise ValueError(f"{key} needs the bert-score library: pip install 'cepo[bertscore]'")
     try:
         guard = settings.pop("guard", None) if name == "causal" or name in published else None
         layout = _layout(config, guard)
         if name == "proxy":
+            check_settings(key, settings, ProxyReward)
             return ProxyReward(**{"verdicts": config.verdicts, **settings})
         if name in published:
+            check_settings(key, settings, published[name])
             return published[name](**{"layout": layout, **settings})
         if name == "causal":
             task = settings.pop("task", None)
@@ -334,12 +356,13 @@ def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> A
             if preset not in (None, "paper"):
                 raise ValueError(f"preset is {preset!r}; expected paper, or none")
             settings = {**(PAPER if preset else {}), **settings}
+            check_settings(key, settings, RewardConfig, CausalReward, but=("config",))
             settings.setdefault("layout", layout)
             return CausalReward(task=plain[task] if task else None, **settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"rewards: {name} cannot be built: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{key} cannot be built: {error}") from error
     if settings:
-        raise ValueError(f"rewards: {name} takes no settings but weight; got {', '.join(settings)}")
+        raise ValueError(f"{key} takes no settings but weight; got {', '.join(settings)}")
     return plain[name]
 
 

@@ -16,9 +16,15 @@ from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
-from cepo.train.reasoner_testbed import Question, generate_questions
-from cepo.train.reasoner_testbed_models import load_testbed_reasoner, reasoner_fingerprint, reasoner_settings
-from cepo.train.testbed_words import load_words_judge, words_fingerprint, words_settings
+from cepo.train.reasoner_testbed import Question, Task, generate_questions
+from cepo.train.reasoner_testbed_models import (
+    ReasonerSettings,
+    load_testbed_reasoner,
+    reasoner_fingerprint,
+    reasoner_settings,
+)
+from cepo.train.settings import check_settings
+from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerprint, words_settings
 
 TESTBED, WORDS, REASONER_TESTBED = "testbed", "testbed-words", "testbed-reasoner"
 TESTBEDS = (TESTBED, WORDS, REASONER_TESTBED)
@@ -39,21 +45,18 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
         ValueError: for an unknown option, or data that cannot be used.
     """
     source, options = source_and_options(settings)
-    known = {"count": 512, "test_count": 128, "cue_agreement": 0.9}
-    if source == REASONER_TESTBED:
-        return _questions(kind, {**known, "task": "chain_sum"}, options, seed)
-    if source == TESTBED:
-        _check_options(options, known)
-        values = {**known, **options}
-        train = testbed.generate_items(values["count"], seed=seed + 1, cue_agreement=values["cue_agreement"])
-        test = testbed.generate_items(values["test_count"], seed=seed + 2, cue_agreement=values["cue_agreement"])
-        return DataSplit(items_dataset(train), items_dataset(test), ())
-    taken = dict.fromkeys(("split", "test_fraction", "limit", "columns", "max_characters"))
-    if kind != "judge":
-        _check_options(options, taken)
-        return load_reasoning(source, seed=seed, **options)
-    _check_options(options, {**taken, "ties": None})
-    return load_preferences(source, seed=seed, **options)
+    of_kind = {
+        "judge": (TESTBED, _items, load_preferences),
+        "reasoning": (REASONER_TESTBED, _questions, load_reasoning),
+    }
+    own, generate, read = of_kind[kind]
+    if source in (TESTBED, REASONER_TESTBED) and source != own:
+        raise ValueError(
+            f"kind is {kind!r}, but data.source is {source}; expected {'judge' if source == TESTBED else 'reasoning'}"
+        )
+    load: Callable[..., DataSplit] = generate if source == own else read
+    check_settings("data", options, load, but=("source", "seed"))
+    return load(source, seed=seed, **options)
 
 
 def source_and_options(settings: Any) -> tuple[str, dict[str, Any]]:
@@ -123,6 +126,8 @@ def policy_fingerprint(name: str, *, seed: int, testbed_judge: Mapping[str, Any]
         seed: see `load_policy`.
         testbed_judge: see `load_policy`.
     """
+    if name in (WORDS, REASONER_TESTBED):
+        check_settings("testbed", testbed_judge, WordsJudge if name == WORDS else ReasonerSettings)
     if name == WORDS:
         return words_fingerprint(words_settings(testbed_judge))
     if name == REASONER_TESTBED:
@@ -166,29 +171,28 @@ def testbed_fingerprint(judge: testbed_judges.JudgeKind, *, steps: int, seed: in
     return content_hash(sources, write_judgement("", "", (0, 0)), judge, steps, seed)
 
 
-def _questions(kind: str, known: Mapping[str, Any], given: Mapping[str, Any], seed: int) -> DataSplit:
-    if kind != "reasoning":
-        raise ValueError(f"kind is {kind!r}, but data.source is {REASONER_TESTBED}; expected reasoning")
-    _check_options(given, known)
-    values = {**known, **given}
-    train, test = (
-        generate_questions(
-            values[count], seed=seed + number, cue_agreement=values["cue_agreement"], task=values["task"]
-        )
-        for number, count in ((1, "count"), (2, "test_count"))
-    )
+def _items(source: str, *, seed: int, count: int = 512, test_count: int = 128, cue_agreement: float = 0.9) -> DataSplit:
+    """Return the judge's testbed."""
+    train = testbed.generate_items(count, seed=seed + 1, cue_agreement=cue_agreement)
+    test = testbed.generate_items(test_count, seed=seed + 2, cue_agreement=cue_agreement)
+    return DataSplit(items_dataset(train), items_dataset(test), ())
+
+
+def _questions(
+    source: str,
+    *,
+    seed: int,
+    count: int = 512,
+    test_count: int = 128,
+    cue_agreement: float = 0.9,
+    task: Task = "chain_sum",
+) -> DataSplit:
+    """Return the reasoner's testbed."""
+    train = generate_questions(count, seed=seed + 1, cue_agreement=cue_agreement, task=task)
+    test = generate_questions(test_count, seed=seed + 2, cue_agreement=cue_agreement, task=task)
     return DataSplit(questions_dataset(train), questions_dataset(test), ())
 
 
 def _testbed_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    options = {"judge": "lazy", "steps": 300, **given}
-    _check_options(options, {"judge": None, "steps": None}, of="testbed")
-    return options
-
-
-def _check_options(options: Mapping[str, Any], known: Mapping[str, Any], *, of: str = "data") -> None:
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{of} holds {', '.join(unknown)}, unknown for this source; expected some of {', '.join(known)}"
-        )
+    check_settings("testbed", given, load_testbed_judge, but=("seed", "cache", "progress"))
+    return {"judge": "lazy", "steps": 300, **given}

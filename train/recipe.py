@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 import cepo
+from cepo.files import kind_of
+from cepo.train.settings import check_names
 
 _RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
 # Fields of a trainer's settings that a run may change when it resumes: its length, and what it writes where.
 _FREE = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions", "disable_tqdm")
 Config = TypeVar("Config")
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of the weights that a recipe trains."""
 
 
 def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, Any], *, needed: Sequence[str]) -> Config:
@@ -35,21 +40,16 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
         place, *rest = key.split(".")
         if rest:
             if not isinstance(loaded.get(place) or {}, Mapping):
-                came = type(loaded[place]).__name__
+                came = kind_of(loaded[place])
                 raise ValueError(
-                    f"{key} cannot be set: {place} is a {came}; expected a mapping, or {place} set as a whole"
+                    f"{key} cannot be set: {place} is {came}; expected a mapping, or {place} set as a whole"
                 )
             inner = dict(loaded.get(place) or {})
             inner[".".join(rest)] = value
             loaded[place] = inner
         else:
             loaded[place] = value
-    known = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(loaded) - set(known))
-    if unknown:
-        raise ValueError(
-            f"config {str(path)!r} holds the unknown key {', '.join(unknown)}; expected {', '.join(known)}"
-        )
+    check_names(f"config {str(path)!r}", loaded, [item.name for item in dataclasses.fields(kind)])  # type: ignore[arg-type]
     missing = [name for name in needed if not loaded.get(name)]
     if missing:
         raise ValueError(f"config {str(path)!r} lacks {', '.join(missing)}")
@@ -59,7 +59,7 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """Return what a YAML file holds, a mapping; ValueError for another file. It needs no torch."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = read_yaml(Path(path).read_text())
     except OSError as error:
         names = sorted(name.relative_to(_RECIPES) for name in _RECIPES.rglob("*.yaml"))
         recipes = ", ".join(f"train/recipes/{name}" for name in names)
@@ -67,9 +67,29 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read as YAML: {reason_of(error)}") from error
     if not isinstance(loaded, dict):
-        held = "is empty" if loaded is None else f"holds a {type(loaded).__name__}"
+        held = "is empty" if loaded is None else f"holds {kind_of(loaded)}"
         raise ValueError(f"config {str(path)!r} {held}; expected a mapping with keys such as model, data and output")
     return loaded
+
+
+def read_yaml(text: str) -> Any:
+    """Return what a YAML text holds; yaml.YAMLError where it is not YAML, or gives a mapping one key twice."""
+    return yaml.load(text, Loader=_OnceLoader)
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but it refuses a key that a mapping holds twice, of which PyYAML takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                problem = f"the key {key.value!r} is already on line {lines[key.value]}; expected once"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = key.start_mark.line + 1
+        return node
 
 
 def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, output: str, seed: int) -> Any:
@@ -96,8 +116,11 @@ def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, ou
     for name, value in given.items():
         default = known[name].default
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
-        if is_number and value is not None and not isinstance(value, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        if is_number and value is not None and not number:
             raise ValueError(f"{key}.{name} is {value!r}; expected a number")
+        if name == "learning_rate" and value < 0:  # which torch refuses only once the model is loaded
+            raise ValueError(f"{key}.{name} is {value!r}; expected a number >= 0")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of a field that TRL itself sets by its older name

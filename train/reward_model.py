@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from cepo.files import write_jsonl
 from cepo.jacobian.loading import load_tokenizer, model_fingerprint, resolve_model
 from cepo.jacobian.reward_model import HEAD, Form, load_reward_model, read_last_token
 from cepo.train import reward_testbed, testbed
+from cepo.train.left_out import LEFT_OUT, write_left_out
 from cepo.train.pair_encoding import TEMPLATE, PairEncoder, Shown
 from cepo.train.policy import TESTBED
 from cepo.train.ranks import failing_together
-from cepo.train.recipe import decisive, read_recipe, trainer_arguments
+from cepo.train.recipe import Dtype, decisive, read_recipe, trainer_arguments
 from cepo.train.reward_data import EncodedPairs, encode_pairs, load_pairs, told
 from cepo.train.reward_testbed import build_reward_model, reward_model_fingerprint
-from cepo.train.run import lora_config, require_trl, train_to_end
+from cepo.train.run import check_lora, lora_config, require_trl, train_to_end
+from cepo.train.settings import check_settings
 
 logger = logging.getLogger(__name__)
 
-LEFT_OUT = "left_out.jsonl"
 # Fields of TRL's RewardConfig that would change texts, which are encoded here.
 _OURS = ("eos_token", "pad_token", "chat_template_path", "model_init_kwargs")
 
@@ -60,16 +60,15 @@ class RewardModelConfig:
     tie_weight: float = 1.0
     reward: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     seed: int = 0
     threads: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tie_weight, int | float) or not self.tie_weight >= 0:
+        check_settings("", vars(self), RewardModelConfig)
+        if not self.tie_weight >= 0:
             raise ValueError(f"tie_weight is {self.tie_weight!r}; expected a number >= 0")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {self.dtype!r}; expected float32, bfloat16 or float16")
         taken = [name for name in _OURS if name in self.reward]
         if taken:
             raise ValueError(f"reward holds {', '.join(taken)}; texts are encoded with the model's own tokenizer alone")
@@ -120,7 +119,7 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
 
     def build() -> Any:
         if arguments.process_index == 0:
-            write_jsonl(Path(config.output) / LEFT_OUT, [{"id": name, "reason": reason} for name, reason in left_out])
+            write_left_out(Path(config.output), left_out)
         return _trainer(config, arguments, encoder, train, test, lora)
 
     return train_to_end(build, arguments, settings, fresh=fresh)
@@ -143,6 +142,7 @@ def _trainer(
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
+    check_lora(model, lora)
     return PairTrainer(
         shown=config.shown,
         tie_weight=config.tie_weight,

@@ -11,17 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cepo.files import Row
+from cepo.files import Row, kind_of
 from cepo.train.prompts import judge_prompt
 
 PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 """What the columns of a preference are called."""
 TIE = "tie"
 """Label of a row in which neither response is better."""
-UNASKED_TIE = (
-    "is a tie: neither response is better; data.ties: true of cepo train, and --ties of cepo warm-start and "
-    "cepo eval rewardbench, ask for ties"
-)
+UNASKED_TIE = "is a tie; to include ties, set data.ties: true (cepo train) or pass --ties"
 """Why a sound row that is a tie is left out."""
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _IMAGES = ("images", "image", "pixel_values")
@@ -243,14 +240,6 @@ def content_text(content: Any, column: str) -> str:
     if not all(isinstance(part.get("text"), str) for part in content):
         raise ValueError(f"column {column!r} is a list, but not one of messages with role and content")
     return "".join(part["text"] for part in content)
-
-
-def kind_of(value: Any) -> str:
-    """Return what a value is, in words that JSON and tables have."""
-    if isinstance(value, bool):
-        return "true or false"
-    words = {type(None): "nothing", int: "a number", float: "a number", dict: "an object", list: "a list"}
-    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def is_storable(text: str) -> bool:

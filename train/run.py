@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +23,8 @@ from transformers import TrainerCallback
 
 from cepo.files import SETTINGS, append_jsonl, claim, make_folder, read_jsonl, replacing, write_jsonl
 from cepo.train.ranks import check_agreement, failing_together
+from cepo.train.rewards.bound import nothing_learned
+from cepo.train.settings import check_names
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +131,6 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
 
 def trainer_defaults(seed: int) -> dict[str, Any]:
     """Return our settings for any trainer of TRL; its own defaults (bf16, checkpointing) only cost time on a CPU."""
-    import torch
-
     cuda = torch.cuda.is_available()
     return {
         "use_cpu": not cuda,
@@ -154,10 +157,27 @@ def lora_config(settings: Mapping[str, Any] | None) -> Any:
         return None
     from peft import LoraConfig
 
+    check_names("lora", settings, [item.name for item in dataclasses.fields(LoraConfig)])
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings})
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora is not a valid LoraConfig: {error}") from error
+
+
+def check_lora(model: Any, lora: Any) -> None:
+    """Raise ValueError if peft finds no place for the layers of a LoraConfig in a Hugging Face model; None passes."""
+    if lora is None:
+        return
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):  # without weights
+                get_peft_model(type(model)(copy.deepcopy(model.config)), copy.deepcopy(lora))
+        except ValueError as error:
+            targets = lora.target_modules
+            names = sorted(targets) if isinstance(targets, set) else targets
+            raise ValueError(f"lora does not fit the model (lora.target_modules is {names!r}): {error}") from error
 
 
 def last_complete_checkpoint(output: Path) -> Path | None:
@@ -297,10 +317,7 @@ def _nothing_learned(metrics: Sequence[Mapping[str, Any]]) -> str | None:
         for label, name in shares.items()
         if all(name in row for row in steps)
     ]
-    return (
-        f"every reward was 0, so nothing was learned{': ' if told else ''}{', '.join(told)}. Try a larger "
-        "grpo.max_completion_length, or cepo warm-start to teach the format"
-    )
+    return nothing_learned("", ", ".join(told))
 
 
 def _progress(console: Console) -> Progress:

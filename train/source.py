@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from cepo.files import BrokenLine, Row, means_path, parse_line
+from cepo.files import BrokenLine, Row, kind_of, means_path, parse_line
 from cepo.train.file_kinds import PARQUET, check_kind, decompressed, text_encoding
 
 Entry: TypeAlias = tuple[int, Row | str]
@@ -222,10 +222,9 @@ def _open_json(path: Path, encoding: str, first: str, second: str) -> Source:
         return Source(_guarded(path, _read_lines, encoding), "line")
     inside = _rows_inside(documents[0])
     rows = documents if len(documents) > 1 or inside is None else inside
-    wrong = "a JSON {}, not an object"
     return Source(
         [
-            (number, row if isinstance(row, dict) else wrong.format(type(row).__name__))
+            (number, row if isinstance(row, dict) else f"holds {kind_of(row)}; expected a JSON object")
             for number, row in enumerate(rows, start=1)
         ],
         "row",

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.files import SETTINGS, Row, claim, content_hash
+from cepo.files import SETTINGS, BrokenLine, Row, claim, content_hash
 from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import close_thought, write_judgement
 from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train.data import check_length, judge_row
+from cepo.train.left_out import shown, write_left_out
 from cepo.train.ranks import require_one_process
 from cepo.train.rows import TIE, given, read_judgement, read_tie
 from cepo.train.run import (
@@ -86,7 +87,7 @@ def warm_start(job: WarmStartJob) -> Path:
             raise ValueError(f"{name} is {getattr(job, name)}; expected a positive number")
     run, finished = job.output / "sft", job.output / "config.json"
     source = resolve_model(job.model)
-    examples = read_examples(job.data, seed=job.seed, max_characters=job.max_characters, ties=job.ties)
+    examples, left_out = read_examples(job.data, seed=job.seed, max_characters=job.max_characters, ties=job.ties)
     settings = {
         "command": "warm-start",
         **{name: getattr(job, name) for name in ("steps", "batch_size", "learning_rate", "rank", "dtype", "seed")},
@@ -98,6 +99,7 @@ def warm_start(job: WarmStartJob) -> Path:
         logger.warning("%s holds the model of this run already; nothing is trained", job.output)
         return job.output
     checkpoint = last_complete_checkpoint(run)
+    write_left_out(run, left_out)
     if checkpoint is None or not is_finished(checkpoint, job.steps):
         checkpoint = run_trainer(lambda: _trainer(job, source, examples), run, checkpoint)
     model, tokenizer = load_model(source, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
@@ -145,8 +147,8 @@ def _write_merged(model: Any, tokenizer: Any, adapter: Path, output: Path) -> No
 
 def read_examples(
     source: str | Path, *, seed: int = 0, max_characters: int | None = None, ties: bool = False
-) -> list[dict[str, Any]]:
-    """Return prompts and judgements to learn from, as messages.
+) -> tuple[list[dict[str, Any]], list[BrokenLine]]:
+    """Return prompts and judgements to learn from, as messages, and what was left out.
 
     A row's own `judge_output` where it has one, else a judgement by rule, see `judgement_by_rule`. How many there are
     of each, and what was left out, is logged.
@@ -158,7 +160,8 @@ def read_examples(
         ties: see `WarmStartJob`.
 
     Returns:
-        Rows of `prompt` (one user message) and `completion` (one of the assistant).
+        Rows of `prompt` (one user message) and `completion` (one of the assistant); and number and reason of each row
+        that was left out.
 
     Raises:
         ValueError: for data without a usable row.
@@ -183,9 +186,8 @@ def read_examples(
     told = (
         f"{len(examples) - by_rule} judgement(s) of the rows' own, {by_rule} by rule, {len(left_out)} row(s) left out"
     )
-    shown = "; ".join(f"row {number}: {reason}" for number, reason in left_out[:5])
-    logger.warning("examples from %s: %s%s", source, told, f" ({shown})" if left_out else "")
-    return examples
+    logger.warning("examples from %s: %s%s", source, told, f": {shown(left_out)}" if left_out else "")
+    return examples, left_out
 
 
 def examples_in_thought(examples: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:

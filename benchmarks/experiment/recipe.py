@@ -14,7 +14,7 @@ import cepo
 from cepo.eval.testbed_measures import ITEMS, SCORED
 from cepo.train.policy import REASONER_TESTBED, WORDS
 from cepo.train.reasoner_testbed_models import ReasonerKind
-from cepo.train.recipe import reason_of
+from cepo.train.recipe import read_yaml, reason_of
 from cepo.train.testbed_judges import JudgeKind
 
 _PACKAGE = Path(cepo.__file__).parent
@@ -110,7 +110,7 @@ def read_plan(
             of different testbeds.
     """
     try:
-        loaded = yaml.safe_load(recipe.read_text())
+        loaded = read_yaml(recipe.read_text())
         named = {str(name): _changes(str(name), given) for name, given in loaded["arms"].items()}
         worlds, seeds = list(worlds or loaded["worlds"]), list(seeds or loaded["seeds"])
         steps = steps or int(loaded["steps"])

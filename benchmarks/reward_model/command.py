@@ -20,7 +20,7 @@ from cepo.benchmarks.reward_model.real_text import RealText
 from cepo.benchmarks.reward_model.testbed import Testbed
 from cepo.eval.report.tables import console_table
 from cepo.files import SETTINGS, append_jsonl, claim, read_jsonl
-from cepo.train.recipe import reason_of
+from cepo.train.recipe import read_yaml, reason_of
 from cepo.train.reward_data import load_pairs
 from cepo.train.reward_model import RewardModelConfig, train_reward_model
 from cepo.train.reward_scores import RewardModel
@@ -86,7 +86,7 @@ def read_plan(
         ValueError: for a recipe that cannot be used, or an arm that it does not have.
     """
     try:
-        loaded = yaml.safe_load(recipe.read_text())
+        loaded = read_yaml(recipe.read_text())
         world = RealText(data=data, **loaded["text"]) if "text" in loaded else Testbed()
         seeds, items = list(seeds or loaded["seeds"]), int(loaded["items"])
         plan = Plan(world, dict(loaded["arms"]), seeds, items, dict(loaded["gates"]))

@@ -11,6 +11,7 @@ import yaml
 
 from cepo.cli import checks
 from cepo.cli.shared import Dtype, Threads, TrustRemoteCode, console, use_threads
+from cepo.train.recipe import read_yaml, reason_of
 
 
 def demo(
@@ -253,9 +254,9 @@ def _overrides(named: Mapping[str, Any], pairs: list[str] | None, trust_remote_c
 
 def _yaml_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set holds {text!r}, which is not YAML: {error}") from None
+        raise ValueError(f"--set holds {text!r}, which is not YAML: {reason_of(error)}") from None
     try:
         return float(value) if isinstance(value, str) else value  # YAML reads 1e-5 as text
     except ValueError:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from cepo.eval.judges.journal import JudgeTask
 from cepo.eval.judges.settings import PLACES, Place
-from cepo.files import BrokenLine, Row, content_hash
+from cepo.files import BrokenLine, Row, content_hash, kind_of
 from cepo.train.prompts import judge_prompt
-from cepo.train.rows import given, kind_of, read_id, read_preference, read_tie
+from cepo.train.rows import given, read_id, read_preference, read_tie
 from cepo.train.source import collect_rows
 
 REWARDBENCH = "allenai/reward-bench"

@@ -109,7 +109,7 @@ def test_copied_verdicts_earn_nothing(model: Any) -> None:
 def test_settings_that_cannot_work_are_refused() -> None:
     """Protects from a run that would find out late: a reasoner has no responses, and a weight is a number >= 0."""
     config = RewardConfig(links={"rationale->answer": 1.0}, leak_weight=1.0)
-    with pytest.raises(ValueError, match="ReasonerLayout has none"):
+    with pytest.raises(ValueError, match="the prompt of a reasoner has none"):
         config.parsed_links(ReasonerLayout())
     for weight in (-1.0, math.nan, math.inf, "much"):
         with pytest.raises(ValueError, match="leak_weight is"):

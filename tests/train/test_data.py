@@ -64,8 +64,8 @@ def test_broken_lines_are_reported_and_lose_no_other_row(tmp_path: Path) -> None
     assert list(reasons) == [3, 4, 5, 6, 8, 9]
     assert reasons[3] == "not JSON at character 11: Expecting value"
     assert reasons[4] == "not UTF-8 at byte 12 of the line"
-    assert reasons[5] == "a JSON list, not an object"
-    assert reasons[6] == "a JSON NoneType, not an object"
+    assert reasons[5] == "holds a list; expected a JSON object"
+    assert reasons[6] == "holds nothing; expected a JSON object"
     assert reasons[8].startswith("JSON that can't be held")
     assert reasons[9].startswith("JSON that can't be held")
 

@@ -265,6 +265,7 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
         assert by_format([judgement])[0] == pytest.approx(paid[0])
         assert by_argmax([judgement], label=["A"])[0] == causal.task([judgement], label=["A"])[0] == paid[1]
         assert causal.layout == replace(JUDGE, verdicts=verdicts)
+    base["rewards"] = [{"name": "causal"}]
     with pytest.raises(ValueError, match="verdicts is 'lenient', but kind is reasoning"):
         build_rewards(TrainConfig(**base, kind="reasoning", verdicts="lenient"))
 
@@ -272,7 +273,7 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"verdicts": "loose"}, "verdicts is 'loose'; expected one of strict, lenient"),
+        ({"verdicts": "loose"}, "verdicts is 'loose'; expected strict or lenient"),
         ({"optimiser": 1}, "unknown key optimiser"),
         ({"model": None}, "lacks model"),
         ({"kind": "poet"}, "kind is 'poet'"),
@@ -290,12 +291,24 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
         ({"causal_loss": 0.5}, "causal_loss is 0.5"),
         ({"grpo": {"warp": 9}}, "warp"),
         ({"grpo": {"learning_rate": "fast"}}, "grpo.learning_rate is 'fast'"),
-        ({"lora": {"rank": 4}}, "LoraConfig"),
+        ({"lora": {"rank": 4}}, "lora holds the unknown key rank; expected some of"),
         ({"model": "./nowhere"}, "which is not there"),
+        ({"rewards": [{"name": "exact_match"}]}, "reward exact_match needs kind: reasoning, but kind is judge"),
+        ({"rewards": [{"name": "causal", "task": "bertscore"}]}, "reward bertscore needs kind: reasoning"),
+        ({"rewards": [{"name": "causal", "p": "nan"}]}, "rewards: causal.p is 'nan'; expected a number; YAML"),
+        ({"rewards": [{"name": "causal", "linkz": {}}]}, "rewards: causal holds the unknown key linkz; expected some"),
+        ({"rewards": [{"name": "cir", "linkz": {}}]}, "rewards: cir holds the unknown key linkz; expected some"),
+        ({"seed": "abc"}, "seed is 'abc'; expected an integer"),
+        ({"threads": 1.5}, "threads is 1.5; expected an integer or null"),
+        ({"lora": "all"}, "lora is 'all'; expected a mapping or null"),
+        ({"grpo": {"learning_rate": float("nan")}}, "grpo.learning_rate is nan; expected a number"),
+        ({"grpo": {"learning_rate": -1e-5}}, "grpo.learning_rate is -1e-05; expected a number >= 0"),
+        ({"data": {"source": "testbed", "count": "many"}}, "data.count is 'many'; expected an integer"),
+        ({"model": "testbed", "testbed": {"steps": "many"}}, "testbed.steps is 'many'; expected an integer"),
         ({"data": {"limit": 1}}, "data.source is missing"),
         ({"data": "rows.jsonl"}, "data.source is not there: data is 'rows.jsonl'"),
         ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"data": {"source": "testbed", "colour": 1}}, "data holds colour, unknown"),
+        ({"data": {"source": "testbed", "colour": 1}}, "data holds the unknown key colour"),
     ],
 )
 def test_bad_settings_end_in_one_paragraph_and_exit_code_2(

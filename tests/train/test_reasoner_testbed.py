@@ -176,7 +176,7 @@ def test_a_recipe_trains_it_by_name() -> None:
     assert "1 bits" in bits.train[0]["prompt"][0]["content"]
     with pytest.raises(ValueError, match="expected reasoning"):
         load_data("judge", {"source": REASONER_TESTBED}, seed=1)
-    with pytest.raises(ValueError, match="data holds columns, unknown"):
+    with pytest.raises(ValueError, match="data holds the unknown key columns"):
         load_data("reasoning", {"source": REASONER_TESTBED, "columns": {}}, seed=1)
     assert policy_fingerprint(REASONER_TESTBED, seed=1, testbed_judge={}) == reasoner_fingerprint(
         ReasonerSettings(), seed=1

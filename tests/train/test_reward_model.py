@@ -252,7 +252,8 @@ def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
         (["--set", "data.kinds=[poem]"], "kinds holds 'poem'"),
         (["--set", "data.ties=maybe"], "ties is 'maybe'"),
         (["--set", "data={source: nowhere.jsonl}"], "nowhere.jsonl"),
-        (["--set", "lora={rank: 4}"], "LoraConfig"),
+        (["--set", "lora={rank: 4}"], "lora holds the unknown key rank"),
+        (["--set", "seed=abc"], "seed is 'abc'; expected an integer"),
     ],
 )
 def test_bad_settings_end_in_one_paragraph_and_exit_code_2(

@@ -88,7 +88,7 @@ def test_every_reader_of_preferences_reads_the_same_pair(tmp_path: Path, name: s
     judged = {**row, "judge_output": "J", "label": "B", "completion": None}
     assert read_judgement(judged) == (judge_prompt(ASKED, BAD, GOOD), "J")
     path = write(tmp_path / "judged.jsonl", [judged])
-    (example,) = read_examples(path)
+    ((example,), _) = read_examples(path)
     (line,) = read_input(path)[0]
     assert line.row == {"prompt": example["prompt"], "completion": example["completion"][0]["content"]}
     assert (line.row["prompt"], line.id) == (judge_prompt(ASKED, BAD, GOOD), 7)

@@ -168,8 +168,17 @@ def test_rows_that_cannot_be_read_keep_their_number_and_lose_no_other(tmp_path: 
     lines = b'null\n{"prompt": "x"}\n{"latin": "\xe9"}\n\n[1]\n'
     for name, content, rows, reasons in (
         ("a.csv", cells, [2, 8], {4: "has 3 cells; the first line names 2 columns", 7: "not UTF-8; save the table"}),
-        ("a.jsonl", lines, [2], {1: "a JSON NoneType", 3: "not UTF-8 at byte 12", 5: "a JSON list"}),
-        ("a.json", b'[{"a": 1}, 3, {"a": 2}]', [1, 3], {2: "a JSON int, not an object"}),
+        (
+            "a.jsonl",
+            lines,
+            [2],
+            {
+                1: "holds nothing; expected a JSON object",
+                3: "not UTF-8 at byte 12",
+                5: "holds a list; expected a JSON object",
+            },
+        ),
+        ("a.json", b'[{"a": 1}, 3, {"a": 2}]', [1, 3], {2: "holds a number; expected a JSON object"}),
     ):
         found = dict(open_file(written(tmp_path, name, content)))
         assert [number for number, row in found.items() if isinstance(row, dict)] == rows

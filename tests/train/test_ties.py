@@ -74,7 +74,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="ties is 'yes'; expected true or false"):
         load_data("judge", {"source": path, "ties": "yes"}, seed=0)
-    with pytest.raises(ValueError, match="data holds ties, unknown for this source"):
+    with pytest.raises(ValueError, match="data holds the unknown key ties"):
         load_data("reasoning", {"source": path, "ties": True}, seed=0)
 
 

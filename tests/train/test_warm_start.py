@@ -74,7 +74,7 @@ def test_a_rows_own_judgement_is_learned_in_every_form_and_each_kind_is_counted(
         {**ROWS[7], "judge_output": " "},
         {**ROWS[7], "judge_output": "<think>cut"},
     ]
-    examples = read_examples(write(tmp_path / "own.jsonl", own))
+    examples, _ = read_examples(write(tmp_path / "own.jsonl", own))
     texts = [example["completion"][0]["content"] for example in examples]
     assert texts[:3] == ["J0", "J1", "J2"]
     assert all("<specific_criteria>" in text for text in texts[3:])
@@ -163,9 +163,9 @@ def test_ties_are_taught_where_they_are_asked_for(tmp_path: Path) -> None:
     """Protects preferences from ties that were not asked for, and teaches the very prompt that training shows."""
     judged = {**ROWS[1], "judge_output": "J", "tie": True, "label": "B"}
     path = write(tmp_path / "rows.jsonl", [ROWS[0], {**ROWS[2], "label": "tie"}, judged])
-    assert len(read_examples(path)) == 1
+    assert len(read_examples(path)[0]) == 1
     trained = load_preferences(path, test_fraction=0.0, ties=True).train["prompt"]
-    preference, tie, own = read_examples(path, ties=True)
+    preference, tie, own = read_examples(path, ties=True)[0]
     assert [preference["prompt"], tie["prompt"]] == trained[:2]
     assert own["completion"][0]["content"] == "J"
     assert own["prompt"] == judge_prompt(ROWS[1]["prompt"], ROWS[1]["rejected"], ROWS[1]["chosen"], ties=True)

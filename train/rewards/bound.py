@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,10 @@ from cepo.counterfactual.donors import Candidate, thinned
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
+
+logger = logging.getLogger(__name__)
+
+_BATCHES = 3  # of malformed completions alone, before a warning
 
 
 class BoundReward:
@@ -27,6 +32,7 @@ class BoundReward:
         self._trainer: Any = None
         self._frozen: Any = None
         self._reader: SpanReader | None = None
+        self._malformed_batches: int | None = 0  # since the first; None once there was another, or a warning
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer out: a copy must be bound again."""
@@ -53,7 +59,35 @@ class BoundReward:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
         from cepo.train.trainer import read_rollouts
 
-        return self._reader, read_rollouts(self._trainer, self._reader, prompts, completion_ids, columns)
+        rollouts = read_rollouts(self._trainer, self._reader, prompts, completion_ids, columns)
+        self._warn_of_malformed(rollouts)
+        return self._reader, rollouts
+
+    def _warn_of_malformed(self, rollouts: Sequence[Rollout]) -> None:
+        """Warn, once, when every completion of the first batches was malformed."""
+        if self._malformed_batches is None or not rollouts:
+            return
+        self._malformed_batches += 1
+        if any(rollout.malformed is None for rollout in rollouts):
+            self._malformed_batches = None
+        elif self._malformed_batches == _BATCHES:
+            self._malformed_batches = None
+            logger.warning(
+                "%s", nothing_learned(self.__name__, f"all completions of {_BATCHES} batches were malformed")
+            )
+
+
+def nothing_learned(reward: str, why: str) -> str:
+    """Return the warning that every reward was 0, and the way out.
+
+    Args:
+        reward: the name of the one reward that was 0; "" for all.
+        why: what was wrong with the completions; "" where nothing is known.
+    """
+    which = f"every reward of {reward} was 0" if reward else "every reward was 0, so nothing was learned"
+    return (
+        f"{which}{': ' if why else ''}{why}. Try a larger max_completion_length, or cepo warm-start to teach the format"
+    )
 
 
 def require_donors(prompts: int, otherwise: str) -> None:

@@ -15,6 +15,7 @@ from cepo.files import SETTINGS, claim, replacing, write_text
 from cepo.jacobian.loading import ModelSource, load_tokenizer, resolve_model
 from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train.grpo import AUTO, TASKS, TrainConfig, load_train_data, run_settings
+from cepo.train.left_out import write_left_out
 from cepo.train.policy import TESTBEDS
 from cepo.train.verl.rewards import verl_rewards
 
@@ -81,7 +82,7 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
-    """Write verl.yaml, recipe.yaml, train.parquet and test.parquet into the run's folder.
+    """Write verl.yaml, recipe.yaml, train.parquet, test.parquet and left_out.jsonl into the run's folder.
 
     What the recipe says is kept, and what it leaves out is as TRL and `cepo train` have it; only the learning rate is
     constant, since verl has no linear schedule. verl's checkpoints go into the same folder. Written again, the folder
@@ -115,6 +116,7 @@ def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
     if not len(data.test):
         raise ValueError("data leaves no row to test on, and verl needs one; raise data.test_fraction, or add rows")
     claim(output / SETTINGS, {**run_settings(config, data), "command": "train --engine verl"}, results=checkpoints)
+    write_left_out(output, data.skipped)
     recipe = output / "recipe.yaml"
     write_text(recipe, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     sides = {"train": data.train, "test": data.test}

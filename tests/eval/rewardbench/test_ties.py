@@ -1,4 +1,4 @@
-"""Rows of which neither response is better: left out by default, else judged under a prompt that allows ties."""
+"""Rows in which neither response is better: left out by default, else judged under a prompt that allows ties."""
 
 import json
 from pathlib import Path
