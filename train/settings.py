@@ -56,7 +56,7 @@ def _is_a(value: Any, option: Any) -> bool:
     if get_origin(option) is Literal:
         return any(type(value) is type(known) and value == known for known in get_args(option))
     kind = get_origin(option) or option
-    if not isinstance(kind, type):  # Any, and what cannot be told
+    if kind is Any or not isinstance(kind, type):  # Any is a class since Python 3.11
         return True
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)

@@ -217,7 +217,7 @@ def test_chains_are_read() -> None:
         ({"nodes": 0}, "nodes is 0"),
         ({"nodes": "many"}, "nodes is 'many'"),
         ({"no_donor": "guess"}, "no_donor is 'guess'; expected one of zero, permute"),
-        ({"join": math.nan}, "p is NaN"),
+        ({"join": math.nan}, "join is NaN"),
     ],
     ids=str,
 )

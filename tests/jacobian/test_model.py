@@ -292,7 +292,7 @@ def encoder_decoder() -> nn.Module:
     [
         (encoder_decoder, {}, "encoder-decoder"),
         (prompt_tuned, {}, "prompt-learning"),
-        (tiny_model, {"adapters": False}, "not a PeftModel"),
+        (tiny_model, {"adapters": False}, "the model has no adapters"),
         (lambda: nn.Linear(2, 2), {}, "Linear"),
     ],
     ids=["encoder-decoder", "prompt-tuning", "no adapters", "no language model"],

@@ -153,7 +153,16 @@ def whole(folder: Path) -> Path:
 def test_a_run_is_one_output_and_goes_on_from_a_whole_checkpoint_to_the_same_weights(whole: Path, folder: Path) -> None:
     broken = folder / "broken"
     assert [row["step"] for _, row in read_jsonl(whole / "metrics.jsonl")[0]] == [*range(1, STEPS + 1), STEPS]
-    written = {"checkpoint-3", "checkpoint-4", "final", "log.txt", "log-1.txt", "metrics.jsonl", "settings.json"}
+    written = {
+        "checkpoint-3",
+        "checkpoint-4",
+        "final",
+        "log.txt",
+        "log-1.txt",
+        "metrics.jsonl",
+        "settings.json",
+        "left_out.jsonl",
+    }
     assert {path.name for path in whole.iterdir()} == {*written, "README.md"}  # TRL's
     assert {f"rng_state_{rank}.pth" for rank in range(2)} <= {path.name for path in (whole / "checkpoint-4").iterdir()}
     problems = launch(folder, "killed", case_killed_while_it_saves)

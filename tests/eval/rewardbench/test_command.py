@@ -619,7 +619,7 @@ def test_the_command_judges_resumes_and_complains_of_broken_lines(
     assert (tmp_path / "out" / "judgements.jsonl").read_bytes() == before
     code, _, err = cepo(*arguments)
     assert code == 2
-    assert "force_format was true and is false" in " ".join(err.split())
+    assert "--force-format was true and is false" in " ".join(err.split())
 
 
 def test_judgements_of_weights_that_were_overwritten_are_refused(

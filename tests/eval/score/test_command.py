@@ -248,7 +248,7 @@ def test_a_finished_output_is_not_computed_again_nor_mixed_with_other_settings(
     code, message = cepo(*arguments, "-K", 2)
     assert code == 2
     assert "other settings" in message
-    assert "config.counterfactuals was 1 and is 2" in message
+    assert "--counterfactuals was 1 and is 2" in message
 
 
 def test_other_weights_under_the_same_name_are_refused(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
@@ -264,7 +264,7 @@ def test_other_weights_under_the_same_name_are_refused(judge: Path, tmp_path: Pa
     save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
     code, message = cepo("--model", model, *arguments)
     assert code == 2
-    assert "made with other settings: model has other content" in message
+    assert "made with other settings: --model has other content" in message
     assert out.read_bytes() == records
 
 
