@@ -251,8 +251,8 @@ def worst_error(found: Jacobians, wanted: Jacobians, expected: Sequence[Key]) ->
         return float("inf")
     worst = 0.0
     for key in found.keys() & wanted.keys():
-        right = wanted[key].double()
-        difference = float((found[key].double() - right).norm())
+        right = wanted[key].double().cpu()  # a peer answers on the model's device
+        difference = float((found[key].double().cpu() - right).norm())
         # A direct effect can be zero: of a prompt on a one-token answer that the blocked rationale predicts.
         error = difference / max(float(right.norm()), 1e-300) if difference else 0.0
         worst = error if not error <= worst else worst  # a NaN stays
