@@ -18,7 +18,7 @@ def new_engine(
     *,
     adapters: bool = True,
     memory_budget: float | None = None,
-    kernels: Implementation = "torch",
+    kernels: Implementation = "auto",
 ) -> Engine:
     """Return the group engine for a model, or the oracle, which has neither a memory budget nor kernels.
 

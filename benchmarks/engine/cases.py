@@ -135,7 +135,9 @@ def new_subject(
     rate = matmul_rate(dtype, device, config.hidden_size, config.intermediate_size, 0.3)
     # The plan's cost model, by the shapes alone: peers need no memory estimate.
     cost = measured_cost(model, 0, 0, 0)
-    return Subject(name, model, GroupEngine(model), cost, check, wanted, tolerance, oracle_error, rate, device)
+    return Subject(
+        name, model, GroupEngine(model, kernels="torch"), cost, check, wanted, tolerance, oracle_error, rate, device
+    )
 
 
 def right_answers(

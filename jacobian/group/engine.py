@@ -58,7 +58,7 @@ class GroupEngine(ModelEngine):
         *,
         adapters: bool = True,
         memory_budget: float | None = None,
-        kernels: Implementation = "torch",
+        kernels: Implementation = "auto",
     ) -> None:
         super().__init__(model, adapters=adapters)
         if memory_budget is not None and not memory_budget > 0:

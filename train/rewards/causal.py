@@ -73,7 +73,7 @@ class CausalReward(BoundReward):
         engine: EngineName | None = None,
         scorer: Any = None,
         layout: Layout = JUDGE,
-        kernels: Implementation = "torch",
+        kernels: Implementation = "auto",
         memory_gib: float | None = None,
         sharded: Mode = "auto",
         shuffle: bool = False,
