@@ -254,9 +254,9 @@ def _record(name: str, part: Part, output: Path, ended: str, seconds: float, fac
 
 
 def default_verdict(rows: Sequence[Row]) -> str:
-    """Say whether `kernels="auto"` may become the default.
+    """Say whether these rows bear out that `kernels="auto"` is the default.
 
-    It may where all values were right, and no schedule of the engine is slower on the kernels than without them.
+    They do where all values were right, and no schedule of the engine is slower on the kernels than without them.
 
     Args:
         rows: of OUTPUT/rows.jsonl.
@@ -358,7 +358,7 @@ def main(
     for name, head in _heads(output).items():
         left_out = f"; left out: {head['left_out']}" if head["left_out"] else ""
         print(f"{name}: {head['ended']}, {head['seconds']:.0f} s{left_out}")
-    print(f'kernels="auto" may become the default: {default_verdict(_rows(output))}')
+    print(f'kernels="auto" is right as the default: {default_verdict(_rows(output))}')
     raise typer.Exit(code)
 
 

@@ -40,7 +40,7 @@ class WordsJudge:
     Attributes:
         judge: what to teach, see `cepo.train.testbed_judges.warm_start`.
         base: the pretrained model, see `resolve_model`; its tokenizer must have a chat template.
-        layers: how many of its first layers to keep, at least 1; None for all. Eight of SmolLM2's learn the task.
+        layers: how many of its first layers to keep, at least 1; None for all.
         steps: optimiser steps of the warm-up, at least 1.
         batch_size: samples per step, at least 1.
         learning_rate: peak of the schedule, above 0.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from cepo.benchmarks.experiment.recipe import TESTBED, TESTBED_REASONER, TESTBED_WORDS, Run
 from cepo.eval.reasoner_measures import measure_reasoner
@@ -21,6 +20,7 @@ from cepo.files import claim, read_jsonl, write_jsonl
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import policy
 from cepo.train.grpo import TrainConfig, load_config, train
+from cepo.train.recipe import read_yaml
 from cepo.train.run import METRICS
 from cepo.train.testbed_words import read_certificate, words_settings
 
@@ -142,7 +142,7 @@ def _kind(run: Run) -> str:
 
 
 def _recipe(run: Run) -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(_shared(run).read_text())
+    loaded: dict[str, Any] = read_yaml(_shared(run).read_text())
     if run.layers is not None:
         loaded["testbed"]["layers"] = run.layers
     return loaded

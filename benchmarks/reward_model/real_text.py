@@ -14,7 +14,6 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-import yaml
 
 import cepo
 from cepo.counterfactual.text.kinds import BY_RULE
@@ -23,6 +22,7 @@ from cepo.counterfactual.text.synthesise import synthesise
 from cepo.files import fingerprint, make_folder, replacing, write_jsonl
 from cepo.jacobian.layers import keep_first_layers
 from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
+from cepo.train.recipe import read_yaml
 from cepo.train.reward_data import load_pairs
 from cepo.train.reward_model import RewardModelConfig, load_reward_config
 from cepo.train.reward_scores import RewardModel
@@ -81,7 +81,7 @@ class RealText:
             ValueError: for data that is not there.
         """
         files = {name: self.file(name) for name in (self.train, self.dev, *self.others)}
-        recipe = yaml.safe_load(TRAINING.read_text())
+        recipe = read_yaml(TRAINING.read_text())
         return {
             "training": recipe,
             "text": {**asdict(self), "data": {name: fingerprint(path) for name, path in files.items()}},
@@ -93,7 +93,7 @@ class RealText:
         make_folder(folder)
         pairs = folder / "pairs.jsonl"
         write_jsonl(pairs, (pair.row() for pair in make_text_pairs(self, changes["kinds"], seed=seed)))
-        name = yaml.safe_load(TRAINING.read_text())["model"]
+        name = read_yaml(TRAINING.read_text())["model"]
         overrides: dict[str, Any] = {
             "model": str(first_layers(name, self.layers, folder.parent / "base")),
             "output": str(folder),

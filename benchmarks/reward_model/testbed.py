@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import cepo
 from cepo.eval.reward_measures import measure_reward_model
+from cepo.train.recipe import read_yaml
 from cepo.train.reward_model import RewardModelConfig, load_reward_config
 from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import reward_model_fingerprint
@@ -34,7 +33,7 @@ class Testbed:
     def settings(self) -> dict[str, Any]:
         """Return the shared recipe, and what identifies the testbed."""
         return {
-            "training": yaml.safe_load(TRAINING.read_text()),
+            "training": read_yaml(TRAINING.read_text()),
             "testbed": reward_model_fingerprint("bradley-terry", seed=0),
         }
 

@@ -106,7 +106,7 @@ def test_both_engines_equal_the_oracle_on_the_cpu_in_double() -> None:
         asked = [path_request(rollouts, text, nodes=nodes) for text in TOTAL for nodes in (0, 2)]
         wanted, paths = JacobianEngine(model).jacobians(group, LINKS), list(JacobianEngine(model).paths(asked))
         model.to(DEVICE)
-        for engine in (JacobianEngine(model), GroupEngine(model)):
+        for engine in (JacobianEngine(model), GroupEngine(model, kernels="torch")):
             assert_same(on_cpu(engine.jacobians(group, LINKS)), wanted, 1e-10)
             for found, oracle in zip(engine.paths(asked), paths, strict=True):
                 assert_same_paths(found, oracle, 1e-10)
@@ -144,7 +144,8 @@ def test_rewards_equal_those_of_the_cpu(config: RewardConfig) -> None:
     with InDouble():
         model = tiny_model("llama")
         wanted = [one.reward for one in score_rollouts(rollouts, GroupEngine(model), config, layout)]
-        found = [one.reward for one in score_rollouts(rollouts, GroupEngine(model.to(DEVICE)), config, layout)]
+        on_device = GroupEngine(model.to(DEVICE), kernels="torch")
+        found = [one.reward for one in score_rollouts(rollouts, on_device, config, layout)]
     assert found == pytest.approx(wanted, abs=1e-9)
     assert max(wanted) > 0.0
 
