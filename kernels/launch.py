@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,14 +77,16 @@ def use_triton(implementation: Implementation, *tensors: Tensor) -> bool:
 def takes_over(implementation: Implementation, tensor: Tensor) -> bool:
     """Tell whether the kernels take over a model whose weights are like this tensor.
 
-    Like `use_triton`, but "auto" means plain PyTorch for a dtype that the kernels don't take, or a GPU older than they
-    need.
+    Like `use_triton`, but "auto" means plain PyTorch for a dtype that the kernels don't take, on a GPU older than they
+    need, or where Triton is not installed.
 
     Raises:
-        ValueError: as `use_triton`, but never for "auto".
-        RuntimeError: as `use_triton`.
+        ValueError, RuntimeError: as `use_triton`, but never for "auto".
     """
-    if implementation == "auto" and (tensor.dtype not in SERVED_DTYPES or _is_too_old(tensor.device)):
+    installed = importlib.util.find_spec("triton") is not None
+    if implementation == "auto" and not (
+        installed and tensor.dtype in SERVED_DTYPES and not _is_too_old(tensor.device)
+    ):
         return False
     return use_triton(implementation, tensor)
 

@@ -8,7 +8,8 @@
 | head | a plain nn.Linear without bias whose output is the model's, unchanged, in a trial | logits and autograd |
 
 In an MLP only silu(gate) * up is replaced: its linear layers are called as modules, so adapters and hooks stay theirs.
-Rotary positions stay the model's own: its layers call a function of their source file, which is not a module.
+Rotary positions stay the model's own: its layers call a function of their source file, which is not a module. Of a
+policy that is sharded and read in step, the norms and MLPs of its layers are not there to be tried, and stay its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cepo.kernels.attention.blocks import KEPT_BYTES
 from cepo.kernels.attention.door import HEAD_SIZES
@@ -71,7 +73,7 @@ def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implemen
     if not takes_over(implementation, embedding_VD):
         return Swaps()
     with torch.no_grad():
-        modules = list(model.modules())
+        modules = [module for module in model.modules() if _is_whole(module)]
         norms = [(module, _norm_forward(module, embedding_VD.dtype, implementation)) for module in modules]
         mlps = [(module, _mlp_forward(module, embedding_VD.dtype, implementation)) for module in modules]
         plain_head = _head_is_plain(model, forward)
@@ -136,6 +138,11 @@ class KernelHead:
     def logits(self, row: int, ids_N: Tensor) -> Tensor:
         wide = torch.promote_types(self.hidden_PD.dtype, torch.float32)
         return self.weight_VD[ids_N].to(wide) @ self.hidden_PD[row].to(wide)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Tell whether all weights of a module are there, and not in shards (of FSDP2, or empty as ZeRO-3 leaves them)."""
+    return not any(isinstance(weight, DTensor) or weight.numel() == 0 for weight in module.parameters())
 
 
 def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from cepo.jacobian import sharding
 from cepo.jacobian.autograd import JacobianEngine
+from cepo.jacobian.group import swaps
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.layers import decoder_layers
 from cepo.jacobian.protocol import Request
@@ -241,6 +242,15 @@ def case_not_made_readable(rank: int, folder: Path) -> None:
     for make in ENGINES:
         with pytest.raises(ValueError, match="sharded .fsdp2.*readable"):
             list(make(model).compute(requests(rank, 1)))
+
+
+def case_what_kernels_take_over(rank: int, folder: Path) -> None:
+    """In step, layers are in shards when the trials are made: attention, the final norm and the head are replaced."""
+    model = sharded(tiny_model("qwen3", head_dim=16))
+    for mode, count in (("gather", 2 * (4 + 1) + 1), ("step", 1)):
+        with readable(model, mode), mock.patch.object(swaps, "takes_over", return_value=True):
+            found = swaps.find_swaps(model, type(model).forward, "auto")
+        assert (found.attention, found.head, len(found.forwards)) == ("auto", "auto", count)
 
 
 def case_fsdp1(rank: int, folder: Path) -> None:

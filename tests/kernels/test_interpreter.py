@@ -13,10 +13,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cepo.kernels.attention.door import attend
 from cepo.kernels.head.door import head_log_likelihood
-from cepo.kernels.launch import use_triton
+from cepo.kernels.launch import takes_over, use_triton
 from tests.paths import ROOT
 
 
@@ -52,6 +53,17 @@ def test_auto_is_plain_pytorch_on_the_cpu_and_triton_by_name_is_refused_there() 
             refused()
     with pytest.raises(ValueError, match="expected 'auto', 'torch' or 'triton'"):
         use_triton("cuda", *tensors)  # type: ignore[arg-type]
+
+
+def test_auto_takes_nothing_over_on_cuda_where_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the default, and Triton is published for Linux only."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with FakeTensorMode():
+        on_cuda = torch.empty(2, device="cuda")
+    assert on_cuda.is_cuda
+    assert not takes_over("auto", on_cuda)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        takes_over("triton", on_cuda)
 
 
 def test_the_plain_path_never_imports_triton() -> None:
