@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -15,6 +15,7 @@ from cepo.jacobian.records import Rollout
 
 logger = logging.getLogger(__name__)
 
+_Part = TypeVar("_Part")
 _BATCHES = 3  # of malformed completions alone, before a warning
 
 
@@ -102,9 +103,15 @@ def require_donors(prompts: int, otherwise: str) -> None:
 
 def gathered(pools: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
     """Return what the rollouts of all ranks offer for each source, given what those of this rank do."""
-    of_ranks = [pools]
-    if dist.is_initialized():
-        # Every rank calls its rewards once for each generation batch, so this meets no other collective.
-        of_ranks *= dist.get_world_size()
-        dist.all_gather_object(of_ranks, pools)
-    return {source: thinned(one for each in of_ranks for one in each[source]) for source in pools}
+    _, parts = of_ranks(pools)
+    return {source: thinned(one for each in parts for one in each[source]) for source in pools}
+
+
+def of_ranks(mine: _Part) -> tuple[int, list[_Part]]:
+    """Return the number of this rank and what each rank holds; every rank calls it, as it does its rewards."""
+    if not dist.is_initialized():
+        return 0, [mine]
+    # Every rank calls its rewards once for each generation batch, so this meets no other collective.
+    parts = [mine] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return dist.get_rank(), parts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from cepo.jacobian.sharding import Mode, check_mode, readable
 from cepo.kernels.launch import Implementation
 from cepo.train.prompts import JUDGE
 from cepo.train.rewards.bound import BoundReward, gathered, require_donors
+from cepo.train.rewards.shuffled import shuffled
 
 TaskReward = Callable[..., Sequence[float | None]]
 
@@ -55,8 +55,9 @@ class CausalReward(BoundReward):
         sharded: how a policy that FSDP2 or DeepSpeed ZeRO-3 shards is read: "gather" holds it whole on every rank
             during the call, "step" one layer at a time; "auto" gathers where that takes at most half of the memory
             that is free on every rank. See `cepo.jacobian.sharding`.
-        shuffle: a control for experiments: each completion gets the reward of another completion of its prompt, drawn
-            from the seed and their ids. What the reward does beyond this, it does by telling completions apart.
+        shuffle: a control for experiments: each scored completion gets the reward of another one of its prompt, drawn
+            from the seed and their ids; one that is alone keeps its own, and is counted as `shuffle/alone`. What the
+            reward does beyond this, it does by telling completions apart.
         name: the name in TRL's logs.
         **fields: instead of config, its fields by name, see `RewardConfig`.
 
@@ -162,7 +163,12 @@ class CausalReward(BoundReward):
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
         if self.shuffle:
-            rewards = _shuffled(rewards, rollouts, self.config.seed)
+            scored = [
+                score.malformed is None and reward is not None for score, reward in zip(scores, rewards, strict=True)
+            ]
+            rewards, alone = shuffled(rewards, rollouts, scored, seed=self.config.seed)
+            if log_metric is not None and any(scored):
+                log_metric(f"{self.__name__}/shuffle/alone", alone / sum(scored))
         if log_metric is not None:
             self.log(log_metric, scores, task_rewards)
             log_metric(f"{self.__name__}/seconds", time.perf_counter() - started)
@@ -241,19 +247,6 @@ class CausalReward(BoundReward):
             budget = self.memory_gib and self.memory_gib * 2**30
             self._last_engine = model, new_engine(self.engine, model, memory_budget=budget, kernels=self.kernels)
         return self._last_engine[1]
-
-
-def _shuffled(rewards: Sequence[float | None], rollouts: Sequence[Rollout], seed: int) -> list[float | None]:
-    """Return the rewards with those of each prompt's rollouts permuted."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for place, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.prompt_ids, []).append(place)
-    shuffled = list(rewards)
-    for places in groups.values():
-        drawn = random.Random(f"{seed} {[rollouts[place].completion_ids for place in places]}")
-        for place, other in zip(places, drawn.sample(places, len(places)), strict=True):
-            shuffled[place] = rewards[other]
-    return shuffled
 
 
 def _log_leak(log_metric: Callable[[str, float], None], name: str, scores: Sequence[RolloutScore]) -> None:

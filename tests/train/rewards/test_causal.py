@@ -192,19 +192,19 @@ def test_rewards_do_not_depend_on_batch_or_order(tokenizer: Any, tmp_path: Path)
     assert backwards[::-1] == pytest.approx(alone, abs=1e-6)
 
 
-def test_the_shuffled_control_gives_a_prompts_rewards_to_its_other_completions(tokenizer: Any, tmp_path: Path) -> None:
-    """The same rewards in each group, by a fixed draw, and some at another completion: nothing else may differ."""
-    batch = rows(tokenizer, ITEMS[:8])
-    batch["prompts"] = [batch["prompts"][0]] * 6 + [batch["prompts"][6]] * 2
-    settings: dict[str, Any] = {"links": {"X->Y": 1.0}, "score": "influence"}  # eight rewards that differ
+def test_the_shuffled_control_logs_how_many_had_no_other_completion(tokenizer: Any, tmp_path: Path) -> None:
+    """Two prompts of two completions and one of one: four rewards change places, and one of five is its own."""
+    batch = rows(tokenizer, ITEMS[:6])
+    batch["prompts"] = [batch["prompts"][place] for place in (0, 0, 2, 2, 4, 4)]
+    batch["completion_ids"][5] = batch["completion_ids"][5][:3]  # malformed: it keeps its 0
+    settings: dict[str, Any] = {"links": {"X->Y": 1.0}, "score": "influence"}  # rewards that differ
     plain, control = CausalReward(**settings), CausalReward(**settings, shuffle=True)
     trainer = make_trainer("grpo", tokenizer, [plain, control], tmp_path)
-    honest, shuffled = plain.bind(trainer)(**batch), control.bind(trainer)(**batch)
-    assert len(set(honest)) == 8
-    assert sorted(map(float, honest[:6])) == sorted(map(float, shuffled[:6]))
-    assert sorted(map(float, honest[6:])) == sorted(map(float, shuffled[6:]))
-    assert honest[:6] != shuffled[:6]
-    assert control(**batch) == shuffled
+    metrics: dict[str, float] = {}
+    honest, found = plain.bind(trainer)(**batch), control.bind(trainer)(**batch, log_metric=metrics.__setitem__)
+    assert len(set(honest)) == 6
+    assert found == [honest[place] for place in (1, 0, 3, 2, 4, 5)]
+    assert metrics["causal/shuffle/alone"] == pytest.approx(1 / 5)
 
 
 def test_it_pickles_and_a_copy_must_be_bound_anew(tokenizer: Any, tmp_path: Path) -> None:
