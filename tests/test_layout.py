@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,24 @@ def test_the_folders_have_no_init_and_are_linked_under_cepo() -> None:
         assert link.is_symlink()
         assert not link.readlink().is_absolute()
         assert link.resolve() == ROOT / folder
+
+
+def test_a_wheel_holds_every_folder_and_every_file_that_is_read() -> None:
+    """setuptools takes both by name, and an editable install would never show that one is missing."""
+    from cepo import demo
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
+    code = {".".join(("cepo", *path.parent.relative_to(ROOT).parts)) for path in files if path.suffix == ".py"}
+    assert set(settings["packages"]) == code | {"cepo", "cepo.cli"}
+    packed = {
+        path.resolve()
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    read = {path for path in files if path.suffix in (".yaml", ".html", ".css")}
+    assert read | {(demo.RESULTS / demo._RECORDED).resolve()} <= packed
 
 
 PROBE = """

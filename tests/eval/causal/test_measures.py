@@ -148,7 +148,7 @@ def test_redrawn_parameters_leave_the_judge_alone(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(before[name], weight) for name, weight in JUDGE.model.named_parameters())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("captum") is None, reason="captum, an optional extra, is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("captum") is None, reason="captum is of an extra: make test-bench")
 def test_captum_finds_the_same_gradient() -> None:
     difference = captum_difference(ROLLOUTS, JUDGE)
     assert difference is not None
