@@ -102,7 +102,10 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     lines, _ = read_input(job.input)
     source = _check(job)
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
-    claim(_beside(job.output, ".settings.json"), _settings(job, source, lines), results=[job.output, partial, shards])
+    settings = _settings(job, source, lines)
+    if job.jacobians is not None:
+        check_matrices(job.jacobians, content_hash(settings))
+    claim(_beside(job.output, ".settings.json"), settings, results=[job.output, partial, shards])
     done = _earlier_records(job, lines)
     resumed = frozenset(done)
     drop_matrices(shards, keep=resumed)
@@ -127,7 +130,7 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
             progress(len(done), len(lines))
     records = [done[row] for row in range(len(lines))]
     if job.jacobians is not None:
-        merge_matrices(shards, job.jacobians, keep=resumed)
+        merge_matrices(shards, job.jacobians, content_hash(settings), keep=resumed)
     if job.html is not None:
         rollouts = [rollout_of(line, reader, raw=job.raw) for line in lines]
         _write_page(job, records, [(reader.texts(one.token_ids), len(one.prompt_ids)) for one in rollouts])
@@ -157,10 +160,8 @@ def _check(job: ScoreJob) -> ModelSource:
         if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
             what = "is a folder" if path.is_dir() else "lies in a folder that cannot be written to"
             raise ValueError(f"{option} is {str(path)!r}, which {what}; expected a file")
-    if job.jacobians is not None:
-        if job.workers is not None:
-            raise ValueError("--save-jacobians needs one process, whose disk holds the matrices; score without --ray")
-        check_matrices(job.jacobians)
+    if job.jacobians is not None and job.workers is not None:
+        raise ValueError("--save-jacobians needs one process, whose disk holds the matrices; score without --ray")
     if job.workers is None:
         check_device(job.device)
     else:
@@ -197,7 +198,7 @@ def _earlier_records(job: ScoreJob, lines: Sequence[Line]) -> dict[int, dict[str
         for _, record in read_jsonl(path)[0] if path.is_file() else ():
             row = int(record["row"])
             holds = row < len(lines) and record["content"] == lines[row].content
-            if holds and (job.jacobians is None or not record["spans"] or row in saved):
+            if holds and (job.jacobians is None or not record["spans"] or saved.get(row) == record["content"]):
                 done[row] = record
     return dict(sorted(done.items()))
 

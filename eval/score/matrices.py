@@ -13,9 +13,19 @@ from cepo.files import replacing
 from cepo.fusion.score import RolloutScore
 from cepo.jacobian.records import Rollout
 
+_SETTINGS = "settings"  # beside the rows, in the metadata
 
-def save_matrices(folder: Path, row: int, rollout: Rollout, score: RolloutScore) -> None:
-    """Write a row's token ids and, for each link, its base and residual Jacobian and their positions."""
+
+def save_matrices(folder: Path, row: int, content: str, rollout: Rollout, score: RolloutScore) -> None:
+    """Write a row's token ids and, for each link, its base and residual Jacobian and their positions.
+
+    Args:
+        folder: of the unfinished run; its settings are claimed, so that its files name the row's content alone.
+        row: number in the input, from 0.
+        content: see `Line.content`.
+        rollout: the row's.
+        score: its matrices are kept.
+    """
     tensors = {f"{row}/token_ids": torch.tensor(rollout.token_ids)}
     for name, link in score.jacobians.items():
         jacobian = link.base
@@ -26,54 +36,69 @@ def save_matrices(folder: Path, row: int, rollout: Rollout, score: RolloutScore)
         tensors[f"{row}/{name}/target_positions"] = torch.tensor(jacobian.target_positions)
     folder.mkdir(exist_ok=True)
     with replacing(folder / f"{row}.safetensors") as unfinished:
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, {str(row): content})
 
 
-def rows_with_matrices(folder: Path, file: Path | None) -> set[int]:
-    """Return the rows that have matrices in the folder of an unfinished run, or in the file of an earlier one."""
-    rows = set(_files(folder))
-    if file is not None and file.is_file():
-        with safe_open(file, framework="pt") as opened:
-            rows |= {_row(key) for key in opened.keys()}  # noqa: SIM118
+def check_matrices(file: Path, settings: str) -> None:
+    """Raise ValueError if the file exists and was not written with these settings (their hash)."""
+    if not file.is_file():
+        return
+    try:
+        found = _stamps(file).get(_SETTINGS)
+    except SafetensorError as error:
+        raise ValueError(
+            f"--save-jacobians is {str(file)!r}, which exists and is not a safetensors file ({error}); name another"
+        ) from error
+    if found != settings:
+        what = "was not written by cepo score" if found is None else "holds matrices of another model or other settings"
+        raise ValueError(f"--save-jacobians is {str(file)!r}, which {what}; name another file, or move this one away")
+
+
+def rows_with_matrices(folder: Path, file: Path | None) -> dict[int, str]:
+    """Return the rows that have matrices in the folder of an unfinished run, or else in the file, with their content.
+
+    Args:
+        folder: see `save_matrices`.
+        file: one that `check_matrices` passed, or None.
+    """
+    rows = _rows(file) if file is not None and file.is_file() else {}
+    for shard in _shards(folder).values():
+        rows |= _rows(shard)
     return rows
 
 
 def drop_matrices(folder: Path, *, keep: Collection[int]) -> None:
     """Delete the matrices in the folder of rows that are scored again."""
-    for row, file in _files(folder).items():
+    for row, shard in _shards(folder).items():
         if row not in keep:
-            file.unlink()
+            shard.unlink()
 
 
-def merge_matrices(folder: Path, file: Path, *, keep: Collection[int]) -> None:
+def merge_matrices(folder: Path, file: Path, settings: str, *, keep: Collection[int]) -> None:
     """Write all matrices of the folder into one file, beside those of the rows to keep that it already holds."""
     tensors: dict[str, torch.Tensor] = {}
-    for path in [file, *_files(folder).values()]:
+    stamps = {_SETTINGS: settings}
+    for path in [file, *_shards(folder).values()]:
         if path.is_file():
+            taken = {row: content for row, content in _rows(path).items() if path != file or row in keep}
+            stamps |= {str(row): content for row, content in taken.items()}
             with safe_open(path, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
-                    if path != file or _row(key) in keep:
+                    if int(key.split("/")[0]) in taken:
                         tensors[key] = opened.get_tensor(key)
     with replacing(file) as unfinished:
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, stamps)
 
 
-def check_matrices(file: Path) -> None:
-    """Raise ValueError if the file exists and does not hold matrices."""
-    if not file.is_file():
-        return
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"--save-jacobians is {str(file)!r}, which exists and is not a safetensors file ({error}); name another"
-        ) from error
-
-
-def _files(folder: Path) -> dict[int, Path]:
+def _shards(folder: Path) -> dict[int, Path]:
     return {int(path.stem): path for path in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem))}
 
 
-def _row(key: str) -> int:
-    return int(key.split("/")[0])
+def _rows(file: Path) -> dict[int, str]:
+    return {int(name): content for name, content in _stamps(file).items() if name != _SETTINGS}
+
+
+def _stamps(file: Path) -> dict[str, str]:
+    """Return the file's metadata: the hash of the settings, and by number the content of each row."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}

@@ -160,7 +160,7 @@ def score_lines(
                 place = part[index]
                 row, rollout = rows[place], rollouts[place]
                 if matrices is not None and row is not None and rollout.token_ids:
-                    save_matrices(matrices, row, rollout, score)
+                    save_matrices(matrices, row, lines[place].content, rollout, score)
                 left.remove(place)
                 yield place, _record(row, lines[place], rollout, score, reader)
             continue
