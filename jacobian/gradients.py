@@ -43,11 +43,11 @@ def check_gradients(
     Args:
         model: whose modules are looked at; in eval mode, its parameters frozen, gradients on.
         layers: its decoder layers; where there are none, the step is taken at the embeddings.
-        run: runs the model on token ids, without a cache.
+        run: runs the model on token ids, without a cache, and returns its output.
         vocabulary: number of token ids.
 
     Raises:
-        ValueError: naming the modules.
+        ValueError: naming the modules; for an output that is not finite, whose gradient says nothing.
     """
     names = {module: name for name, module in model.named_modules()}
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
@@ -101,7 +101,12 @@ class _Look:
         """Return the modules at fault, each with what is wrong."""
         with torch.no_grad():
             with self._hooked(self._record):
-                run()
+                output = run()
+            if not all(bool(tensor.isfinite().all()) for tensor in _tensors(output)):
+                raise ValueError(
+                    f"model's output for {_TOKENS} tokens is not finite: it holds NaN or infinity. Check its weights, "
+                    "and the dtype: float16 overflows where float32 and bfloat16 do not"
+                )
             for sign in (1.0, -1.0):
                 noise = torch.Generator().manual_seed(self._seed)
                 with self._hooked(partial(self._moved, sign, noise), after=self._keep):

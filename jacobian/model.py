@@ -128,9 +128,9 @@ class HeldModel:
         if sharding_of(self.causal_lm) == "tensor parallel":
             return  # within layers that are split over ranks, gradients are partial sums
 
-        def run(ids: Sequence[int]) -> None:
+        def run(ids: Sequence[int]) -> Any:
             ids_BT = torch.tensor([list(ids)], device=self.embedding.weight.device)
-            self.forward(self.causal_lm, input_ids=ids_BT, use_cache=False, return_dict=True)
+            return self.forward(self.causal_lm, input_ids=ids_BT, use_cache=False, return_dict=True)
 
         with self.prepared(), torch.compiler.set_stance("force_eager"):
             check_gradients(self.causal_lm, self.layers, run, vocabulary=shape_of(self.embedding.weight)[0])

@@ -100,6 +100,12 @@ def reasoning_prompt(question: str) -> list[dict[str, str]]:
     return _user_message(REASONING_LITERALS, {"question": question})
 
 
+def own_words(message: str) -> str:
+    """Return a user's message without the fixed instructions that open it; all of it where none do."""
+    openings = (literals[0] for literals in (JUDGE_LITERALS, TIES_LITERALS, REASONING_LITERALS))
+    return message.removeprefix(next((opening for opening in openings if message.startswith(opening)), ""))
+
+
 def _user_message(literals: tuple[str, ...], contents: dict[str, str]) -> list[dict[str, str]]:
     for name, content in contents.items():
         if not isinstance(content, str):

@@ -133,15 +133,17 @@ def read_judgement(row: Row, *, ties: bool = False) -> tuple[list[dict[str, str]
     """Return the prompt that a row's own judgement answered, and the judgement.
 
     Args:
-        row: a preference with `judge_output`, and `label`, "A" (or nothing) or "B": where the chosen response stood.
+        row: a preference with `judge_output`, and `label`, "A" (or nothing) or "B": where the chosen response stood;
+            or a tie, see `read_tie`.
         ties: whether the prompt allowed equal scores.
 
     Raises:
-        ValueError: with the reason why the row cannot be used.
+        ValueError: with the reason why the row cannot be used; for a tie where the prompt allowed none.
     """
+    tie = read_tie(row, ties=ties)
     query, chosen, rejected = read_pair(row)
     label = given(row, "label")
-    if label not in ("A", "B", None):
+    if label not in ("A", "B", None) and not (tie and str(label).lower() == TIE):
         raise ValueError(f"column 'label' holds {label!r}; expected 'A' or 'B', where the chosen response was shown")
     _, judgement = read_answer(row, "judge_output", whole=True)
     shown = (rejected, chosen) if label == "B" else (chosen, rejected)

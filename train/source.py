@@ -249,10 +249,11 @@ def _rows_inside(document: Any) -> list[Any] | None:
     """Return the list of rows that a document is or holds; None for an object that is a row itself."""
     if isinstance(document, list):
         return document
-    lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
-    if len(lists) != 1 or _COLUMNS & set(document) or not lists[0]:
+    if not isinstance(document, dict) or _COLUMNS & set(document):
         return None
-    return lists[0] if all(isinstance(row, dict) and "role" not in row for row in lists[0]) else None
+    lists = [value for value in document.values() if isinstance(value, list) and value]
+    of_objects = [rows for rows in lists if all(isinstance(row, dict) and "role" not in row for row in rows)]
+    return of_objects[0] if len(of_objects) == 1 else None
 
 
 def _read_csv(path: Path, encoding: str) -> Iterator[Entry]:

@@ -18,7 +18,7 @@ from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train.data import check_length, judge_row
 from cepo.train.left_out import shown, write_left_out
 from cepo.train.ranks import require_one_process
-from cepo.train.rows import TIE, given, read_judgement, read_tie
+from cepo.train.rows import TIE, given, read_judgement
 from cepo.train.run import (
     is_finished,
     last_complete_checkpoint,
@@ -171,7 +171,6 @@ def read_examples(
     def convert(row: Row) -> Row:
         nonlocal by_rule
         if given(row, "judge_output") is not None:
-            read_tie(row, ties=ties)
             prompt, text = read_judgement(row, ties=ties)
             if not text.strip():
                 raise ValueError("column 'judge_output' is blank")

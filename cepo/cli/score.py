@@ -73,6 +73,13 @@ def score(
             help="Which written forms of a verdict are read: strict (the default) or lenient, see docs/formats.md."
         ),
     ] = None,
+    ties: Annotated[
+        bool,
+        typer.Option(
+            "--ties",
+            help="Take ties too; the prompt of every judged pair then allows equal scores (like data.ties).",
+        ),
+    ] = False,
     raw: Raw = False,
     score: Annotated[
         str | None,
@@ -181,18 +188,19 @@ def score(
     A prompt is text, which becomes a user message in the chat template unless --raw is given, or a list of messages.
     Instead of prompt and completion, a row may hold `prompt_ids` and `completion_ids`; or `prompt`, `chosen`,
     `rejected` and `judge_output`, whose judge prompt is built, with the chosen response shown as `label` (A or B, by
-    default A); or `messages`, which end with the completion. A `task_reward` in [0, 1] is fused with the links' scores.
+    default A; or tie, with --ties); or `messages`, which end with the completion. A `task_reward` in [0, 1] is fused
+    with the links' scores.
 
     A killed run resumes where it stopped when it is started again with the same options.
     """
     from cepo.fusion.config import RewardConfig
     from cepo.jacobian.reading.layout import Layout
     from cepo.jacobian.reading.reasoner import ReasonerLayout
-    from cepo.train.prompts import JUDGE, REASONING_LITERALS
+    from cepo.train.prompts import JUDGE, REASONING_LITERALS, TIES_JUDGE
 
     if kind == "reasoning":
         checks.refuse_given(
-            context, ("guard", "verdicts"), "cannot be used with --kind reasoning, which has no verdict"
+            context, ("guard", "verdicts", "ties"), "cannot be used with --kind reasoning, which has no verdict"
         )
     else:
         tags = ("rationale_tag", "answer_tag")
@@ -219,7 +227,7 @@ def score(
     if energy is not None:
         fields.setdefault("rank", None)
     config = RewardConfig(**fields)
-    layout: Layout = replace(JUDGE, **given(guard=guard, verdicts=verdicts))
+    layout: Layout = replace(TIES_JUDGE if ties else JUDGE, **given(guard=guard, verdicts=verdicts))
     if kind == "reasoning":
         layout = ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
     config.parsed_links(layout)

@@ -16,6 +16,7 @@ from cepo.jacobian.reading.thought import THOUGHT, template_opens_thought
 from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.reading.unknown import UnknownTokens
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
+from cepo.train.prompts import own_words
 
 Likely: TypeAlias = Callable[[int], Mapping[bytes, float]]
 """Maps the index of a generated token to the probabilities of its alternatives, by their bytes."""
@@ -54,8 +55,8 @@ class PromptEncoder:
         if self._raw:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             return list(self._tokenizer(text)["input_ids"]) or "the prompt has no tokens"
-        if any(self._prompts.is_rendered(message["content"]) for message in messages):
-            return "it holds a prompt that is already rendered, with the chat template's own special tokens"
+        if any(self._prompts.is_rendered(own_words(message["content"])) for message in messages):
+            return "its text begins as the chat template begins a prompt, as if rendered already; give the text alone"
         try:
             encoded = self._apply_template([dict(message) for message in messages], tokenize=True, return_dict=True)
         except (TemplateError, ValueError, TypeError) as error:

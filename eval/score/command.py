@@ -16,7 +16,7 @@ from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices
 from cepo.eval.score.ray import check_ray, score_on_ray
-from cepo.eval.score.rows import Line, read_input, rollout_of
+from cepo.eval.score.rows import Line, allows_ties, read_input, rollout_of
 from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_engine, open_reader, score_lines
 from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.score import Pools
@@ -99,7 +99,7 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         ValueError: for input, settings or a model that cannot be used, or an output of other settings or weights.
     """
     started = time.perf_counter()
-    lines, _ = read_input(job.input)
+    lines, _ = read_input(job.input, ties=allows_ties(job.layout))
     source = _check(job)
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
     settings = _settings(job, source, lines)

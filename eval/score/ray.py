@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow
 
-from cepo.eval.score.rows import Line, line_of
+from cepo.eval.score.rows import Line, allows_ties, line_of
 from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_engine, open_reader, score_lines
 from cepo.files import json_line
 from cepo.fusion.score import Pools
@@ -105,7 +105,8 @@ class CepoScorer:
             raise ValueError(f'batch is a {type(batch).__name__}; expected map_batches(..., batch_format="pyarrow")')
         rows = batch.to_pylist()
         numbers = [row.get("row") for row in rows]
-        lines = [line_of(row, f"row {number}") for number, row in zip(numbers, rows, strict=True)]
+        ties = allows_ties(self.scoring.layout)
+        lines = [line_of(row, f"row {number}", ties=ties) for number, row in zip(numbers, rows, strict=True)]
         return batch.append_column("record", self._records(numbers, lines))
 
     def _records(self, numbers: list[int | None], lines: list[Line]) -> pyarrow.Array:

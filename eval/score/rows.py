@@ -11,8 +11,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from cepo.files import BrokenLine, Row, content_hash
+from cepo.jacobian.reading.judge import JudgeLayout
+from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
+from cepo.train.prompts import own_words
 from cepo.train.rows import (
     ask_the_same,
     encodable,
@@ -72,8 +75,12 @@ class Line:
         return self.row is not None and "prompt" in self.row
 
 
-def read_input(path: Path) -> tuple[list[Line], list[BrokenLine]]:
+def read_input(path: Path, *, ties: bool = False) -> tuple[list[Line], list[BrokenLine]]:
     """Return the rows of the input in order, and the number and the reason of each that cannot be used.
+
+    Args:
+        path: a file of rows.
+        ties: see `read_row`.
 
     Raises:
         ValueError: for a file that cannot be read, is empty, or has no row with the columns of a form.
@@ -87,7 +94,7 @@ def read_input(path: Path) -> tuple[list[Line], list[BrokenLine]]:
         if isinstance(row, dict):
             first = row if first is None else first
             lacks_columns = lacks_columns and _form(row) is None
-        lines.append(line_of(row, f"{source.unit} {number}"))
+        lines.append(line_of(row, f"{source.unit} {number}", ties=ties))
         if lines[-1].broken is not None:
             broken.append((number, lines[-1].broken))
     if not lines:
@@ -102,20 +109,20 @@ def read_input(path: Path) -> tuple[list[Line], list[BrokenLine]]:
     return lines, broken
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path, *, ties: bool = False) -> list[Line]:
     """Return the rows of a file, see `read_input`; those that cannot be used are counted in a warning."""
-    lines, broken = read_input(path)
+    lines, broken = read_input(path, ties=ties)
     if broken:
         logger.warning("%s: %d row(s) cannot be used; the first: %s", path, len(broken), broken[0][1])
     return lines
 
 
-def line_of(found: Row | str, place: str) -> Line:
-    """Return what is read of a row, or of a reason why there is none; `place` is where it stands."""
+def line_of(found: Row | str, place: str, *, ties: bool = False) -> Line:
+    """Return what is read of a row, see `read_row`, or of a reason why there is none; `place` is where it stands."""
     if isinstance(found, str):
         return Line(place, broken=f"{place} is broken: {found}")
     try:
-        return Line(place, read_id(found), read_row(found), _task_reward(found))
+        return Line(place, read_id(found), read_row(found, ties=ties), _task_reward(found))
     except ValueError as reason:
         return Line(place, read_id(found), broken=f"{place}: {reason}")
 
@@ -145,7 +152,7 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
         ValueError: with the reason why the row cannot be used: its columns, a chat template that refuses its messages,
             or a prompt that is already rendered and is not raw.
     """
-    tokenizer, messages, row = reader.tokenizer, None, read_row(row)
+    tokenizer, messages, row = reader.tokenizer, None, read_row(row, ties=allows_ties(reader.layout))
     if "prompt_ids" in row:
         prompt_ids, completion_ids = row["prompt_ids"], row["completion_ids"]
     else:
@@ -155,10 +162,11 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
             prompt_ids = reader.prompts.raw_ids(encodable(prompt))
         else:
             messages = [{**message, "content": encodable(message["content"])} for message in _as_messages(prompt)]
-            if any(reader.prompts.is_rendered(message["content"]) for message in messages):
+            if any(reader.prompts.is_rendered(own_words(message["content"])) for message in messages):
+                way_out = "score with --raw, or give the messages" if isinstance(prompt, str) else "give its text"
                 raise ValueError(
-                    "its prompt is already rendered: it holds the chat template's own special tokens, and would be "
-                    "rendered again; score with --raw, or give the messages alone"
+                    "its prompt is already rendered: it begins as the chat template begins one, and would be rendered "
+                    f"again; {way_out} alone"
                 )
             try:
                 prompt_ids = tokenizer.apply_chat_template(
@@ -171,11 +179,20 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
     return reader.read(prompt_ids, completion_ids, messages)
 
 
-def read_row(row: Row) -> Row:
+def allows_ties(layout: Layout) -> bool:
+    """Return whether judgements of a layout answer a prompt that allowed equal scores."""
+    return isinstance(layout, JudgeLayout) and layout.ties
+
+
+def read_row(row: Row, *, ties: bool = False) -> Row:
     """Return what is scored of a row: `prompt_ids` and `completion_ids`, or `prompt` and `completion`.
 
     `prompt` is text or messages, `completion` text: of messages the last one by the assistant, and those before it
     continue the prompt. A judged pair becomes the judge's prompt and its judgement. docs/formats.md has the forms.
+
+    Args:
+        row: of the input.
+        ties: whether the prompt of a judged pair allowed equal scores, see `read_judgement`.
 
     Raises:
         ValueError: with the reason why the row cannot be used.
@@ -190,7 +207,7 @@ def read_row(row: Row) -> Row:
                 raise ValueError(f"column {column!r} holds {str(row[column])[:40]!r}; expected a list of integers")
         return {column: row[column] for column in form}
     if "judge_output" in form:
-        judged, judgement = read_judgement(row)
+        judged, judgement = read_judgement(row, ties=ties)
         return {"prompt": judged, "completion": judgement}
     if "completion" not in form:
         before, completion = read_answer(row, "messages", whole=True)

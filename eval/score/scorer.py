@@ -12,7 +12,7 @@ from typing import Any
 from cepo.counterfactual.exchange import exchanged_prompts
 from cepo.eval.score.criteria import criteria_of
 from cepo.eval.score.matrices import save_matrices
-from cepo.eval.score.rows import Line, read_lines, rollout_of
+from cepo.eval.score.rows import Line, allows_ties, read_lines, rollout_of
 from cepo.files import content_hash
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import LinkScore
@@ -88,7 +88,7 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
     """
     if not scoring.config.reads_effects:
         return None
-    offered = lines if scoring.donors is None else read_lines(scoring.donors)
+    offered = lines if scoring.donors is None else read_lines(scoring.donors, ties=allows_ties(scoring.layout))
     rollouts = [rollout_of(line, reader, raw=scoring.raw) for line in offered]
     pools = pools_of(rollouts, scoring.config.parsed_links(scoring.layout))
     wrong = Counter(one.malformed for one in rollouts if one.malformed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -105,11 +105,22 @@ class PromptReader:
         return start + ids
 
     def is_rendered(self, text: str) -> bool:
-        """Return whether a text is a prompt that is already rendered: a special token opens it, or a user's turn."""
-        written = as_bytes(text).lstrip(WHITE_SPACE)
-        opened = self._marks[0]
-        at = min((place for token in self._special_texts if (place := opened.find(token)) >= 0), default=len(opened))
-        return written.startswith(tuple(self._special_texts)) or (at < len(opened) and opened[at:] in written)
+        """Return whether a text is a prompt that is already rendered: it begins as the chat template begins one."""
+        return as_bytes(text).lstrip(WHITE_SPACE).startswith(self._openings)
+
+    @cached_property
+    def _openings(self) -> tuple[bytes, ...]:
+        """How rendered prompts begin: with a system message or a user's, with the start of text or without it.
+
+        Each holds a special token, without which it could be anybody's words.
+        """
+        mark = self._marks[0]  # it may begin with the end of a sentence
+        first = min((at for token in self._special_texts if (at := mark.find(token)) >= 0), default=len(mark))
+        start = as_bytes(self.tokenizer.bos_token or "")
+        whole = [frame[0] for probes in ([_USER], [_SYSTEM, _USER]) for frame in self._frames(probes)] + [mark[first:]]
+        bare = [opening.lstrip(WHITE_SPACE).removeprefix(start) for opening in whole]
+        openings = {opening.lstrip(WHITE_SPACE) for opening in (*whole, *bare)}
+        return tuple(opening for opening in openings if any(token in opening for token in self._special_texts))
 
     @cached_property
     def _special_texts(self) -> list[bytes]:
@@ -234,23 +245,25 @@ class PromptReader:
         return tuple(ranges)
 
     def _frame(self, probes: Sequence[Mapping[str, Any]], *, answered: bool = False) -> list[bytes]:
-        """Return what the chat template puts around the probes, as bytes; [] without a template that explains them.
+        """Return what the chat template puts around the probes, as bytes; [] without a template that explains them."""
+        return next(self._frames(probes, answered=answered), [])
 
-        The bytes of the template's tokens are tried first (some tokenizers put a space after a special token), then
-        its text (some vocabularies cannot write the probe).
+    def _frames(self, probes: Sequence[Mapping[str, Any]], *, answered: bool = False) -> Iterator[list[bytes]]:
+        """Yield the frame in the bytes of the template's tokens, then in its text, wherever they explain the probes.
+
+        Some tokenizers put a space after a special token, and some vocabularies cannot write the probe.
         """
         if not getattr(self.tokenizer, "chat_template", None):
-            return []
+            return
         try:
             text = self.tokenizer.apply_chat_template(list(probes), tokenize=False, add_generation_prompt=not answered)
         except (TemplateError, ValueError, TypeError):  # a template that refuses such a conversation
-            return []
+            return
         tokens = b"".join(self._bytes.of(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         for rendered in (tokens, text.encode()):
             frame = rendered.split(_PROBE.encode())
             if len(frame) == len(probes) + 1:
-                return frame
-        return []
+                yield frame
 
 
 def _run(ids: Sequence[int]) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def _decoder_kind(tokenizer: Any) -> tuple[str, str]:
     for step in steps:
         if step["type"] == "Metaspace":
             return "sentencepiece", step["replacement"]
-        if step["type"] == "Replace" and step.get("content") == " ":
+        if step["type"] == "Replace" and step.get("content") == " " and "String" in step["pattern"]:
             return "sentencepiece", step["pattern"]["String"]
     return "prefix", ""
 

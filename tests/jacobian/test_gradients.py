@@ -201,3 +201,13 @@ def test_trained_and_compiled_models_pass() -> None:
         JacobianEngine(adapted.train(), adapters=adapters)
     assert all(module.training for module in adapted.modules())
     assert any(parameter.requires_grad for parameter in adapted.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_called_a_missing_backward_pass(value: float) -> None:
+    """The gradient of NaN says nothing about kernels; the user is told of the weights."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = value
+    with pytest.raises(ValueError, match="output for 6 tokens is not finite.*Check its weights"):
+        JacobianEngine(model)

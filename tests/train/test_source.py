@@ -209,3 +209,11 @@ def test_a_folder_with_a_file_that_holds_no_rows_is_refused_in_words(tmp_path: P
     written(tmp_path, "notes.jsonl", b"not json\n")
     with pytest.raises(ValueError, match="neither a file nor a data set that can be loaded"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("beside", [{"version": [1]}, {"columns": ["prompt"]}, {"notes": [], "total": 1}])
+def test_the_one_list_of_objects_in_an_object_holds_the_rows(tmp_path: Path, beside: dict[str, Any]) -> None:
+    """Lists of anything else beside it are about the file."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": [{"prompt": "a"}, {"prompt": "b"}], **beside}))
+    assert [row for _, row in open_file(path)] == [{"prompt": "a"}, {"prompt": "b"}]

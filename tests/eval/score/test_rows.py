@@ -12,6 +12,8 @@ from cepo.eval.score.rows import read_input, read_lines, read_rollout, read_row
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import testbed
+from cepo.train.prompts import TIES_JUDGE, judge_prompt
+from tests.byte_tokenizer import byte_tokenizer
 
 ASKED, JUDGED = "Which is better?", "the judgement"
 USER, ANSWER = {"role": "user", "content": ASKED}, {"role": "assistant", "content": JUDGED}
@@ -107,11 +109,44 @@ def test_a_rendered_prompt_is_taken_raw_and_never_rendered_twice() -> None:
     text = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
     row = {"prompt": text, "completion": JUDGED}
     assert read_rollout(row, reader, raw=True).prompt_ids == read_rollout(MESSAGES, reader).prompt_ids
-    for prompt in (text, [{"role": "user", "content": text}]):
-        with pytest.raises(ValueError, match="already rendered.*--raw"):
-            read_rollout({**row, "prompt": prompt}, reader)
+    with pytest.raises(ValueError, match="already rendered.*--raw"):
+        read_rollout(row, reader)
     pair = {"prompt": text, "chosen": "a", "rejected": "b", "judge_output": JUDGED, "label": "A"}
-    with pytest.raises(ValueError, match="already rendered"):  # it would be a turn within the judge's question
-        read_rollout(pair, reader)
-    encoded = PromptEncoder(tokenizer, JudgeSettings(model="x")).encode([{"role": "user", "content": "See: " + text}])
-    assert "already rendered" in encoded
+    for other in ({**row, "prompt": [{"role": "user", "content": text}]}, pair):  # the pair's is within the question
+        with pytest.raises(ValueError, match="already rendered.*; give its text alone"):
+            read_rollout(other, reader)
+    for prompt in ([{"role": "user", "content": text}], judge_prompt(text, "a", "b", ties=True)):
+        assert "rendered already" in PromptEncoder(tokenizer, JudgeSettings(model="x")).encode(prompt)
+
+
+def test_words_about_a_template_are_not_a_rendered_prompt() -> None:
+    """Questions quote special tokens, and thoughts of earlier turns begin with one, where the model has it as such."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    reader = SpanReader(tokenizer, JudgeLayout())
+    thought = [USER, {"role": "assistant", "content": "<think>Hm.</think>Which?"}, USER]
+    questions = (
+        "<think> tags: what are they?",
+        "Why does this appear?\n<|im_start|>user\n",
+        "<|im_start|> means what?",
+    )
+    for prompt in (thought, *questions):
+        rollout = read_rollout({"prompt": prompt, "completion": JUDGED}, reader)
+        wanted = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        rendered = tokenizer.apply_chat_template(wanted, add_generation_prompt=True, return_dict=True)
+        assert list(rollout.prompt_ids) == rendered["input_ids"]
+
+
+@pytest.mark.parametrize("tie", [{"tie": True}, {"label": "tie"}])
+def test_a_judged_tie_is_read_with_the_prompt_that_allowed_it(tie: dict[str, Any]) -> None:
+    """Its judge was told of equal scores; where ties are not asked for, the row is refused with the way to ask."""
+    pair = {"prompt": ASKED, "chosen": "a", "rejected": "b", "judge_output": JUDGED}
+    with pytest.raises(ValueError, match="is a tie; to include ties, .* pass --ties"):
+        read_row({**pair, **tie})
+    wanted = judge_prompt(ASKED, "a", "b", ties=True)
+    assert read_row({**pair, **tie}, ties=True) == {"prompt": wanted, "completion": JUDGED}
+    assert read_row({**pair, "label": "A"}, ties=True)["prompt"] == wanted
+    tokenizer = byte_tokenizer()
+    rendered = tokenizer.apply_chat_template(wanted, add_generation_prompt=True, return_dict=True)
+    read = read_rollout({**pair, **tie}, SpanReader(tokenizer, TIES_JUDGE))
+    assert list(read.prompt_ids) == rendered["input_ids"]

@@ -192,12 +192,16 @@ def test_a_rendered_prompt_as_raw_text(family: str) -> None:
 
 @pytest.mark.parametrize("family", list(TEMPLATES))
 def test_a_rendered_prompt_is_known(family: str) -> None:
-    """By the template's own marks, also where it starts otherwise; words about them are not a rendered prompt."""
+    """By its beginning, with a system message or the start of text, or without; quotations of one are not rendered."""
     tokenizer = tokenizer_of(family)
     prompts = SpanReader(tokenizer, JudgeLayout()).prompts
     text = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
     assert prompts.is_rendered(text)
-    assert prompts.is_rendered("Log of today:\n" + text)
+    assert prompts.is_rendered("\n" + text.removeprefix("<|bos|>"))
+    if family not in ("gemma", "inst"):  # which have no system message
+        system = tokenizer.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, tokenize=False)
+        assert prompts.is_rendered(system)
+    assert not prompts.is_rendered("Log of today:\n" + text)
     assert not prompts.is_rendered("Which is better?")
     assert not prompts.is_rendered("What does the token <|eot|> mean?")
     assert not SpanReader(tokenizer_of(None), JudgeLayout()).prompts.is_rendered("user: Which?")
@@ -208,7 +212,7 @@ def test_a_template_with_a_system_message_of_its_own_explains_a_prompt_without()
     tokenizer = tokenizer_of("chatml")
     prompts = SpanReader(tokenizer, JudgeLayout()).prompts
     bare = "<|h|>user\nWhich is better?<|eot|>\n<|h|>assistant\n"
-    assert prompts.is_rendered("Compare these.\n" + bare)
+    assert prompts.is_rendered(bare)
     ids = tokenizer(bare, add_special_tokens=False)["input_ids"]
     ((start, end),), found_by = prompts.content(ids, None)
     assert (bare.encode()[start:end], found_by) == (b"Which is better?", "template")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cepo.fusion.config import RewardConfig
@@ -913,3 +913,11 @@ def test_mutated_outputs_are_scored(tokenizers: dict[str, Any]) -> None:
         assert score.malformed is None or score.reward == 0.0
     assert sum(score.malformed is None for score in scores) >= 5
     assert sum(score.malformed is not None for score in scores) >= 20
+
+
+def test_a_decoder_that_replaces_by_a_pattern_is_asked_for_its_text() -> None:
+    """A pattern is no mark for spaces: such a vocabulary is read by decoding."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "hi": 1, "▁▁you": 2}, unk_token="<unk>"))
+    core.decoder = decoders.Sequence([decoders.Replace(Regex("▁+"), " "), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert TokenBytes(tokenizer).of([1, 2]) == [b"hi", b" you"]
