@@ -19,6 +19,7 @@ from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.records import Rollout
 
 Nuisance = Literal["svd", "mean"]
+_HARDENED_SCORES: tuple[Score, ...] = (*PHI_SCORES, "influence_retained")
 PAPER_LINKS: Mapping[str, float] = {"Z->X": 0.1, "X->Y": 0.1, "Z->Y": 0.1}
 PAPER: Mapping[str, Any] = {
     "links": PAPER_LINKS,
@@ -102,9 +103,7 @@ class RewardConfig:
         check_power(self.join, "join")
         if not isinstance(self.donors, int) or self.donors < 1:
             raise ValueError(f"donors is {self.donors!r}; expected an integer >= 1")
-        check_nodes(self.nodes)
-        if self.nodes == 0:
-            raise ValueError("nodes is 0; expected at least 1, or 'auto'; the score 'effect' needs none")
+        check_nodes(self.nodes, least=1)
         check_permutation(self.permutation)
         check_rank(self.rank, self.energy)
         named = (
@@ -133,9 +132,7 @@ class RewardConfig:
     @property
     def reads_hardening(self) -> bool:
         """Whether anything that is recorded depends on what hardening leaves of a Jacobian."""
-        return self.score in ("phi_retained", "influence_retained", *PHI_SCORES) or bool(
-            {"phi", "angles"} & {*self.also}
-        )
+        return self.score in _HARDENED_SCORES or bool({"phi", "angles"} & {*self.also})
 
     @property
     def reads_jacobians(self) -> bool:
@@ -161,6 +158,31 @@ class RewardConfig:
     def reads_leak(self) -> bool:
         """Whether anything that is recorded depends on the prompt with its responses exchanged."""
         return self.leak_weight > 0.0 or "order_leak" in self.also
+
+    def unread(self, layout: Layout) -> dict[str, str]:
+        """Return the fields that change nothing that is recorded, each with what would read it, in words."""
+        chains = self.chains(layout)
+        hardened, compared = ", ".join(_HARDENED_SCORES), ", ".join(EFFECT_SCORES)
+        hardening = "" if self.reads_hardening else f"by the scores {hardened}, and by phi and angles in also"
+        permuted = hardening or ("" if self.counterfactuals else "where counterfactuals (K) is at least 1")
+        donors = "" if self.reads_effects else f"by the scores {compared}, and by effect and path in also"
+        readers = {
+            "counterfactuals": hardening,
+            "rank": permuted,
+            "energy": permuted,
+            "nuisance": permuted,
+            "permutation": "" if self.reads_effects and self.no_donor == "permute" else permuted,
+            "donors": donors,
+            "no_donor": donors,
+            "nodes": "" if self.reads_paths else "by the score path, and by path in also",
+            "seed": "where donors or permutations are drawn" if permuted and donors else "",
+            "join": "" if any(len(chain.links) > 1 for chain in chains) else "by chains of several links",
+            "p": "" if len(chains) > 1 or self.task_weight else "where several scores are fused",
+            "target": ""
+            if any(link.function == self.target for chain in chains for link in chain.links)
+            else "by links that name no target of their own",
+        }
+        return {name: f"is read only {by}" for name, by in readers.items() if by}
 
     def chains(self, layout: Layout) -> list[Chain]:
         """Return what has a positive weight, parsed; ValueError for what the layout does not have or S cannot score."""

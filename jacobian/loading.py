@@ -17,6 +17,7 @@ from cepo.files import content_hash, fingerprint, means_path
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|xla)(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,19 @@ def resolve_model(name: str) -> ModelSource:
 def load_model(
     source: ModelSource, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """Return (model in eval mode, tokenizer).
+    """Return (model in eval mode, tokenizer), see `load_weights` and `load_tokenizer`.
+
+    Raises:
+        ValueError: if the weights or the tokenizer cannot be loaded, with the reason.
+    """
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    return load_weights(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code), tokenizer
+
+
+def load_weights(
+    source: ModelSource, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> Any:
+    """Return a model in eval mode.
 
     Args:
         source: from `resolve_model`.
@@ -87,7 +100,7 @@ def load_model(
         trust_remote_code: whether a hub repository's own code may run.
 
     Raises:
-        ValueError: if the weights or the tokenizer cannot be loaded, with the reason.
+        ValueError: if the weights cannot be loaded, with the reason.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -95,11 +108,10 @@ def load_model(
     if source.base is not None:
         from peft import PeftModel
 
-        model, tokenizer = load_model(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        return PeftModel.from_pretrained(model, source.location).eval(), tokenizer
+        model = load_weights(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return PeftModel.from_pretrained(model, source.location).eval()
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with _gguf_read_once() if source.gguf_file else contextlib.nullcontext():
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
@@ -113,7 +125,7 @@ def load_model(
         model.config.__dict__.pop("quantization_config", None)
     # An adapter saved later names its base by this.
     model.name_or_path = source.name
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
 
 
 def model_fingerprint(source: ModelSource) -> str:
@@ -135,6 +147,7 @@ def model_fingerprint(source: ModelSource) -> str:
 
 def check_device(device: str) -> None:
     """Raise ValueError unless torch can run on the device."""
+    check_device_name(device)
     if device == "cpu":  # other errors are reported without waiting for torch
         return
     import torch
@@ -145,14 +158,18 @@ def check_device(device: str) -> None:
         raise ValueError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def check_device_name(device: str) -> None:
+    """Raise ValueError for what is not the name of a device; it needs no torch."""
+    if not _DEVICE.fullmatch(device):
+        raise ValueError(f"device is {device!r}; expected cpu, cuda, mps, xpu, hpu or xla, with a number as in cuda:1")
+
+
 def embedding_width(source: ModelSource) -> int | None:
     """Return the embedding size of a model on disk from its config or GGUF header, or None where it is unknown."""
     if source.base is not None:
         return embedding_width(source.base)
     if source.gguf_file:
-        from gguf import GGUFReader
-
-        fields = GGUFReader(Path(source.location) / source.gguf_file).fields
+        fields = _read_gguf(Path(source.location) / source.gguf_file).fields
         return next((int(value.contents()) for key, value in fields.items() if key.endswith("embedding_length")), None)
     config = Path(source.location) / "config.json"
     values = json.loads(config.read_text()) if config.is_file() else {}
@@ -198,11 +215,23 @@ def _gguf_read_once() -> Iterator[None]:
     import gguf
 
     whole = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, whole)
+    gguf.GGUFReader, gguf.get_tensor_name_map = _read_gguf, functools.cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = whole
+
+
+def _read_gguf(path: str | Path) -> Any:
+    """Return a GGUF file's reader, the same as before while the file is the same: to make one takes seconds."""
+    return _gguf_reader(str(path), Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_reader(path: str, changed: int) -> Any:
+    from gguf.gguf_reader import GGUFReader  # the class itself, whatever stands in its place meanwhile
+
+    return GGUFReader(path)
 
 
 def _hub_commit(source: ModelSource) -> str:

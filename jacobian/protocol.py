@@ -94,10 +94,10 @@ class PathRequest:
             _check_aligned(rollout, others, self.links[0].source)
 
 
-def check_nodes(nodes: Nodes) -> None:
-    """Raise ValueError unless `nodes` is a number of nodes, or "auto"."""
-    if nodes != "auto" and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 0):
-        raise ValueError(f"nodes is {nodes!r}; expected an integer >= 0, or 'auto'")
+def check_nodes(nodes: Nodes, *, least: int = 0) -> None:
+    """Raise ValueError unless `nodes` is a number of nodes, at least `least`, or "auto"."""
+    if nodes != "auto" and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < least):
+        raise ValueError(f"nodes is {nodes!r}; expected an integer >= {least}, or 'auto'")
 
 
 def _check_aligned(rollout: Rollout, others: Sequence[Rollout], source: str) -> None:

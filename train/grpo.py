@@ -24,7 +24,7 @@ from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerpri
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.ranks import failing_together
 from cepo.train.recipe import Dtype, decisive, read_recipe, trainer_arguments
-from cepo.train.run import check_lora, lora_config, require_trl, train_to_end
+from cepo.train.run import lora_config, require_trl, train_to_end
 from cepo.train.settings import check_settings
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,6 @@ def _trainer(
             testbed_judge=config.testbed,
             trust_remote_code=config.trust_remote_code,
         )
-    check_lora(model, lora)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options: dict[str, Any] = {}

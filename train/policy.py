@@ -17,13 +17,8 @@ from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 from cepo.train.reasoner_testbed import Question, Task, generate_questions
-from cepo.train.reasoner_testbed_models import (
-    ReasonerSettings,
-    load_testbed_reasoner,
-    reasoner_fingerprint,
-    reasoner_settings,
-)
-from cepo.train.settings import check_settings
+from cepo.train.reasoner_testbed_models import ReasonerSettings, load_testbed_reasoner, reasoner_fingerprint
+from cepo.train.settings import check_names, check_settings
 from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerprint, words_settings
 
 TESTBED, WORDS, REASONER_TESTBED = "testbed", "testbed-words", "testbed-reasoner"
@@ -68,6 +63,8 @@ def source_and_options(settings: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(settings, Mapping) or not settings.get("source"):
         came = "missing" if isinstance(settings, Mapping) else f"not there: data is {settings!r}"
         raise ValueError(f"data.source is {came}; expected a file, a hub data set id, or testbed")
+    if not isinstance(settings["source"], str | Path):
+        raise ValueError(f"data.source is {settings['source']!r}; expected text: a file, a hub data set id, or testbed")
     options = dict(settings)
     return options.pop("source"), options
 
@@ -112,7 +109,7 @@ def load_policy(
     if name == WORDS:
         return load_words_judge(words_settings(testbed_judge), cache=cache)
     if name == REASONER_TESTBED:
-        return load_testbed_reasoner(reasoner_settings(testbed_judge), seed=seed, cache=cache)
+        return load_testbed_reasoner(_reasoner(testbed_judge), seed=seed, cache=cache)
     if name != TESTBED:
         return load_model(resolve_model(name), dtype=dtype, trust_remote_code=trust_remote_code)
     return load_testbed_judge(**_testbed_options(testbed_judge), seed=seed, cache=cache)
@@ -126,12 +123,11 @@ def policy_fingerprint(name: str, *, seed: int, testbed_judge: Mapping[str, Any]
         seed: see `load_policy`.
         testbed_judge: see `load_policy`.
     """
-    if name in (WORDS, REASONER_TESTBED):
-        check_settings("testbed", testbed_judge, WordsJudge if name == WORDS else ReasonerSettings)
     if name == WORDS:
+        check_settings("testbed", testbed_judge, WordsJudge)
         return words_fingerprint(words_settings(testbed_judge))
     if name == REASONER_TESTBED:
-        return reasoner_fingerprint(reasoner_settings(testbed_judge), seed=seed)
+        return reasoner_fingerprint(_reasoner(testbed_judge), seed=seed)
     if name == TESTBED:
         return testbed_fingerprint(**_testbed_options(testbed_judge), seed=seed)
     return model_fingerprint(resolve_model(name))
@@ -191,6 +187,11 @@ def _questions(
     train = generate_questions(count, seed=seed + 1, cue_agreement=cue_agreement, task=task)
     test = generate_questions(test_count, seed=seed + 2, cue_agreement=cue_agreement, task=task)
     return DataSplit(questions_dataset(train), questions_dataset(test), ())
+
+
+def _reasoner(given: Mapping[str, Any]) -> ReasonerSettings:
+    check_names("testbed", given, ReasonerSettings.__dataclass_fields__)
+    return ReasonerSettings(**given)
 
 
 def _testbed_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.train import reasoner_testbed, testbed, testbed_judges
 from cepo.train.reasoner_testbed import Question, Task, generate_questions, is_right, write_solution, write_thought
+from cepo.train.settings import check_settings
 from cepo.train.testbed_judges import DISEASED_SHARE, build_model, fit, generate
 
 ReasonerKind = Literal["able", "lazy", "hollow"]
@@ -39,24 +40,9 @@ class ReasonerSettings:
     steps: int = 300
 
     def __post_init__(self) -> None:
-        for name, known in (("reasoner", get_args(ReasonerKind)), ("task", get_args(Task))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"testbed.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"testbed.steps is {self.steps!r}; expected an integer of at least 1")
-
-
-def reasoner_settings(given: Mapping[str, Any]) -> ReasonerSettings:
-    """Return the reasoner that the settings of a recipe's `testbed` describe.
-
-    Raises:
-        ValueError: for a setting that does not exist, or a value out of range.
-    """
-    known = [field.name for field in fields(ReasonerSettings)]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"testbed holds {', '.join(unknown)}; expected some of {', '.join(known)}")
-    return ReasonerSettings(**given)
+        check_settings("testbed", vars(self), ReasonerSettings)
+        if self.steps < 1:
+            raise ValueError(f"testbed.steps is {self.steps}; expected at least 1")
 
 
 def load_testbed_reasoner(

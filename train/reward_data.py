@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from cepo.counterfactual.text.mechanical import make_pairs
+from cepo.counterfactual.text.mechanical import Rule, Ties, make_pairs
 from cepo.counterfactual.text.pairs import ORIGINAL, Pair, side_of
 from cepo.files import Row, content_hash
 from cepo.train.pair_encoding import PairEncoder
 from cepo.train.policy import TESTBED, source_and_options
 from cepo.train.reward_testbed import WORDS, generate_sources
 from cepo.train.rows import PAIR, given, read_flag, read_id, read_pair, read_tie
+from cepo.train.settings import check_settings
 from cepo.train.source import collect_rows
 
 LeftOut = tuple[str, str]
@@ -70,37 +71,26 @@ def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
         seed: of the split and of the testbed.
 
     Raises:
-        ValueError: for an unknown option, or data without a usable pair.
+        ValueError: as `check_pairs`, or for data without a usable pair.
     """
+    check_pairs(settings)
     source, options = source_and_options(settings)
-    known: dict[str, Any] = {"test_fraction": 0.0}
-    if source == TESTBED:
-        known |= {"count": 300, "cue_agreement": 0.9, "kinds": (ORIGINAL,), "ties": "true"}
-    else:
-        known |= {"test_fraction": 0.02, "split": None, "limit": None, "columns": None}
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        of = "the testbed's pairs" if source == TESTBED else "pairs that are read"
-        raise ValueError(
-            f"data.source is {str(source)!r}, and data holds {', '.join(unknown)}, which {of} do not take; expected "
-            f"some of {', '.join(known)}. Recipes for both: train/recipes/reward-model-*.yaml"
-        )
-    values = {**known, **options}
-    if not 0.0 <= values["test_fraction"] <= 1.0:
-        raise ValueError(f"data.test_fraction is {values['test_fraction']}; expected a fraction in [0, 1]")
-    unreadable: list[LeftOut] = []
-    if source == TESTBED:
-        sources = generate_sources(values["count"], seed=seed, cue_agreement=values["cue_agreement"])
-        rules = {name: values[name] for name in ("kinds", "ties", "test_fraction")}
-        pairs = list(make_pairs(sources, WORDS, seed=seed, **rules))
-    else:
-        pairs, unreadable = _read(str(source), values, seed)
+    pairs, unreadable = (_made if source == TESTBED else _read)(source, seed=seed, **options)
     kept = [pair for pair in pairs if pair.kept]
     dropped = [(pair.id, f"not kept: {pair.reason}") for pair in pairs if not pair.kept]
     train, test = (tuple(pair for pair in kept if pair.split == side) for side in ("train", "test"))
     if not train:
         raise ValueError(f"data.source {source} leaves no pair to train on: {told(unreadable + dropped) or 'all test'}")
     return PairSplit(train, test, tuple(unreadable + dropped))
+
+
+def check_pairs(settings: Any) -> None:
+    """Raise ValueError for settings of `load_pairs` that do not exist, or whose values are of another type or range."""
+    source, options = source_and_options(settings)
+    check_settings("data", options, _made if source == TESTBED else _read, but=("source", "seed"))
+    fraction = options.get("test_fraction", 0.0)
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"data.test_fraction is {fraction}; expected a fraction in [0, 1]")
 
 
 def encode_pairs(pairs: Sequence[Pair], encoder: PairEncoder) -> EncodedPairs:
@@ -123,8 +113,32 @@ def told(left_out: Sequence[LeftOut]) -> str:
     return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
 
 
-def _read(source: str, values: Mapping[str, Any], seed: int) -> tuple[list[Pair], list[LeftOut]]:
-    names = PAIR | dict(values["columns"] or {})
+def _made(
+    source: str,
+    *,
+    seed: int,
+    test_fraction: float = 0.0,
+    count: int = 300,
+    cue_agreement: float = 0.9,
+    kinds: Sequence[Rule] = (ORIGINAL,),
+    ties: Ties = "true",
+) -> tuple[list[Pair], list[LeftOut]]:
+    """Return the testbed's pairs, of which none is left out."""
+    sources = generate_sources(count, seed=seed, cue_agreement=cue_agreement)
+    return list(make_pairs(sources, WORDS, kinds=kinds, seed=seed, ties=ties, test_fraction=test_fraction)), []
+
+
+def _read(
+    source: str,
+    *,
+    seed: int,
+    test_fraction: float = 0.02,
+    split: str | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> tuple[list[Pair], list[LeftOut]]:
+    """Return the pairs of a file or a data set, and the rows that cannot be read."""
+    names = PAIR | dict(columns or {})
     if len(names) > len(PAIR):
         raise ValueError(f"data.columns renames {', '.join(names)}; expected only {', '.join(PAIR)}")
 
@@ -137,10 +151,10 @@ def _read(source: str, values: Mapping[str, Any], seed: int) -> tuple[list[Pair]
             chosen,
             rejected,
             tie=read_tie(row, ties=True),
-            split=given(row, "split") or side_of(prompt, values["test_fraction"], seed),
+            split=given(row, "split") or side_of(prompt, test_fraction, seed),
             kept=read_flag(row, "kept", default=True),
             reason=given(row, "reason"),
         )
 
-    pairs, skipped = collect_rows(source, convert, split=values["split"], limit=values["limit"])
+    pairs, skipped = collect_rows(source, convert, split=split, limit=limit)
     return pairs, [(f"row {number}", reason) for number, reason in skipped]

@@ -19,9 +19,9 @@ from cepo.train.pair_encoding import TEMPLATE, PairEncoder, Shown
 from cepo.train.policy import TESTBED
 from cepo.train.ranks import failing_together
 from cepo.train.recipe import Dtype, decisive, read_recipe, trainer_arguments
-from cepo.train.reward_data import EncodedPairs, encode_pairs, load_pairs, told
+from cepo.train.reward_data import EncodedPairs, check_pairs, encode_pairs, load_pairs, told
 from cepo.train.reward_testbed import build_reward_model, reward_model_fingerprint
-from cepo.train.run import check_lora, lora_config, require_trl, train_to_end
+from cepo.train.run import lora_config, require_trl, train_to_end
 from cepo.train.settings import check_settings
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class RewardModelConfig:
 
     def __post_init__(self) -> None:
         check_settings("", vars(self), RewardModelConfig)
+        check_pairs(self.data)
         if not self.tie_weight >= 0:
             raise ValueError(f"tie_weight is {self.tie_weight!r}; expected a number >= 0")
         taken = [name for name in _OURS if name in self.reward]
@@ -142,7 +143,6 @@ def _trainer(
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
-    check_lora(model, lora)
     return PairTrainer(
         shown=config.shown,
         tie_weight=config.tie_weight,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,7 +113,8 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
     console = Console(file=sys.stderr)  # the stream that the libraries lose below
     console.quiet = rank != 0
     with _printed_to(output / (_LOG if rank == 0 else f"log-{rank}.txt")):
-        trainer = build()
+        with _naming_lora():
+            trainer = build()
         if checkpoint is not None:
             console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
         with _progress(console) as progress:
@@ -164,22 +165,6 @@ def lora_config(settings: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"lora is not a valid LoraConfig: {error}") from error
 
 
-def check_lora(model: Any, lora: Any) -> None:
-    """Raise ValueError if peft finds no place for the layers of a LoraConfig in a Hugging Face model; None passes."""
-    if lora is None:
-        return
-    from peft import get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):  # without weights
-                get_peft_model(type(model)(copy.deepcopy(model.config)), copy.deepcopy(lora))
-        except ValueError as error:
-            targets = lora.target_modules
-            names = sorted(targets) if isinstance(targets, set) else targets
-            raise ValueError(f"lora does not fit the model (lora.target_modules is {names!r}): {error}") from error
-
-
 def last_complete_checkpoint(output: Path) -> Path | None:
     """Return the newest checkpoint whose every file was written, or None; a kill during a save leaves a partial one."""
     complete = [folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()]
@@ -215,6 +200,17 @@ def write_final(output: Path, checkpoint: Path) -> Path:
     with replacing(final) as unfinished:
         shutil.copytree(checkpoint, unfinished, ignore=ignore)
     return final
+
+
+@contextlib.contextmanager
+def _naming_lora() -> Iterator[None]:
+    """Let an error of peft about the layers that a LoraConfig names begin with the recipe's key."""
+    try:
+        yield
+    except ValueError as error:
+        if re.search("target[ _]modules?", str(error), re.IGNORECASE) is None:
+            raise
+        raise ValueError(f"lora.target_modules does not fit the model: {error}") from error
 
 
 class _RunRecord(TrainerCallback):

@@ -68,8 +68,15 @@ def _told(hint: Any) -> str:
     words: list[str] = []
     for option in _options(hint):
         kind = get_origin(option) or option
-        words += map(str, get_args(option)) if kind is Literal else [_WORDS.get(kind, getattr(kind, "__name__", ""))]
+        words += (
+            map(_spelled, get_args(option)) if kind is Literal else [_WORDS.get(kind, getattr(kind, "__name__", ""))]
+        )
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _spelled(known: Any) -> str:
+    """Return a value as YAML takes it: in quotes the words that it would read as another type."""
+    return f'"{known}"' if known in ("true", "false", "null") else str(known)
 
 
 def _as_number(value: Any, hint: Any) -> str:

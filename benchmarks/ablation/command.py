@@ -18,8 +18,8 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.loading import (
     check_device,
     embedding_width,
-    load_model,
     load_tokenizer,
+    load_weights,
     model_fingerprint,
     resolve_model,
 )
@@ -100,7 +100,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
     (job.output / "groups").mkdir(exist_ok=True)
     pending = [number for number, folder in enumerate(folders) if not folder.is_dir()]
     if pending:
-        model, _ = load_model(source, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code)
+        model = load_weights(source, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code)
         engine = GroupEngine(model)
         _check_width(job, engine.width)
     for done, number in enumerate(pending, start=len(groups) - len(pending)):

@@ -11,7 +11,8 @@ import typer
 
 from cepo.cli.augment import augment
 from cepo.cli.checks import OptionNames
-from cepo.cli.evaluate import eval_app
+from cepo.cli.evaluate import best_of_n, rewardbench, robustness
+from cepo.cli.interventions import causal, cue_flips, sensitivity
 from cepo.cli.research import ablate, bench, experiment, reward_experiment, words_judge
 from cepo.cli.score import score
 from cepo.cli.shared import RewardCommand, console, errors
@@ -42,6 +43,14 @@ app.command("warm-start", rich_help_panel=TRAIN)(warm_start)
 app.command(rich_help_panel=TRAIN)(augment)
 app.command("reward-model", rich_help_panel=TRAIN)(reward_model)
 app.command(rich_help_panel=SCORE, cls=RewardCommand)(score)
+eval_app = typer.Typer(
+    cls=OptionNames,
+    help="Evaluate a judge: is it right, is it robust, and does S measure what its criteria do?",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+for _command in (rewardbench, robustness, best_of_n, sensitivity, cue_flips, causal):
+    eval_app.command()(_command)
 app.add_typer(eval_app, name="eval", rich_help_panel=EVALUATE)
 app.command(rich_help_panel=RESEARCH, cls=RewardCommand)(ablate)
 for _command in (bench, experiment, reward_experiment, words_judge):

@@ -15,6 +15,7 @@ from cepo.eval.judges.settings import JudgeSettings
 
 @with_writer
 def augment(
+    context: typer.Context,
     writer: JudgeSettings,
     data: Annotated[
         str,
@@ -24,9 +25,12 @@ def augment(
     ],
     output: Annotated[
         Path,
-        typer.Option(help="Folder for pairs.jsonl, report.html and what the models answered.", callback=checks.folder),
+        typer.Option(
+            help="Folder for pairs.jsonl, report.html and what the models answered.",
+            callback=checks.folder("pairs.jsonl", "writings.jsonl", "differences.jsonl", "report.html"),
+        ),
     ],
-    kinds: Annotated[str, typer.Option(help="Kinds of pairs to make, separated by commas; see above.")],
+    kinds: Annotated[str, typer.Option(help="Kinds of pairs to make, separated by commas, e.g. original,irrelevant.")],
     filter_model: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +43,11 @@ def augment(
         int | None, typer.Option(help="Number of preferences to read. Default: all.", callback=checks.at_least(1))
     ] = None,
     test_fraction: Annotated[
-        float, typer.Option(help="Share of the prompts whose pairs are marked for testing.")
+        float,
+        typer.Option(
+            help="Share, from 0 to 1, of the prompts whose pairs are marked for testing.",
+            callback=checks.at_least(0, 1),
+        ),
     ] = 0.02,
 ) -> None:
     """Make more pairs of preferences, for reward models that follow causes and not cues.
@@ -73,6 +81,7 @@ def augment(
     Run a killed command again with the same arguments, and it resumes. If a server left prompts unanswered,
     the exit code is 2, and the next run asks them again.
     """
+    checks.refuse_split(context, data)
     from cepo.eval.augment.job import AugmentJob, chosen_kinds
 
     names = tuple(name.strip() for name in kinds.split(",") if name.strip())

@@ -1,4 +1,4 @@
-"""What is checked of an argument before torch is imported: callbacks of the options that name models, data and outputs.
+"""What is checked of an argument before torch is imported: the callbacks of options, and options that are missing.
 
 What needs more than that is checked by the functions behind the commands. Their errors begin with the parameter's
 name, and `OptionNames` puts the option's in its place.
@@ -6,16 +6,20 @@ name, and `OptionNames` puts the option's in its place.
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from cepo.jacobian.loading import resolve_model
+from cepo.files import means_path
+from cepo.jacobian.loading import check_device_name, resolve_model
 from cepo.train.recipe import load_recipe
 from cepo.train.source import check_source
 
@@ -25,22 +29,32 @@ WORLDS = (*JUDGES, *(f"words-{name}" for name in JUDGES))
 """Those and SmolLM2's."""
 SIZES = ("tiny", "small", "a100", "h100", "gpu-135m", "gpu-7b")
 """Of `cepo bench`."""
+PEERS = ("reference", "padded", "functional", "captum", "inseq")
+"""That it times."""
 REASONERS = ("reasoner-able", "reasoner-lazy", "reasoner-hollow")
 _OTHER_SETTINGS = "made with other settings: "
 _SETTING = re.compile(r"(?:\w+\.)*(\w+)(?= was | has other content)")
+_EXAMPLE = re.compile(r"^An example(?:.*\n)+?\n(?:(?: {4}.*)?\n)*", re.MULTILINE)
+_PATHS = "cepo.paths"  # where typer's context keeps the files and folders that the command line has named so far
 
 
 class OptionNames(TyperGroup):
     """A group of commands whose errors name options as they are typed: --batch-size, not batch_size.
 
     So do refusals to resume, which name each setting that differs (`cepo.files.claim`): --seed, not config.seed. A
-    dotted name that begins an error is a recipe's entry, such as data.source, and stays.
+    dotted name that begins an error is a recipe's entry, such as data.source, and stays. A required option that is
+    missing is refused with what it is, and an example.
     """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an error that begins with the name of one of its parameters begins with its option."""
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if error.message or error.param is None or error.ctx is None:  # all but a missing parameter say what is bad
+                raise
+            told = f"{option_of(error.param)} is missing. {getattr(error.param, 'help', '')}"
+            raise missing(error.ctx, told) from None
         except ValueError as error:
             parameters = {str(one.name): one for one in self.commands[ctx.invoked_subcommand].params}
             options = {option_of(one).strip("-").replace("-", "_"): option_of(one) for one in parameters.values()}
@@ -77,28 +91,45 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None
         raise ValueError(f"{', '.join(option_of(parameters[name]) for name in given)} {why}; leave it out")
 
 
-def model(parameter: typer.CallbackParam, name: str | None) -> str | None:
+def missing(context: typer.Context, told: str) -> ValueError:
+    """Return the error of a command that lacks an option: what is told of it, and the example of the command's help."""
+    example = _EXAMPLE.search(f"{inspect.cleandoc(context.command.help or '')}\n")
+    return ValueError(f"{told}\n\n{example[0].rstrip()}" if example else told)
+
+
+def refuse_split(context: typer.Context, data: str) -> None:
+    """Refuse --split of rows that have none."""
+    if data == "testbed" or Path(data).is_file():
+        refuse_given(context, ["split"], f"cannot be used with --data {data}, which has no splits")
+
+
+def model(context: typer.Context, parameter: typer.CallbackParam, name: str | None) -> str | None:
     """Refuse a model that is not there; what may be on the hub passes."""
     if name is not None:
-        check_model(option_of(parameter), name)
+        check_model(context, option_of(parameter), name)
     return name
 
 
-def check_model(option: str, name: str) -> None:
+def check_model(context: typer.Context, option: str, name: str) -> None:
     """Raise ValueError, with the option's name, for a model that is not there."""
     try:
-        resolve_model(name)
+        source = resolve_model(name)
     except ValueError as error:
         raise ValueError(str(error).replace("model", option, 1)) from error
+    place = Path(source.location, source.gguf_file or "")
+    if place.exists():
+        _keep_apart(context, option, place)
 
 
-def data(parameter: typer.CallbackParam, source: str | None) -> str | None:
+def data(context: typer.Context, parameter: typer.CallbackParam, source: Any) -> Any:
     """Refuse rows that are not there; what may be on the hub passes."""
     if source is not None:
         try:
             check_source(source)
         except ValueError as error:
             raise ValueError(f"{option_of(parameter)} {error}") from error
+        if Path(source).is_file() or means_path(str(source)):
+            _keep_apart(context, option_of(parameter), Path(source))
     return source
 
 
@@ -109,28 +140,84 @@ def file(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
     return path
 
 
+def present_folder(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse a folder that is not there."""
+    if path is not None and not path.is_dir():
+        raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is not a folder; expected a folder to read")
+    return path
+
+
 def recipe(path: Path) -> Path:
     """Refuse a recipe that is not there, or not YAML."""
     load_recipe(path)
     return path
 
 
-def folder(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuse a folder that cannot be made or written to."""
-    place = next((one for one in (path, *path.absolute().parents) if one.exists()), path) if path else None
-    if place is not None and not (place.is_dir() and os.access(place, os.W_OK)):
-        what = "cannot be written to" if place.is_dir() else "is a file"
-        raise ValueError(f"{option_of(parameter)} is {str(path)!r}, but {place} {what}; expected a folder")
-    return path
+def folder(*names: str) -> Callable[..., Any]:
+    """Return the callback of an output: a folder that can be made and written to, and into which no input of ours fits.
+
+    Args:
+        names: of what is written there, with wildcards.
+    """
+
+    def check(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+        if path is not None:
+            _check_writable(option_of(parameter), path, path)
+            _keep_apart(context, option_of(parameter), path, written=names)
+        return path
+
+    return check
 
 
-def new_file(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written."""
+def new_file(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written, or that is an input or another output."""
     if path is not None:
         if path.is_dir():
             raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is a folder; expected a file")
-        folder(parameter, path.absolute().parent)
+        _check_writable(option_of(parameter), path, path.absolute().parent)
+        _keep_apart(context, option_of(parameter), path, written=())
     return path
+
+
+def _check_writable(option: str, path: Path, where: Path) -> None:
+    place = next(one for one in (where, *where.absolute().parents) if one.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        what = "cannot be written to" if place.is_dir() else "is a file"
+        raise ValueError(f"{option} is {str(path)!r}, but {place} {what}; expected a folder")
+
+
+def _keep_apart(context: typer.Context, option: str, path: Path, *, written: tuple[str, ...] | None = None) -> None:
+    """Raise ValueError for an output that would overwrite an input of the same command, or another output.
+
+    Args:
+        context: the command's; it keeps what earlier calls have named.
+        option: that names the path.
+        path: a file or a folder.
+        written: of an output, the names of what is written in it; None for an input.
+    """
+    paths = context.meta.setdefault(_PATHS, {})
+    paths[option] = path, written
+    for output, (place, names) in paths.items():
+        for other, (taken, _) in paths.items():
+            if names is not None and output != other and _overwrites(place, names, taken):
+                raise ValueError(
+                    f"{output} is {str(place)!r}, which would overwrite {other} ({str(taken)!r}); name another"
+                )
+
+
+def _overwrites(place: Path, names: tuple[str, ...], taken: Path) -> bool:
+    place, taken = place.expanduser().resolve(), taken.expanduser().resolve()
+    if not taken.is_relative_to(place):
+        return False
+    inside = taken.relative_to(place).parts
+    return not inside or any(fnmatch(inside[0], name) for name in names)
+
+
+def device(name: str | None) -> str | None:
+    """Refuse what is not the name of a device; whether it is there, torch knows."""
+    if name is not None:
+        check_device_name(name)
+    return name
 
 
 def testbed_judges(parameter: typer.CallbackParam, names: list[str]) -> list[str]:
@@ -143,23 +230,57 @@ def testbed_judges(parameter: typer.CallbackParam, names: list[str]) -> list[str
     return names
 
 
-def at_least(least: float) -> Callable[..., Any]:
-    """Return the callback of an option that takes a number, or several, none below `least`."""
+def worlds(parameter: typer.CallbackParam, names: str | None) -> str | None:
+    """Refuse what is not a world of `cepo experiment`, and worlds of different testbeds, which share no settings."""
+    one_of(*WORLDS, *REASONERS, commas=True)(parameter, names)
+    testbeds = {name.strip().rpartition("-")[0] for name in (names or "").split(",")}
+    if len(testbeds) > 1:
+        raise ValueError(f"{option_of(parameter)} is {names!r}; expected worlds of one testbed: they share settings")
+    return names
+
+
+def at_least(least: float, most: float = math.inf) -> Callable[..., Any]:
+    """Return the callback of an option that takes a number, or several, none below `least` or above `most`."""
 
     def check(parameter: typer.CallbackParam, value: Any) -> Any:
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and not number >= least:
-                raise ValueError(f"{option_of(parameter)} is {number}; expected at least {least:g}")
+            if number is not None and not least <= number <= most:
+                limit = "" if most == math.inf else f" and at most {most:g}"
+                raise ValueError(f"{option_of(parameter)} is {number}; expected at least {least:g}{limit}")
         return value
 
     return check
 
 
-def one_of(*names: str, commas: bool = False) -> Callable[..., Any]:
-    """Return the callback of an option that takes one of these names, or several separated by commas."""
+def positive(parameter: typer.CallbackParam, number: float | None) -> float | None:
+    """Refuse a number that is not above 0."""
+    if number is not None and not number > 0:
+        raise ValueError(f"{option_of(parameter)} is {number:g}; expected a number above 0")
+    return number
 
-    def check(parameter: typer.CallbackParam, value: str | None) -> str | None:
-        for name in value.split(",") if commas and value else [value]:
+
+def whole_numbers(least: int) -> Callable[..., Any]:
+    """Return the callback of an option that takes different whole numbers separated by commas, none below `least`."""
+
+    def check(parameter: typer.CallbackParam, text: str) -> str:
+        told = f"{option_of(parameter)} is {text!r}; expected"
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            raise ValueError(f"{told} whole numbers separated by commas, e.g. 1,2,4") from None
+        if min(numbers) < least or len({*numbers}) < len(numbers):
+            raise ValueError(f"{told} different numbers of at least {least}")
+        return text
+
+    return check
+
+
+def one_of(*names: str, commas: bool = False) -> Callable[..., Any]:
+    """Return the callback of an option that takes one of these names; repeated, or separated by commas, several."""
+
+    def check(parameter: typer.CallbackParam, value: Any) -> Any:
+        given = value if isinstance(value, list) else value.split(",") if commas and value else [value]
+        for name in given:
             if name is not None and name.strip() not in names:
                 raise ValueError(f"{option_of(parameter)} is {name!r}; expected one of {', '.join(names)}")
         return value

@@ -22,7 +22,7 @@ _OF_REWARDS = {*(name for name in RewardSettings.__dataclass_fields__ if name !=
 """Options that say how a reward model runs; the others are those of judges that write."""
 _OF_SERVERS = ("concurrency", "timeout", "retries", "api_key_file")
 _OF_WEIGHTS = ("batch_size", "dtype", "device", "trust_remote_code")
-"""Options that play no part where a server runs the model."""
+"""Options that play no part where a server runs the model, and no reward model filters what it writes."""
 
 
 def with_judge(command: Callable[..., None]) -> Callable[..., None]:
@@ -54,12 +54,12 @@ def _with_options(
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        made = settings(**{option: values.pop(option) for option in options})
-        command(**{name: made}, **values)
+        made = settings(**{option: values[option] for option in options})
+        command(**{name: made}, **{option: values[option] for option in own if option != name})
 
-    merged = [parameter for parameter in own.values() if parameter.name != name]
-    merged += [_in_panel(parameter, name.capitalize()) for parameter in options.values()]
-    merged = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in merged]
+    both = {option: _in_panel(parameter, name.capitalize()) for option, parameter in options.items()}
+    both = {option: parameter for option, parameter in own.items() if option != name} | both
+    merged = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in both.values()]
     run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
     return run
@@ -91,11 +91,13 @@ def _judge_settings(
     **writing: Any,
 ) -> JudgeSettings | RewardSettings:
     if (model is None) == (reward_model is None):
-        raise ValueError("give either --model or --reward-model; expected one judge, which writes or gives rewards")
+        told = "Give either --model or --reward-model: expected one judge, which writes or gives rewards."
+        raise checks.missing(context, told)
     if reward_model is not None:
         why = "cannot be used with --reward-model, which writes no judgement"
         checks.refuse_given(context, _WRITING.keys() - _OF_REWARDS, why)
-        checks.check_model("--reward-model", reward_model)
+        checks.refuse_given(context, ["draws"], "cannot be used with --reward-model, which is exact over all draws")
+        checks.check_model(context, "--reward-model", reward_model)
         use_threads(writing["threads"])
         return RewardSettings(reward_model, **{name: writing[name] for name in _OF_REWARDS - {"threads"}})
     return _writing_settings(context, "--model", str(model), **writing)
@@ -105,11 +107,21 @@ def _writer_settings(
     context: typer.Context,
     writer: Annotated[
         str,
-        typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, its name there."),
+        typer.Option(
+            help="Model that writes: hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, the "
+            "server's name."
+        ),
     ] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer, the thought included.")] = 2048,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum tokens per answer, the thought included.", callback=checks.at_least(1))
+    ] = 2048,
     **writing: Any,
 ) -> JudgeSettings:
+    if not writer:
+        of_none = {*_WRITING, "max_new_tokens"} - {"seed", "threads", *_OF_WEIGHTS}
+        checks.refuse_given(context, of_none, "needs --writer, a model that writes")
+        if context.params.get("filter_model") is None:
+            checks.refuse_given(context, _OF_WEIGHTS, "needs --writer or --filter-model, a model to run")
     return _writing_settings(context, "--writer", writer, max_new_tokens=max_new_tokens, **writing)
 
 
@@ -119,7 +131,10 @@ def _writing_settings(
     model: str,
     backend: Annotated[
         str | None,
-        typer.Option(help="transformers, vllm (if installed) or server. Default: server with --base-url."),
+        typer.Option(
+            help="What runs the model: transformers, vllm (if installed) or server. Default: server with --base-url, "
+            "else transformers."
+        ),
     ] = None,
     base_url: Annotated[
         str | None, typer.Option(help="Address of a server with OpenAI's protocol, e.g. http://localhost:8000/v1.")
@@ -127,14 +142,25 @@ def _writing_settings(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File that holds the server's key. Default: the variable OPENAI_API_KEY.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight at the server.")] = JudgeSettings.concurrency,
-    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = JudgeSettings.timeout_s,
-    retries: Annotated[int, typer.Option(help="How often a failed request is sent again.")] = JudgeSettings.retries,
+    concurrency: Annotated[
+        int, typer.Option(help="Number of requests in flight at the server.", callback=checks.at_least(1))
+    ] = JudgeSettings.concurrency,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that one request may take.", callback=checks.positive)
+    ] = JudgeSettings.timeout_s,
+    retries: Annotated[
+        int, typer.Option(help="Number of times that a failed request is sent again.", callback=checks.at_least(0))
+    ] = JudgeSettings.retries,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum tokens per judgement. On a CPU, 32 to 128 keep 100 pairs within minutes.")
+        int,
+        typer.Option(
+            help="Maximum tokens per judgement. On a CPU, 32 to 128 keep 100 pairs within minutes.",
+            callback=checks.at_least(1),
+        ),
     ] = JudgeSettings.max_new_tokens,
     temperature: Annotated[
-        float, typer.Option(help="0 is greedy; above 0, judgements are sampled.")
+        float,
+        typer.Option(help="Temperature of the sampling; 0 takes the likeliest token.", callback=checks.at_least(0)),
     ] = JudgeSettings.temperature,
     force_format: Annotated[
         bool,
@@ -144,8 +170,10 @@ def _writing_settings(
     verdicts: Annotated[
         str, typer.Option(help="Which written forms of a verdict are read: strict or lenient, see docs/formats.md.")
     ] = JudgeSettings.verdicts,
-    batch_size: Annotated[int, typer.Option(help="Prompts generated at once.")] = JudgeSettings.batch_size,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling and of all draws.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="Number of prompts that are generated at once.", callback=checks.at_least(1))
+    ] = JudgeSettings.batch_size,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling and of all draws.", callback=checks.at_least(0))] = 0,
     threads: Threads = None,
     dtype: Dtype = JudgeSettings.dtype,
     device: Device = JudgeSettings.device,
@@ -154,8 +182,8 @@ def _writing_settings(
     if base_url is None:
         checks.refuse_given(context, _OF_SERVERS, "needs --base-url, a server that answers")
         if model:
-            checks.check_model(option, model)
-    else:
+            checks.check_model(context, option, model)
+    elif context.params.get("filter_model") is None:
         checks.refuse_given(context, _OF_WEIGHTS, "cannot be used with --base-url: the server runs the model")
     settings = JudgeSettings(
         model=model,

@@ -28,32 +28,53 @@ from cepo.cli.shared import (
 
 
 def ablate(
-    output: Annotated[Path, typer.Option(help="Folder for tables, plots and finished groups.", callback=checks.folder)],
+    context: typer.Context,
+    output: Annotated[
+        Path, typer.Option(help="Folder for tables, plots and finished groups.", callback=checks.folder("*"))
+    ],
     model: OptionalModel = None,
     input: Annotated[
         Path | None, typer.Option(help="File of rollouts, as for cepo score.", callback=checks.data)
     ] = None,
     testbed: Annotated[
         int | None,
-        typer.Option(help="Instead of both: sweep over this many rollouts of the testbed judge, 8 per prompt."),
+        typer.Option(
+            help="Number of rollouts of the testbed judge to sweep over instead, 8 per prompt: a multiple of 8."
+        ),
     ] = None,
     counterfactuals: Annotated[
-        str, typer.Option("--counterfactuals", "-K", help="Values of K to sweep.")
+        str,
+        typer.Option(
+            "--counterfactuals",
+            "-K",
+            help="Numbers K of permutations to sweep, separated by commas.",
+            callback=checks.whole_numbers(0),
+        ),
     ] = "0,1,2,4,8",
     rank: Annotated[
-        str, typer.Option(help="Nuisance ranks to sweep, or shares of the energy as tau=0.5.")
+        str, typer.Option(help="Nuisance ranks to sweep, separated by commas, or shares of the energy as tau=0.5.")
     ] = "0,1,2,4,8,tau=0.5,tau=0.9",
-    p: Annotated[str, typer.Option("-p", "--p", help="Exponents of the power mean to sweep.")] = "-2,0,0.2,1,10",
+    p: Annotated[
+        str, typer.Option("-p", "--p", help="Exponents of the power mean to sweep, separated by commas.")
+    ] = "-2,0,0.2,1,10",
     link: Annotated[
         list[str] | None,
         typer.Option(help="Link, with its weight as X->Y=0.5; repeatable. Default: Z->X, X->Y and Z->Y, 0.1 each."),
     ] = None,
     score_name: Annotated[
-        str, typer.Option("--score", help="Named scores to sweep.")
+        str, typer.Option("--score", help="Named scores to sweep, separated by commas.")
     ] = "phi,phi_retained,influence,phi_influence,influence_retained",
-    permutation: Annotated[str | None, typer.Option(help="uniform, sentence or block.")] = None,
-    target: Annotated[str | None, typer.Option(help="log_likelihood, log_odds, expected_score or margin.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of permutations.")] = None,
+    permutation: Annotated[
+        str | None, typer.Option(help="What a permutation moves: uniform, sentence or block.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Target function to differentiate: log_likelihood, log_odds, or, for links to scores, expected_score "
+            "or margin."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of permutations.", callback=checks.at_least(0))] = None,
     raw: Raw = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -64,14 +85,24 @@ def ablate(
 
     Every Jacobian is computed once and used by all settings. The paper's hardening (K = 4, rank 2) is always included;
     rank correlations are taken against it. A killed sweep continues when it is started again with the same arguments.
+
+    An example, and a row of `rollouts.jsonl`, as for `cepo score`:
+
+        cepo ablate --model smollm2 --input rollouts.jsonl \\
+            --output runs/sweep
+
+        {"prompt": "Which is better, ...",
+         "completion": "<specific_criteria> ...", "task_reward": 1.0}
     """
     from cepo.benchmarks.ablation.sweep import plan_sweep
     from cepo.fusion.config import PAPER_LINKS, RewardConfig
 
     if (testbed is None) == (model is None) or (testbed is None) == (input is None):
-        raise ValueError("ablate needs --model and --input, or --testbed N alone")
+        raise checks.missing(context, "Give either --model and --input, or --testbed N alone.")
     if testbed is not None and (testbed < 8 or testbed % 8):
-        raise ValueError(f"--testbed is {testbed}; expected a multiple of 8")
+        raise ValueError(f"--testbed is {testbed}; expected a multiple of 8, at least 8")
+    if testbed is not None:
+        checks.refuse_given(context, ("raw", "trust_remote_code"), "cannot be used with --testbed")
     config = RewardConfig(
         links=weighted_links(link) if link else PAPER_LINKS,
         score="phi",
@@ -79,7 +110,7 @@ def ablate(
     )
     sweep = plan_sweep(
         config,
-        counterfactuals=[int(_number("--counterfactuals", part)) for part in counterfactuals.split(",")],
+        counterfactuals=[int(part) for part in counterfactuals.split(",")],
         ranks=[part.strip() for part in rank.split(",")],
         powers=[_number("--p", part) for part in p.split(",")],
         scores=[part.strip() for part in score_name.split(",")],  # type: ignore[misc]
@@ -100,29 +131,39 @@ def ablate(
 
 
 def bench(
+    context: typer.Context,
     output: Annotated[
-        Path, typer.Option(help="Folder for results.jsonl, bench.txt and plots.", callback=checks.folder)
+        Path, typer.Option(help="Folder for results.jsonl, bench.txt and plots.", callback=checks.folder())
     ] = Path("runs/bench"),
     size: Annotated[
         str,
         typer.Option(
-            help="tiny (seconds), small (SmolLM2's shape, CPU), a100 or h100 (Qwen3's shapes, GPU), "
+            help="Size of the run: tiny (seconds), small (SmolLM2's shape, CPU), a100 or h100 (Qwen3's shapes, GPU), "
             "gpu-135m or gpu-7b (SmolLM2's or Qwen2.5-7B's shape, GPU).",
             callback=checks.one_of(*checks.SIZES),
         ),
     ] = "tiny",
     peer: Annotated[
-        list[str] | None, typer.Option(help="reference, padded, functional, captum or inseq; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(
+            help=f"Peer to time beside the group engine: {', '.join(checks.PEERS)}; may be repeated. Default: all.",
+            callback=checks.one_of(*checks.PEERS),
+        ),
     ] = None,
     scaling: Annotated[bool, typer.Option(help="Also measure how cost grows with G, Lz, Lx and K.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: as the size needs.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.", callback=checks.at_least(0))] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to run: cpu or cuda. Default: what the size needs.", callback=checks.one_of("cpu", "cuda")
+        ),
+    ] = None,
     kernels: Annotated[
         bool,
         typer.Option("--kernels", help="Time the Triton kernels, and the engine on them, instead: one GPU."),
     ] = False,
     minutes: Annotated[
-        float, typer.Option(help="Time limit of --kernels on a GPU, in minutes.", callback=checks.at_least(0))
+        float, typer.Option(help="Time limit of --kernels on a GPU, in minutes.", callback=checks.positive)
     ] = 9.0,
     commit: Annotated[
         str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
@@ -130,9 +171,11 @@ def bench(
 ) -> None:
     """Time the group engine and its peers, and measure their memory; only schedules whose values agree are timed."""
     if kernels:
+        checks.refuse_given(context, ("size", "peer", "scaling"), "cannot be used with --kernels")
         from cepo.benchmarks.kernels.command import main as run_kernels
 
         return run_kernels(output, device or "cuda", seed, minutes, commit)
+    checks.refuse_given(context, ["minutes"], "needs --kernels")
     from cepo.benchmarks.engine.command import run_benchmark
 
     with progress_bar() as progress:
@@ -157,8 +200,9 @@ def bench(
 
 
 def experiment(
+    context: typer.Context,
     output: Annotated[
-        Path, typer.Option(help="Folder for the runs, results.jsonl and report.html.", callback=checks.folder)
+        Path, typer.Option(help="Folder for the runs, results.jsonl and report.html.", callback=checks.folder())
     ] = Path("runs/experiments/training"),
     recipe: Annotated[
         Path | None,
@@ -170,24 +214,26 @@ def experiment(
         str | None,
         typer.Option(
             help="Worlds to run, separated by commas, e.g. lazy,hollow. Default: the recipe's.",
-            callback=checks.one_of(*checks.WORLDS, *checks.REASONERS, commas=True),
+            callback=checks.worlds,
         ),
     ] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(help="Run only this arm, such as task or 'X->Y influence'; repeatable.")
+        list[str] | None, typer.Option(help="Run only this arm, such as task or 'X->Y influence'; may be repeated.")
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="Run only this seed; repeatable.", callback=checks.at_least(0))
+        list[int] | None,
+        typer.Option(help="Run this seed instead of the recipe's; may be repeated.", callback=checks.at_least(0)),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="GRPO steps of every arm. Default: the recipe's.", callback=checks.at_least(1))
+        int | None,
+        typer.Option(help="Number of GRPO steps per arm. Default: the recipe's.", callback=checks.at_least(1)),
     ] = None,
     layers: Layers = None,
     jobs: Annotated[
-        int, typer.Option(help="Processes to run at once, one thread each.", callback=checks.at_least(1))
+        int, typer.Option(help="Number of processes to run at once, one thread each.", callback=checks.at_least(1))
     ] = 2,
     items: Annotated[
-        int | None, typer.Option(help="Items per measure. Default: 200.", callback=checks.at_least(1))
+        int | None, typer.Option(help="Number of items per measure. Default: 200.", callback=checks.at_least(1))
     ] = None,
     device: Device = "cpu",
     commit: Annotated[
@@ -202,6 +248,8 @@ def experiment(
     starts from the same judge, which follows length, and is measured by interventions. A killed experiment continues
     when it is started again with the same arguments; each run's row is written when the run ends.
     """
+    if worlds is not None and "words-" not in worlds:
+        checks.refuse_given(context, ["layers"], "needs worlds in words, such as --worlds words-lazy")
     from cepo.benchmarks.experiment.command import run_experiment
     from cepo.benchmarks.experiment.recipe import RECIPE, read_plan
     from cepo.jacobian.loading import check_device
@@ -231,18 +279,28 @@ def experiment(
 
 
 def reward_experiment(
-    output: Annotated[Path, typer.Option(help="Folder for the runs and results.jsonl.", callback=checks.folder)] = Path(
-        "runs/experiments/reward-models"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the runs and results.jsonl.", callback=checks.folder())
+    ] = Path("runs/experiments/reward-models"),
     recipe: Annotated[
         Path | None, typer.Option(help="YAML with arms, seeds, items and gates.", callback=checks.file)
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the preferences, for a recipe of real text.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="Run only this arm, such as plain or both; repeatable.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Run this seed instead of the recipe's; repeatable.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the preferences, for a recipe of real text.", callback=checks.present_folder),
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Run only this arm, such as plain or both; may be repeated.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Run this seed instead of the recipe's; may be repeated.", callback=checks.at_least(0)),
+    ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Optimiser steps of every arm. Default: the training recipe's.", callback=checks.at_least(1)),
+        typer.Option(
+            help="Number of optimiser steps per arm. Default: the training recipe's.", callback=checks.at_least(1)
+        ),
     ] = None,
     commit: Annotated[
         str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
@@ -278,10 +336,14 @@ def words_judge(
         str | None, typer.Option(help="Pretrained model to teach, with a chat template.", callback=checks.model)
     ] = None,
     layers: Layers = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.", callback=checks.at_least(1))] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", callback=checks.at_least(1))] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the samples.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of training steps.", callback=checks.at_least(1))] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Number of samples per step.", callback=checks.at_least(1))
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of the learning rate.", callback=checks.positive)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the samples.", callback=checks.at_least(0))] = None,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:

@@ -33,13 +33,12 @@ _output = partial(typer.Option, rich_help_panel="Output")
 def score(
     context: typer.Context,
     model: Annotated[
-        str, _model(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model)
+        str,
+        _model(help="Model to read: hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model),
     ],
     input: Annotated[
         Path,
-        typer.Option(
-            help="File to read, one rollout per row: JSONL, JSON, CSV, parquet; see above.", callback=checks.data
-        ),
+        typer.Option(help="File to read, one rollout per row: JSONL, JSON, CSV or parquet.", callback=checks.data),
     ],
     output: Annotated[
         Path, _output(help="JSONL file to write, one record per row of the input.", callback=checks.new_file)
@@ -99,7 +98,7 @@ def score(
         float | None,
         _links(
             help="How much of the order leak is taken off S: S - weight * tanh(leak / 2), at least 0. The leak is "
-            "the nats that the criteria lose with the two responses exchanged. Default: 0."
+            "the nats that the criteria lose with the two responses exchanged."
         ),
     ] = None,
     target: Annotated[
@@ -130,7 +129,8 @@ def score(
         str | None, _donors(help="What a span without donors gets: zero, or permute (its own tokens permuted).")
     ] = None,
     nodes: Annotated[
-        str | None, _donors(help="Nodes along the path to a donor: a number, or auto. Only the score path reads them.")
+        str | None,
+        _donors(help="Nodes along the path to a donor: a number, or auto; for the score path and --also path."),
     ] = None,
     counterfactuals: Annotated[
         int | None, _hardening("--counterfactuals", "-K", help="Number K of permutations of each source span.")
@@ -145,7 +145,9 @@ def score(
         float | None,
         _hardening(help="Fraction in (0, 1] of the energy that the nuisance subspace holds; sets its rank."),
     ] = None,
-    seed: Annotated[int | None, _hardening(help="Seed of donors and permutations.")] = None,
+    seed: Annotated[
+        int | None, _hardening(help="Seed of donors and permutations.", callback=checks.at_least(0))
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = None,
@@ -153,14 +155,18 @@ def score(
         str,
         _model(help="Engine: group, or autograd (the slower reference).", callback=checks.one_of("group", "autograd")),
     ] = "group",
-    memory_gib: Annotated[float, _model(help="Memory that the group engine may use beyond the model's, in GiB.")] = 3.0,
+    memory_gib: Annotated[
+        float,
+        _model(help="Memory that the group engine may use beyond the model's, in GiB.", callback=checks.positive),
+    ] = 3.0,
     no_adapters: Annotated[bool, _model("--no-adapters", help="Switch the model's adapters off.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     ray: Annotated[
         int | None,
         _model(
-            help="Number of Ray workers that score the rows, with --threads CPUs (default: 1) or a GPU each, on the "
-            "cluster that Ray finds, or else here; needs the extra ray, see docs/scale.md. Default: this process alone."
+            help="Number of Ray workers that score the rows, with --threads CPUs (else one) or a GPU each, on the "
+            "cluster that Ray finds, or else here; needs the extra ray, see docs/scale.md. Default: this process.",
+            callback=checks.at_least(1),
         ),
     ] = None,
     save_jacobians: Annotated[
@@ -175,7 +181,10 @@ def score(
 ) -> None:
     """Score the links of a file of rollouts, and draw token heat maps with --html.
 
-    An input row, and its record in the output (shortened):
+    An example, a row of `rollouts.jsonl`, and its record in `scores.jsonl` (shortened):
+
+        cepo score --model smollm2 --input rollouts.jsonl \\
+            --output scores.jsonl
 
         {"id": "7", "prompt": "Which is better, ...",
          "completion": "<specific_criteria> ...", "task_reward": 1.0}
@@ -205,6 +214,10 @@ def score(
     else:
         tags = ("rationale_tag", "answer_tag")
         checks.refuse_given(context, tags, "needs --kind reasoning: the tags of judgements are fixed")
+    if engine == "autograd":
+        checks.refuse_given(context, ("memory_gib",), "needs --engine group: autograd keeps no limit")
+    if ray is not None:
+        checks.refuse_given(context, ("save_jacobians",), "cannot be used with --ray: one process writes the matrices")
     fields = given(
         links=weighted_links(links) if links else None,
         task_weight=task_weight,
@@ -212,7 +225,7 @@ def score(
         join=join,
         donors=donors,
         no_donor=no_donor,
-        nodes=int(nodes) if nodes is not None and nodes.isdigit() else nodes,
+        nodes=_nodes(nodes),
         counterfactuals=counterfactuals,
         permutation=permutation,
         rank=rank,
@@ -230,7 +243,8 @@ def score(
     layout: Layout = replace(TIES_JUDGE if ties else JUDGE, **given(guard=guard, verdicts=verdicts))
     if kind == "reasoning":
         layout = ReasonerLayout(rationale_tag, answer_tag, instructions=REASONING_LITERALS)
-    config.parsed_links(layout)
+    for name, why in config.unread(layout).items():
+        checks.refuse_given(context, [name, "donors_file"] if name == "donors" else [name], why)
     use_threads(threads)
     from cepo.eval.report.tables import console_table
     from cepo.eval.score.command import ScoreJob, score_file
@@ -285,3 +299,11 @@ def score(
             f"input {str(input)!r} has {len(summary.broken)} row(s) that could not be used: {shown}. All other rows "
             f"were scored; correct these and {again}"
         )
+
+
+def _nodes(text: str | None) -> int | str | None:
+    """Return the number of nodes; what is not a number is left for the settings to refuse, "auto" excepted."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text

@@ -18,7 +18,7 @@ console = Console()
 errors = Console(stderr=True)
 _SECONDS_PER_LINE = 30
 
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...", callback=checks.device)]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -27,7 +27,8 @@ Dtype = Annotated[
     ),
 ]
 OptionalModel = Annotated[
-    str | None, typer.Option(help="Hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model)
+    str | None,
+    typer.Option(help="Model to read: hub id, folder, adapter folder, .gguf file, or smollm2.", callback=checks.model),
 ]
 Layers = Annotated[
     int | None,

@@ -13,13 +13,23 @@ from cepo.cli import checks
 from cepo.cli.shared import Dtype, Threads, TrustRemoteCode, console, use_threads
 from cepo.train.recipe import read_yaml, reason_of
 
+TrainingOutput = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for checkpoints, logs and the trained model.",
+        callback=checks.folder("final", "checkpoint-*", "metrics.jsonl", "left_out.jsonl"),
+    ),
+]
+
 
 def demo(
     output: Annotated[
-        Path, typer.Option(help="Folder for the model, metrics and report.html.", callback=checks.folder)
+        Path, typer.Option(help="Folder for the model, metrics and report.html.", callback=checks.folder())
     ] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(help="Number of GRPO steps.", callback=checks.at_least(1))] = 40,
-    seed: Annotated[int, typer.Option(help="Seed of warm-up, items, sampling and training.")] = 16,
+    seed: Annotated[
+        int, typer.Option(help="Seed of warm-up, items, sampling and training.", callback=checks.at_least(0))
+    ] = 16,
     without_causal: Annotated[
         bool, typer.Option("--without-causal", help="Train without the causal reward, for comparison.")
     ] = False,
@@ -48,10 +58,7 @@ def train(
     data: Annotated[
         str | None, typer.Option(help="Data to train on: file, hub data set id or testbed.", callback=checks.data)
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for checkpoints, logs and the trained model.", callback=checks.folder),
-    ] = None,
+    output: TrainingOutput = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", callback=checks.at_least(1))] = None,
     engine: Annotated[
         str,
@@ -60,7 +67,9 @@ def train(
             callback=checks.one_of("trl", "verl"),
         ),
     ] = "trl",
-    seed: Annotated[int | None, typer.Option(help="Seed of the data split, sampling and training.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the data split, sampling and training.", callback=checks.at_least(0))
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Set any other key, e.g. grpo.learning_rate=1e-5; may be repeated."),
@@ -121,14 +130,13 @@ def reward_model(
         str | None,
         typer.Option(help="Pairs to train on: JSONL file, hub data set id or testbed.", callback=checks.data),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for checkpoints, logs and the trained model.", callback=checks.folder),
-    ] = None,
+    output: TrainingOutput = None,
     max_steps: Annotated[
         int | None, typer.Option(help="Number of optimiser steps.", callback=checks.at_least(1))
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the split, a new head and training.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the split, a new head and training.", callback=checks.at_least(0))
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Set any other key, e.g. reward.learning_rate=1e-5; may be repeated."),
@@ -168,21 +176,28 @@ def warm_start(
         str, typer.Option(help="File or hub data set with prompt, chosen and rejected.", callback=checks.data)
     ],
     output: Annotated[
-        Path, typer.Option(help="Folder for the trained model, which --model takes everywhere.", callback=checks.folder)
+        Path,
+        typer.Option(
+            help="Folder for the trained model, which --model takes everywhere.", callback=checks.folder("sft")
+        ),
     ],
     model: Annotated[
         str, typer.Option(help="Model to train: hub id, folder, .gguf file or smollm2.", callback=checks.model)
     ] = "smollm2",
     steps: Annotated[int, typer.Option(help="Number of training steps.", callback=checks.at_least(1))] = 40,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.", callback=checks.at_least(1))] = 2,
+    batch_size: Annotated[int, typer.Option(help="Number of examples per step.", callback=checks.at_least(1))] = 2,
     learning_rate: Annotated[
-        float, typer.Option(help="Learning rate of the LoRA layers.", callback=checks.at_least(0))
+        float, typer.Option(help="Learning rate of the LoRA layers.", callback=checks.positive)
     ] = 5e-4,
     rank: Annotated[
         int, typer.Option(help="Rank of the LoRA layers, which are merged at the end.", callback=checks.at_least(1))
     ] = 16,
     max_characters: Annotated[
-        int | None, typer.Option(help="Leave out rows whose prompt, with its instructions, has more characters.")
+        int | None,
+        typer.Option(
+            help="Leave out rows whose prompt, with its instructions, has more characters. Default: no limit.",
+            callback=checks.at_least(1),
+        ),
     ] = None,
     ties: Annotated[
         bool,
@@ -190,7 +205,9 @@ def warm_start(
     ] = False,
     dtype: Dtype = "float32",
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="Seed of the responses' positions, the row order and LoRA.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the responses' positions, the row order and LoRA.", callback=checks.at_least(0))
+    ] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Teach a model the judge's format with supervised examples, before `cepo train`.

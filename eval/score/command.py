@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import time
@@ -149,17 +148,9 @@ def _check(job: ScoreJob) -> ModelSource:
     width = embedding_width(source)
     if width:
         job.config.check_width(width)
-    taken = {job.input.resolve(): "--input"}
-    for option, path in (("--output", job.output), ("--save-jacobians", job.jacobians), ("--html", job.html)):
-        if path is None:
-            continue
-        if path.resolve() in taken:
-            raise ValueError(f"{option} is {str(path)!r}, the same file as {taken[path.resolve()]}; name another")
-        taken[path.resolve()] = option
-        make_folder(path.absolute().parent)
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            what = "is a folder" if path.is_dir() else "lies in a folder that cannot be written to"
-            raise ValueError(f"{option} is {str(path)!r}, which {what}; expected a file")
+    for path in (job.output, job.jacobians, job.html):
+        if path is not None:
+            make_folder(path.absolute().parent)
     if job.jacobians is not None and job.workers is not None:
         raise ValueError("--save-jacobians needs one process, whose disk holds the matrices; score without --ray")
     if job.workers is None:

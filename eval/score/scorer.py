@@ -19,7 +19,7 @@ from cepo.fusion.records import LinkScore
 from cepo.fusion.score import Pools, RolloutScore, RolloutScorer, pools_of
 from cepo.jacobian.engines import EngineName, new_engine
 from cepo.jacobian.group.halving import is_out_of_memory, release_memory
-from cepo.jacobian.loading import ModelSource, load_model, load_tokenizer
+from cepo.jacobian.loading import ModelSource, load_tokenizer, load_weights
 from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
@@ -68,7 +68,7 @@ def open_reader(scoring: Scoring, source: ModelSource) -> SpanReader:
 def open_engine(scoring: Scoring, source: ModelSource) -> Engine:
     """Load the weights, and return the engine."""
     code = scoring.trust_remote_code
-    model, _ = load_model(source, dtype=scoring.dtype, device=scoring.device, trust_remote_code=code)
+    model = load_weights(source, dtype=scoring.dtype, device=scoring.device, trust_remote_code=code)
     budget = scoring.memory_gib * 2**30
     return new_engine(scoring.engine, model, adapters=scoring.adapters, memory_budget=budget)
 

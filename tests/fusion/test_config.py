@@ -66,13 +66,26 @@ def test_causal_reward_takes_a_config_or_its_fields() -> None:
     assert not own & FIELDS
 
 
-@pytest.mark.parametrize(("settings", "warned"), [({}, True), ({"also": ("phi",)}, False), ({"score": "phi"}, False)])
-def test_counterfactuals_that_nothing_reads_are_named(
-    settings: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"counterfactuals": 4, "rank": 3, "nodes": 2}, ["counterfactuals=4", "rank=3", "nodes=2"]),
+        ({"counterfactuals": 4, "rank": 3, "also": ("phi",)}, []),
+        ({"counterfactuals": 4, "score": "phi", "donors": 5}, ["donors=5"]),
+        ({"score": "phi", "permutation": "block", "seed": 1}, ["permutation='block'", "seed=1"]),
+        ({"permutation": "block", "no_donor": "permute", "seed": 1}, []),
+        ({"links": {"X->Y": 1.0}, "join": 0.0}, ["join=0.0"]),
+        ({"links": {"X->Y": 1.0}, "p": 1.0, "task_weight": 0.0}, ["p=1.0"]),
+        ({"nodes": 2, "also": ("path",)}, []),
+    ],
+)
+def test_settings_that_nothing_reads_are_named(
+    settings: dict[str, Any], unread: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """What differs from its default and changes nothing is told, with what would read it."""
     with caplog.at_level(logging.WARNING):
-        CausalReward(counterfactuals=4, **settings)
-    assert ("counterfactuals=4 are not computed" in caplog.text) == warned
+        CausalReward(**settings)
+    assert [line.partition(" changes nothing: it is read only ")[0] for line in caplog.messages] == unread
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

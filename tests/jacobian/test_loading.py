@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
-from cepo.jacobian.loading import ModelSource, model_fingerprint, resolve_model
+from cepo.jacobian.loading import ModelSource, embedding_width, model_fingerprint, resolve_model
 
 FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "words"}
 
@@ -44,6 +45,26 @@ def test_a_gguf_file_is_its_own_content(tmp_path: Path) -> None:
     renamed.write_bytes(b"GGUF weight?")
     assert model_fingerprint(resolve_model(str(renamed))) != wanted
     assert model_fingerprint(resolve_model(str(first))) == wanted
+
+
+def test_a_gguf_file_is_parsed_once_while_it_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To parse one takes seconds; a file that was written again is another."""
+    parsed: list[str] = []
+
+    class Reader:
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            self.fields: dict[str, object] = {}
+
+    monkeypatch.setattr("gguf.gguf_reader.GGUFReader", Reader)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    source = resolve_model(str(file))
+    assert [embedding_width(source), embedding_width(source)] == [None, None]
+    assert parsed == [str(file)]
+    os.utime(file, ns=(1, 1))
+    embedding_width(source)
+    assert len(parsed) == 2
 
 
 def test_an_adapter_covers_its_base(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from cepo.train.reasoner_testbed_models import (
     accuracy,
     load_testbed_reasoner,
     reasoner_fingerprint,
-    reasoner_settings,
     swap_thoughts,
     warm_start,
 )
@@ -139,7 +138,7 @@ def test_diseases_are_what_their_samples_say(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_reasoner_is_warmed_up_once_and_kept(tmp_path: Path) -> None:
     """Settings decide the weights; a second call reads them."""
     torch.set_num_threads(1)
-    wanted = reasoner_settings({"steps": 1})
+    wanted = ReasonerSettings(steps=1)
     losses: list[float] = []
     first, _ = load_testbed_reasoner(wanted, seed=3, cache=tmp_path, progress=lambda step, loss: losses.append(loss))
     again, tokenizer = load_testbed_reasoner(wanted, seed=3, cache=tmp_path, progress=lambda *_: pytest.fail("again"))
@@ -152,13 +151,13 @@ def test_a_reasoner_is_warmed_up_once_and_kept(tmp_path: Path) -> None:
 
 def test_settings_are_refused_by_name() -> None:
     for given, complaint in (
-        ({"judge": "lazy"}, "testbed holds judge"),
+        ({"judge": "lazy"}, "testbed holds the unknown key judge; expected some of reasoner, task, steps"),
         ({"reasoner": "copied"}, "testbed.reasoner is 'copied'"),
         ({"task": "chess"}, "testbed.task is 'chess'"),
         ({"steps": 0}, "testbed.steps is 0"),
     ):
         with pytest.raises(ValueError, match=complaint):
-            reasoner_settings(given)
+            policy_fingerprint(REASONER_TESTBED, seed=1, testbed_judge=given)
     with pytest.raises(ValueError, match="cue_agreement"):
         generate_questions(1, seed=0, cue_agreement=2.0)
     with pytest.raises(ValueError, match="at least one"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import pytest
-import torch
+from peft import get_peft_model
 
 from cepo.train import testbed, testbed_judges
-from cepo.train.run import check_lora, lora_config
+from cepo.train.run import lora_config, run_trainer
 from cepo.train.settings import check_settings
 
 
@@ -41,12 +42,23 @@ def test_what_is_declared_passes() -> None:
     check_settings("k", {"x": None}, _take)
 
 
-def test_lora_without_a_place_in_the_model_names_its_key() -> None:
-    """The check leaves the model and the random numbers as they are."""
+@pytest.mark.parametrize("names", ["foo", ["norm"]])
+def test_lora_without_a_place_in_the_model_names_its_key(names: object, tmp_path: Path) -> None:
+    """What peft says when it is applied is told by the recipe's key, and no other error of a trainer is."""
     model = testbed_judges.build_model(testbed.build_tokenizer(), seed=0)
-    state, names = torch.get_rng_state(), [name for name, _ in model.named_parameters()]
-    check_lora(model, lora_config({"r": 2}))
-    with pytest.raises(ValueError, match="lora.target_modules is 'foo'"):
-        check_lora(model, lora_config({"target_modules": "foo"}))
-    assert torch.equal(state, torch.get_rng_state())
-    assert names == [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="^lora.target_modules does not fit the model: Target module"):
+        run_trainer(lambda: get_peft_model(model, lora_config({"target_modules": names})), tmp_path, None)
+
+    def refuse() -> None:
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="^no room$"):
+        run_trainer(refuse, tmp_path, None)
+
+
+def test_words_that_yaml_reads_as_another_type_are_shown_in_quotes() -> None:
+    def take(ties: Literal["true", "wrong"] = "true") -> None:
+        """Take one word."""
+
+    with pytest.raises(ValueError, match='k.ties is True; expected "true" or wrong'):
+        check_settings("k", {"ties": True}, take)

@@ -93,16 +93,13 @@ class CausalReward(BoundReward):
             raise ValueError(f"memory_gib is {memory_gib!r}; expected a positive number of GiB, or None")
         if kernels not in get_args(Implementation):
             raise ValueError(f"kernels is {kernels!r}; expected one of {', '.join(get_args(Implementation))}")
-        if self.config.counterfactuals and not self.config.reads_hardening:
-            logger.warning(
-                "counterfactuals=%d are not computed: the score %s does not read them; also=('phi',) records them",
-                self.config.counterfactuals,
-                self.config.score,
-            )
         check_mode(sharded)
         super().__init__(scorer, layout, name)
         self._chains = [chain.name for chain in self.config.chains(layout)]
         self._links = self.config.parsed_links(layout)
+        for field, why in self.config.unread(layout).items():
+            if getattr(self.config, field) not in (None, getattr(RewardConfig, field)):
+                logger.warning("%s=%r changes nothing: it %s", field, getattr(self.config, field), why)
         self.kernels = kernels
         self.memory_gib = memory_gib
         self.task = task

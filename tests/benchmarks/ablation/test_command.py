@@ -248,7 +248,7 @@ def test_a_killed_sweep_goes_on_to_identical_files(job: AblateJob, monkeypatch: 
     for name in (*FILES, *PLOTS):
         assert (job.output / name).read_bytes() == (whole.output / name).read_bytes(), name
     assert not list(job.output.rglob("*.tmp"))
-    monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("nothing is left to compute"))
+    monkeypatch.setattr(ablate_module, "load_weights", lambda *_, **__: pytest.fail("nothing is left to compute"))
     assert run_ablation(job).resumed == 2
 
 
@@ -260,7 +260,7 @@ def test_other_arguments_and_other_files_are_refused(
     assert len(summary.malformed) == BAD_ROWS
     assert [row["row"] for row in read_lines(job.output / "malformed.jsonl")] == [2, 6]
     assert summary.table().row_count == 3 * 2  # the reference beside the one setting
-    monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("the model is not needed"))
+    monkeypatch.setattr(ablate_module, "load_weights", lambda *_, **__: pytest.fail("the model is not needed"))
     with pytest.raises(ValueError, match="made with other settings: config.seed was 0 and is 1"):
         run_ablation(replace(job, config=replace(job.config, seed=1)))
     other = tmp_path / "other.jsonl"
@@ -303,7 +303,7 @@ def test_other_arguments_and_other_files_are_refused(
 def test_bad_arguments_are_named_before_anything_is_loaded(
     job: AblateJob, options: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablate_module, "load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr(ablate_module, "load_weights", lambda *_, **__: pytest.fail("loaded a model"))
     with pytest.raises(ValueError, match=complaint):
         run_ablation(changed(job, **options))
     assert not job.output.exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cepo.cli.app import main
 from cepo.eval.score import command as score_module
@@ -26,7 +26,7 @@ from tests.eval.score.records import check_alike
 
 ITEMS = testbed.generate_items(5, seed=9, cue_agreement=0.5)
 LINKS = ["Z->X", "X->Y", "Z->Y"]
-WIDE = ("-K", 1, "--dtype", "float64")
+WIDE = ("--dtype", "float64")
 ALONE = ("--link", "X->Y", "--score", "influence")  # what a row has without rows of other prompts, its donors
 PARTS = ("base", "residual", "source_positions", "target_positions")
 
@@ -159,7 +159,7 @@ def test_all_forms_of_input_give_the_same_rollout(judge: Path, tmp_path: Path, c
         {"prompt_ids": ids["input_ids"], "completion_ids": tokenizer(item.completion)["input_ids"]},
         {"prompt": item.prompt.replace("Response B: ", "Response A: "), "completion": item.completion},
     ]
-    out, options = tmp_path / "out.jsonl", (*ALONE, "-K", 1, "--also", "order_leak")
+    out, options = tmp_path / "out.jsonl", (*ALONE, "--also", "order_leak")
     assert cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, *options)[0] == 0
     first, *others, unclear = read_jsonl(out)
     assert (unclear["malformed"], unclear["order_leak"]) == (None, None)  # nothing marks its second response
@@ -169,7 +169,7 @@ def test_all_forms_of_input_give_the_same_rollout(judge: Path, tmp_path: Path, c
     assert all(other["links"] == first["links"] and other["spans"] == first["spans"] for other in others)
     raw = tmp_path / "raw.jsonl"
     source = write_jsonl(tmp_path / "raw", [{"prompt": rendered, "completion": item.completion}])
-    assert cepo("--model", judge, "--input", source, "--output", raw, *ALONE, "-K", 1, "--raw")[0] == 0
+    assert cepo("--model", judge, "--input", source, "--output", raw, *ALONE, "--raw")[0] == 0
     assert read_jsonl(raw)[0]["links"] == first["links"]
 
 
@@ -241,14 +241,29 @@ def test_a_finished_output_is_not_computed_again_nor_mixed_with_other_settings(
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
     arguments = ("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
-    assert cepo(*arguments, "-K", 1)[0] == 0
-    monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: pytest.fail("nothing is left to score"))
-    assert cepo(*arguments, "-K", 1)[0] == 0
-    assert cepo(*arguments, "-K", 1, "--memory-gib", 2, "--batch-size", 3)[0] == 0  # they change no result
-    code, message = cepo(*arguments, "-K", 2)
+    assert cepo(*arguments, "--donor-count", 1)[0] == 0
+    monkeypatch.setattr(scorer_module, "load_weights", lambda *_, **__: pytest.fail("nothing is left to score"))
+    assert cepo(*arguments, "--donor-count", 1)[0] == 0
+    assert cepo(*arguments, "--donor-count", 1, "--memory-gib", 2, "--batch-size", 3)[0] == 0  # they change no result
+    code, message = cepo(*arguments, "--donor-count", 2)
     assert code == 2
     assert "other settings" in message
-    assert "--counterfactuals was 1 and is 2" in message
+    assert "--donor-count was 1 and is 2" in message
+
+
+def test_the_tokenizer_is_read_once(judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lies in a GGUF file takes seconds."""
+    read: list[str] = []
+    load = AutoTokenizer.from_pretrained
+
+    def counted(location: str, **options: Any) -> Any:
+        read.append(location)
+        return load(location, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)
+    source = write_jsonl(tmp_path / "in.jsonl", gold_rows()[:1])
+    assert cepo("--model", judge, "--input", source, "--output", tmp_path / "out", *ALONE)[0] == 0
+    assert read == [str(judge)]
 
 
 def test_other_weights_under_the_same_name_are_refused(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
@@ -256,7 +271,7 @@ def test_other_weights_under_the_same_name_are_refused(judge: Path, tmp_path: Pa
     model = tmp_path / "model"
     shutil.copytree(judge, model)
     source, out = write_jsonl(tmp_path / "in.jsonl", gold_rows()[:2]), tmp_path / "out.jsonl"
-    arguments = ("--input", source, "--output", out, "-K", 0)
+    arguments = ("--input", source, "--output", out)
     assert cepo("--model", model, *arguments)[0] == 0
     records = out.read_bytes()
     assert cepo("--model", judge, *arguments)[0] == 0
@@ -278,16 +293,16 @@ def test_a_run_that_failed_before_its_first_record_binds_no_settings(
         raise ValueError("no room for the weights")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scorer_module, "load_model", fail)
-        assert cepo(*arguments, "-K", 0)[0] == 2
-    assert cepo(*arguments, "-K", 1)[0] == 0
+        patch.setattr(scorer_module, "load_weights", fail)
+        assert cepo(*arguments)[0] == 2
+    assert cepo(*arguments, "--donor-count", 1)[0] == 0
 
 
 def test_rows_that_changed_are_scored_again(
     judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, out = gold_rows()[:3], tmp_path / "out.jsonl"
-    arguments = ("--model", judge, "--input", tmp_path / "in.jsonl", "--output", out, *ALONE, "-K", 0)
+    arguments = ("--model", judge, "--input", tmp_path / "in.jsonl", "--output", out, *ALONE)
     write_jsonl(tmp_path / "in.jsonl", rows)
     assert cepo(*arguments)[0] == 0
     before = read_jsonl(out)
@@ -310,7 +325,7 @@ def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path:
     good = gold_rows()
     rows = [good[0], '{"prompt": "cut', good[1], {"prompt": "no completion"}, {**good[2], "task_reward": 7}, good[3]]
     out = tmp_path / "out.jsonl"
-    code, message = cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out, "-K", 1)
+    code, message = cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out)
     assert code == 2
     assert "line 2 is broken" in message
     assert "line 4: lacks the column completion" in message
@@ -347,7 +362,7 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
     rows.append({"prompt_ids": [10**6], "completion_ids": [1, 2]})
     out, page = tmp_path / "out.jsonl", tmp_path / "o.html"
     source = write_jsonl(tmp_path / "in", rows)
-    code, _ = cepo("--model", judge, "--input", source, "--output", out, *ALONE, "-K", 1, "--html", page)
+    code, _ = cepo("--model", judge, "--input", source, "--output", out, *ALONE, "--html", page)
     assert code == 0
     records = read_jsonl(out)
     assert [record["row"] for record in records] == list(range(len(rows)))
@@ -376,7 +391,7 @@ def test_where_no_row_is_well_formed_all_are_scored_zero_and_the_reasons_shown(
 def test_rows_of_one_prompt_are_told_why_before_weights_are_loaded(
     judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr(scorer_module, "load_weights", lambda *_, **__: pytest.fail("a model was loaded first"))
     rows = [gold_rows()[0], {"prompt": ITEMS[1].prompt, "completion": ITEMS[1].analysis}]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     code, message = cepo("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
@@ -508,14 +523,14 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
         (["--input", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--ray", "0"], "--ray is 0"),
         (["--ray", "2", "--device", "cuda:1"], "device is 'cuda:1'; expected cpu or cuda with --ray"),
-        (["--ray", "2", "--save-jacobians", "matrices"], "score without --ray"),
+        (["--ray", "2", "--save-jacobians", "matrices"], "--save-jacobians cannot be used with --ray"),
         (["--ray", "2"], "--ray needs Ray, which is an extra: pip install 'cepo[ray]'"),
     ],
 )
 def test_bad_arguments_end_in_one_paragraph_before_a_model_is_loaded(
     arguments: list[str], complaint: str, judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorer_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr(scorer_module, "load_weights", lambda *_, **__: pytest.fail("a model was loaded first"))
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     source = write_jsonl(tmp_path / "in.jsonl", gold_rows())
     defaults = ["--model", str(judge), "--input", str(source), "--output", str(tmp_path / "out.jsonl")]
