@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,8 @@ def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
     """
     check_pairs(settings)
     source, options = source_and_options(settings)
-    pairs, unreadable = (_made if source == TESTBED else _read)(source, seed=seed, **options)
+    load: Callable[..., tuple[list[Pair], list[LeftOut]]] = _made if source == TESTBED else _read
+    pairs, unreadable = load(source, seed=seed, **options)
     kept = [pair for pair in pairs if pair.kept]
     dropped = [(pair.id, f"not kept: {pair.reason}") for pair in pairs if not pair.kept]
     train, test = (tuple(pair for pair in kept if pair.split == side) for side in ("train", "test"))

@@ -91,7 +91,7 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None
         raise ValueError(f"{', '.join(option_of(parameters[name]) for name in given)} {why}; leave it out")
 
 
-def missing(context: typer.Context, told: str) -> ValueError:
+def missing(context: Any, told: str) -> ValueError:
     """Return the error of a command that lacks an option: what is told of it, and the example of the command's help."""
     example = _EXAMPLE.search(f"{inspect.cleandoc(context.command.help or '')}\n")
     return ValueError(f"{told}\n\n{example[0].rstrip()}" if example else told)

@@ -503,7 +503,7 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
         (["--link", "Z->X", "--target", "margin"], "no link ends in the scores"),
         (["--device", "warp:1"], "device is 'warp:1'"),
         (["-K", "-1"], "counterfactuals (K) is -1"),
-        (["--rank", "100000"], "rank is 100000"),
+        (["--also", "phi", "-K", "1", "--rank", "100000"], "rank is 100000"),
         (["--rank", "-2"], "rank is -2"),
         (["--energy", "1.5"], "energy is 1.5"),
         (["-p", "nan"], "--p is NaN"),
