@@ -572,19 +572,21 @@ def test_matrices_are_taken_over_only_with_the_settings_and_the_row_that_made_th
     arguments = ("--model", judge, "--input", source, *ALONE)
     save = ("--output", out, "--save-jacobians", matrices)
     write_jsonl(source, rows[:2])
-    assert cepo(*arguments, "-K", 0, *save)[0] == 0
+    assert cepo(*arguments, *save)[0] == 0
     kept = matrices.read_bytes()
-    code, message = cepo(*arguments, "-K", 1, "--output", tmp_path / "other.jsonl", "--save-jacobians", matrices)
+    code, message = cepo(
+        *arguments, "--dtype", "float64", "--output", tmp_path / "other.jsonl", "--save-jacobians", matrices
+    )
     assert code == 2
     assert "holds matrices of another model or other settings; name another file" in message
     assert matrices.read_bytes() == kept
     assert not (tmp_path / "other.jsonl.settings.json").exists()
-    code, message = cepo(*arguments, "-K", 0, "--output", out, "--save-jacobians", judge / "model.safetensors")
+    code, message = cepo(*arguments, "--output", out, "--save-jacobians", judge / "model.safetensors")
     assert code == 2
     assert "was not written by cepo score" in message
     write_jsonl(source, [rows[0], rows[3]])
-    assert cepo(*arguments, "-K", 0, "--output", out)[0] == 0  # row 1 has a new record now, and matrices of before
-    assert cepo(*arguments, "-K", 0, *save)[0] == 0
+    assert cepo(*arguments, "--output", out)[0] == 0  # row 1 has a new record now, and matrices of before
+    assert cepo(*arguments, *save)[0] == 0
     saved = load_file(matrices)
     for row, record in enumerate(read_jsonl(out)):
         assert record["links"]["X->Y"]["norm"] == pytest.approx(float(saved[f"{row}/X->Y/base"].norm()), rel=1e-6)
