@@ -18,8 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import cepo
 from cepo.eval.report.figures import history
+from cepo.eval.report.numbers import digits
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import console_table
+from cepo.eval.report.tables import ConsoleTable
 from cepo.eval.testbed_measures import ITEMS, SCORED, measure_judge
 from cepo.files import Row, make_folder, read_jsonl, write_text
 from cepo.jacobian.loading import load_model, resolve_model
@@ -137,10 +138,8 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
     )
     measures = {"seed": seed, "steps": steps, "seconds": seconds, "before": before, "after": after}
     write_text(output / "measures.json", json.dumps(measures, indent=2) + "\n")
-    table = console_table("", "before", "after", title=title)
-    for label, values in _compared(before, after).items():
-        table.add_row(label, *(f"{value:.3f}" for value in values))
-    console.print(table)
+    rows = [(label, *map(digits, values)) for label, values in _compared(before, after).items()]
+    console.print(ConsoleTable(("", "before", "after"), rows, title))
     console.print(others, highlight=False)
     return output / "report.html"
 
@@ -214,7 +213,7 @@ def _curves(metrics: Path) -> dict[str, Figure]:
 def _behaviour(before: Row, after: Row) -> list[tuple[str, str, str]]:
     more = {"criteria swaps followed": "swaps_followed", "malformed": "malformed", "completion tokens": "tokens"}
     values = {**_compared(before, after), **{label: (before[name], after[name]) for label, name in more.items()}}
-    return [(label, f"{left:.3f}", f"{right:.3f}") for label, (left, right) in values.items()]
+    return [(label, digits(left), digits(right)) for label, (left, right) in values.items()]
 
 
 @contextlib.contextmanager

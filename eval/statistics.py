@@ -22,12 +22,17 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student_t
 
+from cepo.eval.report.numbers import numbers
+
 LEVEL = 0.95
 _BATCH_NUMBERS = 2**22  # weights times columns held at once, which bounds memory
 SHARE = (0.0, 1.0)
 """The ends of a rate, of an accuracy, of an area under the ROC curve."""
 DIFFERENCE = (-1.0, 1.0)
 """The ends of a difference of two rates, and of a correlation."""
+AT_LEAST_0 = (0.0, math.inf)
+"""The range of a size: an error, a distance, a ratio of rates."""
+ANYWHERE = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,21 @@ class Estimate:
         """The interval in words, or why there is none."""
         if math.isnan(self.low):
             return f"undetermined: {self.why}" if self.why else "none"
-        return f"{self.low:.3f} to {self.high:.3f}"
+        _, low, high = numbers(self.value, self.low, self.high)
+        return f"{low} to {high}"
+
+    @property
+    def number(self) -> str:
+        """The value, with as many decimals as its interval."""
+        return numbers(self.value, self.low, self.high)[0]
 
     def __str__(self) -> str:
         why = f"undetermined: {self.why}" if self.why else ""
+        value, low, high = numbers(self.value, self.low, self.high)
         if math.isnan(self.value):
             return why or "undetermined"
-        interval = why if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
-        return f"{self.value:.3f}" + (f" [{interval}]" if interval else "")
+        interval = why if math.isnan(self.low) else f"{low}, {high}"
+        return value + (f" [{interval}]" if interval else "")
 
 
 def undetermined(why: str) -> Estimate:
@@ -73,6 +85,7 @@ def estimate(
     *columns: ArrayLike,
     clusters: ArrayLike | None = None,
     ends: tuple[float, float] | None = None,
+    within: tuple[float, float] = ANYWHERE,
     unit: str = "item",
     lacking: str = "no spread",
 ) -> Estimate:
@@ -83,6 +96,7 @@ def estimate(
         columns: N numbers each, at least one column.
         clusters: see `estimates`, as for the others.
         ends: see `estimates`.
+        within: see `estimates`.
         unit: see `estimates`.
         lacking: see `estimates`.
 
@@ -92,7 +106,7 @@ def estimate(
     shapes = [np.shape(column) for column in columns]
     if any(len(shape) != 1 for shape in shapes):
         raise ValueError(f"columns have the shapes {shapes}; expected one dimension each")
-    return estimates(statistic, *columns, clusters=clusters, ends=ends, unit=unit, lacking=lacking)[0]
+    return estimates(statistic, *columns, clusters=clusters, ends=ends, within=within, unit=unit, lacking=lacking)[0]
 
 
 def estimates(
@@ -100,6 +114,7 @@ def estimates(
     *columns: ArrayLike,
     clusters: ArrayLike | None = None,
     ends: tuple[float, float] | None = None,
+    within: tuple[float, float] = ANYWHERE,
     unit: str = "item",
     lacking: str = "no spread",
 ) -> list[Estimate]:
@@ -115,6 +130,8 @@ def estimates(
             observation is a unit.
         ends: the smallest and the largest value that the statistic can have; None where there are none, or where the
             values of the units stay far from them.
+        within: without ends, the range of the statistic, at which the interval is cut. The truth is in the range, so
+            the cut interval holds it exactly when the whole one does.
         unit: what a unit is called where there are too few of them, in the singular.
         lacking: why there is no value where the sample does not determine it.
 
@@ -156,7 +173,7 @@ def estimates(
             why = f"rests on 1 {unit} of {units}"
         else:
             shares_U = (units - 1) * (left_U.mean() - left_U)  # what each unit adds, 0 in the mean
-            low, high = _interval(value + shares_U, value, ends)
+            low, high = _cut(*_interval(value + shares_U, value, ends), within)
             if math.isnan(low):
                 why = f"{units} equal {unit}s"
         found.append(Estimate(value, low, high, count, why))
@@ -176,10 +193,14 @@ def proportion(values: ArrayLike, *, clusters: ArrayLike | None = None, unit: st
     return estimate(mean, values, clusters=clusters, ends=SHARE, unit=unit)
 
 
-def mean_over_seeds(values: ArrayLike) -> Estimate:
+def mean_over_seeds(values: ArrayLike, *, within: tuple[float, float] = ANYWHERE) -> Estimate:
     """Return the mean of independent numbers, one per seed, with its Student t interval.
 
     One seed has no interval, and neither have seeds that are all equal: they say nothing of how far others would be.
+
+    Args:
+        values: any number of them.
+        within: see `estimates`.
 
     Source:
         Student, The probable error of a mean (1908).
@@ -193,7 +214,7 @@ def mean_over_seeds(values: ArrayLike) -> Estimate:
     if not error > 0.0:
         return Estimate(middle, count=count, why="1 seed" if count == 1 else f"{count} equal seeds")
     reach = error * _t(count - 1)
-    return Estimate(middle, middle - reach, middle + reach, count)
+    return Estimate(middle, *_cut(middle - reach, middle + reach, within), count)
 
 
 def sign_flip_p(differences: ArrayLike) -> float:
@@ -297,6 +318,11 @@ def _interval(values_U: np.ndarray, middle: float, ends: tuple[float, float] | N
     padded = np.append(values_U, ends)
     reach = quantile * float(padded.std(ddof=1)) / math.sqrt(len(padded))
     return max(low, float(padded.mean()) - reach), min(high, float(padded.mean()) + reach)
+
+
+def _cut(low: float, high: float, within: tuple[float, float]) -> tuple[float, float]:
+    """Return what of an interval lies in the range of its statistic; NaN, which compares with nothing, stays."""
+    return max(low, within[0]), min(high, within[1])
 
 
 def _skewed_interval(values_U: np.ndarray, middle: float, quantile: float) -> tuple[float, float]:

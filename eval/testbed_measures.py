@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cepo.eval.report.heat_maps import Attribution, HeatMap
+from cepo.eval.report.numbers import digits
 from cepo.eval.score.rows import read_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.score import pools_of, score_rollouts
@@ -138,7 +139,7 @@ def _heat_maps(
                 if path.attribution_S is not None
             },
             targets={name: path.target_positions for name, path in score.paths.items()},
-            facts={f"S {name}": f"{record.value:.4f}" for name, record in score.links.items()},
+            facts={f"S {name}": digits(record.value) for name, record in score.links.items()},
             malformed=score.malformed,
         )
         for index, (item, rollout, score) in enumerate(zip(items, rollouts, scores, strict=False))

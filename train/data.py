@@ -98,7 +98,7 @@ def load_preferences(
     _check_ranges(test_fraction, max_characters)
     rows, skipped = collect_rows(
         source,
-        lambda row: check_length(judge_row(row, seed, names, ties=ties), max_characters),
+        lambda row, _: check_length(judge_row(row, seed, names, ties=ties), max_characters),
         split=split,
         limit=limit,
     )
@@ -137,7 +137,7 @@ def load_reasoning(
     names = _rename(("question", "answer"), columns)
     _check_ranges(test_fraction, max_characters)
     rows, skipped = collect_rows(
-        source, lambda row: check_length(_reasoning(row, names), max_characters), split=split, limit=limit
+        source, lambda row, _: check_length(_reasoning(row, names), max_characters), split=split, limit=limit
     )
     return _divide(rows, skipped, "question", _REASONING_FEATURES, test_fraction, seed)
 

@@ -143,7 +143,7 @@ def _read(
     if len(names) > len(PAIR):
         raise ValueError(f"data.columns renames {', '.join(names)}; expected only {', '.join(PAIR)}")
 
-    def convert(row: Row) -> Pair:
+    def convert(row: Row, _: str) -> Pair:
         prompt, chosen, rejected = read_pair(row, names)
         identity = read_id(row)
         return Pair(

@@ -49,15 +49,20 @@ class Source:
         """Iterate over the entries."""
         return iter(self.entries)
 
+    def place(self, number: int) -> str:
+        """Return where an entry stands, such as "line 3"; it names a row that has no id of its own."""
+        return f"{self.unit} {number}"
+
 
 def collect_rows(
-    source: str | Path, convert: Callable[[Row], T], *, split: str | None = None, limit: int | None = None
+    source: str | Path, convert: Callable[[Row, str], T], *, split: str | None = None, limit: int | None = None
 ) -> tuple[list[T], list[BrokenLine]]:
     """Convert the rows of a source until there are enough.
 
     Args:
         source: see `open_source`.
-        convert: makes something of a row; a row for which it raises ValueError is left out, with that reason.
+        convert: makes something of a row and of where it stands, see `Source.place`; a row for which it raises
+            ValueError is left out, with that reason.
         split: see `open_source`.
         limit: number of converted rows to stop at, at least 1; None for all.
 
@@ -72,12 +77,13 @@ def collect_rows(
     collected: list[T] = []
     left_out: list[BrokenLine] = []
     columns: dict[str, None] = {}
-    for number, row in open_source(source, split):
+    entries = open_source(source, split)
+    for number, row in entries:
         try:
             if isinstance(row, str):
                 raise ValueError(row)
             columns.update(dict.fromkeys(row))
-            collected.append(convert(row))
+            collected.append(convert(row, entries.place(number)))
         except ValueError as reason:
             left_out.append((number, str(reason)))
         if len(collected) == limit:

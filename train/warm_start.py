@@ -168,7 +168,7 @@ def read_examples(
     """
     by_rule = 0
 
-    def convert(row: Row) -> Row:
+    def convert(row: Row, _: str) -> Row:
         nonlocal by_rule
         if given(row, "judge_output") is not None:
             prompt, text = read_judgement(row, ties=ties)

@@ -33,7 +33,7 @@ def draw_figures(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         rows: from `summarise_sweep`.
     """
     links = [row for row in rows if row["kind"] == "link"]
-    at_rank = [row for row in links if (row["rank"], row["tau"]) == (_RANK, None)]
+    at_rank = [row for row in links if not row["counterfactuals"] or (row["rank"], row["tau"]) == (_RANK, None)]
     at_k = [row for row in links if row["counterfactuals"] == _K]
     rewards = [row for row in rows if row["kind"] == "reward"]
     for name, points, value, axis in (

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from cepo.benchmarks.ablation.sweep import PAPER_HARDENING, Sweep, rank_label
 from cepo.benchmarks.ablation.tables import SweptValues
-from cepo.eval.report.tables import console_table
-from cepo.eval.statistics import DIFFERENCE, Estimate, estimates, mean, rank_correlations
+from cepo.eval.report.numbers import digits
+from cepo.eval.report.tables import ConsoleTable
+from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, mean, rank_correlations
 from cepo.fusion.config import PAPER
 
 _SHOWN = 48  # rows of a table that one can still read
@@ -41,25 +41,17 @@ class AblateSummary:
     malformed: Mapping[int, str]
     rows: tuple[Mapping[str, Any], ...]
 
-    def table(self) -> Table:
+    def table(self) -> ConsoleTable:
         """Return all settings; of more than 48, those that differ from the paper's in at most one respect."""
-        title = f"{self.output}: {self.rollouts} rollouts of {self.groups} prompts, {len(self.malformed)} malformed"
-        table = console_table("link", "K", "rank", "score", "mean S", "Spearman to paper's", "angle", title=title)
+        title = (
+            f"{self.output}: {self.rollouts} rollouts of {self.groups} prompts, {len(self.malformed)} malformed. "
+            "Spearman: rank correlation with the paper's S, its interval in summary.jsonl"
+        )
         rows = [row for row in self.rows if row["kind"] == "link"]
         if len(rows) > _SHOWN:
             rows = [row for row in rows if _steps_from_paper(row) <= 1]
-        for row in rows:
-            angle = row["nuisance_angle"]
-            table.add_row(
-                row["link"],
-                str(row["counterfactuals"]),
-                rank_label(row),
-                row["score"],
-                _shown(row, "S"),
-                _shown(row, "spearman_paper"),
-                "-" if angle is None else f"{angle:.1f}°",
-            )
-        return table
+        header = ("link", "K", "rank", "score", "mean S", "Spearman", "angle")
+        return ConsoleTable(header, [_cells(row) for row in rows], title)
 
 
 def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
@@ -67,7 +59,8 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
 
     `spearman_reference` compares S with the same score at the paper's hardening, `spearman_paper` with the paper's S.
     Intervals are over prompts, not rollouts: rollouts of one prompt are not independent draws. A single prompt has no
-    interval, and neither has the comparison of a score with itself.
+    interval, and neither has the comparison of a score with itself. S and rewards lie in [0, 1], where their intervals
+    are cut; they get no pseudo-units at 0 and 1, which no rollout comes near: influences are a few thousandths.
 
     Args:
         found: from `read_values`.
@@ -80,7 +73,7 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for at_link, link in enumerate(sweep.links):
         values_NM = found.values_NAHF[:, at_link].reshape(rollouts, -1)
-        means = over_prompts(mean, values_NM)
+        means = over_prompts(mean, values_NM, within=SHARE)
         # With every score at the paper's hardening, (M, F).
         correlations = iter(
             over_prompts(rank_correlations, values_NM, found.values_NAHF[:, at_link, at_paper], ends=DIFFERENCE)
@@ -98,7 +91,7 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
                 | _interval("spearman_paper", to_score.get(PAPER["score"]))
                 | {"nuisance_angle": float(np.nanmean(angles_N)) if np.isfinite(angles_N).any() else None}
             )
-    rewards = iter(over_prompts(mean, found.rewards_NFUP.reshape(rollouts, -1)))
+    rewards = iter(over_prompts(mean, found.rewards_NFUP.reshape(rollouts, -1), within=SHARE))
     for score in sweep.scores:
         for chosen in sweep.link_sets:
             for p in sweep.powers:
@@ -114,13 +107,23 @@ def _interval(name: str, found: Estimate | None) -> dict[str, float | None]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), known, strict=True))
 
 
-def _shown(row: Mapping[str, Any], name: str) -> str:
-    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
-    return "-" if value is None else f"{value:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    value, low, high, correlation, angle = (
+        math.nan if row[name] is None else row[name]
+        for name in ("S", "S_low", "S_high", "spearman_paper", "nuisance_angle")
+    )
+    setting = [row["link"], str(row["counterfactuals"]), rank_label(row), row["score"]]
+    return [
+        *setting,
+        str(Estimate(value, low, high)),
+        digits(correlation),
+        "-" if math.isnan(angle) else f"{angle:.1f}°",
+    ]
 
 
 def _steps_from_paper(row: Mapping[str, Any]) -> int:
     """Return in how many of K, rank and score a row differs from the paper's values."""
-    rank_differs = (row["rank"], row["tau"]) != (PAPER_HARDENING.rank, PAPER_HARDENING.tau)
+    size = (row["rank"], row["tau"])
+    rank_differs = size not in ((PAPER_HARDENING.rank, PAPER_HARDENING.tau), (None, None))  # at K = 0 there is none
     others = ("counterfactuals", "score")
     return rank_differs + sum(row[name] != PAPER[name] for name in others)

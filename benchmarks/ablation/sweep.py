@@ -13,7 +13,10 @@ from cepo.train.prompts import JUDGE
 
 @dataclass(frozen=True)
 class Hardening:
-    """What is removed from a Jacobian: the subspace of K counterfactuals, of a rank or else an energy tau."""
+    """What is removed from a Jacobian: the subspace of K counterfactuals, of a rank or else an energy tau.
+
+    Without counterfactuals nothing is removed, and there is neither.
+    """
 
     counterfactuals: int
     rank: int | None
@@ -26,6 +29,8 @@ class Hardening:
 
     def applied_to(self, config: RewardConfig) -> RewardConfig:
         """Return the settings with this hardening."""
+        if not self.counterfactuals:
+            return replace(config, counterfactuals=0)
         return replace(config, counterfactuals=self.counterfactuals, rank=self.rank, energy=self.tau)
 
 
@@ -69,6 +74,8 @@ def plan_sweep(
 ) -> Sweep:
     """Return the grid of all values, with the paper's hardening. Rewards are of all links, each alone, each removed.
 
+    K = 0 removes nothing, so it is one setting, whatever the ranks.
+
     Args:
         config: links, weights, permutation, target and seed, which stay the same.
         counterfactuals: values of K, each >= 0.
@@ -91,10 +98,11 @@ def plan_sweep(
             raise ValueError(f"{name} is {', '.join(map(str, values))}; expected each value once")
     if not isinstance(config.seed, int) or config.seed < 0:
         raise ValueError(f"seed is {config.seed!r}; expected an integer >= 0")
-    hardenings = {Hardening(k, *_read_rank(text)) for text in ranks for k in counterfactuals}
-    if len(hardenings) < len(ranks) * len(counterfactuals):
+    sizes = {_read_rank(text) for text in ranks}
+    if len(sizes) < len(ranks):
         raise ValueError(f"ranks is {', '.join(ranks)}; expected each value once")
-    for hardening in hardenings:
+    hardenings = {Hardening(k, *(size if k else (None, None))) for size in sizes for k in counterfactuals}
+    for hardening in hardenings | {Hardening(PAPER_HARDENING.counterfactuals, *size) for size in sizes}:
         hardening.applied_to(config)
     hardened = PAPER_HARDENING.applied_to(config)
     for score in scores:
@@ -117,7 +125,9 @@ def plan_sweep(
 
 
 def rank_label(row: Mapping[str, Any]) -> str:
-    """Return the rank or the energy of a row as the user wrote it."""
+    """Return the rank or the energy of a row as the user wrote it; "-" where there is neither, at K = 0."""
+    if row["rank"] is None and row["tau"] is None:
+        return "-"
     return f"tau={row['tau']:g}" if row["rank"] is None else str(row["rank"])
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from cepo.benchmarks.engine.cases import (
     EXACT,
@@ -31,8 +30,9 @@ from cepo.benchmarks.engine.figures import draw_scaling
 from cepo.benchmarks.engine.loss import SETTINGS, loss_contenders, loss_subject
 from cepo.benchmarks.engine.peers import Jacobians, Workload
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, Size, random_workload
-from cepo.benchmarks.engine.tables import RATIOS, results_table, results_text
+from cepo.benchmarks.engine.tables import RATIOS, results_tables, results_text
 from cepo.benchmarks.measure import environment, measure
+from cepo.eval.report.tables import ConsoleTable
 from cepo.files import append_jsonl, make_folder, write_text
 
 _SCALED = (PADDED, ONLY, EXACT)
@@ -49,14 +49,14 @@ def run_benchmark(
     device: str | None = None,
     commit: str | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Table:
+) -> list[ConsoleTable]:
     """Compare values, then time the group engine and its peers on the same rollouts, and record the results.
 
     Every case first runs on a small workload whose Jacobians the oracle has computed (in half precision: a float32 copy
     of the model), which also warms it up; then it is timed, and those of its answers that the oracle knows are compared
     again. A case whose values differ is not given a time.
 
-    Appends a line per case to results.jsonl, and writes the table to bench.txt and a PNG per axis of the scaling.
+    Appends a line per case to results.jsonl, and writes the tables to bench.txt and a PNG per axis of the scaling.
 
     Args:
         size: a name in `SIZES`.
@@ -70,7 +70,7 @@ def run_benchmark(
         progress: called with what runs next.
 
     Returns:
-        The table.
+        The tables, with the main columns; bench.txt has all.
 
     Raises:
         ValueError: for an unknown size, peer or device, or a size that needs a GPU where there is none.
@@ -99,7 +99,7 @@ def run_benchmark(
                 draw_scaling(points, axis, f"{name}, {facts['device']}", output / f"scaling_{axis}.png")
         del subject, of_effects, of_loss, cases, agreed
         write_text(output / "bench.txt", results_text(size, log.rows))
-    return results_table(size, log.rows)
+    return results_tables(log.rows)
 
 
 def _checked(size: str, peers: Sequence[str] | None, device: str | None) -> tuple[Size, torch.device, tuple[str, ...]]:

@@ -14,12 +14,12 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from cepo.benchmarks.engine.cases import Jacobians, engine_jacobians, jacobian_requests, worst_error
 from cepo.benchmarks.engine.sizes import SIZES, Shapes, random_workload
 from cepo.benchmarks.measure import environment, measure
+from cepo.eval.report.tables import ConsoleTable
 from cepo.files import append_jsonl
 from cepo.fusion.config import PAPER_LINKS
 from cepo.jacobian.group.engine import GroupEngine
@@ -47,7 +47,7 @@ def main(
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     model.eval().requires_grad_(False)
     engines = {budget: GroupEngine(model, memory_budget=budget * 2**30) for budget in (64.0, memory_gib)}
-    table = Table("tokens", "budget, GiB", "peak, GiB", "planned", "seconds", "largest error")
+    table: list[tuple[str, ...]] = []
     for tokens in LENGTHS:
         requests = jacobian_requests(random_workload(config.vocab_size, shapes_of(tokens), 0), PAPER_LINKS)
         wanted: Jacobians = {}
@@ -67,8 +67,9 @@ def main(
             append_jsonl(output, [row])
             peak = "" if took.peak_bytes is None else f"{took.peak_bytes / 2**30:.2f}"
             planned = f"{row['planned_peak_bytes'] / 2**30:.2f}"
-            table.add_row(str(tokens), f"{budget:g}", peak, planned, f"{took.seconds:.1f}", f"{row['error']:.1e}")
-    Console().print(table)
+            table.append((str(tokens), f"{budget:g}", peak, planned, f"{took.seconds:.1f}", f"{row['error']:.1e}"))
+    header = ("tokens", "budget, GiB", "peak, GiB", "planned", "seconds", "largest error")
+    Console().print(ConsoleTable(header, table))
 
 
 if __name__ == "__main__":

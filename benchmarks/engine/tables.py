@@ -1,4 +1,4 @@
-"""The results of `cepo bench` as a table."""
+"""The results of `cepo bench` as tables."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+from cepo.eval.report.tables import ConsoleTable
 
 RATIOS = ("speedup", "speedup_by_rows", "speedup_by_flops")
+_MEASURES = ("case", "error", "seconds", "rollouts/s", "token rows/s", "peak MiB", "TFLOP", "of matmul")
+_COLUMNS = (*_MEASURES, "× reference", "by rows", "by FLOPs")
+_MAIN = ("case", "error", "seconds", "rollouts/s", "peak MiB", "× reference")
+_WIDTH = 200  # of bench.txt
 Row = Mapping[str, Any]
 
 
-def results_table(size: str, rows: Sequence[Row]) -> Table:
-    """Return the rows of all sections but the scaling, one part per model and workload."""
-    table = Table(title=f"cepo bench, {size}: seconds only where the values agree with the oracle")
-    table.add_column("case")
-    for name in ("error", "seconds", "rollouts/s", "token rows/s", "peak MiB", "TFLOP", "of matmul"):
-        table.add_column(name, justify="right")
-    for name in ("× reference", "by rows", "by FLOPs"):
-        table.add_column(name, justify="right")
-    heading = ""
+def results_tables(rows: Sequence[Row], *, whole: bool = False) -> list[ConsoleTable]:
+    """Return the rows of all sections but the scaling, a table per model and workload.
+
+    Args:
+        rows: as they are recorded.
+        whole: whether to return all columns, as bench.txt has them, and not the main ones alone.
+    """
+    tables: dict[str, list[list[str]]] = {}
     for row in rows:
         if row["section"] == "scaling":
             continue
@@ -30,31 +33,11 @@ def results_table(size: str, rows: Sequence[Row]) -> Table:
         opening = f"the first {shapes['opening']}" if shapes["opening"] else "none"
         static = f"; {shapes['prompts']} prompts, {opening} static" if row["section"] == "static" else ""
         lengths = " ".join(f"{name} {shapes[name]}" for name in ("G", "Lz", "Lx", "Ly", "K"))
-        if (title := f"{row['model']} {row['dtype']}, {lengths}{static}") != heading:
-            table.add_section()
-            table.add_row(f"[bold]{title}[/bold]")
-            heading = title
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
-        if row["seconds"] is None:
-            table.add_row(row["case"], error, f"[red]{escape(row['status'])}[/red]")
-            continue
-        everything = shapes["G"] * shapes["prompts"]
-        partly = row["measured_rollouts"] < everything
-        note = f" (scaled from {row['measured_rollouts']} of {everything} rollouts)" if partly else ""
-        halved = row["batch"] is not None and row["batch"] < row["measured_rollouts"]
-        note += f" (batches of {row['batch']})" if halved else ""
-        table.add_row(
-            row["case"] + note,
-            error,
-            f"{row['seconds']:.3g}",
-            f"{row['rollouts_per_s']:.3g}",
-            f"{row['rows_per_s']:,.0f}",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
-            f"{row['flops'] / 1e12:.3g}",
-            f"{row['matmul_fraction']:.0%}",
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in RATIOS),
-        )
-    return table
+        cells = _cells(row)
+        members = tables.setdefault(f"{row['model']} {row['dtype']}, {lengths}{static}", [])
+        members.append([cells[name] for name in (cells if whole else _MAIN)])
+    header = _COLUMNS if whole else _MAIN
+    return [ConsoleTable(header, members, title) for title, members in tables.items()]
 
 
 def results_text(size: str, rows: Sequence[Row]) -> str:
@@ -74,5 +57,30 @@ def results_text(size: str, rows: Sequence[Row]) -> str:
             + (f" (the oracle's own in {row['dtype']}: {row['oracle_error']:.1e})" if row["oracle_error"] else "")
         )
     stream = io.StringIO()
-    Console(file=stream, width=200).print(results_table(size, rows))
+    title = f"cepo bench, {size}: seconds only where the values agree with the oracle"
+    Console(file=stream, width=_WIDTH).print(title, *results_tables(rows, whole=True), sep="\n", highlight=False)
     return "\n".join(lines) + "\n" + stream.getvalue()
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """Return every column of a row; of one that was not timed, why."""
+    error = "" if row["error"] is None else f"{row['error']:.0e}"
+    if row["seconds"] is None:
+        return dict.fromkeys(_COLUMNS, "") | {"case": row["case"], "error": error, "seconds": row["status"]}
+    everything = row["shapes"]["G"] * row["shapes"]["prompts"]
+    partly = row["measured_rollouts"] < everything
+    note = f" (scaled from {row['measured_rollouts']} of {everything} rollouts)" if partly else ""
+    halved = row["batch"] is not None and row["batch"] < row["measured_rollouts"]
+    note += f" (batches of {row['batch']})" if halved else ""
+    values = (
+        row["case"] + note,
+        error,
+        f"{row['seconds']:.3g}",
+        f"{row['rollouts_per_s']:.3g}",
+        f"{row['rows_per_s']:,.0f}",
+        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
+        f"{row['flops'] / 1e12:.3g}",
+        f"{row['matmul_fraction']:.0%}",
+        *("" if row[name] is None else f"{row[name]:.2f}" for name in RATIOS),
+    )
+    return dict(zip(_COLUMNS, values, strict=True))

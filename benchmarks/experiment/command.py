@@ -8,12 +8,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from cepo.benchmarks.experiment.recipe import Run
-from cepo.benchmarks.experiment.results import Row, means_table, write_page
+from cepo.benchmarks.experiment.results import Row, means_tables, write_page
 from cepo.benchmarks.experiment.run import MEASURES, claim_run, execute, shared_settings
 from cepo.benchmarks.measure import environment
+from cepo.eval.report.tables import ConsoleTable
 from cepo.files import claim, read_jsonl, write_jsonl
 
 _SHOWN = 3  # failed runs named in an error
@@ -26,7 +26,7 @@ def run_experiment(
     jobs: int = 2,
     commit: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Table:
+) -> list[ConsoleTable]:
     """Train every arm in every world from every seed, measure it, and write `results.jsonl` and `report.html`.
 
     A finished run is not repeated, and a killed one continues from its checkpoint, where settings, recipe and testbed
@@ -41,7 +41,7 @@ def run_experiment(
         progress: called with (finished runs, all runs).
 
     Returns:
-        A table: per world and arm, the mean over seeds of the main measures, and their range.
+        A table per world: per arm, the mean over seeds of the main measures, and their range.
 
     Raises:
         ValueError: for an output of other settings, before anything is run; for runs that failed, after all others.
@@ -71,7 +71,7 @@ def run_experiment(
     if failed:
         told = "; ".join(f"{run} ({reason})" for run, reason in list(failed.items())[:_SHOWN])
         raise ValueError(f"{len(failed)} of {len(plan)} runs failed, and the same command repeats them: {told}")
-    return means_table(rows)
+    return means_tables(rows)
 
 
 def _stages(plan: Sequence[Run]) -> list[list[Run]]:

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from cepo.benchmarks.experiment.recipe import BASELINE, SHUFFLED, UNTRAINED
 from cepo.eval.report.figures import forest
+from cepo.eval.report.numbers import digits, mean_and_range
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import console_table
-from cepo.eval.statistics import Estimate, mean_over_seeds, sign_flip_p, undetermined
+from cepo.eval.report.tables import ConsoleTable
+from cepo.eval.statistics import SHARE, Estimate, mean_over_seeds, sign_flip_p, undetermined
 
 # What is shown of a row; a slash leads into a mapping.
 COLUMNS = {
@@ -65,15 +64,14 @@ def paired_gains(
     return gains
 
 
-def means_table(rows: Sequence[Row]) -> Table:
-    """Return the mean over seeds and the range of the main measures, per world and arm."""
+def means_tables(rows: Sequence[Row]) -> list[ConsoleTable]:
+    """Return the mean over seeds and the range of the main measures, a table per world, a row per arm."""
     shown = (*_DRAWN, "in_distribution")
-    title = "mean over seeds (range); the report has the other measures"
-    table = console_table("world", "arm", "seeds", *(measure.replace("_", " ") for measure in shown), title=title)
-    for world, of_world in _by_world(rows).items():
-        for cells in _mean_cells(of_world, shown):
-            table.add_row(world, *cells)
-    return table
+    header = ("arm", "seeds", *(measure.replace("_", " ") for measure in shown))
+    return [
+        ConsoleTable(header, _mean_cells(of_world, shown), f"world {world}: mean over seeds (range)")
+        for world, of_world in _by_world(rows).items()
+    ]
 
 
 def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
@@ -92,13 +90,14 @@ def write_page(path: Path, rows: Sequence[Row], commit: str | None) -> None:
         for measure in _DRAWN:
             label = COLUMNS[measure]
             means = [
-                (arm, mean_over_seeds(list(values.values()))) for arm, values in _by_arm(of_world, measure).items()
+                (arm, mean_over_seeds(list(values.values()), within=SHARE))
+                for arm, values in _by_arm(of_world, measure).items()
             ]
             figures[f"World {world}, {label}: mean over seeds, 95% t interval over seeds"] = forest(means, axis=label)
             tables |= _gain_tables(world, of_world, measure)
     tables |= _certificate_table(rows)
     runs = [
-        [row["world"], row["arm"], str(row["seed"]), *(_number(_value(row, measure)) for measure in COLUMNS)]
+        [row["world"], row["arm"], str(row["seed"]), *(digits(_value(row, measure)) for measure in COLUMNS)]
         for row in rows
     ]
     write_report(
@@ -135,7 +134,7 @@ def _certificate_table(rows: Sequence[Row]) -> dict[str, Any]:
     for world, of_world in _by_world(rows).items():
         certificate = next((row["certificate"] for row in of_world if "certificate" in row), None)
         if certificate is not None:
-            measured = "; ".join(f"{name} {value:.3g}" for name, value in certificate["measures"].items())
+            measured = "; ".join(f"{name} {digits(value)}" for name, value in certificate["measures"].items())
             cells.append([world, certificate["uncertified"] or "certified", measured])
     header = ["world", "verdict", "interventions on the judge before training"]
     return {"Certificates of the judges in words": (header, cells)} if cells else {}
@@ -162,24 +161,15 @@ def _gain_tables(world: str, rows: Sequence[Row], measure: str) -> dict[str, Any
 
 
 def _gain_cells(arm: str, gain: Estimate, p: float) -> list[str]:
-    return [arm, str(gain.count), str(gain), _number(p)]
+    return [arm, str(gain.count), str(gain), digits(p)]
 
 
 def _mean_cells(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
     columns = [_by_arm(rows, measure) for measure in measures]
     return [
-        [arm, str(len(values)), *(_range(list(column[arm].values())) for column in columns)]
+        [arm, str(len(values)), *(mean_and_range(list(column[arm].values())) for column in columns)]
         for arm, values in columns[0].items()
     ]
-
-
-def _range(values: Sequence[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    return f"{sum(known) / len(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else "-"
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _by_world(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -17,8 +17,6 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import LlamaConfig
 
 from cepo.benchmarks.engine.cases import EXACT, ONLY, Case, Subject, contenders, new_subject
@@ -35,6 +33,7 @@ from cepo.benchmarks.kernels.rows import (
     operation_row,
 )
 from cepo.benchmarks.measure import environment
+from cepo.eval.report.tables import ConsoleTable
 from cepo.files import make_folder, write_text
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps
@@ -91,10 +90,10 @@ def run_kernel_benchmark(
     minutes: float = 9.0,
     commit: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
-) -> tuple[Table, bool]:
+) -> tuple[list[ConsoleTable], bool]:
     """Compare the values of every contender, time those that agree, and record both.
 
-    `output` gets one line per contender in kernels.jsonl (appended) and the table in kernels.txt (replaced). On a CPU
+    `output` gets one line per contender in kernels.jsonl (appended) and the tables in kernels.txt (replaced). On a CPU
     shapes are tiny and nothing is timed: the run shows that the command works and the values agree, with the kernels
     themselves in Triton's interpreter (TRITON_INTERPRET=1), else with plain PyTorch.
 
@@ -107,7 +106,7 @@ def run_kernel_benchmark(
         progress: called with the name of each contender before it runs.
 
     Returns:
-        The table, and whether all of ours agreed for which there was time. It ends at the first that disagrees.
+        The tables, and whether all of ours agreed for which there was time. It ends at the first that disagrees.
 
     Raises:
         ValueError: for an unknown or a missing device.
@@ -129,12 +128,12 @@ def run_kernel_benchmark(
         _run_operations(run, "kernels", operations(chosen.widths, place, ours, seed), compiled=False)
         subject, workload = _run_engine(run, chosen, ours, seed)
         _run_operations(run, "compiled kernels", operations(chosen.widths, place, ours, seed), compiled=True)
-        _write(output / "kernels.txt", _table(run.rows), facts)  # before compiling, which can outlast the deadline
+        _write(output / "kernels.txt", _tables(run.rows), facts)  # before compiling, which can outlast the deadline
         _run_compiled_engine(run, subject, workload)
-    table = _table(run.rows)
-    _write(output / "kernels.txt", table, facts)
+    tables = _tables(run.rows)
+    _write(output / "kernels.txt", tables, facts)
     of_ours = [row["status"] for row in run.rows if row["contender"].startswith("cepo")]
-    return table, all(status == "ok" or status.startswith("out of time") for status in of_ours)
+    return tables, all(status == "ok" or status.startswith("out of time") for status in of_ours)
 
 
 def _our_implementation(device: str) -> Implementation:
@@ -205,42 +204,38 @@ def _run_compiled_engine(run: Recorder, subject: Subject, workload: Workload) ->
         run.add(case_row(run, "compiled engine", subject, case, workload, "the model compiled", missing))
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="cepo kernels: times only where values agree; × eager and share of the floor")
-    table.add_column("contender")
-    for name in ("error", "ms", "× eager", "of floor"):
-        table.add_column(name, justify="right")
-    table.add_column("computes")
-    headings = list(dict.fromkeys((row["operation"], row["shapes"]) for row in rows))
-    for heading in headings:
-        members = [row for row in rows if (row["operation"], row["shapes"]) == heading]
+def _tables(rows: Sequence[Row]) -> list[ConsoleTable]:
+    """Return a table per operation and shapes."""
+    tables = []
+    for operation, shapes in dict.fromkeys((row["operation"], row["shapes"]) for row in rows):
+        members = [row for row in rows if (row["operation"], row["shapes"]) == (operation, shapes)]
         bound = next((row["bound"] for row in members if row.get("bound")), None)
-        table.add_section()
-        table.add_row(
-            f"[bold]{escape(heading[0])}[/bold]", "", "", "", "", escape(heading[1]) + (f"; {bound}" if bound else "")
-        )
         eager = next((row["seconds"] for row in members if row["contender"] == EAGER), None)
-        for row in members:
-            error = "" if row["error"] is None else f"{row['error']:.0e}"
-            if row["status"] != "ok":
-                table.add_row(row["contender"], error, f"[red]{escape(row['status'])}[/red]", "", "", row["computes"])
-                continue
-            seconds, share = row["seconds"], row.get("of_floor")
-            table.add_row(
-                row["contender"],
-                error,
-                "" if seconds is None else f"{1e3 * seconds:.4g}",
-                f"{eager / seconds:.2f}" if eager and seconds else "",
-                "" if share is None else f"{share:.0%}",
-                row["computes"],
-            )
-    return table
+        title = f"{operation}, {shapes}" + (f"; {bound}" if bound else "")
+        cells = [_cells(row, eager) for row in members]
+        tables.append(ConsoleTable(("contender", "error", "ms", "× eager", "of floor", "computes"), cells, title))
+    return tables
 
 
-def _write(path: Path, table: Table, facts: Row) -> None:
+def _cells(row: Row, eager: float | None) -> list[str]:
+    error = "" if row["error"] is None else f"{row['error']:.0e}"
+    if row["status"] != "ok":
+        return [row["contender"], error, row["status"], "", "", row["computes"]]
+    seconds, share = row["seconds"], row.get("of_floor")
+    return [
+        row["contender"],
+        error,
+        "" if seconds is None else f"{1e3 * seconds:.4g}",
+        f"{eager / seconds:.2f}" if eager and seconds else "",
+        "" if share is None else f"{share:.0%}",
+        row["computes"],
+    ]
+
+
+def _write(path: Path, tables: Sequence[ConsoleTable], facts: Row) -> None:
     text = io.StringIO()
     console = Console(file=text, width=200)
-    console.print(table)
+    console.print("cepo kernels: times only where values agree; × eager and share of the floor", *tables, sep="\n")
     console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
     write_text(path, text.getvalue())
 
@@ -255,15 +250,15 @@ def main(
     """Measure every Triton kernel, and the engine on all of them, beside their peers on one GPU."""
     errors = Console(stderr=True)
     try:
-        table, sound = run_kernel_benchmark(
+        tables, sound = run_kernel_benchmark(
             output, device=device, seed=seed, minutes=minutes, commit=commit, progress=errors.print
         )
     except ValueError as error:
         errors.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None
-    Console().print(table)
+    Console().print(*tables, sep="\n")
     if not sound:
-        errors.print("error: a kernel failed or disagreed; see the table", markup=False)
+        errors.print("error: a kernel failed or disagreed; see the tables", markup=False)
         raise typer.Exit(1)
 
 

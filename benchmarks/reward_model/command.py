@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import torch
 import yaml
-from rich.table import Table
 
 import cepo
 from cepo.benchmarks.measure import environment
 from cepo.benchmarks.reward_model.real_text import RealText
 from cepo.benchmarks.reward_model.testbed import Testbed
-from cepo.eval.report.tables import console_table
+from cepo.eval.report.numbers import mean_and_range
+from cepo.eval.report.tables import ConsoleTable
 from cepo.files import SETTINGS, append_jsonl, claim, read_jsonl
 from cepo.train.recipe import read_yaml, reason_of
 from cepo.train.reward_data import load_pairs
@@ -109,7 +109,7 @@ def run_reward_experiment(
     steps: int | None = None,
     commit: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Table], list[str]]:
+) -> tuple[list[ConsoleTable], list[str]]:
     """Train a reward model on every arm's pairs from every seed, and measure it by interventions.
 
     Each run's row is added to `results.jsonl` when it is done; a finished run is not repeated, and a killed one resumes
@@ -150,14 +150,14 @@ def run_reward_experiment(
     return [means_table(shown, columns) for columns in plan.world.columns], verdicts(shown, plan.gates)
 
 
-def means_table(rows: Sequence[Row], columns: Mapping[str, str]) -> Table:
+def means_table(rows: Sequence[Row], columns: Mapping[str, str]) -> ConsoleTable:
     """Return per arm the mean over seeds of each measure, with its range."""
-    table = console_table("arm", "seeds", *columns.values(), title="mean over seeds (range)")
+    table = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm]
-        cells = [_range([float(row[name]) for row in of_arm if row[name] is not None]) for name in columns]
-        table.add_row(arm, str(len(of_arm)), *cells)
-    return table
+        cells = [mean_and_range([float(row[name]) for row in of_arm if row[name] is not None]) for name in columns]
+        table.append([arm, str(len(of_arm)), *cells])
+    return ConsoleTable(("arm", "seeds", *columns.values()), table, "mean over seeds (range)")
 
 
 def verdicts(rows: Sequence[Row], gates: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -198,7 +198,3 @@ def _run(output: Path, arm: str, seed: int, plan: Plan, steps: int | None) -> di
         **plan.world.measure(model, seed=seed, items=plan.items),
         "data": dict(plan.arms[arm]),
     }
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "none"

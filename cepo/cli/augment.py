@@ -88,12 +88,12 @@ def augment(
     job = AugmentJob(data, output, names, writer, filter_model, split, limit, test_fraction)
     chosen_kinds(job)  # refuses what it can before torch is imported
     from cepo.eval.augment.command import augment as run
-    from cepo.eval.report.tables import console_table
+    from cepo.eval.report.tables import ConsoleTable
 
     with showing("augmenting") as show:
         summary = run(job, progress=show)
     for title, (header, rows) in summary.tables().items():
-        console.print(console_table(*header, rows=rows, title=title))
+        console.print(ConsoleTable(header, rows, title))
     console.print(f"pairs: {output / 'pairs.jsonl'}", soft_wrap=True)
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)
     if summary.writer.used:

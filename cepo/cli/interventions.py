@@ -135,12 +135,12 @@ def cue_flips(
     """
     use_threads(threads)
     from cepo.eval.cue_flips.command import FlipsJob, flip_table, measure_flips
-    from cepo.eval.report.tables import console_table
+    from cepo.eval.report.tables import ConsoleTable
 
     with showing("judging") as show:
         flips = measure_flips(FlipsJob(tuple(judge), output, items, seed), progress=show)
     header, rows = flip_table(flips)
-    console.print(console_table(*header, rows=rows, title="greedy accuracy"))
+    console.print(ConsoleTable(header, rows, "greedy accuracy"))
     console.print(f"report: {output / 'report.html'}")
 
 

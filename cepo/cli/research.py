@@ -186,7 +186,7 @@ def bench(
             if not progress.console.is_terminal:  # there a bar shows nothing until the end
                 progress.console.print(what, markup=False)
 
-        table = run_benchmark(
+        tables = run_benchmark(
             size,
             output,
             seed=seed,
@@ -196,7 +196,9 @@ def bench(
             commit=commit,
             progress=tell,
         )
-    console.print(table)
+    for table in tables:
+        console.print(table)
+    console.print(f"all columns: {output / 'bench.txt'}", soft_wrap=True)
 
 
 def experiment(
@@ -273,9 +275,10 @@ def experiment(
         "done; --worlds, --arm and --seed run fewer.".format(len(plan), max(run.steps for run in plan), *counts, jobs)
     )
     with showing("runs", len(plan)) as show:
-        table = run_experiment(output, plan, jobs=jobs, commit=commit, progress=show)
-    console.print(table)
-    console.print(f"report: {output / 'report.html'}")
+        tables = run_experiment(output, plan, jobs=jobs, commit=commit, progress=show)
+    for table in tables:
+        console.print(table)
+    console.print(f"report, with all measures: {output / 'report.html'}", soft_wrap=True)
 
 
 def reward_experiment(
@@ -353,6 +356,7 @@ def words_judge(
     The certificate says whether it is what it was taught: another criterion is forced on it, and it continues.
     Defaults are those of train/recipes/testbed-words.yaml.
     """
+    from cepo.eval.report.numbers import digits
     from cepo.jacobian.loading import check_device
     from cepo.train.policy import CACHE
     from cepo.train.testbed_words import load_words_judge, read_certificate, words_folder, words_settings
@@ -370,7 +374,7 @@ def words_judge(
         )
     found = read_certificate(wanted, CACHE)
     for name, value in found["measures"].items():
-        console.print(f"{name}: {value:.3g}", highlight=False)
+        console.print(f"{name}: {digits(value)}", highlight=False)
     console.print(found["uncertified"] or f"certified: {judge}", highlight=False, soft_wrap=True)
     console.print(f"model: {words_folder(wanted, CACHE)}", highlight=False, soft_wrap=True)
 

@@ -246,7 +246,8 @@ def score(
     for name, why in config.unread(layout).items():
         checks.refuse_given(context, [name, "donors_file"] if name == "donors" else [name], why)
     use_threads(threads)
-    from cepo.eval.report.tables import console_table
+    from cepo.eval.report.numbers import digits
+    from cepo.eval.report.tables import ConsoleTable
     from cepo.eval.score.command import ScoreJob, score_file
 
     job = ScoreJob(
@@ -271,18 +272,17 @@ def score(
     )
     with showing("scoring") as show:
         summary = score_file(job, progress=show)
-    table = console_table("what", "value", title=str(output))
-    table.add_row("rows", str(summary.rows))
-    table.add_row("from an earlier run", str(summary.resumed))
-    table.add_row("malformed", str(summary.malformed))
-    table.add_row("rows that could not be used", str(len(summary.broken)))
-    for name, mean in summary.means.items():
-        table.add_row(f"mean {name}", f"{mean:.6f}")
-    if config.reads_leak:
-        table.add_row("responses that could not be exchanged", str(summary.without_leak))
-    table.add_row("time", f"{summary.seconds:.1f} s")
-    table.add_row("peak memory", f"{summary.peak_gib:.2f} GiB")
-    console.print(table)
+    shown = {
+        "rows": str(summary.rows),
+        "from an earlier run": str(summary.resumed),
+        "malformed": str(summary.malformed),
+        "rows that could not be used": str(len(summary.broken)),
+        **{f"mean {name}": digits(mean) for name, mean in summary.means.items()},
+        **({"responses that could not be exchanged": str(summary.without_leak)} if config.reads_leak else {}),
+        "time": f"{summary.seconds:.1f} s",
+        "peak memory": f"{summary.peak_gib:.2f} GiB",
+    }
+    console.print(ConsoleTable(("what", "value"), list(shown.items()), str(output)))
     for reason, count in summary.reasons.items():
         console.print(f"malformed: {reason} ({count}x)", markup=False, highlight=False)
     others = summary.malformed - sum(summary.reasons.values())
@@ -291,12 +291,12 @@ def score(
     if summary.malformed == summary.rows - len(summary.broken) > 0:
         console.print("warning: no completion is well-formed, so every reward is 0; see --kind and docs/formats.md")
     if summary.broken:
-        shown = "; ".join(summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
+        named = "; ".join(summary.broken[:5]) + ("; ..." if len(summary.broken) > 5 else "")
         again = "run the same command again to score them alone"
         if config.reads_effects and donors_file is None:
             again = "name another --output: the rows are each other's donors, so all are scored again"
         raise ValueError(
-            f"input {str(input)!r} has {len(summary.broken)} row(s) that could not be used: {shown}. All other rows "
+            f"input {str(input)!r} has {len(summary.broken)} row(s) that could not be used: {named}. All other rows "
             f"were scored; correct these and {again}"
         )
 

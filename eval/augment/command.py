@@ -92,7 +92,7 @@ def _read(job: AugmentJob) -> tuple[list[Source], list[BrokenLine]]:
         return generate_sources(job.limit or _WORLD_SIZE, seed=job.writer.seed, cue_agreement=_WORLD_CUE), []
     seen: Counter[str] = Counter()
 
-    def convert(row: Row) -> Source:
+    def convert(row: Row, _: str) -> Source:
         if not read_flag(row, "kept", default=True):
             raise ValueError(f"not kept: {given(row, 'reason')}")
         if read_tie(row, ties=True):

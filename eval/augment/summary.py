@@ -12,6 +12,7 @@ from cepo.counterfactual.text.filter import TAU, certainty
 from cepo.counterfactual.text.pairs import Pair
 from cepo.eval.augment.answers import JournaledWriter
 from cepo.eval.report.figures import histogram
+from cepo.eval.report.numbers import digits
 from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable
 from cepo.files import BrokenLine
@@ -61,7 +62,7 @@ class AugmentSummary:
         checks = []
         for kind, check in dict.fromkeys((kind, check) for kind, check, _ in self.checks):
             failed, passed = self.checks[kind, check, False], self.checks[kind, check, True]
-            checks.append([kind, check, str(failed + passed), str(failed), f"{failed / (failed + passed):.2f}"])
+            checks.append([kind, check, str(failed + passed), str(failed), digits(failed / (failed + passed))])
         scored = []
         for kind, values in self.certainties.items():
             scored.append([kind, str(len(values)), *map(str, np.histogram(values, bins=_CUTS)[0])])

@@ -54,7 +54,7 @@ def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Que
         raise ValueError(f"verifier is {verifier!r}; expected math or exact")
     found: dict[str, dict[str, bool]] = {}
 
-    def merge(row: Row) -> None:
+    def merge(row: Row, _: str) -> None:
         question, graded = _graded(row, verifier)
         known = found.setdefault(question, {})
         if any(known.get(text, grade) != grade for text, grade in graded.items()):

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from cepo.eval.best_of_n.candidates import Question, Verifier, read_questions
 from cepo.eval.best_of_n.closed_form import pick_by_reward
 from cepo.eval.best_of_n.knockout import Match, check_sizes, pick_by_knockout, score_picks
@@ -20,7 +18,7 @@ from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import PLACES, Judge, JudgeSettings, Place, Progress, check_judge, decisive_settings
 from cepo.eval.report.figures import curves
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import PageTable, console_table, summary_row
+from cepo.eval.report.tables import ConsoleTable, PageTable, summary_row
 from cepo.eval.statistics import DIFFERENCE, Estimate, estimate, mean_difference, proportion, undetermined
 from cepo.files import BrokenLine, content_hash, write_jsonl
 from cepo.train.prompts import judge_prompt
@@ -98,11 +96,11 @@ class BestOfSummary:
         rows = [[size, *(str(points[at][1]) for points in self.lines.values())] for at, size in enumerate(sizes)]
         return ("N", *self.lines), rows
 
-    def table(self) -> Table:
+    def table(self) -> ConsoleTable:
         """Return the accuracies as a table for the console."""
         header, rows = self.page_table()
         title = f"accuracy on {self.questions} questions, {self.counted}"
-        return console_table(*header, rows=rows, title=title)
+        return ConsoleTable(header, rows, title)
 
 
 def measure_best_of(

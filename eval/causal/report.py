@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from cepo.eval.causal.controls import PAIR
 from cepo.eval.causal.measures import ESTIMATES, LINKS, NODES, PLACES
 from cepo.eval.causal.summary import EXACT, CausalSummary, JudgeResults
 from cepo.eval.report.figures import curves, forest
 from cepo.eval.report.heat_maps import Attribution, HeatMap
+from cepo.eval.report.numbers import digits
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import PageTable, console_table
+from cepo.eval.report.tables import ConsoleTable, PageTable
 from cepo.eval.statistics import Estimate
 
 _MAPS = 8  # judgements whose attributions are drawn
@@ -41,9 +41,9 @@ _PIVOTS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 )
 
 
-def console_tables(summary: CausalSummary) -> list[Table]:
+def console_tables(summary: CausalSummary) -> list[ConsoleTable]:
     """Return the tables for the console."""
-    return [console_table(*header, rows=rows, title=name) for name, (header, rows) in text_tables(summary).items()]
+    return [ConsoleTable(header, rows, name) for name, (header, rows) in text_tables(summary).items()]
 
 
 def text_tables(summary: CausalSummary) -> dict[str, PageTable]:
@@ -54,7 +54,11 @@ def text_tables(summary: CausalSummary) -> dict[str, PageTable]:
         rows = _approximations(summary, population, place)
         if rows:
             header = ["estimate of the effect", "AUC within a prompt", "rank correlation", "mean error, nats", "cost"]
-            found[f"What each approximation is worth: {place}"] = (header, rows)
+            known = [column for column in range(len(header)) if any(row[column] for row in rows)]
+            found[f"What each approximation is worth: {place}"] = (
+                [header[column] for column in known],
+                [[row[column] for column in known] for row in rows],
+            )
     for what, caption in _AGREEMENTS.items():
         of_kind = summary.found(what, " against ".join(PAIR) if what == "pair" else population)
         places = [place for place in PLACES if any(at == place for _, at in of_kind)]
@@ -65,15 +69,16 @@ def text_tables(summary: CausalSummary) -> dict[str, PageTable]:
             found[caption] = (["score", *places], rows)
     means = summary.found("mean", population)
     if means:
-        header = ["effect of fresh donors", *(place for _, place in means)]
-        found["Mean exact effect, nats"] = (header, [["mean", *map(str, means.values())]])
+        header = ["donors", *(place for _, place in means)]
+        found["Mean exact effect, nats"] = (header, [["fresh", *map(str, means.values())]])
     for caption, what, keys, across in _PIVOTS:
         records = [record for record in summary.records if record["what"] == what]
         headers = list(dict.fromkeys(str(record[across]) for record in records))
         cells: dict[tuple[str, ...], dict[str, str]] = {}
         for record in records:
             labels = tuple(str(record[key]) for key in keys)
-            cells.setdefault(labels, {})[str(record[across])] = f"{record['value']:.3g}"
+            shown = f"{record['value']:g}" if what == "count" else digits(record["value"])
+            cells.setdefault(labels, {})[str(record[across])] = shown
         if records:
             rows = [[*labels, *(of_row.get(header, "") for header in headers)] for labels, of_row in cells.items()]
             found[caption] = ([*keys, *headers], rows)
@@ -124,7 +129,7 @@ def _approximations(summary: CausalSummary, population: str, place: str) -> list
     for name in (*ESTIMATES, EXACT):
         cost = costs.get((name, place))
         cells = [str(areas.get((name, place), "")), str(correlations.get((name, place), ""))]
-        cells += [str(errors.get((name, place), "")), "" if cost is None else f"{cost.value:.2f}"]
+        cells += [str(errors.get((name, place), "")), "" if cost is None else digits(cost.value)]
         if any(cells[:3]):
             rows.append([name, *cells])
     return rows
@@ -161,7 +166,11 @@ def _heat_map(row: Mapping[str, Any]) -> HeatMap:
         for name, nats in row["attributions"].items()
     }
     targets = {name: tuple(row["positions"][name.split("->")[1]]) for name in attributions}
-    facts = {f"effect, {name}": f"{row['exact'][name]:+.2f} nats" for name in LINKS if row["exact"][name] is not None}
+    facts = {
+        f"effect, {name}": f"{digits(row['exact'][name], sign='+')} nats"
+        for name in LINKS
+        if row["exact"][name] is not None
+    }
     if row["mode"] is not None:
         facts = {"mode": row["mode"], **facts}
     return HeatMap(

@@ -14,7 +14,7 @@ from cepo.eval.causal.controls import PAIR, certificate
 from cepo.eval.causal.measures import CHAIN, LINKS, PLACES
 from cepo.eval.causal.within import areas_by_chance, areas_within, correlations_within
 from cepo.eval.report.tables import summary_row
-from cepo.eval.statistics import SHARE, Estimate, aucs, estimate, estimates, mean
+from cepo.eval.statistics import AT_LEAST_0, SHARE, Estimate, aucs, estimate, estimates, mean
 
 EXACT = "exact effect"
 """The effect of fresh donors as a definition of its own: what no approximation of it can be expected to beat."""
@@ -148,7 +148,8 @@ def _agreement(one: JudgeResults, seed: int) -> Iterator[dict[str, Any]]:
             [[abs(row["nats"][name][link] - row["nats"]["effect"][link]) for link in LINKS] for row in rows]
         )
         chain_N = errors_NL[:, [LINKS.index(link) for link in CHAIN]].mean(1)
-        of_places = estimates(mean, np.column_stack([errors_NL, chain_N]), clusters=prompts, unit="prompt")
+        errors = np.column_stack([errors_NL, chain_N])
+        of_places = estimates(mean, errors, clusters=prompts, within=AT_LEAST_0, unit="prompt")
         for place, value in zip((*LINKS, "chain"), of_places, strict=True):
             yield summary_row({"what": "error", "definition": name, "place": place}, value)
     for place in ("chain", *LINKS):
@@ -196,9 +197,17 @@ def _separation(follows: JudgeResults, ignores: JudgeResults) -> Iterator[dict[s
 
 
 def _warnings(one: JudgeResults) -> list[str]:
-    if one.is_within:
-        return []
-    return [
-        "Every prompt has one judgement, so rank correlations are over all rows: they mix what differs between prompts "
-        "with what a reward inside GRPO could use."
-    ]
+    warnings = []
+    modes = Counter(row["mode"] for row in one.sound if row["mode"] is not None)
+    if not {0.0, 1.0} <= {_MODES.get(mode) for mode in modes}:
+        known = ", ".join(f"{mode} ({count}x)" for mode, count in modes.items())
+        warnings.append(
+            "There is no AUC. It asks which judgements came to their verdict by evidence, and "
+            + (f"here they came to it by {known}." if modes else "that is known of the testbed's judges alone.")
+        )
+    if not one.is_within:
+        warnings.append(
+            "Every prompt has one judgement, so rank correlations are over all rows: they mix what differs between "
+            "prompts with what a reward inside GRPO could use."
+        )
+    return warnings

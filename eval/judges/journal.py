@@ -99,7 +99,8 @@ def collect_judgements(
     path = output / "judgements.jsonl"
     kept = resume_jsonl(path, lambda record: (record.get("key"), record.get("prompt")))
     prompts = {task.key: content_hash(task.messages) for task in tasks}
-    records = {key: kept[key, prompt] for key, prompt in prompts.items() if (key, prompt) in kept}
+    facts = {task.key: task.facts for task in tasks}  # of a row without an id, where it stands by now
+    records = {key: {**kept[key, prompt], **facts[key]} for key, prompt in prompts.items() if (key, prompt) in kept}
     pending = [task for task in tasks if task.key not in records]
     resumed, tokens = len(records), 0
     if progress is not None:

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cepo.eval.statistics import Estimate, estimate, mean
+from cepo.eval.report.numbers import digits
+from cepo.eval.statistics import Estimate, proportion
 from cepo.files import replacing
 
 _WIDTH = 7.2  # inches
@@ -93,7 +94,7 @@ def reliability(scores: Sequence[float], effects: Sequence[float], *, across: st
 
     Args:
         scores: N numbers.
-        effects: N numbers.
+        effects: N numbers in [0, 1].
         across: label of the scores.
         up: label of the effects.
     """
@@ -102,7 +103,7 @@ def reliability(scores: Sequence[float], effects: Sequence[float], *, across: st
     axes.plot(scores_N, effects_N, ".", color="0.6", alpha=0.5, markersize=4)
     parts = [part for part in np.array_split(np.argsort(scores_N, kind="stable"), _BINS) if len(part)]
     places = [float(scores_N[part].mean()) for part in parts]
-    found = [estimate(mean, effects_N[part]) for part in parts]
+    found = [proportion(effects_N[part]) for part in parts]
     bars = np.abs([[part.value - part.low, part.high - part.value] for part in found]).T.reshape(2, len(parts))
     axes.errorbar(places, [part.value for part in found], yerr=bars, fmt="o-", color="C0", capsize=3)
     _label(axes, across, up)
@@ -146,7 +147,7 @@ def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
     for row, column in np.argwhere(np.isfinite(values_RC)):
         value = values_RC[row, column]
         dark = value < middle
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+        axes.text(column, row, digits(value), ha="center", va="center", fontsize=8, color="w" if dark else "k")
     axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, label=label)

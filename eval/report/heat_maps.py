@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from cepo.eval.report.numbers import digits
+
 LEVELS = 20
 """Number of steps in which a token's colour grows with its norm, or its nats."""
 
@@ -56,6 +58,11 @@ class HeatMap:
     targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     malformed: str | None = None
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The units of the attributions."""
+        return tuple(one.unit for one in self.attributions.values())
 
     def __post_init__(self) -> None:
         count = len(self.tokens)
@@ -122,7 +129,7 @@ def attribution_view(heat_map: HeatMap, name: str) -> LinkView:
 def criteria_rows(attribution: Attribution) -> list[tuple[str, str, str]]:
     """Return text, nats and share of each part of the source, as cells of a table."""
     return [
-        (text, f"{nats:+.3f}", "" if share is None else f"{100 * share:+.0f}%")
+        (text, digits(nats, sign="+"), "" if share is None else f"{100 * share:+z.0f}%")
         for text, nats, share in attribution.parts
     ]
 
@@ -182,8 +189,8 @@ def _pieces(
         share = abs(value) / largest if largest > 0.0 and math.isfinite(value) else 0.0
         colour = "c" if value < 0.0 else "h"  # cold, hot
         kind = f"{colour}{math.ceil(share * LEVELS)} {outline} {'line' if chr(10) in text else ''}"
-        number = f"{value:+.3g} {unit}" if unit else f"norm {value:.3g}"
-        tip = f"{number}, {share:.0%} of the largest, token {source}{', target of the link' if target else ''}"
+        shown = f"{digits(value, sign='+')} {unit}" if unit else f"norm {digits(value)}"
+        tip = f"{shown}, {share:.0%} of the largest, token {source}{', target of the link' if target else ''}"
         pieces.append(Piece(text, tip, " ".join(kind.split())))
     return tuple(pieces)
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from cepo.eval.report.figures import picture
 from cepo.eval.report.heat_maps import LEVELS, HeatMap, attribution_view, criteria_rows, link_view, text_parts
+from cepo.eval.report.numbers import digits
 from cepo.eval.report.tables import PageTable
 from cepo.files import replacing
 
@@ -51,6 +52,7 @@ def write_report(
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FileSystemLoader(Path(__file__).parent)
     )
+    environment.filters["digits"] = digits
     environment.tests["numeric"] = lambda cell: _NUMBER.fullmatch(cell) is not None
     sections = [
         _Section(name, f"section-{number}", tuple(members))

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from cepo.eval.judges.journal import Collected, collect_judgements
 from cepo.eval.judges.open import open_judge
 from cepo.eval.judges.reward import RewardSettings, collect_rewards
 from cepo.eval.judges.settings import JudgeSettings, Progress, check_judge, decisive_settings
 from cepo.eval.report.figures import forest, reliability
 from cepo.eval.report.heat_maps import HeatMap
+from cepo.eval.report.numbers import digits
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import PageTable, console_table, summary_row
+from cepo.eval.report.tables import ConsoleTable, PageTable, summary_row
 from cepo.eval.rewardbench.examples import shown_judgements, shown_rewards
 from cepo.eval.rewardbench.items import judge_tasks, load_items
 from cepo.eval.rewardbench.metrics import MetricEstimate, measure_preferences
@@ -128,7 +127,7 @@ class RewardBenchSummary:
     def all_table(self) -> PageTable:
         """Return every metric over all items."""
         whole = [(one.metric, one.estimate) for one in self.measures if one.scope == "all"]
-        rows = [[_TITLES[metric], f"{found.value:.3f}", found.interval, str(found.count)] for metric, found in whole]
+        rows = [[_TITLES[metric], found.number, found.interval, str(found.count)] for metric, found in whole]
         return ["metric", "value", "95% interval", "count"], rows
 
     def scope_table(self) -> PageTable:
@@ -138,22 +137,19 @@ class RewardBenchSummary:
         columns = {metric: short for metric, short in _SHORT.items() if metric in measured}
         rows = []
         for scope in dict.fromkeys(one.scope for one in self.measures if one.scope != "all"):
-            cells = [f"{cell.value:.3f}" if (cell := found.get((scope, metric))) else "" for metric in columns]
+            cells = [digits(cell.value) if (cell := found.get((scope, metric))) else "" for metric in columns]
             counted = found.get((scope, "consistent")) or found.get((scope, "strict"))
             rows.append([scope, *cells, str(counted.count) if counted else "0"])
         return ["subset", *columns.values(), "items"], rows
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ConsoleTable]:
         """Return what the console shows: all metrics, then the accuracies by subset and section."""
         header, rows = self.all_table()
-        whole = console_table(*header, rows=rows, title="all items")
-        whole.add_section()
-        whole.add_row("judgements", str(len(self.collected.records)), "", "")
-        whole.add_row("of which from an earlier run", str(self.collected.resumed), "", "")
-        if speed := self.collected.speed():
-            whole.add_row("speed", speed, "", "")
+        judged = f"{len(self.collected.records)} judgements, {self.collected.resumed} of them from an earlier run"
+        speed = self.collected.speed()
+        whole = ConsoleTable(header, rows, f"all items: {judged}" + (f", {speed}" if speed else ""))
         header, rows = self.scope_table()
-        return [whole, console_table(*header, rows=rows, title="by subset and section")] if rows else [whole]
+        return [whole, ConsoleTable(header, rows, "by subset and section")] if rows else [whole]
 
 
 def run_rewardbench(job: RewardBenchJob, *, progress: Progress | None = None) -> RewardBenchSummary:
@@ -201,7 +197,7 @@ def _write_report(job: RewardBenchJob, summary: RewardBenchSummary, examples: Ma
     for metric, reference in _REFERENCES.items():
         rows = [(one.scope, one.estimate) for one in measures if one.metric == metric]
         if rows:
-            caption = f"{_TITLES[metric].capitalize()}, with 95% intervals"
+            caption = f"{_TITLES[metric]}, with 95% intervals"
             figures[caption] = forest(rows[:_FOREST_ROWS], axis=_TITLES[metric], reference=reference)
     judged = [
         record for record in records.values() if record.get("soft") and not record["error"] and not record.get("tie")

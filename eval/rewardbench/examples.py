@@ -10,6 +10,7 @@ import numpy as np
 from cepo.eval.judges.journal import Record
 from cepo.eval.judges.reward import Rewards
 from cepo.eval.report.heat_maps import HeatMap
+from cepo.eval.report.numbers import digits
 from cepo.eval.rewardbench.items import PreferenceItem
 from cepo.eval.rewardbench.metrics import outcome
 from cepo.eval.rewardbench.reward_metrics import differences
@@ -50,8 +51,8 @@ def shown_rewards(items: Sequence[PreferenceItem], rewards: Rewards, seed: int) 
         kind = "Not judged" if np.isnan(least) else ("Tie", "Right", "Wrong")[int(np.sign(least))]
         if len(kinds[kind]) < _SHOWN:
             text = f"[Better response]\n{item.chosen[better]}\n\n[Other response]\n{item.rejected[worse]}\n"
-            facts = {"subset": item.subset, "difference of the rewards": f"{least:.3f}"}
-            kinds[kind].append(HeatMap(item.name or item.key, (f"{item.prompt}\n\n", text), 1, facts=facts))
+            facts = {"subset": item.subset, "difference of the rewards": digits(least)}
+            kinds[kind].append(HeatMap(item.name, (f"{item.prompt}\n\n", text), 1, facts=facts))
     return {name: maps for name, maps in kinds.items() if maps}
 
 
@@ -77,5 +78,5 @@ def _shown(item: PreferenceItem, record: Mapping[str, Any]) -> HeatMap:
         facts["scores forced"] = "yes"
     if record["error"]:
         facts["not judged"] = record["error"]
-    name = f"{item.name or item.key}, " + ("a tie" if item.tie else f"better response at {record['chosen_at']}")
+    name = f"{item.name}, " + ("a tie" if item.tie else f"better response at {record['chosen_at']}")
     return HeatMap(name, (prompt, record["text"]), 1, facts=facts)

@@ -29,7 +29,7 @@ class PreferenceItem:
 
     Attributes:
         key: identifies the row's content and, among equal rows, its number.
-        name: the row's id, or "".
+        name: the row's id; of a row without one, where it stands, such as "line 3".
         subset: the row's subset, or "all".
         prompt: what was asked.
         chosen: at least one.
@@ -98,8 +98,8 @@ def load_items(
     return items, problems
 
 
-def read_item(row: Row, *, ties: bool = False) -> PreferenceItem:
-    """Return the item of a row; `ties` as for `load_items`.
+def read_item(row: Row, place: str, *, ties: bool = False) -> PreferenceItem:
+    """Return the item of a row that stands at `place`; `ties` as for `load_items`.
 
     Raises:
         ValueError: with the reason why the row cannot be used.
@@ -113,7 +113,8 @@ def read_item(row: Row, *, ties: bool = False) -> PreferenceItem:
     own = read_id(row)
     name, subset = "" if own is None else str(own), subset or "all"
     content = found.prompt, found.chosen, found.rejected
-    return PreferenceItem(content_hash(name, subset, *content), name, subset, *content, tie)
+    # The key leaves the place out: a row that moves in its file keeps its judgements.
+    return PreferenceItem(content_hash(name, subset, *content), name or place, subset, *content, tie)
 
 
 def judge_tasks(items: Iterable[PreferenceItem], *, ties: bool = False) -> list[JudgeTask]:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from cepo.eval.judges.journal import Collected, Record, collect_judgements
 from cepo.eval.judges.open import open_judge
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import Judge, JudgeSettings, Progress, check_judge, decisive_settings
 from cepo.eval.report.figures import forest, grid
+from cepo.eval.report.numbers import digits, numbers
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import PageTable, console_table, share, summary_row
+from cepo.eval.report.tables import ConsoleTable, PageTable, share, summary_row
 from cepo.eval.rewardbench.items import load_items
 from cepo.eval.robustness.effects import (
     ALL,
@@ -93,26 +93,26 @@ class RobustnessSummary:
         rows = [[rule, *map(str, found)] for rule, found in self.rules.items()]
         return ("over all transformations", "accuracy before", "accuracy after"), rows
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ConsoleTable]:
         """Return what the console shows: the effects, and the accuracies by rule."""
         rows = [
             [
                 name,
                 str(effect.pairs),
-                f"{effect.before.value:.3f} → {effect.after.value:.3f}",
+                " → ".join(numbers(effect.before.value, effect.after.value)),
                 str(effect.drop),
-                f"{effect.changed.value:.3f}",
+                digits(effect.changed.value),
                 f"{effect.unreadable_before:.0%} → {effect.unreadable_after:.0%}",
             ]
             for name, effect in self.effects.items()
         ]
-        effects = console_table(
-            *("transformation", "pairs", "accuracy", "drop", "verdicts changed", "unreadable"),
-            rows=rows,
-            title=f"accuracy on the originals {self.original}\nright under all transformations too {self.worst}",
+        effects = ConsoleTable(
+            ("transformation", "pairs", "accuracy", "drop", "verdicts changed", "unreadable"),
+            rows,
+            f"accuracy on the originals {self.original}\nright under all transformations too {self.worst}",
         )
         header, rules = self.rules_table()
-        return [effects, console_table(*header, rows=rules)]
+        return [effects, ConsoleTable(header, rules)]
 
 
 def measure_robustness(

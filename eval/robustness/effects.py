@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cepo.eval.statistics import DIFFERENCE, Estimate, estimate, mean_difference, proportion, ratio
+from cepo.eval.statistics import AT_LEAST_0, DIFFERENCE, Estimate, estimate, mean_difference, proportion, ratio
 
 ORIGINAL = "original"
 """Name of the untransformed pairs, beside the names of the transformations."""
@@ -139,7 +139,7 @@ def _effect(pairs: Sequence[BeforeAfter]) -> TransformationEffect:
         proportion(before, **of_prompts),
         proportion(after, **of_prompts),
         estimate(mean_difference, before, after, ends=DIFFERENCE, **of_prompts),
-        estimate(ratio, after, before, lacking="nothing is right before", **of_prompts),
+        estimate(ratio, after, before, within=AT_LEAST_0, lacking="nothing is right before", **of_prompts),
         proportion(turned, **of_prompts),
         *(float(np.mean([pair[place]["winner"] is None for pair in pairs])) for place in (0, 1)),
         *(float(np.mean([pair[place]["forced"] for pair in pairs])) for place in (0, 1)),

@@ -11,6 +11,7 @@ from pathlib import Path
 from cepo.eval.judges.journal import Collected, JudgeTask, Record
 from cepo.eval.judges.reward import RewardSettings, collect_rewards
 from cepo.eval.judges.settings import PLACES, Place, Progress, winner
+from cepo.eval.report.numbers import digits
 from cepo.eval.rewardbench.items import PreferenceItem
 from cepo.eval.robustness.effects import ORIGINAL
 from cepo.eval.robustness.transformations import ResponsePair, transform
@@ -87,5 +88,5 @@ def reward_records(
         error = "a text has no reward" if math.isnan(difference) else None
         first = difference if variant.label == "A" else -difference
         verdict = {"winner": None if error else winner((first, 0.0)), "forced": False, "error": error}
-        records.append({**variant.facts, **verdict, "text": f"difference of the rewards: {difference:.3f}"})
+        records.append({**variant.facts, **verdict, "text": f"difference of the rewards: {digits(difference)}"})
     return rewards.collected, records

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cepo.eval.report.heat_maps import Attribution, HeatMap
+from cepo.eval.report.numbers import digits
 from cepo.eval.report.page import write_report
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices
 from cepo.eval.score.ray import check_ray, score_on_ray
@@ -190,7 +191,7 @@ def _earlier_records(job: ScoreJob, lines: Sequence[Line]) -> dict[int, dict[str
             row = int(record["row"])
             holds = row < len(lines) and record["content"] == lines[row].content
             if holds and (job.jacobians is None or not record["spans"] or saved.get(row) == record["content"]):
-                done[row] = record
+                done[row] = {**record, "id": lines[row].name}
     return dict(sorted(done.items()))
 
 
@@ -227,7 +228,7 @@ def _write_page(
         links = record["links"]
         maps.append(
             HeatMap(
-                title=f"row {record['row']}" + (f", {record['id']}" if record["id"] else ""),
+                title=str(record["id"]),
                 tokens=tuple(tokens),
                 prompt_tokens=prompt_tokens,
                 links={
@@ -242,9 +243,9 @@ def _write_page(
                     if "row_norms" in link or "attribution" in link
                 },
                 facts={
-                    "reward": f"{record['reward']:.4f}",
-                    **{f"S {name}": f"{value:.4f}" for name, value in record["S"].items()},
-                    **({} if record["order_leak"] is None else {"order leak": f"{record['order_leak']:.3f} nats"}),
+                    "reward": digits(record["reward"]),
+                    **{f"S {name}": digits(value) for name, value in record["S"].items()},
+                    **({} if record["order_leak"] is None else {"order leak": f"{digits(record['order_leak'])} nats"}),
                 },
                 malformed=record["malformed"],
             )

@@ -106,7 +106,8 @@ class CepoScorer:
         rows = batch.to_pylist()
         numbers = [row.get("row") for row in rows]
         ties = allows_ties(self.scoring.layout)
-        lines = [line_of(row, f"row {number}", ties=ties) for number, row in zip(numbers, rows, strict=True)]
+        places = ["row without a number" if number is None else f"row {number}" for number in numbers]
+        lines = [line_of(row, place, ties=ties) for place, row in zip(places, rows, strict=True)]
         return batch.append_column("record", self._records(numbers, lines))
 
     def _records(self, numbers: list[int | None], lines: list[Line]) -> pyarrow.Array:

@@ -59,8 +59,13 @@ class Line:
     broken: str | None = None
 
     @property
+    def name(self) -> str | int | float:
+        """Return the row's own id, or else its place: the id of its record."""
+        return self.place if self.id is None else self.id
+
+    @property
     def content(self) -> str:
-        """Return a hash of all that decides the row's record."""
+        """Return a hash of all that decides the row's scores, wherever it stands."""
         return content_hash(self.id, self.row, self.task_reward, self.broken)
 
     @property
@@ -94,7 +99,7 @@ def read_input(path: Path, *, ties: bool = False) -> tuple[list[Line], list[Brok
         if isinstance(row, dict):
             first = row if first is None else first
             lacks_columns = lacks_columns and _form(row) is None
-        lines.append(line_of(row, f"{source.unit} {number}", ties=ties))
+        lines.append(line_of(row, source.place(number), ties=ties))
         if lines[-1].broken is not None:
             broken.append((number, lines[-1].broken))
     if not lines:

@@ -197,7 +197,7 @@ def _record(row: int | None, line: Line, rollout: Rollout, score: RolloutScore, 
     links = {name: _link_record(link, score, rollout, texts) for name, link in score.links.items()}
     return {
         "row": row,
-        "id": line.id,
+        "id": line.name,
         "reward": score.reward,
         "malformed": score.malformed,
         "broken": not rollout.token_ids,

@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from rich.table import Table
 
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.report.figures import forest
 from cepo.eval.report.heat_maps import Attribution, HeatMap
+from cepo.eval.report.numbers import digits
 from cepo.eval.report.page import write_report
-from cepo.eval.report.tables import PageTable, console_table, summary_row
+from cepo.eval.report.tables import ConsoleTable, PageTable, summary_row
 from cepo.eval.sensitivity.edits import CLEAN, UNCHECKED, Edit, known_edits, read_edits
 from cepo.eval.sensitivity.measures import METRICS, measure_sensitivity
-from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, aucs, estimate, mean, rank_correlations
+from cepo.eval.statistics import (
+    ANYWHERE,
+    AT_LEAST_0,
+    DIFFERENCE,
+    SHARE,
+    Estimate,
+    aucs,
+    estimate,
+    mean,
+    rank_correlations,
+)
 from cepo.files import SETTINGS, BrokenLine, Row, append_jsonl, claim, resume_jsonl, write_jsonl
 from cepo.jacobian.loading import load_tokenizer, resolve_model
 from cepo.jacobian.reading.token_bytes import TokenBytes
@@ -30,7 +40,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 ROWS = "rows.jsonl"
 _KNOWN = 100  # of the testbed's responses, unless told otherwise
 _SHOWN = 24  # edits that the page holds in full
-_UNBOUNDED = ("difference", "edit_distance", "error_of_sum")
+_SIZES = ("edit_distance", "error_of_sum")
 _TITLES = {
     "difference": "reward, chosen minus rejected",
     "right": "chosen response preferred",
@@ -100,9 +110,9 @@ class SensitivitySummary:
             )
         return tables
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ConsoleTable]:
         """Return the tables for the console."""
-        return [console_table(*header, rows=rows, title=name) for name, (header, rows) in self.page_tables().items()]
+        return [ConsoleTable(header, rows, name) for name, (header, rows) in self.page_tables().items()]
 
 
 def run_sensitivity(job: SensitivityJob, *, progress: Progress | None = None) -> SensitivitySummary:
@@ -160,9 +170,10 @@ def summarise(
                 (edit, row[metric]) for edit, row in pairs if scope in ("all", edit.kind) and row[metric] is not None
             ]
             if found:
-                ends = None if metric in _UNBOUNDED else SHARE
+                ends = None if metric in ("difference", *_SIZES) else SHARE
+                within = AT_LEAST_0 if metric in _SIZES else ANYWHERE
                 values, prompts = [value for _, value in found], [edit.prompt for edit, _ in found]
-                means[scope, metric] = estimate(mean, values, clusters=prompts, ends=ends, unit="prompt")
+                means[scope, metric] = estimate(mean, values, clusters=prompts, ends=ends, within=within, unit="prompt")
     failed = Counter(str(row["error"]) for row in rows if row["error"])
     return SensitivitySummary(means, _comparison(pairs), len(pairs), failed, tuple(left_out))
 
@@ -199,7 +210,7 @@ def _edits(job: SensitivityJob) -> tuple[list[Edit], list[BrokenLine]]:
 
 
 def _row(edit: Edit, model: RewardModel, token_bytes: TokenBytes) -> Row:
-    said = {"key": edit.key, "id": edit.id, "kind": edit.kind, "attribute": edit.attribute}
+    said = {"key": edit.key, "id": edit.name, "kind": edit.kind, "attribute": edit.attribute}
     try:
         return {**said, **measure_sensitivity(edit, model, token_bytes), "error": None}
     except ValueError as reason:
@@ -211,7 +222,7 @@ def _write_report(job: SensitivityJob, summary: SensitivitySummary, pairs: Seque
     for metric in ("energy_share", "leak"):
         rows = [(scope, found) for (scope, name), found in summary.means.items() if name == metric]
         if rows:
-            figures[f"{_TITLES[metric].capitalize()}, with 95% intervals"] = forest(rows, axis=_TITLES[metric])
+            figures[f"{_TITLES[metric]}, with 95% intervals"] = forest(rows, axis=_TITLES[metric])
     measured = [(edit, row) for edit, row in pairs if not row["error"]]
     tables = summary.page_tables()
     if summary.failed:
@@ -244,7 +255,7 @@ def _heat_map(edit: Edit, row: Mapping[str, Any]) -> HeatMap:
     own = tuple(place for place, chosen in zip(places, row["of_attribute"], strict=True) if chosen)
     facts = {name: row[name] for name in ("difference", "energy_share", "token_share", "edit_distance", "leak")}
     return HeatMap(
-        edit.id or f"edit {edit.key}",
+        edit.name,
         (f"{edit.prompt}\n\n", *row["tokens"]),
         1,
         links={"gradient of the reward": dict(zip(places, map(math.sqrt, row["energy"]), strict=True))},
@@ -253,5 +264,5 @@ def _heat_map(edit: Edit, row: Mapping[str, Any]) -> HeatMap:
         },
         targets={"gradient of the reward": own},
         facts={"kind": edit.kind, "attribute": edit.attribute}
-        | {_TITLES[name]: f"{value:.3f}" for name, value in facts.items() if value is not None},
+        | {_TITLES[name]: digits(value) for name, value in facts.items() if value is not None},
     )

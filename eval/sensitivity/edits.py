@@ -32,6 +32,7 @@ class Edit:
         attribute: what was edited.
         words: how the responses show the attribute; empty where unknown.
         others: the chosen response with all changes but the attribute's, of the testbed's unchecked edits; else None.
+        place: where the row stands, such as "line 3".
     """
 
     id: str
@@ -42,11 +43,17 @@ class Edit:
     attribute: str
     words: tuple[str, ...] = ()
     others: str | None = None
+    place: str = ""
 
     @property
     def key(self) -> str:
-        """Stands for the content."""
-        return content_hash(asdict(self))
+        """Stands for the content, wherever it stands."""
+        return content_hash({name: value for name, value in asdict(self).items() if name != "place"})
+
+    @property
+    def name(self) -> str:
+        """The row's own id, or else where it stands."""
+        return self.id or self.place
 
 
 def read_edits(
@@ -70,11 +77,14 @@ def read_edits(
         ValueError: for a source that cannot be read or holds no edit.
     """
     edits, left_out = collect_rows(source, read_edit, split=split, limit=limit)
-    return list({edit.key: edit for edit in edits}.values()), left_out
+    first: dict[str, Edit] = {}
+    for edit in edits:
+        first.setdefault(edit.key, edit)
+    return list(first.values()), left_out
 
 
-def read_edit(row: Row) -> Edit:
-    """Return the edit of a row; ValueError with the reason why there is none."""
+def read_edit(row: Row, place: str) -> Edit:
+    """Return the edit of a row that stands at `place`; ValueError with the reason why there is none."""
     if not read_flag(row, "kept", default=True):
         raise ValueError(f"not kept: {given(row, 'reason')}")
     attribute, words = given(row, "attribute"), given(row, "attribute_words")
@@ -93,6 +103,7 @@ def read_edit(row: Row) -> Edit:
         "edit" if kind is None else str(kind),
         attribute,
         tuple(listed),
+        place=place,
     )
 
 

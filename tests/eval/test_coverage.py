@@ -30,6 +30,7 @@ SHAPES: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], float]
         0.4,
     ),
     "nats": (lambda rng, count: rng.gamma(1.5, size=count), 1.5),
+    "influences": (lambda rng, count: 0.003 * rng.gamma(1.5, size=count), 0.0045),
 }
 
 
@@ -68,6 +69,17 @@ def test_the_interval_of_a_mean_over_prompts_holds_its_level(shape: str, count: 
         return estimate(mean, np.repeat(draw(rng, count), 4) + 0.3 * rng.normal(size=4 * count), clusters=labels)
 
     assert coverage(interval, truth) >= LEAST
+
+
+@pytest.mark.parametrize("count", [4, 8, 24])
+def test_an_interval_that_is_cut_at_its_range_holds_its_level(count: int) -> None:
+    """Means of S in `cepo ablate`: a few thousandths. With pseudo-units at 0 and 1 the interval would say nothing."""
+    draw, truth = SHAPES["influences"]
+    found = [estimate(mean, draw(np.random.default_rng(seed), count), within=(0.0, 1.0)) for seed in range(200)]
+    assert all(0.0 <= one.low <= one.value <= one.high <= 1.0 for one in found)
+    assert coverage(lambda rng: estimate(mean, draw(rng, count), within=(0.0, 1.0)), truth) >= LEAST - 0.02
+    padded = [estimate(mean, draw(np.random.default_rng(seed), count), ends=(0.0, 1.0)) for seed in range(20)]
+    assert min(one.high for one in padded) > 10 * truth
 
 
 @pytest.mark.parametrize("count", [4, 12, 40])

@@ -106,6 +106,19 @@ def test_a_skewed_mean_reaches_further_to_its_long_side() -> None:
     assert found.high - found.value > 1.2 * (found.value - found.low)
 
 
+def test_an_interval_stays_in_the_range_of_its_statistic() -> None:
+    """Nothing is lost: the truth is in the range. A size is cut at 0 alone, and what has no interval still has none."""
+    small = [0.001, 0.002, 0.04, 0.001]
+    whole, cut = estimate(mean, small), estimate(mean, small, within=(0.0, 1.0))
+    assert whole.low < 0.0 == cut.low
+    assert cut.high == whole.high
+    large = estimates(mean, 1.0 - np.array([small, small]).T, within=(0.0, 1.0))
+    assert [one.high for one in large] == [1.0, 1.0]
+    assert estimate(mean, [0.5] * 3, within=(0.0, 1.0)).why == "3 equal items"
+    seeds = [0.9, 1.0, 1.0]
+    assert mean_over_seeds(seeds).high > 1.0 == mean_over_seeds(seeds, within=(0.0, 1.0)).high
+
+
 def test_paired_columns_are_compared_unit_by_unit() -> None:
     """Of paired columns whose difference is constant, no spread is left."""
     found = estimate(mean_difference, VALUES + 2.0, VALUES)
@@ -246,17 +259,18 @@ def test_curves_reliability_and_grid_show_their_numbers() -> None:
     drawn = curves({"a": [(1.0, HALF), (4.0, HALF)]}, across="N", up="accuracy", logarithmic=True)
     assert list(drawn.axes[0].lines[0].get_xdata()) == [1.0, 4.0]
     # With a point for every eighth of the scores, whose mean is the mean of its effects.
-    (axes,) = reliability(VALUES, OTHERS, across="score", up="effect").axes
+    effects = (OTHERS > 0.0).astype(float)
+    (axes,) = reliability(VALUES, effects, across="score", up="effect").axes
     assert len(axes.containers[0].lines[0].get_xdata()) == 8
     parts = np.array_split(np.argsort(VALUES, kind="stable"), 8)
-    assert list(axes.containers[0].lines[0].get_ydata()) == pytest.approx([OTHERS[part].mean() for part in parts])
+    assert list(axes.containers[0].lines[0].get_ydata()) == pytest.approx([effects[part].mean() for part in parts])
     shown = grid([[0.25, math.nan]], ["row"], ["one", "two"], label="share")
-    assert [text.get_text() for text in shown.axes[0].texts] == ["0.25"]
+    assert [text.get_text() for text in shown.axes[0].texts] == ["0.250"]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_reliability_of_few_observations_is_drawn(count: int) -> None:
-    assert picture(reliability(VALUES[:count], OTHERS[:count], across="score", up="effect"))
+    assert picture(reliability(VALUES[:count], np.ones(count), across="score", up="effect"))
 
 
 def test_a_grid_of_nothing_known_is_drawn() -> None:

@@ -190,7 +190,7 @@ def test_rows_that_cannot_be_read_keep_their_number_and_lose_no_other(tmp_path: 
 def test_a_limit_stops_reading(tmp_path: Path) -> None:
     """A long file is not read to its end for its first rows: the damage behind them is never met."""
     for name, content in (("a.jsonl.gz", gzip.compress(UTF8 * 10_000)[:-20]), ("a.csv", b'x\n1\n2\n"open\n')):
-        rows, left_out = collect_rows(written(tmp_path, name, content), lambda row: row, limit=2)
+        rows, left_out = collect_rows(written(tmp_path, name, content), lambda row, place: (place, row), limit=2)
         assert (len(rows), left_out) == (2, [])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from scipy.stats import spearmanr
 
 from cepo.benchmarks.ablation import command as ablate_module
 from cepo.benchmarks.ablation.command import AblateJob, run_ablation
-from cepo.benchmarks.ablation.summary import summarise_sweep
+from cepo.benchmarks.ablation.summary import AblateSummary, summarise_sweep
 from cepo.benchmarks.ablation.sweep import plan_sweep
 from cepo.benchmarks.ablation.tables import SweptValues, write_group
 from cepo.benchmarks.ablation.testbed_rollouts import write_testbed_rollouts
@@ -119,7 +120,7 @@ def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
     engine, found, tasks = well_formed(job)
     links = pq.read_table(job.output / "ablation.parquet").to_pylist()
     rewards = pq.read_table(job.output / "rewards.parquet").to_pylist()
-    hardenings = 3 * 2 + 1  # the grid and the reference
+    hardenings = 2 * 2 + 1 + 1  # the grid, K = 0, where there is no rank, and the reference
     assert len(links) == len(found) * len(LINKS) * hardenings * len(job.sweep.scores)
     assert len(rewards) == len(found) * hardenings * len(job.sweep.scores) * 7 * len(job.sweep.powers)
     by_setting = {
@@ -134,7 +135,7 @@ def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
     cases: list[tuple[int, int | None, float | None, str, float, str]] = [
         (4, 2, None, "phi", 0.2, "all"),
         (1, 1, None, "phi_retained", -2.0, "only X->Y"),
-        (0, None, 0.7, "influence", float("inf"), "all"),
+        (0, None, None, "influence", float("inf"), "all"),
         (3, None, 0.7, "phi_influence", 0.2, "without Z->X"),
         (3, 1, None, "influence_retained", -2.0, "all"),
         (1, None, 0.7, "phi", 0.2, "without Z->Y"),
@@ -145,7 +146,7 @@ def test_every_number_is_the_one_of_score_rollouts(job: AblateJob) -> None:
         config = RewardConfig(
             links={name: LINKS[name] for name in kept},
             counterfactuals=counterfactuals,
-            rank=rank,
+            rank=rank if counterfactuals else 2,  # which plays no part without counterfactuals
             energy=tau,
             p=p,
             score=score,  # type: ignore[arg-type]
@@ -259,7 +260,7 @@ def test_other_arguments_and_other_files_are_refused(
     summary = run_ablation(job)
     assert len(summary.malformed) == BAD_ROWS
     assert [row["row"] for row in read_lines(job.output / "malformed.jsonl")] == [2, 6]
-    assert summary.table().row_count == 3 * 2  # the reference beside the one setting
+    assert len(summary.table().rows) == 3 * 2  # the reference beside the one setting
     monkeypatch.setattr(ablate_module, "load_weights", lambda *_, **__: pytest.fail("the model is not needed"))
     with pytest.raises(ValueError, match="made with other settings: config.seed was 0 and is 1"):
         run_ablation(replace(job, config=replace(job.config, seed=1)))
@@ -344,13 +345,13 @@ def test_rollouts_that_are_all_malformed_end_in_their_reason(job: AblateJob, tmp
         run_ablation(replace(job, input=path))
 
 
-@pytest.mark.parametrize(("prompts", "interval"), [((0, 1), (0.5 - 6.3531, 0.5 + 6.3531)), ((0, 0), (None, None))])
+@pytest.mark.parametrize(("prompts", "interval"), [((0, 1), (0.5 - 0.0635, 0.5 + 0.0635)), ((0, 0), (None, None))])
 def test_intervals_are_over_prompts(prompts: tuple[int, int], interval: tuple[float | None, float | None]) -> None:
-    """Two prompts, one of 0s and one of 1s: Student's t with one degree, 12.706, however many rollouts there are."""
+    """Two prompts, 0.01 apart: Student's t with one degree, 12.706, however many rollouts there are."""
     sweep = plan_sweep(
         RewardConfig(links={"X->Y": 1.0}), counterfactuals=(4,), ranks=("2",), powers=(0.0,), scores=("influence",)
     )
-    x_N = np.repeat([0.0, 1.0], 50)
+    x_N = np.repeat([0.495, 0.505], 50)
     values = SweptValues(
         group_N=np.repeat(prompts, 50),
         values_NAHF=x_N[:, None, None, None],
@@ -358,8 +359,32 @@ def test_intervals_are_over_prompts(prompts: tuple[int, int], interval: tuple[fl
         rewards_NFUP=x_N[:, None, None, None],
     )
     for row, name in zip(summarise_sweep(values, sweep), ("S", "reward"), strict=True):
-        assert row[name] == 0.5
+        assert row[name] == pytest.approx(0.5)
         assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx(interval, abs=1e-3)
+
+
+def test_small_scores_are_shown_with_their_digits_in_their_range_and_no_rank_at_k_0() -> None:
+    """Influences of a few ten-thousandths were shown as "0.000 [-0.000, 0.000]", and K = 0 once per rank."""
+    config = RewardConfig(links={"X->Y": 1.0})
+    sweep = plan_sweep(
+        config, counterfactuals=(0, 4), ranks=("1", "2", "tau=0.5"), powers=(0.0,), scores=("influence",)
+    )
+    assert [(one.counterfactuals, one.rank, one.tau) for one in sweep.hardenings if not one.counterfactuals] == [
+        (0, None, None)
+    ]
+    x_N = np.array([1e-5, 2e-5, 8e-4, 1e-5])
+    settings = len(sweep.hardenings)
+    values = SweptValues(
+        group_N=np.arange(4),
+        values_NAHF=np.tile(x_N[:, None, None, None], (1, 1, settings, 1)),
+        nuisance_angles_NAH=np.full((4, 1, settings), np.nan),
+        rewards_NFUP=x_N[:, None, None, None],
+    )
+    rows = summarise_sweep(values, sweep)
+    assert all(row[f"{name}_low"] == 0.0 for row in rows for name in ("S", "reward") if name in row)
+    shown = AblateSummary(Path("out"), 4, 4, 0, {}, tuple(rows)).table().rows
+    assert [cells[1:3] for cells in shown] == [["0", "-"], ["4", "1"], ["4", "2"], ["4", "tau=0.5"]]
+    assert all(re.fullmatch(r"0\.00021 \[0\.00000, 0\.\d{5}\]", cells[4]) for cells in shown)
 
 
 def test_testbed_rollouts_are_ids_that_a_sweep_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

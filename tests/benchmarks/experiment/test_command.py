@@ -13,7 +13,7 @@ import yaml
 from cepo.benchmarks.experiment import command, recipe, run
 from cepo.benchmarks.experiment.command import run_experiment
 from cepo.benchmarks.experiment.recipe import BASELINE, RECIPE, UNTRAINED, Run, read_plan
-from cepo.benchmarks.experiment.results import means_table, paired_gains, write_page
+from cepo.benchmarks.experiment.results import means_tables, paired_gains, write_page
 from cepo.benchmarks.experiment.run import MEASURES, execute
 from cepo.files import write_jsonl
 from cepo.train import policy, testbed
@@ -326,9 +326,10 @@ def test_an_arm_is_compared_with_its_own_shuffle_and_worlds_stand_apart(tmp_path
     page = re.sub(r">\s+<", "><", (tmp_path / "report.html").read_text())
     assert "1 of 2" in page
     assert "0 of 2" in page
-    table = means_table([*rows, *other])
-    assert list(table.columns[0].cells) == ["lazy"] * 3 + ["hollow"] * 3
-    assert "0.60 (0.50 to 0.70)" in list(table.columns[4].cells)
+    lazy, hollow = means_tables([*rows, *other])
+    assert (lazy.title.split(":")[0], hollow.title.split(":")[0]) == ("world lazy", "world hollow")
+    assert [cells[0] for cells in lazy.rows] == [*arms]
+    assert "0.600 (0.500 to 0.700)" in [cells[3] for cells in lazy.rows]
 
 
 def test_plans_that_cannot_work_are_refused(tmp_path: Path) -> None:

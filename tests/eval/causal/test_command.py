@@ -118,7 +118,7 @@ def test_figures_are_the_rows_own(tmp_path: Path) -> None:
     header, rows = tables["What each approximation is worth: chain"]
     assert header[-2:] == ["mean error, nats", "cost"]
     assert [row[0] for row in rows] == [*ESTIMATES, EXACT]
-    assert dict(zip(ESTIMATES, (row[-1] for row in rows), strict=False))["path 1"] == "1.50"
+    assert dict(zip(ESTIMATES, (row[-1] for row in rows), strict=False))["path 1"] == "1.500"
     assert len(console_tables(summary)) == len(tables)
     write_causal_report(tmp_path / "report.html", results, summary, {"seed": "0"})
     page = (tmp_path / "report.html").read_text()
@@ -131,7 +131,14 @@ def test_judgements_without_modes_or_company_are_told_as_what_they_are() -> None
     summary = summarise_causal([invented("judgements", [None] * 6, list(range(6)))], seed=0)
     assert not summary.found("auc", "judgements")
     assert summary.found("rank correlation", "judgements")["right", "chain"].value == pytest.approx(1.0)
-    assert "over all rows" in summary.warnings[0]
+    assert "There is no AUC" in summary.warnings[0]
+    assert "the testbed's judges alone" in summary.warnings[0]
+    assert "over all rows" in summary.warnings[1]
+    header, rows = text_tables(summary)["What each approximation is worth: chain"]
+    assert header == ["estimate of the effect", "mean error, nats", "cost"]
+    assert {len(row) for row in rows} == {3}
+    alike = summarise_causal([invented("lazy", ["length"] * 6, [0, 0, 0, 1, 1, 1])], seed=0)
+    assert "came to it by length (6x)" in alike.warnings[0]
     nothing = JudgeResults("judgements", ({"row": 0, "prompt": 0, "mode": None, "problem": "empty"},), {})
     assert summarise_causal([nothing], seed=0).refused == {"judgements": "no judgement could be measured"}
 

@@ -149,11 +149,11 @@ def test_colour_is_linear_and_never_alone(tmp_path: Path) -> None:
     page = score_page(tmp_path, heat_map())
     found = [(text, values["class"], values["title"]) for values, text in page.marks]
     assert found == [
-        (" Clarity", "h5", "norm 0.5, 25% of the largest, token 4"),
-        (" matters", "h20", "norm 2, 100% of the largest, token 5"),
+        (" Clarity", "h5", "norm 0.500, 25% of the largest, token 4"),
+        (" matters", "h20", "norm 2.000, 100% of the largest, token 5"),
         (" 9", "target", "target of the link"),
         (" 6", "target", "target of the link"),
-        (" these", "h20", "norm 0.25, 100% of the largest, token 1"),
+        (" these", "h20", "norm 0.250, 100% of the largest, token 1"),
         (" two", "h0", "norm 0, 0% of the largest, token 2"),
         (" 9", "target", "target of the link"),
         (" 6", "target", "target of the link"),
@@ -166,13 +166,13 @@ def test_attributions_have_a_sign_and_say_what_they_add_up_to(tmp_path: Path) ->
     attribution = Attribution({4: 2.0, 5: -0.5, 6: 0.0}, delta=2.5, path_sum=1.5, parts=parts)
     page = score_page(tmp_path, heat_map(links={}, attributions={"X->Y": attribution}, targets={"X->Y": (7,)}))
     assert [(text, values["class"], values["title"]) for values, text in page.marks] == [
-        (" Clarity", "h20", "+2 nats, 100% of the largest, token 4"),
-        (" matters", "c5", "-0.5 nats, 25% of the largest, token 5"),
+        (" Clarity", "h20", "+2.000 nats, 100% of the largest, token 4"),
+        (" matters", "c5", "-0.500 nats, 25% of the largest, token 5"),
         (".", "h0", "+0 nats, 0% of the largest, token 6"),
         (" 9", "target", "target of the link"),
     ]
     words = " ".join(page.words.split())
-    assert "The tokens add up to +1.5 nats; the exact effect is +2.5 nats." in words
+    assert "The tokens add up to +1.500 nats; the exact effect is +2.500 nats." in words
     assert f"{SCRIPT} +2.000 +80% matters. -0.500" in words
     assert "An attribution shows" in words
     assert "A heat map shows" not in words
@@ -253,6 +253,18 @@ def test_histories_are_smoothed_over_a_tenth() -> None:
     assert smooth[17:24] == pytest.approx([0.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.0])
 
 
+@pytest.mark.parametrize(("unit", "told"), [("nats", "other prompts' rollouts"), ("reward", "the edited response")])
+def test_the_legend_explains_what_is_on_the_page_alone(unit: str, told: str, tmp_path: Path) -> None:
+    """Protects readers of a judge's page from a paragraph about reward models, and the other way round."""
+    attribution = Attribution({4: 2.0}, delta=2.5, path_sum=1.5, unit=unit)
+    page = score_page(tmp_path, heat_map(links={}, attributions={"X->Y": attribution}, targets={}))
+    words = " ".join(page.words.split())
+    assert told in words
+    for other in {"other prompts' rollouts", "the edited response"} - {told}:
+        assert other not in words
+    assert "L2 norm" not in words
+
+
 def test_names_from_data_are_no_formulas() -> None:
     """Protects a finished evaluation: a subset called "$\\frac $" is drawn as it is and does not stop the page."""
     name, one = "cost $\\frac $", Estimate(0.5, 0.4, 0.6, 9)
@@ -270,7 +282,7 @@ def test_a_norm_that_is_no_number_is_shown_as_such(tmp_path: Path) -> None:
     """Protects the scale: NaN and infinite norms get no colour, a tooltip, and leave the other tokens' scale alone."""
     page = score_page(tmp_path, heat_map(links={"X->Y": {4: math.nan, 5: math.inf, 6: 3.0}}, targets={}))
     assert [values["class"] for values, _ in page.marks] == ["h0", "h0", "h20"]
-    assert str(page.marks[0][0]["title"]).startswith("norm nan")
+    assert str(page.marks[0][0]["title"]).startswith("norm none")
 
 
 def test_the_page_takes_its_place_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def prefer(place: str, *, chosen: bool = True) -> str:
 
 
 def test_a_row_of_rewardbench_becomes_an_item_of_one_pair() -> None:
-    item = read_item(row(4, subset="hep-go", chosen_model="x", rejected_model="y"))
+    item = read_item(row(4, subset="hep-go", chosen_model="x", rejected_model="y"), "line 1")
     assert (item.name, item.subset, item.prompt, item.chosen, item.rejected) == (
         "4",
         "hep-go",
@@ -107,7 +107,9 @@ def test_a_row_of_rewardbench_becomes_an_item_of_one_pair() -> None:
 
 
 def test_a_row_of_rewardbench_2_compares_every_chosen_with_every_rejected() -> None:
-    four = read_item({"id": "7", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"})
+    four = read_item(
+        {"id": "7", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"}, "line 1"
+    )
     assert four.pairs == ((0, 0), (0, 1), (0, 2))
     assert len(judge_tasks([four])) == 6
     ties = read_item(
@@ -118,7 +120,8 @@ def test_a_row_of_rewardbench_2_compares_every_chosen_with_every_rejected() -> N
             "rejected": ["c", "d"],
             "subset": "Ties",
             "num_correct": 2,
-        }
+        },
+        "line 1",
     )
     assert ties.pairs == ((0, 0), (0, 1), (1, 0), (1, 1))
 
@@ -129,7 +132,8 @@ def test_messages_are_read_as_conversations() -> None:
         {
             "chosen": [*turns, {"role": "assistant", "content": "because"}],
             "rejected": [*turns, {"role": "assistant", "content": "no"}],
-        }
+        },
+        "line 1",
     )
     assert (item.prompt, item.chosen, item.rejected, item.subset) == ("why?", ("because",), ("no",), "all")
 
@@ -149,7 +153,26 @@ def test_messages_are_read_as_conversations() -> None:
 )
 def test_a_row_that_is_no_preference_says_why(broken: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        read_item(broken)
+        read_item(broken, "line 1")
+
+
+def test_a_row_without_an_id_is_named_by_its_line_and_keeps_its_judgements_where_it_moves(tmp_path: Path) -> None:
+    """Records had an empty id, and pages were titled with hashes."""
+    first, second = ({name: value for name, value in row(number).items() if name != "id"} for number in (0, 1))
+    before, _ = load_items(write_jsonl(tmp_path / "before.jsonl", [first, {**second, "id": ""}]))
+    after, _ = load_items(write_jsonl(tmp_path / "after.jsonl", [row(2), first, second]))
+    assert [item.name for item in before] == ["line 1", "line 2"]
+    assert [item.name for item in after] == ["2", "line 2", "line 3"]
+    assert [item.key for item in before] == [item.key for item in after[1:]]
+    assert judge_tasks(after[1:])[0].facts["id"] == "line 2"
+    folder, output = tmp_path / "out", []
+    for items in (before, after[1:]):
+        judged = collect_judgements(
+            judge_tasks(items), folder, {"command": "eval"}, lambda: Rule(lambda *_: SCORES.format(8, 2))
+        )
+        output.append({record["id"] for record in judged.records.values()})
+    assert output == [{"line 1", "line 2"}, {"line 2", "line 3"}]
+    assert judged.resumed == 4
 
 
 def test_broken_lines_are_told_by_number_and_the_rest_is_loaded(tmp_path: Path) -> None:
@@ -215,7 +238,7 @@ def test_real_preference_files_load_whole(name: str) -> None:
 
 
 def test_both_orders_are_asked_and_the_better_response_stands_where_the_record_says() -> None:
-    asked = judge_tasks([read_item(row(0))])
+    asked = judge_tasks([read_item(row(0), "line 1")])
     assert {task.facts["chosen_at"]: shown(task.messages) for task in asked} == {
         "A": ("query 0", "good", "bad"),
         "B": ("query 0", "bad", "good"),
@@ -226,7 +249,7 @@ def test_both_orders_are_asked_and_the_better_response_stands_where_the_record_s
 
 
 def items_of(subsets: Sequence[str]) -> list[PreferenceItem]:
-    return [read_item(row(number, subset=subset)) for number, subset in enumerate(subsets)]
+    return [read_item(row(number, subset=subset), "line 1") for number, subset in enumerate(subsets)]
 
 
 def test_a_judge_that_always_names_a_is_right_half_the_time_and_fully_biased() -> None:
@@ -323,7 +346,9 @@ def test_soft_measures_take_the_sign_of_the_expected_margin() -> None:
 
 
 def test_best_of_four_is_right_where_the_chosen_beats_all_in_an_order() -> None:
-    four = read_item({"id": "0", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"})
+    four = read_item(
+        {"id": "0", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"}, "line 1"
+    )
     asked = judge_tasks([four])
     lost = {("A", 2)}  # shown first, the chosen loses to the third
 

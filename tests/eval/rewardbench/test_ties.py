@@ -56,7 +56,7 @@ def test_equal_scores_are_right_on_ties_and_counted_apart(
     said: dict[str, list[str]], right: tuple[bool, bool], ties: float, ties_on_ties: float, average: float
 ) -> None:
     """A judge that never decides has every tie, and its share of ties on preferences shows it."""
-    items = [read_item(row, ties=True) for row in PAIRS]
+    items = [read_item(row, "line 1", ties=True) for row in PAIRS]
     records = {
         task.key: judgement_record(task, Judgement(said[item.name]["AB".index(str(task.facts["chosen_at"]))]))
         for item in items

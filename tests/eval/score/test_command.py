@@ -367,7 +367,9 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
     records = read_jsonl(out)
     assert [record["row"] for record in records] == list(range(len(rows)))
     assert all(record["reward"] == 0.0 and record["malformed"] for record in records if record["row"] != 3)
+    assert [record["id"] for record in records] == [f"line {number}" for number in range(1, len(rows) + 1)]
     assert "<script>alert" not in page.read_text()
+    assert "<summary><bdi>line 2</bdi>" in page.read_text()
 
 
 def test_where_no_row_is_well_formed_all_are_scored_zero_and_the_reasons_shown(

@@ -8,7 +8,7 @@ import pytest
 
 from cepo.eval.judges.encoding import PromptEncoder
 from cepo.eval.judges.settings import JudgeSettings
-from cepo.eval.score.rows import read_input, read_lines, read_rollout, read_row
+from cepo.eval.score.rows import line_of, read_input, read_lines, read_rollout, read_row
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import testbed
@@ -92,6 +92,16 @@ def test_what_could_be_two_things_is_refused_with_its_id_and_number(
     assert refused.broken is not None
     assert complaint in refused.broken
     assert (refused.id, broken) == ("{'of': 'its own'}", [(2, refused.broken)])
+
+
+def test_a_row_without_an_id_is_named_by_where_it_stands_and_scored_alike_elsewhere(tmp_path: Path) -> None:
+    """A record is kept where a row moves in its file, and named anew."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(("", json.dumps({**TEXT, "id": ""}), "{broken", json.dumps({**TEXT, "id": 0}))))
+    (alone, broken, named), _ = read_input(path)
+    assert [alone.name, broken.name, named.name] == ["line 2", "line 3", 0]
+    assert alone.content == line_of(TEXT, "row 7").content
+    assert line_of(TEXT, "row 7").name == "row 7"
 
 
 def test_rows_of_other_inputs_that_cannot_be_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

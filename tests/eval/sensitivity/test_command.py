@@ -53,9 +53,12 @@ def test_rows_with_an_attribute_are_edits_and_the_others_say_why_not(tmp_path: P
     edits, left_out = read_edits(str(write(tmp_path / "rows.jsonl", rows)))
     texts = PROMPT, PAIR["chosen"], PAIR["rejected"]
     assert edits == [
-        Edit("7", *texts, "degrade", "accuracy", ("correct", "wrong")),
-        Edit("", *texts, "edit", "accuracy", ("correct",)),
+        Edit("7", *texts, "degrade", "accuracy", ("correct", "wrong"), place="line 1"),
+        Edit("", *texts, "edit", "accuracy", ("correct",), place="line 2"),
     ]
+    assert [edit.name for edit in edits] == ["7", "line 2"]
+    moved, _ = read_edits(str(write(tmp_path / "moved.jsonl", rows[1:2])))
+    assert (moved[0].key, moved[0].name) == (edits[1].key, "line 1")
     assert left_out == [
         (3, "has no attribute, or no direction: neither response is an edit of the other"),
         (4, "not kept: other change: tone"),
