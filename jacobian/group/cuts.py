@@ -54,14 +54,14 @@ class Job:
         prompt: the number of its prompt, of those of one call.
         rollout: the rollout to differentiate.
         passes: what the request's links need of it; all jobs of a request have the same keys.
-        edges: ascending ends of the stages; nothing is run from the last one on.
+        cuts: ascending ends of the stages; nothing is run from the last one on.
     """
 
     number: int
     prompt: int
     rollout: Rollout
     passes: tuple[JobPass, ...]
-    edges: tuple[int, ...]
+    cuts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def cut_request(request: Request, numbers: Iterator[int], prompt: int) -> tuple[
         key: {link.source for link in request.links if key in passes_of([link])} for key in passes_of(request.links)
     }
     jobs = [_cut_rollout(request, rollout, sources, next(numbers), prompt) for rollout in request.group.rollouts]
-    return tuple(sorted(jobs, key=lambda job: -job.edges[-1]))
+    return tuple(sorted(jobs, key=lambda job: -job.cuts[-1]))
 
 
 def stems_of(jobs_by_prompt: Sequence[Sequence[Job]]) -> tuple[Segment | None, list[Stem]]:
@@ -221,7 +221,7 @@ def _side_by_side(segments: Sequence[Segment]) -> Segment:
 
 def stages_of(jobs: Sequence[Job], stem_ends: Sequence[int]) -> tuple[Segment, ...]:
     """Return the stages of jobs whose requests are alike, after the stem of each; empty ones are left out."""
-    bounds = [(end, *(max(edge, end) for edge in job.edges)) for job, end in zip(jobs, stem_ends, strict=True)]
+    bounds = [(end, *(max(cut, end) for cut in job.cuts)) for job, end in zip(jobs, stem_ends, strict=True)]
     found: list[Segment] = []
     downstream: set[int] = set()  # passes that a later stage sends cotangents back for
     for place in reversed(range(len(bounds[0]) - 1)):
@@ -265,17 +265,17 @@ def _cut_rollout(request: Request, rollout: Rollout, sources: Mapping[Pass, set[
     spans = sorted(
         (span for span in rollout.spans.values() if span.positions[0] >= split), key=lambda span: span.positions[0]
     )
-    edges = _edges(
+    cuts = _cuts(
         spans, blocked, sources={link.source for link in request.links}, targets={key.target for key in sources}
     )
-    return Job(number, prompt, rollout, passes, (*(min(edge, last) for edge in edges), last))
+    return Job(number, prompt, rollout, passes, (*(min(cut, last) for cut in cuts), last))
 
 
-def _edges(
+def _cuts(
     spans: Sequence[Span], blocked: Mapping[str, tuple[int, int]], sources: Iterable[str], targets: Iterable[str]
 ) -> list[int]:
     """Return the cuts between the completion's spans, ascending; rollouts with equal span names have equally many."""
-    edges: list[int] = []
+    cuts: list[int] = []
     for before, after in zip([None, *spans], [*spans, None], strict=True):
         must, may = [], []
         if before is not None and before.name in blocked:
@@ -286,13 +286,13 @@ def _edges(
             may.append(after.positions[0])
         if before is not None and after is not None and before.name in targets:
             may.append(before.positions[-1])
-        for edge in must or may[:1]:
-            if edges and edge < edges[-1]:
+        for cut in must or may[:1]:
+            if cuts and cut < cuts[-1]:
                 if must:
-                    raise UnservedError(f"a blocked span overlaps its neighbour at position {edge}")
-                edge = edges[-1]
-            edges.append(edge)
-    return edges
+                    raise UnservedError(f"a blocked span overlaps its neighbour at position {cut}")
+                cut = cuts[-1]
+            cuts.append(cut)
+    return cuts
 
 
 def _run_of(rollout: Rollout, name: str) -> tuple[int, int]:
@@ -305,7 +305,7 @@ def _run_of(rollout: Rollout, name: str) -> tuple[int, int]:
 
 def _stem_end(jobs: Sequence[Job]) -> int:
     """Return where the stem ends: never inside a number, whose terms are read together."""
-    end = min(shared_length([job.rollout.token_ids for job in jobs]), *(job.edges[0] for job in jobs))
+    end = min(shared_length([job.rollout.token_ids for job in jobs]), *(job.cuts[0] for job in jobs))
     for first, last in sorted({rows for job in jobs for each in job.passes for rows in _rows_of_numbers(each.terms)})[
         ::-1
     ]:

@@ -1,4 +1,7 @@
-"""The group engine: the oracle's Jacobians without the rows that rollouts have in common."""
+"""The group engine: the oracle's Jacobians without the rows that rollouts have in common.
+
+Begin with the worked example in docs/engine.md, eight tokens row by row; the words are in docs/glossary.md.
+"""
 
 from __future__ import annotations
 

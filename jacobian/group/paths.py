@@ -11,22 +11,22 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from cepo.jacobian.group.branches import (
-    Branches,
-    Placed,
-    Tails,
-    Variant,
-    branches_of,
-    parts_of,
-    plan_of_branches,
-    sequences_of,
-    tails_of,
-    trunk_after,
-)
 from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.group.cotangents import Asked
 from cepo.jacobian.group.cuts import Segment
 from cepo.jacobian.group.halving import AtOnce, run_in_parts
+from cepo.jacobian.group.prefix_tree import (
+    Branches,
+    Placed,
+    PrefixTree,
+    Variant,
+    branches_of,
+    opening_after,
+    parts_of,
+    plan_of_trees,
+    sequences_of,
+    trees_of,
+)
 from cepo.jacobian.group.run import KeyValues, Past, SegmentRun, backward_in_parts, run_segment
 from cepo.jacobian.group.schedule import WAVE, Plan
 from cepo.jacobian.group.trial import Served
@@ -38,8 +38,8 @@ from cepo.jacobian.targets import Term, target_terms
 
 _NOTHING = Past([], ())
 Read = TypeVar("Read")
-# From tails, their run, the step of each and how many cotangents go back at once, what is read by index of the variant.
-Reader: TypeAlias = Callable[[Tails, SegmentRun, Tensor, int], dict[int, Read]]
+# From branches, their run, the step of each and how many cotangents go back at once, what is read by variant's index.
+Reader: TypeAlias = Callable[[Branches, SegmentRun, Tensor, int], dict[int, Read]]
 Values: TypeAlias = dict[int, float]
 """The value of a variant's target functions, by the index of the pass."""
 
@@ -54,16 +54,18 @@ class PathRunner:
 
     def __init__(self, served: Served, budget: float) -> None:
         self._served, self._budget = served, budget
-        self._before: Branches | None = None  # what was run last, and the keys and values of what it shared
-        self._trunk = self._stems = self._leads = _NOTHING
+        self._before: PrefixTree | None = None  # what was run last, and the keys and values of what it shared
+        self._opening = self._stems = self._rollouts = _NOTHING
 
     def answers(self, requests: Sequence[PathRequest]) -> list[PathAnswer]:
         """Return the answers to requests, their values computed together; inside `model.prepared()`."""
         variants = value_variants(requests)
         found: dict[int, Values] = {}
-        for branches in branches_of(variants, self._served.cost, self._budget):
-            found |= self._run_shared(branches)
-            found |= self._run_tails(branches, 1, lambda tails, run, step_BTD, at_once: _values(tails.segment, run))
+        for tree in trees_of(variants, self._served.cost, self._budget):
+            found |= self._run_shared(tree)
+            found |= self._run_branches(
+                tree, 1, lambda branches, run, step_BTD, at_once: _values(branches.segment, run)
+            )
         in_order = (found[index] for index in range(len(variants)))
         answers = []
         for request in requests:
@@ -83,15 +85,17 @@ class PathRunner:
         passes, source = passes_of(request.links), request.links[0].source
         variants = point_variants(request, points)
 
-        def rows_of(tails: Tails, run: SegmentRun, step_BTD: Tensor, at_once: int) -> dict[int, dict[Pass, Tensor]]:
+        def rows_of(
+            branches: Branches, run: SegmentRun, step_BTD: Tensor, at_once: int
+        ) -> dict[int, dict[Pass, Tensor]]:
             asked = Asked(range(len(passes)))
-            head = [replace(row, job=row.sequence) for row in tails.segment.head]
+            head = [replace(row, job=row.sequence) for row in branches.segment.head]
             asked.add_head(head, run.head_PD, run.hidden_BTD.shape)
             outputs = asked.of_outputs(len(run.keys_values))
             parts = backward_in_parts(run, outputs, [run.leaf_BTD], at_once)
             rows_CBT = torch.cat([_contracted(leaf_CBTD, step_BTD) for _, (leaf_CBTD,) in parts])
             found = {}
-            for place, (index, _, start) in enumerate(tails.placed):
+            for place, (index, _, start) in enumerate(branches.placed):
                 # A source may begin before the first token that differs: there is no step there.
                 at = [position - start for position in variants[index].rollout.spans[source].positions]
                 before = rows_CBT.new_zeros(sum(row < 0 for row in at))
@@ -100,46 +104,46 @@ class PathRunner:
             return found
 
         found: dict[int, dict[Pass, Tensor]] = {}
-        for branches in branches_of(variants, self._served.cost, self._budget):
-            self._run_shared(branches)
-            found |= self._run_tails(branches, len(passes), rows_of)
+        for tree in trees_of(variants, self._served.cost, self._budget):
+            self._run_shared(tree)
+            found |= self._run_branches(tree, len(passes), rows_of)
         return [found[index] for index in range(len(variants))]
 
-    def _run_shared(self, branches: Branches) -> dict[int, Values]:
-        """Run what tails share, and was not run for the tails before them; return the values of rollouts themselves."""
+    def _run_shared(self, tree: PrefixTree) -> dict[int, Values]:
+        """Run what branches share, if not run for those before them; return the values of rollouts themselves."""
         before, self._before = self._before, None  # in case that memory runs out
-        if not branches.has_stems_of(before):
-            self._stems = self._leads = _NOTHING  # freed before the next ones are built
-            self._trunk = self._trunk_after(before.trunk if before is not None else None, branches.trunk)
-            if branches.stems is not None:
-                self._stems, _ = self._past_of(branches.stems, parts_of(branches.stems, self._served.cost.rows_at_once))
+        if not tree.has_stems_of(before):
+            self._stems = self._rollouts = _NOTHING  # freed before the next ones are built
+            self._opening = self._opening_after(before.opening if before is not None else None, tree.opening)
+            if tree.stems is not None:
+                self._stems, _ = self._past_of(tree.stems, parts_of(tree.stems, self._served.cost.rows_at_once))
         values: dict[int, Values] = {}
-        if branches.leads is not None and not branches.has_leads_of(before):
-            self._leads = _NOTHING
-            self._leads, values = self._past_of(branches.leads, branches.lead_parts(), branches.stem_of)
-        self._before = branches
+        if tree.rollouts is not None and not tree.has_rollouts_of(before):
+            self._rollouts = _NOTHING
+            self._rollouts, values = self._past_of(tree.rollouts, tree.rollout_parts(), tree.stem_of)
+        self._before = tree
         return values
 
-    def _trunk_after(self, before: Segment | None, trunk: Segment | None) -> Past:
-        """Return the keys and values of a trunk that goes on from the one before it."""
-        shared, new = trunk_after(before, trunk)
-        keys_values = [tensor[:, :, :shared] for tensor in self._trunk.keys_values] if shared else []
+    def _opening_after(self, before: Segment | None, opening: Segment | None) -> Past:
+        """Return the keys and values of an opening that goes on from the one before it."""
+        shared, new = opening_after(before, opening)
+        keys_values = [tensor[:, :, :shared] for tensor in self._opening.keys_values] if shared else []
         if new is not None:
             past = [Past(keys_values, (shared,))] if shared else []
             more = run_segment(self._served.model, new, past).keys_values
             keys_values = [torch.cat(pair, dim=2) for pair in zip(keys_values, more, strict=True)] if shared else more
-        return Past(keys_values, (trunk.length,)) if trunk is not None else _NOTHING
+        return Past(keys_values, (opening.length,)) if opening is not None else _NOTHING
 
     def _past_of(
         self, segment: Segment, parts: Sequence[tuple[Sequence[int], Segment]], stem_of: Sequence[int] = ()
     ) -> tuple[Past, dict[int, Values]]:
-        """Return the keys and values of a segment after the trunk and, if any, stems; and what its head reads."""
+        """Return the keys and values of a segment after the opening and, if any, stems; and what its head reads."""
         whole: KeyValues = []
         values: dict[int, Values] = {}
 
         def run(places: Sequence[int], at_once: AtOnce) -> None:
             part = sequences_of(segment, places)
-            past = [self._trunk, *self._after_trunk([stem_of[at] for at in places] if stem_of else ())]
+            past = [self._opening, *self._after_opening([stem_of[at] for at in places] if stem_of else ())]
             found = run_segment(self._served.model, part, past)
             if not whole:
                 whole.extend(
@@ -155,46 +159,48 @@ class PathRunner:
             list(run_in_parts(places, AtOnce(len(places)), run))
         return Past(whole, tuple(map(len, segment.ids))), values
 
-    def _after_trunk(self, stems: Sequence[int]) -> tuple[Past, ...]:
-        """Return the stems at these places; nothing where the trunk is the stem."""
+    def _after_opening(self, stems: Sequence[int]) -> tuple[Past, ...]:
+        """Return the stems at these places; nothing where the opening is the stem."""
         return (self._stems.leaves(stems, differentiated=False),) if self._stems.keys_values and stems else ()
 
-    def _run_tails(self, branches: Branches, passes: int, read: Reader[Read]) -> dict[int, Read]:
-        """Return what is read of each tail, by the index of its variant."""
+    def _run_branches(self, tree: PrefixTree, passes: int, read: Reader[Read]) -> dict[int, Read]:
+        """Return what is read of each branch, by the index of its variant."""
         found: dict[int, Read] = {}
 
         def run(placed: Sequence[Placed], at_once: AtOnce) -> dict[int, Read]:
-            tails = tails_of(branches.variants, placed)
-            return read(tails, *self._run_at_once(tails, branches), at_once.passes)
+            branches = branches_of(tree.variants, placed)
+            return read(branches, *self._run_at_once(branches, tree), at_once.passes)
 
-        for of_part in run_in_parts(branches.placed, AtOnce(branches.tails_at_once, passes), run):
+        for of_part in run_in_parts(tree.placed, AtOnce(tree.branches_at_once, passes), run):
             found |= of_part
         return found
 
-    def _run_at_once(self, tails: Tails, branches: Branches) -> tuple[SegmentRun, Tensor]:
-        """Return a run of tails, and the step of each from its counterfactual (empty where values alone are read)."""
-        segment, embedding = tails.segment, self._served.model.held.embedding
+    def _run_at_once(self, branches: Branches, tree: PrefixTree) -> tuple[SegmentRun, Tensor]:
+        """Return a run of branches, and the step of each from its counterfactual (empty where only values are read)."""
+        segment, embedding = branches.segment, self._served.model.held.embedding
         device, step_BTD = embedding.weight.device, torch.empty(0)
 
         def moved(embedded_BTD: Tensor) -> Tensor:
             nonlocal step_BTD
             ids_BT = torch.zeros(embedded_BTD.shape[:2], dtype=torch.long)
-            for place, ((index, _, start), row) in enumerate(zip(tails.placed, segment.ids, strict=True)):
-                other = branches.variants[index].other
+            for place, ((index, _, start), row) in enumerate(zip(branches.placed, segment.ids, strict=True)):
+                other = tree.variants[index].other
                 assert other is not None
                 ids_BT[place, : len(row)] = torch.tensor(other.token_ids[start : start + len(row)])
-            fractions = [branches.variants[index].fraction for index, _, _ in tails.placed]
+            fractions = [tree.variants[index].fraction for index, _, _ in branches.placed]
             fraction_B = torch.tensor(fractions, dtype=torch.float64)
             other_BTD = embedding.forward(ids_BT.to(device)).detach()
             entered_BTD, step_BTD = between(embedded_BTD, other_BTD, fraction_B[:, None, None].to(device))
             return entered_BTD
 
-        leads = [lead for _, lead, _ in tails.placed]
-        past = [self._trunk, *self._after_trunk([branches.stem_of[lead] for lead in leads])]
-        if branches.leads is not None:  # each up to where its tail leaves it
-            lengths = tuple(start - branches.leads.starts[lead] for _, lead, start in tails.placed)
-            narrow = Past([tensor[:, :, : max(lengths)] for tensor in self._leads.keys_values], self._leads.lengths)
-            past.append(replace(narrow.leaves(leads, differentiated=False), lengths=lengths))
+        rollouts = [rollout for _, rollout, _ in branches.placed]
+        past = [self._opening, *self._after_opening([tree.stem_of[rollout] for rollout in rollouts])]
+        if tree.rollouts is not None:  # each up to where its branch leaves it
+            lengths = tuple(start - tree.rollouts.starts[rollout] for _, rollout, start in branches.placed)
+            narrow = Past(
+                [tensor[:, :, : max(lengths)] for tensor in self._rollouts.keys_values], self._rollouts.lengths
+            )
+            past.append(replace(narrow.leaves(rollouts, differentiated=False), lengths=lengths))
         run = run_segment(self._served.model, segment, past, moved if segment.differentiated else None)
         return run, step_BTD
 
@@ -237,9 +243,9 @@ def together(requests: Sequence[PathRequest], cost: CostModel) -> list[list[Path
 
 def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) -> Plan:
     """Return the plan of path requests; of nodes "auto", the first."""
-    work: list[Branches] = []
+    work: list[PrefixTree] = []
     for run in together(requests, cost):
-        work += branches_of(value_variants(run), cost, budget)
+        work += trees_of(value_variants(run), cost, budget)
         request, nodes = run[0], 1 if run[0].nodes == "auto" else run[0].nodes
         points = [
             Point(row, other, fraction)
@@ -248,9 +254,9 @@ def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) 
             for fraction, _ in (gauss_nodes(nodes) if nodes else ())
         ]
         if points:
-            work += branches_of(point_variants(request, points), cost, budget)
+            work += trees_of(point_variants(request, points), cost, budget)
     cotangents = max((len(passes_of(request.links)) for request in requests), default=1)
-    return plan_of_branches(work, cotangents, cost)
+    return plan_of_trees(work, cotangents, cost)
 
 
 def value_variants(requests: Sequence[PathRequest]) -> list[Variant]:

@@ -36,12 +36,12 @@ class Kind(NamedTuple):
     Attributes:
         links: of each.
         context_energy: of each.
-        edges: how many stages a rollout may have.
+        stages: how many a rollout may have at most.
     """
 
     links: tuple[Link, ...]
     context_energy: bool
-    edges: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,12 @@ def schedule(requests: Sequence[Request], cost: CostModel, budget: float) -> Sch
                 answers[prompt].append(str(error))
                 continue
             answers[prompt].append(tuple(sorted(job.number for job in jobs)))
-            kind = Kind(request.links, request.context_energy, len(jobs[0].edges))
+            kind = Kind(request.links, request.context_energy, len(jobs[0].cuts))
             jobs_of.setdefault(prompt, {}).setdefault(kind, []).extend(jobs)
     opening, stems = stems_of([[job for jobs in kinds.values() for job in jobs] for kinds in jobs_of.values()])
     stem_of = dict(zip(jobs_of, stems, strict=True))
     rows = [
-        sum(max(0, job.edges[-1] - stem_of[prompt].end) for jobs in jobs_of.get(prompt, {}).values() for job in jobs)
+        sum(max(0, job.cuts[-1] - stem_of[prompt].end) for jobs in jobs_of.get(prompt, {}).values() for job in jobs)
         for prompt in range(len(answers))
     ]
     waves = [
@@ -259,7 +259,7 @@ def _fitting(
 
 def _work(kind: Kind, jobs_of: Sequence[Sequence[Job]], stem: Stem, cost: CostModel, budget: float) -> Work:
     """Return the work of one kind, given the jobs of each prompt of a stem."""
-    columns = zip_longest(*(sorted(jobs, key=lambda job: -job.edges[-1]) for jobs in jobs_of))
+    columns = zip_longest(*(sorted(jobs, key=lambda job: -job.cuts[-1]) for jobs in jobs_of))
     jobs = [job for column in columns for job in column if job is not None]
     prompts = len(stem.prompts)
     longest = max((stage.length for stage in chunk_of(jobs, stem).stages), default=1)
@@ -287,7 +287,7 @@ class Plan:
 
     Attributes:
         rows: by segment: "opening" (shared by all prompts), "stem" (shared by a prompt's rollouts), "stages"; of path
-            requests "stem", "rollouts" (themselves, once for all that is asked of them), "tails" (counterfactuals).
+            requests "stem", "rollouts" (themselves, once for all that is asked of them), "branches" (counterfactuals).
         flops: floating-point operations of the matrix products; a mixture of experts is counted whole.
         peak_bytes: estimated peak of the memory that the computation adds to the model, allocator overhead included.
         chunks: rollouts in each chunk of the stages.

@@ -124,9 +124,9 @@ def test_the_cotangents_of_the_stem_are_halved_where_one_rollout_is_left(
 
 
 PATHS: dict[str, tuple[Any, str, int, Measure]] = {
-    "forward through the tails": (paths_module, "run_segment", 2, lambda model, segment, *rest: len(segment.ids)),
+    "forward through the branches": (paths_module, "run_segment", 2, lambda model, segment, *rest: len(segment.ids)),
     "the head": (run_module, "values_of_terms", 6, lambda logits, terms, *rest: len(terms)),
-    "backward through the tails": (run_module, "backward", 2, sequences_back),
+    "backward through the branches": (run_module, "backward", 2, sequences_back),
     "backward, one cotangent at a time": (run_module, "backward", 1, all_back),
     "the rollouts themselves": (
         *(paths_module, "run_segment", 1),
@@ -139,7 +139,7 @@ PATHS: dict[str, tuple[Any, str, int, Measure]] = {
 def test_every_stage_of_a_path_that_runs_out_of_memory_runs_less_at_once(
     stage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Effects and gradients along paths, of two links of one source; tails start at different places."""
+    """Effects and gradients along paths, of two links of one source; branches start at different places."""
     model, rollouts = tiny_model("llama"), [ragged_rollout(seed) for seed in range(4)]
     asked = request(rollouts, "analysis->scores", nodes=2)
     asked = type(asked)(asked.group, asked.counterfactuals, (*asked.links, link("analysis->scores@log_odds")), 2)

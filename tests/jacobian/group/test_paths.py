@@ -177,7 +177,7 @@ def test_values_serve_another_prompt_of_another_length() -> None:
 
 
 def test_the_plan_counts_the_rows_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows with padding of every segment; K (1 + M) + 1 tails a rollout, nothing goes back in stems."""
+    """Rows with padding of every segment; K (1 + M) + 1 branches per rollout, nothing goes back in stems."""
     engine, rollouts = GroupEngine(tiny_model("llama", dtype=torch.float32)), [ragged_rollout(s) for s in range(3)]
     asked = [request(rollouts, text, nodes=2) for text in ("criteria->analysis", "analysis->scores")]
     plan = engine.plan_paths(asked)

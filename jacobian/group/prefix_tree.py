@@ -1,10 +1,10 @@
-"""How the variants of path requests are cut so that common tokens run once: their schedule, without tensors.
+"""How the variants of path requests are arranged as prefix trees, so that common tokens run once; without tensors.
 
 Variants are a rollout, its counterfactuals, and points between the two. All variants of a prompt share a stem. After it
 the rollout itself is run, once for all that is asked of it; every other variant leaves it at the first token in which
-they differ, and runs alone from there, in a tail that ends at the last row that predicts a target. Prompts that are too
-short to fill a batch run as one: what their stems begin with is their trunk. Nothing is ever sent back into what tails
-share: the gradient is wanted at the source alone, which lies in the tail.
+they differ, and runs alone from there, in a branch that ends at the last row that predicts a target. Prompts that are
+too short to fill a batch run as one: what their stems begin with is their opening. Nothing is ever sent back into what
+branches share: the gradient is wanted at the source alone, which lies in the branch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import Term
 
 Placed = tuple[int, int, int]
-"""Of a tail the index of its variant, the index of the rollout that it leaves, and where it starts."""
+"""Of a branch the index of its variant, the index of the rollout that it leaves, and where it starts."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Variant:
         return self.other is None and self.rollout.token_ids == ids
 
     def leaves(self, ids: Sequence[int]) -> int:
-        """Return where its tail leaves a run of these tokens: where either end of its path differs, or it is read."""
+        """Return where its branch leaves a run of these tokens: where either end of its path differs, or it is read."""
         ends = [end.token_ids for end in (self.rollout, self.other) if end is not None]
         return min(shared_length([ids, *ends]), self.first_row)
 
 
 @dataclass(frozen=True)
-class Tails:
-    """Tails that run at once.
+class Branches:
+    """Branches that run at once.
 
     Attributes:
         placed: where each leaves what it shares.
@@ -74,54 +74,56 @@ class Tails:
 
 
 @dataclass(frozen=True)
-class Branches:
+class PrefixTree:
     """The variants of one prompt, or of several that run as one batch.
 
     Attributes:
         variants: those of all prompts.
-        trunk: tokens shared by all of them; None where they share none.
-        stems: what the variants of each prompt share after it, ragged; None for one prompt, whose stem is the trunk.
-        leads: rollouts after their stems, ragged, as far as anything reads them; None where tails leave at the stem.
-        stem_of: for each lead the index of its stem.
-        placed: the tails.
-        lead_rows: rows of leads that fit the budget.
-        tails_at_once: how many tails fit the budget.
+        opening: tokens shared by all of them; None where they share none.
+        stems: what the variants of each prompt share after it, ragged; None for one prompt, whose stem is the opening.
+        rollouts: rollouts after their stems, ragged, as far as anything reads them; None where all leave at the stem.
+        stem_of: for each rollout the index of its stem.
+        placed: the branches.
+        rollout_rows: rows of rollouts that fit the budget.
+        branches_at_once: how many branches fit the budget.
     """
 
     variants: Sequence[Variant]
-    trunk: Segment | None
+    opening: Segment | None
     stems: Segment | None
-    leads: Segment | None
+    rollouts: Segment | None
     stem_of: tuple[int, ...]
     placed: tuple[Placed, ...]
-    lead_rows: int = 1
-    tails_at_once: int = 1
+    rollout_rows: int = 1
+    branches_at_once: int = 1
 
-    def lead_parts(self) -> list[tuple[tuple[int, ...], Segment]]:
-        """Return its leads as they run, if memory lasts, each part with the indices of its leads."""
-        return parts_of(self.leads, self.lead_rows) if self.leads is not None else []
+    def rollout_parts(self) -> list[tuple[tuple[int, ...], Segment]]:
+        """Return its rollouts as they run, if memory lasts, each part with the indices of its rollouts."""
+        return parts_of(self.rollouts, self.rollout_rows) if self.rollouts is not None else []
 
-    def has_stems_of(self, before: Branches | None) -> bool:
-        """Return whether its trunk and stems are those of the branches before it."""
-        return before is not None and (self.trunk, self.stems) == (before.trunk, before.stems)
+    def has_stems_of(self, before: PrefixTree | None) -> bool:
+        """Return whether its opening and stems are those of the tree before it."""
+        return before is not None and (self.opening, self.stems) == (before.opening, before.stems)
 
-    def has_leads_of(self, before: Branches | None) -> bool:
-        """Return whether its leads were run for the branches before it, as far as its tails read them."""
-        if self.leads is None:
+    def has_rollouts_of(self, before: PrefixTree | None) -> bool:
+        """Return whether its rollouts were run for the tree before it, as far as its branches read them."""
+        if self.rollouts is None:
             return True
-        if before is None or before.leads is None or self.leads.head or not self.has_stems_of(before):
+        if before is None or before.rollouts is None or self.rollouts.head or not self.has_stems_of(before):
             return False
-        alike = (self.stem_of, self.leads.starts) == (before.stem_of, before.leads.starts)
-        return alike and all(run[: len(ids)] == ids for ids, run in zip(self.leads.ids, before.leads.ids, strict=True))
+        alike = (self.stem_of, self.rollouts.starts) == (before.stem_of, before.rollouts.starts)
+        return alike and all(
+            run[: len(ids)] == ids for ids, run in zip(self.rollouts.ids, before.rollouts.ids, strict=True)
+        )
 
-    def tails(self) -> list[Tails]:
-        """Return its tails as they run, if memory lasts."""
-        size = self.tails_at_once
-        return [tails_of(self.variants, self.placed[at : at + size]) for at in range(0, len(self.placed), size)]
+    def branches(self) -> list[Branches]:
+        """Return its branches as they run, if memory lasts."""
+        size = self.branches_at_once
+        return [branches_of(self.variants, self.placed[at : at + size]) for at in range(0, len(self.placed), size)]
 
 
-def branches_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> list[Branches]:
-    """Return the schedule of variants, prompts in order of first appearance.
+def trees_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> list[PrefixTree]:
+    """Return the prefix trees of variants, prompts in order of first appearance.
 
     Args:
         variants: all with a counterfactual to move towards, which are differentiated, or all without.
@@ -153,9 +155,9 @@ def _small_enough(prompts: Sequence[tuple[int, ...]], rows: int) -> Iterator[lis
 
 def _within_budget(
     variants: Sequence[Variant], members: Sequence[Sequence[int]], cost: CostModel, budget: float
-) -> list[Branches]:
-    """Return the branches of prompts, fewer of them at once where what they share takes more than half the budget."""
-    found = _branches(variants, members, cost, budget)
+) -> list[PrefixTree]:
+    """Return the trees of prompts, fewer of them at once where what they share takes more than half the budget."""
+    found = _tree(variants, members, cost, budget)
     if len(members) == 1 or cost.held_bytes(shared_bytes(found, cost)) <= budget / 2:
         return [found]
     half = len(members) // 2
@@ -165,41 +167,41 @@ def _within_budget(
     ]
 
 
-def plan_of_branches(work: Sequence[Branches], passes: int, cost: CostModel) -> Plan:
-    """Return the rows, FLOPs and memory that branches add up to.
+def plan_of_trees(work: Sequence[PrefixTree], passes: int, cost: CostModel) -> Plan:
+    """Return the rows, FLOPs and memory that trees add up to.
 
     Args:
-        work: from `branches_of`; what a trunk has in common with the one before it, and equal stems and leads that
+        work: from `trees_of`; what an opening has in common with the one before it, and equal stems and rollouts that
             follow each other, are run once.
-        passes: cotangents that go back through each differentiated tail.
+        passes: cotangents that go back through each differentiated branch.
         cost: of the model.
     """
-    tally = Tally(cost, "stem", "rollouts", "tails")
+    tally = Tally(cost, "stem", "rollouts", "branches")
     sizes: list[int] = []
-    before: Branches | None = None
+    before: PrefixTree | None = None
     for each in work:
         if not each.has_stems_of(before):
-            _, new = trunk_after(before.trunk if before is not None else None, each.trunk)
+            _, new = opening_after(before.opening if before is not None else None, each.opening)
             tally.add("stem", new)
             tally.add("stem", each.stems)
-        if not each.has_leads_of(before):
-            for _, segment in each.lead_parts():
+        if not each.has_rollouts_of(before):
+            for _, segment in each.rollout_parts():
                 tally.add("rollouts", segment)
         before = each
         shared = shared_bytes(each, cost)
         tally.reach(cost.held_bytes(shared + _shared_forward_bytes(each, cost)))
-        for tails in each.tails():
-            sizes.append(len(tails.placed))
-            tally.add("tails", tails.segment, passes if tails.segment.differentiated else 0)
-            tally.reach(cost.held_bytes(shared + tails_bytes(tails, passes, expanded(each), cost)))
+        for branches in each.branches():
+            sizes.append(len(branches.placed))
+            tally.add("branches", branches.segment, passes if branches.segment.differentiated else 0)
+            tally.reach(cost.held_bytes(shared + branches_bytes(branches, passes, expanded(each), cost)))
     return tally.plan(sizes)
 
 
-def trunk_after(before: Segment | None, trunk: Segment | None) -> tuple[int, Segment | None]:
-    """Return how many tokens a trunk has in common with the one before it, and the rest, if any."""
-    if trunk is None:
+def opening_after(before: Segment | None, opening: Segment | None) -> tuple[int, Segment | None]:
+    """Return how many tokens an opening has in common with the one before it, and the rest, if any."""
+    if opening is None:
         return 0, None
-    ids = trunk.ids[0]
+    ids = opening.ids[0]
     shared = shared_length([ids, before.ids[0]]) if before is not None else 0
     return shared, Segment((ids[shared:],), (shared,)) if shared < len(ids) else None
 
@@ -229,20 +231,20 @@ def sequences_of(segment: Segment, places: Sequence[int]) -> Segment:
     )
 
 
-def expanded(branches: Branches) -> int:
-    """Return how many tokens before a tail all tails read without a copy of their own."""
-    return branches.trunk.length if branches.trunk is not None else 0
+def expanded(tree: PrefixTree) -> int:
+    """Return how many tokens before a branch all branches read without a copy of their own."""
+    return tree.opening.length if tree.opening is not None else 0
 
 
-def shared_bytes(branches: Branches, cost: CostModel) -> float:
-    """Return the bytes of the keys and values of what tails share."""
-    segments = (branches.trunk, branches.stems, branches.leads)
+def shared_bytes(tree: PrefixTree, cost: CostModel) -> float:
+    """Return the bytes of the keys and values of what branches share."""
+    segments = (tree.opening, tree.stems, tree.rollouts)
     return sum(cost.cache(len(each.ids), each.length) for each in segments if each is not None)
 
 
-def tails_bytes(tails: Tails, passes: int, shared: int, cost: CostModel) -> float:
-    """Return the bytes that tails need while they run, beside what they share; `shared` tokens of it are not copied."""
-    segment = tails.segment
+def branches_bytes(branches: Branches, passes: int, shared: int, cost: CostModel) -> float:
+    """Return the bytes of running branches, beside what they share; `shared` tokens of it are not copied."""
+    segment = branches.segment
     count, past = len(segment.ids), max(segment.starts)
     needed = cost.cache(count, past - shared) + 2.0 * cost.cache(count, segment.length)
     work = cost.forward(count, segment.length, past, differentiated=segment.differentiated) + cost.head_bytes(segment)
@@ -253,90 +255,88 @@ def tails_bytes(tails: Tails, passes: int, shared: int, cost: CostModel) -> floa
     return needed + work
 
 
-def _shared_forward_bytes(branches: Branches, cost: CostModel) -> float:
-    """Return what the forward passes of all that tails share work with, beside their keys and values."""
-    trunk, past = branches.trunk, 0
+def _shared_forward_bytes(tree: PrefixTree, cost: CostModel) -> float:
+    """Return what the forward passes of all that branches share work with, beside their keys and values."""
+    opening, past = tree.opening, 0
     most = 0.0
-    if trunk is not None:
-        past = trunk.length
+    if opening is not None:
+        past = opening.length
         most = cost.forward(1, past, 0) + cost.cache(1, past)  # the latter where it goes on from the one before
-    if branches.stems is not None:
-        most = max(most, cost.forward(len(branches.stems.ids), branches.stems.length, past))
-    for _, part in branches.lead_parts():
-        most = max(most, _lead_bytes(part, expanded(branches), cost))
+    if tree.stems is not None:
+        most = max(most, cost.forward(len(tree.stems.ids), tree.stems.length, past))
+    for _, part in tree.rollout_parts():
+        most = max(most, _rollout_bytes(part, expanded(tree), cost))
     return most
 
 
-def _lead_bytes(part: Segment, shared: int, cost: CostModel) -> float:
-    """Return the bytes that leads need while they run, beside what they share; `shared` tokens of it are not copied."""
+def _rollout_bytes(part: Segment, shared: int, cost: CostModel) -> float:
+    """Return the bytes of running rollouts, beside what they share; `shared` tokens of it are not copied."""
     count, past = len(part.ids), max(part.starts)
     copies = cost.cache(count, past - shared) + 2.0 * cost.cache(count, part.length)
     return copies + cost.forward(count, part.length, past) + cost.head_bytes(part)
 
 
-def _branches(
-    variants: Sequence[Variant], members: Sequence[Sequence[int]], cost: CostModel, budget: float
-) -> Branches:
-    """Return the branches of some prompts, given the indices of the variants of each."""
+def _tree(variants: Sequence[Variant], members: Sequence[Sequence[int]], cost: CostModel, budget: float) -> PrefixTree:
+    """Return the tree of some prompts, given the indices of the variants of each."""
     stems: list[tuple[int, ...]] = []  # of each prompt, whole
-    leads: list[tuple[int, tuple[int, ...], list[int]]] = []  # index of the stem, tokens, the variants that it is
+    rollouts: list[tuple[int, tuple[int, ...], list[int]]] = []  # index of the stem, tokens, the variants that it is
     placed: list[Placed] = []
     for place, of_prompt in enumerate(members):
         by_family: dict[int, list[int]] = {}
         for index in of_prompt:
             by_family.setdefault(variants[index].family, []).append(index)
-        first, ends = len(leads), []
+        first, ends = len(rollouts), []
         for of_family in by_family.values():
             ids = variants[of_family[0]].rollout.token_ids
             own = [index for index in of_family if variants[index].is_run_as(ids)]
             start_of = {index: variants[index].leaves(ids) for index in of_family if index not in own}
-            placed += [(index, len(leads), start) for index, start in start_of.items()]
+            placed += [(index, len(rollouts), start) for index, start in start_of.items()]
             ends += [*start_of.values(), *(variants[index].first_row for index in own)]
             read = [*start_of.values(), *(variants[index].last_row + 1 for index in own)]
-            leads.append((place, ids[: max(read)], own))
-        stems.append(leads[first][1][: min(shared_length([ids for _, ids, _ in leads[first:]]), *ends)])
-    trunk = shared_length(stems)
-    rests = Segment(tuple(ids[trunk:] for ids in stems), (trunk,) * len(stems))
-    pieces = tuple(ids[len(stems[place]) :] for place, ids, _ in leads)
+            rollouts.append((place, ids[: max(read)], own))
+        stems.append(rollouts[first][1][: min(shared_length([ids for _, ids, _ in rollouts[first:]]), *ends)])
+    opening = shared_length(stems)
+    rests = Segment(tuple(ids[opening:] for ids in stems), (opening,) * len(stems))
+    pieces = tuple(ids[len(stems[place]) :] for place, ids, _ in rollouts)
     head = tuple(
-        HeadRow(index, number, lead, term.position - 1 - len(stems[place]), term)
-        for lead, (place, _, own) in enumerate(leads)
+        HeadRow(index, number, rollout, term.position - 1 - len(stems[place]), term)
+        for rollout, (place, _, own) in enumerate(rollouts)
         for index in own
         for number, terms in enumerate(variants[index].terms)
         for term in terms
     )
     # Neighbours of equal length need least padding.
     placed.sort(key=lambda each: each[2] - variants[each[0]].last_row)
-    found = Branches(
+    found = PrefixTree(
         variants,
-        Segment((stems[0][:trunk],), (0,)) if trunk else None,
+        Segment((stems[0][:opening],), (0,)) if opening else None,
         rests if any(rests.ids) else None,
-        Segment(pieces, tuple(len(stems[place]) for place, _, _ in leads), head) if any(pieces) else None,
-        tuple(place for place, _, _ in leads),
+        Segment(pieces, tuple(len(stems[place]) for place, _, _ in rollouts), head) if any(pieces) else None,
+        tuple(place for place, _, _ in rollouts),
         tuple(placed),
     )
     return _sized(found, cost, cost.tensors_within(budget) - shared_bytes(found, cost))
 
 
-def _sized(branches: Branches, cost: CostModel, room: float) -> Branches:
-    """Return the branches with the rows of leads and the tails that fit in `room` bytes at once, at least one each."""
-    shared, rows, size = expanded(branches), cost.rows_at_once, 1
+def _sized(tree: PrefixTree, cost: CostModel, room: float) -> PrefixTree:
+    """Return the tree with the rows of rollouts and the branches that fit in `room` bytes, at least one each."""
+    shared, rows, size = expanded(tree), cost.rows_at_once, 1
     while rows > 1 and any(
-        len(places) > 1 and _lead_bytes(part, shared, cost) > room
-        for places, part in replace(branches, lead_rows=rows).lead_parts()
+        len(places) > 1 and _rollout_bytes(part, shared, cost) > room
+        for places, part in replace(tree, rollout_rows=rows).rollout_parts()
     ):
         rows = (rows + 1) // 2
-    if branches.placed:
-        variants, placed = branches.variants, branches.placed
+    if tree.placed:
+        variants, placed = tree.variants, tree.placed
         passes = len(variants[placed[0][0]].terms)
-        size = min(len(placed), max(1, cost.rows_at_once // tails_of(variants, placed[:1]).segment.length))
-        while size > 1 and tails_bytes(tails_of(variants, placed[:size]), passes, shared, cost) > room:
+        size = min(len(placed), max(1, cost.rows_at_once // branches_of(variants, placed[:1]).segment.length))
+        while size > 1 and branches_bytes(branches_of(variants, placed[:size]), passes, shared, cost) > room:
             size = (size + 1) // 2
-    return replace(branches, lead_rows=rows, tails_at_once=size)
+    return replace(tree, rollout_rows=rows, branches_at_once=size)
 
 
-def tails_of(variants: Sequence[Variant], members: Sequence[Placed]) -> Tails:
-    """Return the tails of some variants, which run at once; `members` as in `Branches.placed`."""
+def branches_of(variants: Sequence[Variant], members: Sequence[Placed]) -> Branches:
+    """Return the branches of some variants, which run at once; `members` as in `PrefixTree.placed`."""
     ids, head = [], []
     for place, (index, _, start) in enumerate(members):
         variant = variants[index]
@@ -348,4 +348,4 @@ def tails_of(variants: Sequence[Variant], members: Sequence[Placed]) -> Tails:
         ]
     differentiated = variants[members[0][0]].other is not None
     segment = Segment(tuple(ids), tuple(start for _, _, start in members), tuple(head), differentiated)
-    return Tails(tuple(members), segment)
+    return Branches(tuple(members), segment)
