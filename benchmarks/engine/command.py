@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cepo.benchmarks.engine.cases import (
     on_kernels,
     worst_error,
 )
-from cepo.benchmarks.engine.effects import DONORS, effect_contenders, effect_subject
+from cepo.benchmarks.engine.effects import DONORS, QUESTIONS, effect_contenders, effect_subject
 from cepo.benchmarks.engine.figures import draw_scaling
 from cepo.benchmarks.engine.loss import SETTINGS, loss_contenders, loss_subject
 from cepo.benchmarks.engine.peers import Jacobians, Workload
@@ -85,9 +86,10 @@ def run_benchmark(
         subject = new_subject(name, config, chosen.dtype, place, check, seed)
         cases = [*contenders(subject, named_peers), *on_kernels(subject, contenders)]
         agreed = _run_shapes("peers", subject, cases, chosen, config.vocab_size, log)
-        of_effects = effect_subject(subject)
-        cases = [*effect_contenders(of_effects, named_peers), *on_kernels(of_effects, effect_contenders)]
-        _run_shapes("effects", of_effects, cases, _with_donors(chosen, DONORS), config.vocab_size, log)
+        for question in QUESTIONS:
+            of_effects, contenders_of = effect_subject(subject, question), partial(effect_contenders, question=question)
+            cases = [*contenders_of(of_effects, named_peers), *on_kernels(of_effects, contenders_of)]
+            _run_shapes("effects", of_effects, cases, _with_donors(chosen, DONORS), config.vocab_size, log)
         of_loss = loss_subject(subject)
         cases = loss_contenders(of_loss, named_peers)
         _run_shapes("loss", of_loss, cases, _with_donors(chosen, SETTINGS.donors), config.vocab_size, log)
@@ -226,8 +228,12 @@ def _measured(
     error = 0.0
     while True:
         try:
+            if checked and case.exact is not None and subject.exact is not None:
+                row["error_in_float32"] = error = _error(case.exact, check, batch, subject.exact, subject.exact.wanted)
+                if not error <= subject.exact.tolerance:
+                    return {**row, **_disagreement(error, " in float32")}, {}
             if checked:
-                error = worst_error(case.run(check, batch), wanted, base_keys(case, check))
+                error = _error(case, check, batch, subject, wanted)
             if not error <= tolerance:
                 return {**row, **_disagreement(error)}, {}
             found, took = measure(lambda batch=batch: case.run(measured_on, batch), subject.device)  # type: ignore[misc]
@@ -240,7 +246,7 @@ def _measured(
                 raise
             return {**row, "status": f"failed with {type(failure).__name__}: {failure}"[:200]}, {}
         batch = (batch + 1) // 2
-    later = worst_error(found, wanted, base_keys(case, measured_on))
+    later = worst_error(found, wanted, base_keys(case, measured_on), by_link=subject.by_link)
     if not later <= tolerance:
         return {**row, **_disagreement(later)}, {}
     counts = case.count(workload)
@@ -263,8 +269,13 @@ def _measured(
     }, found
 
 
-def _disagreement(error: float) -> Row:
-    return {"status": f"disagrees by {error:.1e}", "error": error if math.isfinite(error) else None}
+def _error(case: Case, workload: Workload, batch: int, subject: Subject, wanted: Jacobians) -> float:
+    """Run a case, and return its error."""
+    return worst_error(case.run(workload, batch), wanted, base_keys(case, workload), by_link=subject.by_link)
+
+
+def _disagreement(error: float, where: str = "") -> Row:
+    return {"status": f"disagrees by {error:.1e}{where}", "error": error if math.isfinite(error) else None}
 
 
 def _ratios(row: Row, baseline: Row | None) -> Row:

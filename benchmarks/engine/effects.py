@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from cepo.benchmarks.engine.peers import (
 from cepo.counterfactual.donors import Candidate
 from cepo.fusion.config import RewardConfig
 from cepo.jacobian.autograd import JacobianEngine
+from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.path import between, gauss_nodes
 from cepo.jacobian.protocol import Engine, PathRequest
 from cepo.jacobian.reading.judge import JudgeLayout
@@ -56,40 +58,56 @@ _QUESTIONS: Mapping[str, _Question] = {
     CHAIN: _Question(layout=JudgeLayout()),  # the default reward
     PATH: _Question({**_XY, "score": "path", "nodes": NODES}),
 }
+QUESTIONS = tuple(_QUESTIONS)
 
 
-def effect_subject(subject: Subject) -> Subject:
-    """Return a model with the right effects and paths of its small workload, with as many donors as the default.
+def effect_subject(subject: Subject, question: str) -> Subject:
+    """Return a model with the right answers to one question on its small workload, with as many donors as the default.
+
+    An effect is a small difference of large sums. Its error is that of all effects of a link, and in half precision, a
+    copy of the model in float32 comes with it, on which effects are compared first: there rounding is a thousandth
+    of what a wrong donor, stage or position does, and in half precision it can be as large.
 
     Args:
         subject: the model, with the right Jacobians.
+        question: one of `QUESTIONS`.
     """
     check = replace(subject.check, counterfactuals=DONORS)
-    asked = [_requests(check, subject.model.config.vocab_size, question) for question in _QUESTIONS]
+    asked, by_values = _requests(check, subject.model.config.vocab_size, question), question != PATH
+    wanted, tolerance, oracle_error = right_answers(
+        subject.model, lambda model: _answers(JacobianEngine(model), asked), cancels=True, by_link=by_values
+    )
+    exact = None
+    if by_values and subject.model.dtype.itemsize < 4:
+        wide = copy.deepcopy(subject.model).float()
+        exact = effect_subject(replace(subject, model=wide, engine=GroupEngine(wide, kernels="torch")), question)
+    return replace(
+        subject,
+        check=check,
+        wanted=wanted,
+        tolerance=tolerance,
+        oracle_error=oracle_error,
+        by_link=by_values,
+        exact=exact,
+    )
 
-    def answers_of(model: Any) -> Jacobians:
-        oracle = JacobianEngine(model)
-        return {key: value for requests in asked for key, value in _answers(oracle, requests).items()}
 
-    # An effect is a small difference of large sums.
-    wanted, tolerance, oracle_error = right_answers(subject.model, answers_of, cancels=True)
-    return replace(subject, check=check, wanted=wanted, tolerance=tolerance, oracle_error=oracle_error)
-
-
-def effect_contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
-    """Return for each question the reference's schedule, where it is asked for, and the group engine's, then others'.
+def effect_contenders(subject: Subject, peers: Sequence[str], *, question: str) -> list[Case]:
+    """Return the reference's schedule, where it is asked for, and the group engine's, then others'.
 
     The first row of the chain is the schedule of the section "peers": Jacobians at as many counterfactuals.
 
     Args:
         subject: from `effect_subject`.
         peers: some of `cepo.benchmarks.engine.cases.PEERS`.
+        question: that of the subject.
     """
     model, engine, cost = subject.model, subject.engine, subject.cost
+    in_float32 = [] if subject.exact is None else effect_contenders(subject.exact, peers, question=question)
+    exact = {each.name: each for each in in_float32}
 
     def case(
         name: str,
-        question: str,
         run: Callable[[Sequence[PathRequest]], Jacobians],
         count: Callable[[Sequence[PathRequest]], Counts],
         peer: str | None = None,
@@ -106,6 +124,7 @@ def effect_contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
             peer,
             alone=peer is not None,
             baseline=f"reference{' schedule' if question == CHAIN else ''}: {question}",
+            exact=exact.get(name),
         )
 
     def alone(requests: Sequence[PathRequest], *, whole_head: bool = True, jacobians: bool = False) -> Counts:
@@ -114,20 +133,18 @@ def effect_contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
     def planned(requests: Sequence[PathRequest]) -> Counts:
         return counts_of(engine.plan_paths(requests))
 
-    effects, paths = partial(reference_effects, model), partial(reference_paths, model)
-    schedule, one_head = partial(effects, jacobians=True), partial(alone, whole_head=False)
-    ours = partial(_answers, engine)
+    plain = reference_paths if question == PATH else reference_effects
     found = [
-        case(f"reference: {EFFECT}", EFFECT, effects, alone, "reference"),
-        case(f"group: {EFFECT}", EFFECT, ours, planned),
-        case(f"reference schedule: {CHAIN}", CHAIN, schedule, partial(alone, jacobians=True), "reference"),
-        case(f"reference: {CHAIN}", CHAIN, effects, alone, "reference"),
-        case(f"group: {CHAIN}", CHAIN, ours, planned),
-        case(f"reference: {PATH}", PATH, paths, alone, "reference"),
-        case(f"group: {PATH}", PATH, ours, planned),
-        case("captum: integrated gradients", PATH, partial(captum_paths, model), one_head, "captum"),
-        case("inseq: integrated gradients", PATH, partial(inseq_paths, model), alone, "inseq"),
+        case(f"reference: {question}", partial(plain, model), alone, "reference"),
+        case(f"group: {question}", partial(_answers, engine), planned),
     ]
+    if question == CHAIN:
+        schedule, counted = partial(reference_effects, model, jacobians=True), partial(alone, jacobians=True)
+        found.insert(0, case(f"reference schedule: {CHAIN}", schedule, counted, "reference"))
+    if question == PATH:
+        captum, one_head = partial(captum_paths, model), partial(alone, whole_head=False)
+        found.append(case("captum: integrated gradients", captum, one_head, "captum"))
+        found.append(case("inseq: integrated gradients", partial(inseq_paths, model), alone, "inseq"))
     return [each for each in found if each.peer is None or each.peer in peers]
 
 

@@ -15,7 +15,7 @@ from cepo.benchmarks.engine import command as throughput
 from cepo.benchmarks.engine import effects, loss, memory
 from cepo.benchmarks.engine.cases import PEERS, contenders, new_subject, worst_error
 from cepo.benchmarks.engine.command import run_benchmark
-from cepo.benchmarks.engine.effects import DONORS, effect_contenders, effect_subject
+from cepo.benchmarks.engine.effects import CHAIN, DONORS, QUESTIONS, effect_contenders, effect_subject
 from cepo.benchmarks.engine.figures import draw_scaling
 from cepo.benchmarks.engine.loss import loss_contenders, loss_subject
 from cepo.benchmarks.engine.peers import ALL_LINKS, Jacobians, count_rows, reference_jacobians
@@ -115,6 +115,9 @@ def test_values_agree_in_double_and_in_half_precision(
         assert row["status"] == "ok", row
         assert row["error"] <= row["tolerance"] <= limit
         assert (row["oracle_error"] > 0) == (dtype == torch.bfloat16)
+        by_values = row["case"].endswith(" effect") or "effect of" in row["case"]
+        assert ("error_in_float32" in row) == (by_values and dtype == torch.bfloat16)
+        assert row.get("error_in_float32", 0.0) <= 1e-4
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -145,6 +148,11 @@ def test_the_worst_error() -> None:
     assert worst_error({one: right_SD, two: 1.1 * right_SD}, wanted, [one]) == pytest.approx(0.1, rel=1e-5)
     assert worst_error({one: right_SD.roll(1, 0)}, wanted, []) == pytest.approx(2**0.5)
     assert worst_error({one: right_SD}, wanted, [one, two]) == float("inf")
+    # As one answer of the link: the error of a small part of it counts for little.
+    halves = {one: right_SD, two: 0.1 * right_SD}
+    found = {one: right_SD, two: -0.1 * right_SD}
+    assert worst_error(found, halves, []) == pytest.approx(2.0)
+    assert worst_error(found, halves, [], by_link=True) == pytest.approx(0.2 / 1.01**0.5)
     assert worst_error({zero: right_SD}, wanted, []) > 1e9
     for found in ({one: right_SD * float("nan"), two: right_SD}, {one: right_SD, two: right_SD * float("nan")}):
         assert not worst_error(found, wanted, []) <= 1e9
@@ -278,7 +286,11 @@ def test_rows_of_effects_and_paths_alone() -> None:
     schedule of the reference goes back twice after each forward pass."""
     workload = random_workload(128, Shapes(3, 24, 8, 3, DONORS), 0)
     subject = new_subject("tiny", SIZES["tiny"].models["tiny"], torch.float32, torch.device("cpu"), workload, 0)
-    cases = {case.name: case for case in effect_contenders(effect_subject(subject), ["reference"])}
+    cases = {
+        case.name: case
+        for question in QUESTIONS
+        for case in effect_contenders(effect_subject(subject, question), ["reference"], question=question)
+    }
     expected = {
         "reference: effect of X->Y": (1 + DONORS, 0),
         "reference schedule: chain's effect": (1 + 2 * DONORS, 2 * (1 + 2 * DONORS)),
@@ -298,7 +310,7 @@ def test_the_reference_schedule_of_the_chain_forms_the_jacobians(monkeypatch: py
     monkeypatch.setattr(effects, "backward", lambda scores, _: called.append(len(scores)))
     workload = random_workload(128, Shapes(2, 24, 8, 3, DONORS), 0)
     subject = new_subject("tiny", SIZES["tiny"].models["tiny"], torch.float32, torch.device("cpu"), workload, 0)
-    cases = {case.name: case for case in effect_contenders(replace(subject, wanted={}), ["reference"])}
+    cases = {case.name: case for case in effect_contenders(subject, ["reference"], question=CHAIN)}
     cases["reference: chain's effect"].run(workload, 2)
     assert called == []
     cases["reference schedule: chain's effect"].run(workload, 2)
