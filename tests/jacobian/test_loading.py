@@ -1,16 +1,30 @@
-"""Fingerprints of models: the content of their files, wherever they lie."""
+"""Fingerprints of models: the content of their files, wherever they lie; what adapters bring; damage by name."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
-from cepo.jacobian.loading import ModelSource, embedding_width, model_fingerprint, resolve_model
+from cepo.jacobian.loading import (
+    ModelSource,
+    embedding_width,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+)
+from tests.byte_tokenizer import CHATML, byte_tokenizer
+from tests.models import tiny_model
 
 FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "words"}
 
@@ -33,6 +47,23 @@ def test_equal_content_has_one_fingerprint_and_one_changed_byte_another(tmp_path
         assert model_fingerprint(resolve_model(str(second))) != wanted
         (second / name).write_text(text)
     assert model_fingerprint(resolve_model(str(second))) == wanted
+
+
+def test_what_decides_the_model_counts_and_results_beside_it_do_not(tmp_path: Path) -> None:
+    """A command may write its output into the model's folder, and resume it."""
+    folder = folder_of(tmp_path / "model", FILES)
+    found = {model_fingerprint(resolve_model(str(folder)))}
+    for name in ("scores.jsonl", "scores.jsonl.settings.json", "matrices.safetensors", "report.html", "README.md"):
+        (folder / name).write_text("result")
+    assert {model_fingerprint(resolve_model(str(folder)))} == found
+    for name in (
+        *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "modeling_own.py"),
+        *("generation_config.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"),
+        *("adapter_model.safetensors", "special_tokens_map.json", "vocab.json"),
+    ):
+        (folder / name).write_text("decides")
+        found.add(model_fingerprint(resolve_model(str(folder))))
+    assert len(found) == 13
 
 
 def test_a_gguf_file_is_its_own_content(tmp_path: Path) -> None:
@@ -99,3 +130,76 @@ def test_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert model_fingerprint(source) != first
     with pytest.raises(ValueError, match="'org/none' was found neither on the hub nor .* which is not a folder here"):
         model_fingerprint(ModelSource("org/none", "org/none"))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Return the folder of a tiny model whose tokenizer has no chat template."""
+    tokenizer, folder = byte_tokenizer(), tmp_path / "base"
+    tokenizer.chat_template = None
+    tiny_model("llama", dtype=torch.float32, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapter_of(base: Path, folder: Path, *, new_tokens: tuple[str, ...] = (), template: str | None = None) -> Any:
+    """Save a LoRA adapter of the base; return its model."""
+    model, tokenizer = load_model(resolve_model(str(base)))
+    saved = ["embed_tokens", "lm_head"] if new_tokens else None
+    if new_tokens:
+        tokenizer.add_tokens(list(new_tokens), special_tokens=True)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=saved)
+    adapted = get_peft_model(model, lora).eval()
+    adapted.save_pretrained(folder)
+    if template is not None:
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+    return adapted
+
+
+def test_an_adapter_brings_its_own_tokenizer_and_chat_template(base: Path, tmp_path: Path) -> None:
+    """Prompts are rendered as they were in its training; without a tokenizer it takes the base model's."""
+    adapter_of(base, tmp_path / "own", template=CHATML)
+    adapter_of(base, tmp_path / "bare")
+    for name, template in (("own", CHATML), ("bare", None)):
+        source = resolve_model(str(tmp_path / name))
+        assert load_tokenizer(source).chat_template == template
+        assert load_model(source)[1].chat_template == template
+
+
+def test_an_adapter_with_tokens_of_its_own_grows_its_base(base: Path, tmp_path: Path) -> None:
+    """As AutoPeftModel does: its saved embeddings have a row for each of its tokens."""
+    trained = adapter_of(base, tmp_path / "adapter", new_tokens=("<think>", "</think>"), template=CHATML)
+    model, tokenizer = load_model(resolve_model(str(tmp_path / "adapter")))
+    ids = torch.tensor([tokenizer("<think>a</think>", add_special_tokens=False)["input_ids"]])
+    assert ids.shape == (1, 3)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, trained(input_ids=ids).logits)
+
+
+def test_damaged_models_are_refused_by_path_with_a_way_out(base: Path, tmp_path: Path) -> None:
+    """Cut weights, a config of other weights, an adapter of another base, damaged JSON, a base of itself."""
+    adapter = tmp_path / "adapter"
+    adapter_of(base, adapter, new_tokens=("<think>",))  # without its tokenizer nothing tells that the base must grow
+
+    def refused(folder: Path, complaint: str, read: Callable[[ModelSource], Any] = load_model) -> None:
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*{complaint}"):
+            read(resolve_model(str(folder)))
+
+    refused(adapter, "size mismatch.*check that its files are whole and belong together.*an adapter and its base")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter)}))
+    refused(adapter, "is its own base: correct base_model_name_or_path")
+    (adapter / "adapter_config.json").write_text("{")
+    refused(adapter, "cannot be read: .*; save or download the model again")
+    weights, config = base / "model.safetensors", json.loads((base / "config.json").read_text())
+    content = weights.read_bytes()
+    weights.write_bytes(content[:2000])
+    refused(base, "SafetensorError.*check that its files are whole")
+    weights.write_bytes(content)
+    (base / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    refused(base, "check that its files are whole and belong together.*config.json")
+    (base / "config.json").write_text("[")
+    refused(base, "cannot be read", embedding_width)
+    (base / "tokenizer.json").write_text("{}")
+    refused(base, "", load_tokenizer)
