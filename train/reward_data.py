@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cepo.counterfactual.text.mechanical import Rule, Ties, make_pairs
-from cepo.counterfactual.text.pairs import ORIGINAL, Pair, side_of
+from cepo.counterfactual.text.pairs import Pair, side_of
 from cepo.files import Row, content_hash
 from cepo.train.pair_encoding import PairEncoder
 from cepo.train.policy import TESTBED, source_and_options
@@ -121,7 +121,7 @@ def _made(
     test_fraction: float = 0.0,
     count: int = 300,
     cue_agreement: float = 0.9,
-    kinds: Sequence[Rule] = (ORIGINAL,),
+    kinds: Sequence[Rule] = ("original",),
     ties: Ties = "true",
 ) -> tuple[list[Pair], list[LeftOut]]:
     """Return the testbed's pairs, of which none is left out."""
