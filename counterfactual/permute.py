@@ -13,7 +13,8 @@ from cepo.jacobian.records import Rollout
 
 Permutation = Literal["uniform", "sentence", "block"]
 BLOCK_TOKENS = 8
-# A draw that changes nothing is not a counterfactual: its Jacobian is the base, which hardening would remove.
+# A draw that changes nothing is not a counterfactual: its Jacobian is the base, which hardening would remove. One that
+# was drawn before would count twice.
 _DRAWS = 64
 
 
@@ -40,6 +41,32 @@ def permute_rollout(
         ValueError: for an unknown kind.
     """
     check_permutation(kind)
+    return _permuted(rollout, source, index, seed, kind, ())
+
+
+def permutations(
+    rollout: Rollout, source: str, count: int, *, seed: int, kind: Permutation = "uniform"
+) -> tuple[Rollout, ...]:
+    """Return the rollout with the movable tokens of the source span in up to `count` orders, no two of them the same.
+
+    The k-th is `permute_rollout` of index k, drawn again where it came before; a smaller count gives the first ones.
+
+    Returns:
+        Fewer than `count` where the tokens have fewer orders that differ from their own.
+    """
+    check_permutation(kind)
+    found: list[Rollout] = []
+    for index in range(count):
+        permuted = _permuted(rollout, source, index, seed, kind, found)
+        if permuted is None:
+            break
+        found.append(permuted)
+    return tuple(found)
+
+
+def _permuted(
+    rollout: Rollout, source: str, index: int, seed: int, kind: Permutation, but: Sequence[Rollout]
+) -> Rollout | None:
     span = rollout.spans[source]
     token_ids = rollout.token_ids
     ids = [token_ids[position] for position in span.movable]
@@ -47,9 +74,9 @@ def permute_rollout(
     generator = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:16], "big"))
     for _ in range(_DRAWS if len(set(ids)) > 1 else 0):
         order = _draw(generator, kind, span.sentences)
-        permuted = [ids[place] for place in order]
-        if permuted != ids:
-            return replace_span(rollout, source, permuted)
+        permuted = replace_span(rollout, source, [ids[place] for place in order])
+        if permuted.token_ids != token_ids and permuted not in but:
+            return permuted
     return None
 
 

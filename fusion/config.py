@@ -44,8 +44,8 @@ class RewardConfig:
         p: exponent of the power mean; any real number, inf or -inf.
         join: exponent of the power mean that joins the scores of a chain's links; -inf takes the smallest, so that
             no link can make up for another.
-        counterfactuals: K >= 0 permutations of each source span. None are computed where neither the score nor `also`
-            reads what hardening leaves.
+        counterfactuals: K >= 0 permutations of each source span, fewer where it has fewer orders. None are computed
+            where neither the score nor `also` reads what hardening leaves.
         permutation: "uniform", "sentence" or "block", see `permute_rollout`.
         rank: nuisance rank r >= 0; None where energy is given.
         energy: tau in (0, 1], instead of rank: the smallest rank that holds this share of the energy.
@@ -63,8 +63,8 @@ class RewardConfig:
         also: measures to record beside what the score reads: "phi" (phi, its bounds, and phi of the base Jacobian),
             "influence" (costs one backward pass through the prompt per rollout and target), "angles", "effect" (delta),
             "path" (delta, the path's sum, its certificate, and what each token adds to it) and "order_leak".
-        leak_weight: how much of the order leak is taken off every S, >= 0: S - leak_weight * tanh(leak / 2), at least
-            0, where the leak is how much less likely the judge's criteria are, in nats, with the two responses
+        leak_weight: how much of the order leak is taken off every link's S, >= 0: S - leak_weight * tanh(leak / 2), at
+            least 0, where the leak is how much less likely the judge's criteria are, in nats, with the two responses
             exchanged in the prompt. It costs one more forward pass through prompt and criteria.
     """
 

@@ -48,13 +48,12 @@ def order_leaks(
     return {index: likelihoods[index, False] - likelihoods[index, True] for index in shown}
 
 
-def less_leak(values: Mapping[str, float], leak: float | None, weight: float) -> dict[str, float]:
-    """Return each S less what the order leak costs it: max(0, S - weight * max(0, tanh(leak / 2))).
+def less_leak(value: float, leak: float | None, weight: float) -> float:
+    """Return S less what the order leak costs it: max(0, S - weight * max(0, tanh(leak / 2))).
 
     Args:
-        values: S of each term, in [0, 1].
+        value: S of a link, in [0, 1].
         leak: in nats; None costs nothing.
         weight: >= 0.
     """
-    cost = weight * certainty(leak or 0.0)
-    return {name: max(0.0, value - cost) for name, value in values.items()}
+    return max(0.0, value - weight * certainty(leak or 0.0))

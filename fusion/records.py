@@ -23,13 +23,15 @@ class HardenedLink:
     Attributes:
         rollout: index of the rollout.
         base: the Jacobian J of the rollout as sampled.
-        counterfactuals: number of counterfactual Jacobians (fewer than K where no order of the tokens differs).
+        wanted: K, the counterfactual Jacobians that were asked for.
+        counterfactuals: those that there are; fewer than K where the tokens have fewer orders.
         basis_RD: orthonormal rows, the nuisance subspace that was removed; R = 0 where there is none.
         residual_SD: J_res; J itself where nothing was removed.
     """
 
     rollout: int
     base: LinkJacobian
+    wanted: int
     counterfactuals: int
     basis_RD: Tensor
     residual_SD: Tensor
@@ -43,7 +45,7 @@ class LinkScore:
         link: the link's name.
         function: the target function.
         tokens: L, the tokens of the source.
-        delta: the effect s_B(X) - s_B(X') in nats, mean over the donors X'; exactly 0 where all donors say the same.
+        delta: the effect s_B(X) - s_B(X') in nats, mean over the donors X'; exactly 0 where all of them say the same.
         path_sum: what the gradients along the paths to the donors sum to, in nats; an estimate of delta.
         certificate: the largest error of a path's sum, in nats.
         nodes: nodes of the quadrature; 0 where none were asked for.
@@ -53,14 +55,15 @@ class LinkScore:
         phi_lower: certified lower bound of phi.
         phi_upper: certified upper bound of phi.
         phi_base: phi of the base Jacobian.
-        retained: ||J_res||_F^2 / ||J||_F^2, in [0, 1].
+        retained: ||J_res||_F^2 / ||J||_F^2, in [0, 1]; None where counterfactuals were asked for and the tokens have
+            no other order, so that nothing tells what hardening would leave. Scores that read it are 0 there.
         influence: ||J||_F^2 over the energy of the target's gradient at all rows of the context, in [0, 1].
         norm: ||J||_F.
-        counterfactuals: number of counterfactual Jacobians (fewer than K where no order of the tokens differs).
+        counterfactuals: number of counterfactual Jacobians (fewer than K where the tokens have fewer orders).
         rank: dimension of the nuisance subspace that was removed.
         nuisance_angles: principal angles in degrees, ascending, between the nuisance subspace and the Jacobian's own
             top subspace of equal rank. All near 0: hardening removes the signal itself; near 90: they share nothing.
-        value: S, the named score that was asked for, in [0, 1].
+        value: S, the named score that was asked for, in [0, 1]; in a `RolloutScore`, less what the order leak costs.
     """
 
     link: str
@@ -147,7 +150,7 @@ def _record(
         energy = frobenius_energy(hardened.base.jac_SD)
         norm = math.sqrt(energy)
         left = frobenius_energy(hardened.residual_SD) if hardened.counterfactuals else energy
-        retained = _share(left, energy)
+        retained = None if hardened.wanted and not hardened.counterfactuals else _share(left, energy)
         context = hardened.base.context_energy
         influence = None if context is None else _share(energy, context)
     phi = None if share is None else share.value
@@ -186,7 +189,7 @@ def effect_scores(compared: Compared | None) -> dict[Score, float]:
     - path: the same of the path's sum.
     - explained: 1 - s(X) / s(X'), 0 where it is negative: the part of B's surprisal that X accounts for.
 
-    A link that is compared with nothing, or with donors that say the same, scores 0.
+    A link that is compared with nothing, or with counterfactuals that all say the same, scores 0.
 
     Source:
         McFadden, Conditional logit analysis of qualitative choice behavior (1974), for `explained`, his pseudo R^2.
@@ -210,14 +213,12 @@ def certainty(nats: float) -> float:
 
 
 def named_scores(phi: float | None, retained: float | None, influence: float | None) -> dict[Score, float]:
-    """Return each named score S of a Jacobian whose measures are known, in [0, 1]."""
+    """Return each named score S of a Jacobian whose measures are known, in [0, 1]; no `retained` counts as 0."""
     named: dict[Score, float] = {}
-    if retained is None:
-        return named
     if phi is not None:
-        named |= {"phi": phi, "phi_retained": math.sqrt(phi * retained)}
+        named |= {"phi": phi, "phi_retained": math.sqrt(phi * (retained or 0.0))}
     if influence is not None:
-        named |= {"influence": influence, "influence_retained": influence * retained}
+        named |= {"influence": influence, "influence_retained": influence * (retained or 0.0)}
     if phi is not None and influence is not None:
         named["phi_influence"] = math.sqrt(phi * influence)
     return named

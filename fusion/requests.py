@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cepo.counterfactual.donors import Candidate, has_donors, with_donors
-from cepo.counterfactual.permute import Permutation, permute_rollout
+from cepo.counterfactual.permute import Permutation, permutations
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, Nodes, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, LinkJacobian, LinkPath, Rollout
@@ -17,9 +17,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NoDonor = Literal["zero", "permute"]
-Against = Literal["donors", "permuted", "same", "nothing"]
-"""What a span was compared with: donors, its own tokens permuted, donors that all say the same as it (so that its
-effect is exactly 0), or nothing, since no other prompt offered content."""
+Against = Literal["donors", "permuted", "same", "immovable", "nothing"]
+"""What a span was compared with.
+
+- donors: the content of donors.
+- permuted: its own tokens in other orders.
+- same: donors or orders of its tokens that all say the same as it, so that its effect is exactly 0.
+- immovable: nothing, since none of its tokens can be exchanged: each holds part of a tag too.
+- nothing: nothing, since no other prompt offered content.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class LinkGradients:
         rollout: index of the rollout.
         base: the Jacobian of the rollout as sampled.
         counterfactuals: (S, D) each, the Jacobians with the link's source permuted, in the order of k; fewer than K
-            where no order of the tokens differs.
+            where the tokens have fewer orders.
     """
 
     rollout: int
@@ -39,7 +45,9 @@ class LinkGradients:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no matrix holds a NaN or an infinity."""
+        """Whether no matrix holds a NaN or an infinity, nor the gradient at any row of the context."""
+        if not math.isfinite(self.base.context_energy or 0.0):
+            return False
         return all(math.isfinite(jac_SD.abs().max()) for jac_SD in (self.base.jac_SD, *self.counterfactuals))
 
     @property
@@ -92,9 +100,9 @@ def reward_requests(
 ) -> list[GroupRequests]:
     """Return the requests of each group of rollouts that share a prompt, in order of first appearance.
 
-    The source span of each link is permuted K times in each rollout, and the link's Jacobian is asked for at every
-    permutation. Requests whose prompt is the base's come first, so that an engine runs each prompt once; a permuted
-    prompt is the same for all rollouts of the group.
+    The source span of each link is put in K other orders in each rollout, fewer where it has fewer, and the link's
+    Jacobian is asked for at each. Requests whose prompt is the base's come first, so that an engine runs each prompt
+    once; a permuted prompt is the same for all rollouts of the group.
 
     Args:
         rollouts: well-formed rollouts by index.
@@ -108,12 +116,14 @@ def reward_requests(
     for prompt_ids, members in _by_prompt(rollouts).items():
         batches: dict[tuple[bool, str, int], list[tuple[int, Rollout]]] = {}
         for source in dict.fromkeys(link.source for link in links):
+            orders = {
+                index: permutations(rollout, source, counterfactuals, seed=seed, kind=permutation)
+                for index, rollout in members.items()
+            }
             for k in range(counterfactuals):
-                for index, rollout in members.items():
-                    permuted = permute_rollout(rollout, source, k, seed=seed, kind=permutation)
-                    if permuted is not None:
-                        in_prompt = permuted.prompt_ids != prompt_ids
-                        batches.setdefault((in_prompt, source, k if in_prompt else 0), []).append((index, permuted))
+                for index, permuted in ((index, each[k]) for index, each in orders.items() if k < len(each)):
+                    in_prompt = permuted.prompt_ids != prompt_ids
+                    batches.setdefault((in_prompt, source, k if in_prompt else 0), []).append((index, permuted))
         requests, owners = [Request(Group(tuple(members.values())), tuple(links), context_energy)], []
         for (_, source, _), chosen in sorted(batches.items(), key=lambda batch: batch[0][0]):
             from_source = tuple(link for link in links if link.source == source)
@@ -200,9 +210,10 @@ def effect_requests(
             for index, rollout in members.items():
                 chosen = with_donors(rollout, source, pools[source], donors, seed=seed)
                 kind: Against = "donors" if chosen else "same" if has_donors(rollout, pools[source]) else "nothing"
-                if kind == "nothing" and no_donor == "permute":
-                    drawn = [permute_rollout(rollout, source, k, seed=seed, kind=permutation) for k in range(donors)]
-                    chosen = tuple(each for each in drawn if each is not None)
+                if not rollout.spans[source].movable:
+                    kind = "immovable"
+                elif kind == "nothing" and no_donor == "permute":
+                    chosen = permutations(rollout, source, donors, seed=seed, kind=permutation)
                     kind = "permuted" if chosen else "same"
                 against[index, source] = kind
                 if chosen:

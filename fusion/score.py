@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -30,10 +30,12 @@ class RolloutScore:
     """The score of one rollout.
 
     Attributes:
-        links: record of each single link by its name; empty where the rollout is malformed.
+        links: record of each single link by its name, its S less what the order leak costs; empty where the rollout is
+            malformed.
         reward: the fused reward in [0, 1]; 0 where malformed.
         malformed: why nothing could be computed, or None.
-        values: S of each link or chain as the config names it, in [0, 1]; empty where the rollout is malformed.
+        values: S of each link or chain as the config names it, in [0, 1], as it enters the reward; empty where the
+            rollout is malformed.
         paths: by link's name, what its counterfactuals do to it, token by token, where something reads them.
         jacobians: the matrices of each link by name, where they were asked for.
         order_leak: how much less likely the criteria are with the two responses exchanged in the prompt, in nats; None
@@ -186,8 +188,11 @@ class RolloutScorer:
     def _score(
         self, parts: Sequence[tuple[Measured, LinkScore]], leak: float | None, task_reward: float | None
     ) -> RolloutScore:
-        """Return the score of one rollout from its links: chains, less the order leak, fused with the task reward."""
-        by_name = {record.link: record for _, record in parts}
+        """Return the score of one rollout from its links: less the order leak, chains, fused with the task reward."""
+        by_name = {
+            record.link: replace(record, value=less_leak(record.value, leak, self.config.leak_weight))
+            for _, record in parts
+        }
         values = {
             chain.name: power_mean([by_name[link.name].value for link in chain.links], p=self.config.join)
             for chain in self._chains
@@ -196,7 +201,7 @@ class RolloutScorer:
         return RolloutScore(
             values=values,
             links=by_name,
-            reward=fuse(less_leak(values, leak, self.config.leak_weight), self.config, task_reward),
+            reward=fuse(values, self.config, task_reward),
             paths={one.link.name: one.compared.path for one, _ in parts if one.compared and one.compared.path},
             jacobians=hardened if self.keep_jacobians else {},
             order_leak=leak,
@@ -301,6 +306,7 @@ def harden(gradients: Sequence[LinkGradients], config: RewardConfig) -> list[Har
         HardenedLink(
             rollout=one.rollout,
             base=one.base,
+            wanted=config.counterfactuals,
             counterfactuals=len(one.counterfactuals),
             basis_RD=basis_RD,
             residual_SD=remove_nuisance(one.base.jac_SD, basis_RD)

@@ -27,9 +27,8 @@ class CausalTrainer(GRPOTrainer):
 
     The loss is TRL's less weight times the divergence (or csr), or plus weight times the interchange's negative
     log-likelihood: the mean over completions, of which those without a donor (malformed, or no other prompt in the
-    batch) count as 0,
-    so that gradient accumulation and data parallelism change nothing. Donors are gathered over all ranks. Logits are
-    untempered. Evaluation adds no term.
+    batch) count as 0, so that gradient accumulation and data parallelism change nothing. Donors are gathered over all
+    ranks. Logits are untempered. Evaluation adds no term.
 
     Logs `causal_loss/value` (mean of the term over completions with a donor), `causal_loss/weight` and
     `causal_loss/rows` (the share of completions with a donor).

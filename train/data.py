@@ -146,7 +146,7 @@ def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: boo
     """Return a row of `load_preferences`; ValueError with the reason where a row has no pair of responses, holds a tie
     that nobody asked for, or is one that `cepo augment` did not keep."""
     if not read_flag(row, "kept", default=True):
-        raise ValueError(f"not kept: {given(row, 'reason')}")
+        raise ValueError(f"not kept: {given(row, 'reason') or 'no reason given'}")
     query, chosen, rejected = read_pair(row, names)
     tie = read_tie(row, ties=ties)
     if chosen == rejected:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, update_wrapper
@@ -96,6 +97,13 @@ class TrainConfig:
             for name, kind in _KINDS.items():
                 if name in (reward["name"], reward.get("task")) and kind != self.kind:
                     raise ValueError(f"reward {name} needs kind: {kind}, but kind is {self.kind}")
+        names = [reward["name"] for reward in self.rewards]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"rewards holds {name} {names.count(name)} times, and all would log into the same metrics; "
+                    "expected once. A causal reward takes several links, each with its weight"
+                )
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -242,9 +250,10 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
         name, weight = settings.pop("name"), settings.pop("weight", 1.0)
         if weight == AUTO and name in ("causal", *_PEERS):
             weight = 1.0
-        if not isinstance(weight, int | float) or not weight >= 0:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight < math.inf:
             raise ValueError(
-                f"rewards: the weight of {name} is {weight!r}; expected a number >= 0, or auto for a causal reward"
+                f"rewards: the weight of {name} is {weight!r}; expected a finite number >= 0, or "
+                "auto for a causal reward"
             )
         if name == "causal" and settings.get("p") == AUTO:
             del settings["p"]  # it starts at the default
@@ -338,31 +347,30 @@ def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> A
     key = f"rewards: {name}"
     if "bertscore" in (name, settings.get("task")) and importlib.util.find_spec("bert_score") is None:
         raise ValueError(f"{key} needs the bert-score library: pip install 'cepo[bertscore]'")
+    takers = {"causal": (RewardConfig, CausalReward), "proxy": (ProxyReward,)}
+    takers |= {each: (taker,) for each, taker in published.items()}
+    takers["log_cir"] = (peers.CausalImportance, peers.LogCausalImportance)  # which hands settings on to it
+    if name not in takers:
+        if settings:
+            raise ValueError(f"{key} takes no settings but weight; got {', '.join(settings)}")
+        return plain[name]
+    guard = settings.pop("guard", None) if name != "proxy" else None
+    task, preset = (settings.pop(each, None) if name == "causal" else None for each in ("task", "preset"))
+    check_settings(key, settings, *takers[name], but=("config", "layout", "name"))
     try:
-        guard = settings.pop("guard", None) if name == "causal" or name in published else None
         layout = _layout(config, guard)
         if name == "proxy":
-            check_settings(key, settings, ProxyReward)
             return ProxyReward(**{"verdicts": config.verdicts, **settings})
         if name in published:
-            check_settings(key, settings, published[name])
-            return published[name](**{"layout": layout, **settings})
-        if name == "causal":
-            task = settings.pop("task", None)
-            if task is not None and task not in TASKS:
-                raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
-            preset = settings.pop("preset", None)
-            if preset not in (None, "paper"):
-                raise ValueError(f"preset is {preset!r}; expected paper, or none")
-            settings = {**(PAPER if preset else {}), **settings}
-            check_settings(key, settings, RewardConfig, CausalReward, but=("config",))
-            settings.setdefault("layout", layout)
-            return CausalReward(task=plain[task] if task else None, **settings)
+            return published[name](layout=layout, **settings)
+        if task is not None and task not in TASKS:
+            raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
+        if preset not in (None, "paper"):
+            raise ValueError(f"preset is {preset!r}; expected paper, or none")
+        settings = {**(PAPER if preset else {}), **settings}
+        return CausalReward(task=plain[task] if task else None, layout=layout, **settings)
     except ValueError as error:
         raise ValueError(f"{key} cannot be built: {error}") from error
-    if settings:
-        raise ValueError(f"{key} takes no settings but weight; got {', '.join(settings)}")
-    return plain[name]
 
 
 def _with_verdicts(reward: Any, verdicts: Verdicts) -> Any:

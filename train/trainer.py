@@ -139,6 +139,16 @@ def prompts_per_batch(trainer: Any) -> int:
     return int(trainer.args.generation_batch_size // trainer.num_generations)
 
 
+def check_name(trainer: Any, name: str) -> None:
+    """Raise ValueError if several of a trainer's reward functions have a name: they would log into the same metrics."""
+    count = [getattr(function, "__name__", None) for function in trainer.reward_funcs].count(name)
+    if count > 1:
+        raise ValueError(
+            f"{count} reward functions are named {name!r}, and would log into the same metrics; give one another "
+            "name, as in CausalReward(name='causal 2')"
+        )
+
+
 def tokenizer(trainer: Any) -> Any:
     """Return the trainer's tokenizer, without a processor around it."""
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)

@@ -6,8 +6,8 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 from cepo.files import Row
 
@@ -94,20 +94,6 @@ class Pair:
     def row(self) -> Row:
         """Return the pair as a row of JSON, with every field."""
         return asdict(self)
-
-
-def read_pair_row(row: Mapping[str, Any]) -> Pair:
-    """Return the pair of a row that `Pair.row` wrote.
-
-    Raises:
-        ValueError: for a row that lacks a field, or holds others.
-    """
-    names = {item.name for item in fields(Pair)}
-    if set(row) != names:
-        raise ValueError(f"row differs from a pair in {', '.join(sorted(names ^ set(row)))}")
-    words = row["attribute_words"]
-    lists = {"source_ids": tuple(row["source_ids"]), "attribute_words": None if words is None else tuple(words)}
-    return Pair(**{**row, **lists})
 
 
 def side_of(prompt: str, test_fraction: float, seed: int) -> Split:

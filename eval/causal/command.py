@@ -53,6 +53,7 @@ class CausalJob:
         input: file of judgements of that model, rows as for `cepo score`; None for the testbed.
         world: which judge of the testbed, see `cepo.train.testbed_judges.warm_start`; after "words-", one of a
             pretrained model, see `cepo.train.testbed_words`.
+        layers: first layers of that pretrained model to keep, at least 1; None for the number that `WordsJudge` keeps.
         items: number of testbed prompts, at least 8; or of rows of the input that are measured, the first ones. All
             rows of the input offer donors.
         completions: completions sampled for each testbed prompt, at least 2.

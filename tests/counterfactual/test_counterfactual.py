@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cepo.counterfactual.nuisance import angles_between, nuisance_bases, remove_mean, remove_nuisance
-from cepo.counterfactual.permute import BLOCK_TOKENS, check_permutation, permute_rollout
+from cepo.counterfactual.permute import BLOCK_TOKENS, check_permutation, permutations, permute_rollout
 from cepo.counterfactual.rank import check_rank
 from cepo.jacobian.records import Rollout
 from tests.models import span
@@ -95,6 +95,16 @@ def test_only_movable_tokens_move(ids: list[int], kind: str, seed: int, index: i
             places = movable[start : start + len(run)]
             assert Counter(found[place] for place in places) == Counter(run)
             start += len(run)
+
+
+def test_no_order_comes_twice_and_a_smaller_count_gives_the_first() -> None:
+    """Three tokens have five other orders; an order that counted twice would weigh twice in the nuisance subspace."""
+    found = permutations(rollout_of([1, 2, 3]), "criteria", 40, seed=0)
+    assert len(found) == len({one.token_ids for one in found}) == 5
+    assert permutations(rollout_of([1, 2, 3]), "criteria", 2, seed=0) == found[:2]
+    assert found[0] == permute_rollout(rollout_of([1, 2, 3]), "criteria", 0, seed=0)
+    assert len(permutations(rollout_of([1, 2]), "criteria", 8, seed=0)) == 1
+    assert permutations(rollout_of([1, 1]), "criteria", 8, seed=0) == ()
 
 
 def test_prompt_span_permutes_in_the_prompt() -> None:

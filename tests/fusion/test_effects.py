@@ -150,6 +150,17 @@ def test_a_span_without_donors_is_zero_or_permuted_as_told(engine: JacobianEngin
         assert record.delta == pytest.approx(next(engine.paths([asked]))[0]["criteria->analysis"].delta)
 
 
+@pytest.mark.parametrize("no_donor", ["zero", "permute"])
+def test_a_span_of_which_no_token_can_be_exchanged_is_not_called_the_same(engine: Any, no_donor: Any) -> None:
+    """Its only token holds part of a tag too. It has no effect of 0: nothing was measured."""
+    spans = ROLLOUTS[0].spans
+    stuck = replace(ROLLOUTS[0], spans={**spans, "criteria": replace(spans["criteria"], movable=(), sentences=())})
+    config = RewardConfig(links={"criteria->analysis": 1.0}, no_donor=no_donor)
+    for rollouts in ([stuck], [stuck, *ROLLOUTS[2:]]):
+        record = score_rollouts(rollouts, engine, config, LAYOUT)[0].links["criteria->analysis"]
+        assert (record.value, record.delta, record.donors, record.against) == (0.0, None, 0, "immovable")
+
+
 def test_donors_that_say_the_same_have_no_effect(engine: JacobianEngine) -> None:
     own, other = ROLLOUTS[0], ROLLOUTS[2]
     ids = list(other.token_ids)

@@ -69,29 +69,34 @@ def test_the_leak_is_the_change_of_the_criterias_likelihood(model: Any, engine: 
 
 
 def test_the_leak_is_taken_off_s_and_recorded(model: Any) -> None:
-    """Protects the reward: with a weight it is the one without, less the weight times tanh(leak / 2), at least 0."""
+    """Protects the reward: with a weight it is the one without, less the weight times tanh(leak / 2), at least 0.
+
+    S of a link, of a chain and the reward are one value: what is recorded is what is paid.
+    """
     rollouts, exchanged = read(JUDGE)
     rollouts.append(replace(rollouts[0], spans={}, numbers=(), malformed="no tags"))
     engine = GroupEngine(model)
+    plain = RewardConfig(links={"X->Y": 1.0}, score="influence")
+    before = [score.reward for score in score_rollouts(rollouts[:-1], engine, plain, JUDGE)]
     for weight in (0.0, 0.5, 100.0):
-        config = RewardConfig(links={"X->Y": 1.0}, score="influence", also=("order_leak",), leak_weight=weight)
+        config = replace(plain, also=("order_leak",), leak_weight=weight)
         scores = score_rollouts(rollouts, engine, config, JUDGE, exchanged=[*exchanged, None])
         assert (scores[-1].reward, scores[-1].order_leak) == (0.0, None)
-        for score in scores[:-1]:
+        for score, own in zip(scores[:-1], before, strict=True):
             assert score.order_leak is not None
             taken = weight * max(0.0, math.tanh(score.order_leak / 2))
-            assert score.reward == pytest.approx(max(0.0, score.values["X->Y"] - taken))
+            assert score.reward == pytest.approx(max(0.0, own - taken))
+            assert score.reward == score.values["X->Y"] == score.links["X->Y"].value
     with pytest.raises(ValueError, match="exchanged is None, for 7 rollouts"):
         score_rollouts(rollouts, engine, config, JUDGE)
-    (plain, *_) = score_rollouts(rollouts[:2], engine, RewardConfig(), JUDGE)
-    assert plain.order_leak is None
+    (first, *_) = score_rollouts(rollouts[:2], engine, RewardConfig(), JUDGE)
+    assert first.order_leak is None
 
 
 def test_a_leak_costs_only_where_it_is_known_and_positive() -> None:
     """Protects criteria that are likelier the other way round, or whose prompt could not be exchanged."""
-    values = {"X->Y": 0.6, "Z->X": 0.1}
-    assert less_leak(values, None, 1.0) == less_leak(values, -3.0, 1.0) == values
-    assert less_leak(values, 2.0 * math.atanh(0.3), 1.0) == pytest.approx({"X->Y": 0.3, "Z->X": 0.0})
+    assert less_leak(0.6, None, 1.0) == less_leak(0.6, -3.0, 1.0) == 0.6
+    assert [less_leak(value, 2.0 * math.atanh(0.3), 1.0) for value in (0.6, 0.1)] == pytest.approx([0.3, 0.0])
 
 
 def test_copied_verdicts_earn_nothing(model: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cepo.counterfactual.nuisance import nuisance_bases
-from cepo.counterfactual.permute import permute_rollout
+from cepo.counterfactual.permute import permutations, permute_rollout
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.power_mean import power_mean
 from cepo.fusion.records import HardenedLink, Measured, score_links
@@ -51,12 +51,9 @@ def numpy_share(jac_SD: np.ndarray) -> float:
 
 def counterfactuals_of(engine: JacobianEngine, rollout: Rollout, link: Link, config: RewardConfig) -> list[np.ndarray]:
     """Return the link's Jacobians with its source permuted, one by one."""
-    found = []
-    for index in range(config.counterfactuals):
-        permuted = permute_rollout(rollout, link.source, index, seed=config.seed, kind=config.permutation)
-        if permuted is not None:
-            found.append(engine.jacobians(Group((permuted,)), [link])[0][link.name].jac_SD.double().numpy())
-    return found
+    orders = permutations(rollout, link.source, config.counterfactuals, seed=config.seed, kind=config.permutation)
+    answers = [engine.jacobians(Group((permuted,)), [link])[0][link.name] for permuted in orders]
+    return [jacobian.jac_SD.double().numpy() for jacobian in answers]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +97,7 @@ def test_records_equal_numpy(engine: JacobianEngine, options: dict[str, Any]) ->
         assert record.phi_lower <= record.phi <= record.phi_upper
         assert record.phi_base == pytest.approx(numpy_share(jac_SD), rel=1e-6)
         retained = (expected_SD**2).sum() / (jac_SD**2).sum()
-        assert record.retained == pytest.approx(retained, rel=1e-4)
+        assert record.retained == (pytest.approx(retained, rel=1e-4) if stack else None)
         influence = (jac_SD**2).sum() / base.context_energy
         assert record.influence == pytest.approx(influence, rel=1e-6)
         assert record.norm == pytest.approx(np.linalg.norm(jac_SD), rel=1e-6)
@@ -208,14 +205,43 @@ def test_no_hardening_leaves_the_jacobian(engine: JacobianEngine, options: dict[
         assert record.nuisance_angles == ()
 
 
-def test_span_without_another_order_is_not_hardened(engine: JacobianEngine) -> None:
-    """A one-token source has no counterfactual, keeps its Jacobian, and has phi = 1."""
+@pytest.mark.parametrize("score", ["phi", "phi_retained", "influence_retained"])
+def test_a_span_without_another_order_is_paid_for_nothing_that_hardening_retains(
+    engine: JacobianEngine, score: Any
+) -> None:
+    """A one-token source has phi = 1; a policy that writes one must not earn the most that a hardened span can."""
     rollout = judge_rollout()
     rollout = replace(rollout, spans={**rollout.spans, "criteria": span("criteria", (11,))})
-    (found,) = score_rollouts([rollout], engine, RewardConfig.paper(links={"X->Y": 1.0}), LAYOUT)
+    config = RewardConfig.paper(links={"X->Y": 1.0}, score=score, also=("phi", "influence"))
+    (found,) = score_rollouts([rollout], engine, config, LAYOUT)
     record = found.links["X->Y"]
-    assert (record.counterfactuals, record.tokens, record.retained) == (0, 1, 1.0)
-    assert found.reward == pytest.approx(1.0, abs=1e-12)
+    assert (record.counterfactuals, record.tokens, record.retained) == (0, 1, None)
+    assert record.phi == pytest.approx(1.0, abs=1e-12)
+    assert record.influence is not None
+    assert record.influence > 0.0
+    assert found.reward == (record.phi if score == "phi" else 0.0)
+
+
+def test_a_span_of_two_tokens_has_one_counterfactual_however_many_are_asked_for(engine: JacobianEngine) -> None:
+    rollout = judge_rollout()
+    rollout = replace(rollout, spans={**rollout.spans, "criteria": span("criteria", (10, 11))})
+    assert len({rollout.token_ids[at] for at in (10, 11)}) == 2
+    config = RewardConfig.paper(links={"X->Y": 1.0}, counterfactuals=8)
+    assert score_rollouts([rollout], engine, config, LAYOUT)[0].links["X->Y"].counterfactuals == 1
+
+
+@pytest.mark.parametrize("energy", [math.nan, math.inf])
+def test_a_context_energy_that_is_not_finite_is_no_influence_of_zero(engine: JacobianEngine, energy: float) -> None:
+    """The source's rows may be finite where another row of the context is not."""
+
+    class Broken(Counting):
+        def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
+            for answer in self.engine.compute(requests):
+                yield [{name: replace(one, context_energy=energy) for name, one in of.items()} for of in answer]
+
+    config = RewardConfig(links={"X->Y": 1.0}, score="influence")
+    (found,) = score_rollouts([judge_rollout()], Broken(engine), config, LAYOUT)
+    assert (found.malformed, found.reward) == ("non-finite gradient on X->Y", 0.0)
 
 
 class Counting:
@@ -300,7 +326,7 @@ def test_zero_jacobian_scores_zero() -> None:
     zero_SD = torch.zeros(3, WIDTH)
     for score in ("phi", "phi_retained", "influence", "phi_influence", "influence_retained"):
         jacobian = LinkJacobian(link, zero_SD, (1, 2, 3), (5,), 0.0)
-        hardened = HardenedLink(0, jacobian, 0, torch.zeros(0, WIDTH), zero_SD)
+        hardened = HardenedLink(0, jacobian, 0, 0, torch.zeros(0, WIDTH), zero_SD)
         (record,) = score_links([Measured.by_gradient(hardened)], score=score, also=("phi",))  # type: ignore[arg-type]
         assert (record.value, record.phi, record.influence, record.retained, record.norm) == (0.0,) * 5
 

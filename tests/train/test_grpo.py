@@ -1,6 +1,7 @@
 """Protects `cepo train`: settings are checked early, and a killed run ends with an uninterrupted run's weights."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -297,6 +298,12 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
         ({"rewards": [{"name": "causal", "task": "bertscore"}]}, "reward bertscore needs kind: reasoning"),
         ({"rewards": [{"name": "causal", "p": "nan"}]}, "rewards: causal.p is 'nan'; expected a number; YAML"),
         ({"rewards": [{"name": "causal", "linkz": {}}]}, "rewards: causal holds the unknown key linkz; expected some"),
+        ({"rewards": [{"name": "causal", "p": "inf"}]}, "^rewards: causal.p is 'inf'"),  # the key is named once
+        ({"rewards": [{"name": "causal", "layout": "x"}]}, "rewards: causal holds the unknown key layout; expected"),
+        ({"rewards": [{"name": "csr", "layout": "x"}]}, "rewards: csr holds the unknown key layout; expected"),
+        ({"rewards": [{"name": "format", "weight": math.inf}]}, "weight of format is inf; expected a finite number"),
+        ({"rewards": [{"name": "format", "weight": True}]}, "weight of format is True; expected a finite number"),
+        ({"rewards": [{"name": "causal"}, {"name": "causal", "score": "phi"}]}, "rewards holds causal 2 times"),
         ({"rewards": [{"name": "cir", "linkz": {}}]}, "rewards: cir holds the unknown key linkz; expected some"),
         ({"seed": "abc"}, "seed is 'abc'; expected an integer"),
         ({"threads": 1.5}, "threads is 1.5; expected an integer or null"),

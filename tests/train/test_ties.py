@@ -67,10 +67,12 @@ def test_ties_that_are_asked_for_are_rows_whose_prompts_do_not_tell_them_apart(t
 
 def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     """A pair that a check refused is not trained on, a column that is neither true nor false says nothing."""
-    path = write(tmp_path / "rows.jsonl", [{}, {"kept": False, "reason": "unchanged"}, {"tie": "perhaps"}])
+    unusual = [{"kept": False, "reason": "unchanged"}, {"tie": "perhaps"}, {"kept": False}]
+    path = write(tmp_path / "rows.jsonl", [{}, *unusual])
     assert load_preferences(path, test_fraction=0.0).skipped == (
         (2, "not kept: unchanged"),
         (3, "column 'tie' holds 'perhaps'; expected true or false"),
+        (4, "not kept: no reason given"),
     )
     with pytest.raises(ValueError, match="ties is 'yes'; expected true or false"):
         load_data("judge", {"source": path, "ties": "yes"}, seed=0)

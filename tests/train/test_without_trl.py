@@ -74,6 +74,7 @@ def test_a_reward_is_called_by_hand() -> None:
     trainer = SimpleNamespace(
         model=testbed_judges.build_model(tokenizer, seed=0),
         processing_class=tokenizer,
+        reward_funcs=[],
         num_generations=1,
         args=SimpleNamespace(generation_batch_size=len(ITEMS)),
         accelerator=SimpleNamespace(num_processes=1),

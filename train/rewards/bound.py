@@ -46,8 +46,9 @@ class BoundReward:
 
     def _bind(self, trainer: Any, check: Callable[[Any], object]) -> None:
         """Take a trainer, once `check` has taken the model that is read."""
-        from cepo.train.trainer import frozen_model, span_reader
+        from cepo.train.trainer import check_name, frozen_model, span_reader
 
+        check_name(trainer, self.__name__)
         self._frozen, self._trainer = frozen_model(trainer, self.scorer), trainer
         check(self._model)
         self._reader = span_reader(trainer, self.layout)

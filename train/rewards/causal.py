@@ -46,7 +46,8 @@ class CausalReward(BoundReward):
 
     Args:
         config: what to compute and how to fuse it; its defaults are what we recommend.
-        task: task reward with TRL's signature and values in [0, 1]; where it gives None, so does this.
+        task: task reward with TRL's signature and values in [0, 1]; where it gives None, so does this. It gets all that
+            TRL passes to this reward, and `thought_opened`, see `read_completions`.
         engine: "group", or "autograd", the oracle; None for "group".
         scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
         layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
@@ -152,7 +153,8 @@ class CausalReward(BoundReward):
         if self.task is not None:
             texts = [reader.text_of(rollout.prompt_ids) for rollout in rollouts]
             opened = [thought_opened(text, self.layout.thought_tag) for text in texts]
-            columns |= {"prompts": prompts, "completions": completions, "thought_opened": opened}
+            columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+            columns |= {"log_extra": log_extra, "log_metric": log_metric, "thought_opened": opened}
             task_rewards = list(self.task(**columns))
         parts: dict[str, float] = {}
         scores = self.score(rollouts, reader, self._model, task_rewards=task_rewards, seconds=parts)
@@ -228,6 +230,8 @@ class CausalReward(BoundReward):
     ) -> None:
         """Log means over rollouts: every component, and the share that is malformed."""
         _log_means(log_metric, self.__name__, self._chains, scores, task_rewards)
+        if self.config.reads_hardening and self.config.counterfactuals:
+            _log_unpermuted(log_metric, self.__name__, scores)
         if self.config.reads_leak:
             _log_leak(log_metric, self.__name__, scores)
 
@@ -244,6 +248,14 @@ class CausalReward(BoundReward):
             budget = self.memory_gib and self.memory_gib * 2**30
             self._last_engine = model, new_engine(self.engine, model, memory_budget=budget, kernels=self.kernels)
         return self._last_engine[1]
+
+
+def _log_unpermuted(log_metric: Callable[[str, float], None], name: str, scores: Sequence[RolloutScore]) -> None:
+    """Log, per link, the share of the sound completions whose source has no other order, so that nothing hardens it."""
+    sound = [score.links for score in scores if score.malformed is None]
+    for link in sound[0] if sound else ():
+        alone = sum(not links[link].counterfactuals for links in sound)
+        log_metric(f"{name}/{link}/without_permutation", alone / len(sound))
 
 
 def _log_leak(log_metric: Callable[[str, float], None], name: str, scores: Sequence[RolloutScore]) -> None:
@@ -280,5 +292,6 @@ def _log_means(
             if values:  # else a measure that nothing reads
                 log_metric(f"{name}/{link}/{field}", sum(values) / len(values))
         if records[0].against is not None:
-            alone = sum(record.against == "nothing" for record in records)
-            log_metric(f"{name}/{link}/without_donor", alone / len(records))
+            for metric, kind in (("without_donor", "nothing"), ("immovable", "immovable")):
+                share = sum(record.against == kind for record in records) / len(records)
+                log_metric(f"{name}/{link}/{metric}", share)

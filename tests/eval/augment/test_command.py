@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cepo.counterfactual.text.filter import certainty, filter_pairs
-from cepo.counterfactual.text.pairs import Pair, read_pair_row
+from cepo.counterfactual.text.pairs import Pair
 from cepo.eval.augment import command
 from cepo.eval.augment.command import augment
 from cepo.eval.augment.job import AugmentJob
@@ -24,6 +24,7 @@ from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import build_reward_model
 from tests.counterfactual.text.fake_writer import SOURCES, FakeWriter
 from tests.eval.judges.fake_judge import SETTINGS, run_cepo, serving
+from tests.pairs import read_pair
 
 ALL = ("original", "degrade", "upgrade", "irrelevant-by-writer", "aligned", "paraphrase")
 
@@ -60,7 +61,7 @@ def use(monkeypatch: pytest.MonkeyPatch, writer: FakeWriter, *, kill_after: int 
 def pairs_of(job: AugmentJob) -> list[Pair]:
     rows, broken = read_jsonl(job.output / "pairs.jsonl")
     assert not broken
-    return [read_pair_row(row) for _, row in rows]
+    return [read_pair(row) for _, row in rows]
 
 
 def test_a_killed_run_asks_no_prompt_twice_and_ends_as_one_that_was_not_killed(

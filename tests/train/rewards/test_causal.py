@@ -1,6 +1,7 @@
 """Protects the contract with TRL: what CausalReward takes from a trainer, gives back, and leaves alone."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: An
 
 def test_the_live_policy_is_scored_and_the_frozen_scorer_is_not_moved_by_it(tokenizer: Any, tmp_path: Path) -> None:
     frozen = testbed_judges.build_model(tokenizer, seed=1)
-    live, fixed = CausalReward(), CausalReward(scorer=frozen)
+    live, fixed = CausalReward(), CausalReward(scorer=frozen, name="fixed")
     trainer = make_trainer("grpo", tokenizer, [live, fixed], tmp_path)
     batch = rows(tokenizer, ITEMS[:2])
     before = live.bind(trainer)(**batch), fixed.bind(trainer)(**batch)
@@ -141,6 +142,25 @@ def test_the_live_policy_is_scored_and_the_frozen_scorer_is_not_moved_by_it(toke
     after = live(**batch), fixed(**batch)
     assert before[0] != after[0]
     assert before[1] == after[1]
+
+
+def test_the_task_gets_all_that_trl_passes_and_logs_what_it_logs_alone(tokenizer: Any, tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+
+    def task(completions: Any, **given: Any) -> Any:
+        told.append(given)
+        return argmax_reward(completions, **given)
+
+    reward = CausalReward(RewardConfig.paper(links={"X->Y": 1.0}, score="influence_retained"), task=task)
+    reward.bind(make_trainer("grpo", tokenizer, [reward], tmp_path))
+    metrics: dict[str, float] = {}
+    one_word = replace(ITEMS[1], criteria=ITEMS[1].criteria.split()[0])
+    batch, state = rows(tokenizer, [ITEMS[0], one_word]), object()
+    reward(**batch, trainer_state=state, log_metric=metrics.__setitem__, log_extra=lambda name, values: None)
+    assert told[0].keys() == {*batch, "trainer_state", "log_metric", "log_extra", "thought_opened"} - {"completions"}
+    assert (told[0]["completion_ids"], told[0]["trainer_state"]) == (batch["completion_ids"], state)
+    assert metrics["argmax/ties_on_preferences"] == 0.0
+    assert metrics["causal/X->Y/without_permutation"] == 0.5
 
 
 def test_ce_po_form_fuses_the_task_reward_and_passes_its_none_on(tokenizer: Any, tmp_path: Path) -> None:
@@ -166,7 +186,7 @@ def test_donors_come_from_the_step_and_are_logged(tokenizer: Any, tmp_path: Path
     assert together == pytest.approx(reward(**rows(tokenizer, ITEMS[::-1]))[::-1])
     assert max(map(float, together)) > 0.0
     for link in ("criteria->analysis", "analysis->scores"):
-        assert metrics[f"causal/{link}/without_donor"] == 0.0
+        assert metrics[f"causal/{link}/without_donor"] == metrics[f"causal/{link}/immovable"] == 0.0
         assert metrics[f"causal/{link}/delta"] != 0.0
     assert metrics["causal/chain/value"] == pytest.approx(sum(map(float, together)) / len(together))
     assert reward(**rows(tokenizer, ITEMS[:1])) == [0.0]
@@ -198,13 +218,21 @@ def test_the_shuffled_control_logs_how_many_had_no_other_completion(tokenizer: A
     batch["prompts"] = [batch["prompts"][place] for place in (0, 0, 2, 2, 4, 4)]
     batch["completion_ids"][5] = batch["completion_ids"][5][:3]  # malformed: it keeps its 0
     settings: dict[str, Any] = {"links": {"X->Y": 1.0}, "score": "influence"}  # rewards that differ
-    plain, control = CausalReward(**settings), CausalReward(**settings, shuffle=True)
+    plain, control = CausalReward(**settings), CausalReward(**settings, shuffle=True, name="control")
     trainer = make_trainer("grpo", tokenizer, [plain, control], tmp_path)
     metrics: dict[str, float] = {}
     honest, found = plain.bind(trainer)(**batch), control.bind(trainer)(**batch, log_metric=metrics.__setitem__)
     assert len(set(honest)) == 6
     assert found == [honest[place] for place in (1, 0, 3, 2, 4, 5)]
-    assert metrics["causal/shuffle/alone"] == pytest.approx(1 / 5)
+    assert metrics["control/shuffle/alone"] == pytest.approx(1 / 5)
+
+
+def test_two_rewards_of_one_name_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """TRL files metrics by the function's name, so that the means would be of both."""
+    first, second = CausalReward(), CausalReward(score="influence")
+    trainer = make_trainer("grpo", tokenizer, [first, second], tmp_path)
+    with pytest.raises(ValueError, match="2 reward functions are named 'causal'.*give one another name"):
+        first.bind(trainer)
 
 
 def test_it_pickles_and_a_copy_must_be_bound_anew(tokenizer: Any, tmp_path: Path) -> None:
