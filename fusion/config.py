@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from cepo.counterfactual.donors import Candidate
-from cepo.counterfactual.permute import Permutation, check_permutation
+from cepo.counterfactual.permute import Permutation
 from cepo.counterfactual.rank import check_rank
 from cepo.fusion.names import EFFECT_SCORES, INFLUENCE_SCORES, PHI_SCORES, Measure, Score
 from cepo.fusion.power_mean import check_power, check_weights
 from cepo.fusion.requests import EffectRequests, GroupRequests, NoDonor, effect_requests, reward_requests
+from cepo.fusion.settings import check_settings
 from cepo.jacobian.links import NUMERIC_FUNCTIONS, Chain, Link, parse_chain
 from cepo.jacobian.protocol import Nodes, check_nodes
 from cepo.jacobian.reading.layout import Layout
@@ -87,42 +88,32 @@ class RewardConfig:
     leak_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.links, Mapping):
-            raise ValueError(f"links is {self.links!r}; expected weights by link, such as {{'X->Y': 1.0}}")
+        check_settings("", vars(self), RewardConfig)
         if not self.links:
             raise ValueError("links is empty; expected at least one, such as {'X->Y': 1.0}")
         for weight in self.links.values():
-            if not isinstance(weight, int | float):
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise ValueError(f"links holds the weight {weight!r}; expected a number >= 0")
         check_weights(list(self.links.values()), "links, by weight,")
         if not 0.0 <= self.task_weight < math.inf:
             raise ValueError(f"task_weight is {self.task_weight}; expected a finite number >= 0")
         check_power(self.p)
-        if not isinstance(self.counterfactuals, int) or self.counterfactuals < 0:
-            raise ValueError(f"counterfactuals (K) is {self.counterfactuals!r}; expected an integer >= 0")
+        if self.counterfactuals < 0:
+            raise ValueError(f"counterfactuals (K) is {self.counterfactuals}; expected an integer >= 0")
         check_power(self.join, "join")
-        if not isinstance(self.donors, int) or self.donors < 1:
-            raise ValueError(f"donors is {self.donors!r}; expected an integer >= 1")
+        if self.donors < 1:
+            raise ValueError(f"donors is {self.donors}; expected an integer >= 1")
         check_nodes(self.nodes, least=1)
-        check_permutation(self.permutation)
         check_rank(self.rank, self.energy)
-        named = (
-            ("nuisance", self.nuisance, Nuisance),
-            ("score", self.score, Score),
-            ("no_donor", self.no_donor, NoDonor),
-        )
-        for name, value, known in named:
-            if value not in get_args(known):
-                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(known))}")
         if self.score in ("phi_retained", "influence_retained") and not self.counterfactuals:
             raise ValueError(
                 f"score is {self.score!r}, the share that hardening retains, with counterfactuals (K) 0, which harden "
                 "nothing; expected K >= 1"
             )
-        if not isinstance(self.leak_weight, int | float) or not 0.0 <= self.leak_weight < math.inf:
-            raise ValueError(f"leak_weight is {self.leak_weight!r}; expected a number >= 0")
-        if isinstance(self.also, str) or any(measure not in get_args(Measure) for measure in self.also):
-            raise ValueError(f"also is {self.also!r}; expected a sequence of some of {', '.join(get_args(Measure))}")
+        if not 0.0 <= self.leak_weight < math.inf:
+            raise ValueError(f"leak_weight is {self.leak_weight}; expected a finite number >= 0")
+        if any(measure not in get_args(Measure) for measure in self.also):
+            raise ValueError(f"also is {self.also!r}; expected a list of some of {', '.join(get_args(Measure))}")
 
     @classmethod
     def paper(cls, **changes: Any) -> RewardConfig:

@@ -13,6 +13,7 @@ from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any, Literal
 
+from cepo.fusion.settings import check_settings
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.layout import Layout
@@ -26,7 +27,6 @@ from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.ranks import failing_together
 from cepo.train.recipe import Dtype, decisive, read_recipe, trainer_arguments
 from cepo.train.run import lora_config, require_trl, train_to_end
-from cepo.train.settings import check_settings
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from cepo.files import content_hash, fingerprint, replacing
+from cepo.fusion.settings import check_settings
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.train import reasoner_testbed, testbed, testbed_judges
 from cepo.train.reasoner_testbed import Question, Task, generate_questions, is_right, write_solution, write_thought
-from cepo.train.settings import check_settings
 from cepo.train.testbed_judges import DISEASED_SHARE, build_model, fit, generate
 
 ReasonerKind = Literal["able", "lazy", "hollow"]

@@ -13,7 +13,7 @@ import yaml
 
 import cepo
 from cepo.files import kind_of
-from cepo.train.settings import check_names
+from cepo.fusion.settings import check_names
 
 _RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
 # Fields of a trainer's settings that a run may change when it resumes: its length, and what it writes where.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from cepo.fusion.settings import check_settings
 from cepo.jacobian.loading import load_tokenizer, model_fingerprint, resolve_model
 from cepo.jacobian.reward_model import HEAD, Form, load_reward_model, read_last_token
 from cepo.train import reward_testbed, testbed
@@ -22,7 +23,6 @@ from cepo.train.recipe import Dtype, decisive, read_recipe, trainer_arguments
 from cepo.train.reward_data import EncodedPairs, check_pairs, encode_pairs, load_pairs, told
 from cepo.train.reward_testbed import build_reward_model, reward_model_fingerprint
 from cepo.train.run import lora_config, require_trl, train_to_end
-from cepo.train.settings import check_settings
 
 logger = logging.getLogger(__name__)
 

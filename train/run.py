@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from cepo.files import SETTINGS, append_jsonl, claim, make_folder, read_jsonl, replacing, write_jsonl
+from cepo.fusion.settings import check_names
 from cepo.train.ranks import check_agreement, failing_together
 from cepo.train.rewards.bound import nothing_learned
-from cepo.train.settings import check_names
 
 logger = logging.getLogger(__name__)
 

@@ -298,7 +298,7 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
         ({"rewards": [{"name": "causal", "task": "bertscore"}]}, "reward bertscore needs kind: reasoning"),
         ({"rewards": [{"name": "causal", "p": "nan"}]}, "rewards: causal.p is 'nan'; expected a number; YAML"),
         ({"rewards": [{"name": "causal", "linkz": {}}]}, "rewards: causal holds the unknown key linkz; expected some"),
-        ({"rewards": [{"name": "causal", "p": "inf"}]}, "^rewards: causal.p is 'inf'"),  # the key is named once
+        ({"rewards": [{"name": "causal", "p": "inf"}]}, "cepo: rewards: causal.p is 'inf'; expected"),
         ({"rewards": [{"name": "causal", "layout": "x"}]}, "rewards: causal holds the unknown key layout; expected"),
         ({"rewards": [{"name": "csr", "layout": "x"}]}, "rewards: csr holds the unknown key layout; expected"),
         ({"rewards": [{"name": "format", "weight": math.inf}]}, "weight of format is inf; expected a finite number"),

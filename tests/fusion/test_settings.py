@@ -9,9 +9,9 @@ from typing import Literal
 import pytest
 from peft import get_peft_model
 
+from cepo.fusion.settings import check_settings
 from cepo.train import testbed, testbed_judges
 from cepo.train.run import lora_config, run_trainer
-from cepo.train.settings import check_settings
 
 
 def _take(
