@@ -75,6 +75,7 @@ def warm_start(
     batch_size: int = 32,
     seed: int = 0,
     cue_agreement: float = 0.5,
+    able_share: float = 0.5,
     learning_rate: float = 2.5e-3,
     gain_rate: float = 10.0,
     autocast: bool = False,
@@ -86,16 +87,16 @@ def warm_start(
     criteria: the criteria name an aspect drawn at random, whatever the query asks; analysis and scores follow them.
     query: the criteria are random too; analysis and scores follow the query's aspect.
 
-    Four judges have a disease. The first half of the steps shows none of it, so that they are able first. In the second
-    half a majority of samples (0.65) has the disease and the others are gold: greedy answers follow length, and
-    sampling still shows the able behaviour in about a third of completions.
+    Four judges have a disease. The first steps show none of it, so that they are able first. In the later ones a
+    majority of samples (0.65) has the disease and the others are gold: greedy answers follow length, and sampling still
+    shows the able behaviour in about a third of completions.
 
     lazy: gold criteria; the analysis says which response has more words, and the scores follow that.
     hollow: gold criteria and analysis; the scores follow length, whatever the analysis quotes.
-    decorative: in both halves the criterion is drawn at random in a majority of samples, and what isn't diseased
+    decorative: from the first step the criterion is drawn at random in a majority of samples, and what isn't diseased
         follows the criterion as written. Disease, drawn apart from the criterion: analysis and scores are the lazy
         ones. (Were the two drawn together, gold criteria would announce gold analyses, and the greedy answer would be
-        able; were the first half gold, the judge would learn to read the query in the criterion's place.)
+        able; were the first steps gold, the judge would learn to read the query in the criterion's place.)
     copied: the criteria name the right aspect and then hold the verdict itself, `\\boxed{a, b}`, which follows length.
         The analysis says which response has more words; the scores are the criteria's, digit by digit.
 
@@ -103,30 +104,29 @@ def warm_start(
         model: Trained in place and left in eval mode.
         tokenizer: The model's tokenizer.
         judge: Which judge to make.
-        steps: Optimiser steps, at least 1; every sample is seen once. 160 make an able judge, 300 any of them.
-        batch_size: Samples per step, at least 1.
+        steps: Optimiser steps of batch_size samples, at least 1; each is seen once. 160 make an able judge, 300 any.
         seed: Draws the samples; the same seed and thread count give the same weights.
-        cue_agreement: Fraction of training items whose longer response wins, in [0, 1].
-        learning_rate: Peak of AdamW's schedule, above 0: linear over a tenth of the steps, then cosine to zero.
-        gain_rate: See `fit`.
-        autocast: See `fit`.
-        progress: Called after every step with the number of steps done and the loss.
+        cue_agreement: Fraction of the items whose longer response wins; able_share: of the steps without disease.
+        learning_rate: See `fit`; so are gain_rate, autocast and progress.
 
     Returns:
-        The loss of every step: mean negative log-likelihood, in nats, over completion and eos tokens.
+        See `fit`.
 
     Raises:
         ValueError: If judge is unknown, or a number is out of range.
     """
     if judge not in get_args(JudgeKind):
         raise ValueError(f"judge is {judge!r}; expected one of {', '.join(get_args(JudgeKind))}")
+    if not 0.0 <= able_share <= 1.0:
+        raise ValueError(f"able_share is {able_share}; expected a fraction in [0, 1]")
     if steps < 1 or batch_size < 1 or learning_rate <= 0.0 or gain_rate <= 0.0:
         came = f"steps is {steps}, batch_size {batch_size}, learning_rate {learning_rate}, gain_rate {gain_rate}"
         raise ValueError(f"{came}; expected at least 1, at least 1, above 0 and above 0")
     items = generate_items(steps * batch_size, seed=seed, cue_agreement=cue_agreement)
     # A stream of its own, so that all judges of a seed see the same items.
     rng = np.random.default_rng((seed, 1))
-    texts = [_draw_completion(rng, item, judge, 2 * index >= len(items)) for index, item in enumerate(items)]
+    late = able_share * len(items)
+    texts = [_draw_completion(rng, item, judge, index >= late) for index, item in enumerate(items)]
     prompts = [item.prompt for item in items]
     return fit(
         model,

@@ -1,7 +1,8 @@
 """The testbed on a pretrained model: SmolLM2, or its first layers, taught a judge of the same items in its own words.
 
 Every word of the world has an embedding learnt from real text, tags and sentences are many tokens, and the prompt is in
-the model's chat template. A judge is made once and kept in the cache with its certificate.
+the model's chat template. A judge is taught in rounds until interventions certify it, once, and kept in the cache with
+its certificate.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ CERTIFICATE = "certificate.json"
 _NO_LABEL = -100
 _EXAMINED = 240  # items that the certificate is measured on
 _EXAMINED_SEED = 10_000_019  # apart from the seeds of warm-up, training and measures
+_SEEDS_APART = 1_000_003  # of the rounds' samples
+
+Progress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class WordsJudge:
         judge: what to teach, see `cepo.train.testbed_judges.warm_start`.
         base: the pretrained model, see `resolve_model`; its tokenizer must have a chat template.
         layers: how many of its first layers to keep, at least 1; None for all.
-        steps: optimiser steps of the warm-up, at least 1.
+        steps: optimiser steps of the first round of the warm-up, at least 1; half of them show no disease.
+        rounds: most rounds, at least 1. Those after the first are a quarter as long, of new samples and with the disease
+            from the start, and end when interventions certify the judge.
         batch_size: samples per step, at least 1.
         learning_rate: peak of the schedule, above 0.
         seed: of the samples. One judge serves training runs of all seeds.
@@ -54,6 +60,7 @@ class WordsJudge:
     base: str = "smollm2"
     layers: int | None = 8
     steps: int = 800
+    rounds: int = 6
     batch_size: int = 24
     learning_rate: float = 1e-3
     seed: int = 0
@@ -62,7 +69,7 @@ class WordsJudge:
         if self.judge not in get_args(testbed_judges.JudgeKind):
             kinds = ", ".join(get_args(testbed_judges.JudgeKind))
             raise ValueError(f"testbed.judge is {self.judge!r}; expected one of {kinds}")
-        for name in ("steps", "batch_size", "learning_rate", "layers"):
+        for name in ("steps", "rounds", "batch_size", "learning_rate", "layers"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"testbed.{name} is {value!r}; expected a positive number")
@@ -86,31 +93,32 @@ def load_words_judge(
     *,
     cache: Path,
     device: str | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """Return (model on the CPU, tokenizer) of a judge, from the cache, or taught and examined now and cached.
+
+    A call that was killed continues with the round in which it was.
 
     Args:
         wanted: the judge.
         cache: where judges are kept, in a folder named after `words_fingerprint`.
         device: where to teach it, in bfloat16 where the device has it; None for CUDA where there is one. On one CPU
             core with bfloat16, eight layers of SmolLM2 take a third of a second per sample.
-        progress: called after every step with the number of steps done and the loss.
+        progress: called after every step with its number in the round, the steps of the round, and the loss.
 
     Raises:
         ValueError: for a base model that cannot be loaded, has no chat template, or has fewer layers.
     """
     folder = words_folder(wanted, cache)
     with _one_at_a_time(folder):
-        if not folder.is_dir():
-            _make(wanted, folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), progress)
+        while not _is_taught(wanted, folder):
+            _round(wanted, folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), progress)
     return load_model(resolve_model(str(folder)))
 
 
 def read_certificate(wanted: WordsJudge, cache: Path) -> dict[str, Any]:
-    """Return what interventions said of a cached judge: `measures`, and `uncertified`, a reason or None."""
-    found: dict[str, Any] = json.loads((words_folder(wanted, cache) / CERTIFICATE).read_text())
-    return found
+    """Return what interventions said of a cached judge: `measures`, `uncertified` (a reason or None), and `rounds`."""
+    return _certificate(words_folder(wanted, cache))
 
 
 def words_folder(wanted: WordsJudge, cache: Path) -> Path:
@@ -126,18 +134,34 @@ def words_fingerprint(wanted: WordsJudge) -> str:
     return content_hash(sources, write_judgement("", "", (0, 0)), settings)
 
 
-def _make(wanted: WordsJudge, folder: Path, device: str, progress: Callable[[int, float], None] | None) -> None:
-    model, tokenizer = _teach(wanted, device, progress)
-    items = testbed.generate_items(_EXAMINED, seed=_EXAMINED_SEED, cue_agreement=0.9)
+def _is_taught(wanted: WordsJudge, folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    found = _certificate(folder)
+    return found["uncertified"] is None or found["rounds"] >= wanted.rounds
+
+
+def _round(wanted: WordsJudge, folder: Path, device: str, progress: Progress | None) -> None:
+    """Teach a judge, or the one in the folder further, examine it on items of its own, and keep both in the folder."""
+    before = _certificate(folder)["rounds"] if folder.is_dir() else 0
+    model, tokenizer = load_model(resolve_model(str(folder))) if before else _load_base(wanted)
+    model.to(device)
+    _teach(model, tokenizer, wanted, before, progress)
+    items = testbed.generate_items(_EXAMINED, seed=_EXAMINED_SEED + before, cue_agreement=0.9)
     found = testbed_certificate.examine(model, tokenizer, items, seed=wanted.seed)
     reason = testbed_certificate.uncertified(wanted.judge, found)
     if reason is not None:
-        logger.warning("%s", reason)
+        logger.warning("round %d of at most %d: %s", before + 1, wanted.rounds, reason)
     with replacing(folder) as unfinished:
         model.cpu().save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        certificate = {**asdict(wanted), "measures": found, "uncertified": reason}
+        certificate = {**asdict(wanted), "rounds": before + 1, "measures": found, "uncertified": reason}
         write_text(unfinished / CERTIFICATE, json.dumps(certificate))
+
+
+def _certificate(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / CERTIFICATE).read_text())
+    return found
 
 
 @contextlib.contextmanager
@@ -149,7 +173,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], None] | None) -> tuple[Any, Any]:
+def _load_base(wanted: WordsJudge) -> tuple[Any, Any]:
     model, tokenizer = load_model(resolve_model(wanted.base))
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"testbed.base is {wanted.base!r}, whose tokenizer has no chat template or no end token")
@@ -157,20 +181,25 @@ def _teach(wanted: WordsJudge, device: str, progress: Callable[[int, float], Non
         tokenizer.pad_token = tokenizer.eos_token
     if wanted.layers is not None:
         keep_first_layers(model, wanted.layers)
-    model.to(device)
+    return model, tokenizer
+
+
+def _teach(model: Any, tokenizer: Any, wanted: WordsJudge, before: int, progress: Progress | None) -> None:
+    """Teach one round, after `before` others."""
+    steps = max(1, wanted.steps // 4) if before else wanted.steps
     testbed_judges.warm_start(
         _CompletionLoss(model),
         tokenizer,
         judge=wanted.judge,
-        steps=wanted.steps,
+        steps=steps,
         batch_size=wanted.batch_size,
-        seed=wanted.seed,
+        seed=wanted.seed + _SEEDS_APART * before,
+        able_share=0.0 if before else 0.5,
         learning_rate=wanted.learning_rate,
         gain_rate=1.0,
-        autocast=_computes_bfloat16(torch.device(device)),
-        progress=progress,
+        autocast=_computes_bfloat16(model.device),
+        progress=None if progress is None else lambda step, loss: progress(step, steps, loss),
     )
-    return model, tokenizer
 
 
 class _CompletionLoss(nn.Module):

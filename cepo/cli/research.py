@@ -339,7 +339,15 @@ def words_judge(
         str | None, typer.Option(help="Pretrained model to teach, with a chat template.", callback=checks.model)
     ] = None,
     layers: Layers = None,
-    steps: Annotated[int | None, typer.Option(help="Number of training steps.", callback=checks.at_least(1))] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of training steps of the first round.", callback=checks.at_least(1))
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Most rounds; those after the first have a quarter of the steps.", callback=checks.at_least(1)
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Number of samples per step.", callback=checks.at_least(1))
     ] = None,
@@ -353,8 +361,9 @@ def words_judge(
     """Teach a pretrained model the testbed in words, once, and certify it by interventions.
 
     The judge is kept in ~/.cache/cepo, where `model: testbed-words` with the same settings under `testbed` finds it.
-    The certificate says whether it is what it was taught: another criterion is forced on it, and it continues.
-    Defaults are those of train/recipes/testbed-words.yaml.
+    The certificate says whether it is what it was taught: another criterion is forced on it, and it continues. A judge
+    that is not certified is taught another round. The same command continues a killed one with the round in which it
+    was. Defaults are those of train/recipes/testbed-words.yaml.
     """
     from cepo.eval.report.numbers import digits
     from cepo.jacobian.loading import check_device
@@ -363,14 +372,14 @@ def words_judge(
 
     use_threads(threads)
     check_device(device)
-    settings = given(base=base, layers=layers, steps=steps, batch_size=batch_size, seed=seed)
+    settings = given(base=base, layers=layers, steps=steps, rounds=rounds, batch_size=batch_size, seed=seed)
     wanted = words_settings({"judge": judge, **settings, **given(learning_rate=learning_rate)})
     with showing("warm-up", wanted.steps) as show:
         load_words_judge(
             wanted,
             cache=CACHE,
             device=device,
-            progress=lambda step, loss: show(step, wanted.steps, f"loss {loss:.3f}"),
+            progress=lambda step, steps, loss: show(step, steps, f"loss {loss:.3f}"),
         )
     found = read_certificate(wanted, CACHE)
     for name, value in found["measures"].items():

@@ -211,16 +211,19 @@ def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
 
 
 def _testbed_judge(job: CausalJob, name: str, completions: int, parts: Path, report: Progress) -> _Judged:
-    def show(step: int, _: float) -> None:
-        report(f"making the judge {name}", step, steps)
-
+    making = f"making the judge {name}"
     if name.startswith(IN_WORDS):  # one judge for all seeds
         wanted = _in_words(name, job.layers)
-        steps = wanted.steps
-        model, tokenizer = load_words_judge(wanted, cache=CACHE, device=job.device, progress=show)
+        model, tokenizer = load_words_judge(
+            wanted, cache=CACHE, device=job.device, progress=lambda step, steps, _: report(making, step, steps)
+        )
     else:
-        steps = _JUDGE_STEPS
-        model, tokenizer = load_testbed_judge(name, steps=steps, seed=job.seed, progress=show)  # type: ignore[arg-type]
+        model, tokenizer = load_testbed_judge(
+            name,  # type: ignore[arg-type]
+            steps=_JUDGE_STEPS,
+            seed=job.seed,
+            progress=lambda step, _: report(making, step, _JUDGE_STEPS),
+        )
     # Where the verdict is written into the criteria, the guard calls all judgements malformed, and nothing is measured.
     layout = UNGUARDED_JUDGE if name.endswith("copied") else JUDGE
     judge = Judge(name, model.to(job.device), SpanReader(tokenizer, layout), job.memory_gib)

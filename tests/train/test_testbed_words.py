@@ -49,21 +49,60 @@ def test_a_judge_is_taught_once_and_kept_with_its_certificate(
 ) -> None:
     """The first layers are taught and examined; the second call, of `cepo train` too, reads them from the cache."""
     monkeypatch.setattr(testbed_words, "_EXAMINED", 8)
-    wanted = WordsJudge("lazy", base=base, layers=2, steps=2, batch_size=2)
-    losses: list[float] = []
+    wanted = WordsJudge("lazy", base=base, layers=2, steps=2, rounds=1, batch_size=2)
+    seen: list[tuple[int, int]] = []
     taught, tokenizer = load_words_judge(
-        wanted, cache=tmp_path, device="cpu", progress=lambda _, loss: losses.append(loss)
+        wanted, cache=tmp_path, device="cpu", progress=lambda step, steps, _: seen.append((step, steps))
     )
-    assert len(losses) == 2
+    assert seen == [(1, 2), (2, 2)]
     assert taught.config.num_hidden_layers == len(taught.get_decoder().layers) == 2
     assert tokenizer.chat_template
     certificate = read_certificate(wanted, tmp_path)
     assert certificate["uncertified"] in caplog.text
     assert certificate["measures"]["well_formed"] == 0.0
     monkeypatch.setattr(testbed_words, "_teach", lambda *_: pytest.fail("the cache holds the judge"))
-    given = {"judge": "lazy", "base": base, "layers": 2, "steps": 2, "batch_size": 2}
+    given = {"judge": "lazy", "base": base, "layers": 2, "steps": 2, "rounds": 1, "batch_size": 2}
     again, _ = policy.load_policy(policy.WORDS, dtype="float32", seed=5, testbed_judge=given, cache=tmp_path)
     assert all(torch.equal(*pair) for pair in zip(taught.parameters(), again.parameters(), strict=True))
+
+
+def test_a_judge_is_taught_in_rounds_until_it_is_certified(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed call continues with its round; each has samples and items of its own, and certification ends them."""
+    examined: list[tuple[float, list[Item]]] = []
+
+    def examine(model: Any, _tokenizer: Any, items: list[Item], **_: Any) -> dict[str, float]:
+        examined.append((sum(weight.detach().abs().sum().item() for weight in model.parameters()), items))
+        if len(examined) == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    taught: list[dict[str, Any]] = []
+    warm_start = testbed_words.testbed_judges.warm_start
+
+    def noted(*given: Any, **settings: Any) -> list[float]:
+        taught.append(settings)
+        return warm_start(*given, **settings)
+
+    monkeypatch.setattr(testbed_words.testbed_judges, "warm_start", noted)
+    monkeypatch.setattr(testbed_certificate, "examine", examine)
+    monkeypatch.setattr(testbed_certificate, "uncertified", lambda *_: None if len(examined) == 4 else "not yet")
+    wanted = WordsJudge("hollow", base=base, layers=1, steps=8, rounds=5, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        load_words_judge(wanted, cache=tmp_path, device="cpu")
+    assert read_certificate(wanted, tmp_path)["rounds"] == 1
+    load_words_judge(wanted, cache=tmp_path, device="cpu")
+    load_words_judge(wanted, cache=tmp_path, device="cpu")  # certified, so not taught again
+    assert read_certificate(wanted, tmp_path)["rounds"] == 3
+    assert [(one["steps"], one["able_share"]) for one in taught] == [(8, 0.5), (2, 0.0), (2, 0.0), (2, 0.0)]
+    assert taught[1] | {"progress": None} == taught[2] | {"progress": None}
+    assert len({one["seed"] for one in taught}) == 3
+    weights, items = zip(*examined, strict=True)
+    assert weights[1] == weights[2]  # the killed round, from the same start
+    assert len({weights[0], weights[1], weights[3]}) == 3
+    assert items[1] == items[2]
+    assert items[0] != items[1] != items[3] != items[0]
 
 
 def test_the_loss_is_the_models_own(base: str) -> None:
@@ -93,6 +132,7 @@ def test_another_setting_or_base_is_another_judge(base: str, tmp_path: Path) -> 
         {"judge": "hollow"},
         {"layers": 2},
         {"steps": 9},
+        {"rounds": 9},
         {"batch_size": 9},
         {"learning_rate": 2e-3},
         {"seed": 1},
