@@ -46,8 +46,8 @@ class WordsJudge:
         base: the pretrained model, see `resolve_model`; its tokenizer must have a chat template.
         layers: how many of its first layers to keep, at least 1; None for all.
         steps: optimiser steps of the first round of the warm-up, at least 1; half of them show no disease.
-        rounds: most rounds, at least 1. Those after the first are a quarter as long, of new samples and with the disease
-            from the start, and end when interventions certify the judge.
+        rounds: most rounds, at least 1; they end when interventions certify the judge. Those after the first are a
+            quarter as long, of new samples, with the disease from the start.
         batch_size: samples per step, at least 1.
         learning_rate: peak of the schedule, above 0.
         seed: of the samples. One judge serves training runs of all seeds.
