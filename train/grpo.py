@@ -347,7 +347,7 @@ def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> A
     key = f"rewards: {name}"
     if "bertscore" in (name, settings.get("task")) and importlib.util.find_spec("bert_score") is None:
         raise ValueError(f"{key} needs the bert-score library: pip install 'cepo[bertscore]'")
-    takers = {"causal": (RewardConfig, CausalReward), "proxy": (ProxyReward,)}
+    takers: dict[str, tuple[type, ...]] = {"causal": (RewardConfig, CausalReward), "proxy": (ProxyReward,)}
     takers |= {each: (taker,) for each, taker in published.items()}
     takers["log_cir"] = (peers.CausalImportance, peers.LogCausalImportance)  # which hands settings on to it
     if name not in takers:
