@@ -47,7 +47,7 @@ class WordsJudge:
         layers: how many of its first layers to keep, at least 1; None for all.
         steps: optimiser steps of the first round of the warm-up, at least 1; half of them show no disease.
         rounds: most rounds, at least 1; they end when interventions certify the judge. Those after the first are a
-            quarter as long, of new samples, with the disease from the start.
+            quarter as long, of new samples.
         batch_size: samples per step, at least 1.
         learning_rate: peak of the schedule, above 0.
         seed: of the samples. One judge serves training runs of all seeds.
@@ -127,9 +127,10 @@ def words_folder(wanted: WordsJudge, cache: Path) -> Path:
 
 
 def words_fingerprint(wanted: WordsJudge) -> str:
-    """Return 16 hexadecimal digits that stand for a judge: its world's source and format, its base model, settings."""
+    """Return 16 hexadecimal digits for a judge: the source of its world and lessons, its base model, its settings."""
     modules = (testbed, testbed_judges, testbed_modes, testbed_certificate)
-    sources = [fingerprint(Path(str(module.__file__))) for module in modules]
+    files = [__file__, *(str(module.__file__) for module in modules)]
+    sources = [fingerprint(Path(file)) for file in files]
     settings = {**asdict(wanted), "base": model_fingerprint(resolve_model(wanted.base))}
     return content_hash(sources, write_judgement("", "", (0, 0)), settings)
 
@@ -185,21 +186,37 @@ def _load_base(wanted: WordsJudge) -> tuple[Any, Any]:
 
 
 def _teach(model: Any, tokenizer: Any, wanted: WordsJudge, before: int, progress: Progress | None) -> None:
-    """Teach one round, after `before` others."""
-    steps = max(1, wanted.steps // 4) if before else wanted.steps
-    testbed_judges.warm_start(
-        _CompletionLoss(model),
-        tokenizer,
-        judge=wanted.judge,
-        steps=steps,
-        batch_size=wanted.batch_size,
-        seed=wanted.seed + _SEEDS_APART * before,
-        able_share=0.0 if before else 0.5,
-        learning_rate=wanted.learning_rate,
-        gain_rate=1.0,
-        autocast=_computes_bfloat16(model.device),
-        progress=None if progress is None else lambda step, loss: progress(step, steps, loss),
-    )
+    """Teach one round, after `before` others.
+
+    In the first, criteria always fit the query, and nothing says which of the two an analysis must read. So a third of
+    the steps of each further round draw criteria at random, which all else follows; the others show the disease.
+    """
+    parts: list[tuple[testbed_judges.JudgeKind, int, float]] = [(wanted.judge, wanted.steps, 0.5)]
+    if before:
+        further = max(2, wanted.steps // 4)
+        reading = max(1, further // 3)
+        parts = [("criteria", reading, 0.0), (wanted.judge, further - reading, 0.0)]
+    total, done = sum(steps for _, steps, _ in parts), 0
+    for place, (judge, steps, able_share) in enumerate(parts):
+
+        def show(step: int, loss: float, done: int = done) -> None:
+            if progress is not None:
+                progress(done + step, total, loss)
+
+        testbed_judges.warm_start(
+            _CompletionLoss(model),
+            tokenizer,
+            judge=judge,
+            steps=steps,
+            batch_size=wanted.batch_size,
+            seed=wanted.seed + _SEEDS_APART * (2 * before + place),
+            able_share=able_share,
+            learning_rate=wanted.learning_rate,
+            gain_rate=1.0,
+            autocast=_computes_bfloat16(model.device),
+            progress=show,
+        )
+        done += steps
 
 
 class _CompletionLoss(nn.Module):
