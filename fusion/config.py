@@ -88,6 +88,7 @@ class RewardConfig:
     leak_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        check_nodes(self.nodes, least=1)
         check_settings("", vars(self), RewardConfig)
         if not self.links:
             raise ValueError("links is empty; expected at least one, such as {'X->Y': 1.0}")
@@ -103,7 +104,6 @@ class RewardConfig:
         check_power(self.join, "join")
         if self.donors < 1:
             raise ValueError(f"donors is {self.donors}; expected an integer >= 1")
-        check_nodes(self.nodes, least=1)
         check_rank(self.rank, self.energy)
         if self.score in ("phi_retained", "influence_retained") and not self.counterfactuals:
             raise ValueError(

@@ -18,10 +18,9 @@ from cepo.train.prompts import judge_prompt, reasoning_prompt
 from cepo.train.rows import (
     PAIR,
     TIE,
-    given,
+    check_kept,
     is_storable,
     read_dialogue,
-    read_flag,
     read_id,
     read_pair,
     read_text,
@@ -145,8 +144,7 @@ def load_reasoning(
 def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: bool = False) -> Row:
     """Return a row of `load_preferences`; ValueError with the reason where a row has no pair of responses, holds a tie
     that nobody asked for, or is one that `cepo augment` did not keep."""
-    if not read_flag(row, "kept", default=True):
-        raise ValueError(f"not kept: {given(row, 'reason') or 'no reason given'}")
+    check_kept(row)
     query, chosen, rejected = read_pair(row, names)
     tie = read_tie(row, ties=ties)
     if chosen == rejected:

@@ -129,6 +129,12 @@ def read_flag(row: Row, column: str, *, default: bool) -> bool:
     return _FLAGS[str(value).lower()]
 
 
+def check_kept(row: Row) -> None:
+    """Raise ValueError, with its reason, for a row that `cepo augment` made and did not keep."""
+    if not read_flag(row, "kept", default=True):
+        raise ValueError(f"not kept: {given(row, 'reason') or 'no reason given'}")
+
+
 def read_judgement(row: Row, *, ties: bool = False) -> tuple[list[dict[str, str]], str]:
     """Return the prompt that a row's own judgement answered, and the judgement.
 

@@ -24,7 +24,7 @@ from cepo.jacobian.loading import model_fingerprint, resolve_model
 from cepo.train.policy import TESTBED
 from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import generate_sources
-from cepo.train.rows import given, read_flag, read_id, read_pair, read_tie
+from cepo.train.rows import check_kept, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows
 
 Progress = Callable[[int, int, str], None]
@@ -93,8 +93,7 @@ def _read(job: AugmentJob) -> tuple[list[Source], list[BrokenLine]]:
     seen: Counter[str] = Counter()
 
     def convert(row: Row, _: str) -> Source:
-        if not read_flag(row, "kept", default=True):
-            raise ValueError(f"not kept: {given(row, 'reason')}")
+        check_kept(row)
         if read_tie(row, ties=True):
             raise ValueError("is a tie; expected a preference, of which pairs are made")
         texts = read_pair(row)

@@ -9,7 +9,7 @@ import numpy as np
 from cepo.counterfactual.text.mechanical import show, shows
 from cepo.files import BrokenLine, Row, content_hash
 from cepo.train.reward_testbed import WORDS, generate_sources
-from cepo.train.rows import given, read_flag, read_id, read_pair, read_tie
+from cepo.train.rows import check_kept, given, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows
 
 CLEAN, UNCHECKED = "clean", "unchecked"
@@ -85,8 +85,7 @@ def read_edits(
 
 def read_edit(row: Row, place: str) -> Edit:
     """Return the edit of a row that stands at `place`; ValueError with the reason why there is none."""
-    if not read_flag(row, "kept", default=True):
-        raise ValueError(f"not kept: {given(row, 'reason')}")
+    check_kept(row)
     attribute, words = given(row, "attribute"), given(row, "attribute_words")
     if read_tie(row, ties=True):
         raise ValueError("is a tie: neither response is better")

@@ -26,7 +26,7 @@ def test_an_edit_changes_the_causes_word_and_nothing_else() -> None:
         old, new = pair.rejected.split(), pair.chosen.split()
         assert [(a, b) for a, b in zip(old, new, strict=True) if a != b] == [WORDS[source.cause][::-1]]
         assert pair.attribute == source.cause
-        assert read_edit(pair.row()).words == pair.attribute_words == WORDS[source.cause]
+        assert read_edit(pair.row(), "line 1").words == pair.attribute_words == WORDS[source.cause]
         assert (pair.direction == "down") == (pair.chosen == source.chosen)
         assert not pair.tie
 

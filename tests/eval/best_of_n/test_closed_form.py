@@ -93,4 +93,4 @@ def test_what_a_reward_model_cannot_do_is_said(
     assert run_cepo(monkeypatch, *common, "--reward-model", str(pairwise)) == 2
     assert "which compares two responses" in capsys.readouterr().err
     assert run_cepo(monkeypatch, *common, "--reward-model", str(pairwise), "--draws", "3") == 2
-    assert "draws is 3; a reward model's best of N is exact" in capsys.readouterr().err
+    assert "--draws cannot be used with --reward-model, which is exact" in capsys.readouterr().err

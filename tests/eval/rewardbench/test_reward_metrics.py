@@ -164,8 +164,8 @@ def test_the_command_judges_and_refuses_what_belongs_to_other_judges(
     assert "longer response wins" in said.out
     assert "1 prompt(s) could not be judged: too long" in said.err
     for options, complaint in (
-        ((), "give either --model or --reward-model"),
-        (("--reward-model", str(folder), "--model", "smollm2"), "give either --model or --reward-model"),
+        ((), "Give either --model or --reward-model"),
+        (("--reward-model", str(folder), "--model", "smollm2"), "Give either --model or --reward-model"),
         (("--reward-model", str(folder), "--temperature", "0", "--raw"), "--raw, --temperature cannot be used with"),
         (("--reward-model", "smollm2"), "a causal language model without reward_model.json"),
         (("--reward-model", str(folder), "--batch-size", "0"), "--batch-size is 0"),
