@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,14 @@ def load_weights(
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     once = _gguf_read_once() if source.gguf_file else contextlib.nullcontext()
     with loading("model", source), once:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
         )
+        check_weights_are_whole(found)
     if source.gguf_file:
         # The weights are dequantised on loading. With these marks left, trainers and save_pretrained would refuse them.
         for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
@@ -230,6 +235,20 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     if isinstance(end, int) and tokenizer.eos_token_id != end:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
+
+
+def check_weights_are_whole(found: Mapping[str, Any]) -> None:
+    """Raise ValueError where files lacked weights, which transformers draws at random with a warning.
+
+    Args:
+        found: what `from_pretrained` returns beside the model with `output_loading_info`.
+    """
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"its files lack {len(missing)} of the weights that its config asks for, such as {missing[0]}; they may be "
+            "of another kind of model, or of another config"
+        )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cepo.jacobian.loading import ModelSource, load_adapter, load_model, load_tokenizer, loading, read_config
+from cepo.jacobian.loading import (
+    ModelSource,
+    check_weights_are_whole,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    loading,
+    read_config,
+)
 
 Form = Literal["bradley-terry", "pairwise"]
 FORMS: tuple[Form, ...] = ("bradley-terry", "pairwise")
@@ -229,9 +237,13 @@ def _load_classifier(source: ModelSource, dtype: str, trust_remote_code: bool) -
     from transformers import AutoModelForSequenceClassification
 
     with loading("reward model", source):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source.location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            source.location,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+        check_weights_are_whole(found)
     model.name_or_path = source.name
     return model, load_tokenizer(source, trust_remote_code=trust_remote_code)
 

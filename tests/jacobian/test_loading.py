@@ -199,6 +199,9 @@ def test_damaged_models_are_refused_by_path_with_a_way_out(base: Path, tmp_path:
     weights.write_bytes(content)
     (base / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
     refused(base, "check that its files are whole and belong together.*config.json")
+    more = config["num_hidden_layers"] + 1
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": more, "layer_types": None}))
+    refused(base, "its files lack 9 of the weights that its config asks for, such as model.layers")
     (base / "config.json").write_text("[")
     refused(base, "cannot be read", embedding_width)
     (base / "tokenizer.json").write_text("{}")
