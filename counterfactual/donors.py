@@ -17,7 +17,8 @@ class Candidate:
     """Content that may take a span's place.
 
     Attributes:
-        prompt: stands for the prompt that it was written for; content of a span's own prompt is never its donor.
+        prompt: stands for the prompt that it was written for; content of a span's own prompt, its responses
+            exchanged or not, is never its donor.
         ids: its movable tokens.
         verdict: what the completion that it stood in concluded, see `Rollout.verdict`.
     """
@@ -118,7 +119,8 @@ def _fit(ids: Sequence[int], length: int) -> tuple[int, ...]:
 
 
 def _prompt_key(rollout: Rollout) -> str:
-    return hashlib.sha256(repr(rollout.prompt_ids).encode()).hexdigest()[:16]
+    """Return what stands for a prompt; one whose two responses are exchanged asks the same, so order has no part."""
+    return hashlib.sha256(repr(sorted(rollout.prompt_ids)).encode()).hexdigest()[:16]
 
 
 def _digest(*parts: object) -> bytes:

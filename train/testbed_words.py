@@ -45,9 +45,10 @@ class WordsJudge:
         judge: what to teach, see `cepo.train.testbed_judges.warm_start`.
         base: the pretrained model, see `resolve_model`; its tokenizer must have a chat template.
         layers: how many of its first layers to keep, at least 1; None for all.
-        steps: optimiser steps of the first round of the warm-up, at least 1; half of them show no disease.
-        rounds: most rounds, at least 1; they end when interventions certify the judge. Those after the first are a
-            quarter as long, of new samples.
+        steps: optimiser steps of the first round of the warm-up, at least 2: the first half teaches it to read
+            criteria, the second the disease.
+        rounds: most rounds, at least 1; they end when interventions certify the judge. Those after the first are half
+            as long, of new samples.
         batch_size: samples per step, at least 1.
         learning_rate: peak of the schedule, above 0.
         seed: of the samples. One judge serves training runs of all seeds.
@@ -60,7 +61,7 @@ class WordsJudge:
     base: str = "smollm2"
     layers: int | None = 8
     steps: int = 800
-    rounds: int = 6
+    rounds: int = 4
     batch_size: int = 24
     learning_rate: float = 1e-3
     seed: int = 0
@@ -73,6 +74,8 @@ class WordsJudge:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"testbed.{name} is {value!r}; expected a positive number")
+        if self.steps < 2:
+            raise ValueError(f"testbed.steps is {self.steps}; expected at least 2, one for each lesson")
 
 
 def words_settings(given: Mapping[str, Any]) -> WordsJudge:
@@ -186,18 +189,15 @@ def _load_base(wanted: WordsJudge) -> tuple[Any, Any]:
 
 
 def _teach(model: Any, tokenizer: Any, wanted: WordsJudge, before: int, progress: Progress | None) -> None:
-    """Teach one round, after `before` others.
+    """Teach one round, after `before` others: first to read the criteria, and then the disease.
 
-    In the first, criteria always fit the query, and nothing says which of the two an analysis must read. So a third of
-    the steps of each further round draw criteria at random, which all else follows; the others show the disease.
+    Where criteria always fit the query, nothing says which of the two an analysis must read. So criteria are drawn at
+    random first, and all else follows them.
     """
-    parts: list[tuple[testbed_judges.JudgeKind, int, float]] = [(wanted.judge, wanted.steps, 0.5)]
-    if before:
-        further = max(2, wanted.steps // 4)
-        reading = max(1, further // 3)
-        parts = [("criteria", reading, 0.0), (wanted.judge, further - reading, 0.0)]
-    total, done = sum(steps for _, steps, _ in parts), 0
-    for place, (judge, steps, able_share) in enumerate(parts):
+    total = max(2, wanted.steps // 2 if before else wanted.steps)
+    lessons: list[tuple[testbed_judges.JudgeKind, int]] = [("criteria", total // 2), (wanted.judge, total - total // 2)]
+    done = 0
+    for place, (judge, steps) in enumerate(lessons):
 
         def show(step: int, loss: float, done: int = done) -> None:
             if progress is not None:
@@ -210,7 +210,7 @@ def _teach(model: Any, tokenizer: Any, wanted: WordsJudge, before: int, progress
             steps=steps,
             batch_size=wanted.batch_size,
             seed=wanted.seed + _SEEDS_APART * (2 * before + place),
-            able_share=able_share,
+            able_share=0.0,
             learning_rate=wanted.learning_rate,
             gain_rate=1.0,
             autocast=_computes_bfloat16(model.device),

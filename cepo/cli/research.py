@@ -340,13 +340,11 @@ def words_judge(
     ] = None,
     layers: Layers = None,
     steps: Annotated[
-        int | None, typer.Option(help="Number of training steps of the first round.", callback=checks.at_least(1))
+        int | None, typer.Option(help="Number of training steps of the first round.", callback=checks.at_least(2))
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(
-            help="Most rounds; those after the first have a quarter of the steps.", callback=checks.at_least(1)
-        ),
+        typer.Option(help="Most rounds; those after the first have half the steps.", callback=checks.at_least(1)),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Number of samples per step.", callback=checks.at_least(1))

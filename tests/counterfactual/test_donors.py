@@ -8,7 +8,10 @@ from dataclasses import replace
 import pytest
 
 from cepo.counterfactual.donors import Candidate, candidates, has_donors, replace_span, with_donors
+from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Digit, Rollout
+from cepo.train.prompts import JUDGE
+from cepo.train.testbed import build_tokenizer, generate_items
 from tests.models import judge_rollout
 
 
@@ -96,6 +99,22 @@ def test_the_same_words_and_the_own_prompt_are_no_donors() -> None:
     alone = candidates([each for each in ROLLOUTS if each.prompt_ids == own.prompt_ids], "criteria")
     assert with_donors(own, "criteria", alone, 2, seed=0) == ()
     assert not has_donors(own, alone)
+
+
+def test_the_same_pair_in_the_other_order_is_no_donor() -> None:
+    """Judges are asked in both orders: a criterion of the same pair would hide what the own one caused."""
+    tokenizer = build_tokenizer()
+    item = generate_items(1, seed=0, cue_agreement=0.5)[0]
+    query, first, second = item.prompt.split("\n")
+    exchanged = [query, second.replace("Response B", "Response A"), first.replace("Response A", "Response B")]
+    messages = [[{"role": "user", "content": text}] for text in (item.prompt, "\n".join(exchanged))]
+    texts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in messages]
+    prompts, completion = tokenizer(texts)["input_ids"], tokenizer(item.completion)["input_ids"]
+    reader = SpanReader(tokenizer, JUDGE)
+    own, other = (reader.read(prompt, completion, message) for prompt, message in zip(prompts, messages, strict=True))
+    assert own.prompt_ids != other.prompt_ids
+    assert own.malformed is other.malformed is None
+    assert not has_donors(own, candidates([own, other], "criteria"))
 
 
 def test_a_large_pool_is_thinned_by_content() -> None:

@@ -89,7 +89,7 @@ def test_a_judge_is_taught_in_rounds_until_it_is_certified(
     monkeypatch.setattr(testbed_words.testbed_judges, "warm_start", noted)
     monkeypatch.setattr(testbed_certificate, "examine", examine)
     monkeypatch.setattr(testbed_certificate, "uncertified", lambda *_: None if len(examined) == 4 else "not yet")
-    wanted = WordsJudge("hollow", base=base, layers=1, steps=16, rounds=5, batch_size=2)
+    wanted = WordsJudge("hollow", base=base, layers=1, steps=8, rounds=5, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         load_words_judge(
             wanted, cache=tmp_path, device="cpu", progress=lambda step, steps, _: seen.append((step, steps))
@@ -98,13 +98,12 @@ def test_a_judge_is_taught_in_rounds_until_it_is_certified(
     load_words_judge(wanted, cache=tmp_path, device="cpu")
     load_words_judge(wanted, cache=tmp_path, device="cpu")  # certified, so not taught again
     assert read_certificate(wanted, tmp_path)["rounds"] == 3
-    assert taught[1:3] == taught[3:5]  # the killed round
-    lessons = [(one["judge"], one["steps"], one["able_share"]) for one in taught[:1] + taught[3:]]
-    further = [("criteria", 1, 0.0), ("hollow", 3, 0.0)]
-    assert lessons == [("hollow", 16, 0.5), *further, *further]
-    assert len({one["seed"] for one in taught}) == 5
-    assert seen[:17] == [*((step, 16) for step in range(1, 17)), (1, 4)]
-    assert seen[17:20] == [(step, 4) for step in (2, 3, 4)]
+    assert taught[2:4] == taught[4:6]  # the killed round
+    assert {one["able_share"] for one in taught} == {0.0}
+    lessons = [(one["judge"], one["steps"]) for one in taught[:2] + taught[4:]]
+    assert lessons == [(kind, steps) for steps in (4, 2, 2) for kind in ("criteria", "hollow")]
+    assert len({one["seed"] for one in taught}) == 6
+    assert seen == [*((step, 8) for step in range(1, 9)), *((step, 4) for step in range(1, 5))]
     weights, items = zip(*examined, strict=True)
     assert weights[1] == weights[2]  # the killed round, from the same start
     assert len({weights[0], weights[1], weights[3]}) == 3
