@@ -112,7 +112,9 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
     make_folder(output)
     console = Console(file=sys.stderr)  # the stream that the libraries lose below
     console.quiet = rank != 0
-    with _printed_to(output / (_LOG if rank == 0 else f"log-{rank}.txt")):
+    told = output / (_LOG if rank == 0 else f"log-{rank}.txt")
+    console.print(f"starting; what the libraries print goes to {told}", highlight=False, soft_wrap=True)
+    with _printed_to(told):
         with _naming_lora():
             trainer = build()
         if checkpoint is not None:

@@ -107,9 +107,10 @@ def read_input(path: Path, *, ties: bool = False) -> tuple[list[Line], list[Brok
     if first is None:
         raise ValueError(f"input {str(path)!r} has no usable row; {broken[0][1]}")
     if lacks_columns:
+        columns = [str(name) + (" (empty)" if given(first, name) is None else "") for name in sorted(first)]
         raise ValueError(
             f"input {str(path)!r} lacks the column {_missing(first)}; expected rows with {FORMS}. Its first row has "
-            f"{', '.join(sorted(map(str, first))) or 'no columns'}"
+            f"{', '.join(columns) or 'no columns'}"
         )
     return lines, broken
 

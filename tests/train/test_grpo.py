@@ -88,6 +88,7 @@ def test_killed_and_started_again_ends_with_the_same_weights(
         capfd.readouterr()
         train(load_config(config, {"output": str(output)}))
         told = capfd.readouterr().err
+        assert f"goes to {output / 'log.txt'}" in told  # before the first step, which may take minutes
         assert "causal reward" in told  # the progress bar
         assert "'rewards/causal/mean'" not in told
         assert "'rewards/causal/mean'" in (output / "log.txt").read_text()

@@ -596,7 +596,12 @@ def test_matrices_are_taken_over_only_with_the_settings_and_the_row_that_made_th
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [("", "is empty"), ("{broken\n", "no usable row"), ('{"question": "x"}\n', "lacks the column prompt")],
+    [
+        ("", "is empty"),
+        ("{broken\n", "no usable row"),
+        ('{"prompt": "x", "completion": null}\n', "has completion (empty), prompt"),
+        ('{"question": "x"}\n', "lacks the column prompt"),
+    ],
 )
 def test_unusable_input_is_refused(content: str, complaint: str, judge: Path, tmp_path: Path, cepo: Cepo) -> None:
     source = tmp_path / "in.jsonl"
