@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,6 @@ def load_weights(
     Raises:
         ValueError: if the weights cannot be loaded, with the reason.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     if source.base is not None:
@@ -130,21 +129,12 @@ def load_weights(
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     once = _gguf_read_once() if source.gguf_file else contextlib.nullcontext()
     with loading("model", source), once:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-        check_weights_are_whole(found)
+        model = read_weights(AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if source.gguf_file:
         # The weights are dequantised on loading. With these marks left, trainers and save_pretrained would refuse them.
         for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
             model.__dict__.pop(mark, None)
         model.config.__dict__.pop("quantization_config", None)
-    # An adapter saved later names its base by this.
-    model.name_or_path = source.name
     return model.to(device).eval()
 
 
@@ -237,18 +227,30 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     return tokenizer
 
 
-def check_weights_are_whole(found: Mapping[str, Any]) -> None:
-    """Raise ValueError where files lacked weights, which transformers draws at random with a warning.
+def read_weights(auto: Any, source: ModelSource, *, dtype: str, trust_remote_code: bool, **options: Any) -> Any:
+    """Return the model that one of transformers' auto classes reads from a source that is no adapter.
 
-    Args:
-        found: what `from_pretrained` returns beside the model with `output_loading_info`.
+    Raises:
+        ValueError: where its files lack weights, which transformers would draw at random with a warning; whatever else
+            it raises, so call it inside `loading`.
     """
+    import torch
+
+    model, found = auto.from_pretrained(
+        source.location,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(
             f"its files lack {len(missing)} of the weights that its config asks for, such as {missing[0]}; they may be "
             "of another kind of model, or of another config"
         )
+    model.name_or_path = source.name  # an adapter saved later names its base by this
+    return model
 
 
 @contextlib.contextmanager

@@ -23,12 +23,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cepo.jacobian.loading import (
     ModelSource,
-    check_weights_are_whole,
     load_adapter,
     load_model,
     load_tokenizer,
     loading,
     read_config,
+    read_weights,
 )
 
 Form = Literal["bradley-terry", "pairwise"]
@@ -237,14 +237,9 @@ def _load_classifier(source: ModelSource, dtype: str, trust_remote_code: bool) -
     from transformers import AutoModelForSequenceClassification
 
     with loading("reward model", source):
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            source.location,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+        model = read_weights(
+            AutoModelForSequenceClassification, source, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        check_weights_are_whole(found)
-    model.name_or_path = source.name
     return model, load_tokenizer(source, trust_remote_code=trust_remote_code)
 
 
