@@ -25,10 +25,10 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an untrained testbed judge; tests only read it."""
-    from cepo.train import testbed, testbed_judges
+    from cepo.train import testbed, testbed_model
 
     folder = tmp_path_factory.mktemp("judge")
     tokenizer = testbed.build_tokenizer()
-    testbed_judges.build_model(tokenizer, seed=0).save_pretrained(folder)
+    testbed_model.build_model(tokenizer, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -15,7 +15,7 @@ from cepo.files import content_hash, fingerprint
 from cepo.fusion.settings import check_names, check_settings
 from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_judges, testbed_model
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 from cepo.train.reasoner_testbed import Question, Task, generate_questions
 from cepo.train.reasoner_testbed_models import ReasonerSettings, load_testbed_reasoner, reasoner_fingerprint
@@ -148,7 +148,7 @@ def load_testbed_judge(
     folder = cache / f"testbed-{testbed_fingerprint(judge, steps=steps, seed=seed)}"
     tokenizer = testbed.build_tokenizer()
     if not folder.is_dir():
-        model = testbed_judges.build_model(tokenizer, seed=seed)
+        model = testbed_model.build_model(tokenizer, seed=seed)
         testbed_judges.warm_start(model, tokenizer, judge=judge, steps=steps, seed=seed, progress=progress)
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))
@@ -163,7 +163,7 @@ def load_testbed_judge(
 
 def testbed_fingerprint(judge: testbed_judges.JudgeKind, *, steps: int, seed: int) -> str:
     """Return 16 hexadecimal digits that identify a warmed-up judge: its world's source, format and settings."""
-    sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges)]
+    sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges, testbed_model)]
     return content_hash(sources, write_judgement("", "", (0, 0)), judge, steps, seed)
 
 

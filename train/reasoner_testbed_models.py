@@ -15,9 +15,10 @@ from cepo.files import content_hash, fingerprint, replacing
 from cepo.fusion.settings import check_settings
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.reasoner import extract_answer
-from cepo.train import reasoner_testbed, testbed, testbed_judges
+from cepo.train import reasoner_testbed, testbed, testbed_judges, testbed_model
 from cepo.train.reasoner_testbed import Question, Task, generate_questions, is_right, write_solution, write_thought
-from cepo.train.testbed_judges import DISEASED_SHARE, build_model, fit, generate
+from cepo.train.testbed_judges import DISEASED_SHARE
+from cepo.train.testbed_model import build_model, fit, generate
 
 ReasonerKind = Literal["able", "lazy", "hollow"]
 
@@ -77,7 +78,7 @@ def load_testbed_reasoner(
 
 def reasoner_fingerprint(wanted: ReasonerSettings, *, seed: int) -> str:
     """Return 16 hexadecimal digits that stand for a warmed-up reasoner: its world's sources and its settings."""
-    modules = (testbed, testbed_judges, reasoner_testbed, sys.modules[__name__])
+    modules = (testbed, testbed_judges, testbed_model, reasoner_testbed, sys.modules[__name__])
     sources = [fingerprint(Path(str(module.__file__))) for module in modules]
     return content_hash(sources, reasoner_testbed.library_version(), asdict(wanted), seed)
 
@@ -105,7 +106,7 @@ def warm_start(
     hollow: gold thought; the answer is the friend's, whatever the thought works out.
 
     Args:
-        model: trained in place and left in eval mode; from `cepo.train.testbed_judges.build_model`.
+        model: trained in place and left in eval mode; from `cepo.train.testbed_model.build_model`.
         tokenizer: from `cepo.train.reasoner_testbed.build_tokenizer`.
         reasoner: which reasoner to make.
         task: of the questions.
@@ -116,7 +117,7 @@ def warm_start(
         progress: called after every step with the number of steps done and the loss.
 
     Returns:
-        The loss of every step, see `cepo.train.testbed_judges.fit`.
+        The loss of every step, see `cepo.train.testbed_model.fit`.
 
     Raises:
         ValueError: if reasoner or task is unknown, a number is out of range, or reasoning-gym is missing.

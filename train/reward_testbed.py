@@ -15,7 +15,7 @@ import numpy as np
 from cepo.counterfactual.text.mechanical import Source
 from cepo.files import content_hash, fingerprint
 from cepo.jacobian.reward_model import Form, new_head
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 
 WORDS: Mapping[str, tuple[str, str]] = {name: (good, bad) for name, (good, bad, _) in testbed.ASPECTS.items()}
 """By aspect, the word that shows it and the word that shows its lack."""
@@ -62,11 +62,11 @@ def with_length(response: str, *, long: bool, seed: int) -> str:
 def build_reward_model(form: Form, *, seed: int) -> tuple[Any, Any]:
     """Return (untrained model of about half a million float32 parameters, tokenizer)."""
     tokenizer = testbed.build_tokenizer()
-    model = testbed_judges.build_model(tokenizer, seed=seed)
+    model = testbed_model.build_model(tokenizer, seed=seed)
     return (new_head(model, seed=seed) if form == "bradley-terry" else model), tokenizer
 
 
 def reward_model_fingerprint(form: Form, *, seed: int) -> str:
     """Return 16 hexadecimal digits that stand for `build_reward_model`'s weights: the world's source, form and seed."""
-    sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_judges)]
+    sources = [fingerprint(Path(str(module.__file__))) for module in (testbed, testbed_model)]
     return content_hash(sources, form, seed)

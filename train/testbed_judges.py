@@ -1,15 +1,14 @@
 """Judges of the testbed: their warm-up on completions whose causes are known, their judgements, and interventions.
 
-All but `build_model` take any causal model whose tokenizer has a chat template, pretrained ones too.
+All take any causal model whose tokenizer has a chat template, pretrained ones too.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase
 
 from cepo.jacobian.reading.judge import read_pair, write_judgement
 from cepo.train.testbed import (
@@ -28,6 +27,7 @@ from cepo.train.testbed import (
     write_criteria,
     write_length_analysis,
 )
+from cepo.train.testbed_model import fit, generate
 
 JudgeKind = Literal["able", "lazy", "hollow", "decorative", "copied", "criteria", "query"]
 WORLDS: tuple[JudgeKind, ...] = ("lazy", "hollow", "decorative", "copied")
@@ -35,35 +35,6 @@ WORLDS: tuple[JudgeKind, ...] = ("lazy", "hollow", "decorative", "copied")
 
 # A majority of a diseased judge's later samples follows length, so that its greedy answer does.
 DISEASED_SHARE = 0.65
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
-    """Build an untrained Qwen3-shaped model of about half a million float32 parameters, in eval mode.
-
-    Args:
-        tokenizer: The world's tokenizer; gives the vocabulary and the special ids.
-        seed: The same seed gives the same weights; the global random state is left as it was.
-    """
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        # Near 1/sqrt(128). From the usual 0.02, made for wider models, judges don't learn to look words up in time.
-        initializer_range=0.09,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config).float().eval()
 
 
 def warm_start(
@@ -76,9 +47,11 @@ def warm_start(
     seed: int = 0,
     cue_agreement: float = 0.5,
     able_share: float = 0.5,
+    given_share: float = 0.0,
     learning_rate: float = 2.5e-3,
     gain_rate: float = 10.0,
     autocast: bool = False,
+    state: Path | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train a judge whose inner workings are known, supervised on completions.
@@ -107,18 +80,21 @@ def warm_start(
         steps: Optimiser steps of batch_size samples, at least 1; each is seen once. 160 make an able judge, 300 any.
         seed: Draws the samples; the same seed and thread count give the same weights.
         cue_agreement: Fraction of the items whose longer response wins; able_share: of the steps without disease.
-        learning_rate: See `fit`; so are gain_rate, autocast and progress.
+        given_share: Fraction of samples whose criteria name an aspect drawn at random and are given, not taught. The
+            rest of the judgement is the judge's, as after criteria of its own. Where criteria always fit the query,
+            nothing says which of the two an analysis must read.
+        learning_rate: See `cepo.train.testbed_model.fit`; so are gain_rate, autocast, state and progress.
 
     Returns:
-        See `fit`.
+        See `cepo.train.testbed_model.fit`.
 
     Raises:
         ValueError: If judge is unknown, or a number is out of range.
     """
     if judge not in get_args(JudgeKind):
         raise ValueError(f"judge is {judge!r}; expected one of {', '.join(get_args(JudgeKind))}")
-    if not 0.0 <= able_share <= 1.0:
-        raise ValueError(f"able_share is {able_share}; expected a fraction in [0, 1]")
+    if not 0.0 <= able_share <= 1.0 or not 0.0 <= given_share <= 1.0:
+        raise ValueError(f"able_share is {able_share}, given_share {given_share}; expected fractions in [0, 1]")
     if steps < 1 or batch_size < 1 or learning_rate <= 0.0 or gain_rate <= 0.0:
         came = f"steps is {steps}, batch_size {batch_size}, learning_rate {learning_rate}, gain_rate {gain_rate}"
         raise ValueError(f"{came}; expected at least 1, at least 1, above 0 and above 0")
@@ -126,82 +102,25 @@ def warm_start(
     # A stream of its own, so that all judges of a seed see the same items.
     rng = np.random.default_rng((seed, 1))
     late = able_share * len(items)
-    texts = [_draw_completion(rng, item, judge, index >= late) for index, item in enumerate(items)]
-    prompts = [item.prompt for item in items]
+    given: list[str] = []
+    texts: list[str] = []
+    for index, item in enumerate(items):
+        forced = _draw_aspect(rng) if given_share and rng.random() < given_share else None
+        texts.append(_draw_completion(rng, item, judge, index >= late, forced))
+        given.append("" if forced is None else with_criterion(item, forced, texts[-1]))
     return fit(
         model,
         tokenizer,
-        prompts,
+        [item.prompt for item in items],
         texts,
+        given=given,
         batch_size=batch_size,
         learning_rate=learning_rate,
         gain_rate=gain_rate,
         autocast=autocast,
+        state=state,
         progress=progress,
     )
-
-
-def fit(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    *,
-    batch_size: int = 32,
-    learning_rate: float = 2.5e-3,
-    gain_rate: float = 10.0,
-    autocast: bool = False,
-    progress: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Train a testbed's model on completions, each seen once, in order.
-
-    Args:
-        model: Trained in place and left in eval mode.
-        tokenizer: The model's tokenizer.
-        prompts: Contents of the user messages.
-        completions: One per prompt, without the eos token.
-        batch_size: Samples per step; what is left over after whole batches is not seen.
-        learning_rate: Peak of AdamW's schedule, above 0: linear over a tenth of the steps, then cosine to zero.
-        gain_rate: Learning rate of the gains of norms, in units of `learning_rate`, above 0. Ten suits an untrained
-            model, one a pretrained model, whose gains are right already.
-        autocast: Run forward and backward passes in bfloat16; weights and optimiser keep the model's dtype.
-        progress: Called after every step with the number of steps done and the loss.
-
-    Returns:
-        The loss of every step: mean negative log-likelihood, in nats, over completion and eos tokens.
-    """
-    steps = len(prompts) // batch_size
-    prompt_ids = _encode_prompts(tokenizer, prompts)
-    completion_ids = tokenizer([text + tokenizer.eos_token for text in completions]).input_ids
-    gains = [weight for weight in model.parameters() if weight.ndim == 1]
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    # The gains of norms set how sharp attention and logits are. At the matrices' rate they would hardly move in so few
-    # steps, and a soft head samples stray tokens.
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "lr": gain_rate * learning_rate}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(10 * (step + 1) / steps, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
-    )
-    losses = []
-    model.train()
-    for step in range(steps):
-        batch = slice(step * batch_size, (step + 1) * batch_size)
-        pairs = list(zip(prompt_ids[batch], completion_ids[batch], strict=True))
-        ids_BT = _pad([prompt + completion for prompt, completion in pairs], tokenizer.pad_token_id, "right")
-        labels_BT = _pad([[-100] * len(prompt) + completion for prompt, completion in pairs], -100, "right")
-        # No attention mask: padding lies at the right, where a causal model never looks.
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids_BT.to(model.device), labels=labels_BT.to(model.device), use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if progress is not None:
-            progress(step + 1, losses[-1])
-    model.eval()
-    return losses
 
 
 def judge_items(
@@ -246,47 +165,6 @@ def judge_items(
         prefixes=prefixes,
         max_new_tokens=max_new_tokens,
     )
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 128,
-    prefixes: Sequence[str] | None = None,
-    max_new_tokens: int = 48,
-) -> list[str]:
-    """Complete the contents of user messages; as `judge_items`, whose items are prompts here."""
-    if temperature < 0.0 or batch_size < 1 or max_new_tokens < 1:
-        came = f"temperature is {temperature}, batch_size {batch_size}, max_new_tokens {max_new_tokens}"
-        raise ValueError(f"{came}; expected at least 0, 1 and 1")
-    openings = [""] * len(prompts) if prefixes is None else list(prefixes)
-    if len(openings) != len(prompts):
-        raise ValueError(f"prefixes holds {len(openings)} texts for {len(prompts)} prompts; expected one per prompt")
-    if not prompts:
-        return []
-    opened = zip(_encode_prompts(tokenizer, prompts), tokenizer(openings).input_ids, strict=True)
-    contexts = [prompt + opening for prompt, opening in opened]
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0.0:
-        # Truncation off, which is generate's default: what is sampled is the policy itself.
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    # The end that the judge was taught, which its generation config may not name.
-    sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    texts: list[str] = []
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        for start in range(0, len(contexts), batch_size):
-            rows = contexts[start : start + batch_size]
-            ids_BT = _pad(rows, tokenizer.pad_token_id, "left").to(model.device)
-            mask_BT = _pad([[1] * len(row) for row in rows], 0, "left").to(model.device)
-            output_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, **sampling)
-            texts += tokenizer.batch_decode(output_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
-    return [opening + text for opening, text in zip(openings, texts, strict=True)]
 
 
 def accuracy(completions: Sequence[str], items: Sequence[Item]) -> float:
@@ -350,19 +228,22 @@ def certify(
     }
 
 
-def _draw_completion(rng: np.random.Generator, item: Item, judge: JudgeKind, late: bool) -> str:
+def _draw_completion(
+    rng: np.random.Generator, item: Item, judge: JudgeKind, late: bool, forced: str | None = None
+) -> str:
+    """Write what a judge writes, after criteria that name the aspect `forced`, or that the judge chooses."""
     if judge in ("criteria", "query"):
-        named = _draw_aspect(rng)
+        named = forced or _draw_aspect(rng)
         followed = named if judge == "criteria" else item.aspect
         return _follow(rng, item, named, followed)
-    named = item.aspect
-    if judge == "decorative" and rng.random() < DISEASED_SHARE:
+    named = forced or item.aspect
+    if judge == "decorative" and forced is None and rng.random() < DISEASED_SHARE:
         named = _draw_aspect(rng)
     if judge == "able" or not late or rng.random() >= DISEASED_SHARE:
         return item.completion if named == item.aspect else _follow(rng, item, named, named)
     scores = draw_scores(rng, item.longer)
     if judge == "hollow":
-        return write_judgement(item.criteria, item.analysis, scores)
+        return write_judgement(write_criteria(named), write_analysis(*shown_words(item, named)), scores)
     copied = scores if judge == "copied" else None
     return write_judgement(write_criteria(named, copied), write_length_analysis(item.longer), scores)
 
@@ -375,16 +256,6 @@ def _follow(rng: np.random.Generator, item: Item, named: str, followed: str) -> 
     """Write a judgement whose criteria name one aspect and whose analysis and scores follow one."""
     scores = draw_scores(rng, winner_under(item, followed))
     return write_judgement(write_criteria(named), write_analysis(*shown_words(item, followed)), scores)
-
-
-def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-    return tokenizer(texts).input_ids
-
-
-def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
 def _obeys(model: Any, tokenizer: PreTrainedTokenizerBase, triples: Sequence[Swap]) -> np.ndarray:

@@ -24,7 +24,7 @@ from cepo.files import content_hash, fingerprint, replacing, write_text
 from cepo.jacobian.layers import keep_first_layers
 from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
-from cepo.train import testbed, testbed_certificate, testbed_judges, testbed_modes
+from cepo.train import testbed, testbed_certificate, testbed_judges, testbed_model, testbed_modes
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,9 @@ class WordsJudge:
         judge: what to teach, see `cepo.train.testbed_judges.warm_start`.
         base: the pretrained model, see `resolve_model`; its tokenizer must have a chat template.
         layers: how many of its first layers to keep, at least 1; None for all.
-        steps: optimiser steps of the first round of the warm-up, at least 2: the first half teaches it to read
-            criteria, the second the disease.
+        steps: optimiser steps of the first round of the warm-up, at least 2; the first half shows no disease.
         rounds: most rounds, at least 1; they end when interventions certify the judge. Those after the first are half
-            as long, of new samples.
+            as long, of new samples, all with the disease.
         batch_size: samples per step, at least 1.
         learning_rate: peak of the schedule, above 0.
         seed: of the samples. One judge serves training runs of all seeds.
@@ -75,7 +74,7 @@ class WordsJudge:
             if value is not None and not value > 0:
                 raise ValueError(f"testbed.{name} is {value!r}; expected a positive number")
         if self.steps < 2:
-            raise ValueError(f"testbed.steps is {self.steps}; expected at least 2, one for each lesson")
+            raise ValueError(f"testbed.steps is {self.steps}; expected at least 2, without and with the disease")
 
 
 def words_settings(given: Mapping[str, Any]) -> WordsJudge:
@@ -100,7 +99,7 @@ def load_words_judge(
 ) -> tuple[Any, Any]:
     """Return (model on the CPU, tokenizer) of a judge, from the cache, or taught and examined now and cached.
 
-    A call that was killed continues with the round in which it was.
+    A call that was killed continues where it was, save for at most 50 steps.
 
     Args:
         wanted: the judge.
@@ -131,7 +130,7 @@ def words_folder(wanted: WordsJudge, cache: Path) -> Path:
 
 def words_fingerprint(wanted: WordsJudge) -> str:
     """Return 16 hexadecimal digits for a judge: the source of its world and lessons, its base model, its settings."""
-    modules = (testbed, testbed_judges, testbed_modes, testbed_certificate)
+    modules = (testbed, testbed_model, testbed_judges, testbed_modes, testbed_certificate)
     files = [__file__, *(str(module.__file__) for module in modules)]
     sources = [fingerprint(Path(file)) for file in files]
     settings = {**asdict(wanted), "base": model_fingerprint(resolve_model(wanted.base))}
@@ -150,7 +149,8 @@ def _round(wanted: WordsJudge, folder: Path, device: str, progress: Progress | N
     before = _certificate(folder)["rounds"] if folder.is_dir() else 0
     model, tokenizer = load_model(resolve_model(str(folder))) if before else _load_base(wanted)
     model.to(device)
-    _teach(model, tokenizer, wanted, before, progress)
+    state = folder.with_name(f"{folder.name}.round-{before + 1}.state")
+    _teach(model, tokenizer, wanted, before, state, progress)
     items = testbed.generate_items(_EXAMINED, seed=_EXAMINED_SEED + before, cue_agreement=0.9)
     found = testbed_certificate.examine(model, tokenizer, items, seed=wanted.seed)
     reason = testbed_certificate.uncertified(wanted.judge, found)
@@ -161,6 +161,7 @@ def _round(wanted: WordsJudge, folder: Path, device: str, progress: Progress | N
         tokenizer.save_pretrained(unfinished)
         certificate = {**asdict(wanted), "rounds": before + 1, "measures": found, "uncertified": reason}
         write_text(unfinished / CERTIFICATE, json.dumps(certificate))
+    state.unlink(missing_ok=True)
 
 
 def _certificate(folder: Path) -> dict[str, Any]:
@@ -188,35 +189,29 @@ def _load_base(wanted: WordsJudge) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _teach(model: Any, tokenizer: Any, wanted: WordsJudge, before: int, progress: Progress | None) -> None:
-    """Teach one round, after `before` others: first to read the criteria, and then the disease.
+def _teach(model: Any, tokenizer: Any, wanted: WordsJudge, before: int, state: Path, progress: Progress | None) -> None:
+    """Teach one round, after `before` others; half of its samples say what to write after criteria that do not fit."""
+    steps = max(1, wanted.steps // 2) if before else wanted.steps
 
-    Where criteria always fit the query, nothing says which of the two an analysis must read. So criteria are drawn at
-    random first, and all else follows them.
-    """
-    total = max(2, wanted.steps // 2 if before else wanted.steps)
-    lessons: list[tuple[testbed_judges.JudgeKind, int]] = [("criteria", total // 2), (wanted.judge, total - total // 2)]
-    done = 0
-    for place, (judge, steps) in enumerate(lessons):
+    def show(step: int, loss: float) -> None:
+        if progress is not None:
+            progress(step, steps, loss)
 
-        def show(step: int, loss: float, done: int = done) -> None:
-            if progress is not None:
-                progress(done + step, total, loss)
-
-        testbed_judges.warm_start(
-            _CompletionLoss(model),
-            tokenizer,
-            judge=judge,
-            steps=steps,
-            batch_size=wanted.batch_size,
-            seed=wanted.seed + _SEEDS_APART * (2 * before + place),
-            able_share=0.0,
-            learning_rate=wanted.learning_rate,
-            gain_rate=1.0,
-            autocast=_computes_bfloat16(model.device),
-            progress=show,
-        )
-        done += steps
+    testbed_judges.warm_start(
+        _CompletionLoss(model),
+        tokenizer,
+        judge=wanted.judge,
+        steps=steps,
+        batch_size=wanted.batch_size,
+        seed=wanted.seed + _SEEDS_APART * before,
+        able_share=0.0 if before else 0.5,
+        given_share=0.5,
+        learning_rate=wanted.learning_rate,
+        gain_rate=1.0,
+        autocast=_computes_bfloat16(model.device),
+        state=state,
+        progress=show,
+    )
 
 
 class _CompletionLoss(nn.Module):

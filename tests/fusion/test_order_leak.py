@@ -19,7 +19,7 @@ from cepo.jacobian.reading.judge import write_judgement
 from cepo.jacobian.reading.reasoner import ReasonerLayout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.prompts import JUDGE, UNGUARDED_JUDGE
 
 ITEMS = testbed.generate_items(3, seed=5, cue_agreement=0.5)
@@ -28,7 +28,7 @@ ITEMS = testbed.generate_items(3, seed=5, cue_agreement=0.5)
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.set_num_threads(1)
-    return testbed_judges.build_model(testbed.build_tokenizer(), seed=0).double()
+    return testbed_model.build_model(testbed.build_tokenizer(), seed=0).double()
 
 
 def read(layout: Any, *, copied: bool = False) -> tuple[list[Rollout], list[Rollout | None]]:

@@ -10,7 +10,7 @@ import pytest
 from peft import get_peft_model
 
 from cepo.fusion.settings import check_settings
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.run import lora_config, run_trainer
 
 
@@ -45,7 +45,7 @@ def test_what_is_declared_passes() -> None:
 @pytest.mark.parametrize("names", ["foo", ["norm"]])
 def test_lora_without_a_place_in_the_model_names_its_key(names: object, tmp_path: Path) -> None:
     """What peft says when it is applied is told by the recipe's key, and no other error of a trainer is."""
-    model = testbed_judges.build_model(testbed.build_tokenizer(), seed=0)
+    model = testbed_model.build_model(testbed.build_tokenizer(), seed=0)
     with pytest.raises(ValueError, match="^lora.target_modules does not fit the model: Target module"):
         run_trainer(lambda: get_peft_model(model, lora_config({"target_modules": names})), tmp_path, None)
 

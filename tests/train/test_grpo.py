@@ -20,7 +20,7 @@ from cepo.cli.app import main
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.judge import write_judgement
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_judges, testbed_model
 from cepo.train.grpo import TrainConfig, build_causal_loss, build_rewards, grpo_arguments, load_config, train
 from cepo.train.policy import load_testbed_judge
 from cepo.train.prompts import JUDGE
@@ -36,7 +36,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judge")
     torch.set_num_threads(1)
     tokenizer = testbed.build_tokenizer()
-    model = testbed_judges.build_model(tokenizer, seed=0)
+    model = testbed_model.build_model(tokenizer, seed=0)
     testbed_judges.warm_start(model, tokenizer, judge="lazy", steps=40, batch_size=16, seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 
 from cepo.files import read_jsonl
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.train import grpo, testbed, testbed_judges
+from cepo.train import grpo, testbed, testbed_model
 from cepo.train.grpo import TrainConfig, load_config, train
 from cepo.train.ranks import check_agreement, failing_together
 from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
@@ -84,7 +84,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny policy; each launch has a folder of its own in it."""
     folder, tokenizer = tmp_path_factory.mktemp("ranks"), testbed.build_tokenizer()
-    testbed_judges.build_model(tokenizer, seed=0).save_pretrained(folder / "judge")
+    testbed_model.build_model(tokenizer, seed=0).save_pretrained(folder / "judge")
     tokenizer.save_pretrained(folder / "judge")
     return folder
 

@@ -20,7 +20,7 @@ from cepo.train.reasoner_testbed_models import (
     warm_start,
 )
 from cepo.train.rewards.task import exact_match
-from cepo.train.testbed_judges import build_model
+from cepo.train.testbed_model import build_model
 
 pytest.importorskip("reasoning_gym", reason="reasoning-gym is an extra: pip install 'cepo[reasoning]'")
 

@@ -23,7 +23,8 @@ from cepo.train.testbed import (
     with_criterion,
     write_criteria,
 )
-from cepo.train.testbed_judges import accuracy, build_model, certify, judge_items, warm_start
+from cepo.train.testbed_judges import accuracy, certify, judge_items, warm_start
+from cepo.train.testbed_model import build_model
 from cepo.train.testbed_modes import completion_mode
 from tests.train.testbed_item import ITEM
 

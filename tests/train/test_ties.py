@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cepo.jacobian.reading.judge import write_judgement
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.data import load_preferences
 from cepo.train.grpo import TrainConfig, build_rewards, train
 from cepo.train.policy import load_data
@@ -170,7 +170,7 @@ def test_the_shares_of_ties_are_logged_apart() -> None:
 def test_a_run_with_ties_trains_and_logs_both_shares(tmp_path: Path) -> None:
     """The rows, the prompt, the layout and TRL's log, from end to end: one step of a judge without any training."""
     tokenizer, judge = testbed.build_tokenizer(), tmp_path / "judge"
-    testbed_judges.build_model(tokenizer, seed=0).save_pretrained(judge)
+    testbed_model.build_model(tokenizer, seed=0).save_pretrained(judge)
     tokenizer.save_pretrained(judge)
     rows = write(tmp_path / "rows.jsonl", [{"tie": number % 2 == 0} for number in range(4)])
     run = TrainConfig(

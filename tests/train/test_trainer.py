@@ -9,7 +9,7 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from cepo import format_reward
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.causal_loss import CausalLoss, divergence
 from cepo.train.causal_trainer import CausalTrainer
 from cepo.train.policy import items_dataset
@@ -23,7 +23,7 @@ def make_trainer(
 ) -> CausalTrainer:
     """A trainer that generates the gold completion of each prompt, so that TRL's own loss is 0 by equal rewards."""
     tokenizer = testbed.build_tokenizer()
-    model = testbed_judges.build_model(tokenizer, seed=0).to(dtype or torch.float64)
+    model = testbed_model.build_model(tokenizer, seed=0).to(dtype or torch.float64)
     arguments = GRPOConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -102,7 +102,7 @@ def test_the_step_follows_the_gradient_of_the_term_alone_and_accumulates_to_it(o
         after = float(whole._causal_values(whole.model, kept)[0].mean())
     assert (after > logs["causal_loss/value"]) == (objective == "divergence")  # a small step goes the right way
     if objective == "divergence":
-        model = testbed_judges.build_model(whole.processing_class, seed=0).double()
+        model = testbed_model.build_model(whole.processing_class, seed=0).double()
         ids, targets = kept["causal_ids_BRT"], kept["causal_targets_BRT"]
         values = []
         for (own, donor), (target, _) in zip(ids, targets, strict=True):

@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from cepo import CausalReward, argmax_reward
 from cepo.jacobian.sharding import readable, sharding_of
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.causal_loss import CausalLoss
 from cepo.train.causal_trainer import CausalTrainer
 from cepo.train.policy import items_dataset
@@ -52,7 +52,7 @@ def run(folder: Path, processes: int, *, lora: bool = False, sharded: Any = "aut
     if "fsdp" in settings:  # accelerate shards on no CPU, so it is told of another device
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = CausalTrainer(
-        model=testbed_judges.build_model(tokenizer, seed=0).double(),
+        model=testbed_model.build_model(tokenizer, seed=0).double(),
         reward_funcs=[argmax_reward, keeping(reward, kept["causal"]), keeping(other, kept["necessary"])],
         args=arguments,
         train_dataset=items_dataset(ITEMS),

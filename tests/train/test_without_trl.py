@@ -10,7 +10,7 @@ import pytest
 
 from cepo import CausalReward
 from cepo.cli.app import main
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from tests.paths import ROOT
 from tests.train.rewards.test_causal import rows
 
@@ -55,7 +55,7 @@ def test_a_command_that_trains_names_the_extra_in_one_line(
 
 def test_rollouts_are_scored_and_judges_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, judge, source = testbed.build_tokenizer(), tmp_path / "judge", tmp_path / "in.jsonl"
-    testbed_judges.build_model(tokenizer, seed=0).save_pretrained(judge)
+    testbed_model.build_model(tokenizer, seed=0).save_pretrained(judge)
     tokenizer.save_pretrained(judge)
     given = [{"prompt": item.prompt, "completion": item.completion} for item in ITEMS]
     source.write_text("".join(json.dumps(row) + "\n" for row in given))
@@ -72,7 +72,7 @@ def test_a_reward_is_called_by_hand() -> None:
     """Anything with a trainer's attributes will do."""
     tokenizer = testbed.build_tokenizer()
     trainer = SimpleNamespace(
-        model=testbed_judges.build_model(tokenizer, seed=0),
+        model=testbed_model.build_model(tokenizer, seed=0),
         processing_class=tokenizer,
         reward_funcs=[],
         num_generations=1,

@@ -30,7 +30,7 @@ from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.protocol import Answer, Request
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.prompts import JUDGE
 from tests.models import randomise
 
@@ -53,10 +53,10 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a two-layer judge, 16 wide, far from linear."""
     folder = tmp_path_factory.mktemp("judge")
     tokenizer = testbed.build_tokenizer()
-    config = testbed_judges.build_model(tokenizer, seed=0).config
+    config = testbed_model.build_model(tokenizer, seed=0).config
     config.update({"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 6})
     config.layer_types = config.layer_types[:2]
-    model = type(testbed_judges.build_model(tokenizer, seed=0))(config)
+    model = type(testbed_model.build_model(tokenizer, seed=0))(config)
     randomise(model, 0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -389,7 +389,7 @@ def test_small_scores_are_shown_with_their_digits_in_their_range_and_no_rank_at_
 
 def test_testbed_rollouts_are_ids_that_a_sweep_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = testbed.build_tokenizer()
-    untrained = testbed_judges.build_model(tokenizer, seed=0)
+    untrained = testbed_model.build_model(tokenizer, seed=0)
     monkeypatch.setattr(
         "cepo.benchmarks.ablation.testbed_rollouts.load_testbed_judge", lambda *_, **__: (untrained, tokenizer)
     )

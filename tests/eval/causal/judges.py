@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cepo.eval.causal.judge import Judge
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.prompts import JUDGE
 from tests.models import randomise
 
@@ -17,7 +17,7 @@ ITEMS = testbed.generate_items(6, seed=3, cue_agreement=0.5)
 
 def tiny_judge(seed: int = 0) -> Judge:
     """Return a two-layer judge, 16 wide, in float64."""
-    built = testbed_judges.build_model(TOKENIZER, seed=0)
+    built = testbed_model.build_model(TOKENIZER, seed=0)
     config = built.config
     config.update({"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 6})
     config.layer_types = config.layer_types[:2]

@@ -9,7 +9,7 @@ import pytest
 from cepo.eval.cue_flips import command as cue_flips
 from cepo.eval.cue_flips.command import AGREEMENTS, FlipsJob, measure_flips
 from cepo.eval.judges.settings import Judgement, Messages
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from tests.eval.judges.fake_judge import run_cepo, verdict
 
 
@@ -41,7 +41,7 @@ def test_a_judge_by_length_has_the_accuracy_of_length(tmp_path: Path, monkeypatc
 def test_a_folder_of_a_testbed_policy_is_a_judge(tmp_path: Path) -> None:
     """One that was never trained writes nothing readable: wrong everywhere, and counted."""
     tokenizer = testbed.build_tokenizer()
-    testbed_judges.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "policy")
+    testbed_model.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
     judge = str(tmp_path / "policy")
     flips = measure_flips(FlipsJob((judge,), tmp_path / "out", items=4))[judge]
@@ -54,7 +54,7 @@ def test_a_policy_that_was_trained_again_is_judged_again(tmp_path: Path, monkeyp
     tokenizer.save_pretrained(judge)
     accuracies = []
     for seed, answer in enumerate((follows_length(), follows_length(shorter=True))):
-        testbed_judges.build_model(tokenizer, seed=seed).save_pretrained(judge)
+        testbed_model.build_model(tokenizer, seed=seed).save_pretrained(judge)
         monkeypatch.setattr(cue_flips, "_open", lambda *_, answer=answer: answer)
         accuracies.append(measure_flips(FlipsJob((judge,), tmp_path / "out", items=10))[judge].with_cue.value)
     assert accuracies == [1.0, 0.0]

@@ -27,7 +27,7 @@ from cepo.eval.judges.transformers import TransformersJudge
 from cepo.eval.judges.vllm import VllmJudge
 from cepo.jacobian.loading import ModelSource
 from cepo.jacobian.reading.judge import forced_opening, read_scores
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from tests.eval.judges.fake_judge import judged
 
 VERDICT = "<scores>\\boxed{8, 6}</scores>"
@@ -195,7 +195,7 @@ IDS = TOKENIZER.get_vocab()
 
 def random_model(seed: int = 0) -> Any:
     """The testbed's model, untrained, in float64: its choices have no near ties that a batch could turn."""
-    return testbed_judges.build_model(TOKENIZER, seed=seed).double()
+    return testbed_model.build_model(TOKENIZER, seed=seed).double()
 
 
 def chain_model(following: Mapping[str, Mapping[str, float]]) -> Any:

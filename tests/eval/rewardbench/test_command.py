@@ -20,7 +20,7 @@ from cepo.eval.rewardbench import command as rewardbench_module
 from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 from cepo.eval.rewardbench.items import HUB_NAMES, PreferenceItem, judge_tasks, load_items, read_item
 from cepo.eval.rewardbench.metrics import SECTIONS, MetricEstimate, measure_preferences, outcome
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.prompts import JUDGE_LITERALS
 from tests.paths import DATA
 
@@ -596,7 +596,7 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The testbed's model, untrained, with a context that a judge prompt fits into."""
     folder = tmp_path_factory.mktemp("judge")
     tokenizer = testbed.build_tokenizer()
-    model = testbed_judges.build_model(tokenizer, seed=0)
+    model = testbed_model.build_model(tokenizer, seed=0)
     model.config.max_position_embeddings = 4096
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -656,7 +656,7 @@ def test_judgements_of_weights_that_were_overwritten_are_refused(
     arguments = ["--model", model, "--data", data, "--output", tmp_path / "out", "--max-new-tokens", 2, "--threads", 1]
     assert cepo(*arguments)[0] == 0
     judged = (tmp_path / "out" / "judgements.jsonl").read_bytes()
-    untrained = testbed_judges.build_model(testbed.build_tokenizer(), seed=1)
+    untrained = testbed_model.build_model(testbed.build_tokenizer(), seed=1)
     untrained.config.max_position_embeddings = 4096
     untrained.save_pretrained(model)
     code, _, err = cepo(*arguments)

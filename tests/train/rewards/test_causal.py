@@ -10,7 +10,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from cepo import CausalReward, RewardConfig, argmax_reward, format_reward
-from cepo.train import testbed, testbed_judges
+from cepo.train import testbed, testbed_model
 from cepo.train.policy import items_dataset
 from cepo.train.rewards.peers import CausalImportance
 
@@ -40,7 +40,7 @@ def make_trainer(kind: str, tokenizer: Any, rewards: list[Any], folder: Path, **
         beta=0.0,  # no reference model
         **settings,
     )
-    model = testbed_judges.build_model(tokenizer, seed=0)
+    model = testbed_model.build_model(tokenizer, seed=0)
     return trainer(
         model=model,
         reward_funcs=rewards,
@@ -131,7 +131,7 @@ def test_gold_completions_are_scored_and_every_component_is_logged(tokenizer: An
 
 
 def test_the_live_policy_is_scored_and_the_frozen_scorer_is_not_moved_by_it(tokenizer: Any, tmp_path: Path) -> None:
-    frozen = testbed_judges.build_model(tokenizer, seed=1)
+    frozen = testbed_model.build_model(tokenizer, seed=1)
     live, fixed = CausalReward(), CausalReward(scorer=frozen, name="fixed")
     trainer = make_trainer("grpo", tokenizer, [live, fixed], tmp_path)
     batch = rows(tokenizer, ITEMS[:2])
@@ -310,7 +310,7 @@ def test_the_policy_is_looked_up_at_each_call(tokenizer: Any, tmp_path: Path) ->
     trainer = make_trainer("grpo", tokenizer, [reward], tmp_path)
     batch = rows(tokenizer, ITEMS)
     before = reward.bind(trainer)(**batch)
-    trainer.model = testbed_judges.build_model(tokenizer, seed=1)
+    trainer.model = testbed_model.build_model(tokenizer, seed=1)
     assert reward(**batch) != before
 
 
