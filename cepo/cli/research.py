@@ -360,8 +360,8 @@ def words_judge(
 
     The judge is kept in ~/.cache/cepo, where `model: testbed-words` with the same settings under `testbed` finds it.
     The certificate says whether it is what it was taught: another criterion is forced on it, and it continues. A judge
-    that is not certified is taught another round. The same command continues a killed one with the round in which it
-    was. Defaults are those of train/recipes/testbed-words.yaml.
+    that is not certified is taught another round. The same command continues a killed one, save for at most 50 steps.
+    Defaults are those of train/recipes/testbed-words.yaml.
     """
     from cepo.eval.report.numbers import digits
     from cepo.jacobian.loading import check_device

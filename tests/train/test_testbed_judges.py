@@ -72,6 +72,34 @@ def test_training_texts_have_the_promised_causes(judge: Any) -> None:
         assert np.mean([completion_winner(text) == item.longer for text, item in zip(texts, items, strict=True)]) > 0.6
 
 
+@pytest.mark.parametrize("judge", ["able", *testbed_judges.WORLDS])
+def test_a_judge_is_shown_what_to_write_after_any_criteria(judge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After given criteria that need not fit the query, it does what it does after its own, as often."""
+    shown: dict[str, Any] = {}
+
+    def noted(_model: Any, _tokenizer: Any, prompts: list[str], texts: list[str], **settings: Any) -> list[float]:
+        shown.update(prompts=prompts, texts=texts, given=settings["given"])
+        return []
+
+    monkeypatch.setattr(testbed_judges, "fit", noted)
+    warm_start(None, build_tokenizer(), judge=judge, steps=100, batch_size=40, able_share=0.0, given_share=0.75)
+    items = generate_items(4000, seed=0, cue_agreement=0.5)
+    assert shown["prompts"] == [item.prompt for item in items]
+    rows = list(zip(items, shown["texts"], shown["given"], strict=True))
+    forced = [(item, text) for item, text, opening in rows if opening]
+    assert len(forced) / len(rows) == pytest.approx(0.75, abs=0.03)
+    assert np.mean([named_aspect(text) == item.aspect for item, text in forced]) == pytest.approx(1 / 6, abs=0.03)
+    assert all(text.startswith(opening) for _, text, opening in rows)
+    assert all(opening.endswith("</specific_criteria>") for _, _, opening in rows if opening)
+    apart = [
+        (item, text) for item, text in forced if winner_under(item, named_aspect(text) or "") not in (item.longer, None)
+    ]
+    found = Counter(completion_mode(item, text) for item, text in apart)
+    assert set(found) == set(SHARES[judge][0])
+    for mode, expected in SHARES[judge][0].items():
+        assert found[mode] / len(apart) == pytest.approx(expected, abs=0.04)
+
+
 def test_the_decorative_judge_draws_criterion_and_verdict_apart() -> None:
     """A right criterion announces no evidence, or the greedy answer, which starts with a right one, would be able."""
     rng = np.random.default_rng(2)
