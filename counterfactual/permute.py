@@ -18,41 +18,31 @@ BLOCK_TOKENS = 8
 _DRAWS = 64
 
 
-def permute_rollout(
-    rollout: Rollout, source: str, index: int, *, seed: int, kind: Permutation = "uniform"
-) -> Rollout | None:
-    """Return the rollout with the movable tokens of the source span in a new order, or None if no order differs.
-
-    - uniform: any order of the span's content tokens.
-    - sentence: any order within each sentence.
-    - block: the span cut into runs of 8 tokens, the runs in any order.
-
-    The permutation depends on (seed, kind, the span's own ids, index) alone, so a reward does not depend on batch
-    order, batch size or rank. A draw that leaves the ids as they are is drawn again. Lengths never change.
-
-    Args:
-        rollout: a well-formed rollout.
-        source: name of the span to permute.
-        index: which counterfactual, k >= 0.
-        seed: seed of the whole run.
-        kind: one of the above.
-
-    Raises:
-        ValueError: for an unknown kind.
-    """
-    check_permutation(kind)
-    return _permuted(rollout, source, index, seed, kind, ())
-
-
 def permutations(
     rollout: Rollout, source: str, count: int, *, seed: int, kind: Permutation = "uniform"
 ) -> tuple[Rollout, ...]:
     """Return the rollout with the movable tokens of the source span in up to `count` orders, no two of them the same.
 
-    The k-th is `permute_rollout` of index k, drawn again where it came before; a smaller count gives the first ones.
+    - uniform: any order of the span's content tokens.
+    - sentence: any order within each sentence.
+    - block: the span cut into runs of 8 tokens, the runs in any order.
+
+    The k-th depends on (seed, kind, the span's own ids, k) alone, so a reward does not depend on batch order, batch
+    size or rank; a smaller count gives the first ones. A draw that leaves the ids as they are, or that came before, is
+    drawn again. Lengths never change.
+
+    Args:
+        rollout: a well-formed rollout.
+        source: name of the span to permute.
+        count: K >= 0, the number of orders wanted.
+        seed: seed of the whole run.
+        kind: one of the above.
 
     Returns:
         Fewer than `count` where the tokens have fewer orders that differ from their own.
+
+    Raises:
+        ValueError: for an unknown kind.
     """
     check_permutation(kind)
     found: list[Rollout] = []

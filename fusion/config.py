@@ -47,7 +47,7 @@ class RewardConfig:
             no link can make up for another.
         counterfactuals: K >= 0 permutations of each source span, fewer where it has fewer orders. None are computed
             where neither the score nor `also` reads what hardening leaves.
-        permutation: "uniform", "sentence" or "block", see `permute_rollout`.
+        permutation: "uniform", "sentence" or "block", see `permutations`.
         rank: nuisance rank r >= 0; None where energy is given.
         energy: tau in (0, 1], instead of rank: the smallest rank that holds this share of the energy.
         nuisance: "svd" projects the nuisance subspace out, "mean" only the mean counterfactual (as the reference

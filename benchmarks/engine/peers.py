@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cepo.counterfactual.permute import permute_rollout
+from cepo.counterfactual.permute import permutations
 from cepo.jacobian.group.cost import CostModel
 from cepo.jacobian.links import Link, parse_link
 from cepo.jacobian.model import eager_attention
@@ -46,7 +47,7 @@ class Workload:
 
     Attributes:
         rollouts: of one prompt or several.
-        counterfactuals: K permutations of each rollout's prompt and K of its rationale.
+        counterfactuals: up to K permutations of each rollout's prompt and of its rationale, no two of them the same.
         seed: of the permutations.
     """
 
@@ -55,13 +56,13 @@ class Workload:
     seed: int
 
     def versions(self, links: Sequence[str]) -> list[Version]:
-        """Return the base and, for each source span of the links, the K permutations of it."""
+        """Return the base and, for each source span of the links, the permutations of it."""
         found = [Version(self.rollouts, tuple(links))]
         for source in sorted({parsed(link).source for link in links}):
             from_source = tuple(link for link in links if parsed(link).source == source)
-            for k in range(self.counterfactuals):
-                permuted = [permute_rollout(rollout, source, k, seed=self.seed) for rollout in self.rollouts]
-                found.append(Version(tuple(rollout for rollout in permuted if rollout is not None), from_source))
+            orders = [permutations(each, source, self.counterfactuals, seed=self.seed) for each in self.rollouts]
+            for of_k in zip_longest(*orders):
+                found.append(Version(tuple(rollout for rollout in of_k if rollout is not None), from_source))
         return found
 
 

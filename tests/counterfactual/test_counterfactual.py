@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cepo.counterfactual.nuisance import angles_between, nuisance_bases, remove_mean, remove_nuisance
-from cepo.counterfactual.permute import BLOCK_TOKENS, check_permutation, permutations, permute_rollout
+from cepo.counterfactual.permute import BLOCK_TOKENS, check_permutation, permutations
 from cepo.counterfactual.rank import check_rank
 from cepo.jacobian.records import Rollout
 from tests.models import span
@@ -43,9 +43,8 @@ def rollout_of(
     return Rollout(prompt, (60, *criteria, 61, 62), spans)
 
 
-def criteria_of(rollout: Rollout | None) -> list[int]:
+def criteria_of(rollout: Rollout) -> list[int]:
     """Return the ids that stand in the criteria."""
-    assert rollout is not None
     return [rollout.token_ids[position] for position in rollout.spans["criteria"].positions]
 
 
@@ -53,22 +52,21 @@ def criteria_of(rollout: Rollout | None) -> list[int]:
     ids=st.lists(st.integers(0, 9), min_size=1, max_size=30),
     kind=st.sampled_from(KINDS),
     seed=st.integers(-5, 5),
-    index=st.integers(0, 9),
+    count=st.integers(1, 10),
     data=st.data(),
 )
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_only_movable_tokens_move(ids: list[int], kind: str, seed: int, index: int, data: st.DataObject) -> None:
+def test_only_movable_tokens_move(ids: list[int], kind: str, seed: int, count: int, data: st.DataObject) -> None:
     """The span's multiset, the straddling tokens, everything outside and all lengths stay; the order does not."""
     movable = sorted(data.draw(st.sets(st.integers(0, len(ids) - 1))))
     sentences = sorted(data.draw(st.lists(st.integers(0, 3), min_size=len(movable), max_size=len(movable))))
     rollout = rollout_of(ids, movable=movable, sentences=sentences)
-    permuted = permute_rollout(rollout, "criteria", index, seed=seed, kind=kind)
-    again = permute_rollout(rollout, "criteria", index, seed=seed, kind=kind)
-    assert permuted == again
+    orders = permutations(rollout, "criteria", count, seed=seed, kind=kind)
+    assert orders == permutations(rollout, "criteria", count, seed=seed, kind=kind)
     runs = [
         [ids[place] for place, _ in run] for _, run in groupby(zip(movable, sentences, strict=True), lambda x: x[1])
     ]
-    if permuted is None:
+    if not orders:
         moved = [ids[place] for place in movable]
         possible = {
             "uniform": len(set(moved)) > 1,
@@ -77,24 +75,24 @@ def test_only_movable_tokens_move(ids: list[int], kind: str, seed: int, index: i
         }
         # A block can equal another; only then a rollout of several blocks may have no other order.
         assert not possible[kind] or (kind == "block" and len(moved) <= 2 * BLOCK_TOKENS)
-        return
-    found = criteria_of(permuted)
-    assert found != ids
-    assert Counter(found) == Counter(ids)
-    assert [found[place] for place in range(len(ids)) if place not in movable] == [
-        ids[place] for place in range(len(ids)) if place not in movable
-    ]
-    assert permuted.prompt_ids == rollout.prompt_ids
-    assert len(permuted.completion_ids) == len(rollout.completion_ids)
-    assert permuted.completion_ids[0] == 60
-    assert permuted.completion_ids[-2:] == (61, 62)
-    assert permuted.spans == rollout.spans
-    if kind == "sentence":
-        start = 0
-        for run in runs:
-            places = movable[start : start + len(run)]
-            assert Counter(found[place] for place in places) == Counter(run)
-            start += len(run)
+    for permuted in orders:
+        found = criteria_of(permuted)
+        assert found != ids
+        assert Counter(found) == Counter(ids)
+        assert [found[place] for place in range(len(ids)) if place not in movable] == [
+            ids[place] for place in range(len(ids)) if place not in movable
+        ]
+        assert permuted.prompt_ids == rollout.prompt_ids
+        assert len(permuted.completion_ids) == len(rollout.completion_ids)
+        assert permuted.completion_ids[0] == 60
+        assert permuted.completion_ids[-2:] == (61, 62)
+        assert permuted.spans == rollout.spans
+        if kind == "sentence":
+            start = 0
+            for run in runs:
+                places = movable[start : start + len(run)]
+                assert Counter(found[place] for place in places) == Counter(run)
+                start += len(run)
 
 
 def test_no_order_comes_twice_and_a_smaller_count_gives_the_first() -> None:
@@ -102,7 +100,6 @@ def test_no_order_comes_twice_and_a_smaller_count_gives_the_first() -> None:
     found = permutations(rollout_of([1, 2, 3]), "criteria", 40, seed=0)
     assert len(found) == len({one.token_ids for one in found}) == 5
     assert permutations(rollout_of([1, 2, 3]), "criteria", 2, seed=0) == found[:2]
-    assert found[0] == permute_rollout(rollout_of([1, 2, 3]), "criteria", 0, seed=0)
     assert len(permutations(rollout_of([1, 2]), "criteria", 8, seed=0)) == 1
     assert permutations(rollout_of([1, 1]), "criteria", 8, seed=0) == ()
 
@@ -110,8 +107,7 @@ def test_no_order_comes_twice_and_a_smaller_count_gives_the_first() -> None:
 def test_prompt_span_permutes_in_the_prompt() -> None:
     """A source in the prompt changes the prompt's ids and leaves the completion."""
     rollout = rollout_of([1, 2, 3], prompt=(50, 51, 52, 53))
-    permuted = permute_rollout(rollout, "prompt", 0, seed=0)
-    assert permuted is not None
+    (permuted,) = permutations(rollout, "prompt", 1, seed=0)
     assert permuted.completion_ids == rollout.completion_ids
     assert permuted.prompt_ids != rollout.prompt_ids
     assert sorted(permuted.prompt_ids) == [50, 51, 52, 53]
@@ -125,53 +121,53 @@ def test_depends_on_seed_kind_ids_and_index_alone(kind: str) -> None:
     there = rollout_of(ids, prompt=(1, 2, 3, 4, 5, 6, 7), sentences=sentences)
     there = replace(there, completion_ids=(*there.completion_ids, 9, 9))
 
-    def order(rollout: Rollout, index: int, seed: int) -> tuple[int, ...]:
-        return tuple(criteria_of(permute_rollout(rollout, "criteria", index, seed=seed, kind=kind)))
+    def orders(rollout: Rollout, seed: int) -> list[tuple[int, ...]]:
+        return [tuple(criteria_of(one)) for one in permutations(rollout, "criteria", 4, seed=seed, kind=kind)]
 
-    orders = {order(here, index, seed) for index in range(4) for seed in range(3)}
-    assert orders == {order(there, index, seed) for index in range(4) for seed in range(3)}
-    for index in range(4):
-        assert order(here, index, 0) == order(there, index, 0)
-    assert len(orders) >= 9  # four blocks have 23 orders, so a few may coincide
+    for seed in range(3):
+        assert orders(here, seed) == orders(there, seed)
+    # four blocks have 23 orders, so a few of different seeds may coincide
+    assert len({order for seed in range(3) for order in orders(here, seed)}) >= 9
     other = rollout_of([*ids[:-1], 99], sentences=sentences)
-    changed = [99 if token == 39 else token for token in order(here, 0, 0)]
-    assert list(order(other, 0, 0)) != changed
+    changed = tuple(99 if token == 39 else token for token in orders(here, 0)[0])
+    assert orders(other, 0)[0] != changed
 
 
 def test_kinds_differ() -> None:
     """Each kind is its own experiment."""
     rollout = rollout_of(list(range(10, 40)), sentences=[number // 10 for number in range(30)])
-    found = {tuple(criteria_of(permute_rollout(rollout, "criteria", 0, seed=0, kind=kind))) for kind in KINDS}
+    found = {
+        tuple(criteria_of(one)) for kind in KINDS for one in permutations(rollout, "criteria", 1, seed=0, kind=kind)
+    }
     assert len(found) == 3
 
 
 def test_golden_permutations() -> None:
     """A reward is reproducible across releases: these orders must not change without a CHANGELOG entry."""
     rollout = rollout_of([10, 11, 12, 13, 14])
-    again = [criteria_of(permute_rollout(rollout, "criteria", index, seed=0)) for index in range(3)]
+    again = [criteria_of(one) for one in permutations(rollout, "criteria", 3, seed=0)]
     assert again == [[10, 14, 11, 12, 13], [12, 11, 10, 13, 14], [12, 14, 10, 13, 11]]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_two_tokens_always_swap(seed: int) -> None:
     """A draw that changes nothing is drawn again: of two tokens there is one other order, and it always comes."""
-    for index in range(4):
-        found = permute_rollout(rollout_of([7, 8]), "criteria", index, seed=seed)
-        assert criteria_of(found) == [8, 7]
+    found = permutations(rollout_of([7, 8]), "criteria", 4, seed=seed)
+    assert [criteria_of(one) for one in found] == [[8, 7]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ids", "movable"), [([7], None), ([7, 7, 7, 7] * 5, None), ([7, 8, 9], [1]), ([7, 8], [])])
 def test_no_other_order(kind: str, ids: list[int], movable: list[int] | None) -> None:
     """Where no order differs there is no counterfactual, and no endless search."""
-    assert permute_rollout(rollout_of(ids, movable=movable), "criteria", 0, seed=0, kind=kind) is None
+    assert permutations(rollout_of(ids, movable=movable), "criteria", 1, seed=0, kind=kind) == ()
 
 
 def test_sentence_kind_without_a_sentence_of_two() -> None:
     """Tokens of one-token sentences have nowhere to go."""
     rollout = rollout_of([1, 2, 3], sentences=[0, 1, 2])
-    assert permute_rollout(rollout, "criteria", 0, seed=0, kind="sentence") is None
-    assert permute_rollout(rollout, "criteria", 0, seed=0, kind="uniform") is not None
+    assert permutations(rollout, "criteria", 1, seed=0, kind="sentence") == ()
+    assert len(permutations(rollout, "criteria", 1, seed=0, kind="uniform")) == 1
 
 
 @pytest.mark.parametrize("length", [9, 16, 20, 33])
@@ -179,21 +175,21 @@ def test_blocks_stay_whole(length: int) -> None:
     """Runs of eight tokens change places and keep their inside; a lone block has no other order."""
     ids = list(range(100, 100 + length))
     blocks = [tuple(ids[start : start + BLOCK_TOKENS]) for start in range(0, length, BLOCK_TOKENS)]
-    for index in range(5):
-        found = criteria_of(permute_rollout(rollout_of(ids), "criteria", index, seed=1, kind="block"))
+    for permuted in permutations(rollout_of(ids), "criteria", 5, seed=1, kind="block"):
+        found = criteria_of(permuted)
         rest = found
         while rest:
             block = next(block for block in blocks if tuple(rest[: len(block)]) == block)
             rest = rest[len(block) :]
         assert found != ids
-    assert permute_rollout(rollout_of(ids[:BLOCK_TOKENS]), "criteria", 0, seed=1, kind="block") is None
+    assert permutations(rollout_of(ids[:BLOCK_TOKENS]), "criteria", 1, seed=1, kind="block") == ()
 
 
 def test_every_order_can_come() -> None:
     """The uniform kind reaches all five other orders of three tokens, each about as often."""
-    counts = Counter(
-        tuple(criteria_of(permute_rollout(rollout_of([1, 2, 3]), "criteria", index, seed=0))) for index in range(1000)
-    )
+    rollout = rollout_of([1, 2, 3])
+    firsts = [permutations(rollout, "criteria", 1, seed=seed)[0] for seed in range(1000)]
+    counts = Counter(tuple(criteria_of(one)) for one in firsts)
     assert len(counts) == 5
     assert (1, 2, 3) not in counts
     assert min(counts.values()) > 140  # 200 expected, standard deviation 13
@@ -204,7 +200,7 @@ def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="permutation is 'random'"):
         check_permutation("random")
     with pytest.raises(ValueError, match="uniform, sentence, block"):
-        permute_rollout(rollout_of([1, 2]), "criteria", 0, seed=0, kind="random")
+        permutations(rollout_of([1, 2]), "criteria", 1, seed=0, kind="random")
 
 
 def matrix(rows: int, columns: int, seed: int = 0, *, decay: float = 1.0) -> Tensor:

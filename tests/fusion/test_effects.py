@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cepo.counterfactual.donors import candidates, with_donors
-from cepo.counterfactual.permute import permute_rollout
+from cepo.counterfactual.permute import permutations
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import effect_scores
 from cepo.fusion.requests import Compared
@@ -144,8 +144,8 @@ def test_a_span_without_donors_is_zero_or_permuted_as_told(engine: JacobianEngin
     told = score_rollouts(alone, engine, replace(config, no_donor="permute"), LAYOUT)
     for rollout, found in zip(alone, told, strict=True):
         record = found.links["criteria->analysis"]
-        permuted = [permute_rollout(rollout, "criteria", k, seed=0) for k in range(3)]
-        asked = PathRequest(Group((rollout,)), (tuple(filter(None, permuted)),), (link("criteria->analysis"),))
+        permuted = permutations(rollout, "criteria", 3, seed=0)
+        asked = PathRequest(Group((rollout,)), (permuted,), (link("criteria->analysis"),))
         assert (record.donors, record.against) == (3, "permuted")
         assert record.delta == pytest.approx(next(engine.paths([asked]))[0]["criteria->analysis"].delta)
 

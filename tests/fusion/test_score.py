@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cepo.counterfactual.nuisance import nuisance_bases
-from cepo.counterfactual.permute import permutations, permute_rollout
+from cepo.counterfactual.permute import permutations
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.power_mean import power_mean
 from cepo.fusion.records import HardenedLink, Measured, score_links
@@ -185,8 +185,7 @@ class Poisoned:
 def test_non_finite_gradient_scores_nothing(engine: JacobianEngine, permuted: bool) -> None:
     """A NaN in a Jacobian, base or counterfactual, costs its own rollout the reward, and no other's."""
     rollouts, config = [judge_rollout(0), judge_rollout(1)], RewardConfig.paper(links={"Z->X": 1.0, "X->Y": 1.0})
-    victim = permute_rollout(rollouts[0], "criteria", 2, seed=0) if permuted else rollouts[0]
-    assert victim is not None
+    victim = permutations(rollouts[0], "criteria", 3, seed=0)[2] if permuted else rollouts[0]
     found = score_rollouts(rollouts, Poisoned(engine, victim.completion_ids, "X->Y"), config, LAYOUT)
     assert found[0] == RolloutScore({}, 0.0, "non-finite gradient on X->Y")
     assert found[1] == score_rollouts(rollouts, engine, config, LAYOUT)[1]

@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cepo.counterfactual.donors import Candidate, candidates, with_donors
-from cepo.counterfactual.permute import permute_rollout
+from cepo.counterfactual.permute import permutations
 from cepo.jacobian.model import HeldModel
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.records import Rollout
@@ -219,7 +220,8 @@ class CounterfactualSensitivity(PeerReward):
     Args:
         edit: "donor" puts the content of another prompt's rationale of the same step in its place, tiled or cropped to
             its length; "permutation" puts its own tokens into another order.
-        edits: number of edits averaged over, at least 1.
+        edits: number of edits averaged over, at least 1; no two are the same, and a rationale with fewer donors or
+            orders has fewer.
         seed: draws donors and orders; with the rationale's ids (and the donors there are) it alone decides them.
         bound: largest reward in nats, above 0.
         source, scorer, layout, name: see `PeerReward`.
@@ -288,16 +290,19 @@ class CounterfactualSensitivity(PeerReward):
         return _clip(sum(divergences) / len(divergences), self.bound) if divergences else 0.0
 
     def _edited(self, rollout: Rollout, pools: Mapping[str, Sequence[Candidate]]) -> Iterator[tuple[int, ...]]:
-        """Yield the ids of the rollout with the k-th edit of every span of the rationale."""
-        for index in range(self.edits):
-            edited = rollout
-            for name in self.source:
-                if self.edit == "permutation":
-                    edited = permute_rollout(edited, name, index, seed=self.seed) or edited
-                else:
-                    found = with_donors(edited, name, pools[name], self.edits, seed=self.seed)
-                    edited = found[index] if index < len(found) else edited
-            yield edited.token_ids
+        """Yield the ids of the rollout with the k-th edit of every span of the rationale, where a span has so many."""
+        edits = {
+            name: permutations(rollout, name, self.edits, seed=self.seed)
+            if self.edit == "permutation"
+            else with_donors(rollout, name, pools[name], self.edits, seed=self.seed)
+            for name in self.source
+        }
+        for of_k in zip_longest(*edits.values()):
+            ids = list(rollout.token_ids)
+            for name, edited in zip(edits, of_k, strict=True):
+                for position in rollout.spans[name].movable if edited is not None else ():
+                    ids[position] = edited.token_ids[position]
+            yield tuple(ids)
 
 
 class Necessity(PeerReward):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cepo.benchmarks.engine import command as throughput
 from cepo.benchmarks.engine import effects, loss, memory
-from cepo.benchmarks.engine.cases import PEERS, contenders, new_subject, worst_error
+from cepo.benchmarks.engine.cases import PEERS, contenders, jacobian_requests, new_subject, worst_error
 from cepo.benchmarks.engine.command import run_benchmark
 from cepo.benchmarks.engine.effects import CHAIN, DONORS, QUESTIONS, effect_contenders, effect_subject
 from cepo.benchmarks.engine.figures import draw_scaling
@@ -279,6 +279,17 @@ def test_rows_of_the_reference_schedule() -> None:
     tokens = 8 * 9 * 329
     assert (counts.forward, counts.backward, counts.head) == (tokens, 2 * tokens, tokens)
     assert counts.rows == 3 * tokens
+
+
+def test_peers_and_the_engine_are_asked_for_the_same_permutations() -> None:
+    """Three tokens of rationale have five other orders, however many are asked for: an order that came twice would
+    cost a peer time that the engine does not spend."""
+    workload = random_workload(128, Shapes(2, 6, 3, 2, 8), 0)
+    requests = jacobian_requests(workload, dict.fromkeys(ALL_LINKS, 1.0))
+    of_engine = [rollout.token_ids for request in requests for rollout in request.group.rollouts]
+    of_peers = [rollout.token_ids for version in workload.versions(ALL_LINKS) for rollout in version.rollouts]
+    assert sorted(of_peers) == sorted(of_engine)
+    assert len(set(of_peers)) == 2 * (1 + 5 + 8)
 
 
 def test_rows_of_effects_and_paths_alone() -> None:

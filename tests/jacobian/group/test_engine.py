@@ -27,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from cepo.counterfactual.permute import permute_rollout
+from cepo.counterfactual.permute import permutations
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.requests import reward_requests
 from cepo.fusion.score import score_rollouts
@@ -387,8 +387,7 @@ def test_smollm2_in_float32() -> None:
     first = Rollout(tuple(ids[:16]), tuple(ids[16:]), spans)
     shorter = {**spans, "scores": span("scores", (30, 32))}
     second = Rollout(tuple(ids[:16]), tuple(ids[17:] + ids[16:17]), shorter)
-    permuted = permute_rollout(first, "prompt", 0, seed=0)
-    assert permuted is not None
+    (permuted,) = permutations(first, "prompt", 1, seed=0)
     engine, oracle = GroupEngine(model), JacobianEngine(model)
     requests = [Request(Group((first, second)), PAPER), Request(Group((permuted,)), PAPER[:1], context_energy=False)]
     for found, wanted in zip(engine.compute(requests), oracle.compute(requests), strict=True):
@@ -440,7 +439,7 @@ def test_tables_that_change_with_the_length(caplog: pytest.LogCaptureFixture) ->
     with pytest.raises(ValueError, match="beyond 16 tokens"):
         engine.plan(Group((long,)))
     assert engine.plan(Group((short,)), PAPER)
-    others = ((permute_rollout(long, "criteria", 0, seed=0),),)
+    others = (permutations(long, "criteria", 1, seed=0),)
     asked = [PathRequest(Group((long,)), others, (link("X->Y"),), 1)]
     ((of_engine,), (of_oracle,)) = next(engine.paths(asked)), next(oracle.paths(asked))
     assert of_engine["X->Y"].sums == of_oracle["X->Y"].sums

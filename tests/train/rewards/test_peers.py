@@ -1,7 +1,9 @@
 """Protects the published rewards: each formula against an independent computation, and the contract with TRL."""
 
+import itertools
 import math
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +135,20 @@ def test_csr_without_a_donor_is_zero_and_permutations_need_none() -> None:
         for variant in variants[1:]:
             pairs = enumerate(zip(variant.token_ids, rollout.token_ids, strict=False))
             assert {place for place, (new, old) in pairs if new != old} <= set(JUDGE_POSITIONS["criteria"])
+
+
+def test_csr_uses_every_order_of_a_short_span_once() -> None:
+    """Three tokens have five other orders; a longer span beside them goes on after these are used up."""
+    rollout, analysis = judge_rollout(1), JUDGE_POSITIONS["analysis"]
+    own = [rollout.token_ids[place] for place in analysis]
+    assert len(set(own)) == 3
+    others = set(itertools.permutations(own)) - {tuple(own)}
+    reward = CounterfactualSensitivity(edit="permutation", edits=8, source="analysis")
+    ((_, *edited),) = reward.variants([rollout])
+    assert Counter(tuple(one.token_ids[place] for place in analysis) for one in edited) == Counter(others)
+    ((_, *edited),) = CounterfactualSensitivity(edit="permutation", edits=8, source=BOTH).variants([rollout])
+    assert len({one.token_ids for one in edited}) == 8
+    assert {tuple(one.token_ids[place] for place in analysis) for one in edited} == {*others, tuple(own)}
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma"])
