@@ -139,9 +139,9 @@ def load_weights(
 
 
 def load_adapter(source: ModelSource, base: Any, *, trust_remote_code: bool = False) -> Any:
-    """Return a base model with an adapter on it, in eval mode, as PEFT's AutoPeftModel does.
+    """Return a base model with an adapter on it, in eval mode.
 
-    Where the adapter's own tokenizer has more tokens than the base has embeddings, these grow.
+    Where the adapter was saved with more or fewer embeddings than the base has, the base gets as many.
 
     Args:
         source: of the adapter.
@@ -155,9 +155,43 @@ def load_adapter(source: ModelSource, base: Any, *, trust_remote_code: bool = Fa
 
     tokens = len(load_tokenizer(source, trust_remote_code=trust_remote_code)) if _has_tokenizer(source) else 0
     with loading("adapter", source):
-        if tokens > base.get_input_embeddings().weight.shape[0]:
-            base.resize_token_embeddings(tokens)
+        _fit_embeddings(base, source, tokens)
         return PeftModel.from_pretrained(base, source.location).eval()
+
+
+def _fit_embeddings(base: Any, source: ModelSource, tokens: int) -> None:
+    """Give a base as many rows of embeddings and head as its adapter's weights hold of both.
+
+    Not as many as the adapter's tokenizer has tokens: they may be padded, and rows that nothing holds would be random.
+
+    Args:
+        base: the base model.
+        source: of the adapter.
+        tokens: of the adapter's own tokenizer; 0 for none.
+
+    Raises:
+        ValueError: for other rows that the weights do not hold whole.
+    """
+    from peft import load_peft_weights
+
+    held = load_peft_weights(source.location, device="cpu")
+    ends = [end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None]
+    rows: dict[int, set[int]] = {id(end.weight): set() for end in ends}  # one entry where the two are tied
+    for name, module in base.named_modules():
+        if any(module is end for end in ends):
+            own = [key for key in held if key.startswith(f"base_model.model.{name}.") and "lora_" not in key]
+            rows[id(module.weight)] |= {len(held[key]) for key in own if key.endswith("weight")}
+    sizes, size = set().union(*rows.values()), len(ends[0].weight)
+    if sizes == {size} or (not sizes and tokens <= size):
+        return
+    if len(sizes) != 1 or not all(rows.values()):
+        came = " and ".join(map(str, sorted(sizes))) or "no"
+        wanted = f"its base has {size}" + (f" and its tokenizer {tokens} tokens" if tokens else "")
+        raise ValueError(
+            f"its adapter_model file holds {came} rows of embeddings, where {wanted}; where they differ it must hold "
+            "all embeddings and the head: save it again with them (save_embedding_layers=True in peft)"
+        )
+    base.resize_token_embeddings(sizes.pop(), mean_resizing=False)
 
 
 def model_fingerprint(source: ModelSource) -> str:
@@ -231,8 +265,8 @@ def read_weights(auto: Any, source: ModelSource, *, dtype: str, trust_remote_cod
     """Return the model that one of transformers' auto classes reads from a source that is no adapter.
 
     Raises:
-        ValueError: where its files lack weights, which transformers would draw at random with a warning; whatever else
-            it raises, so call it inside `loading`.
+        ValueError: where its files lack weights, or hold them in another size than the config's: transformers would
+            draw them at random with a warning; whatever else it raises, so call it inside `loading`.
     """
     import torch
 
@@ -241,6 +275,7 @@ def read_weights(auto: Any, source: ModelSource, *, dtype: str, trust_remote_cod
         dtype=getattr(torch, dtype),
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused here, by name: the library's error tells neither name nor size
         **options,
     )
     missing = sorted(found["missing_keys"])
@@ -248,6 +283,11 @@ def read_weights(auto: Any, source: ModelSource, *, dtype: str, trust_remote_cod
         raise ValueError(
             f"its files lack {len(missing)} of the weights that its config asks for, such as {missing[0]}; they may be "
             "of another kind of model, or of another config"
+        )
+    for name, came, expected in sorted(found["mismatched_keys"])[:1]:
+        raise ValueError(
+            f"its files hold {name} of size {list(came)}, where its config asks for {list(expected)}; they may be of "
+            "another model, or the config of another size of vocabulary"
         )
     model.name_or_path = source.name  # an adapter saved later names its base by this
     return model

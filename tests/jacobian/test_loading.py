@@ -142,16 +142,25 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def adapter_of(base: Path, folder: Path, *, new_tokens: tuple[str, ...] = (), template: str | None = None) -> Any:
-    """Save a LoRA adapter of the base; return its model."""
+def adapter_of(
+    base: Path,
+    folder: Path,
+    *,
+    new_tokens: tuple[str, ...] = (),
+    template: str | None = None,
+    rows: int = 0,
+    save_rows: bool | str = "auto",
+) -> Any:
+    """Save a LoRA adapter of the base, resized to its new tokens or to so many rows; return its model."""
     model, tokenizer = load_model(resolve_model(str(base)))
-    saved = ["embed_tokens", "lm_head"] if new_tokens else None
+    saved = ["embed_tokens", "lm_head"] if new_tokens and save_rows else None
     if new_tokens:
         tokenizer.add_tokens(list(new_tokens), special_tokens=True)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if new_tokens or rows:
+        model.resize_token_embeddings(rows or len(tokenizer), mean_resizing=False)
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=saved)
     adapted = get_peft_model(model, lora).eval()
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=save_rows)
     if template is not None:
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
@@ -178,15 +187,46 @@ def test_an_adapter_with_tokens_of_its_own_grows_its_base(base: Path, tmp_path: 
         assert torch.equal(model(input_ids=ids).logits, trained(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize(("rows", "template"), [(258, CHATML), (258, None), (320, CHATML)])
+def test_a_padded_base_gets_the_rows_that_its_adapter_was_saved_with(
+    base: Path, tmp_path: Path, rows: int, template: str | None
+) -> None:
+    """A base of 288 rows for 258 tokens, cut to its tokens or padded further in training."""
+    tiny_model("llama", dtype=torch.float32, vocab_size=288).save_pretrained(base)
+    trained = adapter_of(base, tmp_path / "adapter", rows=rows, template=template)
+    model, _ = load_model(resolve_model(str(tmp_path / "adapter")))
+    ids = torch.tensor([[1, 2, 3, 40]])
+    with torch.no_grad():
+        logits_BTV = model(input_ids=ids).logits
+        assert torch.equal(logits_BTV, trained(input_ids=ids).logits)
+    assert logits_BTV.shape[-1] == rows
+
+
+def test_embeddings_that_no_file_holds_are_refused_and_not_drawn_at_random(base: Path, tmp_path: Path) -> None:
+    """Of tokens that an adapter added and did not save, or of a config of another vocabulary than the weights."""
+    adapter_of(base, tmp_path / "adapter", new_tokens=("<think>",), template=CHATML, save_rows=False)
+    lost = "adapter_model file holds no rows of embeddings, where its base has 258 and its tokenizer 259 tokens"
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'adapter'))}: its {lost}.*save_embedding_layers"):
+        load_model(resolve_model(str(tmp_path / "adapter")))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 250}))
+    with pytest.raises(
+        ValueError, match=r"hold lm_head.weight of size \[258, 16\], where its config asks for \[250, 16\]"
+    ):
+        load_model(resolve_model(str(base)))
+
+
 def test_damaged_models_are_refused_by_path_with_a_way_out(base: Path, tmp_path: Path) -> None:
     """Cut weights, a config of other weights, an adapter of another base, damaged JSON, a base of itself."""
     adapter = tmp_path / "adapter"
-    adapter_of(base, adapter, new_tokens=("<think>",))  # without its tokenizer nothing tells that the base must grow
+    adapter_of(base, adapter)
+    settings = (adapter / "adapter_config.json").read_text()
 
     def refused(folder: Path, complaint: str, read: Callable[[ModelSource], Any] = load_model) -> None:
         with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*{complaint}"):
             read(resolve_model(str(folder)))
 
+    (adapter / "adapter_config.json").write_text(json.dumps({**json.loads(settings), "r": 3}))
     refused(adapter, "size mismatch.*check that its files are whole and belong together.*an adapter and its base")
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter)}))
     refused(adapter, "is its own base: correct base_model_name_or_path")
@@ -198,7 +238,7 @@ def test_damaged_models_are_refused_by_path_with_a_way_out(base: Path, tmp_path:
     refused(base, "SafetensorError.*check that its files are whole")
     weights.write_bytes(content)
     (base / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
-    refused(base, "check that its files are whole and belong together.*config.json")
+    refused(base, r"its files hold lm_head.weight of size \[258, 16\], where its config asks for \[258, 32\]")
     more = config["num_hidden_layers"] + 1
     (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": more, "layer_types": None}))
     refused(base, "its files lack 9 of the weights that its config asks for, such as model.layers")
