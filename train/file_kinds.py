@@ -11,6 +11,10 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+FILES = "JSONL, JSON, CSV, TSV or parquet; also packed with gzip, bzip2, xz or zstandard"
+"""The files that are read, in the words of every option, error and docs/formats.md."""
+SOURCES = f"a file ({FILES}), a folder of a data set, or a data set of the hub (owner/name)"
+"""The same for commands that also read data sets."""
 PARQUET = b"PAR1"
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 _UNPACKERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -74,9 +78,9 @@ def check_kind(path: Path, head: bytes) -> None:
     elif head[257:262] == b"ustar":
         kind = "a tar archive", _UNPACK
     elif kind is None and b"\0" in head and text_encoding(head) == "utf-8-sig" and head.lstrip()[:1] not in b"[{":
-        kind = "a binary file of an unknown kind", "write its rows as JSONL, CSV or parquet"
+        kind = "a binary file of an unknown kind", "write its rows as JSONL or parquet"
     if kind is not None and not head.startswith(PARQUET):
-        raise ValueError(f"{path} is {kind[0]}; expected JSONL, JSON, CSV, TSV or parquet: {kind[1]}")
+        raise ValueError(f"{path} is {kind[0]}: {kind[1]}; expected {FILES}")
 
 
 def text_encoding(head: bytes) -> str:

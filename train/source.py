@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from cepo.files import BrokenLine, Row, kind_of, means_path, parse_line
-from cepo.train.file_kinds import PARQUET, check_kind, decompressed, text_encoding
+from cepo.train.file_kinds import FILES, PARQUET, SOURCES, check_kind, decompressed, text_encoding
 
 Entry: TypeAlias = tuple[int, Row | str]
 """A number from 1, and the row or the reason why there is none."""
@@ -139,10 +139,13 @@ def check_source(source: str | Path) -> None:
     path = Path(source)
     there = path.exists() or Path(str(source).partition(":")[0]).exists()
     if not there and (path.suffix.lower() in _ENDINGS or means_path(str(source))):
-        raise ValueError(
-            f"{source} is not a file; expected JSONL, JSON, CSV, TSV or parquet, a folder of a data set, or the hub's "
-            "owner/name"
-        )
+        raise ValueError(f"{source} is not there; expected {SOURCES}")
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError for a file that is not there."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected {FILES}")
 
 
 def open_file(path: Path) -> Source:
@@ -156,8 +159,7 @@ def open_file(path: Path) -> Source:
         ValueError: for a file that is not there or of another kind, which the error names with the way to convert it;
             as the rows come, for a damaged file.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; expected JSONL, JSON, CSV, TSV or parquet")
+    check_file(path)
     try:
         with decompressed(path) as stream:
             head = stream.read(4096)

@@ -11,6 +11,7 @@ from cepo.cli import checks
 from cepo.cli.judge_options import with_writer
 from cepo.cli.shared import console, showing
 from cepo.eval.judges.settings import JudgeSettings
+from cepo.train.file_kinds import SOURCES
 
 
 @with_writer
@@ -19,9 +20,7 @@ def augment(
     writer: JudgeSettings,
     data: Annotated[
         str,
-        typer.Option(
-            help="Preferences: file or hub data set with prompt, chosen, rejected; testbed.", callback=checks.data
-        ),
+        typer.Option(help=f"Preferences of prompt, chosen, rejected: {SOURCES}; or testbed.", callback=checks.data),
     ],
     output: Annotated[
         Path,

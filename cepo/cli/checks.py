@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from cepo.files import means_path
 from cepo.jacobian.loading import check_device_name, resolve_model
 from cepo.train.recipe import load_recipe
-from cepo.train.source import check_source
+from cepo.train.source import check_file, check_source
 
 JUDGES = ("able", "lazy", "hollow", "decorative", "copied", "criteria", "query")
 """The testbed's judges, see `cepo.train.testbed_judges.JudgeKind`."""
@@ -123,9 +123,19 @@ def check_model(context: typer.Context, option: str, name: str) -> None:
 
 def data(context: typer.Context, parameter: typer.CallbackParam, source: Any) -> Any:
     """Refuse rows that are not there; what may be on the hub passes."""
+    return _readable(context, parameter, source, check_source)
+
+
+def rows(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse a file of rows that is not there."""
+    _readable(context, parameter, path, check_file)
+    return path
+
+
+def _readable(context: typer.Context, parameter: typer.CallbackParam, source: Any, check: Callable[..., None]) -> Any:
     if source is not None:
         try:
-            check_source(source)
+            check(source)
         except ValueError as error:
             raise ValueError(f"{option_of(parameter)} {error}") from error
         if Path(source).is_file() or means_path(str(source)):

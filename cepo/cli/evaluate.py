@@ -14,6 +14,7 @@ from cepo.cli.shared import console, showing
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings
 from cepo.eval.robustness.transformations import TRANSFORMATIONS, check_names
+from cepo.train.file_kinds import SOURCES
 
 Output = Annotated[
     Path,
@@ -25,7 +26,7 @@ Output = Annotated[
 Pairs = Annotated[
     str,
     typer.Option(
-        help="Preferences: rewardbench, rewardbench2, another data set, or a file of prompt, chosen, rejected.",
+        help=f"Preferences of prompt, chosen, rejected: rewardbench, rewardbench2, or {SOURCES}.",
         callback=checks.data,
     ),
 ]
@@ -155,7 +156,8 @@ def best_of_n(
     data: Annotated[
         Path,
         typer.Option(
-            help="File of question, completions, and correct or answer; or of preference pairs.", callback=checks.data
+            help=f"Questions with completions, and correct or answer; or preference pairs: {SOURCES}.",
+            callback=checks.data,
         ),
     ],
     output: Output,

@@ -24,6 +24,7 @@ from cepo.cli.shared import (
     use_threads,
 )
 from cepo.eval.judges.reward import RewardSettings
+from cepo.train.file_kinds import FILES, SOURCES
 
 _NODES = (1, 2, 4, 8, 16)
 """Of `cepo.eval.causal.measures`, whose import would wait for torch."""
@@ -41,7 +42,7 @@ def sensitivity(
     data: Annotated[
         str,
         typer.Option(
-            help="Edits: a file or data set of prompt, chosen, rejected, attribute, attribute_words; or testbed.",
+            help=f"Edits of prompt, chosen, rejected, attribute, attribute_words: {SOURCES}; or testbed.",
             callback=checks.data,
         ),
     ],
@@ -166,7 +167,8 @@ def causal(
     layers: Layers = None,
     model: OptionalModel = None,
     input: Annotated[
-        Path | None, typer.Option(help="File of that model's judgements, as for cepo score.", callback=checks.data)
+        Path | None,
+        typer.Option(help=f"File of that model's judgements, as for cepo score: {FILES}.", callback=checks.rows),
     ] = None,
     quick: Annotated[
         bool,

@@ -25,6 +25,7 @@ from cepo.cli.shared import (
     use_threads,
     weighted_links,
 )
+from cepo.train.file_kinds import FILES
 
 
 def ablate(
@@ -34,7 +35,7 @@ def ablate(
     ],
     model: OptionalModel = None,
     input: Annotated[
-        Path | None, typer.Option(help="File of rollouts, as for cepo score.", callback=checks.data)
+        Path | None, typer.Option(help=f"File of rollouts, as for cepo score: {FILES}.", callback=checks.rows)
     ] = None,
     testbed: Annotated[
         int | None,

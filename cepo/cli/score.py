@@ -22,6 +22,7 @@ from cepo.cli.shared import (
     use_threads,
     weighted_links,
 )
+from cepo.train.file_kinds import FILES
 
 _links = partial(typer.Option, rich_help_panel="Links and score")
 _donors = partial(typer.Option, rich_help_panel="Donors")
@@ -38,7 +39,7 @@ def score(
     ],
     input: Annotated[
         Path,
-        typer.Option(help="File to read, one rollout per row: JSONL, JSON, CSV or parquet.", callback=checks.data),
+        typer.Option(help=f"File of rollouts, one per row: {FILES}.", callback=checks.rows),
     ],
     output: Annotated[
         Path, _output(help="JSONL file to write, one record per row of the input.", callback=checks.new_file)
@@ -122,7 +123,9 @@ def score(
     donors_file: Annotated[
         Path | None,
         _donors(
-            "--donors", help="File of rollouts to draw donors from; by default the input itself.", callback=checks.data
+            "--donors",
+            help=f"File of rollouts to draw donors from: {FILES}. Default: the input.",
+            callback=checks.rows,
         ),
     ] = None,
     no_donor: Annotated[

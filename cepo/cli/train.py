@@ -11,6 +11,7 @@ import yaml
 
 from cepo.cli import checks
 from cepo.cli.shared import Dtype, Threads, TrustRemoteCode, console, use_threads
+from cepo.train.file_kinds import SOURCES
 from cepo.train.recipe import read_yaml, reason_of
 
 TrainingOutput = Annotated[
@@ -56,7 +57,7 @@ def train(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data to train on: file, hub data set id or testbed.", callback=checks.data)
+        str | None, typer.Option(help=f"Data to train on: {SOURCES}; or testbed.", callback=checks.data)
     ] = None,
     output: TrainingOutput = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of GRPO steps.", callback=checks.at_least(1))] = None,
@@ -128,7 +129,7 @@ def reward_model(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Pairs to train on: JSONL file, hub data set id or testbed.", callback=checks.data),
+        typer.Option(help=f"Pairs to train on: {SOURCES}; or testbed.", callback=checks.data),
     ] = None,
     output: TrainingOutput = None,
     max_steps: Annotated[
@@ -173,7 +174,7 @@ def reward_model(
 
 def warm_start(
     data: Annotated[
-        str, typer.Option(help="File or hub data set with prompt, chosen and rejected.", callback=checks.data)
+        str, typer.Option(help=f"Preferences of prompt, chosen, rejected: {SOURCES}.", callback=checks.data)
     ],
     output: Annotated[
         Path,

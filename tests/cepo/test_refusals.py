@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 from cepo.cli.app import app as cepo
 from cepo.cli.checks import JUDGES, PEERS, REASONERS, SIZES, WORLDS, OptionNames, option_of
 from cepo.files import means_path
+from cepo.train.file_kinds import FILES, SOURCES
+from tests.paths import ROOT
 
 SCORE = "score --model smollm2 --input rows.jsonl --output s.jsonl"
 TRAIN = "train run.yaml"
 EVAL = "--data rows.jsonl --output out"
 REFUSED = {
-    "score --model smollm2 --input none.jsonl --output s.jsonl": "--input none.jsonl is not a file",
+    "score --model smollm2 --input none.jsonl --output s.jsonl": "--input none.jsonl is not a file; expected JSONL",
     f"{SCORE} --batch-size 0": "--batch-size is 0",
     f"{SCORE} --memory-gib 0": "--memory-gib is 0; expected a number above 0",
     f"{SCORE} --engine autograd --memory-gib 2": "--memory-gib needs --engine group",
@@ -62,7 +64,7 @@ REFUSED = {
     "score --model ./none --input rows.jsonl --output s.jsonl": "--model is './none', which is not there",
     "score --model rows/none --input rows.jsonl --output s.jsonl": "--model is 'rows/none', which is not there",
     "train none.yaml": "config 'none.yaml' cannot be read",
-    f"{TRAIN} --data data/none.csv": "--data data/none.csv is not a file",
+    f"{TRAIN} --data data/none.csv": "--data data/none.csv is not there; expected a file",
     f"{TRAIN} --output rows.jsonl": "--output is 'rows.jsonl', but",
     f"{TRAIN} --engine ppo": "--engine is 'ppo'",
     f"{TRAIN} --set steps": "--set is 'steps'",
@@ -117,7 +119,7 @@ REFUSED = {
     "eval causal --output out --testbed --items 3": "--items is 3",
     "eval causal --output out --model smollm2 --input rows.jsonl --world lazy": "--world needs --testbed",
     "eval causal --output out --testbed --world good": "--world is 'good'",
-    "ablate --model smollm2 --input none.jsonl --output out": "--input none.jsonl",
+    "ablate --model smollm2 --input owner/name --output out": "--input owner/name is not a file; expected JSONL",
     "ablate --model smollm2 --input rows.jsonl --output out --score good": "--score is 'good'",
     "ablate --output out --testbed 12": "--testbed is 12; expected a multiple of 8",
     "ablate --output out --testbed 8 --raw": "--raw cannot be used with --testbed",
@@ -237,6 +239,22 @@ def test_help_tells_a_default_once_and_says_what_each_option_is(name: str, monke
     for one in _commands()[name].params:
         assert one.help[0].isupper(), f"{option_of(one)} of {name}: {one.help}"
         assert one.help.endswith("."), f"{option_of(one)} of {name}: {one.help}"
+
+
+def test_every_option_that_reads_rows_says_in_the_same_words_which_files() -> None:
+    """Three wordings made people think that a command reads fewer kinds of files than it does."""
+    assert FILES in (ROOT / "docs" / "formats.md").read_text()
+    assert FILES in SOURCES
+    reading = [
+        (name, one)
+        for name, command in _commands().items()
+        for one in command.params
+        if one.name in ("data", "input", "donors_file") and name != "reward-experiment"  # which reads a folder
+    ]
+    assert len(reading) == 12
+    for name, one in reading:
+        told = SOURCES if one.name == "data" else FILES
+        assert told in one.help, f"{option_of(one)} of {name}: {one.help}"
 
 
 def test_errors_name_the_option_and_leave_what_is_none() -> None:
