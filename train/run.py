@@ -301,7 +301,7 @@ def _shown(logs: Mapping[str, float]) -> str:
     """Return the values that the progress bar shows: the task's and the causal reward, or the loss of a warm start."""
     task = [name for name in _TASK_REWARDS if name in logs][:1]
     names = {"task reward": task, "causal reward": ["rewards/causal/mean"], "loss": [] if task else ["loss"]}
-    return ", ".join(f"{label} {logs[name]:.2f}" for label, found in names.items() for name in found if name in logs)
+    return ", ".join(f"{label} {logs[name]:.3g}" for label, found in names.items() for name in found if name in logs)
 
 
 def _nothing_learned(metrics: Sequence[Mapping[str, Any]]) -> str | None:

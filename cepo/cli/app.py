@@ -83,6 +83,8 @@ def _root(
 def main() -> None:
     """Run the command line; bad input ends in one paragraph on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not errors.is_terminal:  # where the bars of libraries that load weights and data would only fill a log
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once, when it is imported
     try:
         app()
     except ValueError as error:

@@ -1,6 +1,10 @@
 """Protects the command line's face: the order of its help, and that a judge has the same options everywhere."""
 
+import os
 import re
+import subprocess
+import sys
+import termios
 
 import pytest
 import typer
@@ -8,6 +12,7 @@ from typer.testing import CliRunner
 
 from cepo.cli.app import app
 from cepo.cli.shared import progress_bar
+from tests.paths import ROOT
 
 JUDGE = {
     *(
@@ -71,3 +76,35 @@ def test_progress_shows_where_stderr_is_not_a_terminal(capsys: pytest.CaptureFix
             bar.update(task, completed=done)
         shown = [line.split()[-2] for line in capsys.readouterr().err.splitlines()]
     assert shown == ["1/40", "6/40", "11/40", "16/40", "21/40", "26/40", "31/40", "36/40"]
+
+
+BARS = """
+from contextlib import suppress
+from cepo.cli.app import main
+with suppress(SystemExit):
+    main()
+from tqdm.auto import tqdm  # the class itself, as transformers takes it for GGUF files
+list(tqdm(range(3), desc="Loading weights"))
+"""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_of_libraries_are_drawn_on_a_terminal_alone(terminal: bool) -> None:
+    """Each redraw of a bar is one more copy of it in the log of a job."""
+    reader, writer = os.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(writer, (24, 80))
+    variables = {name: value for name, value in os.environ.items() if name not in ("TQDM_DISABLE", "FORCE_COLOR")}
+    subprocess.run(
+        [sys.executable, "-c", BARS, "--version"],
+        cwd=ROOT,
+        env=variables | {"TERM": "xterm"},
+        stdout=subprocess.DEVNULL,
+        stderr=writer,
+        check=True,
+    )
+    os.write(writer, b"end")  # so that there is something to read
+    told = os.read(reader, 10_000).decode()
+    os.close(reader)
+    os.close(writer)
+    assert ("Loading weights" in told) == terminal, told

@@ -10,12 +10,13 @@ from cepo.train.run import _nothing_learned, _printed_to, _shown
 
 
 def test_the_bar_shows_the_tasks_and_the_causal_reward_or_the_loss() -> None:
-    """A right verdict says more than a well-formed one; a fused reward's own task comes first."""
+    """A right verdict says more than a well-formed one; a fused reward's own task comes first. Small rewards differ."""
     logs = {"rewards/format_reward/mean": 0.1, "rewards/causal/mean": 0.25, "loss": 0.0}
-    assert _shown(logs) == "task reward 0.10, causal reward 0.25"
-    assert _shown({**logs, "rewards/argmax_reward/mean": 0.5}) == "task reward 0.50, causal reward 0.25"
+    assert _shown(logs) == "task reward 0.1, causal reward 0.25"
+    assert _shown({**logs, "rewards/argmax_reward/mean": 0.5}) == "task reward 0.5, causal reward 0.25"
     assert _shown({**logs, "causal/task": 0.75}) == "task reward 0.75, causal reward 0.25"
-    assert _shown({"loss": 1.5}) == "loss 1.50"
+    assert _shown({**logs, "rewards/causal/mean": 0.0067123}) == "task reward 0.1, causal reward 0.00671"
+    assert _shown({"loss": 1.5}) == "loss 1.5"
     assert _shown({"train_runtime": 3.0}) == ""
 
 
