@@ -18,6 +18,7 @@ from cepo.train.prompts import judge_prompt, reasoning_prompt
 from cepo.train.rows import (
     PAIR,
     TIE,
+    TIES_OPTION,
     check_kept,
     is_storable,
     read_dialogue,
@@ -28,6 +29,7 @@ from cepo.train.rows import (
 )
 from cepo.train.source import collect_rows
 
+_TIES = "set data.ties: true to include ties"  # a recipe's key
 _TEXT = Value("string")
 _MESSAGES = [{"role": _TEXT, "content": _TEXT}]
 _PREFERENCE_FEATURES = Features(
@@ -97,7 +99,7 @@ def load_preferences(
     _check_ranges(test_fraction, max_characters)
     rows, skipped = collect_rows(
         source,
-        lambda row, _: check_length(judge_row(row, seed, names, ties=ties), max_characters),
+        lambda row, _: check_length(judge_row(row, seed, names, ties=ties, way_out=_TIES), max_characters),
         split=split,
         limit=limit,
     )
@@ -141,12 +143,12 @@ def load_reasoning(
     return _divide(rows, skipped, "question", _REASONING_FEATURES, test_fraction, seed)
 
 
-def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: bool = False) -> Row:
+def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: bool, way_out: str = TIES_OPTION) -> Row:
     """Return a row of `load_preferences`; ValueError with the reason where a row has no pair of responses, holds a tie
-    that nobody asked for, or is one that `cepo augment` did not keep."""
+    that nobody asked for (see `read_tie`), or is one that `cepo augment` did not keep."""
     check_kept(row)
     query, chosen, rejected = read_pair(row, names)
-    tie = read_tie(row, ties=ties)
+    tie = read_tie(row, ties=ties, way_out=way_out)
     if chosen == rejected:
         raise ValueError(f"columns {names['chosen']!r} and {names['rejected']!r} are the same")
     chosen_first = digest("position", seed, query, chosen, rejected) % 2 == 0

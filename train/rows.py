@@ -18,8 +18,20 @@ PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 """What the columns of a preference are called."""
 TIE = "tie"
 """Label of a row in which neither response is better."""
-UNASKED_TIE = "is a tie; to include ties, set data.ties: true (cepo train) or pass --ties"
-"""Why a sound row that is a tie is left out."""
+UNASKED_TIE = "is a tie"
+"""Why a sound row that is a tie is left out; the reason begins with it, and goes on with the way out."""
+TIES_OPTION = "pass --ties to include ties"
+"""The way out of commands that have the option."""
+_FORMS: dict[str, tuple[str, ...]] = {
+    "token ids": ("prompt_ids", "completion_ids"),
+    "a prompt with its completion": ("prompt", "completion"),
+    "messages with their completion": ("messages", "completion"),
+    "a judged pair": ("chosen", "rejected", "judge_output"),
+    "a preference": ("chosen", "rejected"),
+    "a question with solutions": ("question", "completions"),
+    "a question with its answer": ("question", "answer"),
+    "a conversation": ("messages",),
+}
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _IMAGES = ("images", "image", "pixel_values")
 _ROLES = ("system", "developer", "user", "assistant")
@@ -53,6 +65,18 @@ def given(row: Mapping[str, Any], column: str) -> Any:
 def encodable(text: str) -> str:
     """Return the text with lone surrogates replaced, so that a tokenizer takes it."""
     return text.encode("utf-8", "replace").decode()
+
+
+def form_of(row: Row) -> str:
+    """Return what a row holds, for people: its form, and all of its columns."""
+    there = [str(column) for column in row if given(row, column) is not None]
+    columns = there + [f"{column} (empty)" for column in row if given(row, column) is None]
+    return f"{form_name(there)} ({', '.join(columns) or 'no columns'})"
+
+
+def form_name(columns: Sequence[str]) -> str:
+    """Return what a row with these columns holds, for people."""
+    return next((name for name, form in _FORMS.items() if {*columns}.issuperset(form)), "no known form")
 
 
 def refuse_images(row: Mapping[str, Any]) -> None:
@@ -99,12 +123,13 @@ def read_pair(row: Row, names: Mapping[str, str] = PAIR) -> tuple[str, str, str]
     return found.prompt, found.chosen[0], found.rejected[0]
 
 
-def read_tie(row: Row, *, ties: bool) -> bool:
+def read_tie(row: Row, *, ties: bool | None, way_out: str = TIES_OPTION) -> bool:
     """Return whether a row says that neither response is better, by its column `tie` or by "tie" as its `label`.
 
     Args:
         row: a preference.
-        ties: whether ties are asked for.
+        ties: whether ties are asked for; None where nobody can ask for them.
+        way_out: how to ask for them.
 
     Raises:
         ValueError: for a tie that was not asked for, a column `tie` that holds neither true nor false, or one that is
@@ -115,7 +140,7 @@ def read_tie(row: Row, *, ties: bool) -> bool:
     if labelled and not tie:
         raise ValueError("column 'label' says that the row is a tie, and column 'tie' that it is not")
     if tie and not ties:
-        raise ValueError(UNASKED_TIE)
+        raise ValueError(f"{UNASKED_TIE}; {'only preferences are read here' if ties is None else way_out}")
     return tie
 
 
@@ -135,13 +160,13 @@ def check_kept(row: Row) -> None:
         raise ValueError(f"not kept: {given(row, 'reason') or 'no reason given'}")
 
 
-def read_judgement(row: Row, *, ties: bool = False) -> tuple[list[dict[str, str]], str]:
+def read_judgement(row: Row, *, ties: bool | None = None) -> tuple[list[dict[str, str]], str]:
     """Return the prompt that a row's own judgement answered, and the judgement.
 
     Args:
         row: a preference with `judge_output`, and `label`, "A" (or nothing) or "B": where the chosen response stood;
             or a tie, see `read_tie`.
-        ties: whether the prompt allowed equal scores.
+        ties: whether the prompt allowed equal scores; None as for `read_tie`.
 
     Raises:
         ValueError: with the reason why the row cannot be used; for a tie where the prompt allowed none.
@@ -153,7 +178,7 @@ def read_judgement(row: Row, *, ties: bool = False) -> tuple[list[dict[str, str]
         raise ValueError(f"column 'label' holds {label!r}; expected 'A' or 'B', where the chosen response was shown")
     _, judgement = read_answer(row, "judge_output", whole=True)
     shown = (rejected, chosen) if label == "B" else (chosen, rejected)
-    return judge_prompt(query, *shown, ties=ties), judgement
+    return judge_prompt(query, *shown, ties=bool(ties)), judgement
 
 
 def read_id(row: Mapping[str, Any]) -> str | int | float | None:
@@ -307,7 +332,7 @@ def _join(turns: Sequence[Mapping[str, Any]]) -> str:
 
 def _column(row: Row, column: str) -> Any:
     if column not in row:
-        raise ValueError(f"column {column!r} is missing")
+        raise ValueError(f"column {column!r} is missing; the row holds {form_of(row)}")
     return row[column]
 
 

@@ -54,7 +54,7 @@ def rewardbench(
         bool,
         typer.Option(
             "--ties",
-            help="Judge ties too, and tell the judge in every prompt that equal scores are allowed (like data.ties).",
+            help="Judge ties too, and tell the judge in every prompt that equal scores are allowed.",
         ),
     ] = False,
 ) -> None:
@@ -217,9 +217,10 @@ def finish(output: Path, data: str, failed: Mapping[str, int], broken: Sequence[
     from cepo.train.rows import UNASKED_TIE
 
     console.print(f"report: {output / 'report.html'}")
-    lost = [(number, reason) for number, reason in broken if reason != UNASKED_TIE]
-    if ties := len(broken) - len(lost):
-        console.print(f"left out: {ties} row(s), each of which {UNASKED_TIE}", highlight=False, soft_wrap=True)
+    lost = [(number, reason) for number, reason in broken if not reason.startswith(UNASKED_TIE)]
+    ties = [reason for _, reason in broken if reason.startswith(UNASKED_TIE)]
+    if ties:
+        console.print(f"left out: {len(ties)} row(s), each of which {ties[0]}", highlight=False, soft_wrap=True)
     broken, complaints = lost, []
     if broken:
         shown = "; ".join(f"row {number}: {reason}" for number, reason in broken[:5])

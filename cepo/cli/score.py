@@ -77,7 +77,7 @@ def score(
         bool,
         typer.Option(
             "--ties",
-            help="Take ties too; the prompt of every judged pair then allows equal scores (like data.ties).",
+            help="Take ties too; the prompt of every judged pair then allows equal scores.",
         ),
     ] = False,
     raw: Raw = False,

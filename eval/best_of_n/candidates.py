@@ -92,7 +92,7 @@ def _graded(row: Row, verifier: Verifier) -> tuple[str, dict[str, bool]]:
     """Return a row's question, and whether each of its solutions is right."""
     if given(row, "completions") is None:
         asked = "prompt" if given(row, "question") is None or given(row, "prompt") is not None else "question"
-        read_tie(row, ties=False)
+        read_tie(row, ties=None)
         question, chosen, rejected = read_pair(row, PAIR | {"prompt": asked})
         if chosen == rejected:
             raise ValueError("has the same text as chosen and as rejected")

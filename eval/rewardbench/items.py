@@ -62,7 +62,7 @@ def load_items(
     limit: int | None = None,
     subsets: Sequence[str] = (),
     seed: int = 0,
-    ties: bool = False,
+    ties: bool | None = None,
 ) -> tuple[list[PreferenceItem], list[BrokenLine]]:
     """Load preference items.
 
@@ -75,7 +75,7 @@ def load_items(
         limit: Number of items to draw at random, at least 1; None for all. A smaller draw is part of a larger one.
         subsets: Names to keep; all where empty.
         seed: Of the draw.
-        ties: Take rows in which neither response is better too, see `read_tie`; without it they cannot be used.
+        ties: Take rows in which neither response is better too, see `read_tie`; None where nobody can ask for them.
 
     Returns:
         The items in the order of the source, and (number from 1, reason) of rows that cannot be used.
@@ -98,7 +98,7 @@ def load_items(
     return items, problems
 
 
-def read_item(row: Row, place: str, *, ties: bool = False) -> PreferenceItem:
+def read_item(row: Row, place: str, *, ties: bool | None = None) -> PreferenceItem:
     """Return the item of a row that stands at `place`; `ties` as for `load_items`.
 
     Raises:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
@@ -19,6 +20,8 @@ from cepo.train.prompts import own_words
 from cepo.train.rows import (
     ask_the_same,
     encodable,
+    form_name,
+    form_of,
     given,
     read_answer,
     read_id,
@@ -38,6 +41,7 @@ _COLUMNS: tuple[tuple[str, ...], ...] = (
     ("chosen", "rejected", "judge_output"),
 )
 """The columns of each form; a row has the first form whose columns it has."""
+_Form: TypeAlias = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Line:
         return self.row is not None and "prompt" in self.row
 
 
-def read_input(path: Path, *, ties: bool = False) -> tuple[list[Line], list[BrokenLine]]:
+def read_input(path: Path, *, ties: bool | None = None) -> tuple[list[Line], list[BrokenLine]]:
     """Return the rows of the input in order, and the number and the reason of each that cannot be used.
 
     Args:
@@ -92,30 +96,37 @@ def read_input(path: Path, *, ties: bool = False) -> tuple[list[Line], list[Brok
     """
     source = open_file(path)
     lines: list[Line] = []
-    broken: list[BrokenLine] = []
+    numbers: list[int] = []
     first: Row | None = None
-    lacks_columns = True
+    forms: Counter[_Form] = Counter()
+    without: dict[int, Row] = {}  # rows without a form, by their place among the lines
     for number, row in source:
         if isinstance(row, dict):
             first = row if first is None else first
-            lacks_columns = lacks_columns and _form(row) is None
+            form = _form(row)
+            if form is None:
+                without[len(lines)] = row
+            else:
+                forms[form] += 1
         lines.append(line_of(row, source.place(number), ties=ties))
-        if lines[-1].broken is not None:
-            broken.append((number, lines[-1].broken))
+        numbers.append(number)
+    for place, row in without.items() if forms else ():
+        ((usual, _),) = forms.most_common(1)
+        lines[place] = replace(lines[place], broken=f"{lines[place].place}: {_lack(row, usual)}")
+    broken = [(number, line.broken) for number, line in zip(numbers, lines, strict=True) if line.broken is not None]
     if not lines:
         raise ValueError(f"input {str(path)!r} is empty; expected rows with {FORMS}")
     if first is None:
         raise ValueError(f"input {str(path)!r} has no usable row; {broken[0][1]}")
-    if lacks_columns:
-        columns = [str(name) + (" (empty)" if given(first, name) is None else "") for name in sorted(first)]
+    if not forms:
         raise ValueError(
-            f"input {str(path)!r} lacks the column {_missing(first)}; expected rows with {FORMS}. Its first row has "
-            f"{', '.join(columns) or 'no columns'}"
+            f"input {str(path)!r} lacks the column {_missing(first)}; expected rows with {FORMS}. Its first row holds "
+            f"{form_of(first)}"
         )
     return lines, broken
 
 
-def read_lines(path: Path, *, ties: bool = False) -> list[Line]:
+def read_lines(path: Path, *, ties: bool | None = None) -> list[Line]:
     """Return the rows of a file, see `read_input`; those that cannot be used are counted in a warning."""
     lines, broken = read_input(path, ties=ties)
     if broken:
@@ -123,7 +134,7 @@ def read_lines(path: Path, *, ties: bool = False) -> list[Line]:
     return lines
 
 
-def line_of(found: Row | str, place: str, *, ties: bool = False) -> Line:
+def line_of(found: Row | str, place: str, *, ties: bool | None = None) -> Line:
     """Return what is read of a row, see `read_row`, or of a reason why there is none; `place` is where it stands."""
     if isinstance(found, str):
         return Line(place, broken=f"{place} is broken: {found}")
@@ -190,7 +201,7 @@ def allows_ties(layout: Layout) -> bool:
     return isinstance(layout, JudgeLayout) and layout.ties
 
 
-def read_row(row: Row, *, ties: bool = False) -> Row:
+def read_row(row: Row, *, ties: bool | None = None) -> Row:
     """Return what is scored of a row: `prompt_ids` and `completion_ids`, or `prompt` and `completion`.
 
     `prompt` is text or messages, `completion` text: of messages the last one by the assistant, and those before it
@@ -198,7 +209,7 @@ def read_row(row: Row, *, ties: bool = False) -> Row:
 
     Args:
         row: of the input.
-        ties: whether the prompt of a judged pair allowed equal scores, see `read_judgement`.
+        ties: whether the prompt of a judged pair allowed equal scores, see `read_tie`.
 
     Raises:
         ValueError: with the reason why the row cannot be used.
@@ -233,7 +244,7 @@ def read_row(row: Row, *, ties: bool = False) -> Row:
     return {"prompt": [*_as_messages(prompt), *before], "completion": completion}
 
 
-def _form(row: Row) -> tuple[str, ...] | None:
+def _form(row: Row) -> _Form | None:
     """Return the form of a row. An empty answer counts only where no form is found without it."""
     there = {column for column in row if given(row, column) is not None}
     conversation = row["messages"] if isinstance(row.get("messages"), list) else []
@@ -243,21 +254,25 @@ def _form(row: Row) -> tuple[str, ...] | None:
     return next((form for columns in (there, there | empty) for form in forms if columns.issuperset(form)), None)
 
 
-def _lack(row: Row) -> str:
-    missing = _missing(row)
+def _lack(row: Row, usual: _Form = ()) -> str:
+    """Return why a row without a form cannot be used; `usual` is the form of most rows beside it."""
+    missing = _missing(row, usual)
+    told = f"lacks the column {missing}: it holds {form_of(row)}"
     if missing == "completion" and given(row, "messages") is not None:
-        return "lacks the column completion, and its messages (role, content) do not end with an assistant's"
-    return f"lacks the column {missing}"
+        told += ", and its messages (role, content) do not end with an assistant's"
+    return f"{told}; most rows beside it hold {form_name(usual)} ({', '.join(usual)})" if usual else told
 
 
-def _missing(row: Row) -> str:
-    """Return a column that a row without a form lacks: of the form that its columns point to."""
+def _missing(row: Row, usual: _Form = ()) -> str:
+    """Return a column that a row without a form lacks: of the form that its columns point to, or else of the usual."""
     there = {column for column in row if given(row, column) is not None}
-    form: tuple[str, ...] = ("messages" if "messages" in there else "prompt", "completion")
+    form: _Form = ("messages" if "messages" in there else "prompt", "completion")
     if there & set(_COLUMNS[0]):
         form = _COLUMNS[0]
     elif "completion" not in there and there & set(_COLUMNS[-1]):
         form = _COLUMNS[-1]
+    elif "completion" not in {*there, *usual} and not there.issuperset(usual):
+        form = usual
     return next(column for column in form if column not in there)
 
 

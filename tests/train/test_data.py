@@ -165,7 +165,7 @@ def test_unusable_rows_are_skipped_with_their_reason(tmp_path: Path) -> None:
         (3, "columns 'chosen' and 'rejected' are the same"),
         (4, "column 'rejected' is blank"),
         (5, "column 'prompt' holds a lone surrogate; expected valid Unicode text"),
-        (6, "column 'rejected' is missing"),
+        (6, "column 'rejected' is missing; the row holds no known form (prompt, chosen)"),
         (7, "holds 2 chosen and 1 rejected responses; expected one of each"),
         (8, "column 'chosen' holds no message by the assistant"),
         (10, "not JSON at character 2: Expecting property name enclosed in double quotes"),
@@ -177,7 +177,8 @@ def test_a_missing_column_names_itself_the_file_and_the_columns(tmp_path: Path) 
     rows = [{"instruction": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(3)]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(
-        ValueError, match=r"rows.jsonl .*'prompt' is missing \(3x\).* found: instruction, chosen, rejected"
+        ValueError,
+        match=r"rows.jsonl .*'prompt' is missing; .* a preference.*\(3x\).* found: instruction, chosen, rejected",
     ):
         load_preferences(path)
     assert len(load_preferences(path, columns={"prompt": "instruction"}, test_fraction=0.0).train) == 3

@@ -45,7 +45,7 @@ def test_ties_are_left_out_with_the_way_to_take_them_unless_they_are_asked_for(t
     alone = load_preferences(write(tmp_path / "alone.jsonl", PREFERENCES), test_fraction=0.0)
     assert loaded.fingerprint == alone.fingerprint
     assert [number for number, _ in loaded.skipped] == [*range(len(PREFERENCES) + 1, len(PREFERENCES + TIES) + 1)]
-    assert all("data.ties" in reason for _, reason in loaded.skipped)
+    assert {reason for _, reason in loaded.skipped} == {"is a tie; set data.ties: true to include ties"}
 
 
 def test_columns_that_disagree_about_a_tie_are_named() -> None:

@@ -94,6 +94,40 @@ def test_what_could_be_two_things_is_refused_with_its_id_and_number(
     assert (refused.id, broken) == ("{'of': 'its own'}", [(2, refused.broken)])
 
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {"prompt": ASKED, "chosen": "a", "rejected": "b", "judge_output": ""},
+            None,
+        ),
+        (
+            {"prompt": ASKED, "chosen": "a", "rejected": "b", "label": "A"},
+            "lacks the column judge_output: it holds a preference (prompt, chosen, rejected, label)",
+        ),
+        ({"prompt": ASKED, "note": None}, "lacks the column chosen: it holds no known form (prompt, note (empty))"),
+        (
+            {"question": ASKED, "answer": "7"},
+            "lacks the column chosen: it holds a question with its answer (question, answer)",
+        ),
+        ({"prompt_ids": [1]}, "lacks the column completion_ids: it holds no known form (prompt_ids)"),
+        ({"completion": JUDGED}, "lacks the column prompt: it holds no known form (completion)"),
+        ({"messages": [USER]}, "lacks the column chosen: it holds a conversation (messages)"),
+        ({}, "lacks the column chosen: it holds no known form (no columns)"),
+    ],
+)
+def test_a_row_of_another_form_is_told_by_its_own_form_and_that_of_the_rows_beside_it(
+    tmp_path: Path, row: dict[str, Any], told: str | None
+) -> None:
+    """ "Lacks completion" sends someone whose rows are judged pairs after a column that none of them has."""
+    pair = {"prompt": ASKED, "chosen": "a", "rejected": "b", "judge_output": JUDGED}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(one) for one in (row, pair, TEXT, pair)))
+    broken = read_input(path)[1]
+    beside = "most rows beside it hold a judged pair (chosen, rejected, judge_output)"
+    assert broken == ([] if told is None else [(1, f"line 1: {told}; {beside}")])
+
+
 def test_a_row_without_an_id_is_named_by_where_it_stands_and_scored_alike_elsewhere(tmp_path: Path) -> None:
     """A record is kept where a row moves in its file, and named anew."""
     path = tmp_path / "rows.jsonl"
@@ -149,10 +183,11 @@ def test_words_about_a_template_are_not_a_rendered_prompt() -> None:
 
 @pytest.mark.parametrize("tie", [{"tie": True}, {"label": "tie"}])
 def test_a_judged_tie_is_read_with_the_prompt_that_allowed_it(tie: dict[str, Any]) -> None:
-    """Its judge was told of equal scores; where ties are not asked for, the row is refused with the way to ask."""
+    """Its judge was told of equal scores; where ties are not asked for, the reason names the way to ask, if any."""
     pair = {"prompt": ASKED, "chosen": "a", "rejected": "b", "judge_output": JUDGED}
-    with pytest.raises(ValueError, match="is a tie; to include ties, .* pass --ties"):
-        read_row({**pair, **tie})
+    for asked, way_out in ((False, "pass --ties to include ties"), (None, "only preferences are read here")):
+        with pytest.raises(ValueError, match=f"^is a tie; {way_out}$"):
+            read_row({**pair, **tie}, ties=asked)
     wanted = judge_prompt(ASKED, "a", "b", ties=True)
     assert read_row({**pair, **tie}, ties=True) == {"prompt": wanted, "completion": JUDGED}
     assert read_row({**pair, "label": "A"}, ties=True)["prompt"] == wanted
