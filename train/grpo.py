@@ -8,10 +8,10 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cepo.fusion.settings import check_settings
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
@@ -19,91 +19,17 @@ from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
 from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
+from cepo.train.config import AUTO, PEERS, TASKS, TrainConfig
 from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
 from cepo.train.left_out import shown, write_left_out
-from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint, source_and_options
+from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.ranks import failing_together
-from cepo.train.recipe import Dtype, decisive, read_recipe, trainer_arguments
+from cepo.train.recipe import decisive, read_recipe, trainer_arguments
 from cepo.train.run import lora_config, require_trl, train_to_end
 
 logger = logging.getLogger(__name__)
-
-# Of a reward that reads one kind's output and reference: that kind. The others read either.
-_KINDS = {
-    "exact_match": "reasoning",
-    "math_verify": "reasoning",
-    "bertscore": "reasoning",
-    "argmax": "judge",
-    "format": "judge",
-    "proxy": "judge",
-}
-TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
-_PEERS = ("cir", "log_cir", "csr", "necessary")
-AUTO = "auto"
-_REWARDS = ("format", "causal", "proxy", *_PEERS, *TASKS)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run.
-
-    Attributes:
-        model: hub id, folder, .gguf file, "smollm2", "testbed", "testbed-words" or "testbed-reasoner".
-        kind: "judge" (preference pairs) or "reasoning" (questions with answers).
-        data: `source` and the loader's options, see `cepo.train.policy.load_data`.
-        rewards: mappings with `name`, `weight` (default 1; "auto" for a causal reward, see `cepo.train.controller`, and
-            so for its `p`) and, for causal, CausalReward's settings. Its `task` names a task reward to fuse with the
-            links (CE-PO); `preset: paper` takes the paper's values; `guard` is that of `JudgeLayout`. Names: format,
-            argmax, exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr,
-            necessary.
-        verdicts: which written forms of a judge's verdict all of this reads, strict or lenient, see `JudgeLayout`.
-        causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None to add no term to the
-            loss of GRPO.
-        output: folder of the run: checkpoints, metrics.jsonl, left_out.jsonl, log.txt, settings.json, final/.
-        grpo: any field of TRL's GRPOConfig.
-        lora: any field of peft's LoraConfig, or None to train all weights.
-        dtype: dtype of the weights: float32, bfloat16, float16.
-        seed: of the data split, the testbed judge (one in words has its own), sampling and training.
-        threads: CPU threads, or None for torch's choice; tiny models are fastest with one or two.
-        testbed: the testbed judge's `judge` and `steps`; for one in words, see `cepo.train.testbed_words.WordsJudge`.
-        trust_remote_code: whether a hub repository's own code may run.
-    """
-
-    model: str
-    data: Mapping[str, Any]
-    rewards: Sequence[Mapping[str, Any]]
-    output: str
-    kind: Literal["judge", "reasoning"] = "judge"
-    verdicts: Verdicts = STRICT
-    causal_loss: Mapping[str, Any] | None = None
-    grpo: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] | None = None
-    dtype: Dtype = "float32"
-    seed: int = 0
-    threads: int | None = None
-    testbed: Mapping[str, Any] = field(default_factory=dict)
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        source_and_options(self.data)
-        check_settings("", vars(self), TrainConfig)
-        if not self.rewards:
-            raise ValueError("rewards is empty; expected a list of mappings such as {name: format}")
-        for reward in self.rewards:
-            if not isinstance(reward, Mapping) or reward.get("name") not in _REWARDS:
-                raise ValueError(f"rewards holds {reward!r}; expected a mapping with a name of {', '.join(_REWARDS)}")
-            for name, kind in _KINDS.items():
-                if name in (reward["name"], reward.get("task")) and kind != self.kind:
-                    raise ValueError(f"reward {name} needs kind: {kind}, but kind is {self.kind}")
-        names = [reward["name"] for reward in self.rewards]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"rewards holds {name} {names.count(name)} times, and all would log into the same metrics; "
-                    "expected once. A causal reward takes several links, each with its weight"
-                )
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -112,7 +38,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError: if the file cannot be read, or holds a key that does not exist.
     """
-    return read_recipe(TrainConfig, path, overrides, needed=("model", "data", "rewards", "output"))
+    return read_recipe(TrainConfig, path, overrides)
 
 
 def train(config: TrainConfig, *, fresh: bool = False) -> Path:
@@ -248,7 +174,7 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
     for reward in config.rewards:
         settings = dict(reward)
         name, weight = settings.pop("name"), settings.pop("weight", 1.0)
-        if weight == AUTO and name in ("causal", *_PEERS):
+        if weight == AUTO and name in ("causal", *PEERS):
             weight = 1.0
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight < math.inf:
             raise ValueError(

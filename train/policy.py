@@ -19,6 +19,7 @@ from cepo.train import testbed, testbed_judges, testbed_model
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 from cepo.train.reasoner_testbed import Question, Task, generate_questions
 from cepo.train.reasoner_testbed_models import ReasonerSettings, load_testbed_reasoner, reasoner_fingerprint
+from cepo.train.recipe import source_and_options
 from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerprint, words_settings
 
 TESTBED, WORDS, REASONER_TESTBED = "testbed", "testbed-words", "testbed-reasoner"
@@ -52,21 +53,6 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
     load: Callable[..., DataSplit] = generate if source == own else read
     check_settings("data", options, load, but=("source", "seed"))
     return load(source, seed=seed, **options)
-
-
-def source_and_options(settings: Any) -> tuple[str, dict[str, Any]]:
-    """Return the source that a recipe's `data` names, and its other keys.
-
-    Raises:
-        ValueError: for anything but a mapping with a source.
-    """
-    if not isinstance(settings, Mapping) or not settings.get("source"):
-        came = "missing" if isinstance(settings, Mapping) else f"not there: data is {settings!r}"
-        raise ValueError(f"data.source is {came}; expected a file, a hub data set id, or testbed")
-    if not isinstance(settings["source"], str | Path):
-        raise ValueError(f"data.source is {settings['source']!r}; expected text: a file, a hub data set id, or testbed")
-    options = dict(settings)
-    return options.pop("source"), options
 
 
 def items_dataset(items: list[testbed.Item]) -> Dataset:

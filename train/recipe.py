@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,14 +23,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 """Of the weights that a recipe trains."""
 
 
-def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, Any], *, needed: Sequence[str]) -> Config:
+def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, Any]) -> Config:
     """Return the run that a YAML file describes, with dotted overrides such as {"grpo.max_steps": 2} applied.
 
     Args:
-        kind: the dataclass of the run; its fields are the keys of the file.
+        kind: the dataclass of the run; its fields are the keys of the file, and those without a default are needed.
         path: of the file.
         overrides: values by key; a dot leads into a mapping.
-        needed: keys that must hold something.
 
     Raises:
         ValueError: if the file cannot be read, lacks a key, or holds one that does not exist.
@@ -49,7 +48,9 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
             loaded[place] = inner
         else:
             loaded[place] = value
-    check_names(f"config {str(path)!r}", loaded, [item.name for item in dataclasses.fields(kind)])  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    check_names(f"config {str(path)!r}", loaded, [item.name for item in fields])
+    needed = [item.name for item in fields if item.default is item.default_factory]  # both are missing
     missing = [name for name in needed if not loaded.get(name)]
     if missing:
         raise ValueError(f"config {str(path)!r} lacks {', '.join(missing)}")
@@ -90,6 +91,21 @@ class _OnceLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = key.start_mark.line + 1
         return node
+
+
+def source_and_options(settings: Any) -> tuple[str, dict[str, Any]]:
+    """Return the source that a recipe's `data` names, and its other keys.
+
+    Raises:
+        ValueError: for anything but a mapping with a source.
+    """
+    if not isinstance(settings, Mapping) or not settings.get("source"):
+        came = "missing" if isinstance(settings, Mapping) else f"not there: data is {settings!r}"
+        raise ValueError(f"data.source is {came}; expected a file, a hub data set id, or testbed")
+    if not isinstance(settings["source"], str | Path):
+        raise ValueError(f"data.source is {settings['source']!r}; expected text: a file, a hub data set id, or testbed")
+    options = dict(settings)
+    return options.pop("source"), options
 
 
 def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, output: str, seed: int) -> Any:

@@ -14,7 +14,8 @@ from cepo.counterfactual.text.pairs import Pair, side_of
 from cepo.files import Row, content_hash
 from cepo.fusion.settings import check_settings
 from cepo.train.pair_encoding import PairEncoder
-from cepo.train.policy import TESTBED, source_and_options
+from cepo.train.policy import TESTBED
+from cepo.train.recipe import source_and_options
 from cepo.train.reward_testbed import WORDS, generate_sources
 from cepo.train.rows import PAIR, given, read_flag, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows

@@ -83,7 +83,7 @@ class RewardModelConfig:
 
 def load_reward_config(path: str | Path, overrides: Mapping[str, Any]) -> RewardModelConfig:
     """Return the run that a YAML file describes, see `read_recipe`."""
-    return read_recipe(RewardModelConfig, path, overrides, needed=("model", "data", "output"))
+    return read_recipe(RewardModelConfig, path, overrides)
 
 
 def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Path:

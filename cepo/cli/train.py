@@ -11,8 +11,9 @@ import yaml
 
 from cepo.cli import checks
 from cepo.cli.shared import Dtype, Threads, TrustRemoteCode, console, use_threads
+from cepo.train.config import TrainConfig
 from cepo.train.file_kinds import SOURCES
-from cepo.train.recipe import read_yaml, reason_of
+from cepo.train.recipe import read_recipe, read_yaml, reason_of
 
 TrainingOutput = Annotated[
     Path | None,
@@ -104,10 +105,9 @@ def train(
     """
     named = {"model": model, "data.source": data, "output": output, "grpo.max_steps": max_steps, "seed": seed}
     overrides = _overrides(named, set_, trust_remote_code)
-    from cepo.train.grpo import load_config
+    run_config = read_recipe(TrainConfig, config, overrides)  # refused before torch is imported
     from cepo.train.grpo import train as run
 
-    run_config = load_config(config, overrides)
     if engine == "verl":
         from cepo.train.verl.config import write_verl_run
 

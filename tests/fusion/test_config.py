@@ -15,7 +15,8 @@ import yaml
 
 from cepo import PAPER_LINKS, CausalReward, RewardConfig, argmax_reward
 from cepo.cli.app import app, main
-from cepo.train.grpo import TrainConfig, _build_reward
+from cepo.train.config import TrainConfig
+from cepo.train.grpo import _build_reward
 
 FIELDS = {field.name for field in fields(RewardConfig)}
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,8 @@ from cepo.jacobian.loading import load_model, resolve_model
 from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges, testbed_model
-from cepo.train.grpo import TrainConfig, build_causal_loss, build_rewards, grpo_arguments, load_config, train
+from cepo.train.config import TrainConfig
+from cepo.train.grpo import build_causal_loss, build_rewards, grpo_arguments, load_config, train
 from cepo.train.policy import load_testbed_judge
 from cepo.train.prompts import JUDGE
 from cepo.train.run import last_complete_checkpoint

@@ -19,7 +19,8 @@ from trl import GRPOTrainer
 from cepo.files import read_jsonl
 from cepo.jacobian.loading import load_model, resolve_model
 from cepo.train import grpo, testbed, testbed_model
-from cepo.train.grpo import TrainConfig, load_config, train
+from cepo.train.config import TrainConfig
+from cepo.train.grpo import load_config, train
 from cepo.train.ranks import check_agreement, failing_together
 from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
 from cepo.train.run import last_complete_checkpoint

@@ -9,8 +9,9 @@ import pytest
 
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_model
+from cepo.train.config import TrainConfig
 from cepo.train.data import load_preferences
-from cepo.train.grpo import TrainConfig, build_rewards, train
+from cepo.train.grpo import build_rewards, train
 from cepo.train.policy import load_data
 from cepo.train.prompts import JUDGE, JUDGE_LITERALS, TIES_JUDGE, TIES_LITERALS, judge_prompt
 from cepo.train.rewards.task import argmax_reward

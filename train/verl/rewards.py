@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cepo.train.grpo import TrainConfig, build_rewards, load_config
+from cepo.train.config import TrainConfig
+from cepo.train.grpo import build_rewards, load_config
 from cepo.train.rewards.causal import CausalReward, TaskReward
 
 _NO_DEVIATION = 1e-4  # TRL's, beside a standard deviation

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from cepo.cli.app import main
-from cepo.train.grpo import TrainConfig, load_config
+from cepo.train.config import TrainConfig
+from cepo.train.grpo import load_config
 from cepo.train.verl.config import verl_settings, write_verl_run
 from tests.paths import ROOT
 

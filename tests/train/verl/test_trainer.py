@@ -42,7 +42,7 @@ from verl.workers.rollout.llm_server import LLMServerManager  # noqa: E402
 from cepo.jacobian.loading import load_model, resolve_model  # noqa: E402
 from cepo.jacobian.reading.spans import SpanReader  # noqa: E402
 from cepo.train import testbed  # noqa: E402
-from cepo.train.grpo import TrainConfig  # noqa: E402
+from cepo.train.config import TrainConfig  # noqa: E402
 from cepo.train.verl.config import write_verl_run  # noqa: E402
 from cepo.train.verl.rewards import read_rewards  # noqa: E402
 from cepo.train.verl.trainer import CausalTrainer  # noqa: E402
