@@ -31,7 +31,7 @@ from cepo.train.run import METRICS, require_trl
 
 RECIPE = Path(cepo.__file__).parent / "train" / "recipes" / "testbed.yaml"
 RESULTS = Path(cepo.__file__).parent / "benchmarks" / "results"
-_RECORDED = "testbed-worlds.jsonl"  # the experiment on seeds that had no part in choosing the reward
+_RECORDED = "testbed-worlds.jsonl"  # the experiment on seeds that were not used to choose the reward
 _UNTRAINED, _CAUSAL, _TASK = "untrained", "effect chain", "task"  # its arms
 _SHARES: dict[str, str] = {
     "accuracy, length right in 90% of items": "in_distribution",
@@ -53,8 +53,8 @@ _CURVES = {
 _TESTBED = (
     "The query names a situation, the criteria name the aspect that decides in it, the analysis quotes each response's "
     "word for that aspect, and the scores follow. Response length is a spurious cue. Accuracies are greedy. For the "
-    "verdicts turned, another criterion is forced and the judge continues by itself. An S that rises while they do not "
-    "is a signal satisfied in form."
+    "verdicts turned, another criterion is forced and the judge continues by itself. If S rises while they do not, the "
+    "judge raises the measure without what it stands for."
 )
 
 

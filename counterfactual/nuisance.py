@@ -62,7 +62,7 @@ def remove_nuisance(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
 
 
 def remove_mean(jac_SD: Tensor, jacs_SD: Sequence[Tensor]) -> Tensor:
-    """Return J less its Frobenius projection on the mean counterfactual Jacobian.
+    """Return J minus its Frobenius projection on the mean counterfactual Jacobian.
 
     The reference implementation of CE-PO does this instead of removing a subspace; offered for comparison.
 

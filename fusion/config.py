@@ -44,7 +44,7 @@ class RewardConfig:
         task_weight: w_0, weight of the task reward where there is one, >= 0.
         p: exponent of the power mean; any real number, inf or -inf.
         join: exponent of the power mean that joins the scores of a chain's links; -inf takes the smallest, so that
-            no link can make up for another.
+            no link can compensate for another.
         counterfactuals: K >= 0 permutations of each source span, fewer where it has fewer orders. None are computed
             where neither the score nor `also` reads what hardening leaves.
         permutation: "uniform", "sentence" or "block", see `permutations`.
@@ -107,8 +107,8 @@ class RewardConfig:
         check_rank(self.rank, self.energy)
         if self.score in ("phi_retained", "influence_retained") and not self.counterfactuals:
             raise ValueError(
-                f"score is {self.score!r}, the share that hardening retains, with counterfactuals (K) 0, which harden "
-                "nothing; expected K >= 1"
+                f"score is {self.score!r}, the share that hardening retains, but counterfactuals (K) is 0, so nothing "
+                "is hardened; expected K >= 1"
             )
         if not 0.0 <= self.leak_weight < math.inf:
             raise ValueError(f"leak_weight is {self.leak_weight}; expected a finite number >= 0")

@@ -1,4 +1,4 @@
-"""The order leak: what a judge's criteria give away about which response stands where."""
+"""The order leak: what a judge's criteria give away about which response is shown first."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def order_leaks(
 
 
 def less_leak(value: float, leak: float | None, weight: float) -> float:
-    """Return S less what the order leak costs it: max(0, S - weight * max(0, tanh(leak / 2))).
+    """Return S with the order leak taken off: max(0, S - weight * max(0, tanh(leak / 2))).
 
     Args:
         value: S of a link, in [0, 1].

@@ -51,19 +51,19 @@ class LinkScore:
         nodes: nodes of the quadrature; 0 where none were asked for.
         donors: counterfactuals that the span was compared with.
         against: what they were, see `cepo.fusion.requests.Against`; None where no score reads them.
-        phi: sigma_1^2 / ||.||_F^2 of the residual Jacobian, in (0, 1]; 0 for a zero matrix. A shape, not a size.
+        phi: sigma_1^2 / ||.||_F^2 of the residual Jacobian, in (0, 1]; 0 for a zero matrix. Shape, not size.
         phi_lower: certified lower bound of phi.
         phi_upper: certified upper bound of phi.
         phi_base: phi of the base Jacobian.
         retained: ||J_res||_F^2 / ||J||_F^2, in [0, 1]; None where counterfactuals were asked for and the tokens have
-            no other order, so that nothing tells what hardening would leave. Scores that read it are 0 there.
+            no other order, so it is not known what hardening would leave. Scores that read it are 0 there.
         influence: ||J||_F^2 over the energy of the target's gradient at all rows of the context, in [0, 1].
         norm: ||J||_F.
         counterfactuals: number of counterfactual Jacobians (fewer than K where the tokens have fewer orders).
         rank: dimension of the nuisance subspace that was removed.
         nuisance_angles: principal angles in degrees, ascending, between the nuisance subspace and the Jacobian's own
             top subspace of equal rank. All near 0: hardening removes the signal itself; near 90: they share nothing.
-        value: S, the named score that was asked for, in [0, 1]; in a `RolloutScore`, less what the order leak costs.
+        value: S, the named score that was asked for, in [0, 1]; in a `RolloutScore`, with the order leak taken off.
     """
 
     link: str
@@ -156,7 +156,7 @@ def _record(
     phi = None if share is None else share.value
     named = named_scores(phi, retained, influence) | effect_scores(one.compared)
     if score not in named:
-        raise ValueError(f"score is {score!r}, and what it reads of {one.link.name} was not computed")
+        raise ValueError(f"score is {score!r}, but what it needs for {one.link.name} was not computed")
     delta = path.delta if path is not None else 0.0 if one.compared and one.compared.against == "same" else None
     return LinkScore(
         link=one.link.name,
@@ -185,7 +185,7 @@ def _record(
 def effect_scores(compared: Compared | None) -> dict[Score, float]:
     """Return the named scores of a link beside its counterfactuals, in [0, 1].
 
-    - effect: tanh(delta / 2), 0 where delta < 0: how surely one tells that B was written after X and not after X'.
+    - effect: tanh(delta / 2), 0 where delta < 0: how surely B can be attributed to X rather than to X'.
     - path: the same of the path's sum.
     - explained: 1 - s(X) / s(X'), 0 where it is negative: the part of B's surprisal that X accounts for.
 

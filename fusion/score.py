@@ -1,4 +1,4 @@
-"""The whole story: rollouts in; donors, effects, Jacobians, hardening, link scores, chains; fused rewards out."""
+"""The whole flow: rollouts in; donors, effects, Jacobians, hardening, link scores, chains; fused rewards out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RolloutScore:
     """The score of one rollout.
 
     Attributes:
-        links: record of each single link by its name, its S less what the order leak costs; empty where the rollout is
+        links: record of each single link by its name, its S with the order leak taken off; empty where the rollout is
             malformed.
         reward: the fused reward in [0, 1]; 0 where malformed.
         malformed: why nothing could be computed, or None.
@@ -188,7 +188,7 @@ class RolloutScorer:
     def _score(
         self, parts: Sequence[tuple[Measured, LinkScore]], leak: float | None, task_reward: float | None
     ) -> RolloutScore:
-        """Return the score of one rollout from its links: less the order leak, chains, fused with the task reward."""
+        """Return the score of one rollout from its links: leak taken off, chains joined, fused with the task reward."""
         by_name = {
             record.link: replace(record, value=less_leak(record.value, leak, self.config.leak_weight))
             for _, record in parts

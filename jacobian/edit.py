@@ -1,10 +1,10 @@
-"""What an edit of any length did to a reward: the blocks in which text and edit differ, and what each of them did.
+"""What an edit of any length did to a reward: the blocks in which text and edit differ, and what each contributed.
 
 Where every block is as long in both, the gradient along the path between their embeddings spreads the change of
-the reward over tokens (see `attribute_edit`). Where not, no path leads from one to the other, and where the reward
-jumps along the path its gradient misses the jump: then the blocks are exchanged one after another, from the left and
-from the right, and a block did what the reward changed by when it was exchanged, the mean of both orders. Either way
-the parts add up to the whole.
+the reward over tokens (see `attribute_edit`). Otherwise no path leads from one to the other; and where the reward
+jumps along the path, its gradient misses the jump. In both cases the blocks are exchanged one after another, from the
+left and from the right, and a block's effect is the change of the reward when it is exchanged, the mean of both orders.
+Either way the parts add up to the whole.
 """
 
 from __future__ import annotations

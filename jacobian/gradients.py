@@ -1,4 +1,4 @@
-"""Whether every layer of a model carries the gradient of what it computes: looked at once, before any work."""
+"""Whether every layer of a model has the gradient of what it computes: checked once, before any work."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check_gradients(
     raise ValueError(
         f"model has {len(inner)} layer(s) without an exact gradient: {shown}{', ...' if len(inner) > _SHOWN else ''}; "
         "nothing computed through them would be exact. Expected layers with a backward pass: load the model in "
-        "float32, bfloat16 or float16, without kernels for inference alone (int8, GPTQ, AWQ, FP8) or detached outputs"
+        "float32, bfloat16 or float16, without inference-only kernels (int8, GPTQ, AWQ, FP8) or detached outputs"
     )
 
 

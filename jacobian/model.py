@@ -41,7 +41,7 @@ class HeldModel:
 
     Raises:
         ValueError: for an encoder-decoder model, a model without input embeddings, a prompt-learning adapter (its
-            virtual tokens have no position in token_ids), parameters made in inference mode or sharded by FSDP1, or
+            virtual tokens have no position in token_ids), parameters created in inference mode or sharded by FSDP1, or
             adapters=False on a model that has none.
     """
 
@@ -64,7 +64,7 @@ class HeldModel:
         fixed = [name for name, parameter in self.causal_lm.named_parameters() if parameter.is_inference()]
         if fixed:
             raise ValueError(
-                f"model has {len(fixed)} parameter(s) made in inference mode, {fixed[0]} first, through which no "
+                f"model has {len(fixed)} parameter(s) created in inference mode, {fixed[0]} first, through which no "
                 "gradient flows; load it outside torch.inference_mode()"
             )
         self._text_config = config.get_text_config()

@@ -72,7 +72,7 @@ def _mediated_pass_of(link: Link) -> Pass:
 
 
 def _regress_out(jac_SD: Tensor, mediated_SD: Tensor) -> Tensor:
-    """Return J less its Frobenius projection on the mediated component (zero where that component is zero)."""
+    """Return J minus its Frobenius projection on the mediated component (zero where that component is zero)."""
     energy = mediated_SD.square().sum()
     coefficient = torch.where(
         energy > 0, (jac_SD * mediated_SD).sum() / energy.clamp_min(torch.finfo(energy.dtype).tiny), 0

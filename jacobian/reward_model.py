@@ -1,10 +1,10 @@
 """Reward models: a model whose forward pass gives one number for a text, read at the text's last token.
 
 Two forms. A *Bradley-Terry* model is a sequence classifier with one output, the reward of a response. A *pairwise*
-model is a causal language model that is shown two responses; its number is the logit of "A" less that of "B".
+model is a causal language model that is shown two responses; its number is the logit of "A" minus that of "B".
 
-transformers looks for the last token by its id: where padding and end of turn are one id it reads another token, and
-from embeddings another one again. Here the attention mask alone says where a text ends.
+transformers looks for the last token by its id: where padding and end of turn share an id it reads another token, and
+from embeddings yet another. Here the attention mask alone says where a text ends.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Exact gradients of a reward model: d reward / d E(text), and what each token of an edit did to the reward.
+"""Exact gradients of a reward model: d reward / d E(text), and what each token of an edit contributed to the reward.
 
 With E(X) the embeddings of a text and E(X') those of an edit of it with the same number of tokens,
 
     r(X) - r(X') = integral over a in [0, 1] of <J(E(X') + a (E(X) - E(X'))), E(X) - E(X')>,
 
-token by token, so the rows of the integral add up to the difference. For a pairwise model r is the logit of A less that
-of B, and the text holds both responses.
+token by token, so the rows of the integral add up to the difference. For a pairwise model r is the logit of A minus
+that of B, and the text holds both responses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cepo.jacobian.path import between, gauss_nodes
 
 @dataclass(frozen=True)
 class EditAttribution:
-    """What each token of a text added to the reward, against an edit of it.
+    """What each token of a text adds to the reward, relative to an edit of it.
 
     Attributes:
         difference: r(X) - r(X'), from two forward passes.
@@ -73,7 +73,7 @@ def attribute_edit(
     tolerance: float = 0.01,
     most_nodes: int = 64,
 ) -> EditAttribution:
-    """Return what each token of a text did to the reward, against an edit of the text.
+    """Return what each token of a text contributed to the reward, relative to an edit of the text.
 
     Args:
         model: from `read_last_token`; left as it was found.

@@ -81,7 +81,7 @@ def target_terms(rollout: Rollout, span_name: str, function: TargetFunction) -> 
     - log_likelihood: sum over the span of log p(token | before).
     - log_odds: sum over the span of the token's logit against the logsumexp of all others.
     - expected_score: the sum of the two scores' expectations, see `cepo.jacobian.reading.numbers`.
-    - margin: the first score's expectation less the second's.
+    - margin: the first score's expectation minus the second's.
 
     Args:
         rollout: a well-formed rollout.

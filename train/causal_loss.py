@@ -1,8 +1,8 @@
-"""The causal loss: S as a differentiable term, for what the completions of a prompt do not vary in.
+"""The causal loss: a differentiable causal term, for what all completions of a prompt have in common.
 
 A reward compares completions of one prompt, so it cannot teach what all of them share: a judge that quotes evidence and
-then follows length does so in every completion. The loss needs no comparison: teacher-forced, on the sampled ids, it
-asks what the policy would say after other content.
+then follows length does so in every completion. The loss needs no such comparison: teacher-forced on the sampled ids,
+it reads what the policy would say after other content.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _EARNED = 0.5  # the least task reward of a completion whose verdict is a lesson
 class CausalTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with the causal loss added to its own.
 
-    The loss is TRL's less weight times the divergence (or csr), or plus weight times the interchange's negative
+    The loss is TRL's minus weight times the divergence (or csr), or plus weight times the interchange's negative
     log-likelihood: the mean over completions, of which those without a donor (malformed, or no other prompt in the
     batch) count as 0, so that gradient accumulation and data parallelism change nothing. Donors are gathered over all
     ranks. Logits are untempered. Evaluation adds no term.

@@ -81,6 +81,6 @@ class TrainConfig:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
-                    f"rewards holds {name} {names.count(name)} times, and all would log into the same metrics; "
+                    f"rewards holds {name} {names.count(name)} times, and all would log to the same metrics; "
                     "expected once. A causal reward takes several links, each with its weight"
                 )

@@ -38,9 +38,9 @@ class Pressure:
 def step(pressure: Pressure, task_reward: float) -> Pressure:
     """Return the pressure after one more task reward.
 
-    Additive increase and multiplicative decrease: a fall of the task reward is answered faster than it came about.
+    Additive increase and multiplicative decrease: pressure falls faster than it rises.
     Over the first 1 / (1 - decay) rewards the average is a plain mean, nothing is called the best, and the pressure
-    stays: one lucky batch at the start would be a best that never comes again.
+    stays: one lucky batch at the start would set a best that is never reached again.
 
     Args:
         pressure: before.

@@ -49,7 +49,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
 
     Args:
         config: the run.
-        fresh: start from nothing, and refuse an output that already holds checkpoints.
+        fresh: start from scratch, and refuse an output that already holds checkpoints.
 
     Returns:
         Folder of the trained model (the adapter, with LoRA).

@@ -70,7 +70,7 @@ class Shown:
         return [{"role": "user", "content": text}]
 
     def pair_messages(self, prompt: str, chosen: str, rejected: str) -> list[list[dict[str, str]]]:
-        """Return the two texts that a pair is told apart by.
+        """Return the two texts whose numbers are compared.
 
         Bradley-Terry: prompt and chosen response, prompt and rejected response. Pairwise: both responses with the
         chosen one first, and with the rejected one first.
@@ -80,7 +80,7 @@ class Shown:
         return [self.messages(prompt, chosen, rejected), self.messages(prompt, rejected, chosen)]
 
     def differences(self, numbers: Sequence[float]) -> list[float]:
-        """Return D of each pair, chosen less rejected; pairwise, the mean of both orders.
+        """Return D of each pair, chosen minus rejected; pairwise, the mean of both orders.
 
         Args:
             numbers: of the model, for the first and the second text of each pair in turn.

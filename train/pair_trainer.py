@@ -1,10 +1,10 @@
 """TRL's RewardTrainer on pairs, with ties beside preferences.
 
-The loss of a pair with difference D, chosen less rejected, is -log sigma(D) for a preference and
+The loss of a pair with difference D, chosen minus rejected, is -log sigma(D) for a preference and
 -(log sigma(D) + log sigma(-D))/2 for a tie, the least, log 2, at D = 0, with the gradient tanh(D/2)/2. (The equation as
-printed in the source has the other sign, which would push ties apart without end.)
+printed in the source has the other sign, which would push ties apart without bound.)
 
-Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), Eq. 2, with the sign put right.
+Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), Eq. 2, with the sign corrected.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def composite_loss(difference: Tensor, tie: Tensor, tie_weight: float = 1.0) -> 
     """Return the loss of each pair, in nats.
 
     Args:
-        difference: D, reward of chosen less that of rejected, any shape.
+        difference: D, reward of chosen minus that of rejected, any shape.
         tie: whether a pair is a tie, broadcast to that shape.
         tie_weight: lambda, at least 0.
     """

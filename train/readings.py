@@ -1,4 +1,4 @@
-"""What the causal loss lets the policy read: a completion as sampled, or with a donor's content in place of its own."""
+"""What the policy reads in the causal loss: a completion as sampled, or with a donor's content in place of its own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def donor_pool(rollouts: Sequence[Rollout], link: Link, settings: CausalLoss, ea
         rollouts: malformed ones are passed over.
         link: see `CausalLoss.parsed_links`.
         settings: says which of the two.
-        earned: whether each rollout earned the task reward; a wrong verdict is no lesson, so it is not interchanged.
+        earned: whether each rollout earned the task reward; a wrong verdict is not interchanged.
     """
     if settings.compares:
         return candidates(rollouts, link.source)

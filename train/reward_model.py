@@ -72,7 +72,7 @@ class RewardModelConfig:
             raise ValueError(f"tie_weight is {self.tie_weight!r}; expected a number >= 0")
         taken = [name for name in _OURS if name in self.reward]
         if taken:
-            raise ValueError(f"reward holds {', '.join(taken)}; texts are encoded with the model's own tokenizer alone")
+            raise ValueError(f"reward holds {', '.join(taken)}; the model's own tokenizer is always used")
 
     @property
     def shown(self) -> Shown:
@@ -91,7 +91,7 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
 
     Args:
         config: the run.
-        fresh: start from nothing, and refuse an output that already holds checkpoints.
+        fresh: start from scratch, and refuse an output that already holds checkpoints.
 
     Returns:
         Folder of the trained model (the adapter and the head, with LoRA).

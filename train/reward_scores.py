@@ -95,7 +95,7 @@ class RewardModel:
         return self.numbers([messages(*texts) for texts in zip(prompts, responses, strict=True)])
 
     def differences(self, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]) -> Scores:
-        """Return D of each pair, chosen less rejected; of a pairwise model, the mean of both orders.
+        """Return D of each pair, chosen minus rejected; of a pairwise model, the mean of both orders.
 
         Args:
             prompts: N of them.

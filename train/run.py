@@ -43,7 +43,7 @@ _TASK_REWARDS = (
 
 
 def train_to_end(build: Callable[[], Any], arguments: Any, settings: Mapping[str, Any], *, fresh: bool) -> Path:
-    """Train to the last step, going on from the last complete checkpoint if there is one, and write final/.
+    """Train to the last step, continuing from the last complete checkpoint if there is one, and write final/.
 
     A finished run trains nothing; one that is asked for more steps continues, and its old final/ is removed at once, so
     that final/ is always of the last step.
@@ -52,7 +52,7 @@ def train_to_end(build: Callable[[], Any], arguments: Any, settings: Mapping[str
         build: makes the TRL trainer.
         arguments: the trainer's own settings; `output_dir` is the run's folder.
         settings: all that decides the trained weights except the number of steps, see `claim`.
-        fresh: start from nothing, and refuse an output that already holds checkpoints.
+        fresh: start from scratch, and refuse an output that already holds checkpoints.
 
     Returns:
         Folder of the trained model.
@@ -97,8 +97,8 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
     """Train with one progress bar, and keep metrics.jsonl and log.txt in the output.
 
     log.txt holds what the libraries print, warn and log meanwhile; other ranks than the first, which write nothing
-    else, have a log-RANK.txt. metrics.jsonl holds one line per logged step, each step once, also where a killed run
-    goes on.
+    else, have a log-RANK.txt. metrics.jsonl holds one line per logged step, each step once, even where a killed run
+    continues.
 
     Args:
         build: makes the TRL trainer, which saves its checkpoints in the output.

@@ -225,7 +225,7 @@ def _open_json(path: Path, encoding: str, first: str, second: str) -> Source:
     with _text(path, encoding) as text:
         documents = _documents(text.read())
     if not documents and first.startswith("[") and not alone:
-        raise ValueError("it begins as a JSON list, but is not JSON to its end")
+        raise ValueError("it begins as a JSON list, but the rest is not valid JSON")
     if not documents or (len(alone) == 1 and len(documents) > 1):
         return Source(_guarded(path, _read_lines, encoding), "line")
     inside = _rows_inside(documents[0])

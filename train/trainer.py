@@ -1,4 +1,4 @@
-"""What we read off a TRL trainer and hand it: all contact with its insides that needs no class of TRL's."""
+"""What we read from a TRL trainer and pass to it: all access to its internals that needs no class of TRL's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def log_metric(trainer: Any, name: str, value: float) -> None:
 
 
 def prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """Return the ids of the prompts as the trainer itself renders them for generation (TRL hands rewards no ids)."""
+    """Return the ids of the prompts as the trainer renders them for generation (TRL passes no ids to rewards)."""
     of_each, _, _ = trainer._tokenize_prompts(list(prompts))
     return [list(ids) for ids in of_each]
 
@@ -88,7 +88,7 @@ def span_reader(trainer: Any, layout: Layout) -> SpanReader:
     if foreign:
         raise ValueError(
             f"trainer has {' and '.join(foreign)}, so completions may hold what the policy did not write, such as a "
-            "tool's result, and TRL hands rewards no mask of it; expected completions that are the policy's alone"
+            "tool's result, and TRL gives rewards no mask of it; expected completions that the policy alone wrote"
         )
     for name in ("train_dataset", "eval_dataset"):
         columns = getattr(getattr(trainer, name, None), "column_names", None)
@@ -140,11 +140,11 @@ def prompts_per_batch(trainer: Any) -> int:
 
 
 def check_name(trainer: Any, name: str) -> None:
-    """Raise ValueError if several of a trainer's reward functions have a name: they would log into the same metrics."""
+    """Raise ValueError if several of a trainer's reward functions have a name: they would log to the same metrics."""
     count = [getattr(function, "__name__", None) for function in trainer.reward_funcs].count(name)
     if count > 1:
         raise ValueError(
-            f"{count} reward functions are named {name!r}, and would log into the same metrics; give one another "
+            f"{count} reward functions are named {name!r}, and would log to the same metrics; give one another "
             "name, as in CausalReward(name='causal 2')"
         )
 

@@ -25,7 +25,7 @@ def augment(
     output: Annotated[
         Path,
         typer.Option(
-            help="Folder for pairs.jsonl, report.html and what the models answered.",
+            help="Folder for pairs.jsonl, report.html and the models' answers.",
             callback=checks.folder("pairs.jsonl", "writings.jsonl", "differences.jsonl", "report.html"),
         ),
     ],
@@ -33,7 +33,7 @@ def augment(
     filter_model: Annotated[
         str | None,
         typer.Option(
-            help="Reward model whose right answers drop a pair: folder or hub id. Default: no filter.",
+            help="Reward model that drops the pairs it already gets right: folder or hub id. Default: no filter.",
             callback=checks.model,
         ),
     ] = None,
@@ -49,7 +49,7 @@ def augment(
         ),
     ] = 0.02,
 ) -> None:
-    """Make more pairs of preferences, for reward models that follow causes and not cues.
+    """Make more pairs from preferences, for reward models that follow causes and not cues.
 
     Kinds by rule: `original` (the preference itself), `irrelevant` (both responses under an unrelated prompt, a tie),
     `relevance`, `style`, `wrong-number`, `dropped-sentence`. Kinds by a model that writes, verified by a second call:
@@ -58,7 +58,7 @@ def augment(
     - `irrelevant-by-writer`: as `irrelevant`, where the writer finds that neither response answers the prompt.
     - `aligned`, `paraphrase`: the rejected response made as good as the chosen one, the chosen one reworded; ties.
 
-    docs/reward-models.md says what each is made of.
+    docs/reward-models.md describes each.
 
     An example; a row of `preferences.jsonl`, and one of `runs/pairs/pairs.jsonl` (shortened):
 
@@ -78,7 +78,7 @@ def augment(
     tables count them. `cepo reward-model RECIPE --data runs/pairs/pairs.jsonl` trains on the others.
 
     Run a killed command again with the same arguments, and it resumes. If a server left prompts unanswered,
-    the exit code is 2, and the next run asks them again.
+    the exit code is 2, and the next run sends them again.
     """
     checks.refuse_split(context, data)
     from cepo.eval.augment.job import AugmentJob, chosen_kinds
@@ -98,9 +98,9 @@ def augment(
     if summary.writer.used:
         console.print(f"{summary.writer.told}, {summary.writer.failed.total()} failed", highlight=False)
     if summary.writer.cut:
-        console.print(f"{summary.writer.cut} answer(s) were cut; a larger --max-new-tokens lets them end")
+        console.print(f"{summary.writer.cut} answer(s) were cut; raise --max-new-tokens to let them finish")
     if summary.writer.failed:
         raise ValueError(
             f"{summary.writer.failed.total()} prompt(s) were not answered, and their pairs are not kept; run the same "
-            "command again to ask these alone"
+            "command again to send only these"
         )

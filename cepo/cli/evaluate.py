@@ -73,10 +73,10 @@ def rewardbench(
     on the order; and the shares of ties and of judgements without a verdict, which count as wrong. All are given per
     subset and RewardBench section, with 95% intervals. Expected scores, over the probabilities of the digits, are added
     where the backend returns those. With --ties, rows in which neither response is better are judged as well, and the
-    share of equal scores on them is shown beside that on preferences; they count towards no accuracy.
+    share of equal scores on them is shown beside that on preferences; they do not count in any accuracy.
 
     A reward model (--reward-model) gives each response a reward. The tables show the accuracy with ties as wrong and
-    with ties sharing the credit; what always choosing the longer or the shorter response would get; the accuracy by
+    with ties sharing the credit; that of always choosing the longer or the shorter response; the accuracy by
     which response is longer; and RewardBench 2's own measure of its subset Ties.
 
     Run a killed command again with the same arguments, and it resumes. A larger --limit adds to what is there. Prompts
@@ -121,8 +121,8 @@ def robustness(
     Every pair is judged as it is, and again with both responses rewritten mechanically: quotes, typos, lookalike
     letters, links, text to ignore, comments in code, another format of the answer. The table shows the drop of accuracy
     on the same pairs, the share of verdicts that changed, and how often the judge is right under all transformations;
-    below it, the accuracy with ties as half, that of the longer and of the shorter response, and that by which response
-    is longer. The judge may be a reward model (--reward-model).
+    below it, the accuracy with ties as half, that of always choosing the longer or the shorter response, and that by
+    which response is longer. The judge may be a reward model (--reward-model).
 
     An example, and a row of `preferences.jsonl`:
 
@@ -212,7 +212,7 @@ def best_of_n(
 def finish(output: Path, data: str, failed: Mapping[str, int], broken: Sequence[tuple[int, str]]) -> None:
     """Print where the page is, and end in an error if rows were lost: everything else is judged and shown by then.
 
-    A tie that was not asked for is no loss: it is counted and left out.
+    A tie that was not asked for is not an error: it is counted and left out.
     """
     from cepo.train.rows import UNASKED_TIE
 

@@ -57,7 +57,7 @@ def sensitivity(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Number of edits to measure. Default: all; for the testbed, of 100 responses.",
+            help="Number of edits to measure. Default: all; for the testbed, those of 100 responses.",
             callback=checks.at_least(1),
         ),
     ] = None,
@@ -71,9 +71,9 @@ def sensitivity(
 
     An edit is a pair in which one response is the other with one attribute made better or worse. Shown for each: the
     exact gradient of the reward at the chosen response's tokens (how much of its energy falls on the attribute's), and
-    what each token did to the reward against the rejected response: attributions along the path between the two,
-    which add up to the difference of the rewards. The attribute's tokens are those that hold one of attribute_words;
-    without that column, those that the edit changed. The page shows both as heat maps.
+    what each token contributed to the reward, relative to the rejected response: attributions along the path between
+    the two, which add up to the difference of the rewards. The attribute's tokens are those that hold one of
+    attribute_words; without that column, those that the edit changed. The page shows both as heat maps.
 
     An example, and a row of `edits.jsonl`:
 
@@ -91,7 +91,7 @@ def sensitivity(
     """
     checks.refuse_split(context, data)
     if data != "testbed":
-        checks.refuse_given(context, ["seed"], "needs --data testbed: the edits of other data are not drawn")
+        checks.refuse_given(context, ["seed"], "needs --data testbed: only its edits are drawn at random")
     use_threads(threads)
     from cepo.eval.sensitivity.command import SensitivityJob, run_sensitivity
 
@@ -117,7 +117,9 @@ def cue_flips(
         ),
     ],
     output: Output,
-    items: Annotated[int, typer.Option(help="Items per agreement of the cue.", callback=checks.at_least(1))] = 200,
+    items: Annotated[
+        int, typer.Option(help="Items per cue agreement (10% to 90%).", callback=checks.at_least(1))
+    ] = 200,
     seed: Annotated[
         int, typer.Option(help="Seed of the items and of the judges' warm-up.", callback=checks.at_least(0))
     ] = 0,
@@ -177,8 +179,8 @@ def causal(
     items: Annotated[
         int | None,
         typer.Option(
-            help="Number of testbed prompts, at least 8; or of rows of the input, the first ones. Default: 48, or 16 "
-            "with --quick.",
+            help="Number of testbed prompts, at least 8; or of input rows, from the first. Default: 48, or 16 with "
+            "--quick.",
             callback=checks.at_least(1),
         ),
     ] = None,
@@ -189,7 +191,7 @@ def causal(
         ),
     ] = None,
     without_pair: Annotated[
-        bool, typer.Option("--without-pair", help="Leave the certified pair of testbed judges out.")
+        bool, typer.Option("--without-pair", help="Leave out the certified pair of testbed judges.")
     ] = False,
     most_nodes: Annotated[
         int,
@@ -211,12 +213,12 @@ def causal(
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Does S tell, within a prompt, the completion whose verdict came from its criteria?
+    """Does S single out, within a prompt, the completions whose verdict came from their criteria?
 
     Every score, and every approximation of the effect, is compared with the exact effect of each completion's own spans
     (other donors, and more of them). With --testbed, several completions of each prompt are sampled from a judge whose
     completions have a known mode, evidence or length, which a score must tell apart within the prompt; controls (a
-    certified pair of judges, hidden criteria, shuffled modes, redrawn parameters) must come out as they should.
+    certified pair of judges, hidden criteria, shuffled modes, randomised weights) must come out as they should.
 
     An example, and a row of `judged.jsonl`, which `cepo score` takes too (shortened):
 

@@ -137,13 +137,13 @@ def _writing_settings(
         ),
     ] = None,
     base_url: Annotated[
-        str | None, typer.Option(help="Address of a server with OpenAI's protocol, e.g. http://localhost:8000/v1.")
+        str | None, typer.Option(help="Address of an OpenAI-compatible server, e.g. http://localhost:8000/v1.")
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File that holds the server's key. Default: the variable OPENAI_API_KEY.")
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(help="Number of requests in flight at the server.", callback=checks.at_least(1))
+        int, typer.Option(help="Number of requests in flight.", callback=checks.at_least(1))
     ] = JudgeSettings.concurrency,
     timeout: Annotated[
         float, typer.Option(help="Seconds that one request may take.", callback=checks.positive)
@@ -164,7 +164,9 @@ def _writing_settings(
     ] = JudgeSettings.temperature,
     force_format: Annotated[
         bool,
-        typer.Option("--force-format", help="If a judgement has no scores, open them and let the judge fill them in."),
+        typer.Option(
+            "--force-format", help="If a judgement has no scores, append their opening and let the judge complete it."
+        ),
     ] = False,
     raw: Raw = False,
     verdicts: Annotated[
@@ -173,14 +175,16 @@ def _writing_settings(
     batch_size: Annotated[
         int, typer.Option(help="Number of prompts that are generated at once.", callback=checks.at_least(1))
     ] = JudgeSettings.batch_size,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling and of all draws.", callback=checks.at_least(0))] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of sampling and of all random draws.", callback=checks.at_least(0))
+    ] = 0,
     threads: Threads = None,
     dtype: Dtype = JudgeSettings.dtype,
     device: Device = JudgeSettings.device,
     trust_remote_code: TrustRemoteCode = False,
 ) -> JudgeSettings:
     if base_url is None:
-        checks.refuse_given(context, _OF_SERVERS, "needs --base-url, a server that answers")
+        checks.refuse_given(context, _OF_SERVERS, "needs --base-url, the server's address")
         if model:
             checks.check_model(context, option, model)
     elif context.params.get("filter_model") is None:

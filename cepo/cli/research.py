@@ -161,7 +161,7 @@ def bench(
     ] = None,
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="Time the Triton kernels, and the engine on them, instead: one GPU."),
+        typer.Option("--kernels", help="Time the Triton kernels, and the engine on them, instead; on one GPU."),
     ] = False,
     minutes: Annotated[
         float, typer.Option(help="Time limit of --kernels on a GPU, in minutes.", callback=checks.positive)
@@ -272,8 +272,10 @@ def experiment(
     )
     counts = [len({getattr(run, field) for run in plan}) for field in ("world", "arm", "seed")]
     errors.print(
-        "{} runs of {} steps (worlds: {}, arms: {}, seeds: {}), {} at once. The bar tells the time left once some are "
-        "done; --worlds, --arm and --seed run fewer.".format(len(plan), max(run.steps for run in plan), *counts, jobs)
+        "{} runs of {} steps (worlds: {}, arms: {}, seeds: {}), {} at once. The bar shows the time left once some are "
+        "done; --worlds, --arm and --seed select fewer.".format(
+            len(plan), max(run.steps for run in plan), *counts, jobs
+        )
     )
     with showing("runs", len(plan)) as show:
         tables = run_experiment(output, plan, jobs=jobs, commit=commit, progress=show)
@@ -312,9 +314,10 @@ def reward_experiment(
 ) -> None:
     """Compare pairs: which make a reward model follow the cause and not a cue, over seeds, at equal steps.
 
-    Every arm trains the testbed's reward model on 300 preferences, in 90% of which length is right, and on what the arm
-    makes of them: edits, neutrals, both. Models are measured on new pairs where length is flipped, and by changing a
-    response's length alone or its cause alone. Half a minute per run on a free CPU core; a killed experiment continues.
+    Every arm trains the testbed's reward model on 300 preferences, in 90% of which length is right, and on the pairs
+    that the arm makes from them: edits, neutrals, both. Models are measured on new pairs where length is flipped, and
+    by changing a response's length alone or its cause alone. Half a minute per run on a free CPU core; a killed
+    experiment continues.
 
     With the recipe text-reward-models the text is real, the model is the first layers of SmolLM2, and the cue is a
     stock closing line: about ten minutes per run.
@@ -345,14 +348,14 @@ def words_judge(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(help="Most rounds; those after the first have half the steps.", callback=checks.at_least(1)),
+        typer.Option(
+            help="Maximum number of rounds; those after the first have half the steps.", callback=checks.at_least(1)
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Number of samples per step.", callback=checks.at_least(1))
     ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak of the learning rate.", callback=checks.positive)
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", callback=checks.positive)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the samples.", callback=checks.at_least(0))] = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -360,9 +363,9 @@ def words_judge(
     """Teach a pretrained model the testbed in words, once, and certify it by interventions.
 
     The judge is kept in ~/.cache/cepo, where `model: testbed-words` with the same settings under `testbed` finds it.
-    The certificate says whether it is what it was taught: another criterion is forced on it, and it continues. A judge
-    that is not certified is taught another round. The same command continues a killed one, save for at most 50 steps.
-    Defaults are those of train/recipes/testbed-words.yaml.
+    The certificate says whether it does what it was taught: another criterion is forced on it, and it continues. A
+    judge that is not certified is taught another round. The same command resumes a killed one and repeats at most 50
+    steps. Defaults are those of train/recipes/testbed-words.yaml.
     """
     from cepo.eval.report.numbers import digits
     from cepo.jacobian.loading import check_device

@@ -63,8 +63,9 @@ def score(
     guard: Annotated[
         str | None,
         typer.Option(
-            help="Where a verdict makes a judgement malformed: standard (in the criteria scores or a named winner, in "
-            "the analysis scores), strict (both in both), criteria (the criteria alone) or off. Default: standard."
+            help="Where an early verdict makes a judgement malformed: standard (scores or a named winner in the "
+            "criteria, scores in the analysis), strict (both in both), criteria (the criteria alone) or off. "
+            "Default: standard."
         ),
     ] = None,
     verdicts: Annotated[
@@ -99,7 +100,7 @@ def score(
         float | None,
         _links(
             help="How much of the order leak is taken off S: S - weight * tanh(leak / 2), at least 0. The leak is "
-            "the nats that the criteria lose with the two responses exchanged."
+            "how much less likely, in nats, the criteria are with the two responses exchanged."
         ),
     ] = None,
     target: Annotated[
@@ -168,7 +169,8 @@ def score(
         int | None,
         _model(
             help="Number of Ray workers that score the rows, with --threads CPUs (else one) or a GPU each, on the "
-            "cluster that Ray finds, or else here; needs the extra ray, see docs/scale.md. Default: this process.",
+            "cluster that Ray finds, or else on this machine; needs the extra ray, see docs/scale.md. Default: this "
+            "process.",
             callback=checks.at_least(1),
         ),
     ] = None,
@@ -218,7 +220,7 @@ def score(
         tags = ("rationale_tag", "answer_tag")
         checks.refuse_given(context, tags, "needs --kind reasoning: the tags of judgements are fixed")
     if engine == "autograd":
-        checks.refuse_given(context, ("memory_gib",), "needs --engine group: autograd keeps no limit")
+        checks.refuse_given(context, ("memory_gib",), "needs --engine group: autograd has no memory limit")
     if ray is not None:
         checks.refuse_given(context, ("save_jacobians",), "cannot be used with --ray: one process writes the matrices")
     fields = given(
@@ -290,7 +292,7 @@ def score(
         console.print(f"malformed: {reason} ({count}x)", markup=False, highlight=False)
     others = summary.malformed - sum(summary.reasons.values())
     if others:
-        console.print(f"malformed: for other reasons, which the records hold ({others}x)", highlight=False)
+        console.print(f"malformed: other reasons, see the records ({others}x)", highlight=False)
     if summary.malformed == summary.rows - len(summary.broken) > 0:
         console.print("warning: no completion is well-formed, so every reward is 0; see --kind and docs/formats.md")
     if summary.broken:

@@ -33,7 +33,8 @@ OptionalModel = Annotated[
 Layers = Annotated[
     int | None,
     typer.Option(
-        help="First layers that a judge in words keeps of the pretrained model, SmolLM2's 30 for all. Default: 8.",
+        help="Number of the pretrained model's first layers that a judge in words keeps, 30 for all of SmolLM2. "
+        "Default: 8.",
         callback=checks.at_least(1),
     ),
 ]

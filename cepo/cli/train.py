@@ -158,8 +158,8 @@ def reward_model(
 
         {"step": 5, "loss": 0.61, "accuracy": 0.71, "margin": 0.24, ...}
 
-    `margin` is the mean reward of the chosen responses less that of the rejected ones. Output: final/ (the model, which
-    `--reward-model` of `cepo eval` takes), metrics.jsonl, left_out.jsonl (pairs that are too long, or equal once
+    `margin` is the mean reward of the chosen responses minus that of the rejected ones. Output: final/ (the model, for
+    `--reward-model` of `cepo eval`), metrics.jsonl, left_out.jsonl (pairs that are too long, or equal once
     encoded), log.txt (what the libraries print). All columns of the data are in docs/reward-models.md.
 
     The options override the config. Started again with the same settings, data and weights, a killed run resumes from
@@ -179,7 +179,7 @@ def warm_start(
     output: Annotated[
         Path,
         typer.Option(
-            help="Folder for the trained model, which --model takes everywhere.", callback=checks.folder("sft")
+            help="Folder for the trained model, which any --model option takes.", callback=checks.folder("sft")
         ),
     ],
     model: Annotated[
@@ -221,8 +221,8 @@ def warm_start(
          "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
 
     A row with a `judge_output` is learned from as it is; its `label` (A or B, A by default) says where the chosen
-    response was shown. For a row without, a short judgement is made by rule: it quotes the pair and scores the chosen
-    response higher, which teaches the format alone. The number of each is shown. With --ties a row in which
+    response was shown. For other rows, a short judgement is made by rule: it quotes the pair and scores the chosen
+    response higher, which teaches only the format. The number of each is shown. With --ties a row in which
     neither response is better (`tie: true`, or `label: tie`) gets equal scores; without it such rows are left out.
     Started again with the same settings, data and weights, a killed run resumes from its last checkpoint.
     """

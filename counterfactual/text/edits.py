@@ -26,13 +26,13 @@ _Edited = Literal["chosen", "rejected"]
 
 
 def degrade(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
-    """Yield the chosen response against itself with one attribute made worse; one preference per attribute."""
+    """Yield the chosen response paired with a copy made worse in one attribute; one preference per attribute."""
     draft = Pair(f"{source.id}/degrade", source.prompt, source.chosen, source.chosen, kind="degrade", direction="down")
     yield from _edits(draft, "rejected", source, rng)
 
 
 def upgrade(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
-    """Yield the rejected response with one attribute made better against itself; one preference per attribute."""
+    """Yield a copy of the rejected response, better in one attribute, paired with it; one preference per attribute."""
     draft = Pair(
         f"{source.id}/upgrade", source.prompt, source.rejected, source.rejected, kind="upgrade", direction="up"
     )
@@ -40,7 +40,7 @@ def upgrade(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
 
 
 def aligned(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
-    """Yield a tie of the chosen response and the rejected one made as good as it, in its own manner."""
+    """Yield a tie of the chosen response and the rejected one made as good, in its own style."""
     draft = Pair(f"{source.id}/aligned", source.prompt, source.chosen, source.rejected, kind="aligned", tie=True)
     yield from _edits(draft, "rejected", source, rng)
 

@@ -1,6 +1,6 @@
 """The filter: pairs that a baseline reward model already gets right teach nothing and are dropped.
 
-With p = sigma(D), D the reward of the chosen response less that of the rejected one, a preference stays if p < 1 - tau
+With p = sigma(D), D the reward of the chosen response minus that of the rejected one, a preference stays if p < 1 - tau
 and a tie if |p - 0.5| > tau.
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), with tau = 0.2.
@@ -24,9 +24,9 @@ Difference: TypeAlias = Callable[[Sequence[Pair]], Sequence[float]]
 def filter_pairs(pairs: Iterable[Pair], difference: Difference, *, at_once: int = 256) -> Iterator[Pair]:
     """Yield the pairs with their `base_difference`; those that the baseline gets right are not kept.
 
-    Pairs that are not kept already are not scored. Of what is scored, originals stay, since nobody made them, and so do
-    pairs of the test side, since a test that a baseline chose would flatter whatever differs from it; a pair that the
-    baseline cannot read stays, without a difference.
+    Pairs that are not kept already are not scored. Of the others, originals stay, since they were not synthesised, and
+    so do pairs of the test side, since a test set chosen by the baseline would favour whatever differs from it; a pair
+    that the baseline cannot read stays, without a difference.
 
     Args:
         pairs: in any order, which they keep.

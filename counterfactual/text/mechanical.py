@@ -1,8 +1,8 @@
 """Pairs for reward models that are made by rule, in a world that says which words show which attribute.
 
-A *cause* is an attribute that decides what is better under a prompt. Edits teach it: a response against itself with one
-attribute made worse or better, all else equal. Neutrals teach what is not a cause: both responses under an unrelated
-prompt, where neither is better, whatever else tells them apart.
+A *cause* is an attribute that decides what is better under a prompt. Edits teach it: a response paired with a copy in
+which one attribute is worse or better, all else equal. Neutrals teach what is not a cause: both responses under an
+unrelated prompt, where neither is better, however much they differ.
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), for edits and irrelevant-query
 neutrals; Liu et al., RRM: Robust Reward Model Training Mitigates Reward Hacking (arXiv 2409.13156), for `rrm`.

@@ -1,8 +1,8 @@
 """Pairs for reward models that rules make of any preferences: no model writes, and no attribute is known beforehand.
 
 Preferences teach what is a cause: an answer to the prompt against an answer to another one, a solution against itself
-with a wrong number, a response against itself without one of its sentences. Ties teach what is none: both responses
-under an unrelated prompt, whatever tells them apart, and a response against itself in another style.
+with a wrong number, a response against itself without one of its sentences. Ties teach what is not: both responses
+under an unrelated prompt, however much they differ, and a response against itself in another style.
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), for irrelevant-query neutrals;
 the others are the simplest rules that make a pair of which the label is known.

@@ -56,7 +56,7 @@ class Pair:
         source_ids: ids of the pairs that it was made of; empty for an original.
         generator: what made it, such as mechanical, or a model's name; None for an original.
         checks: what was checked, and what came out.
-        base_difference: reward of chosen less that of rejected by the baseline model of a filter; None before one.
+        base_difference: reward of chosen minus that of rejected by the baseline model of a filter; None before one.
         kept: whether to train on it.
         reason: why not, where it is not kept.
 

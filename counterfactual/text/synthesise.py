@@ -1,7 +1,7 @@
 """The making of pairs: every kind for every source, split first; what kinds ask of a writer is asked in large batches.
 
 A kind is a generator of the pairs that it makes of a source. One that needs a model that writes also yields `Asked`,
-and is sent the answers; so each kind reads as a story, and the writer still gets the prompts of many sources at once.
+and is sent the answers; so each kind reads top to bottom, and the writer still gets prompts of many sources at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What models answered, by what they were asked: each answer is on the disk as soon as it is there, and asked once."""
+"""What models answered, by prompt: each prompt is asked once, and its answer is written to disk at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cepo.train.reward_scores import RewardModel
 
 
 class Answers:
-    """Answers by key, and the file that they are appended to; failures of an earlier run are asked again.
+    """Answers by key, and the file that they are appended to; prompts that failed in an earlier run are asked again.
 
     Args:
         path: of a JSONL file; each record has a key, and an error where there is no answer.

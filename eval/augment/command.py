@@ -95,7 +95,7 @@ def _read(job: AugmentJob) -> tuple[list[Source], list[BrokenLine]]:
     def convert(row: Row, _: str) -> Source:
         check_kept(row)
         if read_tie(row, ties=True):
-            raise ValueError("is a tie; expected a preference, of which pairs are made")
+            raise ValueError("is a tie; expected a preference to make pairs from")
         texts = read_pair(row)
         identity = read_id(row)
         name = content_hash(*texts) if identity is None else str(identity)

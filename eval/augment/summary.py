@@ -87,7 +87,7 @@ def write_page(path: Path, summary: AugmentSummary, facts: dict[str, str]) -> No
     """Write the page: facts, tables, and the distribution of the filter's scores."""
     figures = {}
     if summary.certainties:
-        caption = f"Scores of the filter's model: preferences stay left of {_CUTS[3]:g}, ties outside the middle"
+        caption = f"Scores of the filter's model: preferences below {_CUTS[3]:g} are kept, and ties outside the middle"
         figures[caption] = histogram(summary.certainties, across="p of the chosen response", marks=_CUTS[1:-1])
     write_report(
         path,
@@ -97,6 +97,6 @@ def write_page(path: Path, summary: AugmentSummary, facts: dict[str, str]) -> No
         tables=summary.tables(),
         notes=[
             "Pairs that are not kept stay in pairs.jsonl with their reason; training leaves them out. A tie that fails "
-            "its check is a false one: its responses differ in what its prompt asks."
+            "its check is a false one: its responses differ in what its prompt asks for."
         ],
     )

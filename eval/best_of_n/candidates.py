@@ -58,7 +58,7 @@ def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Que
         question, graded = _graded(row, verifier)
         known = found.setdefault(question, {})
         if any(known.get(text, grade) != grade for text, grade in graded.items()):
-            raise ValueError("holds a solution that is right here and wrong elsewhere")
+            raise ValueError("holds a solution that is right in this row and wrong in another")
         known.update(graded)
 
     _, broken = collect_rows(path, merge)

@@ -1,4 +1,4 @@
-"""`cepo eval causal`: does S tell, within a prompt, the completion whose verdict came from its criteria? Resumable."""
+"""`cepo eval causal`: does S single out, within a prompt, the completions whose verdict came from their criteria?"""
 
 from __future__ import annotations
 

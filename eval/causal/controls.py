@@ -1,4 +1,4 @@
-"""Controls: judges whose inner workings are known, criteria that nothing can see, parameters that mean nothing."""
+"""Controls: judges whose inner workings are known, criteria hidden by the mask, randomised weights."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def criteria_hidden(model: Any, positions: Sequence[int]) -> Iterator[None]:
 
 
 def randomisation(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, seed: int) -> list[dict[str, Any]]:
-    """Return how much of the scores' order is left when the parameters are redrawn from the top layer down.
+    """Return how much of the scores' order is left when the weights are randomised from the top layer down.
 
     Each step redraws the layers of the step before and some layers below them: matrices from a normal distribution with
     their own standard deviation, vectors (gains and biases) by shuffling their entries. The last step redraws the

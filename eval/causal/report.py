@@ -24,15 +24,15 @@ _AGREEMENTS = {
     "auc": "AUC within a prompt: how often the completion whose verdict came from evidence scores higher",
     "rank correlation": "Rank correlation with the exact effect",
     "auc, modes shuffled within prompts": "Control, modes shuffled within prompts: AUC, 95% of shuffles",
-    "pair": f"Control, certified: AUC of {PAIR[0]}, that follows its criteria, against {PAIR[1]}, that ignores them",
+    "pair": f"Control, certified: AUC of {PAIR[0]}, which follows its criteria, against {PAIR[1]}, which ignores them",
 }
 # Caption, kind of record, the keys that name a row, and the key that names a column.
 _PIVOTS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("Judgements", "count", ("population",), "figure"),
     ("Certificates: what forced criteria do to a judge's verdict", "certificate", ("population",), "figure"),
-    ("Control, criteria that nothing can see: the largest value, expected 0", "masked", ("population",), "figure"),
+    ("Control, criteria hidden by the mask: the largest value, expected 0", "masked", ("population",), "figure"),
     (
-        "Control, parameters redrawn from the top: rank correlation with the original over judgements",
+        "Control, weights randomised from the top: rank correlation with the original over judgements",
         "randomised",
         ("population", "figure"),
         "redrawn",
@@ -98,15 +98,17 @@ def write_causal_report(
     """
     main = results[0]
     notes = [
-        "The truth of a completion is what its own text does: the exact effect of a span is how much less likely what "
-        "followed becomes with another prompt's content in the span's place, in nats, for donors that the scores did "
-        "not see (where the judgements hold enough different ones). On the testbed the mode of a completion is known "
-        "too: whether its verdict came from evidence that its criteria asked for, or from length.",
+        "The ground truth of a completion is what its own text does: the exact effect of a span is how much less "
+        "likely what followed becomes with another prompt's content in the span's place, in nats, for donors that "
+        "the scores did not see (where the judgements hold enough different ones). On the testbed the mode of a "
+        "completion is known too: whether its verdict came from evidence that its criteria asked for, or from "
+        "length.",
         "GRPO compares completions of one prompt, so all agreement is measured within prompts. AUC is the probability "
         "that the completion with the evidence scores higher than one of the same prompt without. Intervals are 95% "
         "intervals over prompts.",
-        "Estimates are compared with the effect of the donors that they saw: that difference is their error. Cost is "
-        "in token rows through the layers, forward and backward, over those of the effect itself, for the chain.",
+        "Estimates are compared with the effect of the donors that they saw: that difference is their error. Cost "
+        "is in token rows through the layers, forward and backward, relative to those of the effect itself, for the "
+        "chain.",
         *summary.warnings,
         *(f"No figure for {name}: {reason}." for name, reason in summary.refused.items()),
     ]

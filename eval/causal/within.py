@@ -43,7 +43,7 @@ def areas_within(values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequenc
 def areas_by_chance(
     values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequence[int], *, deals: int, seed: int
 ) -> list[Estimate]:
-    """Return what `areas_within` gives when the truth is dealt again within each prompt, as often as is asked.
+    """Return what `areas_within` gives when the truth is shuffled within each prompt, as often as is asked.
 
     Args:
         values_NM: M scores of N completions.

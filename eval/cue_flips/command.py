@@ -215,7 +215,7 @@ def _write_report(job: FlipsJob, found: Mapping[str, JudgeFlips], seconds: float
         title="cepo eval cue-flips",
         summary={
             "judges": ", ".join(job.judges),
-            "items": f"{job.items} per agreement",
+            "items": f"{job.items} per cue agreement",
             "seed": str(job.seed),
             "time": f"{seconds:.0f} s",
         },

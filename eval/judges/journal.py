@@ -132,8 +132,8 @@ def _warn_of_unread(records: Sequence[Record]) -> None:
     cut = sum(record.get("cut", False) for record in unread)
     if cut:
         logger.warning(
-            "%d of %d judgements were cut before their verdict, which counts as none; a larger --max-new-tokens lets "
-            "them end",
+            "%d of %d judgements were cut before their verdict, which counts as none; raise --max-new-tokens to let "
+            "them finish",
             cut,
             len(records),
         )

@@ -83,7 +83,7 @@ class Reward:
     """The number of one text.
 
     Attributes:
-        number: the reward of a response; of a pairwise model the logit of A less that of B. None where there is none.
+        number: the reward of a response; of a pairwise model the logit of A minus that of B. None where there is none.
         error: why there is none, or None.
     """
 
@@ -114,7 +114,7 @@ class Rewards:
         return float("nan") if record["error"] else float(record["reward"])
 
     def difference(self, prompt: str, chosen: str, rejected: str) -> float:
-        """Return D of a pair, chosen less rejected; NaN where a text of it has no number."""
+        """Return D of a pair, chosen minus rejected; NaN where a text of it has no number."""
         numbers = [self.number(messages) for messages in self.shown.pair_messages(prompt, chosen, rejected)]
         return self.shown.differences(numbers)[0]
 

@@ -45,7 +45,7 @@ class ServerJudge:
     remaining requests are not tried.
 
     A parameter that the server refuses by name (max_tokens, temperature, seed, logprobs) is left out from then on, and
-    a warning says so once. Redirects are not followed, so the key goes to no other address.
+    a warning says so once. Redirects are not followed, so the key is never sent to another address.
 
     Args:
         settings: address, key, concurrency, retries, and how to generate.
@@ -161,7 +161,7 @@ class ServerJudge:
         if response.has_redirect_location:
             raise ValueError(
                 f"the server at {self._url} redirects to {response.headers['Location']!r}; redirects are not followed, "
-                "so that the key goes to no other address: name the right one with --base-url"
+                "so that the key is never sent to another address: give the right one with --base-url"
             )
         code, shown = response.status_code, _shown(content) or response.reason_phrase
         if code in _REFUSED:

@@ -28,7 +28,7 @@ class ConsoleTable:
     """A table as the console shows it, however narrow: no word, number or interval is cut or broken.
 
     Cells wrap between words and after hyphens. Columns that do not fit beside the others follow in a further part,
-    behind the first column again, which names the rows.
+    after the first column again, which names the rows.
 
     Attributes:
         header: names of the columns, at least one.

@@ -35,7 +35,7 @@ _REWARD_NOTES = (
     "A reward model is right where the better response has the higher reward. An item of several pairs is right where "
     "every pair is. Where ties share the credit, a response that is as good as k others at the top earns 1 / (1 + k). "
     "Items with a text that has no reward (too long, for example) are left out of the accuracies and counted.",
-    "Read the accuracy beside what length alone would get, in characters, and beside the two kinds of pairs: a model "
+    "Compare the accuracy with that of length alone, in characters, and with that on the two kinds of pairs: a model "
     "that follows length is right where the better response is the longer one, and wrong elsewhere.",
 )
 _TITLES = {

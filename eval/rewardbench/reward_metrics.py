@@ -1,4 +1,4 @@
-"""Metrics of preference items that a reward model judged: accuracies, what length would get, RewardBench 2's Ties."""
+"""Metrics of preference items that a reward model judged: accuracies, also of length alone, RewardBench 2's Ties."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def measure_ties(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]]) 
     """Return RewardBench 2's measure of its subset Ties, about 0 to 1; prompts are units.
 
     A prompt has many equally right answers in its item "tied:N" and one in its reference item "ref:N". With the least
-    reward of a right answer less the largest of a wrong one as an item's gap, and the largest less the least reward of
-    the right answers of "tied:N" as its spread:
+    reward of a right answer minus the largest of a wrong one as an item's gap, and the largest minus the least reward
+    of the right answers of "tied:N" as its spread:
 
         0.3 x share of tied items with a gap above 0 + 0.3 x the same of reference items
         + 0.2 x share of prompts whose tied gap is above the spread

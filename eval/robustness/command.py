@@ -242,9 +242,9 @@ def _write_report(job: RobustnessJob, summary: RobustnessSummary, pairs: int, re
             "A transformation never changes which response is better. Each row of the table holds only the pairs that "
             "the transformation applies to, and compares them with their own originals. Ties and verdicts that cannot "
             "be read count as wrong; failed judgements are left out. A verdict is forced if the judge gave none and "
-            "its scores were opened for it.",
-            "Read the share of changed verdicts beside the drop: where as many verdicts turn right as turn wrong, the "
-            "drop is zero and the judge is still not robust.",
+            "the opening of its scores was appended.",
+            "Compare the share of changed verdicts with the drop: where as many verdicts turn right as turn wrong, the "
+            "drop is zero although the judge is not robust.",
         ],
     )
 

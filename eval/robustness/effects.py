@@ -1,4 +1,4 @@
-"""Effects of transformations: accuracies before and after on the same pairs, and what simple rules would get."""
+"""Effects of transformations: accuracies before and after on the same pairs, and those of simple rules."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def follow_rules(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Estima
     """Return accuracies of rules on the originals, and on the transformed pairs, each with its own original.
 
     Args:
-        records: as for `compare`, with `longer`, the better response's length less that of the other in characters.
+        records: as for `compare`, with `longer`, the better response's length minus that of the other in characters.
     """
     pairs = [pair for of_name in paired(records).values() for pair in of_name]
 

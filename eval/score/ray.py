@@ -129,7 +129,7 @@ def check_ray(scoring: Scoring, workers: int) -> None:
         raise ValueError(f"--ray is {workers}; expected at least 1 worker")
     if scoring.device not in ("cpu", "cuda"):
         raise ValueError(
-            f"device is {scoring.device!r}; expected cpu or cuda with --ray: Ray hands each worker its card"
+            f"device is {scoring.device!r}; expected cpu or cuda with --ray: Ray assigns each worker its GPU"
         )
     if importlib.util.find_spec("ray") is None:
         raise ValueError("--ray needs Ray, which is an extra: pip install 'cepo[ray]'")

@@ -102,7 +102,7 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
         raise ValueError(
             f"{where} {str(scoring.donors or origin)!r} has no donors. {cause}holds well-formed rollouts of "
             f"{len(prompts)} prompt(s), and a donor is the content of another prompt's rollout; name a file of "
-            "rollouts with --donors, or compare with permuted tokens by --no-donor permute"
+            "rollouts with --donors, or compare with permuted tokens: --no-donor permute"
         )
     return pools
 
@@ -168,7 +168,7 @@ def score_lines(
             if not is_out_of_memory(error) or len(part) == 1:
                 raise
         at_once = (len(part) + 1) // 2
-        logger.warning("out of memory with %d rows together; going on with %d", len(part), at_once)
+        logger.warning("out of memory with %d rows together; continuing with %d", len(part), at_once)
         release_memory()
 
 

@@ -240,11 +240,12 @@ def _write_report(job: SensitivityJob, summary: SensitivitySummary, pairs: Seque
         heat_maps={"Edits": [_heat_map(edit, row) for edit, row in measured[:_SHOWN]]},
         notes=[
             "The gradient of the reward at the chosen response's tokens: its energy is the squared norm, and the "
-            "attribute's share of it says how much of what moves the reward is the attribute. Compare it with the "
-            "attribute's share of the tokens. An attribution is what a token did to the reward against the rejected "
-            "response, which is the same but for the edit; attributions add up to the difference of the rewards.",
-            "Leak is the share of these changes that falls outside the attribute's tokens. It needs rows that say by "
-            "which words the attribute shows, in attribute_words.",
+            "attribute's share of it says how much the reward depends on the attribute. Compare it with the "
+            "attribute's share of the tokens. An attribution is what a token contributed to the reward, relative to "
+            "the rejected response, which differs by the edit alone; attributions add up to the difference of the "
+            "rewards.",
+            "Leak is the share of these changes that falls outside the attribute's tokens. It needs rows "
+            "whose attribute_words name the words that show the attribute.",
         ],
     )
 

@@ -19,7 +19,7 @@ METRICS = ("difference", "right", "energy_share", "token_share", "edit_distance"
 def measure_sensitivity(edit: Edit, model: RewardModel, token_bytes: TokenBytes) -> Row:
     """Return the row of an edit.
 
-    difference: D, reward of the chosen response less that of the rejected one; right: whether it is above 0.
+    difference: D, reward of the chosen response minus that of the rejected one; right: whether it is above 0.
     energy_share: of the squared norms of d reward / d E at the chosen response's tokens, the part of the attribute's
     tokens; token_share: their part of the number of tokens. The attribute's tokens are those that hold its words;
     where the row names none, those that the edit changed. None where there is no such token.

@@ -21,7 +21,7 @@ from cepo.kernels.attention.blocks import BLOCK_BYTES, KEPT_BYTES
 _ROWS_AT_ONCE = {"cpu": 512}
 _MOST_ROWS_OF_TINY, _TINY = 2048, 1_000_000  # weights of the body
 _ROWS_AT_ONCE_ELSEWHERE = 8192
-# Of a long stem more go back at once: a block's shares are formed again once for all of them.
+# Of a long stem more go back at once: a block's attention weights are recomputed once for all of them.
 _COTANGENTS_OF_BLOCKS = 4
 _COPIES, _MASKS = 3.5, 0.25  # of attention's scores: in its definition, with the mask; and the masks of a block
 _COPIES_OF_LOGITS = 4  # themselves, in float32 or wider, their logarithms, and the gradients of both

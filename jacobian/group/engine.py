@@ -116,7 +116,7 @@ class GroupEngine(ModelEngine):
         reasons = (served if isinstance(served, str) else self._unsettled(request) for request in requests)
         reason = next((one for one in reasons if one is not None), None)
         if reason is not None or isinstance(served, str):
-            raise ValueError(f"the oracle serves this model, so there is no plan: {reason or served}")
+            raise ValueError(f"this model runs on the oracle, so there is no plan: {reason or served}")
         return served
 
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
@@ -241,7 +241,7 @@ class GroupEngine(ModelEngine):
         if needed > self._budget:
             self._over_budget = True
             logger.warning(
-                "memory_budget is %.0f MiB, and one rollout alone may take %.0f MiB: going on above the budget",
+                "memory_budget is %.0f MiB, and one rollout alone may take %.0f MiB: continuing above the budget",
                 *(self._budget / 2**20, needed / 2**20),
             )
 

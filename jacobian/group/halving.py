@@ -68,7 +68,7 @@ def run_in_parts(
             start += len(part)
             continue
         at_once = used.halved()
-        logger.warning("out of memory with %s; going on with %s", used, at_once)
+        logger.warning("out of memory with %s; continuing with %s", used, at_once)
         release_memory()
 
 

@@ -125,7 +125,7 @@ class PathRunner:
         return values
 
     def _opening_after(self, before: Segment | None, opening: Segment | None) -> Past:
-        """Return the keys and values of an opening that goes on from the one before it."""
+        """Return the keys and values of an opening that continues the one before it."""
         shared, new = opening_after(before, opening)
         keys_values = [tensor[:, :, :shared] for tensor in self._opening.keys_values] if shared else []
         if new is not None:

@@ -261,7 +261,7 @@ def _shared_forward_bytes(tree: PrefixTree, cost: CostModel) -> float:
     most = 0.0
     if opening is not None:
         past = opening.length
-        most = cost.forward(1, past, 0) + cost.cache(1, past)  # the latter where it goes on from the one before
+        most = cost.forward(1, past, 0) + cost.cache(1, past)  # the latter where it continues the one before
     if tree.stems is not None:
         most = max(most, cost.forward(len(tree.stems.ids), tree.stems.length, past))
     for _, part in tree.rollout_parts():

@@ -1,6 +1,6 @@
 """Modules that are run again in the backward pass, so that a graph keeps what enters them and nothing from inside.
 
-MLPs and attention's shares are most of what a graph keeps besides keys, values and hidden states. Running them again
+MLPs and attention weights are most of what a graph keeps besides keys, values and hidden states. Running them again
 costs one of their forward passes for each backward pass of a segment, however many cotangents go back at once.
 """
 

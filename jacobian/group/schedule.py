@@ -349,7 +349,7 @@ class Tally:
         self._flops += (4.0 if segment.differentiated else 2.0) * cost.head * head
 
     def reach(self, held_bytes: float) -> None:
-        """Note how many bytes are held at some moment; the plan tells the most."""
+        """Note how many bytes are held at some moment; the plan reports the maximum."""
         self._peak = max(self._peak, held_bytes)
 
     def plan(self, chunks: Sequence[int]) -> Plan:

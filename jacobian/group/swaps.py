@@ -45,7 +45,7 @@ class Swaps:
         attention: which attention the layers call.
         head: which implementation forms the targets at the head; "torch" goes through the model's logits.
         forwards: modules, each with the function that replaces its forward.
-        kept_bytes: up to how many bytes of scores per layer attention keeps its shares, see `attend`.
+        kept_bytes: up to how many bytes of scores per layer attention keeps its weights, see `attend`.
     """
 
     attention: Implementation = "torch"

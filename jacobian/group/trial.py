@@ -70,7 +70,7 @@ def try_segments(held: HeldModel, oracle: JacobianEngine, kernels: Implementatio
             try:
                 return _with_lean(SegmentModel(held, swaps), oracle)
             except UnservedError as error:
-                logger.warning("the group engine goes on without kernels: %s", error)
+                logger.warning("the group engine continues without kernels: %s", error)
                 swaps = Swaps()
         return _with_lean(SegmentModel(held, swaps), oracle)
 

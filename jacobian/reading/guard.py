@@ -1,8 +1,8 @@
 r"""A verdict where none belongs: scores of the responses, or a named winner, before the verdict itself.
 
 Criteria that hold the verdict (`\boxed{8, 5}`, `Response A is better`) are the strongest cause of the scores that a
-judge can write, and worth nothing. What is found is plain English: a verdict that is hidden better is for the order
-leak to show, the likelihood that the criteria lose when the two responses are exchanged.
+judge can write, and worth nothing. Only plain English is found: a verdict that is hidden better shows in the order
+leak, which is how much less likely the criteria are when the two responses are exchanged.
 """
 
 from __future__ import annotations

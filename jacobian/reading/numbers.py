@@ -1,18 +1,18 @@
-"""What a written score is expected to be: the numbers that other tokens in its place would have made of it.
+"""The expectation of a written score, over the numbers that other tokens in its place would have made.
 
-A number is read token by token along the way that was written, where each next token's distribution is known:
+A number is read token by token along the number as written, where each next token's distribution is known:
 
     E = m_1 + r_1 (m_2 + r_2 (m_3 + ...))        m_i = sum over tokens of p_i gain_i
 
-p_i is the distribution of the number's i-th token given the text before it. At the first it is normalised to the tokens
-of the written one's form: other digits between the same marks. gain_i is by how much the number is larger with a token
+p_i is the distribution of the number's i-th token given the text before it. At the first it is normalised over the
+tokens that differ from the written one in their digits alone. gain_i is by how much the number is larger with a token
 than if it ended before it (0 at the first), and r_i is p_i of the token that was written. Where 10 is the tokens "1"
 and "0", half "1" and half "8" at the first and "0" for sure at the second give 0.5 * 1 + 0.5 * 8 + 0.5 * (10 - 1) = 9.
 One more token is read where the number could have become longer: after a "1" that stands alone, a "0".
 
 Limits. What follows a token that was not written is not known, so it is taken as written: the digits as far as they
 keep the number on the scale, and the decimal part, which always counts as written. The scale is from 0 to the smallest
-of 10, 100, 1000 and 10000 that holds both scores, so a judge on a scale to 100 who writes 9 and 7 is read on one to 10.
+of 10, 100, 1000 and 10000 that holds both scores, so a judge that scores out of 100 but writes 9 and 7 is read on 10.
 At the first token what leaves the scale does not count; later it counts as the end of the number.
 """
 

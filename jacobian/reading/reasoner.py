@@ -78,7 +78,7 @@ class ReasonerLayout:
     def read(self, completion: bytes, *, thought_opened: bool = False) -> tuple[Thought, Answer]:
         """Return the thought of a completion, and its answer in bytes; arguments and errors as `find`.
 
-        Whoever needs the answer alone has it from here, so that rewards and spans read the same bytes. A completion
+        Code that needs only the answer gets it from here, so that rewards and spans read the same bytes. A completion
         without a rationale has an answer, but no spans.
         """
         thought = find_thought(completion, self.rationale_tag, opened=thought_opened, sections=(self.answer_tag,))

@@ -76,7 +76,7 @@ class SpanReader:
         shift = len(prompt_text)
         try:
             if turn := self.prompts.later_turn(completion_ids):
-                raise MalformedError(f"the completion goes on into another turn ({turn}), such as a tool's result")
+                raise MalformedError(f"the completion continues into another turn ({turn}), such as a tool's result")
             if not completion_text.strip(WHITE_SPACE):
                 raise MalformedError("empty completion")
             opened = thought_opened(prompt_text, self.layout.thought_tag)

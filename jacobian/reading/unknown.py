@@ -1,4 +1,4 @@
-"""Texts in words that a tokenizer does not know: what a model makes of them says nothing about them."""
+"""Texts in words that a tokenizer does not know, of which a model's scores say nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class UnknownTokens:
         if share > _MOST:
             self._told = True
             logger.warning(
-                "%.0f%% of the tokens of a text are unknown to the model's tokenizer, which then reads all such words "
-                "as one and the same: its scores say nothing about them; expected a model of the text's language",
+                "%.0f%% of the tokens of a text are unknown to the model's tokenizer, which reads all such words as "
+                "the same token, so its scores say nothing about them; expected a model for the text's language",
                 100 * share,
             )

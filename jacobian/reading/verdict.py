@@ -1,7 +1,7 @@
 r"""The two numbers of a verdict: which written forms are read, and where their digits stand.
 
-Strict reads one form, `\boxed{8, 6}`, so that a policy is paid for one form. Lenient reads what says one pair beyond
-doubt in other words, for judges that were trained elsewhere.
+Strict reads one form, `\boxed{8, 6}`, so that a policy is rewarded for one form only. Lenient reads what can mean only
+one pair in other forms, for judges that were trained elsewhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Shared-prefix attention in plain PyTorch, a block of queries at a time; the definition is `prefix_attention`.
 
-Kept for the backward pass, the shares of T queries over N keys would be most of what a long rollout's graph holds. So
-a block forms its shares, uses them and drops them, and the backward pass forms them again, once for all cotangents.
+If they were kept for the backward pass, the attention weights of T queries over N keys would be most of what a long
+rollout's graph holds. So a block computes its weights, uses them and drops them, and the backward pass recomputes them,
+once for all cotangents.
 Keys that no query of a block sees yet are left out.
 """
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 KEPT_BYTES = 2**23
-"""Up to so many bytes of scores per layer it is faster to keep the shares, as the definition does."""
+"""Up to so many bytes of scores per layer it is faster to keep the attention weights, as the definition does."""
 BLOCK_BYTES = 2**24
-"""Most bytes of a block's shares and their cotangents: about what a cache holds; smaller blocks make more calls."""
+"""Most bytes of a block's attention weights and their cotangents: about a cache; smaller blocks make more calls."""
 
 
 def block_forward(
@@ -112,7 +113,7 @@ def _blocks(count: int, query_BHTE: Tensor, key_BJNE: Tensor) -> Iterator[tuple[
 def _shares(
     query_BJME: Tensor, key_BJNE: Tensor, past_lengths_B: Tensor, past: int, start: int, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the shares of a block's queries, in float32 or wider, and the slope of the cap on their scores."""
+    """Return a block's attention weights, in float32 or wider, and the slope of the cap on their scores."""
     scores_BJMN, slope_BJMN = query_BJME @ key_BJNE.mT, None
     if softcap is not None:
         capped_BJMN = torch.tanh(scores_BJMN / softcap)

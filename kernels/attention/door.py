@@ -28,9 +28,9 @@ def attend(
     implementation: Implementation = "auto",
     kept_bytes: int = KEPT_BYTES,
 ) -> Tensor:
-    """Return `prefix_attention` of the same arguments, by the Triton kernels where they apply, and else in blocks.
+    """Return `prefix_attention` of the same arguments, by the Triton kernels where they apply, else in blocks.
 
-    Large scores are not kept: the backward pass forms them again. In Triton they are never in memory. A
+    Large scores are not kept: the backward pass recomputes them. In Triton they are never in memory. A
     batch of cotangents (`torch.func.vmap` over `torch.autograd.grad`) goes through the VJP once. Gradients of the past
     are per rollout, and formed only if the past requires grad: detach it if they are not needed. There is no second
     derivative.
@@ -45,7 +45,7 @@ def attend(
         scale: factor of the scores.
         softcap: c for scores c * tanh(scores / c), or None.
         implementation: "auto" takes Triton exactly when the tensors are on CUDA.
-        kept_bytes: up to how many bytes of scores plain PyTorch keeps the shares for the backward pass, >= 0.
+        kept_bytes: up to how many bytes of scores plain PyTorch keeps attention weights for the backward pass, >= 0.
 
     Returns:
         Tensor (B, H, T, E) of the query's dtype.

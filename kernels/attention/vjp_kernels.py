@@ -1,4 +1,4 @@
-"""Triton kernels of the attention's VJP: the tiles of scores are formed again, nothing of them was saved.
+"""Triton kernels of the attention's VJP: the tiles of scores are recomputed, since none were saved.
 
 The cotangent is a grid axis, and the fastest one: the programs of all cotangents of a tile run together, so queries,
 keys and values come from memory once and from L2 after that. (Two cotangents in one program spill at head size 128.)
@@ -250,7 +250,7 @@ def attention_key_vjp_kernel(
 
 @triton.jit
 def _shares(scores_MN, lse_M, real_M, seen_MN):
-    """Return the shares P = 2^(scores - logsumexp), 0 where a row is not real or does not see a key."""
+    """Return the attention weights P = 2^(scores - logsumexp), 0 where a row is not real or does not see a key."""
     return tl.where(real_M[:, None] & seen_MN, tl.exp2(scores_MN - lse_M[:, None]), 0.0)
 
 

@@ -189,7 +189,7 @@ def head_shares_kernel(
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Form the shares exp(z - others) of one chunk of the vocabulary for one tile of rows, 0 for the target itself.
+    """Compute the shares exp(z - others) of one chunk of the vocabulary for one tile of rows, 0 for the target itself.
 
     Bytes, e per element, N the chunk: N D e + P D e read, P N e written. FLOPs: 2 P N D.
     """

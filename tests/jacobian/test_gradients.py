@@ -173,7 +173,7 @@ def test_weights_of_inference_mode_are_refused() -> None:
     """A model that was loaded in inference mode."""
     with torch.inference_mode():
         model = tiny_model()
-    with pytest.raises(ValueError, match=r"made in inference mode, model\.embed_tokens\.weight first"):
+    with pytest.raises(ValueError, match=r"created in inference mode, model\.embed_tokens\.weight first"):
         JacobianEngine(model)
 
 

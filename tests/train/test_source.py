@@ -145,7 +145,7 @@ def workbook(entry: str) -> bytes:
         ("a.jsonl", b"<!DOCTYPE html>\n<html>", "a web page.*download"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x", "a Git LFS pointer.*git lfs pull"),
         ("a.jsonl", b"prompt,completion\nx,y\n", "begins with 'prompt,completion', which is not JSON.*ends in .csv"),
-        ("a.json", b'[\n{"prompt": "x"},\n{"pro', "begins as a JSON list, but is not JSON to its end"),
+        ("a.json", b'[\n{"prompt": "x"},\n{"pro', "begins as a JSON list, but the rest is not valid JSON"),
         ("a.csv", b"prompt,prompt\n1,2\n", "names the column 'prompt' twice"),
         ("a.csv", b'prompt,completion\n"a,b\nx,y\n', "cannot be read: unexpected end of data"),
         ("a.parquet", parquet(ROWS[:1])[:100], "cannot be read: .*[Pp]arquet"),

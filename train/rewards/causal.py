@@ -58,7 +58,7 @@ class CausalReward(BoundReward):
             that is free on every rank. See `cepo.jacobian.sharding`.
         shuffle: a control for experiments: each scored completion gets the reward of another one of its prompt, drawn
             from the seed and their ids; one that is alone keeps its own, and is counted as `shuffle/alone`. What the
-            reward does beyond this, it does by telling completions apart.
+            reward gains over this control, it gains by telling completions apart.
         name: the name in TRL's logs.
         **fields: instead of config, its fields by name, see `RewardConfig`.
 

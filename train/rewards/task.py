@@ -70,7 +70,7 @@ def argmax_reward(
     """Reward the judge for scoring the better response strictly higher, and for equal scores where neither is better.
 
     On a tie, equal scores a = b earn 1, and others max(0, 1 - |a - b| / 9) / 2: a tie that is nearly found earns less
-    than half, so that a judge gains nothing by calling every winner by a hair's breadth.
+    than half, so that a judge gains nothing by giving every pair nearly equal scores.
 
     Args:
         completions: Strings or message lists.

@@ -232,7 +232,7 @@ def _write_rows(path: Path, rows: Dataset, config: TrainConfig, source: ModelSou
     """Write rows in verl's columns; return the length of the longest prompt in tokens."""
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     if not tokenizer.chat_template:
-        raise ValueError(f"model {config.model!r} has no chat template; verl renders every prompt by one")
+        raise ValueError(f"model {config.model!r} has no chat template; verl renders every prompt with one")
     options = config.grpo.get("chat_template_kwargs", {})
     opened = template_opens_thought(tokenizer, **options)
     longest, written = 0, []

@@ -101,7 +101,7 @@ def test_every_stage_that_runs_out_of_memory_runs_less_at_once(
     told = [record.getMessage() for record in caplog.records]
     assert told
     assert told[0].startswith("out of memory with 6 sequences, ")
-    assert "going on with 3 sequences, " in told[0]
+    assert "continuing with 3 sequences, " in told[0]
 
 
 def test_the_cotangents_of_the_stem_are_halved_where_one_rollout_is_left(

@@ -227,4 +227,4 @@ def test_a_tools_result_in_a_completion_is_malformed(family: str) -> None:
     result = tokenizer("tool\n42", add_special_tokens=False)["input_ids"]
     assert reader.read(render(tokenizer, [USER]), [*answer, end]).malformed is None
     rollout = reader.read(render(tokenizer, [USER]), [*result, end, turn, *result, end, turn, *answer, end])
-    assert rollout.malformed == "the completion goes on into another turn (<|h|>), such as a tool's result"
+    assert rollout.malformed == "the completion continues into another turn (<|h|>), such as a tool's result"
