@@ -71,7 +71,7 @@ def test_the_table_in_contributing_is_the_one_enforced() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = dict(re.findall(r"^\| (\w+)/ \| .*? \| (.*?) \|$", text, flags=re.MULTILINE))
     assert set(rows) == {*FOLDERS, "tests", "cepo"}
-    assert rows["kernels"] == "nothing of ours"
+    assert rows["kernels"] == "no other folder"
     for folder in ("jacobian", "counterfactual", "fusion"):
         assert set(rows[folder].split(", ")) == MAY_IMPORT[folder]
 
