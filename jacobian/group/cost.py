@@ -1,4 +1,7 @@
-"""The costs of one model: FLOPs and bytes of segments, by the shapes of its weights and a few tiny runs."""
+"""The costs of one model: FLOPs and bytes of segments, by the shapes of its weights and a few tiny runs.
+
+Where the constants come from, and the commands that check them: docs/engine.md, "Memory".
+"""
 
 from __future__ import annotations
 
