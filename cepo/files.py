@@ -176,7 +176,8 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
     a name alone. Half-written files of a killed run are removed.
 
     Args:
-        settings_file: where the output keeps its settings, e.g. OUTPUT/settings.json; its folder is made.
+        settings_file: where the output keeps its settings, OUTPUT/settings.json of a folder and OUTPUT.settings.json
+            of a file; its folder is made.
         settings: values by name, nested or not; "command" names what writes the output.
         results: files and folders that hold work of an earlier run where they exist.
 
@@ -189,25 +190,22 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
     """
     make_folder(settings_file.parent)
     there = [path.name for path in results if path.exists()]
+    is_folder = settings_file.name == SETTINGS
+    output = settings_file.parent if is_folder else str(settings_file).removesuffix(f".{SETTINGS}")
     now = _flat(json.loads(json.dumps(_plain(settings), default=str)))
     before = _read_settings(settings_file)
     if before is None and (there or settings_file.exists()):
         foreign = ", ".join(there or [settings_file.name])
         raise ValueError(
-            f"output {str(settings_file.parent)!r} holds {foreign}, which no earlier run of this command wrote; name "
-            "another output"
+            f"output {output} cannot be used: no earlier run of this command wrote {foreign}; name another output"
         )
     if before is not None and before["command"] != now["command"]:
+        raise ValueError(f"output {output} holds results of another command, {before['command']}; name another output")
+    told = _differences(before or {}, now)
+    if there and told:
         raise ValueError(
-            f"output {str(settings_file.parent)!r} holds results of {before['command']!r}; name another output"
-        )
-    before = before or {}
-    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if there and differing:
-        told = ", ".join(_difference(name, before, now) for name in differing)
-        raise ValueError(
-            f"output {str(settings_file.parent)!r} holds {', '.join(there)}, made with other settings: {told}; name "
-            "another output, or move this one away"
+            f"output {output} holds results made with other settings: {'; '.join(told)}; name another output, move "
+            "this one away, or repeat the earlier settings"
         )
     for path in (settings_file, *results):
         for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
@@ -264,13 +262,44 @@ def _read_settings(path: Path) -> Row | None:
     return found if isinstance(found, dict) and "command" in found else None
 
 
-def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    values = before.get(name), now.get(name)
-    if all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in values):
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between settings on one level, each with its name, its value then and its value now."""
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    # Of lists of objects, such as rewards, each entry is told alone: rewards.2.weight.
+    old, new = (_flat({name: _numbered(settings.get(name)) for name in differing}) for settings in (before, now))
+    return [
+        _difference(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)
+    ]
+
+
+def _numbered(value: Any) -> Any:
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return {str(number): item for number, item in enumerate(value, start=1)}
+    return value
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    if all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in (was, now)):
         return f"{name} has other content"
-    shown = ["absent" if name not in settings else json.dumps(settings[name]) for settings in (before, now)]
-    was, is_ = (text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..." for text in shown)
-    return f"{name} was {was} and is {is_}"
+    texts = _in_words(was), _in_words(now)
+    same = next(
+        (place for place, pair in enumerate(zip(*texts, strict=False)) if len({*pair}) > 1), min(map(len, texts))
+    )
+    start = max(0, same - _SHOWN // 2) if max(map(len, texts)) > _SHOWN else 0  # long values are cut to what differs
+    cut = [
+        f"{'...' if start else ''}{text[start : start + _SHOWN]}{'...' if text[start + _SHOWN :] else ''}"
+        for text in texts
+    ]
+    return f"{name} was {cut[0]} and is {cut[1]}"
+
+
+def _in_words(value: Any) -> str:
+    """Return a setting's value as people write it on the command line or in a recipe."""
+    if value is None:
+        return "not set"
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value)) or "none"
+    return value or "empty" if isinstance(value, str) else json.dumps(value)
 
 
 def _remove(path: Path) -> None:

@@ -84,7 +84,7 @@ def _claimed(output: Path, settings: Mapping[str, Any], max_steps: int, fresh: b
     """Make an output this run's own; return whether it is trained, whether final/ is written, and its checkpoint."""
     final, checkpoint = output / "final", last_complete_checkpoint(output)
     if fresh and checkpoint is not None:
-        raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or leave out --fresh")
+        raise ValueError(f"output {output} already holds checkpoints; move them away, or leave out --fresh")
     claim(output / SETTINGS, settings, results=[*output.glob("checkpoint-*"), final])
     if is_finished(final, max_steps):
         logger.warning("the run in %s is finished; nothing is trained", output)
@@ -189,7 +189,7 @@ def is_finished(folder: Path, max_steps: int) -> bool:
     taken, wanted = state["global_step"], max_steps if max_steps > 0 else state["max_steps"]
     if taken > wanted:
         raise ValueError(
-            f"max_steps is {max_steps}, but the run in {str(folder.parent)!r} has taken {taken} steps; expected at "
+            f"max_steps is {max_steps}, but the run in {folder.parent} has taken {taken} steps; expected at "
             f"least {taken}, or another output"
         )
     return bool(taken == wanted)

@@ -176,7 +176,10 @@ def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict
         "dtype": job.dtype,
         "engine": job.engine,
         "raw": job.raw,
-        "layout": repr(job.layout),
+        # Tags and choices as they are; the prompt's fixed pieces, long texts, by their content.
+        "layout": {
+            name: content_hash(part) if isinstance(part, tuple) else part for name, part in vars(job.layout).items()
+        },
         "config": asdict(job.config),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cepo.jacobian.reading.guard import Guard, check_guard, find_verdict
 from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, ResponseMarks, as_bytes, as_text
@@ -89,8 +89,7 @@ class JudgeLayout:
     responses: tuple[ResponseMarks, ...] = RESPONSE_FORMS
     guard: Guard = "standard"
     verdicts: Verdicts = STRICT
-    # Not shown: what it changes for a run shows in the instructions, and older runs resume under the same settings.
-    ties: bool = field(default=False, repr=False)
+    ties: bool = False
 
     def __post_init__(self) -> None:
         check_guard(self.guard)

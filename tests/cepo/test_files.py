@@ -104,22 +104,41 @@ def test_the_same_settings_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model": "xyz"}, 'model was "abc" and is "xyz"'),
+        ({"model": "xyz"}, "model was abc and is xyz"),
         ({"config": {"p": 1.0, "links": {"X->Y": 1.0}}}, "config.p was 0.2 and is 1.0"),
-        ({"config": {"p": 0.2, "links": {"X->Y": 1.0, "Z->X": 0.5}}}, "config.links.Z->X was absent and is 0.5"),
-        ({"config": {"p": math.inf, "links": {"X->Y": 1.0}}}, 'config.p was 0.2 and is "inf"'),
-        ({"model": "0123456789abcdef"}, 'model was "abc" and is "0123456789abcdef"'),
-        ({"ranks": [2, 1]}, r"ranks was \[1, 2\] and is \[2, 1\]"),
+        ({"config": {"p": 0.2, "links": {"X->Y": 1.0, "Z->X": 0.5}}}, "config.links.Z->X was not set and is 0.5"),
+        ({"config": {"p": math.inf, "links": {"X->Y": 1.0}}}, "config.p was 0.2 and is inf"),
+        ({"model": "0123456789abcdef"}, "model was abc and is 0123456789abcdef"),
+        ({"ranks": [2, 1]}, "ranks was 1, 2 and is 2, 1"),
+        ({"also": ["path"], "ranks": []}, "ranks was 1, 2 and is none; also was not set and is path"),
+        ({"raw": True, "task": ""}, "raw was not set and is true; task was not set and is empty"),
+        ({"rewards": [{"name": "causal", "weight": 2}]}, "rewards.1.weight was 1 and is 2"),
+        (
+            {"rewards": [{"name": "causal", "weight": 1}, {"name": "format"}]},
+            "rewards.2.name was not set and is format",
+        ),
+        ({"prompt": f"{'word ' * 20}new"}, r"prompt was \.\.\.(word )+old and is \.\.\.(word )+new"),
     ],
 )
 def test_other_settings_are_refused_by_name_where_there_are_results(changes: dict, told: str, tmp_path: Path) -> None:
-    claimed(tmp_path, SETTINGS)
-    claimed(tmp_path, {**SETTINGS, **changes})  # nothing was made with the first settings
-    claimed(tmp_path, SETTINGS)
+    settings = {**SETTINGS, "rewards": [{"name": "causal", "weight": 1}], "prompt": f"{'word ' * 20}old"}
+    claimed(tmp_path, settings)
+    claimed(tmp_path, {**settings, **changes})  # nothing was made with the first settings
+    claimed(tmp_path, settings)
     (tmp_path / "rows.jsonl").touch()
-    with pytest.raises(ValueError, match=told):
-        claimed(tmp_path, {**SETTINGS, **changes})
-    assert claimed(tmp_path, SETTINGS), "a refusal leaves the settings as they were"
+    way_out = "name another output, move this one away, or repeat the earlier settings"
+    with pytest.raises(ValueError, match=f"^output {tmp_path} holds results made with .*: {told}; {way_out}$"):
+        claimed(tmp_path, {**settings, **changes})
+    assert claimed(tmp_path, settings), "a refusal leaves the settings as they were"
+
+
+def test_an_output_that_is_a_file_is_named_and_not_its_folder(tmp_path: Path) -> None:
+    """Of `cepo score` the folder is often the one people stand in, which a refusal would call "."."""
+    output = tmp_path / "scores.jsonl"
+    claim(tmp_path / "scores.jsonl.settings.json", SETTINGS, results=[output])
+    output.touch()
+    with pytest.raises(ValueError, match=f"^output {output} holds results made with other settings: model was abc"):
+        claim(tmp_path / "scores.jsonl.settings.json", {**SETTINGS, "model": "xyz"}, results=[output])
 
 
 def test_fingerprints_that_differ_are_not_spelled_out(tmp_path: Path) -> None:
@@ -134,14 +153,14 @@ def test_results_of_others_are_refused(tmp_path: Path) -> None:
     for foreign in (None, "not JSON", '{"model": "abc"}'):
         if foreign is not None:
             (tmp_path / "settings.json").write_text(foreign)
-        with pytest.raises(ValueError, match=r"holds rows.jsonl, which no earlier run of this command wrote"):
+        with pytest.raises(ValueError, match="no earlier run of this command wrote rows.jsonl; name another output"):
             claimed(tmp_path, SETTINGS)
     (tmp_path / "settings.json").write_text(json.dumps({**SETTINGS, "command": "cepo bench"}))
-    with pytest.raises(ValueError, match="holds results of 'cepo bench'"):
+    with pytest.raises(ValueError, match="holds results of another command, cepo bench; name"):
         claimed(tmp_path, SETTINGS)
     assert (tmp_path / "rows.jsonl").read_text() == "mine"
     (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(ValueError, match="holds results of 'cepo bench'"):
+    with pytest.raises(ValueError, match="holds results of another command, cepo bench; name"):
         claimed(tmp_path, SETTINGS)  # it may hold what only the other command knows
 
 

@@ -110,7 +110,7 @@ def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
         )
     checkpoints = sorted(output.glob("global_step_*"))
     if fresh and checkpoints:
-        raise ValueError(f"output {str(output)!r} already holds checkpoints; move them away, or leave out --fresh")
+        raise ValueError(f"output {output} already holds checkpoints; move them away, or leave out --fresh")
     keys = verl_settings(config)
     verl_rewards(config).causal.check_prompts(keys["data.train_batch_size"])
     data = load_train_data(config, keys["data.train_batch_size"])

@@ -268,7 +268,7 @@ def test_other_arguments_and_other_files_are_refused(
     other.write_text("".join(rollouts.read_text().splitlines(keepends=True)[:2]))
     with pytest.raises(ValueError, match="made with other settings: input has other content"):
         run_ablation(replace(job, input=other))
-    with pytest.raises(ValueError, match="which no earlier run of this command wrote"):
+    with pytest.raises(ValueError, match="no earlier run of this command wrote"):
         run_ablation(replace(job, output=tmp_path))
     with pytest.raises(ValueError, match="which cannot be made: File exists; expected a folder"):
         run_ablation(replace(job, output=other))

@@ -610,7 +610,7 @@ def test_files_of_another_program_are_refused_and_left_alone(judge_folder: Path,
         (output / name).write_text(content)
         code, _, err = cepo("--model", judge_folder, "--data", data, "--output", output)
         assert code == 2
-        assert f"holds {name}, which no earlier run of this command wrote" in " ".join(err.split())
+        assert f"no earlier run of this command wrote {name}" in " ".join(err.split())
         assert [(file.name, file.read_text()) for file in output.iterdir()] == [(name, content)]
         (output / name).unlink()
         output.rmdir()

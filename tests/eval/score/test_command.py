@@ -247,8 +247,12 @@ def test_a_finished_output_is_not_computed_again_nor_mixed_with_other_settings(
     assert cepo(*arguments, "--donor-count", 1, "--memory-gib", 2, "--batch-size", 3)[0] == 0  # they change no result
     code, message = cepo(*arguments, "--donor-count", 2)
     assert code == 2
-    assert "other settings" in message
-    assert "--donor-count was 1 and is 2" in message
+    assert f"--output {tmp_path / 'out.jsonl'} holds results made with other settings: --donor-count was 1" in message
+    code, message = cepo(*arguments, "--donor-count", 1, "--guard", "off", "--also", "path")
+    assert (code, "settings: --guard was standard and is off; --also was none and is path; name" in message) == (
+        2,
+        True,
+    )
 
 
 def test_the_tokenizer_is_read_once(judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch) -> None:
