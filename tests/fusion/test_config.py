@@ -126,9 +126,11 @@ def test_commands_take_their_defaults_from_the_config(
     assert {option.default for option in command("score").params if option.name in FIELDS} == {None}
 
 
-def test_cepo_score_without_options_is_the_config_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cepo_score_without_options_is_the_config_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What reaches the job is RewardConfig(); energy takes the place of rank."""
     found: list[RewardConfig] = []
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
 
     def capture(job: Any, **_: Any) -> Any:
         found.append(job.config)
@@ -136,7 +138,8 @@ def test_cepo_score_without_options_is_the_config_itself(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("cepo.eval.score.command.score_file", capture)
     for options in ([], ["--energy", "0.9", "-K", "4", "--also", "phi", "--also", "angles", "--link", "Z->X=0.5"]):
-        monkeypatch.setattr("sys.argv", ["cepo", "score", "--model", "m", "--input", "i", "--output", "o", *options])
+        arguments = ["score", "--model", "m", "--input", str(rows), "--output", "o", *options]
+        monkeypatch.setattr("sys.argv", ["cepo", *arguments])
         with pytest.raises(SystemExit):
             main()
     assert found == [

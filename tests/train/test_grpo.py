@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_trained_on_and_another_run_is_not_mixed_in(
     assert not (final / "optimizer.pt").exists()
     with pytest.raises(ValueError, match="seed was 0 and is 5"):
         train(replace(config, seed=5))
-    with pytest.raises(ValueError, match="rewards was"):
+    with pytest.raises(ValueError, match="rewards.3.name was causal and is not set"):
         train(replace(config, rewards=[{"name": "format"}, {"name": "argmax"}]))
     with pytest.raises(ValueError, match="causal_loss.weight was"):
         train(replace(config, causal_loss={"weight": 0.5}))

@@ -99,7 +99,7 @@ def test_the_model_learns_goes_on_after_a_kill_and_loads(
         with pytest.raises(ZeroDivisionError):
             warm_start.warm_start(wanted)
     assert not (wanted.output / "config.json").exists()
-    with pytest.raises(ValueError, match="learning_rate was 0.01 and is 0.001, rank was 2 and is 4"):
+    with pytest.raises(ValueError, match="learning_rate was 0.01 and is 0.001; rank was 2 and is 4"):
         warm_start.warm_start(replace(wanted, learning_rate=1e-3, rank=4))
     losses = [json.loads(line) for line in (wanted.output / "sft" / "metrics.jsonl").read_text().splitlines()]
     monkeypatch.setattr(warm_start, "run_trainer", lambda *_: 1 / 0)

@@ -94,7 +94,7 @@ def test_an_output_with_checkpoints_of_another_run_is_refused(judge: Path, tmp_p
     write_verl_run(config(judge, tmp_path))
     (tmp_path / "global_step_1").mkdir()
     write_verl_run(config(judge, tmp_path, grpo={**GRPO, "max_steps": 9}))  # longer, and otherwise the same
-    with pytest.raises(ValueError, match=r"grpo.learning_rate was absent and is 0.1"):
+    with pytest.raises(ValueError, match=r"grpo.learning_rate was not set and is 0.1"):
         write_verl_run(config(judge, tmp_path, grpo={**GRPO, "learning_rate": 0.1}))
     with pytest.raises(ValueError, match="already holds checkpoints"):
         write_verl_run(config(judge, tmp_path), fresh=True)
