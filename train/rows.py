@@ -22,11 +22,15 @@ UNASKED_TIE = "is a tie"
 """Why a sound row that is a tie is left out; the reason begins with it, and goes on with the way out."""
 TIES_OPTION = "pass --ties to include ties"
 """The way out of commands that have the option."""
-_FORMS: dict[str, tuple[str, ...]] = {
+SCORED: dict[str, tuple[str, ...]] = {
     "token ids": ("prompt_ids", "completion_ids"),
     "a prompt with its completion": ("prompt", "completion"),
     "messages with their completion": ("messages", "completion"),
     "a judged pair": ("chosen", "rejected", "judge_output"),
+}
+"""The columns of each form that holds a completion, by its name; a row has the first form whose columns it has."""
+_FORMS = {
+    **SCORED,
     "a preference": ("chosen", "rejected"),
     "a question with solutions": ("question", "completions"),
     "a question with its answer": ("question", "answer"),

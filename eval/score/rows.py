@@ -18,6 +18,7 @@ from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
 from cepo.train.prompts import own_words
 from cepo.train.rows import (
+    SCORED,
     ask_the_same,
     encodable,
     form_name,
@@ -34,13 +35,7 @@ from cepo.train.source import open_file
 logger = logging.getLogger("cepo")
 
 FORMS = "prompt_ids and completion_ids; or prompt (or messages) and completion; or chosen, rejected and judge_output"
-_COLUMNS: tuple[tuple[str, ...], ...] = (
-    ("prompt_ids", "completion_ids"),
-    ("prompt", "completion"),
-    ("messages", "completion"),
-    ("chosen", "rejected", "judge_output"),
-)
-"""The columns of each form; a row has the first form whose columns it has."""
+_COLUMNS = tuple(SCORED.values())
 _Form: TypeAlias = tuple[str, ...]
 
 
