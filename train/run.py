@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -19,6 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from cepo.files import SETTINGS, append_jsonl, claim, make_folder, read_jsonl, replacing, write_jsonl
@@ -96,9 +98,9 @@ def _claimed(output: Path, settings: Mapping[str, Any], max_steps: int, fresh: b
 def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None, *, rank: int = 0) -> Path:
     """Train with one progress bar, and keep metrics.jsonl and log.txt in the output.
 
-    log.txt holds what the libraries print, warn and log meanwhile; other ranks than the first, which write nothing
-    else, have a log-RANK.txt. metrics.jsonl holds one line per logged step, each step once, even where a killed run
-    continues.
+    log.txt holds what the libraries print, warn and log meanwhile, without their progress bars: those that load the
+    model are drawn as ever, and later ones give way to ours. Other ranks than the first, which write nothing else, have
+    a log-RANK.txt. metrics.jsonl holds one line per logged step, each step once, even where a killed run continues.
 
     Args:
         build: makes the TRL trainer, which saves its checkpoints in the output.
@@ -114,12 +116,13 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
     console.quiet = rank != 0
     told = output / (_LOG if rank == 0 else f"log-{rank}.txt")
     console.print(f"starting; what the libraries print goes to {told}", highlight=False, soft_wrap=True)
+    bars = {"disable": True} if console.quiet else {"file": console.file}
     with _printed_to(told):
-        with _naming_lora():
+        with _naming_lora(), _bars_made_with(**bars):
             trainer = build()
         if checkpoint is not None:
             console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
-        with _progress(console) as progress:
+        with _progress(console) as progress, _bars_made_with(disable=True):
             trainer.add_callback(_RunRecord(output, progress, trainer))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
@@ -337,3 +340,14 @@ def _printed_to(path: Path) -> Iterator[None]:
         restored.enter_context(contextlib.redirect_stdout(log))
         restored.enter_context(contextlib.redirect_stderr(log))
         yield
+
+
+@contextlib.contextmanager
+def _bars_made_with(**options: Any) -> Iterator[None]:
+    """Let the bars of libraries be made with options of tqdm, which would draw them to `sys.stderr`, the log."""
+    plain = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(plain, **options)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -277,6 +278,7 @@ def experiment(
             len(plan), max(run.steps for run in plan), *counts, jobs
         )
     )
+    os.environ["TQDM_DISABLE"] = "1"  # of the runs' processes, which print to their own logs
     with showing("runs", len(plan)) as show:
         tables = run_experiment(output, plan, jobs=jobs, commit=commit, progress=show)
     for table in tables:

@@ -1,12 +1,16 @@
 """Protects what every training run shows and logs: one progress bar, and a file for all else."""
 
+import io
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from tqdm.auto import tqdm
 
-from cepo.train.run import _nothing_learned, _printed_to, _shown
+from cepo.train.run import _nothing_learned, _printed_to, _shown, run_trainer
 
 
 def test_the_bar_shows_the_tasks_and_the_causal_reward_or_the_loss() -> None:
@@ -49,3 +53,35 @@ def test_prints_and_logs_go_to_the_file_until_the_end(tmp_path: Path, capsys: py
     assert handler.stream is sys.stderr
     assert capsys.readouterr() == ("", "")
     assert (tmp_path / "log.txt").read_text().split() == ["printed", "logged"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_bars_of_libraries_stay_out_of_the_log(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each redraw is a line in a file. Loading the model is shown on the terminal; training has a bar of its own."""
+
+    def build() -> Any:
+        print("printed")
+        list(tqdm([1], desc="Loading weights"))
+        return SimpleNamespace(
+            add_callback=lambda _: None, train=train, accelerator=SimpleNamespace(wait_for_everyone=lambda: None)
+        )
+
+    def train(resume_from_checkpoint: str | None) -> None:
+        list(tqdm([1], desc="Writing model shards"))
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "cepo_complete").touch()
+
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run_trainer(build, tmp_path, None, rank=rank)
+    list(tqdm([1], desc="After the run"))
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert (tmp_path / ("log.txt" if rank == 0 else "log-1.txt")).read_text() == "printed\n"
+    assert ("Loading weights: 100%" in shown) == (rank == 0)
+    assert "Writing" not in shown
+    assert "After the run: 100%" in shown
