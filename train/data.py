@@ -5,7 +5,6 @@ Every decision about a row depends on its own content and the seed, never on its
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from cepo.train.rows import (
     read_dialogue,
     read_id,
     read_pair,
-    read_text,
+    read_reference,
     read_tie,
 )
 from cepo.train.source import collect_rows
@@ -201,12 +200,7 @@ def _divide(
 
 def _reasoning(row: Row, names: Mapping[str, str]) -> Row:
     question = read_dialogue(row, names["question"])
-    answer = row.get(names["answer"])
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
-        # 18.0 is what a table makes of 18.
-        answer = f"{answer:.15g}" if isinstance(answer, float) else str(answer)
-    else:
-        answer = read_text(row, names["answer"])
+    answer = read_reference(row, names["answer"])
     return {
         "prompt": reasoning_prompt(question),
         "answer": answer,

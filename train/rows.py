@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from cepo.files import Row, kind_of
@@ -194,6 +195,23 @@ def read_id(row: Mapping[str, Any]) -> str | int | float | None:
 def read_text(row: Row, column: str) -> str:
     """Return a column's text, or that of its parts; ValueError where it is blank or anything else."""
     return _checked(content_text(_column(row, column), column), column)
+
+
+def read_reference(row: Row, column: str) -> str:
+    """Return a reference answer, a column of text or of numbers; ValueError where it is anything else."""
+    number = number_text(_column(row, column))
+    return read_text(row, column) if number is None else number
+
+
+def number_text(value: Any) -> str | None:
+    """Return a finite number in plain digits, 18 for the 18.0 that a table makes of 18; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        return None
+    return str(int(value)) if value.is_integer() else format(Decimal(f"{value:.15g}"), "f")
 
 
 def read_dialogue(row: Row, column: str) -> str:

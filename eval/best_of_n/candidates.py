@@ -10,7 +10,7 @@ from typing import Literal
 from cepo.files import BrokenLine, Row
 from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.train.rewards.task import exact_match, math_verify_reward, same_text
-from cepo.train.rows import PAIR, given, read_answer, read_dialogue, read_pair, read_tie
+from cepo.train.rows import PAIR, given, read_answer, read_dialogue, read_pair, read_reference, read_tie
 from cepo.train.source import collect_rows
 
 Verifier = Literal["math", "exact"]
@@ -112,8 +112,8 @@ def _graded(row: Row, verifier: Verifier) -> tuple[str, dict[str, bool]]:
             or any(grade not in (0, 1) for grade in grades)
         ):
             raise ValueError(f"has correct = {grades!r}; expected {len(completions)} booleans, one for each completion")
-    elif isinstance(row.get("answer"), str | int | float) and str(row["answer"]).strip():
-        grades = _VERIFIERS[verifier](completions, [row["answer"]] * len(completions))
+    elif given(row, "answer") is not None:
+        grades = _VERIFIERS[verifier](completions, [read_reference(row, "answer")] * len(completions))
     else:
         raise ValueError("has neither correct nor answer")
     graded: dict[str, bool] = {}

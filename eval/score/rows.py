@@ -283,7 +283,7 @@ def _task_reward(row: Row) -> float | None:
     task = given(row, "task_reward")
     try:
         value = math.nan if isinstance(task, bool) else float(task if task is not None else 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"column 'task_reward' holds {task!r}; expected a number in [0, 1]")

@@ -98,11 +98,15 @@ def test_a_question_becomes_a_reasoners_prompt(tmp_path: Path) -> None:
         {"question": "q3", "answer": 10**30},
         {"question": "q4", "answer": True},
         {"question": "q5", "answer": float("nan")},
+        {"question": "q6", "answer": 10**400},  # larger than any float
+        {"question": "q7", "answer": 1234567890123456.0},
+        {"question": "q8", "answer": 0.00000015},
     ]
     loaded = load_reasoning(write_lines(tmp_path / "rows.jsonl", rows), test_fraction=0.0)
-    assert loaded.train["answer"][:] == ["yes", "18", str(10**30)]
+    plain = [str(10**400), "1234567890123456", "0.00000015"]
+    assert loaded.train["answer"][:] == ["yes", "18", str(10**30), *plain]
     assert loaded.train[0]["prompt"] == reasoning_prompt("q1")
-    assert len(set(loaded.train["id"])) == 3
+    assert len(set(loaded.train["id"])) == 6
     assert loaded.skipped == (
         (4, "column 'answer' holds true or false, not text"),
         (5, "column 'answer' holds a number, not text"),

@@ -21,7 +21,7 @@ from cepo.jacobian.reading.judge import SECTIONS, after_judges_thought, read_sco
 from cepo.jacobian.reading.reasoner import extract_answer, reference_answer
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
 from cepo.train.rewards.completions import Completion, check_column, read_completions
-from cepo.train.rows import TIE
+from cepo.train.rows import TIE, number_text
 
 _SCORE_RANGE = 9  # the judge is asked for scores from 1 to 10
 _THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:(?:,|\{,\}|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9,])")
@@ -205,7 +205,7 @@ def _answers_and_references(
 ) -> list[tuple[str, str]]:
     references = []
     for value in check_column("answer", answer, len(completions)):
-        reference = reference_answer(str(value)) if isinstance(value, str | int | float) else ""
+        reference = reference_answer(value if isinstance(value, str) else number_text(value) or "")
         if not reference:
             raise ValueError(f"answer is {value!r}; expected a text or a number")
         references.append(reference)

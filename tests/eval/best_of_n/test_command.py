@@ -140,6 +140,8 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         {"prompt": "1 + 1", "chosen": "3", "rejected": "2"},
         {"prompt": "1 + 1", "chosen": "same", "rejected": "same"},
         {"question": "5 + 5", "completions": ["It is\n#### 10", "#### 11"], "answer": "5 + 5 = <<5+5=10>>10\n#### 10"},
+        {"question": "9 + 9", "completions": ["#### 18", "#### 19"], "answer": 18.0},  # as a table writes 18
+        {"question": "no answer", "completions": ["#### 18", "#### 19"], "answer": float("nan")},
     ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{torn\n")
@@ -149,9 +151,11 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         Question("1 + 1", ("2", "3", "two"), (True, False, True)),
         Question("3 + 3", ("x", "y"), (False, True)),
         Question("5 + 5", ("It is\n#### 10", "#### 11"), (True, False)),
+        Question("9 + 9", ("#### 18", "#### 19"), (True, False)),
     ]
-    assert [number for number, _ in broken] == [6, 7, 8, 9, 11]
-    assert read_questions(path, verifier="exact")[0][0].correct == (True, False, False)
+    assert [number for number, _ in broken] == [6, 7, 8, 9, 12, 13]
+    exactly, _ = read_questions(path, verifier="exact")
+    assert (exactly[0].correct, exactly[-1].correct) == ((True, False, False), (True, False))
     with pytest.raises(ValueError, match="verifier is 'bleu'"):
         read_questions(path, verifier="bleu")  # type: ignore[arg-type]
 

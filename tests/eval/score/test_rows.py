@@ -80,6 +80,7 @@ def test_a_column_that_plays_no_part_neither_refuses_a_row_nor_replaces_another(
         ({"prompt": ASKED, "chosen": "a", "rejected": "b", "judge_output": "J", "label": 1}, "'label' holds 1"),
         ({**TEXT, "task_reward": "high"}, "'task_reward' holds 'high'"),
         ({**TEXT, "task_reward": True}, "'task_reward' holds True"),
+        ({**TEXT, "task_reward": 10**400}, "'task_reward' holds 1000"),  # larger than any float
     ],
 )
 def test_what_could_be_two_things_is_refused_with_its_id_and_number(

@@ -64,7 +64,7 @@ def test_a_wrong_label_is_named(label: Any) -> None:
         argmax_reward([GOOD], label=label)
 
 
-@pytest.mark.parametrize("answer", [[None], [""], [True, "x"], ["  "], [["x"]], "x", None])
+@pytest.mark.parametrize("answer", [[None], [""], [True, "x"], ["  "], [["x"]], [float("nan")], "x", None])
 def test_a_missing_reference_is_named(answer: Any) -> None:
     """Protects against training on references that mean nothing."""
     for reward in (exact_match, math_verify_reward, bertscore_reward):
@@ -109,6 +109,7 @@ def test_a_completion_of_another_kind_is_named(completion: Any) -> None:
         ("-3", "3", 0.0),
         (".5", "5", 0.0),
         ("0.5", 0.5, 1.0),
+        ("18", 18.0, 1.0),
         ("1,200,35", "120035", 0.0),
         ("1,2", "12", 0.0),
         ("(1, 2]", "[1, 2)", 0.0),
