@@ -118,20 +118,32 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
         return open_file(path)
     import datasets
 
-    name, _, configuration = str(source).partition(":")
+    name, configuration = str(source), None
+    if not path.exists() and ":" in name:
+        name, _, configuration = name.partition(":")
     try:
-        if (path / "dataset_dict.json").is_file():
-            rows: Any = datasets.load_from_disk(str(path))[split or "train"]
-        elif (path / "state.json").is_file():
-            rows = datasets.load_from_disk(str(path))
+        if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+            rows = _of_split(datasets.load_from_disk(str(path)), split)
         else:
             rows = datasets.load_dataset(name, configuration or None, split=split or "train")
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = f"{error} {error.__cause__ or ''}".strip()
         raise ValueError(
             f"source {source} is neither a file nor a data set that can be loaded, from a folder or the hub: {reason}"
         ) from error
     return Source(enumerate(rows, start=1), "row")
+
+
+def _of_split(saved: Any, split: str | None) -> Any:
+    """Return a split of what `save_to_disk` wrote: several by name, or one data set, which may know its own."""
+    if isinstance(saved, dict):
+        splits, wanted = saved, split or "train"
+    else:
+        own = str(saved.split) if saved.split else "no split"
+        splits, wanted = {own: saved}, split or own
+    if wanted not in splits:
+        raise ValueError(f"it has no split {wanted!r}; it holds {', '.join(splits)}")
+    return splits[wanted]
 
 
 def check_source(source: str | Path) -> None:
@@ -269,18 +281,29 @@ def _read_csv(path: Path, encoding: str) -> Iterator[Entry]:
     with _text(path, encoding, newline="") as text:
         lines = (line.lstrip("\ufeff") for line in text)
         header = next(lines, "")
-        reader = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
-        names = [name.strip() for name in next(reader, [])]
-        twice = [name for name in names if name and names.count(name) > 1]
-        if twice:
-            raise ValueError(f"its first line names the column {twice[0]!r} twice")
-        while True:
+        mark = "\t" if "\t" in header else max(",;", key=header.count)
+        reader = csv.reader(itertools.chain([header], lines), delimiter=mark, strict=True)
+        number = 1
+        try:
+            names = _named_once(name.strip() for name in next(reader, []))
             number = reader.line_num + 1
-            cells = next(reader, None)
-            if cells is None:
-                return
-            if any(cells):
-                yield number, _csv_row(names, cells)
+            while (cells := next(reader, None)) is not None:
+                if any(cells):
+                    yield number, _csv_row(names, cells)
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"line {number}: {error}; a cell that begins with a quotation mark ends with one, and has those inside "
+                "it doubled"
+            ) from error
+
+
+def _named_once(columns: Iterable[str]) -> list[str]:
+    names = list(columns)
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise ValueError(f"it names the column {twice[0]!r} twice")
+    return names
 
 
 def _csv_row(names: list[str], cells: list[str]) -> Row | str:
@@ -311,5 +334,6 @@ def _read_parquet(path: Path) -> Iterator[Entry]:
     with decompressed(path) as stream, path.open("rb") as raw:
         packed = raw.read(len(PARQUET)) != PARQUET
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if packed else stream)
+        _named_once(file.schema_arrow.names)
         rows = (row for batch in file.iter_batches(_BATCH) for row in batch.to_pylist())
         yield from enumerate(rows, start=1)

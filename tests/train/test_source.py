@@ -116,14 +116,38 @@ def test_parquet_and_data_set_folders_give_the_same_records(tmp_path: Path) -> N
     for folder in ("one", "splits"):
         ids = [row["id"] for _, row in open_source(tmp_path / folder) if isinstance(row, dict)]
         assert ids == ["b", "d"]
-    with pytest.raises(ValueError, match="splits is neither a file nor a data set that can be loaded"):
+    with pytest.raises(ValueError, match="splits is neither .* it has no split 'test'; it holds train"):
         open_source(tmp_path / "splits", "test")
+
+
+def test_another_split_is_never_read_for_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    """A data set that is saved alone knows its split, or has none."""
+    for name, split in (("known", datasets.Split("test")), ("unknown", None)):
+        datasets.Dataset.from_list(ROWS[1:2], split=split).save_to_disk(tmp_path / name)
+        assert len(list(open_source(tmp_path / name))) == 1
+    assert len(list(open_source(tmp_path / "known", "test"))) == 1
+    for name, held in (("known", "test"), ("unknown", "no split")):
+        with pytest.raises(ValueError, match=f"it has no split 'train'; it holds {held}"):
+            open_source(tmp_path / name, "train")
+
+
+def test_a_colon_in_the_name_of_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "run-10:00").mkdir()
+    written(tmp_path / "run-10:00", "rows.jsonl", json.dumps(ROWS[1]).encode())
+    assert [row["id"] for _, row in open_source(tmp_path / "run-10:00") if isinstance(row, dict)] == ["b"]
 
 
 def workbook(entry: str) -> bytes:
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w") as archive:
         archive.writestr(entry, "x")
+    return sink.getvalue()
+
+
+def twice_named() -> bytes:
+    sink = io.BytesIO()
+    columns = [pyarrow.array([text]) for text in ("x", "y", "z")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["prompt", "completion", "prompt"]), sink)
     return sink.getvalue()
 
 
@@ -147,7 +171,9 @@ def workbook(entry: str) -> bytes:
         ("a.jsonl", b"prompt,completion\nx,y\n", "begins with 'prompt,completion', which is not JSON.*ends in .csv"),
         ("a.json", b'[\n{"prompt": "x"},\n{"pro', "begins as a JSON list, but the rest is not valid JSON"),
         ("a.csv", b"prompt,prompt\n1,2\n", "names the column 'prompt' twice"),
-        ("a.csv", b'prompt,completion\n"a,b\nx,y\n', "cannot be read: unexpected end of data"),
+        ("a.csv", b'prompt,completion\n"a,b\nx,y\n', "cannot be read: line 2: unexpected end of data"),
+        ("a.tsv", b'prompt\tcompletion\na\tb\n"a" b\tc\n', "cannot be read: line 3: .*begins with a quotation mark"),
+        ("a.parquet", twice_named(), "names the column 'prompt' twice"),
         ("a.parquet", parquet(ROWS[:1])[:100], "cannot be read: .*[Pp]arquet"),
         ("a.jsonl.gz", gzip.compress(UTF8 * 100)[:-20], "cannot be read: Compressed file ended before"),
         ("a.jsonl.zst", packed("zstd", UTF8)[:-4], "cannot be read: Truncated"),
@@ -185,6 +211,11 @@ def test_rows_that_cannot_be_read_keep_their_number_and_lose_no_other(tmp_path: 
         told = {number: row for number, row in found.items() if isinstance(row, str)}
         assert list(told) == list(reasons)
         assert all(told[number].startswith(reason) for number, reason in reasons.items())
+
+
+def test_commas_in_names_of_columns_part_no_cells_of_a_tsv(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.tsv", b"prompt\tnotes, by hand\tsource, date\nx\ty\tz\n")
+    assert [row for _, row in open_file(path)] == [{"prompt": "x", "notes, by hand": "y", "source, date": "z"}]
 
 
 def test_a_limit_stops_reading(tmp_path: Path) -> None:
