@@ -1,4 +1,4 @@
-"""Counterfactual rollouts: the content of the source span as a rollout of another prompt has it."""
+"""Counterfactual rollouts with donors: the source span's content is replaced by that of another prompt's rollout."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 
 from cepo.jacobian.records import Rollout
 
-# Candidates beyond this many add nothing to a mean over a few donors, and each span looks at all of them.
+# More candidates would not improve a mean over a few donors, and every span examines all of them.
 POOL = 512
 
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """Content that may take a span's place.
+    """Content that may replace a span's.
 
     Attributes:
-        prompt: stands for the prompt that it was written for; content of a span's own prompt, its responses
-            exchanged or not, is never its donor.
+        prompt: key of the prompt that it was written for, the same in both orders of the prompt's responses. Content of
+            a span's own prompt is never its donor.
         ids: its movable tokens.
-        verdict: what the completion that it stood in concluded, see `Rollout.verdict`.
+        verdict: the verdict of the completion that it comes from, see `Rollout.verdict`.
     """
 
     prompt: str
@@ -33,21 +33,21 @@ def with_donors(
 ) -> tuple[Rollout, ...]:
     """Return the rollout with the movable tokens of the source replaced by those of up to `count` donors.
 
-    A donor is the content of the same span in a rollout of another prompt, tiled or cropped to the length of the span;
-    tags and places stay. Donors whose rollout concluded otherwise than this one are taken alone where there are any:
-    after a donor that led to the same verdict this verdict is as likely as before, which says nothing about its cause.
-    Which donors a span gets depends on (seed, the span's own ids, the own verdict, the set of candidates) alone, so a
-    reward does not depend on batch order, batch size or rank. Two donors never have the same content.
+    A donor is the content of the same span in a rollout of another prompt, repeated or cropped to the span's length;
+    tags and positions do not change. If any donors come from rollouts with another verdict, only those are used: after
+    a donor that led to the same verdict, this verdict is as likely as before, which says nothing about its cause. The
+    choice depends only on the seed, the span's own ids, the rollout's verdict and the set of candidates, so rewards do
+    not depend on batch order, batch size or rank. Two donors never have the same content.
 
     Args:
         rollout: a well-formed rollout.
         source: name of the span.
-        pool: candidates, those of the rollout's own prompt included.
+        pool: candidates, which may include those of the rollout's own prompt.
         count: K >= 1, the number of donors wanted.
         seed: seed of the whole run.
 
     Returns:
-        At most `count` rollouts; fewer where the pool has fewer such contents that differ from the span's own.
+        At most `count` rollouts; fewer if the pool has fewer such contents that differ from the span's own.
     """
     own, verdict, prompt = _content(rollout, source), rollout.verdict, _prompt_key(rollout)
     led_elsewhere: dict[tuple[int, ...], bool] = {}
@@ -62,7 +62,7 @@ def with_donors(
 
 
 def has_donors(rollout: Rollout, pool: Iterable[Candidate]) -> bool:
-    """Return whether the pool holds content of another prompt, whatever it says."""
+    """Return whether the pool holds any content of another prompt."""
     prompt = _prompt_key(rollout)
     return any(candidate.prompt != prompt for candidate in pool)
 
@@ -71,9 +71,9 @@ def candidates(rollouts: Iterable[Rollout], source: str, *, most: int = POOL) ->
     """Return the distinct contents of a span among well-formed rollouts, sorted.
 
     Args:
-        rollouts: any rollouts; malformed ones and those without movable tokens are passed over.
+        rollouts: any rollouts; malformed ones and those without movable tokens are skipped.
         source: name of the span.
-        most: more candidates than this are thinned out, by their content alone.
+        most: most candidates to return, see `thinned`.
     """
     found = {
         Candidate(_prompt_key(rollout), _content(rollout, source), rollout.verdict)
@@ -84,9 +84,9 @@ def candidates(rollouts: Iterable[Rollout], source: str, *, most: int = POOL) ->
 
 
 def thinned(pool: Iterable[Candidate], *, most: int = POOL) -> list[Candidate]:
-    """Return at most so many of the candidates, chosen by their content alone, sorted.
+    """Return at most `most` of the candidates, chosen by a hash of their content, sorted.
 
-    Thinning parts of a pool first and then their union gives the same.
+    Thinning the parts of a pool and then their union gives the same as thinning the pool.
     """
     return sorted(sorted(set(pool), key=lambda one: _digest(one.prompt, one.ids, one.verdict))[:most])
 
@@ -100,7 +100,7 @@ def replace_span(rollout: Rollout, source: str, ids: Sequence[int]) -> Rollout:
         ids: one token for each movable token of the span.
 
     Raises:
-        ValueError: for another number of tokens.
+        ValueError: if the numbers of tokens differ.
     """
     token_ids = list(rollout.token_ids)
     for position, token in zip(rollout.spans[source].movable, ids, strict=True):
@@ -119,7 +119,7 @@ def _fit(ids: Sequence[int], length: int) -> tuple[int, ...]:
 
 
 def _prompt_key(rollout: Rollout) -> str:
-    """Return what stands for a prompt; one whose two responses are exchanged asks the same, so order has no part."""
+    """Return a key for a prompt that ignores the order of its tokens, so that exchanging its responses keeps it."""
     return hashlib.sha256(repr(sorted(rollout.prompt_ids)).encode()).hexdigest()[:16]
 
 

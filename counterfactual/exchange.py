@@ -1,4 +1,4 @@
-"""The two responses exchanged in a judge's prompt, and everything that the judge wrote kept."""
+"""Exchange the two responses in a judge's prompt, and keep the judge's output as it is."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from cepo.jacobian.records import Rollout
 
 
 def exchanged_prompts(rollouts: Sequence[Rollout], reader: SpanReader) -> list[Rollout | None]:
-    """Return each rollout with the responses of its prompt exchanged, or None where that cannot be done exactly.
+    """Return each rollout with the responses of its prompt exchanged, or None if that cannot be done exactly.
 
-    The text of the prompt is encoded again, so its length may change; the ids of the completion stay as they were
-    sampled. It cannot be done where the rollout is malformed, where nothing marks the two responses clearly (see
-    `SpanReader.responses`), or where the ids of the prompt are not those of its own text.
+    The text of the prompt is encoded again, so its length may change; the ids of the completion are kept as sampled.
+    It cannot be done if the rollout is malformed, if the two responses are not clearly marked (see
+    `SpanReader.responses`), or if encoding the prompt's text does not give its ids.
 
     Args:
         rollouts: from `reader`.
         reader: reads the exchanged rollouts too.
+
+    Returns:
+        One rollout or None per rollout, in order.
     """
     prompts: dict[tuple[int, ...], tuple[int, ...] | None] = {}
     found: list[Rollout | None] = []

@@ -1,4 +1,4 @@
-"""The nuisance subspace: the directions in which the score still moves when the source's tokens are scrambled."""
+"""The nuisance subspace: directions to which the score is sensitive even if the source's tokens are permuted."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def nuisance_bases(
 ) -> list[Tensor]:
     """Return the top right singular vectors of each stack of counterfactual Jacobians.
 
-    With the K matrices stacked to (K S, D), V holds the first `rank` right singular vectors, or the fewest that hold
-    the fraction `energy` of the squared Frobenius norm. They are found on the smaller Gram matrix in float64, those of
-    one rank in one batch. Directions below its rounding are never included, so fewer can come back than asked for.
+    With the K matrices stacked to (K S, D), these are the first `rank` right singular vectors, or the fewest that hold
+    the fraction `energy` of the squared Frobenius norm; see `top_right_vectors`. Directions below the rounding error
+    are never included, so there can be fewer than asked for.
 
     Args:
-        stacks: for each, K matrices (S, D); K may be 0.
+        stacks: for each stack, K matrices (S, D); K may be 0.
         rank: r >= 0.
-        energy: tau in (0, 1]. Exactly one of rank and energy.
+        energy: tau in (0, 1]. Give exactly one of rank and energy.
 
     Returns:
-        For each (R, D) with orthonormal rows, float64, on the matrices' device; R = 0 where there is nothing to remove.
+        One tensor (R, D) per stack, with orthonormal rows, float64, on the matrices' device; (0, 0) for an empty stack.
 
     Raises:
         ValueError: for both or neither of rank and energy, or one out of range.
@@ -56,7 +56,7 @@ def remove_nuisance(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
 
     Args:
         jac_SD: (S, D).
-        basis_RD: orthonormal rows.
+        basis_RD: (R, D) with orthonormal rows.
     """
     return project_out(jac_SD, basis_RD) if len(basis_RD) else jac_SD
 

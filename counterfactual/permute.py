@@ -13,8 +13,8 @@ from cepo.jacobian.records import Rollout
 
 Permutation = Literal["uniform", "sentence", "block"]
 BLOCK_TOKENS = 8
-# A draw that changes nothing is not a counterfactual: its Jacobian is the base, which hardening would remove. One that
-# was drawn before would count twice.
+# Draws until an order is new. One that changes nothing is not a counterfactual (hardening would remove the base
+# Jacobian itself), and one that was drawn before would count twice.
 _DRAWS = 64
 
 
@@ -27,8 +27,8 @@ def permutations(
     - sentence: any order within each sentence.
     - block: the span cut into runs of 8 tokens, the runs in any order.
 
-    The k-th depends on (seed, kind, the span's own ids, k) alone, so a reward does not depend on batch order, batch
-    size or rank; a smaller count gives the first ones. A draw that leaves the ids as they are, or that came before, is
+    The k-th depends only on (seed, kind, the span's own ids, k), so rewards do not depend on batch order, batch size or
+    rank, and a smaller count gives the first ones. An order that leaves the ids unchanged, or that was drawn before, is
     drawn again. Lengths never change.
 
     Args:
@@ -39,7 +39,7 @@ def permutations(
         kind: one of the above.
 
     Returns:
-        Fewer than `count` where the tokens have fewer orders that differ from their own.
+        At most `count` rollouts; fewer if the tokens have fewer orders that differ from their own.
 
     Raises:
         ValueError: for an unknown kind.

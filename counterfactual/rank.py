@@ -1,4 +1,4 @@
-"""What the rank of a nuisance subspace may be; without torch, so that settings are refused before it is imported."""
+"""Check the rank of a nuisance subspace; without torch, so that bad settings are refused before it is imported."""
 
 from __future__ import annotations
 

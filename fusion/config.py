@@ -1,4 +1,4 @@
-"""What to compute and how to fuse it."""
+"""The settings of the causal reward: what to compute and how to fuse it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAPER: Mapping[str, Any] = {
     "rank": 2,
     "score": "phi",
 }
-"""The preset `paper`: CE-PO's own values (arXiv 2509.23095). The paper names no rank; 2 is ours."""
+"""The preset `paper`: CE-PO's values (arXiv 2509.23095). The paper does not give a rank; 2 is our choice."""
 
 
 @dataclass(frozen=True)
@@ -38,35 +38,38 @@ class RewardConfig:
     """What to compute and how to fuse it. The defaults are what we recommend.
 
     Attributes:
-        links: weight of each link or chain of links, >= 0; one of weight 0 is not computed. "chain" stands for the
+        links: weight of each link or chain of links, >= 0; those of weight 0 are not computed. "chain" stands for the
             layout's own: criteria->analysis->scores for a judge, prompt->rationale->answer for a reasoner. See
             `cepo.jacobian.links.parse_chain`.
-        task_weight: w_0, weight of the task reward where there is one, >= 0.
+        task_weight: w_0, the weight of the task reward if there is one, >= 0.
         p: exponent of the power mean; any real number, inf or -inf.
         join: exponent of the power mean that joins the scores of a chain's links; -inf takes the smallest, so that
             no link can compensate for another.
-        counterfactuals: K >= 0 permutations of each source span, fewer where it has fewer orders. None are computed
-            where neither the score nor `also` reads what hardening leaves.
+        counterfactuals: K >= 0 permutations of each source span, fewer if it has fewer orders. They are computed only
+            if the score or `also` reads the hardened Jacobian.
         permutation: "uniform", "sentence" or "block", see `permutations`.
-        rank: nuisance rank r >= 0; None where energy is given.
+        rank: nuisance rank r >= 0; None if energy is given.
         energy: tau in (0, 1], instead of rank: the smallest rank that holds this share of the energy.
-        nuisance: "svd" projects the nuisance subspace out, "mean" only the mean counterfactual (as the reference
+        nuisance: "svd" projects out the nuisance subspace, "mean" only the mean counterfactual (as the reference
             implementation of CE-PO does).
         score: the named score S of a link, see `cepo.fusion.records`. "effect", "explained" and "path" compare the
-            span with donors, and tell completions of one prompt apart; the paper's "phi" does not (see docs/results).
+            span with donors, and tell completions of one prompt apart; the paper's "phi" does not (docs/results.md).
         donors: K >= 1 donors for each source span: the content of that span in rollouts of other prompts.
-        no_donor: what a span gets when no other prompt offers content: "zero" scores it 0 and counts it; "permute"
+        no_donor: for a span for which no other prompt has content: "zero" scores it 0 and counts it; "permute"
             compares it with its own tokens in another order.
         nodes: nodes of the quadrature along the path to each donor, at least 1, or "auto": doubled until the path's
             sum agrees with the effect. Only "path" reads them.
         target: default target function of the links.
-        seed: seed of the permutations.
-        also: measures to record beside what the score reads: "phi" (phi, its bounds, and phi of the base Jacobian),
+        seed: seed of donors and permutations.
+        also: measures to record besides what the score reads: "phi" (phi, its bounds, and phi of the base Jacobian),
             "influence" (costs one backward pass through the prompt per rollout and target), "angles", "effect" (delta),
             "path" (delta, the path's sum, its certificate, and what each token adds to it) and "order_leak".
-        leak_weight: how much of the order leak is taken off every link's S, >= 0: S - leak_weight * tanh(leak / 2), at
-            least 0, where the leak is how much less likely the judge's criteria are, in nats, with the two responses
-            exchanged in the prompt. It costs one more forward pass through prompt and criteria.
+        leak_weight: weight of the order leak, >= 0. Every link's S becomes max(0, S - leak_weight * tanh(leak / 2)),
+            where the leak is how much less likely the judge's criteria are, in nats, with the two responses exchanged
+            in the prompt; negative leaks count as 0. It costs one more forward pass through prompt and criteria.
+
+    Raises:
+        ValueError: for a value of the wrong type or out of range, by name.
     """
 
     links: Mapping[str, float] = field(default_factory=lambda: {"chain": 1.0})
@@ -117,12 +120,12 @@ class RewardConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> RewardConfig:
-        """Return the preset `paper`, with changes by name."""
+        """Return the preset `paper` with some settings changed."""
         return cls(**{**PAPER, **changes})
 
     @property
     def reads_hardening(self) -> bool:
-        """Whether anything that is recorded depends on what hardening leaves of a Jacobian."""
+        """Whether anything that is recorded depends on the hardened Jacobian."""
         return self.score in _HARDENED_SCORES or bool({"phi", "angles"} & {*self.also})
 
     @property
@@ -151,7 +154,7 @@ class RewardConfig:
         return self.leak_weight > 0.0 or "order_leak" in self.also
 
     def unread(self, layout: Layout) -> dict[str, str]:
-        """Return the fields that change nothing that is recorded, each with what would read it, in words."""
+        """Return the fields that affect nothing that is recorded, each with a phrase that says what would read it."""
         chains = self.chains(layout)
         hardened, compared = ", ".join(_HARDENED_SCORES), ", ".join(EFFECT_SCORES)
         hardening = "" if self.reads_hardening else f"by the scores {hardened}, and by phi and angles in also"
@@ -176,7 +179,11 @@ class RewardConfig:
         return {name: f"is read only {by}" for name, by in readers.items() if by}
 
     def chains(self, layout: Layout) -> list[Chain]:
-        """Return what has a positive weight, parsed; ValueError for what the layout does not have or S cannot score."""
+        """Return the parsed links and chains of positive weight.
+
+        Raises:
+            ValueError: for links that the layout does not have, that are named twice, or that the score cannot take.
+        """
         chains = [
             parse_chain(text, names=layout.names, roles=layout.roles, chain=layout.chain, default_function=self.target)
             for text in self.links
@@ -204,7 +211,7 @@ class RewardConfig:
         return list({link.name: link for chain in self.chains(layout) for link in chain.links}.values())
 
     def requests(self, rollouts: Mapping[int, Rollout], links: Sequence[Link]) -> list[GroupRequests]:
-        """Return what to ask an engine for, see `reward_requests`."""
+        """Return the requests for Jacobians, see `reward_requests`."""
         return reward_requests(
             rollouts,
             links,
@@ -217,7 +224,7 @@ class RewardConfig:
     def effects(
         self, rollouts: Mapping[int, Rollout], links: Sequence[Link], pools: Mapping[str, Sequence[Candidate]]
     ) -> list[EffectRequests]:
-        """Return what to ask an engine for to compare spans with donors, see `effect_requests`."""
+        """Return the requests that compare spans with donors, see `effect_requests`."""
         return effect_requests(
             rollouts,
             links,

@@ -1,4 +1,4 @@
-"""The names of scores and measures; without torch, so that settings are refused before it is imported."""
+"""The names of scores and measures; without torch, so that bad settings are refused before it is imported."""
 
 from __future__ import annotations
 

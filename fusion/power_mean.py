@@ -10,19 +10,20 @@ def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, 
     """Return (sum_i w_i v_i^p)^(1/p) with the weights normalised to sum 1.
 
     p = 0 is the weighted geometric mean, p = inf the maximum, p = -inf the minimum, over the values whose weight is not
-    zero. With p <= 0 a zero value gives 0. Computed on logarithms centred at the geometric mean: near p = 0 the sum is
-    over expm1 terms, which lose no digits; for large |p| the leading term is factored out.
+    zero. With p <= 0 a zero value gives 0. Computed on logarithms centred at the geometric mean: near p = 0 with expm1,
+    so that nothing cancels, and for large |p| with the leading term factored out, so that nothing overflows.
 
     Args:
         values: numbers in [0, 1].
-        weights: one per value, >= 0, not all zero; None means equal.
+        weights: one per value, >= 0, not all zero; None for equal weights.
         p: any real number or infinity.
 
     Returns:
-        A number between the smallest and the largest weighted value.
+        A number between the smallest and the largest value of positive weight.
 
     Raises:
-        ValueError: values empty or outside [0, 1]; weights negative, not finite, all zero or of another length; p NaN.
+        ValueError: if values is empty or holds a number outside [0, 1]; if weights are negative, not finite, all zero
+            or of another length; if p is NaN.
 
     Source:
         CE-PO (arXiv 2509.23095), the Minkowski combiner; the paper uses p = 0.2.
@@ -48,7 +49,7 @@ def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, 
     center = math.fsum(weight * log for weight, log in logs) / kept
     if p == 0.0:
         return _between(smallest, math.exp(center), largest)
-    # Zero values only take weight away: a factor (kept / total)^(1/p) on the mean of the others.
+    # Zero values contribute only weight: they multiply the mean of the others by (kept / total)^(1/p).
     lost = math.fsum(weight for weight, value in terms if value == 0.0)
     log_kept = math.log1p(-lost / total) if lost < kept else math.log(kept / total)
     if max(abs(p * (log - center)) for _, log in logs) <= 1.0:
@@ -56,8 +57,8 @@ def power_mean(values: Sequence[float], weights: Sequence[float] | None = None, 
         mean_log = center + slope * _ratio(math.log1p, p * slope)
     else:
         peak = max(log for _, log in logs) if p > 0.0 else min(log for _, log in logs)
-        share = math.fsum(weight * math.exp(p * (log - peak)) for weight, log in logs) / kept
-        mean_log = peak + math.log(share) / p
+        mean = math.fsum(weight * math.exp(p * (log - peak)) for weight, log in logs) / kept
+        mean_log = peak + math.log(mean) / p
     return _between(smallest, math.exp(min(0.0, mean_log + log_kept / p)), largest)
 
 
@@ -78,5 +79,5 @@ def _between(low: float, value: float, high: float) -> float:
 
 
 def _ratio(function: Callable[[float], float], x: float) -> float:
-    """Return f(x) / x for expm1 or log1p, whose limit at 0 is 1; dividing by a tiny p would lose its digits."""
+    """Return f(x) / x for expm1 or log1p, whose limit at 0 is 1."""
     return function(x) / x if x else 1.0

@@ -1,4 +1,4 @@
-"""The record of a link and its named scores, measured on its Jacobian and on what hardening left of it."""
+"""The record of a link and its named scores, from its effects, its Jacobian and its hardened Jacobian."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from cepo.kernels.spectral import SpectralShare, frobenius_energy, spectral_shar
 
 @dataclass(frozen=True)
 class HardenedLink:
-    """The Jacobian of one link of one rollout, and what hardening left of it.
+    """The Jacobian of one link of one rollout, before and after hardening.
 
     Attributes:
         rollout: index of the rollout.
         base: the Jacobian J of the rollout as sampled.
-        wanted: K, the counterfactual Jacobians that were asked for.
-        counterfactuals: those that there are; fewer than K where the tokens have fewer orders.
-        basis_RD: orthonormal rows, the nuisance subspace that was removed; R = 0 where there is none.
-        residual_SD: J_res; J itself where nothing was removed.
+        wanted: K, the number of counterfactual Jacobians that were asked for.
+        counterfactuals: the number that were computed; fewer than K if the tokens have fewer orders.
+        basis_RD: orthonormal rows, the nuisance subspace that was removed; R = 0 if none was.
+        residual_SD: J_res; J itself if nothing was removed.
     """
 
     rollout: int
@@ -39,31 +39,33 @@ class HardenedLink:
 
 @dataclass(frozen=True)
 class LinkScore:
-    """What is known of one link of one rollout; None for a measure that neither the score nor `also` reads.
+    """The record of one link of one rollout; None for measures that neither the score nor `also` reads.
 
     Attributes:
         link: the link's name.
         function: the target function.
-        tokens: L, the tokens of the source.
-        delta: the effect s_B(X) - s_B(X') in nats, mean over the donors X'; exactly 0 where all of them say the same.
-        path_sum: what the gradients along the paths to the donors sum to, in nats; an estimate of delta.
-        certificate: the largest error of a path's sum, in nats.
-        nodes: nodes of the quadrature; 0 where none were asked for.
-        donors: counterfactuals that the span was compared with.
-        against: what they were, see `cepo.fusion.requests.Against`; None where no score reads them.
-        phi: sigma_1^2 / ||.||_F^2 of the residual Jacobian, in (0, 1]; 0 for a zero matrix. Shape, not size.
+        tokens: L, the number of tokens of the source.
+        delta: the effect s_B(X) - s_B(X') in nats, mean over the donors X'; exactly 0 if all of them equal X.
+        path_sum: the sum of the path attributions, in nats, mean over the donors; an estimate of delta.
+        certificate: the largest error of a donor's path sum, in nats.
+        nodes: nodes of the quadrature; 0 if none were asked for.
+        donors: number of counterfactuals that the span was compared with.
+        against: what they were, see `cepo.fusion.requests.Against`; None if no score reads them.
+        phi: sigma_1^2 / ||.||_F^2 of the residual Jacobian, in (0, 1]; 0 for a zero matrix. It measures how nearly
+            rank-one the matrix is, not how large.
         phi_lower: certified lower bound of phi.
         phi_upper: certified upper bound of phi.
         phi_base: phi of the base Jacobian.
-        retained: ||J_res||_F^2 / ||J||_F^2, in [0, 1]; None where counterfactuals were asked for and the tokens have
-            no other order, so it is not known what hardening would leave. Scores that read it are 0 there.
+        retained: ||J_res||_F^2 / ||J||_F^2, in [0, 1]; None if counterfactuals were asked for and the tokens have no
+            other order, so that hardening is impossible. Scores that read it are then 0.
         influence: ||J||_F^2 over the energy of the target's gradient at all rows of the context, in [0, 1].
         norm: ||J||_F.
-        counterfactuals: number of counterfactual Jacobians (fewer than K where the tokens have fewer orders).
+        counterfactuals: number of counterfactual Jacobians (fewer than K if the tokens have fewer orders).
         rank: dimension of the nuisance subspace that was removed.
         nuisance_angles: principal angles in degrees, ascending, between the nuisance subspace and the Jacobian's own
-            top subspace of equal rank. All near 0: hardening removes the signal itself; near 90: they share nothing.
-        value: S, the named score that was asked for, in [0, 1]; in a `RolloutScore`, with the order leak taken off.
+            top subspace of equal rank. If all are near 0, hardening removes the signal itself; if all are near 90, the
+            two are unrelated.
+        value: S, the named score that was asked for, in [0, 1]; in a `RolloutScore`, less the order leak.
     """
 
     link: str
@@ -90,14 +92,14 @@ class LinkScore:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was computed of one link of one rollout.
+    """What was computed for one link of one rollout.
 
     Attributes:
         rollout: index of the rollout.
         link: the link.
-        tokens: L, the tokens of its source.
-        hardened: its Jacobian and what hardening left of it, where something reads them.
-        compared: the link beside its counterfactuals, where something reads them.
+        tokens: L, the number of tokens of its source.
+        hardened: its Jacobian before and after hardening, or None if nothing reads it.
+        compared: its comparison with counterfactuals, or None if nothing reads it.
     """
 
     rollout: int
@@ -108,29 +110,29 @@ class Measured:
 
     @classmethod
     def by_gradient(cls, hardened: HardenedLink) -> Measured:
-        """Return a link of which its Jacobian alone was computed."""
+        """Return the measurement of a link for which only the Jacobian was computed."""
         base = hardened.base
         return cls(hardened.rollout, base.link, len(base.source_positions), hardened)
 
 
 def score_links(measured: Sequence[Measured], *, score: Score, also: Sequence[Measure] = ()) -> list[LinkScore]:
-    """Return the record of each link, with only what the score or `also` reads; spectra are taken in one batch.
+    """Return the record of each link, with only what the score or `also` reads; phi is computed in one batch.
 
     Args:
-        measured: what was computed.
+        measured: what was computed for each link.
         score: the named score that becomes `value`.
-        also: measures to record beside what the score reads.
+        also: measures to record besides what the score reads.
 
     Raises:
-        ValueError: for a score that reads what was not computed, or a matrix with a NaN or an infinity whose spectrum
-            is taken.
+        ValueError: for a score that reads what was not computed, or if phi is computed and a matrix holds a NaN or an
+            infinity.
     """
     hardened = {place: one.hardened for place, one in enumerate(measured) if one.hardened is not None}
     reads_phi = score in PHI_SCORES or "phi" in also
     shares: dict[int, SpectralShare] = {}
     if reads_phi:
         shares = dict(zip(hardened, spectral_shares([one.residual_SD for one in hardened.values()]), strict=True))
-    # Without counterfactuals the residual is the base.
+    # Without counterfactuals the residual equals the base.
     of_base = {place: share for place, share in shares.items() if not hardened[place].counterfactuals}
     if "phi" in also:
         places = [place for place, one in hardened.items() if one.counterfactuals]
@@ -183,13 +185,13 @@ def _record(
 
 
 def effect_scores(compared: Compared | None) -> dict[Score, float]:
-    """Return the named scores of a link beside its counterfactuals, in [0, 1].
+    """Return the named scores of a link that was compared with counterfactuals, in [0, 1].
 
-    - effect: tanh(delta / 2), 0 where delta < 0: how surely B can be attributed to X rather than to X'.
-    - path: the same of the path's sum.
-    - explained: 1 - s(X) / s(X'), 0 where it is negative: the part of B's surprisal that X accounts for.
+    - effect: max(0, tanh(delta / 2)): how surely B can be attributed to X rather than to X'.
+    - path: the same for the path's sum.
+    - explained: max(0, 1 - s(X) / s(X')): the part of B's surprisal that X accounts for.
 
-    A link that is compared with nothing, or with counterfactuals that all say the same, scores 0.
+    A link without counterfactuals, or whose counterfactuals all equal it, scores 0.
 
     Source:
         McFadden, Conditional logit analysis of qualitative choice behavior (1974), for `explained`, his pseudo R^2.
@@ -213,7 +215,7 @@ def certainty(nats: float) -> float:
 
 
 def named_scores(phi: float | None, retained: float | None, influence: float | None) -> dict[Score, float]:
-    """Return each named score S of a Jacobian whose measures are known, in [0, 1]; no `retained` counts as 0."""
+    """Return the named scores S in [0, 1] that the given measures determine; `retained` None counts as 0."""
     named: dict[Score, float] = {}
     if phi is not None:
         named |= {"phi": phi, "phi_retained": math.sqrt(phi * (retained or 0.0))}

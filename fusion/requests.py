@@ -1,4 +1,4 @@
-"""What to ask the engine for: Jacobians and effects, base and counterfactual, and which answer is whose."""
+"""The requests to the engine, for Jacobians and effects, and the assignment of answers to rollouts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Against = Literal["donors", "permuted", "same", "immovable", "nothing"]
 
 - donors: the content of donors.
 - permuted: its own tokens in other orders.
-- same: donors or orders of its tokens that all say the same as it, so that its effect is exactly 0.
-- immovable: nothing, since none of its tokens can be exchanged: each holds part of a tag too.
-- nothing: nothing, since no other prompt offered content.
+- same: every donor or order equals the span itself, so that its effect is exactly 0.
+- immovable: nothing, since none of its tokens can be replaced: each also holds part of a tag.
+- nothing: nothing, since no other prompt has content for it.
 """
 
 
@@ -36,7 +36,7 @@ class LinkGradients:
         rollout: index of the rollout.
         base: the Jacobian of the rollout as sampled.
         counterfactuals: (S, D) each, the Jacobians with the link's source permuted, in the order of k; fewer than K
-            where the tokens have fewer orders.
+            if the tokens have fewer orders.
     """
 
     rollout: int
@@ -45,7 +45,7 @@ class LinkGradients:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no matrix holds a NaN or an infinity, nor the gradient at any row of the context."""
+        """Whether all matrices, and the gradient at all rows of the context, are finite."""
         if not math.isfinite(self.base.context_energy or 0.0):
             return False
         return all(math.isfinite(jac_SD.abs().max()) for jac_SD in (self.base.jac_SD, *self.counterfactuals))
@@ -61,9 +61,9 @@ class GroupRequests:
     """The requests of one group of rollouts.
 
     Attributes:
-        members: index of each rollout of the group among all rollouts.
-        requests: the base request, then the counterfactual ones.
-        owners: for each counterfactual request, the member that each of its rollouts is a counterfactual of.
+        members: index of each of the group's rollouts among all rollouts.
+        requests: the base request, then the counterfactual requests.
+        owners: for each counterfactual request, the members whose counterfactuals its rollouts are.
     """
 
     members: tuple[int, ...]
@@ -71,7 +71,7 @@ class GroupRequests:
     owners: tuple[tuple[int, ...], ...]
 
     def gradients(self, base: Answer, counterfactuals: Sequence[Answer]) -> list[LinkGradients]:
-        """Return the Jacobians of each link of each member, member by member.
+        """Return the Jacobians of each link of each member, in the order of the members.
 
         Args:
             base: answer to the base request.
@@ -100,9 +100,9 @@ def reward_requests(
 ) -> list[GroupRequests]:
     """Return the requests of each group of rollouts that share a prompt, in order of first appearance.
 
-    The source span of each link is put in K other orders in each rollout, fewer where it has fewer, and the link's
-    Jacobian is asked for at each. Requests whose prompt is the base's come first, so that an engine runs each prompt
-    once; a permuted prompt is the same for all rollouts of the group.
+    In each rollout, the source span of each link is permuted K times (fewer if it has fewer orders), and the link's
+    Jacobian is requested for each permutation. Requests with the base's prompt come first, so that an engine runs each
+    prompt once; a permuted prompt is the same for all rollouts of the group.
 
     Args:
         rollouts: well-formed rollouts by index.
@@ -110,7 +110,7 @@ def reward_requests(
         counterfactuals: K >= 0.
         permutation: "uniform", "sentence" or "block".
         seed: seed of the permutations.
-        context_energy: whether the base records carry it.
+        context_energy: whether the base records hold it.
     """
     found = []
     for prompt_ids, members in _by_prompt(rollouts).items():
@@ -135,11 +135,11 @@ def reward_requests(
 
 @dataclass(frozen=True)
 class Compared:
-    """A link of a rollout beside its counterfactuals.
+    """A link of a rollout compared with counterfactuals.
 
     Attributes:
-        against: what they are.
-        path: what they do to the link; None where there are none.
+        against: what the counterfactuals are.
+        path: the link's path record; None if there are no counterfactuals.
     """
 
     against: Against
@@ -151,11 +151,11 @@ class EffectRequests:
     """The path requests of one group of rollouts, one for each source.
 
     Attributes:
-        members: index of each rollout of the group among all rollouts.
+        members: index of each of the group's rollouts among all rollouts.
         requests: the requests.
-        owners: for each request, the member that each of its rollouts is.
+        owners: for each request, the members that its rollouts are.
         against: what each member's span is compared with, by member and source.
-        links: the links that are compared.
+        links: the links to compare.
     """
 
     members: tuple[int, ...]
@@ -165,7 +165,7 @@ class EffectRequests:
     links: tuple[Link, ...]
 
     def compared(self, answers: Sequence[PathAnswer]) -> dict[tuple[int, str], Compared]:
-        """Return each link of each member beside its counterfactuals, by member and the link's name."""
+        """Return the comparison of each link of each member, by member and the link's name."""
         paths = {
             (owner, name): path
             for owners, answer in zip(self.owners, answers, strict=True)
@@ -197,8 +197,8 @@ def effect_requests(
         links: total effects, from `parse_chain`.
         pools: candidates for each source.
         donors: K >= 1.
-        no_donor: "permute" compares a span without donors with its own tokens permuted.
-        permutation: how these are permuted.
+        no_donor: "permute" compares a span without donors with permutations of its own tokens.
+        permutation: the kind of permutation.
         seed: seed of donors and permutations.
         nodes: see `PathRequest`.
     """

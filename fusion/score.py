@@ -30,16 +30,14 @@ class RolloutScore:
     """The score of one rollout.
 
     Attributes:
-        links: record of each single link by its name, its S with the order leak taken off; empty where the rollout is
-            malformed.
-        reward: the fused reward in [0, 1]; 0 where malformed.
+        links: record of each single link by its name, its S less the order leak; empty if malformed.
+        reward: the fused reward in [0, 1]; 0 if malformed.
         malformed: why nothing could be computed, or None.
-        values: S of each link or chain as the config names it, in [0, 1], as it enters the reward; empty where the
-            rollout is malformed.
-        paths: by link's name, what its counterfactuals do to it, token by token, where something reads them.
-        jacobians: the matrices of each link by name, where they were asked for.
+        values: S of each link or chain as the config names it, in [0, 1], as it enters the reward; empty if malformed.
+        paths: path record of each link by its name, if anything reads paths or effects.
+        jacobians: the matrices of each link by its name, if they were asked for.
         order_leak: how much less likely the criteria are with the two responses exchanged in the prompt, in nats; None
-            where nothing reads it, or the responses could not be exchanged.
+            if nothing reads it, or the responses could not be exchanged.
     """
 
     links: Mapping[str, LinkScore]
@@ -52,10 +50,10 @@ class RolloutScore:
 
 
 Pools = Mapping[str, Sequence[Candidate]]
-"""Candidates for the place of each source span, by the span's name."""
+"""Candidates for replacing each source span, by the span's name."""
 Place = tuple[int, str]
 """Index of a rollout, and the name of a link."""
-# Bytes of Jacobians up to which groups wait for the next, to be hardened with it: a few prompts of a tiny model.
+# Groups are hardened together while their Jacobians take fewer bytes than this: a few prompts of a tiny model.
 _HARDENED_TOGETHER = 2**23
 
 
@@ -78,16 +76,16 @@ def score_rollouts(
 
     Args:
         rollouts: from `SpanReader.read`; malformed ones score 0 with their reason.
-        engine: what computes effects and Jacobians.
+        engine: computes effects and Jacobians.
         config: links, hardening, score and fusion.
         layout: the layout that the rollouts were read with.
-        task_rewards: the task reward r_base in [0, 1] of each rollout; None fuses the links alone.
-        pools: where donors are drawn from; None draws them from the rollouts themselves.
-        exchanged: each rollout with its two responses exchanged, or None, from `exchanged_prompts`; needed where the
+        task_rewards: the task reward r_base in [0, 1] of each rollout; None fuses only the links.
+        pools: the candidates from which donors are drawn; None draws them from the rollouts themselves.
+        exchanged: each rollout with its two responses exchanged, or None, from `exchanged_prompts`; needed if the
             config reads the order leak.
         keep_jacobians: whether to return the matrices.
-        seconds: where to add the time spent on "effects", "links" (base Jacobians, and what they share with the
-            others), "counterfactuals" and "spectral" (hardening and link scores).
+        seconds: a dict to which the seconds spent are added, under "effects", "links" (base Jacobians, and what they
+            share with the others), "counterfactuals" and "spectral" (hardening and link scores).
 
     Raises:
         ValueError: for links that the layout does not have, a rank above the model's width, task rewards that are not
@@ -100,18 +98,18 @@ def score_rollouts(
 
 @dataclass(frozen=True)
 class RolloutScorer:
-    """Scores rollouts as they come; see `score_rollouts` for what is not explained here.
+    """Scores rollouts incrementally; see also `score_rollouts`.
 
     Attributes:
-        engine: what computes effects and Jacobians.
+        engine: computes effects and Jacobians.
         config: links, hardening, score and fusion.
         layout: the layout that rollouts are read with.
         keep_jacobians: whether to return the matrices.
-        one_by_one: compare each rollout with its donors in a request of its own, in the order of the token ids. The
-            group engine then continues, in each rollout, from where it differs from the one before: what they begin
-            with is run once, such as a thought before the criteria, and the keys and values of few rollouts are held.
-            That is less work for long rollouts; short ones run faster in larger batches.
-        seconds: where to add the time spent.
+        one_by_one: whether each rollout is compared with its donors in a request of its own, in the order of the token
+            ids. The group engine then runs the common prefix of consecutive rollouts once, such as a thought before the
+            criteria, and holds the keys and values of few rollouts. That is less work for long rollouts; short ones run
+            faster in larger batches.
+        seconds: a dict to which the seconds spent are added, or None.
     """
 
     engine: Engine
@@ -129,9 +127,10 @@ class RolloutScorer:
         pools: Pools | None = None,
         exchanged: Sequence[Rollout | None] | None = None,
     ) -> Iterator[tuple[int, RolloutScore]]:
-        """Yield the index and the score of each rollout: first those without one, then prompt by prompt.
+        """Yield the index and the score of each rollout: first the malformed and refused ones, then prompt by prompt.
 
-        The matrices of one prompt are held at a time, or those of a few prompts where they are small.
+        Only the matrices of one prompt are held at a time, or those of a few prompts if they are small. Arguments and
+        errors are as for `score_rollouts`.
         """
         config, links = self.config, self._links
         config.check_width(self.engine.width)
@@ -188,7 +187,7 @@ class RolloutScorer:
     def _score(
         self, parts: Sequence[tuple[Measured, LinkScore]], leak: float | None, task_reward: float | None
     ) -> RolloutScore:
-        """Return the score of one rollout from its links: leak taken off, chains joined, fused with the task reward."""
+        """Return the score of one rollout: subtract the leak from its links, join chains, fuse with the task reward."""
         by_name = {
             record.link: replace(record, value=less_leak(record.value, leak, self.config.leak_weight))
             for _, record in parts
@@ -210,9 +209,9 @@ class RolloutScorer:
     def _measure(
         self, rollouts: Mapping[int, Rollout], pools: Pools | None
     ) -> Iterator[tuple[tuple[int, ...], Mapping[Place, HardenedLink], Mapping[Place, Compared]]]:
-        """Yield, group by group, its members and what is read of their links.
+        """Yield, group by group, its members, their hardened Jacobians and their comparisons with donors.
 
-        All effects come before the first Jacobian, so that neither waits with the other's memory.
+        All effects are computed before the first Jacobian, so that the memory of the two never adds up.
         """
         effects = self._compare(rollouts, pools) if self.config.reads_effects else iter(())
         if not self.config.reads_jacobians:
@@ -225,7 +224,7 @@ class RolloutScorer:
     def _compare(
         self, rollouts: Mapping[int, Rollout], pools: Pools | None
     ) -> Iterator[tuple[tuple[int, ...], dict[Place, Compared]]]:
-        """Yield, group by group, its members and each of their links beside its donors."""
+        """Yield, group by group, its members and the comparison of each of their links with donors."""
         with self._timed("effects"):
             pools = pools_of(rollouts.values(), self._links) if pools is None else pools
             by_ids = sorted(rollouts, key=lambda index: rollouts[index].token_ids)
@@ -240,9 +239,9 @@ class RolloutScorer:
     def _differentiate(
         self, rollouts: Mapping[int, Rollout]
     ) -> Iterator[tuple[tuple[int, ...], dict[Place, HardenedLink]]]:
-        """Yield members of groups and the finite Jacobians of their links with what hardening leaves of them.
+        """Yield members of groups and the Jacobians of their links, hardened; those that are not finite are left out.
 
-        Groups are hardened together while their Jacobians are small, and one by one where they are large.
+        Groups are hardened together while their Jacobians are small, and one by one if they are large.
         """
         groups = self.config.requests(rollouts, self._links)
         answers = self.engine.compute([request for group in groups for request in group.requests])
@@ -264,7 +263,7 @@ class RolloutScorer:
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        """Add the time that the block takes."""
+        """Add the seconds that the block takes to those of a stage."""
         started = time.perf_counter()
         yield
         if self.seconds is not None:
@@ -274,7 +273,7 @@ class RolloutScorer:
 
 
 def pools_of(rollouts: Iterable[Rollout], links: Iterable[Link]) -> dict[str, list[Candidate]]:
-    """Return what the rollouts offer for the place of each link's source."""
+    """Return the candidates that the rollouts provide for each link's source."""
     rollouts = list(rollouts)
     return {source: candidates(rollouts, source) for source in dict.fromkeys(link.source for link in links)}
 
@@ -294,11 +293,11 @@ def _refused(reason: str | None) -> RolloutScore:
 
 
 def harden(gradients: Sequence[LinkGradients], config: RewardConfig) -> list[HardenedLink]:
-    """Return what is left of each base Jacobian when the nuisance that its counterfactuals show is removed.
+    """Return each base Jacobian with the nuisance that its counterfactuals show removed.
 
     Args:
         gradients: finite Jacobians.
-        config: says what is nuisance: a subspace of a rank or an energy, or the mean counterfactual.
+        config: defines the nuisance: a subspace of a given rank or energy, or the mean counterfactual.
     """
     stacks = [one.counterfactuals if config.nuisance == "svd" else () for one in gradients]
     bases = nuisance_bases(stacks, rank=config.rank, energy=config.energy)
@@ -318,7 +317,7 @@ def harden(gradients: Sequence[LinkGradients], config: RewardConfig) -> list[Har
 
 
 def fuse(values: Mapping[str, float], config: RewardConfig, task_reward: float | None = None) -> float:
-    """Return the power mean of the links' scores and, where there is one, the task reward.
+    """Return the power mean of the links' scores and, if given, the task reward.
 
     Args:
         values: S of each link by name, in [0, 1].

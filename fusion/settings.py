@@ -1,4 +1,4 @@
-"""Settings by name: which there are, and what each may hold, as the class or function that takes them says."""
+"""Check settings by name and type against the signature of the class or function that takes them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _WORDS |= {Mapping: "a mapping", Sequence: "a list"}
 def check_settings(
     where: str, given: Mapping[str, Any], *takers: Callable[..., Any], but: Collection[str] = ()
 ) -> None:
-    """Raise ValueError for a setting that does not exist, or whose value is not of the type that is declared.
+    """Raise ValueError for a setting that does not exist, or whose value is not of the declared type.
 
     Args:
-        where: key of the settings, which errors name; "" for the top level.
+        where: key under which the settings are, for error messages; "" for the top level.
         given: values by name.
         takers: classes or functions whose keyword arguments the settings are.
-        but: those of their arguments that are no settings.
+        but: names of their arguments that are not settings.
     """
     declared: dict[str, Any] = {}
     for taker in takers:
@@ -35,14 +35,14 @@ def check_settings(
 
 
 def check_names(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise ValueError for a setting that is not among those that are known."""
+    """Raise ValueError for a setting whose name is not known."""
     unknown = [str(name) for name in given if name not in {*known}]
     if unknown:
         raise ValueError(f"{where} holds the unknown key {', '.join(unknown)}; expected some of {', '.join(known)}")
 
 
 def _options(hint: Any) -> list[Any]:
-    """Return the types and values that a declaration allows, one by one."""
+    """Return the alternatives that a type hint allows."""
     if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
         return [option for part in get_args(hint) for option in _options(part)]
     return [hint]
@@ -64,7 +64,7 @@ def _is_a(value: Any, option: Any) -> bool:
 
 
 def _told(hint: Any) -> str:
-    """Return what a declaration allows, in words."""
+    """Return what a type hint allows, in words."""
     words: list[str] = []
     for option in _options(hint):
         kind = get_origin(option) or option
@@ -75,12 +75,12 @@ def _told(hint: Any) -> str:
 
 
 def _spelled(known: Any) -> str:
-    """Return a value as YAML takes it: in quotes the words that it would read as another type."""
+    """Return a value as YAML spells it; strings that YAML would read as another type are quoted."""
     return f'"{known}"' if known in ("true", "false", "null") else str(known)
 
 
 def _as_number(value: Any, hint: Any) -> str:
-    """Return how YAML spells a number that it has read as text, such as 1e-5; "" for another value."""
+    """Return a hint for a number that YAML reads as text, such as 1e-5; "" for any other value."""
     try:
         number = float(value) if isinstance(value, str) and float in _options(hint) else None
     except ValueError:

@@ -20,12 +20,12 @@ from cepo.jacobian.targets import sum_of_terms, target_terms
 class JacobianEngine(ModelEngine):
     """Computes Jacobians by plain autograd, one rollout and one forward pass at a time.
 
-    Serves any Hugging Face causal language model, in its own dtype, PEFT adapters on or off. The model is left as it
-    was found: training flags restored, `param.grad` untouched, hooks removed, no graph kept. Autocast is switched off,
-    so a float32 model is differentiated in float32 even inside a bf16 trainer.
+    Serves any Hugging Face causal language model, in its own dtype, PEFT adapters on or off. The model is restored
+    afterwards: training flags as before, `param.grad` untouched, hooks removed, no graph kept. Autocast is switched
+    off, so a float32 model is differentiated in float32 even inside a bf16 trainer.
 
-    Each rollout is run alone, with one backward pass per distinct (target, function, blocked spans), so results do not
-    depend on batch size or order.
+    Each rollout is run by itself, with one backward pass per distinct (target, function, blocked spans), so results do
+    not depend on batch size or order.
 
     Args:
         model: a causal LM, PEFT-wrapped or not.
@@ -96,11 +96,12 @@ class JacobianEngine(ModelEngine):
         return gradients
 
     def _values(self, rollout: Rollout, passes: Sequence[Pass]) -> dict[Pass, Tensor]:
-        """Return the target function of each pass, a scalar with a graph where gradients are on."""
+        """Return the target function of each pass, a scalar, with a graph if gradients are enabled."""
         terms_of = {key: target_terms(rollout, key.target, key.function) for key in passes}
         rows = sorted({term.position - 1 for terms in terms_of.values() for term in terms})
         row_of = {position: index for index, position in enumerate(rows)}
-        # Tokens after the last row that predicts a target have no part in any target function, unless by their number.
+        # Tokens after the last row that predicts a target affect no target function, except through rotary tables that
+        # depend on the sequence's length.
         ids, settled = rollout.token_ids, self._held.settled_length
         ids_BT = torch.tensor(
             [ids if len(ids) > settled else ids[: rows[-1] + 1]], device=self._held.embedding.weight.device
@@ -114,7 +115,7 @@ class JacobianEngine(ModelEngine):
     def _contraction(
         self, rollout: Rollout, other: Rollout, fraction: float, request: PathRequest
     ) -> dict[Pass, Tensor]:
-        """Return the gradient at a point of the path, contracted with E(X) - E(X') row by row: (S,), by pass."""
+        """Return each pass's gradient at a point of the path, contracted with E(X) - E(X') row by row: (S,)."""
         source = list(rollout.spans[request.links[0].source].positions)
         with _watched(self._held, needs_layers=False) as watch:
             watch.other_ids, watch.fraction = other.token_ids, fraction
@@ -128,12 +129,12 @@ class JacobianEngine(ModelEngine):
 
 
 class _Watch:
-    """The leaf that replaces the embeddings in one forward pass, and the positions that block every cotangent."""
+    """The leaf that replaces the embeddings in one forward pass, and the positions at which cotangents are cut."""
 
     def __init__(self) -> None:
         self.leaf_BTD: Tensor = torch.empty(0)
         self.blocked: list[int] = []
-        self.other_ids: Sequence[int] = ()  # of a counterfactual, where the leaf lies on the path from it
+        self.other_ids: Sequence[int] = ()  # of the counterfactual, if the leaf is on the path from one
         self.fraction = 1.0
         self.step_BTD: Tensor = torch.empty(0)  # E(X) - E(X')
 
@@ -164,11 +165,11 @@ class _Watch:
 
 @contextlib.contextmanager
 def _watched(model: HeldModel, *, needs_layers: bool) -> Iterator[_Watch]:
-    """Replace the embeddings' output by the leaf and, for blocked paths, guard the input of every layer.
+    """Replace the embedding module's output by the leaf and, for blocked spans, hook the input of every layer.
 
-    Information leaves a position only through what its layers' inputs become (keys, values, the residual stream), so
-    cutting the cotangent of every layer's input and of the last output at the blocked positions is the path-specific
-    derivative with those positions' keys and values held fixed.
+    Information leaves a position only through its layers' inputs (as keys, values and the residual stream). So cutting
+    the cotangents of every layer's input and of the last output at the blocked positions gives the path-specific
+    derivative, with those positions' keys and values held fixed.
     """
     watch = _Watch()
     handles = [model.embedding.register_forward_hook(watch.embed)]

@@ -1,4 +1,4 @@
-"""An effect expanded about the rollout: the gradient's term, and the curvature's, by Hessian-vector products."""
+"""An effect expanded to second order about the rollout, by gradients and Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cepo.jacobian.targets import sum_of_terms, target_terms
 
 @dataclass(frozen=True)
 class Expansion:
-    """The first terms of s(X) - s(X') about X, in nats for log-likelihoods.
+    """The first two terms of s(X) - s(X') about X, in nats for log-likelihoods.
 
     Attributes:
-        first: <J, d> with d = E(X) - E(X').
-        second: -d^T H d / 2.
+        first: the gradient's, <J, d> with d = E(X) - E(X').
+        second: the curvature's, -d^T H d / 2.
     """
 
     first: float
@@ -30,7 +30,7 @@ class Expansion:
 
     @property
     def total(self) -> float:
-        """Both terms: what an expansion to second order says of the effect."""
+        """The second-order estimate of the effect."""
         return self.first + self.second
 
 
@@ -40,13 +40,13 @@ def expansions(
     """Return the expansion of each link for each counterfactual, by the link's name.
 
     J and H are the gradient and the Hessian of the link's target function at the rollout itself, with respect to the
-    source's embeddings, by one backward pass and one through it for each counterfactual. Attention runs eagerly, whose
-    backward pass has a derivative. What stands before the source is run without a graph.
+    source's embeddings. They take one backward pass, and one second-order pass per counterfactual. Attention is eager,
+    since its backward pass can be differentiated. The tokens before the source are run without a graph.
 
     Args:
         model: the model.
         rollout: a well-formed rollout.
-        others: counterfactuals that differ from it in the source's tokens alone.
+        others: counterfactuals that differ from it only in the source's tokens.
         links: of one source, each a total effect.
     """
     source = rollout.spans[links[0].source].positions

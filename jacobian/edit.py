@@ -1,10 +1,10 @@
 """What an edit of any length did to a reward: the blocks in which text and edit differ, and what each contributed.
 
-Where every block is as long in both, the gradient along the path between their embeddings spreads the change of
-the reward over tokens (see `attribute_edit`). Otherwise no path leads from one to the other; and where the reward
-jumps along the path, its gradient misses the jump. In both cases the blocks are exchanged one after another, from the
-left and from the right, and a block's effect is the change of the reward when it is exchanged, the mean of both orders.
-Either way the parts add up to the whole.
+Where every block has the same length in both, the gradient along the path between their embeddings spreads the change
+of the reward over tokens (see `attribute_edit`). Where lengths differ there is no path, and where the reward jumps
+along the path, the gradient misses the jump. In both cases the blocks are exchanged one after another, once from the
+left and once from the right. A block's effect is the change of the reward when it is exchanged, mean of both orders.
+Either way the effects add up to the whole change.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor
 from cepo.jacobian.reward_model import rewards
 from cepo.jacobian.scalar import attribute_edit
 
-_MOST_NODES = 16  # of a path; one that needs more is steep, and exchanged blocks are exact
+_MOST_NODES = 16  # of a path; where more are needed the path is steep, and exchanging blocks is exact
 _MARKED = -1  # stands for every marked token while texts are aligned
 
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of a text that has something else, or nothing, in its place in the edit.
+    """A stretch of tokens of a text that an edit replaced, removed or inserted.
 
     Attributes:
         start: position of its first token in the text.
-        end: position after its last one; equal to start where only the edit has tokens.
+        end: position after its last token; equal to start if only the edit has tokens.
         edit_start: as `start`, in the edit.
         edit_end: as `end`, in the edit.
-        marked: whether its tokens are marked ones.
+        marked: whether its tokens are marked.
     """
 
     start: int
@@ -56,10 +56,10 @@ class EditEffect:
         difference: r(text) - r(edit), from two forward passes.
         blocks: where they differ, in the order of the text.
         effects: what each block added to the difference; their sum estimates it.
-        sizes: as `effects`, but the absolute values of what its tokens added: no smaller.
-        attribution_T: what each token of the text added, float64. Of blocks that were exchanged it is the block's
-            effect, spread evenly; what only the edit has is counted at the token before whose place it stood.
-        nodes: points of the path; 0 where blocks were exchanged.
+        sizes: per block, the sum of the absolute values of what its tokens added: at least |effect|.
+        attribution_T: what each token of the text added, float64. Where blocks were exchanged, each block's effect is
+            spread evenly over its tokens; that of tokens which only the edit has is counted at the text's next token.
+        nodes: nodes of the quadrature along the path; 0 where blocks were exchanged.
     """
 
     difference: float
@@ -71,12 +71,12 @@ class EditEffect:
 
     @property
     def certificate(self) -> float:
-        """How far the sum of the attributions lies from the difference."""
+        """The error of the attributions: |their sum - difference|."""
         return abs(float(self.attribution_T.sum()) - self.difference)
 
     @property
     def leak(self) -> float | None:
-        """The share of the absolute changes that falls outside the marked tokens, in [0, 1]; None where all are 0."""
+        """The share of the absolute changes that falls outside the marked tokens, in [0, 1]; None if all are 0."""
         whole = sum(self.sizes)
         outside = sum(size for block, size in zip(self.blocks, self.sizes, strict=True) if not block.marked)
         return outside / whole if whole > 0 else None
@@ -88,16 +88,16 @@ def differing_blocks(
     marked: Collection[int] = (),
     edit_marked: Collection[int] = (),
 ) -> tuple[Block, ...]:
-    """Return the blocks in which two texts differ, each of marked or of other tokens alone.
+    """Return the blocks in which two texts differ; the tokens of a block are either all marked or all unmarked.
 
-    Marked tokens are aligned with each other first, whatever they are: "correct" with "wrong", both marked, is one
-    block, and "indeed" that was written after it another one.
+    Marked tokens are aligned with each other first, whatever they are. So if "correct" became "wrong indeed" with the
+    first word marked in both, the exchange of the marked words is one block, and "indeed" another.
 
     Args:
         token_ids: of the text.
         edit_ids: of the edit.
         marked: positions of marked tokens in the text.
-        edit_marked: in the edit.
+        edit_marked: positions of marked tokens in the edit.
     """
     of_text, of_edit = set(marked), set(edit_marked)
     keys = [_MARKED if place in of_text else token for place, token in enumerate(token_ids)]
@@ -134,8 +134,8 @@ def measure_edit(
         token_ids: of the text, without padding.
         edit_ids: of the edit.
         blocks: from `differing_blocks`.
-        tolerance: of a path's certificate, see `attribute_edit`; a path that misses it with 16 nodes is not taken.
-        batch_size: texts per forward pass, where blocks are exchanged.
+        tolerance: of a path's certificate, see `attribute_edit`; if 16 nodes do not reach it, blocks are exchanged.
+        batch_size: texts per forward pass where blocks are exchanged.
     """
     if len(token_ids) == len(edit_ids) and all(block.start == block.edit_start for block in blocks):
         path = attribute_edit(model, token_ids, edit_ids, tolerance=tolerance, most_nodes=_MOST_NODES)

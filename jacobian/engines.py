@@ -1,4 +1,4 @@
-"""An engine by its name, as commands and rewards take it."""
+"""Make an engine by its name, for commands and rewards."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ def new_engine(
     memory_budget: float | None = None,
     kernels: Implementation = "auto",
 ) -> Engine:
-    """Return the group engine for a model, or the oracle, which has neither a memory budget nor kernels.
+    """Return an engine for a model.
+
+    Args:
+        name: "group", or "autograd" for the oracle, which ignores `memory_budget` and `kernels`.
+        model: a causal LM, PEFT-wrapped or not.
+        adapters: see `HeldModel`.
+        memory_budget: see `GroupEngine`.
+        kernels: see `GroupEngine`.
 
     Raises:
-        ValueError: for an unknown name, or as the engine.
+        ValueError: for an unknown name, and as the engine's constructor.
     """
     check_engine(name)
     if name == "autograd":

@@ -1,4 +1,4 @@
-"""Whether every layer of a model has the gradient of what it computes: checked once, before any work."""
+"""Check, once per model and before any work, that every layer's gradient is that of the function it computes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Relative size of the step, and how far the gradient may be from the change that the step makes.
+# By dtype: relative size of the step, and the largest relative error of the gradient's prediction.
 _STEP_AND_TOLERANCE = {torch.bfloat16: (1e-1, 0.4), torch.float16: (3e-2, 0.4)}
 _OF_WIDE = (3e-3, 0.05)
 _TOKENS = 6
-_TRIES = 6  # a step may change which experts a router picks; that is no fault, and does not happen every time
+_TRIES = 6  # a step may change which experts a router picks, which is not a fault; it does not happen in every try
 _SHOWN = 6
 _NO_GRADIENT = "its output carries no gradient"
 _NOTHING_ENTERS = "what enters it carries no gradient"
@@ -25,29 +25,29 @@ _NOTHING_ENTERS = "what enters it carries no gradient"
 def check_gradients(
     model: nn.Module, layers: Sequence[nn.Module], run: Callable[[Sequence[int]], Any], *, vocabulary: int
 ) -> None:
-    """Raise ValueError if the output of a module carries no gradient, or another than that of its function.
+    """Raise ValueError if a module's output has no gradient, or a gradient that is not its function's.
 
     Six tokens are run four times. The input x of each decoder layer is replaced by x, x + u and x - u, with u random
-    and small beside x, so that faults do not hide behind those of other layers. For each module within the layers and
-    after them, with inputs i and outputs o, d = o(+u) - o(-u) is compared with the gradient: <d, J (i(+u) - i(-u))>
-    must be |d|^2, where J comes by autograd. An output that varies and does not require grad is a fault at once. A
-    module is at fault if it is in every one of six tries with other tokens; only a suspicion is tried again.
+    and small relative to x, so that a fault in one layer does not mask one in another. For each module inside and after
+    the layers, with inputs i and outputs o, d = o(+u) - o(-u) is compared with the autograd Jacobian J:
+    <d, J (i(+u) - i(-u))> must be |d|^2. An output that varies and does not require grad is a fault as well. Modules at
+    fault are tried again with other tokens, and refused if they fail in all six tries.
 
-    Seen: kernels without a backward pass (int8, GPTQ, AWQ, FP8 for inference), outputs that are detached or made under
-    no_grad or inference_mode, custom functions that return None, zeros or a wrong gradient, rounding whose
-    straight-through gradient is not its function's, a detach() inside attention. Not seen: faults that take less of a
-    module's change than the tolerance (5%; 40% in bfloat16 and float16, where rounding hides more: there a detach() in
-    attention may pass), in a block whose router changed its mind in every try, in modules that six tokens do not reach
-    (an expert that none of them takes), or that begin at greater lengths.
+    Detected: kernels without a backward pass (int8, GPTQ, AWQ, FP8 for inference); outputs that are detached or made
+    under no_grad or inference_mode; custom functions that return None, zeros or a wrong gradient; rounding with a
+    straight-through gradient; a detach() inside attention. Not detected: faults below the tolerance (5% of a module's
+    change; 40% in bfloat16 and float16, where rounding hides more, possibly a detach() in attention); faults in a block
+    whose router picked other experts in every try; in experts that none of the six tokens reaches; and faults that
+    only longer sequences cause.
 
     Args:
-        model: whose modules are looked at; in eval mode, its parameters frozen, gradients on.
-        layers: its decoder layers; where there are none, the step is taken at the embeddings.
+        model: the model to check; in eval mode, its parameters frozen, gradients on.
+        layers: its decoder layers; if empty, the step is taken at the embeddings.
         run: runs the model on token ids, without a cache, and returns its output.
         vocabulary: number of token ids.
 
     Raises:
-        ValueError: naming the modules; for an output that is not finite, whose gradient says nothing.
+        ValueError: naming the modules; or if the output is not finite, so that nothing can be said of gradients.
     """
     names = {module: name for name, module in model.named_modules()}
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
@@ -73,9 +73,9 @@ def check_gradients(
 
 @dataclass
 class _Call:
-    """One call of a module: the tensors that went in and came out, with the step added and with it taken off.
+    """One call of a module: its input and output tensors with the step added and with the step subtracted.
 
-    `chosen` holds those that are not of floating point, such as the experts that a router picked.
+    `chosen` holds the tensors that are not floating-point, such as the experts that a router picked.
     """
 
     inputs: list[list[Tensor]] = field(default_factory=list)
@@ -84,7 +84,7 @@ class _Call:
 
 
 class _Look:
-    """One try: the runs with the step taken, and the run whose gradients are compared with them."""
+    """One try: the runs with the step, and the run whose gradients are compared with them."""
 
     def __init__(
         self, watched: Sequence[nn.Module], stages: Sequence[nn.Module], step: float, tolerance: float, seed: int
@@ -95,10 +95,10 @@ class _Look:
         self._calls: dict[tuple[nn.Module, int], _Call] = {}
         self._count: Counter[tuple[str, nn.Module]] = Counter()
         self._faults: dict[nn.Module, str] = {}
-        self._unsettled: set[nn.Module] = set()  # the step changed what they chose, so that there is no derivative
+        self._unsettled: set[nn.Module] = set()  # the step changed their discrete choices, so there is no derivative
 
     def faults(self, run: Callable[[], Any]) -> dict[nn.Module, str]:
-        """Return the modules at fault, each with what is wrong."""
+        """Return the modules at fault, with a description of each fault."""
         with torch.no_grad():
             with self._hooked(self._record):
                 output = run()
@@ -123,7 +123,7 @@ class _Look:
     def _hooked(
         self, entering: Callable[[nn.Module, Tensor], Tensor], before: Any = None, after: Any = None
     ) -> Iterator[None]:
-        """Let `entering` replace what enters each stage, and call the hooks around each watched module."""
+        """Replace the input of each stage by what `entering` returns, and hook each watched module."""
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if args:
@@ -174,10 +174,10 @@ class _Look:
         call.chosen.append(_tensors((args, kwargs, output), floating=False))
 
     def _thaw(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Make each input that varies a tensor of its own, so that gradients are of the module's inputs alone."""
+        """Replace each varying input by a view or a leaf, for gradients with respect to this module's inputs alone."""
         inputs = _tensors((args, kwargs))
         sent = _changes(self._call("before", module).inputs, inputs)
-        if sent is None or not torch.is_grad_enabled():  # then what surrounds it is at fault
+        if sent is None or not torch.is_grad_enabled():  # with gradients disabled, the enclosing module is at fault
             return args, kwargs
         if not self._faults and any(c.any() and not t.requires_grad for t, c in zip(inputs, sent, strict=True)):
             self._faults[module] = _NOTHING_ENTERS
@@ -199,7 +199,7 @@ class _Look:
         if not all(tensor.requires_grad for tensor, _ in varied):
             self._faults[module] = _NO_GRADIENT
             return _thawed(output, came)
-        largest = max(float(change.abs().max()) for _, change in varied)  # float16 overflows soon
+        largest = max(float(change.abs().max()) for _, change in varied)  # scaled, since float16 overflows easily
         pulled = torch.autograd.grad(
             [tensor for tensor, _ in varied],
             [tensor for tensor, _ in given],
@@ -215,7 +215,7 @@ class _Look:
 
 
 def _changes(runs: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return the difference of each tensor of two runs; None where there were no two runs of these shapes."""
+    """Return the difference of each tensor between two runs; None unless there are two runs of these shapes."""
     shapes = [tensor.shape for tensor in like]
     if len(runs) != 2 or any([tensor.shape for tensor in run] != shapes for run in runs):
         return None
@@ -223,7 +223,7 @@ def _changes(runs: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> list[T
 
 
 def _thawed(value: Any, changes: Sequence[Tensor]) -> Any:
-    """Return the value with another view of each of its tensors that varies; a leaf of the ones without a graph."""
+    """Return the value with its varying tensors replaced: by views, or by leaves if they do not require grad."""
     varies = iter([bool(change.any()) for change in changes])
 
     def thaw(tensor: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _thawed(value: Any, changes: Sequence[Tensor]) -> Any:
 
 
 def _tensors(value: Any, *, floating: bool = True) -> list[Tensor]:
-    """Return the tensors in a value of tuples, lists and mappings, in order: those of floating point, or the others."""
+    """Return the tensors in nested tuples, lists and mappings, in order: the floating-point ones, or the others."""
     found: list[Tensor] = []
 
     def take(tensor: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def _tensors(value: Any, *, floating: bool = True) -> list[Tensor]:
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor], floating: bool = True) -> Any:
-    """Return the value with a function applied to its tensors of floating point, or to the others."""
+    """Return the value with a function applied to its floating-point tensors, or to the others."""
     if isinstance(value, Tensor):
         return function(value) if value.is_floating_point() == floating else value
     if isinstance(value, Mapping):

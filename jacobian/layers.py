@@ -1,4 +1,4 @@
-"""The decoder layers of a causal language model: which they are, and keeping the first of them."""
+"""Find the decoder layers of a causal language model, and truncate it to the first of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def keep_first_layers(model: Any, count: int) -> None:
-    """Leave a causal LM its first layers alone, in place.
+    """Remove all but the first layers of a causal LM, in place.
 
     Raises:
         ValueError: for less than one layer, or more than there are.

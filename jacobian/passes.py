@@ -1,4 +1,4 @@
-"""The backward passes that links need, and the Jacobians of the links from what those passes return."""
+"""The backward passes that links need, and the Jacobians of the links from the passes' gradients."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def link_jacobians(
         rollout: the rollout that was differentiated.
         links: from `parse_link`.
         gradients: for each of `passes_of(links)` the (T, D) gradient with respect to the embedding rows; rows that
-            neither a link nor the context's energy needs may be zero.
-        context_energy: whether the records carry it.
+            neither a link nor the context energy needs may be zero.
+        context_energy: whether to record it.
     """
     jacobians = {}
     for link in links:
@@ -62,12 +62,12 @@ def link_jacobians(
 
 
 def pass_of(link: Link) -> Pass:
-    """Return the pass that gives a link its gradient; that of a residual effect needs the mediator's too."""
+    """Return the pass that gives a link its gradient; a residual effect also needs that of its mediator."""
     return Pass(link.target, link.function, link.mediator if link.effect == "direct" else ())
 
 
 def _mediated_pass_of(link: Link) -> Pass:
-    """Return the pass that gives a residual effect the source's gradient of the mediator."""
+    """Return the pass whose gradient is that of a residual effect's mediator."""
     return Pass(link.mediator[0], "log_likelihood", ())
 
 

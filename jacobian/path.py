@@ -1,11 +1,11 @@
-"""Gradients along the path from a counterfactual to a rollout: quadrature, certificate, and the record of a link.
+"""Gradients along the path from a counterfactual to a rollout: the quadrature, its stopping rule, and the records.
 
 With E(X) the embeddings of the source and E(X') those of a counterfactual,
 
     s(X) - s(X') = integral over a in [0, 1] of <J(E(X') + a (E(X) - E(X'))), E(X) - E(X')>,
 
-so the exact gradient, taken along the path and not at its end alone, is the finite effect, spread over tokens. Engines
-give values and gradients at points; this file chooses the points.
+so the exact gradient, integrated along the path, spreads the finite effect over tokens. Engines give values and
+gradients at points; this file chooses the points.
 
 Source: Sundararajan, Taly and Yan, Axiomatic Attribution for Deep Networks (arXiv 1703.01365), for completeness.
 """
@@ -45,11 +45,11 @@ Contract = Callable[[Sequence[Point]], Sequence[Mapping[Pass, Tensor]]]
 
 
 def path_answer(request: PathRequest, values: Values, contract: Contract) -> PathAnswer:
-    """Return what the counterfactuals of a request do to its links.
+    """Return the answer to a path request.
 
     Args:
         request: the request.
-        values: for each rollout the targets' values, its own and then those of its counterfactuals.
+        values: for each rollout the values of its target functions, then those of each of its counterfactuals.
         contract: returns for each point the gradient's rows at the source's positions, each contracted with its row of
             E(X) - E(X'): (S,) in float64 on the CPU.
     """
@@ -79,14 +79,14 @@ def path_answer(request: PathRequest, values: Values, contract: Contract) -> Pat
 def gauss_nodes(count: int) -> list[tuple[float, float]]:
     """Return the nodes of Gauss-Legendre quadrature on [0, 1] with their weights; one node is the midpoint.
 
-    Exact for polynomials of degree 2 count - 1, where as many midpoints are exact for straight lines alone.
+    The quadrature is exact for polynomials of degree up to 2 count - 1; the midpoint rule is so only for degree 1.
     """
     nodes_M, weights_M = np.polynomial.legendre.leggauss(count)
     return [(float(0.5 * (node + 1)), float(0.5 * weight)) for node, weight in zip(nodes_M, weights_M, strict=True)]
 
 
 def between(own_BTD: Tensor, other_BTD: Tensor, fraction: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return the embeddings at a fraction of the path, and the path's whole step.
+    """Return the embeddings at a point of the path, and the whole step from E(X') to E(X).
 
     Args:
         own_BTD: E(X).
@@ -98,13 +98,13 @@ def between(own_BTD: Tensor, other_BTD: Tensor, fraction: float | Tensor) -> tup
     """
     wide = torch.promote_types(own_BTD.dtype, torch.float32)
     step_BTD = own_BTD.to(wide) - other_BTD.to(wide)
-    share = fraction.to(wide) if isinstance(fraction, Tensor) else fraction
-    return (other_BTD.to(wide) + share * step_BTD).to(own_BTD.dtype), step_BTD
+    fraction = fraction.to(wide) if isinstance(fraction, Tensor) else fraction
+    return (other_BTD.to(wide) + fraction * step_BTD).to(own_BTD.dtype), step_BTD
 
 
 @dataclass(frozen=True)
 class _Integral:
-    """The rows of a pair's contracted path Jacobian, for each pass, and the nodes they took."""
+    """The contracted path Jacobian of a (rollout, counterfactual) pair: (S,) for each pass, and the nodes used."""
 
     rows: Mapping[Pass, Tensor]
     nodes: int

@@ -13,7 +13,7 @@ Answer = list[dict[str, LinkJacobian]]
 """For each rollout of a request, the Jacobian of each link by the link's name."""
 
 PathAnswer = list[dict[str, LinkPath]]
-"""For each rollout of a path request, what its counterfactuals did to each link, by the link's name."""
+"""For each rollout of a path request, the path record of each link by the link's name."""
 
 Nodes = int | Literal["auto"]
 
@@ -26,7 +26,7 @@ class Engine(Protocol):
         """D, the size of the embeddings."""
 
     def refusal(self, rollout: Rollout) -> str | None:
-        """Return why the model cannot take the rollout, or None."""
+        """Return why the model cannot run the rollout, or None."""
 
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Yield the answer to each request, in order."""
@@ -37,7 +37,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """Some links of rollouts that share a prompt.
+    """A request for the Jacobians of some links, for rollouts that share a prompt.
 
     Attributes:
         group: the rollouts; a counterfactual is a rollout like any other.
@@ -57,18 +57,18 @@ class Request:
 
 @dataclass(frozen=True)
 class PathRequest:
-    """Rollouts that share a prompt, each with counterfactuals in which the content of one span is another's.
+    """A request for effects and paths, for rollouts that share a prompt, each with its counterfactuals.
 
     Attributes:
         group: the rollouts.
-        counterfactuals: for each rollout any number of counterfactual rollouts. With nodes, they differ from it in the
-            tokens of the links' source alone. Without, they may differ in any token before the target, and the prompt
-            may be shorter or longer.
+        counterfactuals: for each rollout any number of counterfactual rollouts. With nodes, they may differ from it
+            only in the tokens of the links' source. Without nodes, they may differ in any token before the target, and
+            the prompt may be shorter or longer.
         links: from `parse_link`, of one source, each a total effect.
-        nodes: nodes of the quadrature along the path; 0 computes values alone, which gives the effect. "auto" doubles
-            them from 1 until every sum lies within `tolerance * max(1, |delta|)` of its delta, or at `most_nodes`.
-        tolerance: of "auto", in nats, above 0.
-        most_nodes: of "auto", at least 1.
+        nodes: nodes of the quadrature along the path; 0 computes only the values, which give the effect. "auto" doubles
+            them from 1 until every sum is within `tolerance * max(1, |delta|)` of its delta, up to `most_nodes`.
+        tolerance: for "auto", above 0.
+        most_nodes: for "auto", at least 1.
     """
 
     group: Group

@@ -18,9 +18,9 @@ class Span:
 
     Attributes:
         name: e.g. "criteria".
-        positions: ascending positions in prompt + completion of every token that carries a byte of the content.
-        movable: the subset that lies wholly inside the content. Only these tokens change place in a counterfactual;
-            a token that also carries a piece of a tag stays.
+        positions: ascending positions in prompt + completion of every token that holds a byte of the content.
+        movable: the subset that lies wholly inside the content. Only these tokens are moved or replaced in a
+            counterfactual; a token that also holds part of a tag stays.
         sentences: the sentence number of each movable token, non-decreasing.
         text: the content as text, for display.
     """
@@ -38,8 +38,8 @@ class Digit:
 
     Attributes:
         position: position in prompt + completion.
-        candidates: pairs (token id, gain) of the tokens that could continue the number here, the sampled one included
-            though it may end the number: by how much the number is larger with the token than without.
+        candidates: pairs (token id, gain) of the tokens that could continue the number here, and of the sampled one,
+            even where it ends the number. The gain is by how much the token increases the number.
     """
 
     position: int
@@ -54,7 +54,7 @@ class Rollout:
         prompt_ids: token ids of the prompt as the policy saw it, chat template included; never empty.
         completion_ids: sampled ids, end-of-sequence kept, no padding.
         spans: by name, in the order of the layout. Empty where the rollout is malformed.
-        numbers: the scores, each as the tokens that decide it (empty for a reasoner).
+        numbers: the scores, each as the tokens that determine it (empty for a reasoner).
         malformed: why the spans could not be found, or None.
         found_by: how the spans were found ("tags", "boxed", "hashes", "stated", "after rationale", "last sentence").
         prompt_found_by: how the prompt's content was found ("messages", "template", "plain text", or "whole prompt"
@@ -76,8 +76,10 @@ class Rollout:
 
     @property
     def verdict(self) -> str:
-        """What the completion concludes: which of a judge's two scores is greater, as ">", "<" or "="; else the text of
-        its last span. Of a well-formed rollout."""
+        """The conclusion of a well-formed rollout.
+
+        For a judge, which of its two scores is greater, as ">", "<" or "="; otherwise the text of the last span.
+        """
         token_ids = self.token_ids
         if len(self.numbers) == 2:
             first, second = (
@@ -109,8 +111,8 @@ class LinkJacobian:
         jac_SD: (S, D) gradient rows of the source's tokens; float32, or float64 for a float64 model.
         source_positions: S positions in token_ids.
         target_positions: positions in token_ids of the target tokens; the token at t is predicted at t - 1.
-        context_energy: sum of squares of the target's gradient over the rows of all tokens (the union of the target
-            tokens' contexts), under the same effect; the denominator of `influence`. None unless requested.
+        context_energy: sum of squares of the target's gradient over the rows of all tokens before the target's last
+            one, for the same effect; the denominator of `influence`. None unless requested.
     """
 
     link: Link
@@ -122,7 +124,7 @@ class LinkJacobian:
 
 @dataclass(frozen=True)
 class LinkPath:
-    """What a link's target function becomes along the path from each counterfactual to the rollout.
+    """The target function of a link along the path from each counterfactual to the rollout.
 
     With E(X) the embeddings of the source and E(X') those of a counterfactual, the path is E(X') + a (E(X) - E(X')) for
     a in [0, 1]. The gradient along it, contracted with E(X) - E(X') and integrated, is s_B(X) - s_B(X') exactly.
@@ -130,8 +132,8 @@ class LinkPath:
     Attributes:
         link: the link.
         own: s_B of the rollout; nats for log_likelihood and log_odds.
-        others: s_B with each counterfactual's tokens, in their order.
-        sums: the quadrature's estimate of own - other, one for each counterfactual; empty without nodes.
+        others: s_B with the tokens of each counterfactual, in the order of the counterfactuals.
+        sums: the quadrature's estimate of own - other for each counterfactual; empty without nodes.
         attribution_S: (S,) what each token of the source adds to the estimate, mean over the counterfactuals; it sums
             to the mean of `sums`. None without nodes or counterfactuals.
         source_positions: S positions in token_ids.
@@ -160,7 +162,7 @@ class LinkPath:
 
     @property
     def certificate(self) -> float | None:
-        """The largest completeness error |sum - (own - other)| of a counterfactual; None without nodes."""
+        """The largest completeness error |sum - (own - other)| over the counterfactuals; None without nodes."""
         errors = [
             abs(found - (self.own - other)) for found, other in zip(self.sums, self.others, strict=bool(self.sums))
         ]

@@ -1,10 +1,11 @@
-"""Reward models: a model whose forward pass gives one number for a text, read at the text's last token.
+"""Reward models: models whose forward pass gives one number for a text, read at the text's last token.
 
-Two forms. A *Bradley-Terry* model is a sequence classifier with one output, the reward of a response. A *pairwise*
-model is a causal language model that is shown two responses; its number is the logit of "A" minus that of "B".
+There are two forms. A *Bradley-Terry* model is a sequence classifier with one output, the reward of a response. A
+*pairwise* model is a causal language model that is shown two responses; its number is the logit of "A" minus that of
+"B".
 
-transformers looks for the last token by its id: where padding and end of turn share an id it reads another token, and
-from embeddings yet another. Here the attention mask alone says where a text ends.
+transformers finds the last token by its id: where padding and end of turn share an id it reads the wrong token, and
+with embeddings as input yet another. Here the attention mask alone says where a text ends.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ Form = Literal["bradley-terry", "pairwise"]
 FORMS: tuple[Form, ...] = ("bradley-terry", "pairwise")
 VERDICTS = ("A", "B")
 HEAD = "score"
-"""Name of a classifier's head; adapters save it whole."""
-_NOT_OURS = ("labels", "return_dict")  # PEFT hands them on; there is no loss here, and one form of answer
+"""Name of a classifier's head; an adapter saves all of its weights."""
+_IGNORED = ("labels", "return_dict")  # PEFT passes them on; no loss is computed, and the output is always a dataclass
 
 
 def load_reward_model(
@@ -48,7 +49,7 @@ def load_reward_model(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Return (model in eval mode, tokenizer) of a reward model, whose forward `read_last_token` then changes.
+    """Return (model in eval mode, tokenizer) of a reward model; pass the model to `read_last_token` next.
 
     Args:
         source: from `resolve_model`: a causal language model, which for Bradley-Terry is given a new head, a sequence
@@ -67,11 +68,11 @@ def load_reward_model(
 
 
 def new_head(causal_lm: Any, *, seed: int) -> Any:
-    """Return a sequence classifier with one output on the layers of a causal language model, which it shares.
+    """Return a sequence classifier with one output that shares the layers of a causal language model.
 
     Args:
         causal_lm: a Hugging Face model for which transformers has a sequence classifier with a linear head.
-        seed: of the head's weights, normal with the deviation of the model's `initializer_range`.
+        seed: of the head's weights, which are normal with standard deviation `initializer_range` of the model's config.
 
     Raises:
         ValueError: if transformers has no such classifier.
@@ -107,10 +108,11 @@ def new_head(causal_lm: Any, *, seed: int) -> Any:
 
 
 def read_last_token(model: Any, verdict_ids: tuple[int, int] | None = None) -> Any:
-    """Make a model's forward pass return one number for each text, and return the model.
+    """Make a model's forward pass return one number per text, and return the model.
 
-    The number is read at the last token that the attention mask holds, whatever its id and wherever the padding lies.
-    Positions count the mask's tokens. It takes `input_ids` or `inputs_embeds`, and gives `logits` (B, 1).
+    The number is read at the last token in the attention mask, whatever its id and on whichever side the padding is;
+    position ids count the mask's tokens. The forward pass takes `input_ids` or `inputs_embeds` and returns `logits`
+    (B, 1).
 
     Args:
         model: a sequence classifier with one output, or a causal language model, PEFT-wrapped or not; changed in place.
@@ -129,7 +131,7 @@ def read_last_token(model: Any, verdict_ids: tuple[int, int] | None = None) -> A
             )
         read = _read_head
     else:
-        model.config.num_labels = 1  # what a trainer of reward models asks for
+        model.config.num_labels = 1  # TRL's RewardTrainer requires it
         read = partial(_read_verdict, verdict_ids=verdict_ids)
     layers = getattr(model, model.base_model_prefix)
     takes = frozenset(inspect.signature(type(layers).forward).parameters)
@@ -150,7 +152,7 @@ def read_last_token(model: Any, verdict_ids: tuple[int, int] | None = None) -> A
         if "position_ids" in takes and options.get("position_ids") is None:
             options["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         last_B = (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).argmax(-1)
-        options = {name: value for name, value in options.items() if value is not None and name not in _NOT_OURS}
+        options = {name: value for name, value in options.items() if value is not None and name not in _IGNORED}
         options |= {"input_ids": input_ids, "attention_mask": mask_BT, "inputs_embeds": inputs_embeds}
         return SequenceClassifierOutputWithPast(logits=read(self, last_B, options))
 
@@ -159,11 +161,11 @@ def read_last_token(model: Any, verdict_ids: tuple[int, int] | None = None) -> A
 
 
 def rewards(model: Any, texts: Sequence[Sequence[int]], *, batch_size: int = 64) -> list[float]:
-    """Return the number that a model from `read_last_token` gives each text.
+    """Return the number that a model gives each text.
 
     Args:
-        model: in eval mode.
-        texts: token ids of each, without padding. Equal texts are read once, and texts of like length together.
+        model: from `read_last_token`, in eval mode.
+        texts: token ids of each, without padding. Equal texts are run once, and texts of similar length together.
         batch_size: texts per forward pass, at least 1.
     """
     device = model.get_input_embeddings().weight.device
@@ -179,7 +181,7 @@ def rewards(model: Any, texts: Sequence[Sequence[int]], *, batch_size: int = 64)
 
 
 def as_batch(texts: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask, (B, T) each; padding has the id 0, which the mask alone tells from text."""
+    """Return token ids and attention mask, both (B, T) int64; padding has id 0, as a token of the text may have."""
     tensors = [torch.tensor(list(ids), dtype=torch.long) for ids in texts]
     ids_BT = pad_sequence(tensors, batch_first=True, padding_side=side)
     mask_BT = pad_sequence([torch.ones_like(ids) for ids in tensors], batch_first=True, padding_side=side)
@@ -187,10 +189,10 @@ def as_batch(texts: Sequence[Sequence[int]], *, side: Literal["left", "right"] =
 
 
 def verdict_ids(tokenizer: Any, prompt: str) -> tuple[int, int]:
-    """Return the ids of the tokens A and B as they follow a prompt.
+    """Return the ids of the tokens A and B after a prompt.
 
     Raises:
-        ValueError: if either is not one token there.
+        ValueError: if either is not a single token there.
     """
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     found = []
@@ -203,10 +205,10 @@ def verdict_ids(tokenizer: Any, prompt: str) -> tuple[int, int]:
 
 
 def is_classifier(source: ModelSource) -> bool:
-    """Return whether a model is a sequence classifier, or an adapter of one, by its own files.
+    """Return whether a model is a sequence classifier, or an adapter of one, according to its config.
 
     Raises:
-        ValueError: for a model of the hub whose configuration cannot be read.
+        ValueError: if the config cannot be read.
     """
     if source.base is not None:
         settings = read_config(Path(source.location) / "adapter_config.json")

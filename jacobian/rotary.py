@@ -1,4 +1,4 @@
-"""Up to which length a model's rotary tables are the same whatever the length of the sequence."""
+"""The length up to which a model's rotary tables do not depend on the length of the sequence."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ _SHORTEST = 8
 
 
 def settled_length(model: nn.Module, longest: int) -> float:
-    """Return up to how many tokens rotary tables do not depend on a sequence's length; inf where they never do.
+    """Return the number of tokens up to which rotary tables do not depend on the length; inf if they never do.
 
-    LongRoPE and dynamic NTK scaling take other frequencies for all positions once a sequence is longer than the model
-    was first trained for. Keys that were made for a beginning are then wrong for the whole. Each rotary module is asked
-    for its table at the same positions in sequences of different lengths, by position ids alone. The length at which it
+    LongRoPE and dynamic NTK scaling change the frequencies of all positions once a sequence is longer than the original
+    context. Keys computed for a prefix are then wrong for the whole sequence. Each rotary module is asked for its table
+    at the same positions in sequences of different lengths; only the position ids differ. The length at which the table
     changes is found by bisection.
 
     Args:
         model: the model.
-        longest: the longest sequence that it takes, tokens.
+        longest: most tokens of a sequence that the model takes.
+
+    Returns:
+        Tokens; 0 if a rotary module cannot be called this way.
     """
     tables = ((module, kind) for module in model.modules() for kind in _kinds(module))
     return min((_settled(module, kind, longest) for module, kind in tables), default=math.inf)
 
 
 def _kinds(module: nn.Module) -> list[dict[str, Any]]:
-    """Return the further arguments of each kind of table that a rotary module makes; [] for other modules."""
+    """Return the keyword arguments for each kind of table that a rotary module makes; [] for other modules."""
     makes_tables = "position_ids" in inspect.signature(type(module).forward).parameters
     if not makes_tables or any(True for _ in module.parameters()):
         return []
@@ -44,7 +47,7 @@ def _settled(module: nn.Module, layer: dict[str, Any], longest: int) -> float:
     def tables(length: int) -> list[Tensor]:
         at = torch.tensor([[1, 2, 3, length - 1]], device=device)
         found = [table[:, :3] for table in module(like, at, **layer)]
-        module(like, at[:, :1], **layer)  # what a long sequence left in the module goes when it meets a short one
+        module(like, at[:, :1], **layer)  # a short sequence resets what a long one changed in the module
         return found
 
     def is_settled(length: int) -> bool:
@@ -58,6 +61,6 @@ def _settled(module: nn.Module, layer: dict[str, Any], longest: int) -> float:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if is_settled(middle) else (low, middle)
-    except Exception:  # a foreign module may take other arguments; nothing is known of its tables
+    except Exception:  # a third-party module may take other arguments; nothing is known of its tables
         return 0
     return low

@@ -1,10 +1,10 @@
-"""Exact gradients of a reward model: d reward / d E(text), and what each token of an edit contributed to the reward.
+"""Exact gradients of a reward model: d reward / d E(text), and the contribution of each token of an edit.
 
 With E(X) the embeddings of a text and E(X') those of an edit of it with the same number of tokens,
 
     r(X) - r(X') = integral over a in [0, 1] of <J(E(X') + a (E(X) - E(X'))), E(X) - E(X')>,
 
-token by token, so the rows of the integral add up to the difference. For a pairwise model r is the logit of A minus
+so the rows of the integral, one per token, add up to the difference. For a pairwise model r is the logit of A minus
 that of B, and the text holds both responses.
 """
 
@@ -28,9 +28,9 @@ class EditAttribution:
 
     Attributes:
         difference: r(X) - r(X'), from two forward passes.
-        attribution_T: what each token added, float64; 0 where text and edit hold the same token. Its sum estimates the
+        attribution_T: what each token added, float64; 0 where text and edit have the same token. Its sum estimates the
             difference.
-        nodes: points of the path at which the gradient was taken.
+        nodes: nodes of the quadrature along the path.
     """
 
     difference: float
@@ -39,7 +39,7 @@ class EditAttribution:
 
     @property
     def certificate(self) -> float:
-        """How far the sum of the attributions lies from the difference."""
+        """The error of the attributions: |their sum - difference|."""
         return abs(float(self.attribution_T.sum()) - self.difference)
 
 
@@ -47,13 +47,13 @@ def reward_jacobian(model: Any, token_ids: Sequence[int], positions: Sequence[in
     """Return the reward of a text, and its exact gradient with respect to the embeddings of some of its tokens.
 
     Args:
-        model: from `read_last_token`; left as it was found.
+        model: from `read_last_token`; restored afterwards.
         token_ids: of the text, without padding.
         positions: of the tokens, such as the response's.
 
     Returns:
-        The reward, and d reward / d E, (S, D), in the model's dtype, float32 or wider. E is what the embedding module
-        returns.
+        The reward, and d reward / d E, (S, D), float32, or float64 for a float64 model. E is the output of the
+        embedding module.
     """
     held = HeldModel(model)
     ids_BT = _as_batch(held, token_ids)
@@ -76,13 +76,13 @@ def attribute_edit(
     """Return what each token of a text contributed to the reward, relative to an edit of the text.
 
     Args:
-        model: from `read_last_token`; left as it was found.
+        model: from `read_last_token`; restored afterwards.
         token_ids: of the text X, without padding.
-        edit_ids: of X', the same number.
-        nodes: points of Gauss-Legendre quadrature on the path, at least 1; "auto" doubles them until the certificate is
-            within the tolerance.
-        tolerance: of the certificate, relative to the difference where that is above 1.
-        most_nodes: where "auto" stops.
+        edit_ids: of the edit X', as many as in X.
+        nodes: nodes of the Gauss-Legendre quadrature along the path, at least 1; "auto" doubles them from 1 until the
+            certificate is within `tolerance * max(1, |difference|)`, up to `most_nodes`.
+        tolerance: for "auto", above 0.
+        most_nodes: for "auto", at least 1.
 
     Raises:
         ValueError: if the lengths differ.
@@ -120,7 +120,7 @@ def _integrate(model: Any, held: HeldModel, ids_BT: Tensor, own_BTD: Tensor, oth
 
 @contextlib.contextmanager
 def _watched(held: HeldModel, replace: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Put other embeddings in place of what the embedding module returns, and yield the list of them."""
+    """Replace the embedding module's outputs, and yield a list that collects the replacements."""
     seen: list[Tensor] = []
 
     def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:

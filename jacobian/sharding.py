@@ -1,13 +1,14 @@
-"""Policies whose parameters are sharded over ranks: made readable for engines, and left sharded.
+"""Let engines run policies whose parameters are sharded over ranks, without unsharding them for good.
 
-| mode | what a rank holds beside its shards | collectives |
+| mode | what a rank holds besides its shards | collectives |
 | --- | --- | --- |
 | gathered | the whole model | one per group of parameters, and one vote at the end |
 | in step | embeddings, norm and head, and one layer at a time | each forward or backward: one vote, and one per layer |
 
-In both, the hooks of FSDP2 or DeepSpeed are taken off the modules, so that engines see a plain model. In step, a layer
-is gathered just before it runs forward, and just before a backward pass reads one of its weights. For that, the graph
-keeps a note of which weight it is (`torch.autograd.graph.saved_tensors_hooks`), so cotangents may come in anywhere.
+In both modes, the hooks of FSDP2 or DeepSpeed are removed from the modules, so that engines see a plain model. In step,
+a layer is gathered just before it runs forward, and just before a backward pass reads one of its weights: the graph
+saves a reference to the weight in its place (`torch.autograd.graph.saved_tensors_hooks`). So a backward pass may start
+anywhere.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from cepo.jacobian.layers import decoder_layers
 Sharding = Literal["none", "fsdp2", "zero3", "tensor parallel"]
 Mode = Literal["auto", "gather", "step"]
 
-# What a rank votes for, the largest first.
+# What a rank votes for; the largest vote wins.
 _DONE, _FORWARD, _BACKWARD, _FAILED = range(4)
-# What `watching_saved` does with a saved tensor: of the hooks that torch keeps, the innermost alone are called.
+# The function of `watching_saved`: torch calls only the innermost saved-tensor hooks, which here are `_Walk`'s.
 _KEEP: ContextVar[Callable[[Tensor], Tensor]] = ContextVar("cepo_keep_saved", default=lambda tensor: tensor)
 _FRAMEWORKS = ("torch.distributed.fsdp.", "deepspeed.")
 
@@ -65,17 +66,17 @@ def sharding_of(model: Any) -> Sharding:
 
 @contextlib.contextmanager
 def readable(model: Any, mode: Mode = "auto") -> Iterator[None]:
-    """Let engines read a sharded model inside this context; every rank enters and leaves it together.
+    """Let engines run a sharded model inside this context, which all ranks enter and leave together.
 
     A model that is not sharded by FSDP2 or ZeRO-3 is left as it is.
 
     Args:
         model: the outermost module that was sharded, PEFT-wrapped or not.
-        mode: "gather", "step", or "auto": gathered if the whole model takes at most half of the memory that the rank
-            with the least has free, else in step.
+        mode: "gather", "step", or "auto": gathered if the whole model takes at most half of the free memory of the
+            rank that has least, else in step.
 
     Raises:
-        ValueError: for a mode of another name, or as `sharding_of`.
+        ValueError: for an unknown mode, and as `sharding_of`.
         RankFailedError: as `gathered` and `in_step`.
     """
     check_mode(mode)
@@ -89,7 +90,7 @@ def readable(model: Any, mode: Mode = "auto") -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered(model: Any) -> Iterator[None]:
-    """Hold all parameters of a sharded model on every rank; inside, ranks are free to run what they like.
+    """Hold all parameters of a sharded model on every rank; inside, ranks run independently.
 
     Raises:
         RankFailedError: on leaving, if another rank raised inside.
@@ -107,10 +108,11 @@ def gathered(model: Any) -> Iterator[None]:
 def in_step(model: Any) -> Iterator[None]:
     """Hold one layer of a sharded model at a time; inside, ranks may run unequal numbers of passes.
 
-    Before each forward and each backward pass, ranks vote which comes next. A rank that did not want it gathers the
-    same layers in the same order meanwhile. On leaving, a rank continues to do so until all are done.
+    Before each forward and each backward pass, ranks vote on which comes next. A rank that wants another one takes part
+    in gathering the layers, in the same order. On leaving, a rank goes on doing so until all are done.
 
     Raises:
+        ValueError: if no list of decoder layers is found.
         RankFailedError: at the next vote, if another rank raised inside.
     """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -135,7 +137,7 @@ def check_mode(mode: str) -> None:
 
 
 def check_readable(model: Any) -> None:
-    """Raise ValueError if a model is sharded and nothing makes it readable."""
+    """Raise ValueError if a model is sharded and this is not inside `readable`."""
     weight_VD = model.get_input_embeddings().weight
     missing = isinstance(weight_VD, DTensor) or (hasattr(weight_VD, "ds_id") and weight_VD.numel() == 0)
     if missing and (kind := sharding_of(model)) != "tensor parallel":
@@ -149,7 +151,7 @@ def check_readable(model: Any) -> None:
 def watching_saved(keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Call a function with each tensor that the graph saves for backward, and save what it returns instead.
 
-    The weights of a layer that is gathered in step are saved in another way, and not among them.
+    Weights of layers that are gathered in step are not passed to it: the graph saves only references to them.
     """
     token = _KEEP.set(keep)
     try:
@@ -160,13 +162,13 @@ def watching_saved(keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
-    """Return the shape of a parameter as a whole, whether or not this rank holds it."""
+    """Return the shape of the whole parameter, whether or not this rank holds all of it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 class _Weight(NamedTuple):
-    """A weight that a backward pass reads, or a view of it."""
+    """A reference to a weight, or to a view of one, that the graph saves in its place."""
 
     layer: int
     parameter: nn.Parameter
@@ -178,15 +180,15 @@ class _Weight(NamedTuple):
 class _Walk:
     """Gathers layers one by one, in the same order on every rank.
 
-    An operation is a forward or backward pass of any rank. It gathers every layer once, first to last or last to first,
+    An operation is a forward or backward pass of any rank. It gathers every layer once, in forward or reverse order,
     whether or not this rank reads them.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._parts = [list(layer.modules()) for layer in layers]
         self._operation = _DONE
-        self._reached = 0  # how many layers of this operation were gathered
-        self._held = -1  # the layer that is gathered
+        self._reached = 0  # number of layers gathered so far in this operation
+        self._held = -1  # index of the layer that is gathered now, -1 for none
         self._layer, self._saving = contextlib.ExitStack(), contextlib.ExitStack()
         self._over = False
         self._handles = [
@@ -199,7 +201,7 @@ class _Walk:
         ]
 
     def close(self) -> None:
-        """Give back the layer that is gathered, and take the hooks off."""
+        """Release the layer that is gathered, and remove the hooks."""
         self._layer.close()
         for handle in self._handles:
             handle.remove()
@@ -212,7 +214,7 @@ class _Walk:
             _vote(_FAILED)
 
     def leave(self) -> None:
-        """Accompany the other ranks until all are done."""
+        """Take part in the other ranks' operations until all are done."""
         self._begin(_DONE)
 
     def _enter(self, layer: int) -> None:
@@ -237,14 +239,14 @@ class _Walk:
 
     def _weight(self, saved: _Weight) -> Tensor:
         """Return a saved weight, in a backward pass."""
-        # A layer's own hooks may go back through it while it runs forward: it is still there.
+        # Hooks (of `check_gradients`) may go back through a layer during its forward pass: then it is still held.
         if self._held != saved.layer and self._reach(_BACKWARD, saved.layer):
             Variable._execution_engine.queue_callback(self._finish)  # at the end of this backward pass
         held = saved.parameter.detach()
         return held.as_strided(saved.size, saved.stride, held.storage_offset() + saved.offset)
 
     def _reach(self, operation: int, layer: int) -> bool:
-        """Gather a layer for a pass of this rank, and the layers before it in order; return whether a pass begins."""
+        """Gather layers in order up to this one, for a pass of this rank; return whether a new pass begins."""
         steps = layer + 1 if operation == _FORWARD else len(self._parts) - layer
         begins = operation != self._operation or steps < self._reached
         if begins:
@@ -254,7 +256,7 @@ class _Walk:
         return begins
 
     def _begin(self, operation: int) -> None:
-        """Vote until this operation's turn has come, and accompany the others'."""
+        """Vote until this operation wins, taking part in those that win before."""
         self._finish()
         if self._over:
             raise RankFailedError("another rank failed; its own error says why")
@@ -270,7 +272,7 @@ class _Walk:
             self._finish()
 
     def _finish(self) -> None:
-        """Gather what is left of the operation, in which other ranks take part."""
+        """Gather the remaining layers of the operation, since the other ranks do."""
         while self._operation != _DONE and self._reached < len(self._parts):
             self._gather_next()
         self._release()
@@ -289,7 +291,7 @@ class _Walk:
 
 @contextlib.contextmanager
 def _whole(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Hold the parameters of these modules whole, not those of their children."""
+    """Gather the parameters of these modules, without those of their children."""
     sharded = [module for module in modules if isinstance(module, FSDPModule)]
     partitioned = [
         parameter for module in modules for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")
@@ -308,7 +310,7 @@ def _whole(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hooks_off(model: nn.Module) -> Iterator[None]:
-    """Take the hooks of the sharding frameworks off all modules, and put them back where they were."""
+    """Remove the sharding frameworks' hooks from all modules, and restore them in their order on exit."""
     before = []
     try:
         for module in model.modules():
@@ -339,7 +341,7 @@ def _vote(operation: int) -> int:
 
 
 def _fits(model: Any) -> bool:
-    """Return whether every rank has room for the whole model, the same on all of them."""
+    """Return whether every rank has room for the whole model; all ranks return the same."""
     needed = sum(
         getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size() for parameter in model.parameters()
     )

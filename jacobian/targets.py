@@ -14,20 +14,20 @@ from cepo.jacobian.reading.numbers import expected_number
 from cepo.jacobian.records import Rollout
 from cepo.kernels.head.definition import selected_log_likelihood, selected_log_odds
 
-# A matrix product of one to three rows runs as vector products that sum over the vocabulary term by term, and the
-# gradient through the head comes out with a tenth of the accuracy. Fewer rows are filled up with copies.
+# A matrix with one to three rows is multiplied as vectors, summing over the vocabulary term by term, and the gradient
+# through the head then has ten times the error. So fewer rows are filled up with copies.
 FEWEST_HEAD_ROWS = 4
 
 
 @dataclass(frozen=True)
 class Term:
-    """What a target function reads off the logits that predict one token.
+    """What a target function reads from the logits that predict one token.
 
     Attributes:
         position: position of the token in prompt + completion; the logits that predict it are at position - 1.
         token: the sampled id.
-        kind: a summand of its own ("log_likelihood", "log_odds"), the token that opens a number, or one that follows
-            in the same number: an expected number is a summand, and its terms stand next to each other, in order.
+        kind: "log_likelihood" and "log_odds" are summands by themselves. An expected number is one summand with
+            consecutive terms in order: "number" for its first token, "number_goes_on" for the others.
         weight: the summand's coefficient; a number's is that of its first term.
         candidates: pairs (token id, gain) of a number's token, see `cepo.jacobian.records.Digit`.
     """
@@ -40,7 +40,7 @@ class Term:
 
 
 class Head(Protocol):
-    """The logits of some rows, or what forms them."""
+    """Computes log-probabilities and logits of some rows, from stored logits or from hidden states."""
 
     def log_likelihood(self, rows: Sequence[int], ids_P: Tensor) -> Tensor:
         """Return log p(id) of each row, (P,)."""
@@ -57,7 +57,7 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class LogitsHead:
-    """A head whose logits are there."""
+    """A head over logits that are already computed."""
 
     logits_PV: Tensor
 
@@ -79,7 +79,7 @@ def target_terms(rollout: Rollout, span_name: str, function: TargetFunction) -> 
     """Return the terms of s_B, in ascending order of their tokens.
 
     - log_likelihood: sum over the span of log p(token | before).
-    - log_odds: sum over the span of the token's logit against the logsumexp of all others.
+    - log_odds: sum over the span of the token's logit minus the logsumexp of all others.
     - expected_score: the sum of the two scores' expectations, see `cepo.jacobian.reading.numbers`.
     - margin: the first score's expectation minus the second's.
 
@@ -116,11 +116,11 @@ def sum_of_terms(logits_PV: Tensor, terms: Sequence[Term]) -> Tensor:
 
 
 def values_of_terms(head: Head, terms: Sequence[Term], device: torch.device) -> Tensor:
-    """Return what each term adds to its target function; what a number adds stands at its first term.
+    """Return what each term adds to its target function; a number's value is at its first term, and 0 at the others.
 
     Args:
-        head: row i predicts the token of terms[i], so it stands one position earlier; further rows are ignored.
-        terms: of any rollouts and kinds; of a number all or none.
+        head: its row i predicts the token of terms[i]; further rows are ignored.
+        terms: of any rollouts and kinds, with either all terms of a number or none.
         device: of the head.
 
     Returns:
@@ -146,7 +146,7 @@ def values_of_terms(head: Head, terms: Sequence[Term], device: torch.device) -> 
 
 def _expected_number(head: Head, terms: Sequence[Term], first: int, device: torch.device) -> Tensor:
     """Return the expectation of the number whose terms begin at `first`, a scalar."""
-    means, shares = [], []
+    means, written_ps = [], []
     for row in range(first, len(terms)):
         term = terms[row]
         if row > first and term.kind != "number_goes_on":
@@ -156,9 +156,9 @@ def _expected_number(head: Head, terms: Sequence[Term], first: int, device: torc
         logits_N = head.logits(row, torch.tensor(ids, device=device))
         if row == first:
             p_N = logits_N.softmax(-1)
-        else:  # among all tokens: the written one's share, and the others' odds against it
+        else:  # over the whole vocabulary, by the written token's probability and the logits relative to its own
             log_p = head.log_likelihood([row], torch.tensor([term.token], device=device))
             p_N = (log_p + logits_N - logits_N[written]).exp()
         means.append(p_N @ p_N.new_tensor(gains))
-        shares.append(p_N[written])
-    return expected_number(means, shares)
+        written_ps.append(p_N[written])
+    return expected_number(means, written_ps)

@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, no GPU needed, and tabulate registers, spills and shared memory.
 
-`python -m cepo.kernels.compile` prints the table for A100 and H100, `... 80` or `... 90` that of one of them.
+`python -m cepo.kernels.compile` prints the table for A100 and H100; with the argument 80 or 90, for one of them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one form on one architecture.
+    """One variant of a kernel, compiled for one architecture.
 
     Attributes:
         kernel: its name.
         form: dtype, constants, warps and stages.
         arch: compute capability, 80 or 90.
-        registers: of a thread.
+        registers: per thread.
         spilled_bytes: registers written to memory and read back.
-        shared_bytes: shared memory of a block.
-        mixes_products: whether its loop loads ahead and has products of both of Hopper's forms, at once (mma) and
-            asynchronous (wgmma). A tile that both read gets a single buffer, and Triton (3.6 and 3.7) refills it
-            without waiting for the asynchronous product: on an H200 a gradient was wrong by a quarter.
+        shared_bytes: shared memory per block.
+        mixes_products: whether its loop prefetches and has both synchronous (mma) and asynchronous (wgmma) products. A
+            tile that both read gets a single buffer, and Triton (3.6 and 3.7) refills it without waiting for the
+            asynchronous product: on an H200 a gradient was wrong by a quarter.
         error: why it does not compile.
     """
 
@@ -49,7 +49,7 @@ class Compiled:
 
     @property
     def falls_short(self) -> str:
-        """Why it can't be used as it is; empty if it compiles, spills nothing, fits the memory and waits for reads."""
+        """Why the kernel can't be used; empty if it compiles, spills nothing, fits in memory and waits for reads."""
         if self.error or self.mixes_products:
             return self.error or "refills a buffer that an asynchronous product reads"
         fits = self.spilled_bytes == 0 and self.shared_bytes <= SHARED_LIMITS[self.arch]
@@ -59,7 +59,7 @@ class Compiled:
 def compile_all(arch: int) -> Iterator[Compiled]:
     """Compile every kernel with every tile of its tables, every dtype and every option.
 
-    Not their whole product: where a tile is far from every limit, some of its forms stand for the others.
+    Not every combination: where a tile is far from every limit, some of its variants represent the others.
 
     Args:
         arch: compute capability, 80 (A100) or 90 (H100).
@@ -112,7 +112,7 @@ def _compile(variant: Variant, arch: int) -> Compiled:
             if argument not in (*variant.constants, *COUNTS) and not argument.endswith("_f32")
         },
     )
-    knobs.nvidia.dump_ptxas_log = True  # the assembler's own log of the one run that makes the binary
+    knobs.nvidia.dump_ptxas_log = True  # ptxas -v of the run that makes the binary
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
@@ -129,7 +129,7 @@ def _compile(variant: Variant, arch: int) -> Compiled:
 
 
 def _type_of(argument: str, variant: Variant) -> str:
-    """Return an argument's type by its name: ..._f32_ptr, ..._i64_ptr, ..._ptr (the form's dtype), ..._f32, or i32."""
+    """Return an argument's type by its name: ..._f32_ptr, ..._i64_ptr, ..._ptr (in the dtype), ..._f32 or i32."""
     if argument in variant.constants:
         return "constexpr"
     for ending, kind in (("_f32_ptr", "*fp32"), ("_i64_ptr", "*i64"), ("_ptr", f"*{_DTYPES[variant.dtype]}")):

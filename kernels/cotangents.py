@@ -1,8 +1,8 @@
 """Differentiable operations from two launchers, whose backward pass takes a whole batch of cotangents in one launch.
 
-The VJP is an autograd function itself, with the cotangents' C axis first. `torch.func.vmap` over `torch.autograd.grad`
-asks it for its `vmap` rule, which folds the batch into the C axis. `torch.autograd.grad(..., is_grads_batched=True)`
-is PyTorch's older vmap: it ignores such rules, passes tensors without storage, and is refused.
+The VJP is itself an autograd function, with the cotangents' C axis first. Its `vmap` rule, which `torch.func.vmap` over
+`torch.autograd.grad` calls, folds the batch into the C axis. `torch.autograd.grad(..., is_grads_batched=True)` is
+PyTorch's older vmap: it ignores such rules and passes tensors without storage, so it is refused.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ VjpLauncher = Callable[..., tuple[Tensor | None, ...]]
 
 
 def differentiable(forward: ForwardLauncher, vjp: VjpLauncher, *tensors: Tensor) -> Tensor:
-    """Run a forward launcher, and form the gradients of its output with a VJP launcher.
+    """Run a forward launcher, and compute gradients of its output with a VJP launcher.
 
     There is no second derivative.
 
     Args:
         forward: takes the tensors; returns the output and the tensors that `vjp` reads.
         vjp: takes C cotangents of the output, stacked along a leading axis, then what `forward` saved. Returns one
-            gradient with a leading C axis for each of the first tensors, or None where that tensor requires none;
-            tensors past those are constants.
+            gradient with a leading C axis for each of the first tensors, or None where none is required; the
+            remaining tensors are constants.
         tensors: the operation's inputs.
 
     Returns:
-        The output. Its backward pass raises RuntimeError if a saved tensor is batched, or the batch of cotangents is
-        one of `is_grads_batched`.
+        The output. Its backward pass raises RuntimeError if a saved tensor is batched, or with `is_grads_batched`.
     """
     output: Tensor = _Forward.apply(forward, vjp, *tensors)
     return output

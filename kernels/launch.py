@@ -1,4 +1,4 @@
-"""What every kernel launch needs to know: which implementation was asked for, which machine, which tile sizes."""
+"""What every kernel launch needs to know: which implementation was asked for, which GPU, which tile sizes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 Implementation = Literal["auto", "torch", "triton"]
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Arguments of kernels that Triton does not compile for: it would do so anew where one of them is 1 or a multiple of 16.
-# Numbers that decide how wide loads are (strides, sizes of rows) are not among them; models make them multiples of 16.
+# Kernel arguments that Triton must not specialise on: else it recompiles whenever one is 1 or a multiple of 16. Strides
+# and row sizes are not among them, since they decide how wide loads are, and in models they are multiples of 16.
 COUNTS = ("tokens", "padded_length", "count", "rows", "vocabulary", "blocks_each")
 
 
@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is launched: the tensors' dtype, its compile-time constants and its tile."""
+    """One kernel with the tensors' dtype, the compile-time constants and the tile of a launch."""
 
     kernel: Any
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Variant:
 
 
 def use_triton(implementation: Implementation, *tensors: Tensor) -> bool:
-    """Decide whether these tensors go to the Triton kernels; an explicit choice is served or refused, never replaced.
+    """Decide whether these tensors go to the Triton kernels; an explicit choice is never replaced by the other.
 
     Args:
         implementation: "auto" takes Triton exactly when the tensors are on CUDA.
@@ -75,10 +75,9 @@ def use_triton(implementation: Implementation, *tensors: Tensor) -> bool:
 
 
 def takes_over(implementation: Implementation, tensor: Tensor) -> bool:
-    """Tell whether the kernels take over a model whose weights are like this tensor.
+    """Tell whether the Triton kernels serve a model whose weights have this tensor's device and dtype.
 
-    Like `use_triton`, but "auto" means plain PyTorch for a dtype that the kernels don't take, on a GPU older than they
-    need, or where Triton is not installed.
+    Like `use_triton`, except that "auto" means plain PyTorch for other dtypes, on older GPUs, and without Triton.
 
     Raises:
         ValueError, RuntimeError: as `use_triton`, but never for "auto".
@@ -92,7 +91,7 @@ def takes_over(implementation: Implementation, tensor: Tensor) -> bool:
 
 
 def architecture(device: torch.device) -> int:
-    """Return the key of the tile tables for a device: 80 (A100 and its kin) or 90 (H100 and later).
+    """Return the key of the tile tables for a device: 80 (compute capability 8.x, such as A100) or 90 (H100 and later).
 
     Raises:
         RuntimeError: on a device older than compute capability 8.0, for which there is no table.

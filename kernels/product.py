@@ -1,4 +1,4 @@
-"""The product of two tiles, as every Triton kernel here forms it."""
+"""The product of two tiles, for all Triton kernels here."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def product(left_MK, right_KN, INTERPRETED: tl.constexpr):
-    """Multiply two tiles into float32. The interpreter multiplies the raw bits of bfloat16: widen there."""
+    """Multiply two tiles into float32. Triton's interpreter multiplies bfloat16 by its raw bits, so it is widened."""
     if INTERPRETED:
         left_MK = left_MK.to(tl.float32)
         right_KN = right_KN.to(tl.float32)

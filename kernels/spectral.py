@@ -1,4 +1,4 @@
-"""What is left of a Jacobian after a subspace is removed, and how much of it the top direction holds."""
+"""Project a subspace out of Jacobians, and measure the share of their energy in the top singular direction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class SpectralShare:
-    """phi = sigma_1^2 / ||J||_F^2 with the certified interval it was read from; all zero for a zero matrix."""
+    """phi = sigma_1^2 / ||J||_F^2, within [lower, upper]; all zero for a zero matrix."""
 
     value: float
     lower: float
@@ -25,7 +25,7 @@ class SpectralShare:
 def project_out(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
     """Return J - (J V) V^T: the rows of J with their component in the span of the basis removed.
 
-    The second pass removes what rounding of the first left behind, so the residual is orthogonal to working precision.
+    It is applied twice, since the second pass removes the first one's rounding error.
 
     Args:
         jac_SD: (S, D), float32 or float64.
@@ -40,7 +40,7 @@ def project_out(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
 
 
 def frobenius_energy(jac_SD: Tensor) -> float:
-    """Return ||J||_F^2, summed in float64 (a float32 sum of a million squares drifts in the fourth digit)."""
+    """Return ||J||_F^2, summed in float64 (in float32, a sum of a million squares is wrong in the fourth digit)."""
     return float(jac_SD.double().square().sum())
 
 
@@ -49,19 +49,19 @@ def spectral_shares(
 ) -> list[SpectralShare]:
     """Return phi(J) = sigma_1^2 / ||J||_F^2 of each matrix by repeated squaring of its Gram matrix, in batches.
 
-    With M = J J^T / tr(J J^T) (the smaller side), eigenvalues l_i that sum to 1 and p = 2^k,
-    (||M^p||_F^2 / tr M^p)^(1/p) <= l_1 <= ||M^p||_F^(1/p): the lower side is a weighted mean of l_i^p, the upper one
-    the 2p-norm. Neither needs a gap between l_1 and l_2. M is squared, rescaled to trace 1 with the scale kept as a
-    logarithm, until the interval is narrower than `tolerance` relative to phi; the geometric mean is returned. A matrix
-    is done when its own interval is narrow, so that the others in its batch change its result by rounding alone.
+    Let M = J J^T / tr(J J^T) (or J^T J, the smaller one) with eigenvalues l_i, which sum to 1, and p = 2^k. Then
+    (||M^p||_F^2 / tr M^p)^(1/p) <= l_1 <= ||M^p||_F^(1/p): the lower bound is the power 1/p of a weighted mean of the
+    l_i^p, the upper bound the 2p-norm of the l_i. Neither needs a gap between l_1 and l_2. M is squared, and rescaled
+    to trace 1 with the scale kept as a logarithm, until the interval is narrower than `tolerance` relative to phi; phi
+    is its geometric mean. Each matrix stops by its own interval, so the others in its batch affect it by rounding only.
 
     Args:
         jacs_SD: matrices (S, D), finite, any float dtype, S may differ; computed in float64.
         tolerance: relative width at which to stop, > 0.
-        max_squarings: hard stop; the interval reached is returned and stays valid up to rounding.
+        max_squarings: most squarings; the interval reached by then is returned and holds up to rounding.
 
     Returns:
-        For each a SpectralShare with value in (0, 1], or all zeros for a zero or empty matrix.
+        One SpectralShare per matrix, with value in (0, 1], or all zeros for a zero or empty matrix.
 
     Raises:
         ValueError: if a matrix holds a NaN or an infinity.
@@ -97,22 +97,23 @@ def spectral_shares(
 
 
 def top_right_vectors(stacks_ND: Sequence[Tensor], rank: int) -> list[Tensor]:
-    """Return the top right singular vectors of each matrix, those of matrices of similar size in one batch.
+    """Return the top right singular vectors of each matrix; matrices of similar size are computed as one batch.
 
-    With A the matrix, or its transpose if that is the wider one, a subspace of a few more vectors than asked for is
-    iterated on A A^T with a Chebyshev filter and Rayleigh-Ritz: first in float32, which only chooses the start, then in
-    float64. A matrix is done, whatever else is in its batch, when ||A A^T u - s^2 u|| <= 1e-10 s_1 s for each vector u
-    asked for and its singular value s, or 1e-6 s_1 s if the matrix came in float32 or less and is no better known. The
-    last image A A^T u is returned, which is closer yet. A matrix that is small or isn't done after the last cycle (a
-    flat spectrum, or one that falls by orders of magnitude) is left to a full eigendecomposition. Directions below
-    the rounding of that are never returned, so there can be fewer than asked.
+    Let A be the matrix, or its transpose if that is wider. Subspace iteration on A A^T with a Chebyshev filter and
+    Rayleigh-Ritz runs in float32 to choose a start, then in float64, with a few more vectors than asked for. A matrix
+    has converged, whatever else is in its batch, when ||A A^T u - s^2 u|| <= 1e-10 s_1 s for each vector u asked for
+    and its singular value s; for a matrix in float32 or less, which is not known more accurately, the bound is
+    1e-6 s_1 s. The last image A A^T u is returned, which is still closer. A small matrix, or one that has not converged
+    after the last cycle (a flat spectrum, or one that falls by orders of magnitude), gets a full eigendecomposition.
+    Directions below the rounding error are never returned, so there can be fewer than asked for.
 
     Args:
         stacks_ND: matrices (N, D), finite, any float dtype, N may differ.
         rank: r >= 0.
 
     Returns:
-        For each (R, D) with orthonormal rows, float64, R <= rank. What else is in its batch changes it by rounding.
+        One tensor (R, D) per matrix, with orthonormal rows, float64, R <= rank. The rest of its batch affects it by
+        rounding only.
 
     Raises:
         ValueError: if a matrix holds a NaN or an infinity.
@@ -129,7 +130,7 @@ def top_right_vectors(stacks_ND: Sequence[Tensor], rank: int) -> list[Tensor]:
         vectors_BRN = stack_BND.new_zeros(len(indices), min(rank, size), size)
         counts, left = [rank] * len(indices), list(range(len(indices)))
         if size > 4 * (rank + _OVERSAMPLED):
-            # A fixed start, whatever the batch and its padding: a result must not depend on what else is in it.
+            # The start does not depend on the batch and its padding, so that results do not either.
             start_RD = torch.randn(rank + _OVERSAMPLED, stack_BND.shape[2], generator=torch.Generator().manual_seed(0))
             start_RD = start_RD.to(stack_BND)
             start_BRN = start_RD @ stack_BND.mT if is_wide else start_RD.expand(len(indices), -1, -1)
@@ -145,23 +146,23 @@ def top_right_vectors(stacks_ND: Sequence[Tensor], rank: int) -> list[Tensor]:
     return found
 
 
-# More vectors than asked for: the iteration converges by the first eigenvalue left out, not by the next one.
+# Additional vectors: the speed of convergence depends on the first eigenvalue that is left out.
 _OVERSAMPLED = 6
-# Degree of the filter in each cycle. High degrees part close eigenvalues, low ones those that differ by magnitudes.
+# Degree of the filter in each cycle. High degrees separate close eigenvalues, low ones those that differ by magnitudes.
 _DEGREES_FLOAT32 = (4, 5)
 _DEGREES_FLOAT64 = (3, 3, 6, 8, 8, 8)
-# The most by which a filter may raise one direction over another: less than 1 / rounding, or it drowns the other.
+# Most by which a filter may amplify one direction over another: above 1 / epsilon the other would be lost to rounding.
 _GAIN = 1e11
-# Entries of the matrices of one batch. On a CPU what fits a cache; elsewhere 256 MiB in float64.
+# Most entries of a batch of matrices: on a CPU what fits in the cache, elsewhere 256 MiB in float64.
 _BATCH_ENTRIES_CPU = 2**18
 _BATCH_ENTRIES = 2**25
 
 
 def _iterate(wide_BNM: Tensor, block_BRN: Tensor, tolerance: float, vectors_BRN: Tensor) -> list[int]:
-    """Write the top left vectors, descending, of the matrices that converge; return the places of the others."""
+    """Write the top left singular vectors of the matrices that converge, descending; return the others' indices."""
     rank = vectors_BRN.shape[1]
     places = list(range(len(wide_BNM)))
-    # Two products with a matrix are less work than its Gram matrix, unless one side is much the smaller.
+    # Products with the matrix and its transpose cost less than with the Gram matrix, unless one side is much smaller.
     exact: tuple[Tensor, ...]
     if 2 * wide_BNM.shape[1] <= wide_BNM.shape[2]:
         exact = (wide_BNM @ wide_BNM.mT,)
@@ -193,7 +194,7 @@ def _iterate(wide_BNM: Tensor, block_BRN: Tensor, tolerance: float, vectors_BRN:
 
 
 def _by_eigenvectors(wide_BNM: Tensor, rank: int) -> tuple[Tensor, list[int]]:
-    """Return the top left vectors, descending, and for each matrix how many of them have more than rounding."""
+    """Return the top left singular vectors, descending, and how many of each matrix's are above the rounding error."""
     values_BN, vectors_BNN = torch.linalg.eigh(wide_BNM @ wide_BNM.mT)
     counts = _above_rounding(values_BN, wide_BNM.shape[1])[:, -rank:].sum(1).tolist()
     return vectors_BNN.mT.flip(1)[:, :rank], counts
@@ -204,7 +205,7 @@ def _above_rounding(values_BR: Tensor, size: int) -> Tensor:
 
 
 def _rayleigh_ritz(factors: tuple[Tensor, ...], block_BRN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the Ritz values in the span of the block, ascending, their vectors, and the images of those."""
+    """Return the Ritz values in the span of the block, ascending, the Ritz vectors, and the vectors' images."""
     image_BRN = reduce(torch.matmul, factors, block_BRN)
     values_BR, turn_BRR = torch.linalg.eigh(block_BRN @ image_BRN.mT)
     return values_BR, turn_BRR.mT @ block_BRN, turn_BRR.mT @ image_BRN
@@ -213,14 +214,14 @@ def _rayleigh_ritz(factors: tuple[Tensor, ...], block_BRN: Tensor) -> tuple[Tens
 def _filter(
     factors: tuple[Tensor, ...], values_BR: Tensor, block_BRN: Tensor, image_BRN: Tensor, degree: int
 ) -> Tensor:
-    """Return an orthonormal basis of T(1 - G / h) of a block, lowering what is in [0, 2 h], raising what is above.
+    """Return an orthonormal basis of T(1 - G / h) times the block, which amplifies eigenvalues above 2 h only.
 
     Args:
-        factors: G, as matrices to be multiplied.
-        values_BR: Ritz values, ascending; the least is 2 h, unless the largest is so far above that it would drown all.
+        factors: G, as the factors of a product.
+        values_BR: Ritz values, ascending. The smallest is 2 h, unless amplification would then exceed `_GAIN`.
         block_BRN: Ritz vectors.
-        image_BRN: G of them.
-        degree: of the Chebyshev polynomial T.
+        image_BRN: their images under G.
+        degree: degree of the Chebyshev polynomial T.
     """
     least = 4.0 * (2.0 * _GAIN) ** (-1.0 / degree)
     half_B11 = torch.maximum(values_BR[:, 0], least * values_BR[:, -1])[:, None, None] / 2.0
@@ -236,11 +237,11 @@ def _orthonormal(block_BRD: Tensor) -> Tensor:
 
 
 def _batches(matrices_ND: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield batches of matrices in float64, with the indices that they belong to.
+    """Yield batches of matrices in float64, with their indices.
 
-    Matrices of similar size share a batch, the shorter ones with rows of zeros added, which change neither singular
-    values nor right vectors. Each is scaled by its largest entry, so that squares neither overflow nor vanish. Zero
-    matrices are left out.
+    Matrices of similar size share a batch, padded with rows of zeros, which change neither singular values nor right
+    vectors. Each is divided by its largest entry, so that squares neither overflow nor underflow. Zero matrices are
+    skipped.
     """
     kinds: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for index, matrix_ND in enumerate(matrices_ND):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from cepo.kernels.attention.door import attend
-from cepo.kernels.head.door import head_log_likelihood
+from cepo.kernels.attention.dispatch import attend
+from cepo.kernels.head.dispatch import head_log_likelihood
 from cepo.kernels.launch import Implementation
-from cepo.kernels.norm.door import rms_norm
-from cepo.kernels.swiglu.door import swiglu
+from cepo.kernels.norm.dispatch import rms_norm
+from cepo.kernels.swiglu.dispatch import swiglu
 
 # What a contender returns, in order: the values, then the gradients of each input, stacked or as a list with one per
 # cotangent; None for what it does not form.
@@ -159,7 +159,7 @@ def operations(widths: Widths, device: torch.device, ours: Implementation, seed:
 def _with_vjp(
     name: str,
     shapes: str,
-    door: Callable[..., Tensor],
+    function: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     cotangent_C: Tensor,
     flops: tuple[float, float],
@@ -173,7 +173,7 @@ def _with_vjp(
     Args:
         name: of the operation.
         shapes: in words.
-        door: inputs and implementation -> values.
+        function: inputs and implementation -> values.
         inputs: all of them get gradients.
         cotangent_C: the cotangents.
         flops: of the forward, of the VJP.
@@ -185,11 +185,11 @@ def _with_vjp(
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
 
     def definition(*tensors: Tensor) -> Tensor:
-        return door(*tensors, "torch")
+        return function(*tensors, "torch")
 
     compiled, loop = torch.compile(definition, dynamic=False), "forward and backward compiled, a loop over cotangents"
     ways = (
-        Way("cepo", lambda *tensors: door(*tensors, ours), "all cotangents in one launch per kernel", batched=True),
+        Way("cepo", lambda *tensors: function(*tensors, ours), "all cotangents in one launch per kernel", batched=True),
         Way(EAGER, definition, "all cotangents by vmap", batched=True),
         Way("torch.compile", compiled, loop, "cuda", compiled=True),
         *peers,
@@ -288,7 +288,7 @@ def _attention(
     shapes = [(w.heads, tokens), (w.key_heads, past), (w.key_heads, past), (w.key_heads, tokens), (w.key_heads, tokens)]
     inputs = [draw(rollouts, *shape, w.head) for shape in shapes]
 
-    def door(
+    def attention(
         query: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor, value: Tensor, how: Implementation
     ) -> Tensor:
         return attend(query, past_key, past_value, key, value, lengths_B, scale=scale, implementation=how)
@@ -317,7 +317,7 @@ def _attention(
     yield from _with_vjp(
         name,
         f"{rollouts} x {w.heads} heads ({w.key_heads} of keys) of {w.head}, {tokens} tokens after {past}",
-        door,
+        attention,
         inputs,
         draw(count, rollouts, w.heads, tokens, w.head),
         (products, (0.5 + 2.0 * count) * products),  # scores again once; for each cotangent dP, dQ, dK and dV

@@ -1,7 +1,7 @@
-"""Edits that a writer makes of a preference: of one attribute, or (neutrals) of none.
+"""Edits of preferences by a model (the writer): in one attribute, or (neutrals) in none.
 
-A second call verifies each edit without being told what was asked for: the two responses must differ in the attribute
-that was edited and in nothing else, and those of a neutral in nothing.
+A second call verifies each edit without being told what was asked for: the two responses must differ only in the
+attribute that was edited, and those of a neutral in none.
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507).
 """
@@ -32,7 +32,7 @@ def degrade(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
 
 
 def upgrade(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
-    """Yield a copy of the rejected response, better in one attribute, paired with it; one preference per attribute."""
+    """Yield the rejected response paired with a copy made better in one attribute; one preference per attribute."""
     draft = Pair(
         f"{source.id}/upgrade", source.prompt, source.rejected, source.rejected, kind="upgrade", direction="up"
     )
@@ -40,13 +40,13 @@ def upgrade(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
 
 
 def aligned(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
-    """Yield a tie of the chosen response and the rejected one made as good, in its own style."""
+    """Yield a tie of the chosen response and the rejected one rewritten to be as good, in its own style."""
     draft = Pair(f"{source.id}/aligned", source.prompt, source.chosen, source.rejected, kind="aligned", tie=True)
     yield from _edits(draft, "rejected", source, rng)
 
 
 def paraphrase(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
-    """Yield a tie of the chosen response and itself in other words."""
+    """Yield a tie of the chosen response and a paraphrase of it."""
     draft = Pair(f"{source.id}/paraphrase", source.prompt, source.chosen, source.chosen, kind="paraphrase", tie=True)
     yield from _edits(draft, "rejected", source, rng)
 
@@ -74,7 +74,7 @@ def _edits(draft: Pair, edited: _Edited, source: Source, rng: np.random.Generato
     names, before = list(weights), getattr(draft, edited)
     replies = yield Asked(tuple(ask_edit(one.kind, source, before, names, one.attribute) for one in drafts))
     pairs = [_rewritten(one, edited, reply) for one, reply in zip(drafts, replies, strict=True)]
-    # Which response is shown first is drawn, so that a check that follows position is found out.
+    # The order of the responses is random, so that a writer that follows position fails the check half of the time.
     to_check = [(pair, bool(rng.integers(2))) for pair in pairs if pair.kept]
     replies = yield Asked(tuple(_ask_check(pair, swapped, names) for pair, swapped in to_check))
     checked = {
@@ -102,7 +102,7 @@ def _ask_check(pair: Pair, swapped: bool, attributes: Sequence[str]) -> Messages
 
 
 def _checked(pair: Pair, swapped: bool, attributes: Sequence[str], reply: str | Exception) -> Pair:
-    """Return the pair with what came out of its check; not kept unless all of it is as it should be."""
+    """Return the pair with the result of its check; not kept unless it passed."""
     try:
         differ, better = read_differences(reply, attributes)
     except MalformedError as reason:

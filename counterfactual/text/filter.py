@@ -1,4 +1,4 @@
-"""The filter: pairs that a baseline reward model already gets right teach nothing and are dropped.
+"""Drop pairs that a baseline reward model already gets right, from which nothing is learned.
 
 With p = sigma(D), D the reward of the chosen response minus that of the rejected one, a preference stays if p < 1 - tau
 and a tie if |p - 0.5| > tau.
@@ -22,16 +22,16 @@ Difference: TypeAlias = Callable[[Sequence[Pair]], Sequence[float]]
 
 
 def filter_pairs(pairs: Iterable[Pair], difference: Difference, *, at_once: int = 256) -> Iterator[Pair]:
-    """Yield the pairs with their `base_difference`; those that the baseline gets right are not kept.
+    """Yield the pairs with their `base_difference`; those that the baseline gets right are marked as not kept.
 
-    Pairs that are not kept already are not scored. Of the others, originals stay, since they were not synthesised, and
-    so do pairs of the test side, since a test set chosen by the baseline would favour whatever differs from it; a pair
-    that the baseline cannot read stays, without a difference.
+    Pairs that are already not kept are not scored. Originals stay, since they were not synthesised. So do pairs of the
+    test side, since a test set that the baseline chose would favour models that differ from it. A pair that the
+    baseline cannot read stays, without a difference.
 
     Args:
-        pairs: in any order, which they keep.
-        difference: of the baseline model.
-        at_once: pairs that are scored together.
+        pairs: in any order, which is preserved.
+        difference: gives D of each pair by the baseline model.
+        at_once: number of pairs that are scored together.
     """
     waiting = iter(pairs)
     while batch := list(itertools.islice(waiting, at_once)):
@@ -41,7 +41,7 @@ def filter_pairs(pairs: Iterable[Pair], difference: Difference, *, at_once: int 
 
 
 def certainty(difference: float) -> float:
-    """Return p = sigma(D), how surely a reward model prefers the chosen response, in [0, 1]."""
+    """Return p = sigma(D), a reward model's probability that the chosen response is better, in [0, 1]."""
     return (1 + math.tanh(difference / 2)) / 2
 
 

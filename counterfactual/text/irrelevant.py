@@ -1,4 +1,4 @@
-"""Irrelevant-query neutrals (IQN): both responses of a preference under a prompt that neither was written for, a tie.
+"""Irrelevant-query neutrals (IQN): ties of both responses of a preference under a prompt that neither was written for.
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507).
 """
@@ -18,14 +18,14 @@ from cepo.counterfactual.text.replies import read_relevance
 from cepo.counterfactual.text.synthesise import Asked
 from cepo.jacobian.reading.layout import MalformedError
 
-_DRAWS = 3  # prompts that are tried for a preference
+_DRAWS = 3  # most prompts that are tried per preference
 
 
 def irrelevant_by_writer(source: Source, peers: Peers, rng: np.random.Generator) -> Making:
-    """Yield a tie under an unrelated prompt, and before it those that the check refused.
+    """Yield a tie under an unrelated prompt, after those that the check refused.
 
-    Prompts are drawn in turn until one passes, at most three: the writer says that neither response answers it. So the
-    share of prompts that would have made a false tie can be counted.
+    At most three prompts are drawn, until the writer says that neither response answers one. The refused pairs show how
+    many random prompts would have made a false tie.
     """
     for draw, other in enumerate(other_prompts(source, peers, rng, _DRAWS)):
         pair = Pair(

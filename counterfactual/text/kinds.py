@@ -1,4 +1,4 @@
-"""The kinds of pairs that `cepo augment` makes of any preferences, by name: the one table of them."""
+"""The kinds of pairs that `cepo augment` makes from preferences, by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BY_RULE: Mapping[str, Kind] = {
     "wrong-number": wrong_number,
     "dropped-sentence": dropped_sentence,
 }
-"""Kinds that need no model."""
+"""Kinds that do not need a model."""
 
 WRITTEN: Mapping[str, Kind] = {
     "degrade": degrade,

@@ -1,8 +1,8 @@
-"""Pairs for reward models that are made by rule, in a world that says which words show which attribute.
+"""Pairs for reward models that are made by rules, in a world where known words show each attribute.
 
-A *cause* is an attribute that decides what is better under a prompt. Edits teach it: a response paired with a copy in
-which one attribute is worse or better, all else equal. Neutrals teach what is not a cause: both responses under an
-unrelated prompt, where neither is better, however much they differ.
+A *cause* is an attribute that decides what is better under a prompt. Edits teach it: a response is paired with a copy
+in which one attribute is worse or better, all else equal. Neutrals teach what is not a cause: both responses are put
+under an unrelated prompt, where neither is better, however much they differ.
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), for edits and irrelevant-query
 neutrals; Liu et al., RRM: Robust Reward Model Training Mitigates Reward Hacking (arXiv 2409.13156), for `rrm`.
@@ -46,14 +46,14 @@ def make_pairs(
 
     Args:
         sources: preferences with known causes and distinct ids.
-        words: by attribute, the positive and the negative word; a response shows each by one of them, once.
+        words: by attribute, the positive and the negative word; a response contains exactly one of them, once.
         kinds: which kinds to make.
-        seed: of all draws, and of the split.
+        seed: seed of all draws, and of the split.
         ties: which neutrals to keep: those that are ties, all, or (a control) only those that are not.
         test_fraction: share of the prompts on the test side, in [0, 1].
 
     Raises:
-        ValueError: for an unknown kind or rule of ties, or sources that are too few for a kind.
+        ValueError: for an unknown kind or `ties`, or too few sources for a kind.
     """
     known = world_kinds(words, ties=ties)
     unknown = [kind for kind in kinds if kind not in known]
@@ -63,18 +63,22 @@ def make_pairs(
 
 
 def world_kinds(words: Mapping[str, tuple[str, str]], *, ties: Ties = "true") -> dict[Rule, Kind]:
-    """Return the kinds that need no model in a world where words show attributes, by name.
+    """Return the kinds of pairs by name.
 
     original: the preference itself.
-    degrade: the chosen response against itself with its cause's word made negative. A preference.
-    upgrade: the rejected response with its cause's word made positive against itself. A preference.
-    irrelevant: both responses under a prompt of another cause, a tie. Such prompts are drawn in turn until one passes
+    degrade: a preference of the chosen response over a copy with its cause's word made negative.
+    upgrade: a preference of a copy of the rejected response, with its cause's word made positive, over the original.
+    irrelevant: a tie of both responses under a prompt of another cause. Such prompts are drawn in turn until one passes
         the check: both responses show that cause by the same word, so the tie is true.
-    rrm: the chosen response against both responses of another source (preferences), and the other source's chosen
-        against a third one's rejected (a tie); unchecked.
+    rrm: preferences of the chosen response over both responses of another source, and a tie of the other source's
+        chosen response and a third one's rejected response; unchecked.
+
+    Args:
+        words: as for `make_pairs`.
+        ties: as for `make_pairs`.
 
     Raises:
-        ValueError: for an unknown rule of ties.
+        ValueError: for an unknown `ties`.
     """
     if ties not in _KEEPS:
         raise ValueError(f"ties is {ties!r}; expected one of {', '.join(_KEEPS)}")

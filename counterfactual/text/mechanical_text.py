@@ -1,11 +1,11 @@
-"""Pairs for reward models that rules make of any preferences: no model writes, and no attribute is known beforehand.
+"""Pairs for reward models that rules make from any preferences: without a model, and without knowing attributes.
 
-Preferences teach what is a cause: an answer to the prompt against an answer to another one, a solution against itself
-with a wrong number, a response against itself without one of its sentences. Ties teach what is not: both responses
-under an unrelated prompt, however much they differ, and a response against itself in another style.
+Preferences teach what is a cause: an answer to the prompt over an answer to another one, a solution over a copy with a
+wrong number, a response over a copy without one of its sentences. Ties teach what is not a cause: both responses under
+an unrelated prompt, however much they differ, and a response and a copy in another style.
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), for irrelevant-query neutrals;
-the others are the simplest rules that make a pair of which the label is known.
+the others are the simplest rules that make pairs with a known label.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CLOSINGS = (
     "I trust that this was useful.",
     "Have a nice day!",
 )
-_DRAWS = 8  # other prompts that are tried for a pair
-_NEW_WORDS = 3  # that a sentence must hold and the rest not, for its loss to be one
+_DRAWS = 8  # most other prompts that are tried per pair
+_NEW_WORDS = 3  # a dropped sentence must hold at least this many content words that the rest lacks
 _RESULT = re.compile(r"\d[^=\n]{0,60}?[-+*/×÷−\\][^=\n]{0,60}=\s*[$€£]?\s*(\d[\d,]*(?:\.\d+)?)")
 
 
 def irrelevant(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
-    """Yield both responses under unrelated prompts, a tie, up to the first that passes the check."""
+    """Yield ties of both responses under other prompts, up to the first prompt that passes the check."""
     for draw, other in enumerate(other_prompts(source, peers, rng)):
         related = why_related(other.prompt, source.prompt, source.chosen, source.rejected, peers=peers)
         kind, name = "irrelevant", f"irrelevant-{draw}"
@@ -45,17 +45,17 @@ def irrelevant(source: Source, peers: Peers, rng: np.random.Generator) -> Iterat
 
 
 def relevance(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
-    """Yield the chosen response against those of unrelated prompts, a preference, up to the first that passes."""
+    """Yield preferences of the chosen response over those of other prompts, up to the first that passes the check."""
     for draw, other in enumerate(other_prompts(source, peers, rng)):
         related = why_related(source.prompt, other.prompt, other.chosen, peers=peers)
         pair = _made(source, f"relevance-{draw}", "relevance", source.chosen, other.chosen, attribute="relevance")
         yield _checked(replace(pair, source_ids=(source.id, other.id)), "unrelated", related)
-        if related is None or why_related(source.prompt, peers=peers):  # no other draw can help the latter
+        if related is None or why_related(source.prompt, peers=peers):  # in the latter case no draw can pass
             return
 
 
 def style(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
-    """Yield one of the responses against itself in another style, a tie: a stock line, bullets, exclamation marks."""
+    """Yield a tie of one of the responses and a copy in another style: a stock line, bullets or exclamation marks."""
     response = (source.chosen, source.rejected)[rng.integers(2)]
     styled = {name: change(response, rng) for name, change in _STYLES.items()}
     changed = [name for name, text in styled.items() if text != response]
@@ -64,23 +64,23 @@ def style(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pa
 
 
 def wrong_number(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
-    """Yield the chosen response against itself with a digit of one calculation's result changed, a preference."""
+    """Yield a preference of the chosen response over a copy with one digit of a calculation's result changed."""
     results = [found.span(1) for found in _RESULT.finditer(source.chosen)]
     if not results:
         return
     start, end = results[rng.integers(len(results))]
     digits = [place for place in range(start, end) if source.chosen[place].isdigit()]
     place = digits[rng.integers(len(digits))]
-    others = [digit for digit in "123456789" if digit != source.chosen[place]]  # no 0: it could open a number
+    others = [digit for digit in "123456789" if digit != source.chosen[place]]  # not 0, which could be a leading zero
     wrong = source.chosen[:place] + others[rng.integers(len(others))] + source.chosen[place + 1 :]
     pair = _made(source, "wrong-number", "wrong-number", source.chosen, wrong, attribute="correct numbers")
     yield replace(pair, direction="down", attribute_words=(source.chosen[start:end], wrong[start:end]))
 
 
 def dropped_sentence(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:
-    """Yield the chosen response against itself without a sentence that says what the others do not, a preference.
+    """Yield a preference of the chosen response over a copy without a sentence that says what the others do not.
 
-    The first and the last sentence stay: what opens and closes a response often says nothing.
+    The first and the last sentence stay, since openings and closings often say nothing.
     """
     text = source.chosen
     inner = [(start, end) for start, end in itertools.pairwise(sentence_ends(text)) if text[end:].strip()]
@@ -94,7 +94,7 @@ def dropped_sentence(source: Source, peers: Peers, rng: np.random.Generator) -> 
 
 
 def other_prompts(source: Source, peers: Peers, rng: np.random.Generator, draws: int = _DRAWS) -> Iterator[Source]:
-    """Yield a preference of each of some other prompts, in random order; none on a side that has this prompt alone."""
+    """Yield one preference of each of at most `draws` other prompts, in random order."""
     groups = peers.by_prompt
     for place in rng.choice(len(groups), size=min(draws + 1, len(groups)), replace=False)[:draws].tolist():
         group = groups[place]
@@ -139,7 +139,7 @@ def _with_closing(response: str, rng: np.random.Generator) -> str:
 
 
 def _with_bullets(response: str, rng: np.random.Generator) -> str:
-    """Return the response with a bullet before every sentence; unchanged if it has a single one, or lines already."""
+    """Return the response with a bullet before every sentence; unchanged if it has one sentence, or several lines."""
     bounds = [0, *sentence_ends(response.strip()), len(response.strip())]
     if len(bounds) < 3 or "\n" in response.strip():
         return response

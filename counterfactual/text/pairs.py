@@ -1,4 +1,4 @@
-"""Pairs of responses for reward models: one record, one row of JSON, and the side of the split a prompt falls to."""
+"""Pairs of responses for reward models: the record, which is one row of JSON, and the split of prompts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from cepo.files import Row
 
 Split = Literal["train", "test"]
 ORIGINAL = "original"
-"""Kind of a pair that nobody edited."""
+"""Kind of a pair that was not edited."""
 MECHANICAL = "mechanical"
-"""Generator of the pairs that rules make."""
+"""Generator of the pairs that are made by rules."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A preference to make pairs of.
+    """A preference from which pairs are made.
 
     Attributes:
-        id: of the pair.
-        prompt: what was asked.
-        chosen: the better response; shows the cause, where it is known, by its positive word.
-        rejected: the other; shows it by the negative word.
-        cause: the attribute that decides under the prompt; empty where unknown, as on real text.
+        id: id of the preference.
+        prompt: the prompt.
+        chosen: the better response; if the cause is known, it holds the cause's positive word.
+        rejected: the other response; if the cause is known, it holds the negative word.
+        cause: the attribute that decides under the prompt; empty if unknown, as for real text.
     """
 
     id: str
@@ -39,29 +39,29 @@ class Source:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to a prompt, of which the chosen one is better, or neither is.
+    """Two responses to a prompt: the chosen one is better, or the pair is a tie.
 
     Attributes:
-        id: of the pair, unique in its file.
-        prompt: what was asked.
-        chosen: the better response; of a tie, either.
+        id: id of the pair, unique in its file.
+        prompt: the prompt.
+        chosen: the better response; in a tie, either.
         rejected: the other response.
         tie: whether neither is better.
         kind: how the pair was made: original, or the name of a kind, such as degrade or irrelevant.
-        split: the side of its source prompt, decided before anything was made of it; None where nothing was split.
-        attribute: what was edited, such as accuracy; None where nothing was.
-        attribute_words: texts that show the attribute in either response; None where the kind does not know them.
-        weight: of the attribute among those of its prompt, in [0, 1]; None without an attribute.
-        direction: "down" where the rejected response is an edit of the chosen, "up" for the reverse; None for others.
-        source_ids: ids of the pairs that it was made of; empty for an original.
-        generator: what made it, such as mechanical, or a model's name; None for an original.
-        checks: what was checked, and what came out.
-        base_difference: reward of chosen minus that of rejected by the baseline model of a filter; None before one.
+        split: the side of its source prompt, decided before any pairs are made; None without a split.
+        attribute: what was edited, such as accuracy; None if nothing was.
+        attribute_words: texts that show the attribute in either response; None if the kind does not know them.
+        weight: weight of the attribute among those of its prompt, in [0, 1]; None without an attribute.
+        direction: "down" if the rejected response is an edit of the chosen one, "up" for the reverse; else None.
+        source_ids: ids of the preferences that it was made from; empty for an original.
+        generator: what made it: mechanical, or a model's name; None for an original.
+        checks: the result of each check, by name.
+        base_difference: reward of chosen minus that of rejected by a filter's baseline model; None if not filtered.
         kept: whether to train on it.
-        reason: why not, where it is not kept.
+        reason: why it is not kept; None if it is.
 
     Raises:
-        ValueError: for a tie or kept that is not true or false, another split, or a pair dropped without a reason.
+        ValueError: if `tie` or `kept` is not a bool, for an unknown split, or if a pair is not kept without a reason.
     """
 
     id: str
@@ -97,18 +97,18 @@ class Pair:
 
 
 def side_of(prompt: str, test_fraction: float, seed: int) -> Split:
-    """Return the side of a prompt, the same for all prompts that differ in case and white space alone.
+    """Return the side of a prompt, the same for all prompts that differ only in case and white space.
 
     Args:
         prompt: any text.
-        test_fraction: share of the prompts that goes to the test side, in [0, 1], in expectation.
-        seed: of the split.
+        test_fraction: expected share of the prompts on the test side, in [0, 1].
+        seed: seed of the split.
     """
     return "test" if digest("split", seed, same_prompt(prompt)) < int(test_fraction * 2**64) else "train"
 
 
 def same_prompt(prompt: str) -> str:
-    """Return what all prompts that differ in case and white space alone have in common."""
+    """Return a normal form of a prompt, the same for all prompts that differ only in case and white space."""
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 

@@ -1,6 +1,6 @@
-"""Everything that a writer is told, in one place.
+"""All prompts for the writer.
 
-Replies are read by `cepo.counterfactual.text.replies`: a response between tags, everything else as JSON.
+Replies are read by `cepo.counterfactual.text.replies`: responses are between tags, everything else is JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cepo.counterfactual.text.synthesise import Messages
 MOST_ATTRIBUTES = 5
 END_OF_RESPONSE = "[End of response]"
 OTHER = "other"
-"""What a check says of a difference that no attribute names."""
+"""The name of a difference that none of the attributes covers."""
 
 _ATTRIBUTES = """\
 Which attributes decide how good a response to the query below is? Name at most {most}, each in one to three words,
@@ -105,14 +105,14 @@ def ask_attributes(prompt: str) -> Messages:
 
 
 def ask_edit(kind: str, source: Source, response: str, attributes: Sequence[str], attribute: str | None) -> Messages:
-    """Ask for a response of the source rewritten.
+    """Ask for a rewritten response.
 
     Args:
         kind: degrade and upgrade change one attribute, aligned and paraphrase none.
-        source: whose prompt it answers.
-        response: its chosen or its rejected one.
-        attributes: that decide under the prompt.
-        attribute: the one to change.
+        source: the preference.
+        response: its chosen or its rejected response.
+        attributes: the attributes that decide under the prompt.
+        attribute: the one to change; None for aligned and paraphrase.
     """
     marked = f"[Response]\n{response}\n{END_OF_RESPONSE}"
     named = {"attributes": ", ".join(attributes), "attribute": attribute, "direction": _DIRECTIONS.get(kind)}
@@ -125,7 +125,7 @@ def ask_differences(prompt: str, first: str, second: str, attributes: Sequence[s
 
 
 def ask_relevance(prompt: str, first: str, second: str) -> Messages:
-    """Ask whether two responses have anything to do with a prompt that neither was written for."""
+    """Ask whether either of two responses answers a prompt that neither was written for."""
     return _fill(_RELEVANT, prompt, first=first, second=second)
 
 

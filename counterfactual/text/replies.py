@@ -1,6 +1,6 @@
-"""Reads what a writer replied: its thought taken off, a rewritten response between tags, everything else as JSON.
+"""Read a writer's replies, without their thoughts: a rewritten response between tags, everything else as JSON.
 
-Every reader raises MalformedError with the reason, whose part before the colon is its kind, and nothing else.
+Every reader raises only MalformedError, with the reason; the part of the reason before the colon is its kind.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from cepo.jacobian.reading.layout import MalformedError, as_bytes
 from cepo.jacobian.reading.thought import after_thought
 
 _RESPONSE = "response"
-_SLACK = 0.01  # of the sum of the weights, which are written with two decimals
+_SLACK = 0.01  # allowed error of the weights' sum, since they are written with two decimals
 _OBJECT = re.compile(r'{\s*"')
-_SHOWN = 60  # characters of a value in a reason
+_SHOWN = 60  # most characters of a value in a reason
 
 
 def read_attributes(reply: str | Exception) -> dict[str, float]:
@@ -42,7 +42,7 @@ def read_attributes(reply: str | Exception) -> dict[str, float]:
 
 
 def read_response(reply: str | Exception) -> str:
-    """Return the rewritten response of a reply: all between its first opening tag and its last closing one."""
+    """Return the rewritten response in a reply: the text between the first opening tag and the last closing tag."""
     text = _written(reply)
     begin, end = text.find(f"<{_RESPONSE}>"), text.rfind(f"</{_RESPONSE}>")
     response = text[begin + len(f"<{_RESPONSE}>") : end].strip() if 0 <= begin < end else ""
@@ -54,7 +54,7 @@ def read_response(reply: str | Exception) -> str:
 
 
 def read_differences(reply: str | Exception, attributes: Sequence[str]) -> tuple[set[str], str]:
-    """Return the attributes in which two responses differ, `OTHER` among them, and "A", "B" or "neither"."""
+    """Return the attributes (possibly `OTHER`) in which two responses differ, and the better: "A", "B" or "neither"."""
     known = {name.casefold(): name for name in [*attributes, OTHER]}
     names = _member(reply, "differ", list, "check")
     strange = [name for name in names if not isinstance(name, str) or name.strip().casefold() not in known]
@@ -67,7 +67,7 @@ def read_differences(reply: str | Exception, attributes: Sequence[str]) -> tuple
 
 
 def read_relevance(reply: str | Exception) -> bool:
-    """Return whether either response has to do with the prompt."""
+    """Return whether either response answers the prompt."""
     return bool(_member(reply, "answers", bool, "check"))
 
 
@@ -88,7 +88,7 @@ def _written(reply: str | Exception) -> str:
 
 
 def _member(reply: str | Exception, name: str, kind: type, what: str) -> Any:
-    """Return a member of the first JSON object in a reply that has one, whatever stands around it."""
+    """Return a member of the first JSON object in a reply that has it with this type; other text is ignored."""
     text = _written(reply)
     for opening in _OBJECT.finditer(text):
         with contextlib.suppress(ValueError, RecursionError):
@@ -99,7 +99,7 @@ def _member(reply: str | Exception, name: str, kind: type, what: str) -> Any:
 
 
 def _valid(text: str) -> str:
-    """Return the text with lone surrogates, which JSON can hold and no file can, as question marks."""
+    """Return the text with lone surrogates, which JSON allows but files do not, replaced by question marks."""
     return text.encode("utf-8", "replace").decode()
 
 

@@ -1,7 +1,7 @@
-"""The making of pairs: every kind for every source, split first; what kinds ask of a writer is asked in large batches.
+"""Make pairs of every kind from every source, after the split; prompts for the writer are batched over sources.
 
-A kind is a generator of the pairs that it makes of a source. One that needs a model that writes also yields `Asked`,
-and is sent the answers; so each kind reads top to bottom, and the writer still gets prompts of many sources at once.
+A kind is a generator of the pairs that it makes from a source. A kind that needs a writer also yields `Asked`, and is
+sent the answers. So each kind reads from top to bottom, and the writer still gets prompts of many sources at once.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from cepo.counterfactual.text.relevance import Peers
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 """A prompt: messages with role and content."""
 Answers: TypeAlias = Sequence[str | Exception]
-"""What a writer wrote for each prompt, its thought included, or why there is nothing, such as a time-out."""
+"""The writer's reply to each prompt, including its thought, or the error that prevented one, such as a time-out."""
 Writer: TypeAlias = Callable[[Sequence[Messages]], Answers]
-"""Any model that writes: takes prompts and returns as many answers, in their order."""
+"""Any model that writes: takes prompts and returns one answer each, in order."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts that a kind wants answered before it continues."""
+    """Prompts that a kind needs answered before it continues."""
 
     prompts: tuple[Messages, ...]
 
 
 _Asking: TypeAlias = Generator[Pair | Asked, Answers, None]
 Kind: TypeAlias = Callable[[Source, Peers, np.random.Generator], Iterator[Pair | Asked]]
-"""Makes pairs of a source, given the sources of its side of the split (itself included) and its own random numbers."""
+"""Makes pairs from a source, given all sources on its side of the split and a random generator of its own."""
 
 
 def synthesise(
@@ -47,20 +47,23 @@ def synthesise(
     at_once: int = 64,
     on_done: Callable[[int], None] | None = None,
 ) -> Iterator[Pair]:
-    """Yield the pairs of all kinds, source by source; those that a check refuses are there, and not kept.
+    """Yield the pairs of all kinds, source by source; those that a check refuses are yielded too, as not kept.
 
     The split comes first: prompts and responses of the test side never enter a pair of the training side, and vice
-    versa. A source's pairs depend on the seed, the source, the other sources of its side and the writer alone.
+    versa. A source's pairs depend only on the seed, the source, the other sources on its side, and the writer.
 
     Args:
         sources: preferences with distinct ids.
-        kinds: by name.
-        seed: of all draws, and of the split.
+        kinds: the kinds by name.
+        seed: seed of all draws, and of the split.
         test_fraction: share of the prompts on the test side, in [0, 1].
-        write: answers what kinds ask; may be left out where none asks.
-        generator: the writer's name, for pairs of kinds that name none.
-        at_once: sources whose prompts are asked together.
+        write: the writer; may be None if no kind needs one.
+        generator: the writer's name, for pairs of kinds that set no generator.
+        at_once: number of sources whose prompts are asked together.
         on_done: called with the number of sources that are done.
+
+    Raises:
+        ValueError: if a kind needs a writer and `write` is None.
     """
     sides = [side_of(source.prompt, test_fraction, seed) for source in sources]
     placed = list(zip(sources, sides, strict=True))
@@ -82,7 +85,7 @@ def synthesise(
 
 @dataclass
 class _Made:
-    """Pairs of one kind and source in the making."""
+    """The pairs of one kind and source while they are being made."""
 
     side: Split
     making: Iterator[Pair | Asked]
@@ -90,7 +93,7 @@ class _Made:
     prompts: tuple[Messages, ...] | None = None
 
     def go_on(self, answers: Answers | None) -> None:
-        """Collect pairs up to the next question, or to the end, where `prompts` is None; None begins."""
+        """Collect pairs up to the next `Asked`, or to the end, where `prompts` is None; `answers` is None to start."""
         self.prompts = None
         with contextlib.suppress(StopIteration):
             item = next(self.making) if answers is None else cast(_Asking, self.making).send(answers)
@@ -101,7 +104,7 @@ class _Made:
 
 
 def _finish(made: Sequence[_Made], write: Writer | None) -> None:
-    """Ask, round by round, what is still in the making; prompts that are equal are asked once."""
+    """Run all generators to their end, asking in rounds; equal prompts are asked once."""
     answered: dict[int, str | Exception] = {}
     for one in made:
         one.go_on(None)

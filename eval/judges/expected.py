@@ -40,7 +40,7 @@ def expected_scores(
 def _expected(
     tokens: Sequence[tuple[int, NumberToken]], likely: Callable[[int], Mapping[bytes, float]]
 ) -> float | None:
-    means, shares = [], []
+    means, written_ps = [], []
     for index, token in tokens:
         weights = likely(index)
         gains = {piece: gain for piece in weights if (gain := token.gain(piece)) is not None}
@@ -48,5 +48,5 @@ def _expected(
         if not total > 0.0:
             return None
         means.append(sum(weights[piece] * gain for piece, gain in gains.items()) / total)
-        shares.append(weights.get(token.piece, 0.0) / total)
-    return expected_number(means, shares)
+        written_ps.append(weights.get(token.piece, 0.0) / total)
+    return expected_number(means, written_ps)

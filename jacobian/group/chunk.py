@@ -1,4 +1,4 @@
-"""One chunk of rollouts: forward from the stem through its stages, and its cotangents back to the embeddings."""
+"""Run one chunk of rollouts: forward from the stem through its stages, and cotangents back to the embeddings."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class StemRun:
 
 @dataclass(frozen=True)
 class _StageRun:
-    """A stage after its forward pass, and the leaves of the past that take cotangents of it.
+    """A stage after its forward pass, and the leaves of its past that receive cotangents.
 
     Attributes:
         stage: the stage.
         run: its forward pass.
-        of_stem: keys and values of the stem; empty where nothing goes back to them.
-        of_stages: likewise of each stage before it.
+        of_stem: keys and values of the stem; empty if no cotangent goes back to them.
+        of_stages: likewise for each stage before it.
     """
 
     stage: Segment
@@ -52,14 +52,14 @@ class _StageRun:
 
 
 def run_opening(model: SegmentModel, opening: Segment | None) -> tuple[Past, ...]:
-    """Return the keys and values of what prompts share."""
+    """Return the keys and values of the opening that prompts share."""
     return (_past_of(opening, run_segment(model, opening)),) if opening is not None else ()
 
 
 def run_stem(model: SegmentModel, stem: Stem, opening: tuple[Past, ...]) -> StemRun:
-    """Run what the rollouts of a prompt share, of one prompt or of several."""
+    """Run the stem of one prompt, or of several prompts as a batch."""
     before = opening if stem.opening else ()
-    if stem.constant is not None:  # more of these prompts that nothing differentiates
+    if stem.constant is not None:  # tokens after the opening that no link differentiates
         before = (*before, _past_of(stem.constant, run_segment(model, stem.constant, before)))
     run = run_segment(model, stem.segment, before)
     return StemRun(stem, run, before, _past_of(stem.segment, run))
@@ -68,9 +68,9 @@ def run_stem(model: SegmentModel, stem: Stem, opening: tuple[Past, ...]) -> Stem
 def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun, at_once: AtOnce) -> Tensor:
     """Return the gradient of each pass of each job with respect to the embedding rows, (P, B, T, D).
 
-    The backward pass goes from the last stage to the stem. What a stage asks of earlier keys and values is carried as
-    an explicit cotangent; as many cotangents of a segment as run at once go back in one batched pass over one set of
-    saved activations. Rows whose gradient nobody wants are zero.
+    The backward pass goes from the last stage to the stem. A stage's gradients at earlier keys and values are carried
+    as explicit cotangents; up to `at_once` cotangents of a segment go back in one batched pass over one set of saved
+    activations. Rows whose gradient no link needs may be zero.
     """
     runs = _run_stages(model, chunk, stem)
     embedding_VD = model.held.embedding.weight
@@ -83,7 +83,7 @@ def chunk_gradients(model: SegmentModel, chunk: Chunk, stem: StemRun, at_once: A
     )
     of_stem, of_stages = Asked(chunk.entering), [Asked(stage.active) for stage in chunk.stages]
     while runs:
-        if runs[-1].stage.active:  # in a call of its own, so that a stage is freed before the one before it
+        if runs[-1].stage.active:  # in a separate call, so that each stage is freed before the preceding one goes back
             _stage_backward(runs.pop(), of_stages, of_stem, gradient_PBTD, at_once.passes)
         else:
             runs.pop()
@@ -130,7 +130,7 @@ def _run_stages(model: SegmentModel, chunk: Chunk, stem: StemRun) -> list[_Stage
 def _stage_backward(
     at: _StageRun, of_stages: Sequence[Asked], of_stem: Asked, gradient_PBTD: Tensor, at_once: int
 ) -> None:
-    """Send the cotangents of a stage, the last of these, back, and add what it asks of those before it."""
+    """Send the cotangents of the last stage back, and add the results to those of the segments before it."""
     *of_earlier, asked = of_stages
     asked.add_head(at.stage.head, at.run.head_PD, at.run.hidden_BTD.shape)
     pieces = [at.of_stem, *at.of_stages]
@@ -152,7 +152,7 @@ def _stem_backward(chunk: Chunk, stem: StemRun, asked: Asked, gradient_PBTD: Ten
         return
     run, slots = stem.run, chunk.slots
     asked.add_head(chunk.stem_head, run.head_PD[list(chunk.stem_rows)], (len(chunk.jobs), *run.hidden_BTD.shape[1:]))
-    # One cotangent of the whole batch for each pass and each slot: the first job of every prompt, the second ...
+    # One cotangent of the whole batch per pass and slot: slot 0 holds the first job of every prompt, slot 1 the second.
     prompts, rows = len(stem.stem.prompts), max(slots) + 1
     at_B = torch.tensor([slot * prompts + place for slot, place in zip(slots, chunk.places, strict=True)])
     of_outputs = [
@@ -168,7 +168,7 @@ def _stem_backward(chunk: Chunk, stem: StemRun, asked: Asked, gradient_PBTD: Ten
 
 
 def _in_slots(sent_CB: Tensor, at_B: Tensor, rows: int, prompts: int) -> Tensor:
-    """Return cotangents (C, B, ...) as (C * rows, prompts, ...), each job's at its slot and prompt; 0 where none is."""
+    """Return cotangents (C, B, ...) as (C * rows, prompts, ...), each job's at its slot and prompt, 0 elsewhere."""
     if len(at_B) != rows * prompts or not torch.equal(at_B, torch.arange(len(at_B))):
         filled_CB = sent_CB.new_zeros(len(sent_CB), rows * prompts, *sent_CB.shape[2:])
         filled_CB[:, at_B.to(sent_CB.device)] = sent_CB
@@ -179,7 +179,7 @@ def _in_slots(sent_CB: Tensor, at_B: Tensor, rows: int, prompts: int) -> Tensor:
 def _write_rows(
     gradient_BTD: Tensor, jobs: Sequence[int], segment: Segment, sequences: Sequence[int], leaf_STD: Tensor
 ) -> None:
-    """Write the gradients of sequences of a segment to the rows of jobs, padding left out."""
+    """Write the gradients of a segment's sequences to the rows of their jobs, without padding."""
     bounds = list(zip(segment.starts, segment.ends, strict=True))
     for job, sequence in zip(jobs, sequences, strict=True):
         start, end = bounds[sequence]

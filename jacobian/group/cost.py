@@ -1,6 +1,6 @@
-"""The costs of one model: FLOPs and bytes of segments, by the shapes of its weights and a few tiny runs.
+"""The cost model: FLOPs and bytes of a model's segments, from the shapes of its weights and a few tiny runs.
 
-Where the constants come from, and the commands that check them: docs/engine.md, "Memory".
+docs/engine.md, "Memory", says where the constants come from and which commands check them.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from cepo.jacobian.group.cuts import Segment, Stem
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 from cepo.kernels.attention.blocks import BLOCK_BYTES, KEPT_BYTES
 
-# More rows in one matrix product save no time and take more memory: for SmolLM2, 512 and 1024 were equally fast on a
-# CPU, and 256 were a tenth slower. A tiny model's products are over before the next is called: it takes more rows.
+# More rows in one matrix product save no time and take more memory: for SmolLM2 on a CPU, 512 and 1024 were equally
+# fast, and 256 a tenth slower. In a tiny model the overhead of calls dominates, so it takes more rows.
 _ROWS_AT_ONCE = {"cpu": 512}
-_MOST_ROWS_OF_TINY, _TINY = 2048, 1_000_000  # weights of the body
+_MOST_ROWS_OF_TINY, _TINY = 2048, 1_000_000  # `_TINY` in weights of the body
 _ROWS_AT_ONCE_ELSEWHERE = 8192
-# Of a long stem more go back at once: a block's attention weights are recomputed once for all of them.
+# Where attention runs in blocks, several cotangents go back at once, since they share the recomputed weights.
 _COTANGENTS_OF_BLOCKS = 4
-_COPIES, _MASKS = 3.5, 0.25  # of attention's scores: in its definition, with the mask; and the masks of a block
-_COPIES_OF_LOGITS = 4  # themselves, in float32 or wider, their logarithms, and the gradients of both
+_COPIES, _MASKS = 3.5, 0.25  # in units of attention's scores: tensors of the definition with its mask; a block's masks
+_COPIES_OF_LOGITS = 4  # the logits in float32 or wider, their logarithms, and the gradients of both
 
 
 @dataclass(frozen=True)
 class Allocator:
-    """What a process holds for the tensors that are alive: the most that was seen, by kind.
+    """How much memory a process holds for live tensors, at most, by kind of tensor.
 
-    The C library's allocator keeps gaps between blocks, so that small tensors take more than their bytes, and tensors
-    of middling size find no gap left whole. Blocks of `mapped` bytes or more come from the system and go back to it.
-    CUDA's allocator gives blocks that were freed to the next tensor.
+    The C library's allocator fragments: small tensors take more than their bytes, and medium-sized tensors fit into no
+    gap. Blocks of at least `mapped` bytes are mapped from the system and returned to it. CUDA's allocator reuses freed
+    blocks.
 
     Attributes:
         small: bytes held per byte of tensors other than logits, at least 1.
-        logits: bytes held per byte of logits and of what is computed from them, where blocks are smaller than `mapped`;
-            larger ones take what they are.
-        mapped: bytes of a block.
-        constant: bytes held whatever runs.
+        logits: bytes held per byte of logits and of tensors computed from them, in blocks smaller than `mapped`; larger
+            blocks have no overhead.
+        mapped: bytes of a block, see above.
+        constant: bytes held in any case.
     """
 
     small: float
@@ -61,7 +61,7 @@ class CostModel:
     """The costs of one model.
 
     Attributes:
-        body: number of weights that a row is multiplied with, without the head's.
+        body: number of weights that a row is multiplied by, without the head's.
         head: number of weights of the head.
         width: D.
         layers: number of layers.
@@ -69,13 +69,14 @@ class CostModel:
         key_values: key heads times head size.
         itemsize: bytes of one activation.
         heads: number of query heads.
-        saved_row: bytes that the graph keeps for one row of all layers.
-        working_row: bytes that one row of all layers takes while it is run: `saved_row` where nothing is recomputed.
-        saved_pair: bytes that it keeps for one row and one position that the row attends to, where scores are kept.
-        saved_past: bytes that it keeps for one position of the past of one rollout.
-        logits: bytes of one row of logits and of what is computed from it.
-        allocator: what a process holds for its tensors.
-        rows_at_once: rows of one matrix product beyond which larger products are no faster.
+        saved_row: bytes that the graph keeps for one row, in all layers.
+        working_row: bytes that one row takes while it is run, in all layers; equals `saved_row` if nothing is
+            recomputed.
+        saved_pair: bytes that the graph keeps per row and position that it attends to, where scores are kept.
+        saved_past: bytes that the graph keeps per position of one rollout's past.
+        logits: bytes of one row of logits and of the tensors computed from it.
+        allocator: how much memory a process holds for tensors.
+        rows_at_once: rows of a matrix product beyond which larger products are no faster.
     """
 
     body: int
@@ -95,7 +96,7 @@ class CostModel:
     rows_at_once: int
 
     def flops(self, rows: int, context: float, *, backward: bool) -> float:
-        """Return the operations of rows that attend to `context` positions each."""
+        """Return the FLOPs of rows that attend to `context` positions each."""
         return rows * (2.0 * self.body + (8 if backward else 4) * self.layers * self.attention * context)
 
     def graph(self, rollouts: int, tokens: int, past: int) -> float:
@@ -104,9 +105,10 @@ class CostModel:
         return rollouts * (tokens * (self.saved_row + (past + tokens) * kept) + past * self.saved_past)
 
     def forward(self, rollouts: int, tokens: int, past: int, *, differentiated: bool = False) -> float:
-        """Return the bytes that one layer of a forward pass works with beside what it keeps: its MLP or attention.
+        """Return the working memory of one layer of a forward pass, in bytes, without what the graph keeps.
 
-        How much of a layer's rows and past lives beside attention's scores was counted, here and in `backward`.
+        It is the larger of the MLP's and attention's. The fractions of a layer's rows and past that are alive at the
+        same time as attention's scores, here and in `backward`, were counted in the code.
         """
         layer, of_past = self._layer(rollouts, tokens, past)
         scores = self._scores(0, rollouts, tokens, past)
@@ -117,14 +119,14 @@ class CostModel:
         return max(layer, scores + of_past + 0.25 * layer)
 
     def head_bytes(self, segment: Segment) -> float:
-        """Return the bytes of the logits of a segment and of what is computed from them, as held beside other tensors.
+        """Return the bytes of a segment's logits and of the tensors computed from them, in the units of `held_bytes`.
 
-        That is, times what the allocator holds for them over what it holds for others: see `held_bytes`.
+        That is, scaled by the allocator's overhead for logits relative to that for other tensors.
         """
         if not segment.head:
             return 0.0
         logits = max(FEWEST_HEAD_ROWS, len(segment.head)) * self.logits
-        if not segment.differentiated:  # no gradients, and nothing that would be kept between them
+        if not segment.differentiated:  # no gradients, and nothing kept for them
             return logits * (0.5 if self.itemsize >= 4 else 0.75) / self.allocator.small
         is_mapped = logits / _COPIES_OF_LOGITS >= self.allocator.mapped
         return logits * (1.0 if is_mapped else self.allocator.logits) / self.allocator.small
@@ -134,7 +136,7 @@ class CostModel:
         return 2.0 * rollouts * tokens * self.layers * self.key_values * self.itemsize
 
     def backward(self, cotangents: int, rollouts: int, tokens: int, past: int, *, past_asked: bool = False) -> float:
-        """Return the bytes that one layer of a batched backward pass works with: its MLP or attention."""
+        """Return the working memory of one layer of a batched backward pass, in bytes: its MLP's or attention's."""
         layer, of_past = self._layer(rollouts, tokens, past)
         recomputed = rollouts * tokens * (self.working_row - self.saved_row) / self.layers
         attention = self._scores(cotangents, rollouts, tokens, past) + 0.25 * cotangents * layer
@@ -143,21 +145,21 @@ class CostModel:
         return max(recomputed + cotangents * layer, attention)
 
     def held_bytes(self, tensors: float) -> float:
-        """Return the most that a process holds for so many bytes of tensors at once."""
+        """Return the most bytes that a process holds while this many bytes of tensors are alive."""
         return self.allocator.small * tensors + self.allocator.constant
 
     def tensors_within(self, budget: float) -> float:
-        """Return how many bytes of tensors a process may have at once that holds at most `budget` bytes."""
+        """Return the bytes of live tensors for which a process holds at most `budget` bytes."""
         return (budget - self.allocator.constant) / self.allocator.small
 
     def stem_bytes(self, stem: Stem) -> float:
-        """Return the bytes that prompts hold while their stages run."""
+        """Return the bytes that the stem keeps while stages run."""
         prompts = len(stem.prompts)
         kept = self.graph(prompts, stem.segment.length, stem.start) if stem.segment.differentiated else 0.0
         return kept + self.cache(prompts, stem.end)
 
     def stem_forward_bytes(self, stem: Stem) -> float:
-        """Return the peak bytes of the forward pass of prompts."""
+        """Return the peak bytes of the stem's forward pass."""
         prompts, start = len(stem.prompts), stem.start
         before = self.forward(prompts, start, 0) + 2.0 * self.cache(prompts, start)
         own = self.forward(prompts, stem.segment.length, start, differentiated=stem.segment.differentiated)
@@ -167,13 +169,13 @@ class CostModel:
         """Return the peak bytes of the stages of jobs that run at once, without the stem.
 
         Args:
-            stages: of these jobs.
-            passes: how many passes a job has.
-            entering: those of them that send cotangents to the stem.
-            stem: of their prompts.
+            stages: the stages of these jobs.
+            passes: number of passes per job.
+            entering: the passes that send cotangents to the stem.
+            stem: the stem of their prompts.
         """
         jobs, past, kept, peak = len(stages[0].ids) if stages else 0, stem.end, 0.0, 0.0
-        if len(stem.prompts) > 1:  # each job has a copy of its prompt's
+        if len(stem.prompts) > 1:  # each job has a copy of its prompt's keys and values
             kept = self.cache(jobs, stem.end - stem.opening)
         graphs: list[float] = []
         for stage in stages:
@@ -193,15 +195,15 @@ class CostModel:
                 work = self.backward(len(stage.active), jobs, stage.length, past, past_asked=sent > 0)
                 peak = max(peak, kept + asked + sent + work)
                 asked = min(asked + sent, len(entering) * of_stem + passes * self.cache(jobs, past - stem.end))
-                peak = max(peak, kept + asked + sent)  # what was sent is added up before it is freed, and the graph
+                peak = max(peak, kept + asked + sent)  # cotangents are added up before they and the graph are freed
             kept -= graph + 2.0 * self.cache(jobs, stage.length)
         return peak
 
     def stem_backward_bytes(self, jobs: int, passes: int, cotangents: int, at_once: int, stem: Stem) -> float:
-        """Return the bytes of cotangents of jobs that go back through the stem, some at once, and of all gradients."""
+        """Return the peak bytes of the jobs' cotangents on their way through the stem, and of all gradients."""
         gradients = 4.0 * jobs * passes * stem.end * self.width
         prompts, length = len(stem.prompts), stem.segment.length
-        sent = cotangents * self.cache(prompts, length)  # twice where they are put in slots
+        sent = cotangents * self.cache(prompts, length)  # twice with several prompts: they are copied into slots
         return gradients + (2.0 if prompts > 1 else 1.0) * sent + self._stem_cotangents(at_once, stem)
 
     def stem_cotangents_at_once(self, stem: Stem, budget: float) -> int:
@@ -214,17 +216,17 @@ class CostModel:
         return at_once
 
     def _layer(self, rollouts: int, tokens: int, past: int) -> tuple[float, float]:
-        """Return the bytes of what one layer works with, without attention's scores: of the rows, and of their past."""
+        """Return the working memory of one layer without attention's scores, in bytes: of the rows, and of the past."""
         return rollouts * tokens * self.working_row / self.layers, rollouts * past * self.saved_past / self.layers
 
     def _scores(self, cotangents: int, rollouts: int, tokens: int, past: int) -> float:
-        """Return the bytes that attention works with on its scores: all of one layer where few, else a block's.
+        """Return the bytes of attention's scores and copies of them: a whole layer's, or a block's where large.
 
         Args:
-            cotangents: that go back at once; 0 for a forward pass.
-            rollouts: that run at once.
-            tokens: of each.
-            past: before them.
+            cotangents: cotangents that go back at once; 0 for a forward pass.
+            rollouts: rollouts that run at once.
+            tokens: tokens of each.
+            past: positions before them.
         """
         scores = self._score_bytes(rollouts, tokens, past)
         if self._keeps_scores(rollouts, tokens, past):
@@ -239,7 +241,7 @@ class CostModel:
         return max(4.0, self.itemsize) * self.heads * rollouts * tokens * (past + tokens)
 
     def _stem_cotangents(self, count: int, stem: Stem) -> float:
-        """Return the bytes that so many cotangents work with on their way through prompts."""
+        """Return the peak bytes of this many cotangents that go back through the stem at once."""
         prompts, length = len(stem.prompts), stem.segment.length
         return self.backward(count, prompts, length, stem.start) + count * self.cache(prompts, length)
 
@@ -250,9 +252,9 @@ def measured_cost(model: Any, four: int, eight: int, four_on_eight: int, *, has_
     Args:
         model: a causal LM.
         four: bytes kept for four tokens without a past.
-        eight: for eight tokens without a past.
-        four_on_eight: for four tokens on a past of eight.
-        has_logits: whether the head's logits are formed; the kernels form none.
+        eight: bytes kept for eight tokens without a past.
+        four_on_eight: bytes kept for four tokens after a past of eight.
+        has_logits: whether logits are stored; the kernels store none.
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""What later segments ask of a segment's outputs."""
+"""The cotangents of a segment's outputs, collected from later segments."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cepo.jacobian.group.cuts import HeadRow
 
 
 class Asked:
-    """The cotangents of a segment's outputs, one per pass, summed up as later segments send them.
+    """The cotangents of a segment's outputs, one per pass, summed as later segments add theirs.
 
     Args:
         passes: indices of the passes.
 
     Attributes:
-        hidden_CBTD: of its hidden states, or None where they are not asked for.
-        keys_values: of its keys and values, (C, B, J, L, E) each; empty where they are not asked for.
+        hidden_CBTD: those of its hidden states, or None if there are none.
+        keys_values: those of its keys and values, (C, B, J, L, E) each; empty if there are none.
     """
 
     def __init__(self, passes: Sequence[int]) -> None:
@@ -26,12 +26,12 @@ class Asked:
         self.hidden_CBTD: Tensor | None = None
         self.keys_values: list[Tensor] = []
 
-    def shares(self, passes: Sequence[int]) -> list[int]:
-        """Return the places, among these passes, of those that this segment has too."""
+    def common(self, passes: Sequence[int]) -> list[int]:
+        """Return the indices into `passes` of those that this segment has too."""
         return [place for place, key in enumerate(passes) if key in self.passes]
 
     def add_head(self, rows: Sequence[HeadRow], head_PD: Tensor, shape_BTD: Sequence[int]) -> None:
-        """Add the cotangents of the head's rows; `job` of a row is the index along B."""
+        """Set the hidden states' cotangents to those of the head's rows; a row's `job` is its index along B."""
         if not rows:
             return
         self.hidden_CBTD = head_PD.new_zeros(len(self.passes), *shape_BTD)
@@ -40,8 +40,8 @@ class Asked:
         self.hidden_CBTD.index_put_((passes_P, jobs_P, rows_P), head_PD, accumulate=True)
 
     def add_keys_values(self, passes: Sequence[int], sent: Sequence[Tensor]) -> None:
-        """Add cotangents of the keys and values, (passes, B, J, L, E) each; a pass not of this segment is dropped."""
-        shared = self.shares(passes)
+        """Add cotangents of the keys and values, (passes, B, J, L, E) each; passes not of this segment are dropped."""
+        shared = self.common(passes)
         if not shared or not sent:
             return
         if not self.keys_values:
@@ -51,6 +51,6 @@ class Asked:
             total_C.index_add_(0, own, tensor_C if len(shared) == len(passes) else tensor_C[shared])
 
     def of_outputs(self, keys_values: int) -> list[Tensor | None]:
-        """Return the cotangents of hidden states and of that many keys and values; None is zero."""
+        """Return the cotangents of the hidden states and of that many keys and values; None stands for zero."""
         given: list[Tensor | None] = [*self.keys_values] or [None] * keys_values
         return [self.hidden_CBTD, *given]

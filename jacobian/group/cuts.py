@@ -1,9 +1,9 @@
-"""Where rollouts are cut so that rows are shared, blocked or dropped: the group engine's segments, without tensors.
+"""Cut rollouts into the group engine's segments, so that rows are shared, blocked or dropped; without tensors.
 
-All rollouts of a prompt share a stem: every token before the first that differs or must be cut. After it a rollout
-runs in stages. A stage ends where a blocked span begins or ends (so that dropping a stage's cotangents is the
-blocking), before a span that is a source (rows before it need no backward pass) and after a span that is a target
-(later rows contribute nothing to it). At most one such cut is made between two spans: a second one would save a tag.
+All rollouts of a prompt share a stem: every token before the first that differs or must be cut. After it, a rollout
+runs in stages. A stage ends where a blocked span begins or ends (so that dropping its cotangents blocks the span),
+before a source span (rows before it need no backward pass) and after a target span (later rows contribute nothing to
+it). Between two spans at most one cut of the latter two kinds is made: a second one would save only a tag's rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from cepo.jacobian.protocol import Request
 from cepo.jacobian.records import Rollout, Span
 from cepo.jacobian.targets import Term, target_terms
 
-# Fewer rows than this are carried through the backward pass rather than run as a segment of their own.
+# Fewer rows than this are kept in the next segment, and its backward pass, rather than made a segment of their own.
 _WORTH_A_SEGMENT = 16
 
 
 class UnservedError(Exception):
-    """Raised for what cannot be run in segments, with the reason; the oracle serves it."""
+    """A model or request cannot be run in segments, for the reason in the message; the oracle serves it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class JobPass:
     Attributes:
         key: the pass.
         terms: the terms of its target function.
-        first_row: the first position whose gradient is wanted.
+        first_row: the first position whose gradient is needed.
         blocked: the positions [start, end) that no cotangent may cross.
     """
 
@@ -47,14 +47,14 @@ class JobPass:
 
 @dataclass(frozen=True)
 class Job:
-    """One rollout of one request, cut.
+    """One rollout of one request, cut into stages.
 
     Attributes:
-        number: its own among the jobs of one call, ascending in the order of the rollouts.
-        prompt: the number of its prompt, of those of one call.
+        number: its index among the jobs of one call, ascending in the order of the rollouts.
+        prompt: the index of its prompt among those of one call.
         rollout: the rollout to differentiate.
-        passes: what the request's links need of it; all jobs of a request have the same keys.
-        cuts: ascending ends of the stages; nothing is run from the last one on.
+        passes: the passes that the request's links need; all jobs of a request have the same keys.
+        cuts: ascending ends of the stages; tokens from the last one on are not run.
     """
 
     number: int
@@ -69,12 +69,12 @@ class HeadRow:
     """One row of the head.
 
     Attributes:
-        job: what it serves: in a stage the place of a job in the batch, in a stem the job's number, in what path
-            requests run the index of a variant.
-        pass_index: the pass that it serves.
-        sequence: the sequence of the segment's batch that it is read from.
+        job: what it is read for: in a stage the index of a job in the batch, in a stem a job's number, for path
+            requests the index of a variant.
+        pass_index: the pass that it is read for.
+        sequence: index of the sequence in the segment's batch.
         row: its row within that sequence.
-        term: what is read.
+        term: what is read from it.
     """
 
     job: int
@@ -90,8 +90,8 @@ class Segment:
 
     Attributes:
         ids: the token ids of each sequence, ragged.
-        starts: the position of the first token of each.
-        head: rows of the head.
+        starts: the position of each sequence's first token.
+        head: the rows that are read through the head.
         differentiated: whether a graph is kept.
         active: in a stage, the indices of the passes whose cotangents go back through it.
     """
@@ -120,13 +120,13 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Stem:
-    """What all jobs of a prompt share, its tokens [0, end), of one prompt or of several that run as one batch.
+    """The tokens [0, end) that all jobs of a prompt share, for one prompt or several that run as one batch.
 
     Attributes:
-        prompts: numbers of the prompts, one for each sequence.
+        prompts: indices of the prompts, one for each sequence.
         opening: [0, opening) is shared with other prompts and run once for all of them, without a graph.
-        constant: [opening, start), run without a graph for each prompt; None where it is empty.
-        segment: [start, end), run with a graph where any gradient is wanted in it.
+        constant: [opening, start), run without a graph for each prompt; None if empty.
+        segment: [start, end), run with a graph if any gradient in it is needed.
     """
 
     prompts: tuple[int, ...]
@@ -136,22 +136,22 @@ class Stem:
 
     @property
     def start(self) -> int:
-        """First position of the segment, of the prompt where it is the last."""
+        """First position of the segment; the largest over the prompts."""
         return max(self.segment.starts)
 
     @property
     def end(self) -> int:
-        """First position after the stem, of the longest prompt."""
+        """First position after the stem; the largest over the prompts."""
         return max(self.segment.ends)
 
 
 def cut_request(request: Request, numbers: Iterator[int], prompt: int) -> tuple[Job, ...]:
-    """Return the request's rollouts as jobs, longest first: neighbours of equal length need least padding.
+    """Return the request's rollouts as jobs, longest first, since batches of similar length need least padding.
 
     Args:
         request: the request.
-        numbers: the numbers of its rollouts, in their order.
-        prompt: the number of its prompt.
+        numbers: yields the numbers of its rollouts, in their order.
+        prompt: the index of its prompt.
 
     Raises:
         UnservedError: if a rollout cannot be cut.
@@ -164,13 +164,13 @@ def cut_request(request: Request, numbers: Iterator[int], prompt: int) -> tuple[
 
 
 def stems_of(jobs_by_prompt: Sequence[Sequence[Job]]) -> tuple[Segment | None, list[Stem]]:
-    """Return the opening shared by prompts that need no gradient at their beginning, and the stem of each prompt."""
+    """Return the opening that prompts share and that needs no gradient, if any, and the stem of each prompt."""
     ends = [_stem_end(jobs) for jobs in jobs_by_prompt]
     firsts = [
         min([end, *(each.first_row for job in jobs for each in job.passes)])
         for jobs, end in zip(jobs_by_prompt, ends, strict=True)
     ]
-    # At least one token stays after the opening, for the stem to be a segment.
+    # At least one token is left after the opening, so that the stem's segment is not empty.
     can_share = [
         jobs[0].rollout.token_ids[: min(first, end - 1)]
         for jobs, first, end in zip(jobs_by_prompt, firsts, ends, strict=True)
@@ -198,7 +198,7 @@ def stems_of(jobs_by_prompt: Sequence[Sequence[Job]]) -> tuple[Segment | None, l
 
 
 def joined(stems: Sequence[Stem]) -> Stem:
-    """Return stems of one prompt each, which are alike, as one batch."""
+    """Return the stems of prompts of one kind as one batch."""
     if len(stems) == 1:
         return stems[0]
     segments = [stem.segment for stem in stems]
@@ -220,7 +220,7 @@ def _side_by_side(segments: Sequence[Segment]) -> Segment:
 
 
 def stages_of(jobs: Sequence[Job], stem_ends: Sequence[int]) -> tuple[Segment, ...]:
-    """Return the stages of jobs whose requests are alike, after the stem of each; empty ones are left out."""
+    """Return the stages of jobs of one kind after their stems; empty stages are left out."""
     bounds = [(end, *(max(cut, end) for cut in job.cuts)) for job, end in zip(jobs, stem_ends, strict=True)]
     found: list[Segment] = []
     downstream: set[int] = set()  # passes that a later stage sends cotangents back for
@@ -274,7 +274,7 @@ def _cut_rollout(request: Request, rollout: Rollout, sources: Mapping[Pass, set[
 def _cuts(
     spans: Sequence[Span], blocked: Mapping[str, tuple[int, int]], sources: Iterable[str], targets: Iterable[str]
 ) -> list[int]:
-    """Return the cuts between the completion's spans, ascending; rollouts with equal span names have equally many."""
+    """Return the cuts between the completion's spans, ascending; their number depends only on the spans' names."""
     cuts: list[int] = []
     for before, after in zip([None, *spans], [*spans, None], strict=True):
         must, may = [], []
@@ -304,7 +304,7 @@ def _run_of(rollout: Rollout, name: str) -> tuple[int, int]:
 
 
 def _stem_end(jobs: Sequence[Job]) -> int:
-    """Return where the stem ends: never inside a number, whose terms are read together."""
+    """Return where the stem ends; never inside a number, whose terms must be read together."""
     end = min(shared_length([job.rollout.token_ids for job in jobs]), *(job.cuts[0] for job in jobs))
     for first, last in sorted({rows for job in jobs for each in job.passes for rows in _rows_of_numbers(each.terms)})[
         ::-1
@@ -326,6 +326,7 @@ def _rows_of_numbers(terms: Sequence[Term]) -> list[tuple[int, int]]:
 
 
 def shared_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Return the length of the longest common prefix."""
     for length, column in enumerate(zip(*sequences, strict=False)):
         if any(token != column[0] for token in column):
             return length

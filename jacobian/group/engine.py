@@ -1,6 +1,6 @@
-"""The group engine: the oracle's Jacobians without the rows that rollouts have in common.
+"""The group engine: the oracle's Jacobians, running once the rows that rollouts have in common.
 
-Begin with the worked example in docs/engine.md, eight tokens row by row; the words are in docs/glossary.md.
+Start with the worked example in docs/engine.md, which follows eight tokens row by row. Terms: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -35,24 +35,26 @@ class GroupEngine(ModelEngine):
     """Computes Jacobians of whole groups; rows that rollouts have in common are run once.
 
     A rollout is cut into a stem, which it shares with all rollouts and counterfactuals of its prompt, and stages after
-    it (`cepo.jacobian.group.cuts`). The model's own modules run each segment on the keys and values of the ones before
-    it, which enter as detached leaves. The backward pass goes from the last stage to the stem
+    it (`cepo.jacobian.group.cuts`). The model's own modules run each segment on the keys and values of the segments
+    before it, which enter as detached leaves. The backward pass goes from the last stage to the stem
     (`cepo.jacobian.group.chunk`). A blocked span is a stage whose cotangents are dropped.
 
-    Equal to `JacobianEngine` to rounding, whatever the batch and the chunks. Serves every causal LM whose layers all
-    attend over a standard key-value cache. The others (sliding windows, hybrid or recurrent layers, attention that does
-    not go through transformers' interface) are handed to the oracle, and the reason is logged once. So are requests
-    with a rollout beyond the length from which rotary tables change (LongRoPE), see `cepo.jacobian.rotary`.
+    Results equal those of `JacobianEngine` up to rounding, whatever the batches and chunks. The engine serves every
+    causal LM whose layers all attend over a standard key-value cache. Others (sliding windows, hybrid or recurrent
+    layers, attention that does not go through transformers' interface) are handed to the oracle, and the reason is
+    logged once. So are requests with a rollout longer than the length at which rotary tables change (LongRoPE), see
+    `cepo.jacobian.rotary`.
 
     Args:
         model: a causal LM, PEFT-wrapped or not.
         adapters: False runs the base model with its adapters disabled (PEFT models only).
-        memory_budget: bytes that one call may add to what the model holds. None: half of what is free.
-        kernels: "torch" for plain PyTorch; "auto" for the Triton kernels where the model is on CUDA and they agree with
-            the oracle in a trial; "triton" for them, refused where they cannot run. See `cepo.jacobian.group.swaps`.
+        memory_budget: bytes that one call may use besides the model, above 0. None: half of the free memory.
+        kernels: "torch" for plain PyTorch; "auto" for the Triton kernels if the model is on CUDA and they agree with
+            the oracle in a trial; "triton" for the kernels, or an error where they cannot run. See
+            `cepo.jacobian.group.swaps`.
 
     Raises:
-        ValueError: as `JacobianEngine`, or for a budget that is not positive, or kernels that cannot run.
+        ValueError: as `JacobianEngine`; for a budget that is not positive; for kernels that cannot run.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class GroupEngine(ModelEngine):
         self._oracle = JacobianEngine(self._held)
         self._budget, self._over_budget, self._was_unsettled = memory_budget, False, False
         self._trial: Served | str | None = None
-        takes_over(kernels, self._held.embedding.weight)  # refuses kernels that cannot run
+        takes_over(kernels, self._held.embedding.weight)  # raises for kernels that cannot run
 
     @property
     def unserved(self) -> str | None:
@@ -80,7 +82,7 @@ class GroupEngine(ModelEngine):
 
     @property
     def swaps(self) -> Swaps:
-        """What the kernels take over of the model; nothing where the oracle serves it."""
+        """What the kernels replace in the model; nothing if the oracle serves it."""
         served = self._tried()
         return Swaps() if isinstance(served, str) else served.model.swaps
 
@@ -88,11 +90,12 @@ class GroupEngine(ModelEngine):
         """Return what `compute` would run, without running it.
 
         Args:
-            requests: what would be computed, or a group for its Jacobians without counterfactuals.
-            links: of a group; by default Z->X, X->Y and Z->Y of its first, second and last span.
+            requests: the requests, or a group for its Jacobians without counterfactuals.
+            links: the links of a group; by default Z->X, X->Y and Z->Y of its first, second and last span.
 
         Raises:
-            ValueError: if a rollout is malformed or refused, or the oracle serves the model (it has no plan).
+            ValueError: if a rollout is malformed or refused, or the oracle serves the model, for which there is no
+                plan.
         """
         self._check([requests] if isinstance(requests, Group) else (request.group for request in requests))
         if isinstance(requests, Group):
@@ -101,7 +104,7 @@ class GroupEngine(ModelEngine):
         return plan_of(work, served.cost)
 
     def plan_paths(self, requests: Sequence[PathRequest]) -> Plan:
-        """Return what `paths` would run, without running it; of nodes "auto", the first.
+        """Return what `paths` would run, without running it; for nodes "auto", the first round with one node.
 
         Raises:
             ValueError: as `plan`.
@@ -111,7 +114,7 @@ class GroupEngine(ModelEngine):
         return plan_paths(requests, served.cost, self._budget_now())
 
     def _planned(self, requests: Sequence[Request] | Sequence[PathRequest]) -> Served:
-        """Return the model, or raise ValueError where the oracle serves it or a request."""
+        """Return the model, or raise ValueError if the oracle serves it or one of the requests."""
         served = self._tried()
         reasons = (served if isinstance(served, str) else self._unsettled(request) for request in requests)
         reason = next((one for one in reasons if one is not None), None)
@@ -122,9 +125,9 @@ class GroupEngine(ModelEngine):
     def compute(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Yield the answer to each request, in order; see `cepo.jacobian.protocol.Request`.
 
-        Consecutive requests of one prompt share its stem, and prompts that begin alike share that beginning where no
-        link differentiates it. Requests of several prompts run as one batch where each alone is too small to fill one;
-        the answers to a few batches are computed before the first of them is yielded.
+        Consecutive requests of one prompt share its stem, and prompts share their common prefix if no link
+        differentiates it. Requests of several prompts run as one batch if each is too small to fill one; the answers to
+        a few batches are computed before the first of them is yielded.
 
         Raises:
             ValueError: if a rollout is malformed or refused, before the first is run.
@@ -153,8 +156,8 @@ class GroupEngine(ModelEngine):
     def paths(self, requests: Sequence[PathRequest]) -> Iterator[PathAnswer]:
         """Yield the answer to each path request, in order; see `cepo.jacobian.protocol.PathRequest`.
 
-        What the rollouts of a prompt begin with is run once, and so is what a rollout shares with its counterfactuals.
-        Small requests without nodes that follow one another are answered together.
+        The common prefix of a prompt's rollouts is run once, and so is that of a rollout and its counterfactuals.
+        Consecutive small requests without nodes are answered together.
 
         Raises:
             ValueError: if a rollout or a counterfactual is malformed or refused, before the first is run.
@@ -172,7 +175,7 @@ class GroupEngine(ModelEngine):
                 yield from answers
 
     def _by_server(self, requests: Sequence[AnyRequest]) -> Iterator[tuple[Served | None, list[AnyRequest]]]:
-        """Yield requests that follow one another and are served alike, with the model, or None for the oracle's."""
+        """Yield runs of consecutive requests with the model that serves them; None stands for the oracle."""
         served = self._tried()
         if isinstance(served, str):
             yield None, list(requests)
@@ -181,7 +184,7 @@ class GroupEngine(ModelEngine):
             yield (served if settled else None), list(alike)
 
     def _unsettled(self, request: Request | PathRequest) -> str | None:
-        """Return why the oracle takes a request with rollouts too long for rotary tables of their parts, or None."""
+        """Return why a request is too long for segments, whose rotary tables would differ, or None."""
         others = request.counterfactuals if isinstance(request, PathRequest) else ()
         rollouts = [*request.group.rollouts, *(other for of_one in others for other in of_one)]
         longest, settled = max(len(rollout.token_ids) for rollout in rollouts), self._held.settled_length
@@ -219,7 +222,7 @@ class GroupEngine(ModelEngine):
         return answers
 
     def _fitting(self, requests: Sequence[Request], served: Served) -> tuple[Served, Schedule]:
-        """Return the model, recomputed in the backward pass where the requests exceed the budget else; and the work."""
+        """Return the model, with recomputation if the requests would otherwise exceed the budget, and the schedule."""
         budget = self._budget_now()
         work = schedule(requests, served.cost, budget)
         if served.lean is None or plan_of(work, served.cost).peak_bytes <= budget:
@@ -227,7 +230,7 @@ class GroupEngine(ModelEngine):
         return served.lean, schedule(requests, served.lean.cost, budget)
 
     def _fitting_paths(self, requests: Sequence[PathRequest], served: Served) -> Served:
-        """Return the model likewise for path requests; values alone keep nothing that could be recomputed."""
+        """Return the model likewise for path requests; those without nodes keep nothing that could be recomputed."""
         if served.lean is None or not any(request.nodes for request in requests):
             return served
         budget = self._budget_now()
@@ -249,7 +252,7 @@ class GroupEngine(ModelEngine):
         return self._budget if self._budget is not None else free_memory(self._held.embedding.weight.device) / 2
 
     def _tried(self) -> Served | str:
-        """Return the model as it is served, or why it is not; tried once."""
+        """Return the served model, or why it is not served; tried once."""
         if self._trial is None:
             try:
                 self._trial = try_segments(self._held, self._oracle, self.kernels)

@@ -1,4 +1,4 @@
-"""What to do where memory runs out: run less at once, of everything, with the same results."""
+"""When memory runs out, run half as much at once, with the same results."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ logger = logging.getLogger("cepo")
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
-# Of PyTorch's allocators, of the CUDA driver, and of cuBLAS, which asks the driver itself.
+# Messages of PyTorch's allocators, of the CUDA driver, and of cuBLAS, which allocates from the driver.
 _TOLD = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
 class AtOnce:
-    """How much runs at once; each at least 1.
+    """How much runs at once; each number is at least 1.
 
     Attributes:
-        sequences: rollouts of a chunk, or sequences of a path.
+        sequences: rollouts of a chunk, or branches of a path request.
         passes: cotangents of each sequence that go back through its own tokens.
         in_stem: cotangents, of all sequences together, that go back through what they share.
     """
@@ -44,15 +44,15 @@ class AtOnce:
 def run_in_parts(
     items: Sequence[Item], at_once: AtOnce, run: Callable[[Sequence[Item], AtOnce], Found]
 ) -> Iterator[Found]:
-    """Yield what `run` returns for parts of the items; a part that runs out of memory is halved, as are later ones.
+    """Yield what `run` returns for parts of the items; when memory runs out, that part and later ones are halved.
 
     Args:
         items: what is run, in order.
-        at_once: how much at first.
-        run: runs a part, with how much of it at once; what it returns must not depend on either.
+        at_once: how much to run at once at first.
+        run: runs a part, this much at once; its results must not depend on either.
 
     Raises:
-        RuntimeError: of the device or the allocator, where one of everything is too much.
+        RuntimeError: of the device or the allocator, if even one of everything is too much.
     """
     start = 0
     while start < len(items):
@@ -78,7 +78,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def release_memory() -> None:
-    """Free what a failed attempt held; call it outside of the handler, whose traceback holds that too."""
+    """Free what a failed attempt held; call it outside of the except block, whose traceback keeps tensors alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

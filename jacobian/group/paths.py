@@ -1,4 +1,4 @@
-"""Path requests in the group engine: values of counterfactuals, and gradients on the paths to them."""
+"""Path requests in the group engine: values of counterfactuals, and gradients along the paths from them."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ from cepo.jacobian.targets import Term, target_terms
 
 _NOTHING = Past([], ())
 Read = TypeVar("Read")
-# From branches, their run, the step of each and how many cotangents go back at once, what is read by variant's index.
+# (branches, their run, their steps, how many cotangents go back at once) -> results by the index of the variant.
 Reader: TypeAlias = Callable[[Branches, SegmentRun, Tensor, int], dict[int, Read]]
 Values: TypeAlias = dict[int, float]
 """The value of a variant's target functions, by the index of the pass."""
 
 
 class PathRunner:
-    """Answers path requests of one model; requests that follow one another share what they begin with.
+    """Answers path requests of one model; consecutive requests share their common prefix.
 
     Args:
         served: the model.
-        budget: bytes that may be added to what the model holds.
+        budget: bytes that may be used besides the model.
     """
 
     def __init__(self, served: Served, budget: float) -> None:
         self._served, self._budget = served, budget
-        self._before: PrefixTree | None = None  # what was run last, and the keys and values of what it shared
+        self._before: PrefixTree | None = None  # the tree that was run last, whose shared keys and values follow
         self._opening = self._stems = self._rollouts = _NOTHING
 
     def answers(self, requests: Sequence[PathRequest]) -> list[PathAnswer]:
-        """Return the answers to requests, their values computed together; inside `model.prepared()`."""
+        """Return the answers to requests, whose values are computed together; inside `model.prepared()`."""
         variants = value_variants(requests)
         found: dict[int, Values] = {}
         for tree in trees_of(variants, self._served.cost, self._budget):
@@ -81,7 +81,7 @@ class PathRunner:
         return answers
 
     def _contract(self, request: PathRequest, points: Sequence[Point]) -> list[dict[Pass, Tensor]]:
-        """Return the rows of the gradient at each point times those of the path's step, by pass."""
+        """Return each pass's gradient at each point, contracted row by row with the path's step; see `path_answer`."""
         passes, source = passes_of(request.links), request.links[0].source
         variants = point_variants(request, points)
 
@@ -96,7 +96,7 @@ class PathRunner:
             rows_CBT = torch.cat([_contracted(leaf_CBTD, step_BTD) for _, (leaf_CBTD,) in parts])
             found = {}
             for place, (index, _, start) in enumerate(branches.placed):
-                # A source may begin before the first token that differs: there is no step there.
+                # A source may begin before the first token that differs, where the step is 0.
                 at = [position - start for position in variants[index].rollout.spans[source].positions]
                 before = rows_CBT.new_zeros(sum(row < 0 for row in at))
                 kept = [row for row in at if row >= 0]
@@ -110,8 +110,8 @@ class PathRunner:
         return [found[index] for index in range(len(variants))]
 
     def _run_shared(self, tree: PrefixTree) -> dict[int, Values]:
-        """Run what branches share, if not run for those before them; return the values of rollouts themselves."""
-        before, self._before = self._before, None  # in case that memory runs out
+        """Run what branches share, unless the last tree's can be reused; return the values of the rollouts."""
+        before, self._before = self._before, None  # in case memory runs out
         if not tree.has_stems_of(before):
             self._stems = self._rollouts = _NOTHING  # freed before the next ones are built
             self._opening = self._opening_after(before.opening if before is not None else None, tree.opening)
@@ -125,7 +125,7 @@ class PathRunner:
         return values
 
     def _opening_after(self, before: Segment | None, opening: Segment | None) -> Past:
-        """Return the keys and values of an opening that continues the one before it."""
+        """Return the keys and values of an opening, reusing those of its common prefix with the preceding one."""
         shared, new = opening_after(before, opening)
         keys_values = [tensor[:, :, :shared] for tensor in self._opening.keys_values] if shared else []
         if new is not None:
@@ -137,7 +137,7 @@ class PathRunner:
     def _past_of(
         self, segment: Segment, parts: Sequence[tuple[Sequence[int], Segment]], stem_of: Sequence[int] = ()
     ) -> tuple[Past, dict[int, Values]]:
-        """Return the keys and values of a segment after the opening and, if any, stems; and what its head reads."""
+        """Return the keys and values of a segment after the opening and, if any, stems; and the values at its head."""
         whole: KeyValues = []
         values: dict[int, Values] = {}
 
@@ -160,11 +160,11 @@ class PathRunner:
         return Past(whole, tuple(map(len, segment.ids))), values
 
     def _after_opening(self, stems: Sequence[int]) -> tuple[Past, ...]:
-        """Return the stems at these places; nothing where the opening is the stem."""
+        """Return the stems with these indices; nothing if the opening is the stem."""
         return (self._stems.leaves(stems, differentiated=False),) if self._stems.keys_values and stems else ()
 
     def _run_branches(self, tree: PrefixTree, passes: int, read: Reader[Read]) -> dict[int, Read]:
-        """Return what is read of each branch, by the index of its variant."""
+        """Return the result of `read` for each branch, by the index of its variant."""
         found: dict[int, Read] = {}
 
         def run(placed: Sequence[Placed], at_once: AtOnce) -> dict[int, Read]:
@@ -176,7 +176,7 @@ class PathRunner:
         return found
 
     def _run_at_once(self, branches: Branches, tree: PrefixTree) -> tuple[SegmentRun, Tensor]:
-        """Return a run of branches, and the step of each from its counterfactual (empty where only values are read)."""
+        """Return a run of branches, and the step E(X) - E(X') of each (empty if only values are read)."""
         segment, embedding = branches.segment, self._served.model.held.embedding
         device, step_BTD = embedding.weight.device, torch.empty(0)
 
@@ -195,7 +195,7 @@ class PathRunner:
 
         rollouts = [rollout for _, rollout, _ in branches.placed]
         past = [self._opening, *self._after_opening([tree.stem_of[rollout] for rollout in rollouts])]
-        if tree.rollouts is not None:  # each up to where its branch leaves it
+        if tree.rollouts is not None:  # each rollout up to where its branch leaves it
             lengths = tuple(start - tree.rollouts.starts[rollout] for _, rollout, start in branches.placed)
             narrow = Past(
                 [tensor[:, :, : max(lengths)] for tensor in self._rollouts.keys_values], self._rollouts.lengths
@@ -206,7 +206,7 @@ class PathRunner:
 
 
 def _values(segment: Segment, run: SegmentRun) -> dict[int, Values]:
-    """Return what the head of a segment reads, by the index of the variant."""
+    """Return the values of target functions at the head of a segment, by the index of the variant."""
     found: dict[int, Values] = {}
     for row, value in zip(segment.head, run.values_P.double().tolist(), strict=True):
         of_variant = found.setdefault(row.job, {})
@@ -215,15 +215,15 @@ def _values(segment: Segment, run: SegmentRun) -> dict[int, Values]:
 
 
 def _contracted(leaf_CBTD: Tensor, step_BTD: Tensor) -> Tensor:
-    """Return each row of a gradient times the row of the step, (C, B, T), in float64 on the CPU."""
+    """Return the inner products of the rows of gradient and step, (C, B, T), in float64 on the CPU."""
     return (leaf_CBTD.to(step_BTD.dtype) * step_BTD).double().sum(-1).cpu()
 
 
 def together(requests: Sequence[PathRequest], cost: CostModel) -> list[list[PathRequest]]:
-    """Return requests in runs that are answered together: of values alone, as many as make a few full batches.
+    """Return requests in runs that are answered together: without nodes, as many as make a few full batches.
 
-    Requests of values of the same rollouts stay together, whatever they take: the rollouts are run once for all. A
-    request with nodes is answered alone.
+    Requests without nodes for the same rollouts stay together, whatever their size: the rollouts are run once for all.
+    A request with nodes is answered by itself.
     """
     found: list[list[PathRequest]] = []
     rows = 0
@@ -242,7 +242,7 @@ def together(requests: Sequence[PathRequest], cost: CostModel) -> list[list[Path
 
 
 def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) -> Plan:
-    """Return the plan of path requests; of nodes "auto", the first."""
+    """Return the plan of path requests; for nodes "auto", of the first round with one node."""
     work: list[PrefixTree] = []
     for run in together(requests, cost):
         work += trees_of(value_variants(run), cost, budget)
@@ -260,7 +260,7 @@ def plan_paths(requests: Sequence[PathRequest], cost: CostModel, budget: float) 
 
 
 def value_variants(requests: Sequence[PathRequest]) -> list[Variant]:
-    """Return each rollout of requests, followed by its counterfactuals; a rollout of several requests is one family."""
+    """Return each rollout of requests, followed by its counterfactuals; equal rollouts belong to one family."""
     families: dict[tuple[int, ...], int] = {}
     return [
         Variant(families.setdefault(rollout.token_ids, len(families)), each, _terms(request, each))

@@ -1,10 +1,10 @@
-"""How the variants of path requests are arranged as prefix trees, so that common tokens run once; without tensors.
+"""Arrange the variants of path requests as prefix trees, so that common tokens are run once; without tensors.
 
 Variants are a rollout, its counterfactuals, and points between the two. All variants of a prompt share a stem. After it
-the rollout itself is run, once for all that is asked of it; every other variant leaves it at the first token in which
-they differ, and runs alone from there, in a branch that ends at the last row that predicts a target. Prompts that are
-too short to fill a batch run as one: what their stems begin with is their opening. Nothing is ever sent back into what
-branches share: the gradient is wanted at the source alone, which lies in the branch.
+the rollout itself is run, once for all requests. Every other variant leaves it at the first token at which they differ,
+and runs from there by itself, in a branch that ends at the last row that predicts a target. Prompts that are too short
+to fill a batch run as one, with the common prefix of their stems as their opening. No gradient goes back into what
+branches share: it is needed only at the source, which lies in the branch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cepo.jacobian.records import Rollout
 from cepo.jacobian.targets import Term
 
 Placed = tuple[int, int, int]
-"""Of a branch the index of its variant, the index of the rollout that it leaves, and where it starts."""
+"""A branch: the index of its variant, the index of the rollout that it leaves, and the position where it starts."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Variant:
     """A sequence to run: a rollout, a counterfactual, or a point between the two.
 
     Attributes:
-        family: the variants of one rollout have the same.
-        rollout: whose tokens are run.
-        terms: of each pass, what is read of it.
-        other: the counterfactual towards which the embeddings are moved, or None.
-        fraction: how far they are from it, in [0, 1].
+        family: the same for all variants of one rollout.
+        rollout: the rollout whose tokens are run.
+        terms: the terms of each pass's target function.
+        other: for a point on a path, the counterfactual from which it starts; else None.
+        fraction: the point's place on the path, in [0, 1]; 0 is the counterfactual.
     """
 
     family: int
@@ -51,11 +51,11 @@ class Variant:
         return max(term.position for terms in self.terms for term in terms) - 1
 
     def is_run_as(self, ids: Sequence[int]) -> bool:
-        """Return whether a run of these tokens is its own."""
+        """Return whether this variant is exactly these tokens."""
         return self.other is None and self.rollout.token_ids == ids
 
     def leaves(self, ids: Sequence[int]) -> int:
-        """Return where its branch leaves a run of these tokens: where either end of its path differs, or it is read."""
+        """Return where its branch leaves these tokens: where an end of its path first differs, or it is first read."""
         ends = [end.token_ids for end in (self.rollout, self.other) if end is not None]
         return min(shared_length([ids, *ends]), self.first_row)
 
@@ -65,7 +65,7 @@ class Branches:
     """Branches that run at once.
 
     Attributes:
-        placed: where each leaves what it shares.
+        placed: where each leaves its rollout.
         segment: their tokens and head rows.
     """
 
@@ -78,10 +78,11 @@ class PrefixTree:
     """The variants of one prompt, or of several that run as one batch.
 
     Attributes:
-        variants: those of all prompts.
-        opening: tokens shared by all of them; None where they share none.
+        variants: the variants of all prompts.
+        opening: tokens shared by all of them; None if they share none.
         stems: what the variants of each prompt share after it, ragged; None for one prompt, whose stem is the opening.
-        rollouts: rollouts after their stems, ragged, as far as anything reads them; None where all leave at the stem.
+        rollouts: the rollouts after their stems, ragged, as far as anything reads them; None if all variants leave at
+            the stem.
         stem_of: for each rollout the index of its stem.
         placed: the branches.
         rollout_rows: rows of rollouts that fit the budget.
@@ -98,15 +99,15 @@ class PrefixTree:
     branches_at_once: int = 1
 
     def rollout_parts(self) -> list[tuple[tuple[int, ...], Segment]]:
-        """Return its rollouts as they run, if memory lasts, each part with the indices of its rollouts."""
+        """Return its rollouts in the parts that run at once, if memory suffices, with the indices of each part."""
         return parts_of(self.rollouts, self.rollout_rows) if self.rollouts is not None else []
 
     def has_stems_of(self, before: PrefixTree | None) -> bool:
-        """Return whether its opening and stems are those of the tree before it."""
+        """Return whether its opening and stems are those of the preceding tree."""
         return before is not None and (self.opening, self.stems) == (before.opening, before.stems)
 
     def has_rollouts_of(self, before: PrefixTree | None) -> bool:
-        """Return whether its rollouts were run for the tree before it, as far as its branches read them."""
+        """Return whether the preceding tree ran its rollouts, as far as its branches read them."""
         if self.rollouts is None:
             return True
         if before is None or before.rollouts is None or self.rollouts.head or not self.has_stems_of(before):
@@ -117,7 +118,7 @@ class PrefixTree:
         )
 
     def branches(self) -> list[Branches]:
-        """Return its branches as they run, if memory lasts."""
+        """Return its branches in the batches that run at once, if memory suffices."""
         size = self.branches_at_once
         return [branches_of(self.variants, self.placed[at : at + size]) for at in range(0, len(self.placed), size)]
 
@@ -126,9 +127,9 @@ def trees_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> lis
     """Return the prefix trees of variants, prompts in order of first appearance.
 
     Args:
-        variants: all with a counterfactual to move towards, which are differentiated, or all without.
-        cost: of the model.
-        budget: bytes that may be added to what the model holds.
+        variants: either all points on paths, which are differentiated, or none.
+        cost: the model's costs.
+        budget: bytes that may be used besides the model.
     """
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, variant in enumerate(variants):
@@ -141,7 +142,7 @@ def trees_of(variants: Sequence[Variant], cost: CostModel, budget: float) -> lis
 
 
 def _small_enough(prompts: Sequence[tuple[int, ...]], rows: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yield runs of prompts that fit in `rows` after their common beginning; a longer prompt is a run of its own."""
+    """Yield runs of prompts that fit in `rows` after their common prefix; a longer prompt is a run by itself."""
     run: list[tuple[int, ...]] = []
     for prompt in prompts:
         more = [*run, prompt]
@@ -156,7 +157,7 @@ def _small_enough(prompts: Sequence[tuple[int, ...]], rows: int) -> Iterator[lis
 def _within_budget(
     variants: Sequence[Variant], members: Sequence[Sequence[int]], cost: CostModel, budget: float
 ) -> list[PrefixTree]:
-    """Return the trees of prompts, fewer of them at once where what they share takes more than half the budget."""
+    """Return the trees of prompts, with fewer prompts per tree if their shared parts take over half the budget."""
     found = _tree(variants, members, cost, budget)
     if len(members) == 1 or cost.held_bytes(shared_bytes(found, cost)) <= budget / 2:
         return [found]
@@ -171,10 +172,10 @@ def plan_of_trees(work: Sequence[PrefixTree], passes: int, cost: CostModel) -> P
     """Return the rows, FLOPs and memory that trees add up to.
 
     Args:
-        work: from `trees_of`; what an opening has in common with the one before it, and equal stems and rollouts that
-            follow each other, are run once.
+        work: from `trees_of`; the common prefix of consecutive openings, and consecutive equal stems and rollouts, are
+            run once.
         passes: cotangents that go back through each differentiated branch.
-        cost: of the model.
+        cost: the model's costs.
     """
     tally = Tally(cost, "stem", "rollouts", "branches")
     sizes: list[int] = []
@@ -198,7 +199,7 @@ def plan_of_trees(work: Sequence[PrefixTree], passes: int, cost: CostModel) -> P
 
 
 def opening_after(before: Segment | None, opening: Segment | None) -> tuple[int, Segment | None]:
-    """Return how many tokens an opening has in common with the one before it, and the rest, if any."""
+    """Return the length of an opening's common prefix with the preceding one, and the rest, if any."""
     if opening is None:
         return 0, None
     ids = opening.ids[0]
@@ -207,9 +208,9 @@ def opening_after(before: Segment | None, opening: Segment | None) -> tuple[int,
 
 
 def parts_of(segment: Segment, rows: int) -> list[tuple[tuple[int, ...], Segment]]:
-    """Return the sequences of a segment, longest first, in parts of at most `rows`, each part with their places.
+    """Return a segment's sequences, longest first, in parts of at most `rows`, with the indices of each part.
 
-    Sequences without tokens are left out.
+    Empty sequences are left out.
     """
     order = sorted((at for at, ids in enumerate(segment.ids) if ids), key=lambda at: -len(segment.ids[at]))
     found, start = [], 0
@@ -222,7 +223,7 @@ def parts_of(segment: Segment, rows: int) -> list[tuple[tuple[int, ...], Segment
 
 
 def sequences_of(segment: Segment, places: Sequence[int]) -> Segment:
-    """Return some sequences of a segment, with their rows of the head."""
+    """Return the segment that consists of some sequences, with their rows of the head."""
     new = {place: sequence for sequence, place in enumerate(places)}
     return Segment(
         tuple(segment.ids[at] for at in places),
@@ -232,7 +233,7 @@ def sequences_of(segment: Segment, places: Sequence[int]) -> Segment:
 
 
 def expanded(tree: PrefixTree) -> int:
-    """Return how many tokens before a branch all branches read without a copy of their own."""
+    """Return how many tokens before branches are read by all of them without a copy per branch."""
     return tree.opening.length if tree.opening is not None else 0
 
 
@@ -243,25 +244,25 @@ def shared_bytes(tree: PrefixTree, cost: CostModel) -> float:
 
 
 def branches_bytes(branches: Branches, passes: int, shared: int, cost: CostModel) -> float:
-    """Return the bytes of running branches, beside what they share; `shared` tokens of it are not copied."""
+    """Return the bytes of running branches, without what they share, of which `shared` tokens are not copied."""
     segment = branches.segment
     count, past = len(segment.ids), max(segment.starts)
     needed = cost.cache(count, past - shared) + 2.0 * cost.cache(count, segment.length)
     work = cost.forward(count, segment.length, past, differentiated=segment.differentiated) + cost.head_bytes(segment)
     if segment.differentiated:
-        moved = 16.0 * count * segment.length * cost.width  # the embeddings of both ends, and what lies between
+        moved = 16.0 * count * segment.length * cost.width  # the embeddings of both ends and of the point between
         needed += cost.graph(count, segment.length, past) + moved
         work = max(work, cost.backward(passes, count, segment.length, past))
     return needed + work
 
 
 def _shared_forward_bytes(tree: PrefixTree, cost: CostModel) -> float:
-    """Return what the forward passes of all that branches share work with, beside their keys and values."""
+    """Return the most bytes that the forward passes of shared parts take besides their keys and values."""
     opening, past = tree.opening, 0
     most = 0.0
     if opening is not None:
         past = opening.length
-        most = cost.forward(1, past, 0) + cost.cache(1, past)  # the latter where it continues the one before
+        most = cost.forward(1, past, 0) + cost.cache(1, past)  # the latter if it continues the preceding one
     if tree.stems is not None:
         most = max(most, cost.forward(len(tree.stems.ids), tree.stems.length, past))
     for _, part in tree.rollout_parts():
@@ -270,7 +271,7 @@ def _shared_forward_bytes(tree: PrefixTree, cost: CostModel) -> float:
 
 
 def _rollout_bytes(part: Segment, shared: int, cost: CostModel) -> float:
-    """Return the bytes of running rollouts, beside what they share; `shared` tokens of it are not copied."""
+    """Return the bytes of running rollouts, without what they share, of which `shared` tokens are not copied."""
     count, past = len(part.ids), max(part.starts)
     copies = cost.cache(count, past - shared) + 2.0 * cost.cache(count, part.length)
     return copies + cost.forward(count, part.length, past) + cost.head_bytes(part)
@@ -305,7 +306,7 @@ def _tree(variants: Sequence[Variant], members: Sequence[Sequence[int]], cost: C
         for number, terms in enumerate(variants[index].terms)
         for term in terms
     )
-    # Neighbours of equal length need least padding.
+    # Batches of similar length need least padding.
     placed.sort(key=lambda each: each[2] - variants[each[0]].last_row)
     found = PrefixTree(
         variants,
@@ -336,7 +337,7 @@ def _sized(tree: PrefixTree, cost: CostModel, room: float) -> PrefixTree:
 
 
 def branches_of(variants: Sequence[Variant], members: Sequence[Placed]) -> Branches:
-    """Return the branches of some variants, which run at once; `members` as in `PrefixTree.placed`."""
+    """Return branches that run at once; `members` as in `PrefixTree.placed`."""
     ids, head = [], []
     for place, (index, _, start) in enumerate(members):
         variant = variants[index]

@@ -1,7 +1,7 @@
-"""Modules that are run again in the backward pass, so that a graph keeps what enters them and nothing from inside.
+"""Recompute modules in the backward pass (checkpointing), so that the graph keeps their inputs and nothing inside.
 
-MLPs and attention weights are most of what a graph keeps besides keys, values and hidden states. Running them again
-costs one of their forward passes for each backward pass of a segment, however many cotangents go back at once.
+MLPs and attention weights are most of what a graph keeps besides keys, values and hidden states. Recomputing them costs
+one of their forward passes per backward pass of a segment, however many cotangents go back at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cepo.kernels.cotangents import differentiable
 
 
 def recomputing(swaps: Swaps, modules: Sequence[nn.Module]) -> Swaps:
-    """Return the swaps with all attention and these modules recomputed, each by its kernels where it has some."""
+    """Return the swaps with all attention and these modules recomputed, each with its kernels if it has any."""
     forwards = dict(swaps.forwards)
     for module in modules:
         own = partial(type(module).forward, module)
@@ -30,9 +30,9 @@ def recomputing(swaps: Swaps, modules: Sequence[nn.Module]) -> Swaps:
 
 @contextmanager
 def watching_mlps(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, None]]:
-    """Collect the modules of decoder layers that can be recomputed, as keys, while the model runs in this context.
+    """Collect the modules that can be recomputed, as keys, while the model runs in this context.
 
-    They stand directly in a layer, have layers of their own, and map one tensor to one tensor.
+    They are direct children of a decoder layer, have children of their own, and map one tensor to one tensor.
     """
     found: dict[nn.Module, None] = {}
 
@@ -64,9 +64,9 @@ def _vjp(forward: Forward, cotangent_C: Tensor, hidden: Tensor) -> tuple[Tensor]
         entered = hidden.detach().requires_grad_()
         output = forward(entered)
 
-        def pull(cotangent: Tensor) -> Tensor:
+        def pull_back(cotangent: Tensor) -> Tensor:
             return torch.autograd.grad(output, entered, cotangent)[0]
 
         if len(cotangent_C) == 1:
-            return (pull(cotangent_C[0])[None],)
-        return (torch.func.vmap(pull)(cotangent_C),)
+            return (pull_back(cotangent_C[0])[None],)
+        return (torch.func.vmap(pull_back)(cotangent_C),)

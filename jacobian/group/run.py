@@ -1,4 +1,4 @@
-"""One segment: the model's own modules on the keys and values of what came before, and its backward pass."""
+"""Run one segment with the model's own modules on the keys and values before it, and run its backward pass."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cepo.jacobian.group.cuts import Segment
 from cepo.jacobian.group.swaps import KernelHead, Swaps, swapped
 from cepo.jacobian.model import HeldModel
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS, Head, LogitsHead, values_of_terms
-from cepo.kernels.attention.door import attend
+from cepo.kernels.attention.dispatch import attend
 
-# Keys and values, layer by layer: key of layer 0, value of layer 0, key of layer 1 ... each (B, J, L, E).
+# Key of layer 0, value of layer 0, key of layer 1, ..., each (B, J, L, E).
 KeyValues = list[Tensor]
 
 _ATTENTION = "cepo_prefix"
@@ -27,18 +27,18 @@ _ATTENTION = "cepo_prefix"
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values of a piece of what came before a segment.
+    """Keys and values of one piece of a segment's past.
 
     Attributes:
-        keys_values: right-padded; of each sequence of the segment, or of one that all of them share.
-        lengths: how many of them are real, of each sequence; one number where they are shared.
+        keys_values: right-padded; one row per sequence of the segment, or a single row that all of them share.
+        lengths: for each row, how many of its keys are not padding.
     """
 
     keys_values: KeyValues
     lengths: tuple[int, ...]
 
     def leaves(self, places: Sequence[int], differentiated: bool) -> Past:
-        """Return the piece for sequences that stand at these places of it, as new leaves."""
+        """Return the rows with these indices (any number of times the single row, if shared), as new leaves."""
         if len(self.lengths) == 1:  # expanded, not copied
             places = [0] * len(places)
             of_places = [tensor.detach().expand(len(places), -1, -1, -1) for tensor in self.keys_values]
@@ -56,13 +56,13 @@ class SegmentRun:
     """One forward pass of a segment: its outputs, its leaf, and the cotangents of the rows that the head read.
 
     Attributes:
-        keys_values: of the segment's own tokens.
-        leaf_BTD: what replaces the embeddings' output.
-        hidden_BTD: what enters the head.
+        keys_values: those of the segment's own tokens.
+        leaf_BTD: the leaf that replaces the embedding module's output.
+        hidden_BTD: the head's input.
         values_P: what each row of the segment's head adds to its target function, in float32 or wider; a number's
-            value stands at its first row.
-        head_PD: d(sum of the target functions) / d(hidden state), one row per row of the segment's head; empty where
-            the segment is not differentiated.
+            value is at its first row.
+        head_PD: d(sum of the target functions) / d(hidden state), one row per row of the segment's head; empty if the
+            segment is not differentiated.
     """
 
     keys_values: KeyValues
@@ -74,14 +74,14 @@ class SegmentRun:
 
 @dataclass(frozen=True)
 class SegmentModel:
-    """A model that is run segment by segment, and what the kernels take over of it."""
+    """A model that is run segment by segment, and what the kernels replace in it."""
 
     held: HeldModel
     swaps: Swaps
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """Prepare the model, with our attention and the kernels in place; restore everything on the way out."""
+        """Prepare the model, with prefix attention and the kernels in place; restore everything on exit."""
         with self.held.prepared(), _through_prefix_attention(self.held.causal_lm), swapped(self.swaps):
             yield
 
@@ -97,8 +97,8 @@ def run_segment(
     Args:
         model: the model.
         segment: its tokens and the rows of its head.
-        past: what came before the segment, piece by piece.
-        moved: what enters the first layer instead of the embeddings (B, T, D), as a function of them.
+        past: the pieces of its past, in order.
+        moved: maps the embeddings (B, T, D) to what enters the first layer in their place.
     """
     causal_lm, device, length = model.held.causal_lm, model.held.embedding.weight.device, segment.length
     ids_BT = torch.tensor([[*row, *[0] * (length - len(row))] for row in segment.ids], device=device)
@@ -124,7 +124,7 @@ def run_segment(
         nonlocal rows_PD
         run.hidden_BTD = inputs[0]
         rows_PD = inputs[0][rows[:, 0], rows[:, 1]] if read else inputs[0][0, :0]
-        # Where the kernels form the target functions, the model's own head gets no rows.
+        # If the kernels compute the target functions, the model's own head gets no rows.
         put_in_PD = rows_PD if model.swaps.head == "torch" else rows_PD[:0]
         return (put_in_PD[None], *inputs[1:])
 
@@ -164,19 +164,22 @@ def run_segment(
 def backward(
     run: SegmentRun, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor], *, keep: bool = False
 ) -> list[Tensor]:
-    """Return what C cotangents of a segment's outputs become at the inputs, each (C, *shape), in one batched pass.
+    """Return the gradients of the inputs under C cotangents of a segment's outputs, in one batched pass.
 
     Args:
         run: the segment.
-        cotangents: of its hidden states, then of its keys and values, (C, *shape) each; None is zero.
+        cotangents: of its hidden states, then of its keys and values, (C, *shape) each; None stands for zero.
         inputs: tensors of its graph.
         keep: whether the graph is needed again.
+
+    Returns:
+        One tensor (C, *shape) per input.
     """
     outputs = [run.hidden_BTD, *run.keys_values]
     given = [(output, sent) for output, sent in zip(outputs, cotangents, strict=True) if sent is not None]
 
-    def pull(*cotangent: Tensor) -> tuple[Tensor, ...]:
-        # An input that nothing reaches has a gradient of zeros.
+    def pull_back(*cotangent: Tensor) -> tuple[Tensor, ...]:
+        # Unused inputs get zeros.
         return torch.autograd.grad(
             [output for output, _ in given],
             list(inputs),
@@ -188,15 +191,15 @@ def backward(
 
     of_each = [sent_C for _, sent_C in given]
     if len(of_each[0]) == 1:  # batching a single cotangent only costs time
-        return [gradient[None] for gradient in pull(*(sent_C[0] for sent_C in of_each))]
-    # Not is_grads_batched: that is PyTorch's older vmap, which knows no rule of a custom function, ours included.
-    return list(torch.func.vmap(pull)(*of_each))
+        return [gradient[None] for gradient in pull_back(*(sent_C[0] for sent_C in of_each))]
+    # Not is_grads_batched: it is PyTorch's older vmap, which ignores the vmap rules of custom functions.
+    return list(torch.func.vmap(pull_back)(*of_each))
 
 
 def backward_in_parts(
     run: SegmentRun, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor], at_once: int, *, keep: bool = False
 ) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Yield what `backward` returns for some cotangents at a time, each with the slice of them that it is of."""
+    """Yield (slice, gradients): what `backward` returns for at most `at_once` cotangents at a time."""
     count = next(len(sent_C) for sent_C in cotangents if sent_C is not None)
     for start in range(0, count, at_once):
         part = slice(start, min(start + at_once, count))
@@ -206,7 +209,7 @@ def backward_in_parts(
 
 @contextlib.contextmanager
 def _through_prefix_attention(model: Any) -> Iterator[None]:
-    """Let the model's layers call our attention, by the name that it has in transformers."""
+    """Let the model's layers call prefix attention, which is registered with transformers by name."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     names = [(config, config._attn_implementation) for config in configs.values()]
     try:
@@ -219,7 +222,7 @@ def _through_prefix_attention(model: Any) -> Iterator[None]:
 
 
 class _SegmentCache(Cache):
-    """Collects the keys and values of a segment layer by layer, and gives our attention those before it."""
+    """Collects the keys and values of a segment layer by layer, and gives prefix attention those before it."""
 
     def __init__(self, past: list[Past], sequences: int, device: torch.device, swaps: Swaps) -> None:
         super().__init__(layers=[])
@@ -240,7 +243,7 @@ class _SegmentCache(Cache):
         return self.length
 
     def past_of_layer(self, like_BJTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values before the segment of the layer that was updated last, right-padded."""
+        """Return the past's keys and values of the layer that was updated last, right-padded."""
         layer = len(self.keys_values) - 2
         both = []
         for which in (layer, layer + 1):
@@ -254,12 +257,15 @@ class _SegmentCache(Cache):
 
 
 def _without_gaps(lengths: Sequence[Sequence[int]], widths: Sequence[int], device: torch.device) -> Tensor | None:
-    """Return which keys of pieces put together to take, so that all padding stands at the end; None for all of them.
+    """Return the order of the concatenated pieces' keys that moves all padding to the end; None if it is there.
 
     Args:
-        lengths: of each piece, how many keys of each sequence are real.
-        widths: of each piece, padding included.
-        device: where to put it.
+        lengths: for each piece, how many keys of each sequence are not padding.
+        widths: for each piece, its number of keys with padding.
+        device: the device of the result.
+
+    Returns:
+        Indices (B, L), int64, L the most keys of a sequence that are not padding.
     """
     if all(length == width for of_piece, width in list(zip(lengths, widths, strict=True))[:-1] for length in of_piece):
         return None
@@ -285,7 +291,7 @@ def _attend(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Run our attention through transformers' interface."""
+    """Prefix attention behind transformers' attention interface."""
     for name in ("s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
             raise ValueError(f"its attention uses {name}")

@@ -1,4 +1,4 @@
-"""The group engine's schedule, which it runs and its plan adds up: waves of prompts, their requests, chunks, stages."""
+"""The group engine's schedule, which it runs and from which plans are made: waves, batches, chunks and stages."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from cepo.jacobian.protocol import Request
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
 WAVE = 8
-"""Rows of what is answered together, over the rows that run at once: enough that the batches are full, and few enough
-that answers come soon and are small beside what computes them."""
+"""Rows of a wave relative to the rows that run at once: enough for full batches, and few enough that answers come soon
+and take little memory compared with their computation."""
 
 
 class Kind(NamedTuple):
     """What requests that run as one batch have in common.
 
     Attributes:
-        links: of each.
-        context_energy: of each.
-        stages: how many a rollout may have at most.
+        links: their links.
+        context_energy: whether they record it.
+        stages: most stages of a rollout.
     """
 
     links: tuple[Link, ...]
@@ -50,11 +50,11 @@ class Chunk:
 
     Attributes:
         jobs: the rollouts.
-        places: of each the sequence of the stem that it follows.
-        stages: what they run after the stem, first to last.
+        places: for each job the index of the stem's sequence that it continues.
+        stages: their stages after the stem, in order.
         entering: the passes whose cotangents enter the stem.
-        stem_rows: indices of the rows of the stem's head that serve these jobs.
-        stem_head: these rows; `job` is the place in the chunk.
+        stem_rows: indices of the rows of the stem's head that are read for these jobs.
+        stem_head: these rows; `job` is the index in the chunk.
     """
 
     jobs: tuple[Job, ...]
@@ -66,23 +66,23 @@ class Chunk:
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
-        """Of each job, how many before it follow the same sequence."""
+        """For each job, how many jobs before it continue the same sequence."""
         return tuple(self.places[:at].count(place) for at, place in enumerate(self.places))
 
     @property
     def stem_cotangents(self) -> int:
-        """How many cotangents of the whole stem go back through it, one per entering pass and slot."""
+        """Number of cotangents that go back through the whole stem: one per entering pass and slot."""
         return len(self.entering) * (max(self.slots) + 1)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Requests of one kind, and of prompts that run as one batch.
+    """Requests of one kind, for the prompts of one batch.
 
     Attributes:
         kind: what they have in common.
-        jobs: their rollouts: the longest of every prompt, then the next of every prompt ...
-        at_once: how much of it runs at once.
+        jobs: their rollouts: the longest of every prompt, then the second longest of every prompt, and so on.
+        at_once: how much runs at once.
     """
 
     kind: Kind
@@ -90,18 +90,18 @@ class Work:
     at_once: AtOnce
 
     def chunks(self, stem: Stem) -> list[Chunk]:
-        """Return its jobs in chunks, if memory lasts."""
+        """Return the chunks that run at once, if memory suffices."""
         size = self.at_once.sequences
         return [chunk_of(self.jobs[start : start + size], stem) for start in range(0, len(self.jobs), size)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts whose requests are alike, and run as one batch.
+    """Prompts with requests of the same kinds, which run as one batch.
 
     Attributes:
-        stems: of each prompt.
-        works: all of their requests.
+        stems: the stem of each prompt.
+        works: all of their requests, by kind.
     """
 
     stems: tuple[Stem, ...]
@@ -109,11 +109,11 @@ class Batch:
 
     @cached_property
     def stem(self) -> Stem:
-        """The stems as one."""
+        """All stems as one."""
         return joined(self.stems)
 
     def part(self, stems: Sequence[Stem]) -> Batch:
-        """Return what concerns some of the prompts."""
+        """Return the batch of some of its prompts, given their stems."""
         if len(stems) == len(self.stems):
             return self
         prompts = {prompt for stem in stems for prompt in stem.prompts}
@@ -123,11 +123,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Wave:
-    """Requests that follow one another and are answered together.
+    """Consecutive requests that are answered together.
 
     Attributes:
-        answers: for each request the numbers of its rollouts, or why it is not served.
-        batches: its work.
+        answers: for each request the numbers of its jobs, or why it is not served.
+        batches: their work.
     """
 
     answers: tuple[tuple[int, ...] | str, ...]
@@ -139,7 +139,7 @@ class Schedule:
     """All work of one call.
 
     Attributes:
-        opening: what prompts share, run before the first of them; None where it is not worth it.
+        opening: what all prompts share, run before the first of them; None if it is too short.
         waves: the requests in order.
     """
 
@@ -183,7 +183,7 @@ def schedule(requests: Sequence[Request], cost: CostModel, budget: float) -> Sch
 
 
 def bytes_needed(chunk: Chunk, stem: Stem, cost: CostModel) -> float:
-    """Return the bytes of a chunk's stages, those of the stem and what the allocator holds back included."""
+    """Return the bytes held for a chunk's stages and its stem, including the allocator's overhead."""
     passes = len(chunk.jobs[0].passes)
     stages = cost.stages_bytes(chunk.stages, passes, chunk.entering, stem)
     return cost.held_bytes(max(cost.stem_forward_bytes(stem), cost.stem_bytes(stem) + stages))
@@ -214,7 +214,7 @@ def chunk_of(jobs: Sequence[Job], stem: Stem) -> Chunk:
 
 
 def _in_waves(rows: Sequence[int], most: int) -> Iterator[range]:
-    """Yield runs of prompts with at most `most` rows together; a prompt with more is a run of its own."""
+    """Yield runs of prompts with at most `most` rows together; a prompt with more is a run by itself."""
     start = total = 0
     for prompt, of_prompt in enumerate(rows):
         if prompt > start and total + of_prompt > most:
@@ -228,7 +228,7 @@ def _in_waves(rows: Sequence[int], most: int) -> Iterator[range]:
 def _batches(
     prompts: Sequence[tuple[Stem, Mapping[Kind, Sequence[Job]]]], cost: CostModel, budget: float
 ) -> Iterator[Batch]:
-    """Yield the prompts in batches: alike, of about one length, and no more rows of their stems than run at once."""
+    """Yield batches of prompts: of the same kinds, of similar length, with at most `rows_at_once` rows of stems."""
     alike: dict[tuple[object, ...], list[tuple[Stem, Mapping[Kind, Sequence[Job]]]]] = {}
     for stem, kinds in prompts:
         key = (stem.opening, stem.constant is None, stem.segment.differentiated, *kinds)
@@ -244,7 +244,7 @@ def _batches(
 def _fitting(
     members: Sequence[tuple[Stem, Mapping[Kind, Sequence[Job]]]], cost: CostModel, budget: float
 ) -> Iterator[Batch]:
-    """Yield the prompts as one batch, or in halves where the budget does not let one rollout of each run at once."""
+    """Yield the prompts as one batch, or in halves if the budget does not let one rollout of each run at once."""
     stems = tuple(stem for stem, _ in members)
     stem, kinds = joined(stems), members[0][1]
     works = [_work(kind, [of_prompt[kind] for _, of_prompt in members], stem, cost, budget) for kind in kinds]
@@ -258,13 +258,13 @@ def _fitting(
 
 
 def _work(kind: Kind, jobs_of: Sequence[Sequence[Job]], stem: Stem, cost: CostModel, budget: float) -> Work:
-    """Return the work of one kind, given the jobs of each prompt of a stem."""
+    """Return the work of one kind, given the jobs of each prompt of a batch."""
     columns = zip_longest(*(sorted(jobs, key=lambda job: -job.cuts[-1]) for jobs in jobs_of))
     jobs = [job for column in columns for job in column if job is not None]
     prompts = len(stem.prompts)
     longest = max((stage.length for stage in chunk_of(jobs, stem).stages), default=1)
     size = min(len(jobs), max(1, cost.rows_at_once // longest))
-    size -= size % prompts if size > prompts else 0  # whole slots: each costs a backward pass through the stem
+    size -= size % prompts if size > prompts else 0  # full slots, since each slot costs a backward pass of the stem
     while size > 1 and bytes_needed(chunk_of(jobs[:size], stem), stem, cost) > budget:
         size = (size + 1) // 2
     at_once = AtOnce(size, len(jobs[0].passes), cost.stem_cotangents_at_once(stem, budget))
@@ -286,8 +286,8 @@ class Plan:
     """What a computation runs.
 
     Attributes:
-        rows: by segment: "opening" (shared by all prompts), "stem" (shared by a prompt's rollouts), "stages"; of path
-            requests "stem", "rollouts" (themselves, once for all that is asked of them), "branches" (counterfactuals).
+        rows: by segment: "opening" (shared by all prompts), "stem" (shared by a prompt's rollouts), "stages"; for path
+            requests "stem", "rollouts" (each run once for all requests), "branches" (counterfactuals and points).
         flops: floating-point operations of the matrix products; a mixture of experts is counted whole.
         peak_bytes: estimated peak of the memory that the computation adds to the model, allocator overhead included.
         chunks: rollouts in each chunk of the stages.
@@ -310,7 +310,7 @@ class Plan:
 
     @property
     def head_rows(self) -> int:
-        """Rows through the head, each once forward and once back."""
+        """Rows through the head; each goes back once too if it is differentiated."""
         return sum(row.head for row in self.rows)
 
     def __str__(self) -> str:
@@ -328,8 +328,8 @@ class Tally:
     """Adds up the rows, the FLOPs and the memory of what runs.
 
     Args:
-        cost: of the model.
-        kinds: of segments, in the order of the plan.
+        cost: the model's costs.
+        kinds: the kinds of segments, in the order of the plan.
     """
 
     def __init__(self, cost: CostModel, *kinds: str) -> None:
@@ -349,11 +349,11 @@ class Tally:
         self._flops += (4.0 if segment.differentiated else 2.0) * cost.head * head
 
     def reach(self, held_bytes: float) -> None:
-        """Note how many bytes are held at some moment; the plan reports the maximum."""
+        """Record the bytes held at some moment; the plan reports the maximum."""
         self._peak = max(self._peak, held_bytes)
 
     def plan(self, chunks: Sequence[int]) -> Plan:
-        """Return what was added up, beside the rollouts of each chunk."""
+        """Return the plan of what was added up, with the number of rollouts of each chunk."""
         return Plan(tuple(self._rows.values()), self._flops, self._peak, tuple(chunks))
 
 

@@ -3,13 +3,13 @@
 | operation | replaced if | otherwise |
 | --- | --- | --- |
 | attention | the head size is 16 to 128 | plain PyTorch, also batched |
-| RMS norm, of heads too | its name ends in RMSNorm, and a trial finds h / rms(h) * w, or (1 + w) | its own forward |
+| RMS norm, also per head | its class is a ...RMSNorm, and a trial finds h / rms(h) * w, or (1 + w) | its own forward |
 | gated MLP | it has gate_proj, up_proj and down_proj, and a trial finds down(silu(gate) * up) | its own forward |
 | head | a plain nn.Linear without bias whose output is the model's, unchanged, in a trial | logits and autograd |
 
-In an MLP only silu(gate) * up is replaced: its linear layers are called as modules, so adapters and hooks stay theirs.
-Rotary positions stay the model's own: its layers call a function of their source file, which is not a module. Of a
-policy that is sharded and read in step, the norms and MLPs of its layers are not there to be tried, and stay its own.
+In an MLP only silu(gate) * up is replaced: its linear layers are called as modules, so their adapters and hooks work.
+Rotary embeddings are not replaced: layers call a function for them, not a module. In a sharded policy that is gathered
+in step, the weights of norms and MLPs are not there to be tried, so these keep their own forwards.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cepo.kernels.attention.blocks import KEPT_BYTES
-from cepo.kernels.attention.door import HEAD_SIZES
-from cepo.kernels.head.door import head_log_likelihood, head_log_odds
+from cepo.kernels.attention.dispatch import HEAD_SIZES
+from cepo.kernels.head.dispatch import head_log_likelihood, head_log_odds
 from cepo.kernels.launch import Implementation, takes_over
-from cepo.kernels.norm.door import MAX_NORM_SIZE, rms_norm
-from cepo.kernels.swiglu.door import swiglu
+from cepo.kernels.norm.dispatch import MAX_NORM_SIZE, rms_norm
+from cepo.kernels.swiglu.dispatch import swiglu
 
 logger = logging.getLogger("cepo")
 
@@ -42,10 +42,10 @@ class Swaps:
     """What the kernels replace in one model; by default nothing.
 
     Attributes:
-        attention: which attention the layers call.
-        head: which implementation forms the targets at the head; "torch" goes through the model's logits.
+        attention: the implementation of attention.
+        head: the implementation of target functions at the head; "torch" goes through the model's logits.
         forwards: modules, each with the function that replaces its forward.
-        kept_bytes: up to how many bytes of scores per layer attention keeps its weights, see `attend`.
+        kept_bytes: attention keeps its weights if a layer's scores take at most this many bytes, see `attend`.
     """
 
     attention: Implementation = "torch"
@@ -57,13 +57,13 @@ class Swaps:
 def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implementation) -> Swaps:
     """Find what the kernels can replace, by trials on the model's own modules.
 
-    The model must be in eval mode. A trial compares values: a norm with another formula is left alone.
+    The model must be in eval mode. A trial compares values, so a norm with another formula is not replaced.
 
     Args:
-        model: a causal LM, without PEFT's wrapper around it.
-        forward: its class's forward, called with the model.
+        model: a causal LM, without PEFT's wrapper.
+        forward: its class's forward method, called with the model.
         implementation: "torch" replaces nothing, and neither does "auto" if the model is not on CUDA or is in float64,
-            or the GPU is too old. "triton" replaces everything that the kernels can serve.
+            the GPU is too old, or Triton is not installed. "triton" replaces everything that the kernels can serve.
 
     Raises:
         ValueError: if Triton is asked for by name and the model is in float64, or not on CUDA and not interpreted.
@@ -79,7 +79,7 @@ def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implemen
         plain_head = _head_is_plain(model, forward)
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # "triton" goes to the door as it is, which refuses what it can't serve.
+    # "triton" is passed on as it is: the kernel's entry point refuses what it can't serve.
     fits = implementation == "triton" or HEAD_SIZES[0] <= size <= HEAD_SIZES[1]
     swaps = Swaps(
         implementation if fits else "torch",
@@ -99,9 +99,9 @@ def find_swaps(model: Any, forward: Callable[..., Any], implementation: Implemen
 
 @contextlib.contextmanager
 def swapped(swaps: Swaps) -> Iterator[None]:
-    """Set the replacing forwards on the module instances for this context, and remove them whatever happens.
+    """Set the replacing forwards on the module instances inside this context.
 
-    A module whose instance already carries a forward (of an offloading hook, for example) keeps that one.
+    A module instance that already has its own forward (from an offloading hook, for example) keeps it.
     """
     taken = []
     try:
@@ -117,7 +117,7 @@ def swapped(swaps: Swaps) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KernelHead:
-    """The head W as the kernels run it: the logits of all tokens are never in memory; see `cepo.jacobian.targets.Head`.
+    """The head W through the kernels, which never store all logits; see `cepo.jacobian.targets.Head`.
 
     Attributes:
         hidden_PD: the rows that enter the head.
@@ -141,12 +141,12 @@ class KernelHead:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Tell whether all weights of a module are there, and not in shards (of FSDP2, or empty as ZeRO-3 leaves them)."""
+    """Tell whether all weights of a module are whole on this rank, not sharded by FSDP2 or emptied by ZeRO-3."""
     return not any(isinstance(weight, DTensor) or weight.numel() == 0 for weight in module.parameters())
 
 
 def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:
-    """Return a forward of a norm by the kernels, or None if the module computes something else."""
+    """Return a norm's forward through the kernels, or None if the module computes something else."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight_D = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float):
@@ -155,10 +155,10 @@ def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Impleme
         return None
 
     def forward(offset: float, hidden_ND: Tensor, implementation: Implementation = implementation) -> Tensor:
-        weight: Any = module.weight  # the live one: training goes on between two calls
+        weight: Any = module.weight  # read on every call, since training may replace it
         return rms_norm(hidden_ND, weight, epsilon=epsilon, offset=offset, implementation=implementation)
 
-    # Small rows, in which epsilon shows, and large ones.
+    # Rows so small that epsilon matters, and larger ones.
     sizes = torch.tensor([1.0, epsilon**0.5, 100.0], device=weight_D.device)
     trial_PD = (_noise(3, len(weight_D), weight_D.device) * sizes[:, None]).to(dtype)
     for offset in (0.0, 1.0):  # Gemma's norms scale by 1 + w
@@ -168,7 +168,7 @@ def _norm_forward(module: nn.Module, dtype: torch.dtype, implementation: Impleme
 
 
 def _mlp_forward(module: nn.Module, dtype: torch.dtype, implementation: Implementation) -> Forward | None:
-    """Return a forward of a gated MLP by the kernels, or None if the module computes something else."""
+    """Return a gated MLP's forward through the kernels, or None if the module computes something else."""
     gate, up, down = (getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down"))
     width = getattr(gate, "in_features", None)
     if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
@@ -184,7 +184,7 @@ def _mlp_forward(module: nn.Module, dtype: torch.dtype, implementation: Implemen
 
     device = next(module.parameters()).device
     trial_BTD = _noise(3, width, device).to(dtype)[None]
-    # Near zero all activations are alike: gates of a few units tell them apart.
+    # Near zero all activations look alike, so inputs are scaled to make gates of a few units.
     gates = float(gate(trial_BTD).float().std())
     trial_BTD = trial_BTD * (3.0 / gates if gates > 0 else 1.0)
     return forward if _agree(module, partial(forward, implementation="torch"), trial_BTD) else None
@@ -200,7 +200,7 @@ def _head_is_plain(model: Any, forward: Callable[..., Any]) -> bool:
     try:
         ids_BT = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
         logits = forward(model, input_ids=ids_BT, use_cache=False, return_dict=True).logits
-    except Exception:  # a foreign forward may raise anything: such a model is served as it is, or by the oracle
+    except Exception:  # third-party code may raise anything; the model keeps its own head, or the oracle serves it
         return False
     finally:
         handle.remove()
@@ -214,7 +214,7 @@ def _agree(module: nn.Module, replacement: Forward, trial: Tensor) -> bool:
     try:
         own = type(module).forward(module, trial)
         other = replacement(trial)
-    except Exception:  # more arguments or other shapes: not the module that its name suggests
+    except Exception:  # it takes other arguments or shapes, so it is not the module that its name suggests
         return False
     if not isinstance(own, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
         return False

@@ -1,4 +1,4 @@
-"""The trial of twelve tokens: whether a model can be run in segments, with which kernels, and at what cost."""
+"""Find out, on twelve tokens, whether a model can be run in segments, with which kernels, and at what cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cepo.kernels.launch import Implementation
 
 logger = logging.getLogger("cepo")
 
-# The largest relative difference of a Jacobian that rounding explains. A wrong formula is off by about 1.
+# The largest relative difference of a Jacobian that rounding can explain. A wrong formula is off by about 1.
 _ROUNDING = {torch.bfloat16: 0.3, torch.float16: 0.3}
 _ROUNDING_OF_WIDE = 1e-3
 
@@ -42,8 +42,8 @@ class Served:
     Attributes:
         model: the model.
         cost: its costs.
-        lean: the same with what can be recomputed in the backward pass, for work that does not fit otherwise; None
-            where nothing can.
+        lean: the same model with recomputation in the backward pass, for work that does not fit otherwise; None if
+            nothing can be recomputed.
     """
 
     model: SegmentModel
@@ -52,12 +52,12 @@ class Served:
 
 
 def try_segments(held: HeldModel, oracle: JacobianEngine, kernels: Implementation) -> Served:
-    """Return the model as it can be run in segments, after a look at its layers and a comparison with the oracle.
+    """Return the model prepared for running in segments, after checking its layers and comparing with the oracle.
 
     Args:
         held: the model.
-        oracle: of the same model.
-        kernels: what may be taken over; with "auto", kernels that fail the trial are left out.
+        oracle: the oracle of the same model.
+        kernels: which kernels may be used; with "auto", none are if they fail the trial.
 
     Raises:
         UnservedError: if it cannot be run in segments, with the reason.
@@ -97,10 +97,10 @@ def _check_architecture(held: HeldModel) -> None:
 
 
 def _with_lean(model: SegmentModel, oracle: JacobianEngine) -> Served:
-    """Return the model and its costs, also as it runs where memory is short, if it gives the oracle's Jacobians."""
+    """Return the model and its costs, without and with recomputation, if it gives the oracle's Jacobians."""
     with watching_mlps(model.held.layers) as mlps:
         served = _compared(model, oracle)
-    if not mlps or sharding_of(model.held.causal_lm) != "none":  # layers are gathered for saved tensors alone
+    if not mlps or sharding_of(model.held.causal_lm) != "none":  # recomputation would find sharded weights
         return served
     lean = _compared(SegmentModel(model.held, recomputing(model.swaps, list(mlps))), oracle)
     cost = replace(lean.cost, working_row=served.cost.working_row)
@@ -108,7 +108,7 @@ def _with_lean(model: SegmentModel, oracle: JacobianEngine) -> Served:
 
 
 def _compared(model: SegmentModel, oracle: JacobianEngine) -> Served:
-    """Return the model and its costs if it gives the oracle's Jacobians."""
+    """Return the model and its costs; raise UnservedError unless it gives the oracle's Jacobians."""
     embedding_VD = model.held.embedding.weight
     group = Group((_rollout(len(embedding_VD)),))
     request = Request(group, default_links(group))
@@ -135,12 +135,12 @@ def _failures_named() -> Iterator[None]:
         yield
     except RankFailedError:
         raise
-    except Exception as error:  # a foreign forward may raise anything, and the oracle can still serve the model
+    except Exception as error:  # third-party code may raise anything, and the oracle can still serve the model
         raise UnservedError(f"a trial in segments failed with {type(error).__name__}: {error}") from error
 
 
 def _rollout(vocabulary: int) -> Rollout:
-    """Return twelve tokens with three spans."""
+    """Return a rollout of twelve tokens with three spans."""
     ids = tuple((7 * place + 3) % vocabulary for place in range(12))
     positions = {"Z": (1, 2, 3, 4), "X": (6, 7, 8), "Y": (10, 11)}
     return Rollout(ids[:5], ids[5:], {name: Span(name, at, (), (), "") for name, at in positions.items()})
@@ -151,7 +151,7 @@ def _measured_cost(model: SegmentModel, ids: Sequence[int]) -> CostModel:
 
     def saved_bytes(start: int, end: int, before: Sequence[Past]) -> int:
         sizes: dict[int, int] = {}
-        kept: list[Tensor] = []  # alive, so that no address is used twice
+        kept: list[Tensor] = []  # keeps tensors alive, so that no address is reused
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()

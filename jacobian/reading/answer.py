@@ -1,6 +1,6 @@
-r"""Where a text says its answer: in a tag, a `\boxed{}`, after `####` or "the answer is", or else at its end.
+r"""Find the answer of a text: in a tag, a `\boxed{}`, after `####` or "the answer is", or else at its end.
 
-Each mark is looked for in one pass, so that a model which repeats one a thousand times costs no more than its length.
+Each kind of mark is searched for in one pass, so that the time is linear even for a model that repeats one in a loop.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from cepo.jacobian.reading.layout import WHITE_SPACE
 from cepo.jacobian.reading.sentences import sentence_ends
 
 Unmarked = Literal["after rationale", "last sentence", "whole", "nothing"]
-"""What the answer is in a text without any mark: its last line, that line's last sentence, all of it, or nothing; with
-"nothing", tags and boxes are the only marks."""
+"""The answer of a text without any mark: its last line, the last sentence of that line, all of it, or nothing. With
+"nothing", only tags and boxes are marks."""
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[-+]?\d[^\s$\\{}]*|[A-Z](?![A-Za-z])))|\\[{}]|[{}]", re.ASCII)
 _HASHES = "####"
@@ -36,11 +36,11 @@ _WRAPPERS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """Where the answer of a text stands, in characters.
+    """The position of a text's answer, in characters.
 
     Attributes:
         start: where its mark begins.
-        content: the answer; white space at its ends, ASCII alone, does not count.
+        content: start and end of the answer, possibly with ASCII white space at its ends.
         found_by: "tags", "boxed", "hashes" (`####`), "stated" ("the answer is"), or the rule for text without a mark.
     """
 
@@ -50,16 +50,17 @@ class Answer:
 
 
 def find_answer(text: str, *, tag: str, boxed: bool, unmarked: Unmarked) -> Answer | None:
-    r"""Return the answer of a text that follows a thought, or None where there is none; a blank one is returned.
+    r"""Return the answer of a text that follows a thought, or None if there is none; it may be blank.
 
-    Of several answer sections, boxes or statements the last one counts, as a correction would; blank sections and boxes
-    only where all are. A section is narrowed to the mark inside it. docs/formats.md says what is read of each form.
+    Of several answer sections, boxes or statements the last one counts, since it may be a correction; blank sections
+    and boxes count only if all are blank. A section is narrowed to a mark inside it. docs/formats.md describes each
+    form.
 
     Args:
         text: any text.
-        tag: name of the answer's tag; its case does not count.
+        tag: name of the answer's tag, in any case.
         boxed: whether `\boxed{}` is read.
-        unmarked: what counts without any mark.
+        unmarked: what the answer is without any mark.
     """
     section, end = _find_section(text, tag)
     begin = section.content[0] if section else 0
@@ -77,16 +78,16 @@ def find_answer(text: str, *, tag: str, boxed: bool, unmarked: Unmarked) -> Answ
 
 
 def read_number(text: str) -> str | None:
-    """Return the number of a text that is a number, or a number with a unit ("18 jars", "$18"); None otherwise.
+    """Return the number if the text is a number, alone or with a unit ("18 jars", "$18"); None otherwise.
 
-    A percentage is another number.
+    A percentage gives None, since 5% is not 5.
     """
     found = _UNIT.fullmatch(text)
     return found["number"] if found and "%" not in text else None
 
 
 def find_box(text: str, start: int, end: int) -> Answer | None:
-    r"""Return the last box, the innermost of nested ones: balanced, escaped braces are text; `\boxed 5` needs none."""
+    r"""Return the last box, of nested ones the innermost. Escaped braces are text; `\boxed 5` needs no braces."""
     boxes: list[Answer] = []
     openings: list[re.Match[str] | None] = []
     for brace in _BRACES.finditer(text, start, end):
@@ -104,11 +105,11 @@ def find_box(text: str, start: int, end: int) -> Answer | None:
 
 
 def _find_section(text: str, tag: str) -> tuple[Answer | None, int]:
-    """Return the answer's section, and where it ends; without one, where the text ends.
+    """Return the answer's section, and where it ends; without a section, where the text ends.
 
-    A section ends at the first closing tag. One that is opened last and never closed counts where none is closed, since
-    a stop string eats the tag. A tag alone at the end of the text is not part of it: the output was cut there, or the
-    prompt had opened the section.
+    A section ends at the first closing tag. An unclosed last section counts if no closed one has content, since a stop
+    string removes the closing tag. A tag without a partner at the end of the text is dropped: the output was cut there,
+    or the prompt had opened the section.
     """
     sections: list[Answer] = []
     alone: list[re.Match[str]] = []
@@ -135,16 +136,16 @@ def _find_section(text: str, tag: str) -> tuple[Answer | None, int]:
 
 
 def _without_cut_tag(text: str, tag: str) -> int:
-    """Return where a text ends before a closing tag that is cut off in its middle."""
+    """Return where a text ends, not counting a truncated closing tag."""
     closed = f"</{tag}>"
     cut = next((cut for cut in range(len(closed), 0, -1) if text[-cut:].casefold() == closed[:cut].casefold()), 0)
     return len(text) - cut
 
 
 def _find_hashes(text: str, start: int, end: int) -> Answer | None:
-    """Return what follows the last `####`: a number without its unit, or, on the last line, all of it.
+    """Return what follows the last `####`: a number without its unit, or, on the last line, the whole line.
 
-    Above other lines, anything else than a number is a heading.
+    If other lines follow, anything but a number is a heading.
     """
     at = text.rfind(_HASHES, start, end)
     if at < 0 or text[max(at - 1, start) : at] == "#":
@@ -195,7 +196,7 @@ def _find_end(text: str, end: int, unmarked: Unmarked) -> Answer | None:
 
 
 def _unwrap(text: str, start: int, end: int) -> tuple[int, int]:
-    """Return the range without emphasis and the marks of mathematics around all of it."""
+    """Return the range without emphasis and math delimiters around it."""
     for opening, closing in _WRAPPERS:
         core = text[start:end].strip()
         whole = core[:-1] if core[-1:] in (".", "。") else core
@@ -208,7 +209,7 @@ def _unwrap(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
-    """Return the range without white space that is not ASCII at its ends, nor what stands outside of that."""
+    """Return the range without non-ASCII white space at its ends and whatever lies outside of that."""
     space = WHITE_SPACE.decode()
     written = text[start:end]
     left, right = len(written) - len(written.lstrip()), len(written.rstrip())

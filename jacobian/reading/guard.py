@@ -1,8 +1,8 @@
-r"""A verdict where none belongs: scores of the responses, or a named winner, before the verdict itself.
+r"""Find verdicts in criteria or analysis: scores of the responses, or a named winner, before the verdict itself.
 
-Criteria that hold the verdict (`\boxed{8, 5}`, `Response A is better`) are the strongest cause of the scores that a
-judge can write, and worth nothing. Only plain English is found: a verdict that is hidden better shows in the order
-leak, which is how much less likely the criteria are when the two responses are exchanged.
+Criteria that contain the verdict (`\boxed{8, 5}`, `Response A is better`) are the strongest possible cause of the
+scores, and worthless. Only plain English is found. A verdict that is hidden better shows in the order leak: how much
+less likely the criteria are when the two responses are exchanged.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 Guard = Literal["strict", "standard", "criteria", "off"]
-_SHOWN = 80  # characters of a quotation
+_SHOWN = 80  # most characters of a quotation
 
 _MARKS = str.maketrans(dict.fromkeys('*`"“”#'))  # emphasis and quotation marks do not change what a text says
 _SPACES = re.compile(r"[^\S\n]+")
@@ -26,12 +26,12 @@ def check_guard(guard: str) -> None:
 
 
 def find_verdict(text: str, *, winner: bool, ties: bool = False) -> tuple[str, str] | None:
-    """Return what verdict a text holds, "scores", "a winner" or "a tie", and the words, or None.
+    """Return the kind of verdict in a text ("scores", "a winner" or "a tie") and its words, or None.
 
     Args:
         text: criteria or an analysis.
-        winner: whether a named winner counts, or scores alone.
-        ties: whether a tie counts where a winner does.
+        winner: whether a named winner counts as well as scores.
+        ties: whether, with `winner`, a tie counts too.
     """
     found = {
         "scores": find_scores(text),
@@ -45,7 +45,7 @@ def find_scores(text: str) -> str | None:
     r"""Return the first text that scores the responses, or None.
 
     `\boxed{8, 5}`, `Scores: 8, 5`, `A: 8/10, B: 5/10`, `Response A deserves a 9`. Weights, ranges and the points of a
-    criterion (`Accuracy (5 points)`, `weight 3/10`) score no response.
+    criterion (`Accuracy (5 points)`, `weight 3/10`) are not scores of a response.
     """
     return _first(_SCORES, text)
 
@@ -54,7 +54,7 @@ def find_winner(text: str) -> str | None:
     """Return the first text that says which response is the better one, or None.
 
     `Response A is better`, `B wins`, `the better answer is A`, `I prefer response B`, `[[A>B]]`. A comparison in one
-    respect (`Response A is better organised`) names no winner.
+    respect (`Response A is better organised`) does not count.
     """
     return _first(_WINNER, text)
 
@@ -63,7 +63,7 @@ def find_tie(text: str) -> str | None:
     """Return the first text that says that neither response is better, or None.
 
     `It is a tie`, `Both responses are equally good`, `Neither is better`, `A and B deserve the same score`. A condition
-    (`where neither is better, prefer the shorter one`) and one respect (`both are equally long`) are no verdict.
+    (`where neither is better, prefer the shorter one`) and one respect (`both are equally long`) do not count.
     """
     return _first(_TIE, text)
 
@@ -142,7 +142,7 @@ _WINNER = re.compile(
     re.IGNORECASE,
 )
 
-# What depends on a condition, or tells what is being asked, is no verdict.
+# A conditional clause or a question is not a verdict.
 _PIECES["STATED"] = "".join(rf"(?<!\b{word} )" for word in ("if", "when", "where", "whether", "unless", "should"))
 _PIECES["BOTH"] = _fill(
     r"<STATED>\b(?:both(?:\s+of\s+them|(?:\s+the)?\s+<NOUN>s)?|the\s+two(?:\s+<NOUN>s)?|they|(?:<NAMED>|<LETTER>)"

@@ -32,20 +32,20 @@ RESPONSE_FORMS: tuple[ResponseMarks, ...] = (
     ),
     ("\nResponse A: ", "\nResponse B: ", ""),
 )
-"""How prompts mark two responses: j1's (of DeepSeek-GRM), MT-Bench's, and lines that open with a name, the second to
-the end of the message."""
+"""How prompts delimit the two responses: j1's form (from DeepSeek-GRM), MT-Bench's, and lines that begin with a name,
+where the second response extends to the end of the message."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What stands in a judgement.
+    """The parts of a judgement, as byte ranges, and what is wrong with it.
 
     Attributes:
         criteria: content of the section, or None.
         analysis: the same.
-        numbers: the digits of the scores of A and B, or None where the verdict is malformed.
-        reasons: what is wrong, the first of which is shown. With numbers, it is only that criteria or analysis are
-            missing or empty: a verdict without them can be read, but nothing caused it.
+        numbers: the digits of the scores of A and B, or None if the verdict is malformed.
+        reasons: what is wrong; the first is shown. If `numbers` is given, they say only that criteria or analysis are
+            missing or empty: such a verdict can be read, but nothing caused it.
     """
 
     criteria: ByteRange | None
@@ -58,27 +58,27 @@ class Reading:
 class JudgeLayout:
     """A judge's output: optional thought, then criteria, analysis and scores, each in its tag, exactly once.
 
-    This is the one reader of judgements. `read` says what stands there; `find` returns spans, or the reason why there
-    are none. Rewards and evaluations take the verdict from it, see `read_scores`. The thought, see
-    `cepo.jacobian.reading.thought`, is not searched: thinking judges rehearse their tags there.
+    This is the one reader of judgements. `read` returns the parts and what is wrong; `find` returns spans, or raises
+    with the reason why there are none. Rewards and evaluations read the verdict with it, see `read_scores`. The thought
+    (`cepo.jacobian.reading.thought`) is not searched, since thinking judges rehearse their tags in it.
 
     Attributes:
         criteria_tag: tag around X.
         analysis_tag: tag around the analysis.
         scores_tag: tag around `\\boxed{a, b}`; the target Y is the tokens of the two numbers, nothing else.
         thought_tag: tag around the thought.
-        instructions: the fixed pieces of the prompt, in order, which are not content (first and last are anchored at
-            the two ends of the user's message); where a prompt does not have them, all of the message is content.
-        responses: the ways in which a prompt may mark the two responses, of which the first that fits is taken.
-        guard: where a verdict makes a judgement malformed. "standard": in the criteria scores or a named winner, in the
-            analysis scores, since honest analyses end with a winner; "strict": both in both; "criteria": both in the
-            criteria alone; "off". See `cepo.jacobian.reading.guard`.
-        verdicts: "strict": the form above and no other, so that one form is rewarded. "lenient": sections and scores
-            that are written otherwise and can mean only one pair are read too. See `cepo.jacobian.reading.verdict`.
-        ties: whether equal scores were allowed, so that the guard takes a tie for a named winner.
+        instructions: the fixed pieces of the prompt, in order, which are not content. The first and last are anchored
+            at the ends of the user's message. If a prompt lacks them, the whole message is content.
+        responses: the forms in which a prompt may delimit the two responses; the first that fits is used.
+        guard: which verdicts before the scores make a judgement malformed. "standard": scores or a named winner in the
+            criteria, and scores in the analysis, since honest analyses name a winner at their end; "strict": both in
+            both; "criteria": both in the criteria only; "off". See `cepo.jacobian.reading.guard`.
+        verdicts: "strict": only the form above, so that one form is rewarded. "lenient": also sections and scores in
+            other forms that can mean only one pair. See `cepo.jacobian.reading.verdict`.
+        ties: whether equal scores are allowed, so that for the guard a tie counts as a named winner.
 
     Raises:
-        ValueError: for an unknown guard or way of reading verdicts.
+        ValueError: for an unknown `guard` or `verdicts`.
     """
 
     criteria_tag: str = CRITERIA
@@ -117,11 +117,14 @@ class JudgeLayout:
         return (self.thought_tag, *self.sections)
 
     def find(self, completion: bytes, *, thought_opened: bool = False) -> Found:
-        """Return the byte ranges of criteria, analysis and scores, or raise MalformedError with the reason.
+        """Return the byte ranges of criteria, analysis and scores.
 
         Args:
             completion: what the judge wrote.
             thought_opened: whether the prompt ended inside a thought, see `find_thought`.
+
+        Raises:
+            MalformedError: if they cannot be found or the guard forbids a verdict in them, with the reason.
         """
         reading = self.read(completion, thought_opened=thought_opened)
         if reading.criteria is None or reading.analysis is None or reading.numbers is None or reading.reasons:
@@ -134,7 +137,7 @@ class JudgeLayout:
         return Found(spans, reading.numbers)
 
     def read(self, completion: bytes, *, thought_opened: bool = False) -> Reading:
-        """Return what stands in a judgement and what is wrong with it; arguments as for `find`, and never raises."""
+        """Return the parts of a judgement and what is wrong with it; arguments as for `find`. Never raises."""
         try:
             start = after_thought(completion, self.thought_tag, opened=thought_opened, sections=self.sections)
         except MalformedError as reason:
@@ -142,7 +145,7 @@ class JudgeLayout:
         return self.read_from(completion, start)
 
     def read_from(self, completion: bytes, start: int) -> Reading:
-        """Return what stands in a judgement after its thought, which ends at `start`."""
+        """Return the parts of a judgement after its thought, which ends at `start`."""
         found: dict[str, ByteRange] = {}
         reasons: list[str] = []
         numbers = None
@@ -163,23 +166,22 @@ class JudgeLayout:
 def read_scores(text: str, *, thought_opened: bool = False, verdicts: Verdicts = STRICT) -> tuple[float, float] | None:
     """Read the judge's verdict.
 
-    It is what `JudgeLayout` reads, or nothing where that finds the verdict malformed. Criteria and an analysis may be
-    missing, as they are in the output of judges that write none.
+    Criteria and analysis may be missing: not all judges write them.
 
     Args:
-        text: Any text; never raises.
+        text: any text; never raises.
         thought_opened: whether the prompt ended inside a thought, see `find_thought`.
         verdicts: see `JudgeLayout`.
 
     Returns:
-        The scores of A and B, both at least 0, or None where there is no such pair.
+        The scores of A and B, both at least 0, or None if `JudgeLayout` finds the verdict malformed.
     """
     completion = as_bytes(text)
     return _values(completion, find_numbers(completion, thought_opened=thought_opened, verdicts=verdicts))
 
 
 def after_judges_thought(text: str, *, thought_opened: bool = False) -> str:
-    """Return what a judge wrote after its thought; nothing where the thought is not closed."""
+    """Return what a judge wrote after its thought; "" if the thought is not closed."""
     completion = as_bytes(text)
     try:
         return as_text(completion[after_thought(completion, opened=thought_opened, sections=SECTIONS) :])
@@ -188,7 +190,7 @@ def after_judges_thought(text: str, *, thought_opened: bool = False) -> str:
 
 
 def close_thought(text: str) -> str:
-    """Return what a judgement is after a prompt that opened a thought: its own thought closed, or an empty one.
+    """Return a judgement as the continuation of a prompt that opened a thought: with its thought, or an empty one.
 
     Raises:
         MalformedError: for a judgement whose thought is never closed.
@@ -199,7 +201,7 @@ def close_thought(text: str) -> str:
 
 
 def read_pair(text: str) -> tuple[float, float] | None:
-    r"""Read the last `\boxed{a, b}` of a text, wherever it stands: the testbed's judges may leave out the tags."""
+    r"""Read the last `\boxed{a, b}` of a text, inside or outside of tags, which the testbed's judges may omit."""
     completion = as_bytes(text)
     return _values(completion, find_last_pair(completion))
 
@@ -207,12 +209,12 @@ def read_pair(text: str) -> tuple[float, float] | None:
 def find_numbers(
     completion: bytes, *, thought_opened: bool = False, verdicts: Verdicts = STRICT
 ) -> tuple[ByteRange, ByteRange] | None:
-    """Return where the two numbers stand that `read_scores` reads, or None."""
+    """Return the byte ranges of the two numbers that `read_scores` reads, or None."""
     return JudgeLayout(verdicts=verdicts).read(completion, thought_opened=thought_opened).numbers
 
 
 def find_verdict_end(completion: bytes, *, thought_opened: bool = False, verdicts: Verdicts = STRICT) -> int | None:
-    """Return where the first scores section that `read_scores` can read ends, its closing tag included, or None."""
+    """Return where the first scores section that `read_scores` can read ends, after its closing tag, or None."""
     layout, closing = JudgeLayout(verdicts=verdicts), f"</{SCORES}>".encode()
     try:
         start = after_thought(completion, opened=thought_opened, sections=SECTIONS)
@@ -223,14 +225,14 @@ def find_verdict_end(completion: bytes, *, thought_opened: bool = False, verdict
         end += len(closing)
         if layout.read_from(completion[start:end], 0).numbers is not None:
             return end
-        if verdicts == "strict":  # a second section would be doubled
+        if verdicts == "strict":  # a second section would make the judgement malformed
             return None
         start, end = end, completion.find(closing, end)
     return None
 
 
 def forced_opening(text: str) -> str:
-    """Return what to append to a judgement without a verdict: an unclosed thought's end, then `SCORES_OPENING`."""
+    """Return what to append to a judgement without a verdict: `SCORES_OPENING`, after closing an open thought."""
     try:
         after_thought(as_bytes(text))
     except MalformedError:
@@ -244,7 +246,7 @@ def write_section(tag: str, content: str) -> str:
 
 
 def write_judgement(criteria: str, analysis: str, scores: tuple[int, int]) -> str:
-    """Return a whole judgement in the format."""
+    """Return a whole judgement in the judge's format."""
     contents = (criteria, analysis, f"\\boxed{{{scores[0]}, {scores[1]}}}")
     return "\n".join(write_section(tag, content) for tag, content in zip(SECTIONS, contents, strict=True))
 

@@ -1,6 +1,6 @@
-"""What completions look like: the protocol of a layout, and the byte ranges that layouts are made of.
+"""The protocol of a layout, which finds spans in completions, and helpers for byte ranges.
 
-A layout reads bytes only; `cepo.jacobian.reading.spans` maps the ranges that it finds to tokens.
+A layout reads only bytes; `cepo.jacobian.reading.spans` maps the ranges that it finds to tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WHITE_SPACE = b" \t\r\n\f\v"
 
 @dataclass(frozen=True)
 class Found:
-    """Where a layout found its spans in a completion: byte ranges by span name, and those of the scores' numbers."""
+    """The spans that a layout found in a completion: byte ranges by span name, and those of the scores' numbers."""
 
     ranges: Mapping[str, tuple[ByteRange, ...]]
     numbers: tuple[ByteRange, ...] = ()
@@ -27,13 +27,13 @@ class MalformedError(ValueError):
 
 
 ResponseMarks = tuple[str, str, str]
-"""What stands before response A in a judge's prompt, between A and B, and after B; an empty last one is the end of the
+"""The text before response A in a judge's prompt, between A and B, and after B; an empty last one means the end of the
 message."""
 
 
 class Layout(Protocol):
-    """What a completion looks like: its spans' names in order, the roles Z, X, Y, the chain of spans through which the
-    verdict or answer should come about, its tags, and how to find them."""
+    """The format of a completion: the names of its spans in order, the spans that Z, X and Y stand for, the chain of
+    spans through which the verdict or answer should come about, its tags, and how to find the spans."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -60,7 +60,11 @@ class Layout(Protocol):
 
 
 def tagged(text: bytes, tag: str, start: int) -> ByteRange:
-    """Return the content range of a tag that must stand exactly once after `start`."""
+    """Return the content range of a tag that must occur exactly once after `start`.
+
+    Raises:
+        MalformedError: if the tag is missing, doubled, unclosed or out of order.
+    """
     opened, closed = f"<{tag}>".encode(), f"</{tag}>".encode()
     opens, closes = text.count(opened, start), text.count(closed, start)
     if opens == 0 and closes == 0:
@@ -78,7 +82,7 @@ def tagged(text: bytes, tag: str, start: int) -> ByteRange:
 
 
 def trim_range(text: bytes, wanted: ByteRange) -> ByteRange | None:
-    """Return the range without the white space at its ends, or None if it holds nothing else."""
+    """Return the range without ASCII white space at its ends, or None if nothing else is in it."""
     start, end = wanted
     core = text[start:end]
     left = len(core) - len(core.lstrip(WHITE_SPACE))

@@ -1,19 +1,20 @@
-"""The expectation of a written score, over the numbers that other tokens in its place would have made.
+"""The expected value of a written score, under the model's distribution over other tokens in its place.
 
-A number is read token by token along the number as written, where each next token's distribution is known:
+A number is read token by token along the number as written, where each token's distribution is known:
 
     E = m_1 + r_1 (m_2 + r_2 (m_3 + ...))        m_i = sum over tokens of p_i gain_i
 
-p_i is the distribution of the number's i-th token given the text before it. At the first it is normalised over the
-tokens that differ from the written one in their digits alone. gain_i is by how much the number is larger with a token
-than if it ended before it (0 at the first), and r_i is p_i of the token that was written. Where 10 is the tokens "1"
-and "0", half "1" and half "8" at the first and "0" for sure at the second give 0.5 * 1 + 0.5 * 8 + 0.5 * (10 - 1) = 9.
-One more token is read where the number could have become longer: after a "1" that stands alone, a "0".
+p_i is the distribution of the number's i-th token given the text before it. At the first token it is normalised over
+the tokens that differ from the written one only in their digits. gain_i is by how much a token increases the number
+compared with ending before it (with 0 at the first token), and r_i is p_i of the written token. For example, let 10 be
+the tokens "1" and "0". If the first token is "1" or "8" with probability 0.5 each and the second is certainly "0", then
+E = 0.5 * 1 + 0.5 * 8 + 0.5 * (10 - 1) = 9. One more token is read where the number could have been longer: after a "1"
+by itself, a "0" could follow.
 
-Limits. What follows a token that was not written is not known, so it is taken as written: the digits as far as they
-keep the number on the scale, and the decimal part, which always counts as written. The scale is from 0 to the smallest
-of 10, 100, 1000 and 10000 that holds both scores, so a judge that scores out of 100 but writes 9 and 7 is read on 10.
-At the first token what leaves the scale does not count; later it counts as the end of the number.
+Limits: what would follow a token that was not written is unknown, so the written continuation is assumed: its digits as
+far as they keep the number on the scale, and the decimal part. The scale is from 0 to the smallest of 10, 100, 1000 and
+10000 that holds both scores, so a judge that scores out of 100 but writes 9 and 7 is read on a scale of 10. A first
+token that leaves the scale is left out; a later one counts as the end of the number.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Any, TypeVar
 
 SCALES = (10, 100, 1000, 10_000)
 _DIGITS_AND_TAIL = re.compile(rb"([0-9]+)(.*)", re.DOTALL)
-_LONGEST_TAIL = 8  # bytes of the text after a token's digits with which other tokens' are compared
+_LONGEST_TAIL = 8  # most bytes after a token's digits that are compared with those of other tokens
 
 Value = TypeVar("Value", bound=Any)
-"""A float, or a tensor: whatever adds and multiplies."""
+"""A float or a tensor."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class NumberToken:
     r"""A token at which a written number could have become another one.
 
     Attributes:
-        piece: its bytes.
-        mark: what stands in it before the number's first digit, such as " " or "{".
-        tail: what stands in it after its digits, such as "," or "}".
-        before: the number's digits before it; none for the token that opens the number.
-        rest: what the number continues with after the digits that it holds, the decimal part included.
-        after: the start of the text from there on; none for the token that opens the number.
-        ended: the number if it had ended before the token; 0 for the token that opens it.
-        reached: the number if it ends after the token.
-        scale: the largest number.
+        piece: the token's bytes.
+        mark: those before the number's first digit, such as " " or "{".
+        tail: those after its digits, such as "," or "}".
+        before: the number's digits in earlier tokens; empty for the number's first token.
+        rest: the rest of the number after this token's digits, including the decimal part.
+        after: the beginning of the text after this token's digits; empty for the number's first token.
+        ended: the number if it ended before this token; 0 for its first token.
+        reached: the number if it ended after this token.
+        scale: the largest number of the scale.
     """
 
     piece: bytes
@@ -60,11 +61,11 @@ class NumberToken:
 
     @property
     def opens(self) -> bool:
-        """Whether the number begins in it."""
+        """Whether this is the number's first token."""
         return not self.before
 
     def gain(self, piece: bytes) -> float | None:
-        """Return by how much a token here makes the number larger than if it had ended; None if it adds no digit."""
+        """Return by how much a token in this place increases the number; None if it does not continue the number."""
         if piece == self.piece:
             return self.reached - self.ended
         if self.opens:
@@ -90,8 +91,8 @@ def number_tokens(
 
     Args:
         text: the bytes of all tokens.
-        ends: where each token ends in them.
-        number: where the number stands: ASCII digits, with or without a decimal part.
+        ends: where each token ends in `text`.
+        number: byte range of the number: ASCII digits, with or without a decimal part.
         scale: see `scale_of`.
     """
     start, end = number
@@ -132,14 +133,14 @@ def scale_of(numbers: Sequence[bytes]) -> int:
     return next(scale for scale in SCALES if all(float(number) <= scale for number in numbers))
 
 
-def expected_number(means: Sequence[Value], shares: Sequence[Value]) -> Value:
+def expected_number(means: Sequence[Value], written_ps: Sequence[Value]) -> Value:
     """Return the expected number, m_1 + r_1 (m_2 + r_2 (m_3 + ...)).
 
     Args:
         means: m_i, the mean gain at each of its tokens, one or more, in order.
-        shares: r_i, the probability of the token that was written; the last is not read.
+        written_ps: r_i, the probability of each written token; the last is not read.
     """
     total = means[-1]
-    for mean, share in zip(means[-2::-1], shares[-2::-1], strict=True):
-        total = mean + share * total
+    for mean, written_p in zip(means[-2::-1], written_ps[-2::-1], strict=True):
+        total = mean + written_p * total
     return total

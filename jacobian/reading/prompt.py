@@ -1,4 +1,4 @@
-"""From the ids of a prompt to its content: what the user wrote, without padding, template and fixed instructions."""
+"""Find the content of a prompt in its ids: what the user wrote, without padding, template and fixed instructions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PromptReader:
 
     Args:
         tokenizer: the policy's Hugging Face tokenizer.
-        token_bytes: its table.
-        instructions: what is fixed in the user's message, see `Layout.instructions`.
+        token_bytes: the tokenizer's table of bytes.
+        instructions: the fixed pieces of the user's message, see `JudgeLayout.instructions`.
     """
 
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes, instructions: Sequence[str] = ()) -> None:
@@ -37,11 +37,12 @@ class PromptReader:
     def without_padding(
         self, prompt_ids: Sequence[int], completion_ids: Sequence[int]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return both without the padding that a batch puts before, between and after them.
+        """Return both without the padding that batching adds before, between and after them.
 
-        Before the prompt, padding is a run of one id: negative, the tokenizer's padding, a special token more than
-        once, or any id more than once before the token that opens every prompt. That token itself stays once, even
-        where it is the padding too. A doubled start that is not padding stays, with a warning: it is what was given.
+        Before the prompt, padding is a run of one id: a negative id, the tokenizer's padding, a special token that
+        occurs more than once, or any id that occurs more than once before the token that begins every prompt. That
+        token itself is kept once, even if it is also the padding. A doubled start token that is not padding is kept,
+        with a warning.
         """
         prompt, completion = tuple(prompt_ids), tuple(completion_ids)
         start, end = self._leading(prompt), len(prompt) - self._trailing(prompt)
@@ -50,20 +51,21 @@ class PromptReader:
         first, count = _run(completion)
         if count < len(completion) and self._is_padding(first):
             completion = completion[count:]
-        while completion and completion[-1] < 0:  # any other padding after the last target changes nothing
+        while completion and completion[-1] < 0:  # other padding does no harm after the last target
             completion = completion[:-1]
         return prompt, completion
 
     def content(
         self, prompt_ids: Sequence[int], messages: Sequence[Mapping[str, Any]] | None
     ) -> tuple[tuple[ByteRange, ...], str]:
-        """Return where the content stands in the bytes of the prompt, and how that was found.
+        """Return the byte ranges of the prompt's content, and how they were found.
 
-        It was found by "messages", the text of the user's messages where they are given; by the "template", between
-        the marks that it puts around the user's turns, whatever stands before, between and after them (a system
-        message, tools, a date, an empty thought); as "plain text", a prompt without special tokens; or it is the
-        "whole prompt", which no template explains: then the template's own words count as content, and a warning says
-        so once.
+        - "messages": the text of the user's messages, where they are given.
+        - "template": what is between the template's marks of the user's turns, whatever else the prompt holds (a system
+          message, tools, a date, an empty thought).
+        - "plain text": all of a prompt without special tokens.
+        - "whole prompt": all of a prompt that the template does not explain. Then the template's own words count as
+          content, and a warning says so once.
         """
         prompt = b"".join(self._bytes.of(tuple(prompt_ids)))
         if messages:
@@ -84,7 +86,7 @@ class PromptReader:
         ), found_by
 
     def later_turn(self, completion_ids: Sequence[int]) -> str | None:
-        """Return the token that opens another turn after the end of the completion's own; None where there is none."""
+        """Return the token that begins another turn after the end of the completion's own, or None."""
         opened, closed = (set(self._ids(mark)) & self._bytes.special_ids for mark in self._marks)
         ends = closed | {self.tokenizer.eos_token_id}
         first = next((at for at, token in enumerate(completion_ids) if token in ends), len(completion_ids))
@@ -92,10 +94,10 @@ class PromptReader:
         return next((str(self.tokenizer.convert_ids_to_tokens(token)) for token in later), None)
 
     def raw_ids(self, text: str) -> list[int]:
-        """Return the ids of a prompt that is taken as it is, with one start of text.
+        """Return the ids of a prompt that is given as text, with one start-of-text token.
 
-        The tokenizer's own start is added to a text that lacks it, but not to a rendered prompt whose template writes
-        none. What a tokenizer puts after a text (an end of sequence) is never part of a prompt.
+        The tokenizer's start token is added to a text that lacks it, but not to a rendered prompt whose template writes
+        none. A token that the tokenizer appends (end of sequence) is never part of a prompt.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         start = self._start_of_text
@@ -105,16 +107,16 @@ class PromptReader:
         return start + ids
 
     def is_rendered(self, text: str) -> bool:
-        """Return whether a text is a prompt that is already rendered: it begins as the chat template begins one."""
+        """Return whether a text is an already rendered prompt: it begins as the chat template's prompts do."""
         return as_bytes(text).lstrip(WHITE_SPACE).startswith(self._openings)
 
     @cached_property
     def _openings(self) -> tuple[bytes, ...]:
-        """How rendered prompts begin: with a system message or a user's, with the start of text or without it.
+        """How rendered prompts begin: with a system message or a user's, with or without the start of text.
 
-        Each holds a special token, without which it could be anybody's words.
+        Only beginnings with a special token are kept; others could be ordinary text.
         """
-        mark = self._marks[0]  # it may begin with the end of a sentence
+        mark = self._marks[0]  # it may begin with the end-of-sequence token
         first = min((at for token in self._special_texts if (at := mark.find(token)) >= 0), default=len(mark))
         start = as_bytes(self.tokenizer.bos_token or "")
         whole = [frame[0] for probes in ([_USER], [_SYSTEM, _USER]) for frame in self._frames(probes)] + [mark[first:]]
@@ -129,24 +131,24 @@ class PromptReader:
 
     @cached_property
     def _start_of_text(self) -> list[int]:
-        """What the tokenizer puts before a text."""
+        """The ids that the tokenizer prepends to a text."""
         bare, whole = (self.tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
         places = range(len(whole) - len(bare) + 1)
         return list(whole[: next((at for at in places if whole[at : at + len(bare)] == bare), 0)])
 
     @cached_property
     def _opening(self) -> list[int]:
-        """What the chat template puts before the user's first words, or else the tokenizer before a text."""
+        """The ids that the chat template puts before the user's first words, or the tokenizer before a text."""
         return self._ids(self._lone[0]) if self._lone else self._start_of_text
 
     @cached_property
     def _lone(self) -> list[bytes]:
-        """What stands before a lone user's message and after it; [] without a template that shows it."""
+        """What the template puts before and after a single user message; [] if there is no template that shows it."""
         return self._frame([_USER])
 
     @cached_property
     def _marks(self) -> tuple[bytes, bytes]:
-        """What stands before each of the user's turns and after it; empty without a template that shows it."""
+        """What the template puts before and after each of the user's turns; empty if no template shows it."""
         if not self._lone:
             return b"", b""
         turns = self._frame([_USER, _ASSISTANT, _USER])
@@ -154,12 +156,12 @@ class PromptReader:
         if turns:
             befores, afters = [*befores, turns[2]], [*afters, turns[1]]
         for more, side in ((self._frame([_SYSTEM, _USER]), befores), (self._frame([_USER], answered=True), afters)):
-            # A template may write the system's words into the user's turn, or nothing after it: that tells nothing.
+            # Ignored if the template writes the system message into the user's turn, or nothing after the turn.
             piece = more[1] if more else b""
             if any(token in piece for token in self._special_texts):
                 side.append(piece)
         opened, closed = _common(befores, last=True), _common(afters, last=False)
-        # The end of the turn before is no part of the mark: a prompt may begin with the user's turn.
+        # The end of the preceding turn is not part of the mark, since a prompt may begin with the user's turn.
         ends = next((token for token in self._special_texts if closed.startswith(token)), None)
         if ends and opened.startswith(ends):
             opened = opened[len(ends) :].lstrip(WHITE_SPACE)
@@ -191,7 +193,7 @@ class PromptReader:
         return count if repeated or self._is_padding(token) else 0
 
     def _trailing(self, ids: Sequence[int]) -> int:
-        """Return how many tokens at the end are padding; an end of turn before them stays."""
+        """Return how many tokens at the end are padding, without an end of turn that precedes them."""
         token, count = _run(ids[::-1])
         if not (self._is_padding(token) or (count > 1 and token in self._bytes.special_ids)):
             return 0
@@ -207,7 +209,7 @@ class PromptReader:
             logger.warning("%s", text)
 
     def _turn_ranges(self, prompt: bytes) -> tuple[ByteRange, ...]:
-        """Return what stands between the template's marks of the user's turns, () where they do not explain it."""
+        """Return the ranges between the template's marks of the user's turns; () if the prompt does not fit them."""
         opened, closed = self._marks
         if self._lone and prompt.startswith(self._lone[0]) and prompt.endswith(self._lone[1]):
             start, end = len(self._lone[0]), len(prompt) - len(self._lone[1])
@@ -224,11 +226,11 @@ class PromptReader:
         return tuple(ranges)
 
     def _message_ranges(self, prompt: bytes, messages: Sequence[Mapping[str, Any]]) -> tuple[ByteRange, ...]:
-        """Return where the text of each user message stands in the rendered prompt.
+        """Return the range of each user message's text in the rendered prompt.
 
-        The template is rendered with a probe for every text, so that a short text is never found in the template's own
-        words. A prompt that was rendered otherwise (tools, a date) is searched for each text between the marks of the
-        user's turns, and where there are not as many turns, as a whole.
+        The template is rendered with a probe in place of each text, so that a short text is never found in the
+        template's own words. A prompt that was rendered differently (tools, a date) is searched for each text between
+        the marks of the user's turns, or anywhere if the number of turns differs.
         """
         texts = [(message.get("role"), text) for message in messages for text in _texts(message)]
         if all(isinstance(message.get("content"), str) for message in messages):
@@ -245,11 +247,11 @@ class PromptReader:
         return tuple(ranges)
 
     def _frame(self, probes: Sequence[Mapping[str, Any]], *, answered: bool = False) -> list[bytes]:
-        """Return what the chat template puts around the probes, as bytes; [] without a template that explains them."""
+        """Return what the chat template puts before, between and after the probes; [] if no template shows it."""
         return next(self._frames(probes, answered=answered), [])
 
     def _frames(self, probes: Sequence[Mapping[str, Any]], *, answered: bool = False) -> Iterator[list[bytes]]:
-        """Yield the frame in the bytes of the template's tokens, then in its text, wherever they explain the probes.
+        """Yield the frame as the bytes of the template's tokens, then as its text, each if it holds all probes.
 
         Some tokenizers put a space after a special token, and some vocabularies cannot write the probe.
         """
@@ -267,12 +269,12 @@ class PromptReader:
 
 
 def _run(ids: Sequence[int]) -> tuple[int, int]:
-    """Return the first id and how often it stands there in a row; (0, 0) of nothing."""
+    """Return the first id and the length of its run; (0, 0) if there are no ids."""
     return next(((token, len(list(same))) for token, same in groupby(ids)), (0, 0))
 
 
 def _common(pieces: Sequence[bytes], *, last: bool) -> bytes:
-    """Return the longest beginning, or end, that all pieces share."""
+    """Return the longest common prefix of all pieces, or with `last` the longest common suffix."""
     turned = [piece[::-1] if last else piece for piece in pieces]
     together = zip(*turned, strict=False)
     length = next((at for at, of_each in enumerate(together) if len(set(of_each)) > 1), min(map(len, turned)))
@@ -282,9 +284,9 @@ def _common(pieces: Sequence[bytes], *, last: bool) -> bytes:
 def _framed_ranges(
     prompt: bytes, texts: Sequence[tuple[Any, str]], frame: Sequence[bytes]
 ) -> tuple[ByteRange, ...] | None:
-    """Return the user's ranges by walking the template's own words, which stand before, between and after the texts.
+    """Return the user's ranges by matching the template's own words before, between and after the texts.
 
-    None where other words stand between them; after the last text they may differ.
+    None if the words between the texts differ; those after the last text may differ.
     """
     ranges, cursor = [], len(frame[0])
     for place, ((role, text), after) in enumerate(zip(texts, frame[1:], strict=True), 1):
@@ -294,7 +296,7 @@ def _framed_ranges(
             end = cursor + len(written)
             if place < len(texts) and not prompt.startswith(after, end):
                 return None
-        else:  # the template changed the text: it reaches to the template's next words
+        else:  # the template changed the text, so it extends to the template's next words
             found = prompt.find(after, cursor)
             if place < len(texts) and found < 0:
                 return None
@@ -306,7 +308,7 @@ def _framed_ranges(
 
 
 def _searched_ranges(prompt: bytes, texts: Sequence[tuple[Any, str]], cursor: int = 0) -> tuple[ByteRange, ...]:
-    """Return the user's ranges by searching for each text after the one before, from `cursor` on."""
+    """Return the user's ranges by searching for each text after the preceding one, from `cursor` on."""
     ranges = []
     for role, text in texts:
         wanted = as_bytes(text).strip(WHITE_SPACE)  # templates strip
@@ -324,7 +326,7 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
 
 
 def _without_instructions(prompt: bytes, content: ByteRange, pieces: Sequence[bytes]) -> tuple[ByteRange, ...]:
-    """Return the gaps between the fixed pieces: first and last at the ends, the others where they first occur."""
+    """Return the gaps between the fixed pieces: the first and last at the ends, the others where they first occur."""
     if not pieces:
         return (content,)
     first, *middle = [pieces[0].lstrip(WHITE_SPACE), *pieces[1:]]

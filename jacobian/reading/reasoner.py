@@ -16,15 +16,16 @@ ANSWER = "answer"
 class ReasonerLayout:
     """A reasoner's output: a rationale X, then an answer Y.
 
-    The answer is what a mark shows: an answer tag, the last `\\boxed{}`, `####` or "the answer is"; without a mark, and
-    only with `fallback`, the last line after a thought, or else the last sentence; see `find_answer`. The rationale is
-    the thought; without one, everything before the answer's mark. `found_by` of the rollout says which mark served.
+    The answer is given by a mark: an answer tag, the last `\\boxed{}`, `####` or "the answer is". Without a mark, and
+    only with `fallback`, it is the last line after a thought, or else the last sentence; see `find_answer`. The
+    rationale is the thought; without one, everything before the answer's mark. `found_by` of the rollout names the mark
+    that was found.
 
     Attributes:
         rationale_tag: tag around X.
         answer_tag: tag around Y.
         boxed: whether `\\boxed{}` is read.
-        fallback: whether tags and boxes are not all that counts; without it, text without them is malformed.
+        fallback: whether answers without a tag or box are read; if not, such text is malformed.
         instructions: as in JudgeLayout.
     """
 
@@ -59,11 +60,14 @@ class ReasonerLayout:
         return self.rationale_tag
 
     def find(self, completion: bytes, *, thought_opened: bool = False) -> Found:
-        """Return the byte ranges of rationale and answer, or raise MalformedError with the reason.
+        """Return the byte ranges of rationale and answer.
 
         Args:
             completion: what the reasoner wrote.
             thought_opened: whether the prompt ended inside a thought, see `find_thought`.
+
+        Raises:
+            MalformedError: if they cannot be found, with the reason.
         """
         thought, answer = self.read(completion, thought_opened=thought_opened)
         rationale = tuple(part for part in thought.contents if trim_range(completion, part))
@@ -78,7 +82,7 @@ class ReasonerLayout:
     def read(self, completion: bytes, *, thought_opened: bool = False) -> tuple[Thought, Answer]:
         """Return the thought of a completion, and its answer in bytes; arguments and errors as `find`.
 
-        Code that needs only the answer gets it from here, so that rewards and spans read the same bytes. A completion
+        Rewards, which need only the answer, call this too, so that they read the same bytes as the spans. A completion
         without a rationale has an answer, but no spans.
         """
         thought = find_thought(completion, self.rationale_tag, opened=thought_opened, sections=(self.answer_tag,))
@@ -102,11 +106,11 @@ def extract_answer(text: str, *, thought_opened: bool = False) -> str:
     r"""Return the final answer of a completion in the reasoner's format, as `ReasonerLayout` finds it.
 
     Args:
-        text: Any text; never raises.
+        text: any text; never raises.
         thought_opened: whether the prompt ended inside a thought, see `find_thought`.
 
     Returns:
-        The answer without surrounding white space, "" where there is none.
+        The answer without surrounding white space; "" if there is none.
     """
     completion = as_bytes(text)
     try:
@@ -117,13 +121,13 @@ def extract_answer(text: str, *, thought_opened: bool = False) -> str:
 
 
 def reference_answer(text: str) -> str:
-    r"""Return the final answer of a data set's reference: its marks are those of a completion.
+    r"""Return the final answer of a data set's reference, which may use the same marks as a completion.
 
     Args:
-        text: An answer, or a solution that ends in one: MATH's with `\boxed{}`, GSM8K's with `####`.
+        text: an answer, or a solution that ends in one: MATH's with `\boxed{}`, GSM8K's with `####`.
 
     Returns:
-        The answer without surrounding white space; all of the text where nothing marks one.
+        The answer without surrounding white space; the whole text if no mark is found.
     """
     found = find_answer(text, tag=ANSWER, boxed=True, unmarked="whole")
     return (text[slice(*found.content)] if found else "").strip() or text.strip()

@@ -1,4 +1,4 @@
-"""Where the criteria, the analysis and the scores of a judgement stand, strictly or leniently."""
+"""Find the criteria, the analysis and the scores of a judgement, strictly or leniently."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from cepo.jacobian.reading.verdict import Verdicts
 def find_sections(
     completion: bytes, start: int, tags: Sequence[str], verdicts: Verdicts
 ) -> tuple[dict[str, ByteRange], list[str]]:
-    """Return the content ranges of the sections that stand in a judgement, by tag, and which are missing or empty.
+    """Return the content ranges of a judgement's sections by tag, and which sections are missing or empty.
 
-    Strict: each tag opens and closes at most once, and the sections stand in order. Lenient: the last scores section
-    counts, then the last criteria and the analysis after them; a section that is not closed ends where the next one
-    opens, and without a scores section, scores are what stands after the analysis.
+    Strict: each tag opens and closes at most once, and the sections are in order. Lenient: the last scores section
+    counts, and before it the last criteria and the analysis after them; an unclosed section ends where the next one
+    opens; without a scores section, the scores are what follows the analysis.
 
     Args:
         completion: any bytes.
         start: where the thought ended.
         tags: of the criteria, the analysis and the scores.
-        verdicts: which of the two.
+        verdicts: "strict" or "lenient".
 
     Returns:
         The ranges, and a reason for each section that is missing or empty, in the order of the tags.

@@ -1,26 +1,26 @@
-"""Where sentences end, in any script."""
+"""Find where sentences end, in any script."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-_SPACED = ".!?"  # end a sentence where white space follows: 3.5 is one number
-_UNSPACED = "。！？｡؟۔।॥։።፧။៕‼⁇⁈⁉"  # end one wherever they stand
+_SPACED = ".!?"  # end a sentence only before white space, since 3.5 is one number
+_UNSPACED = "。！？｡؟۔।॥։።፧။៕‼⁇⁈⁉"  # always end a sentence
 _CLOSING = "\"')]*”’»」』）】》"
-# A full stop after a title or initials ends no sentence, nor does the space \! of LaTeX.
+# A full stop after a title or initials does not end a sentence, nor does LaTeX's \!.
 _UNENDING = r"(?<!\\)" + "".join(
     rf"(?<!\b{word})" for word in ("Mr", "Mrs", "Ms", "Dr", "St", "Prof", "vs", r"[A-Z]\.[A-Z]", r"No(?=\.\s\d)")
 )
 
 
 def sentence_ends(text: str, start: int = 0, end: int | None = None, *, clauses: bool = False) -> Iterator[int]:
-    """Yield where the white space after a sentence begins, or the next sentence where none stands between.
+    """Yield the end of each sentence, after its closing marks and before white space, in characters.
 
     Args:
         text: any text.
         start: where to begin, in characters.
-        end: where to stop; a sentence that reaches to it has no end.
+        end: where to stop; the end of a sentence that extends to it is not yielded.
         clauses: whether a semicolon or colon ends a sentence too.
     """
     stop = len(text) if end is None else end
@@ -30,7 +30,7 @@ def sentence_ends(text: str, start: int = 0, end: int | None = None, *, clauses:
 
 
 def _ends(spaced: str) -> re.Pattern[str]:
-    # Possessive: a long run of marks is read once.
+    # Possessive quantifiers, so that a long run of marks takes linear time.
     return re.compile(rf"{_UNENDING}(?:([{spaced}{_UNSPACED}]))++[{re.escape(_CLOSING)}]*+")
 
 

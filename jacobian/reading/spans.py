@@ -1,8 +1,8 @@
 """From sampled ids to spans: which tokens are the prompt's content, the criteria or rationale, the scores or answer.
 
-Everything is found on the bytes of the ids themselves. A token belongs to a span when it carries a byte of the content
-(surrounding white space is not content); a token that a tag or a digit shares with the content belongs to the span, but
-never moves in a counterfactual. Special tokens are never content.
+Everything is found in the bytes of the ids themselves. A token belongs to a span if it holds a byte of the content,
+which does not include surrounding white space. A token that also holds part of a tag belongs to the span, but never
+moves in a counterfactual. Special tokens are never content.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.reading.unknown import UnknownTokens
 from cepo.jacobian.records import Digit, Rollout, Span
 
-_REMEMBERED = 128  # number tokens whose alternatives are kept; the same few are written again and again
+_REMEMBERED = 128  # most number tokens whose alternatives are cached; the same few recur
 
 
 class SpanReader:
-    """Reads rollouts out of token ids for one tokenizer and one layout.
+    """Reads rollouts from token ids, for one tokenizer and one layout.
 
     Args:
         tokenizer: the policy's Hugging Face tokenizer.
@@ -53,15 +53,14 @@ class SpanReader:
         """Return the rollout with its spans, or marked malformed with the reason; never raises on model output.
 
         Args:
-            prompt_ids: ids of the prompt as the policy saw it. Padding around it is taken off, see
+            prompt_ids: ids of the prompt as the policy saw it. Padding around it is removed, see
                 `PromptReader.without_padding`.
             completion_ids: sampled ids.
-            messages: the conversation that the prompt was rendered from, where known: the text of its user messages is
-                the content. Without it, the tokenizer's chat template is asked where content stands, see
-                `PromptReader.content`.
+            messages: the conversation that the prompt was rendered from, if known: the text of its user messages is the
+                content. Without it, the content is found by the tokenizer's chat template, see `PromptReader.content`.
 
         Raises:
-            ValueError: if prompt_ids is empty (the first token of a text is predicted by nothing).
+            ValueError: if prompt_ids is empty (the completion's first token would be predicted from nothing).
         """
         if not len(prompt_ids):
             raise ValueError("prompt_ids is empty; a rollout needs at least one prompt token to be predicted from")
@@ -97,13 +96,13 @@ class SpanReader:
         )
 
     def responses(self, rollout: Rollout) -> tuple[ByteRange, ByteRange] | None:
-        """Return where the two responses stand in the bytes of the prompt, or None where nothing marks them clearly.
+        """Return the byte ranges of the two responses in the prompt, or None if they are not clearly marked.
 
-        The first of the layout's forms fits whose marks all stand exactly once, in order, around text without special
-        tokens.
+        The first of the layout's forms is used whose marks all occur exactly once, in order, around text without
+        special tokens.
 
         Args:
-            rollout: well-formed, of this reader.
+            rollout: a well-formed rollout from this reader.
         """
         pieces = self._bytes.of(rollout.prompt_ids)
         ends = list(accumulate(len(piece) for piece in pieces))
@@ -120,12 +119,11 @@ class SpanReader:
         return None
 
     def text_of(self, token_ids: Sequence[int]) -> bytes:
-        """Return the bytes of the ids, those of special tokens included."""
+        """Return the bytes of the ids, including those of special tokens."""
         return b"".join(self._bytes.of(tuple(token_ids)))
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text of each token for display: joined, they are the text; a character that spans several tokens
-        is given to the last of them."""
+        """Return the text of each token for display. A character that spans several tokens belongs to the last."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pieces = self._bytes.of(tuple(token_ids))
         return [decoder.decode(piece, final=index + 1 == len(pieces)) for index, piece in enumerate(pieces)]
@@ -155,7 +153,7 @@ class SpanReader:
         if not positions:
             raise MalformedError(f"empty {name}: no token of content")
         shown = " … ".join(text[core[0] : core[1]].decode("utf-8", errors="replace") for _, core in trimmed)
-        unique = dict.fromkeys(positions)  # one token can carry the ends of two ranges
+        unique = dict.fromkeys(positions)  # one token can hold the end of one range and the start of the next
         kept = dict(zip(movable, sentences, strict=True))
         return Span(name, tuple(unique), tuple(kept), tuple(kept.values()), shown)
 
@@ -181,7 +179,7 @@ class SpanReader:
 
 
 def _overlapping(ends: Sequence[int], wanted: ByteRange) -> list[tuple[int, ByteRange]]:
-    """Return (position, byte range) of each token that carries a byte of the wanted range, given all tokens' ends."""
+    """Return (position, byte range) of each token that holds a byte of the wanted range, given all tokens' ends."""
     found = []
     start = 0
     for position, end in enumerate(ends):
@@ -194,7 +192,7 @@ def _overlapping(ends: Sequence[int], wanted: ByteRange) -> list[tuple[int, Byte
 
 
 def _sentence_breaks(text: bytes, wanted: ByteRange) -> list[int]:
-    """Return where sentences, clauses and lines end in the wanted range, ascending."""
+    """Return the byte positions at which sentences, clauses and lines end in the wanted range, ascending."""
     written = text[slice(*wanted)].decode("utf-8", "surrogateescape")
     ends = sorted({*sentence_ends(written, clauses=True), *(line.end() for line in re.finditer(r"\n", written))})
     pieces = (written[start:end] for start, end in pairwise([0, *ends]))
@@ -202,7 +200,7 @@ def _sentence_breaks(text: bytes, wanted: ByteRange) -> list[int]:
 
 
 def _between(prompt: bytes, marks: Sequence[bytes], end: int) -> tuple[ByteRange, ByteRange] | None:
-    """Return the two gaps between three marks that stand exactly once and in order; an empty last mark is the end."""
+    """Return the two gaps between three marks that occur exactly once and in order; an empty last mark means `end`."""
     if any(mark and prompt.count(mark) != 1 for mark in marks):
         return None
     before, middle = prompt.index(marks[0]) + len(marks[0]), prompt.index(marks[1])

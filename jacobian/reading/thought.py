@@ -1,4 +1,4 @@
-"""Where a thought ends, decided once for judges and reasoners, and the sections that stand after it."""
+"""Find where a thought ends, for judges and reasoners alike, and sections after it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ENDS_A_LINE = re.compile(rb"[ \t]*(?:[\r\n<]|\Z)")
 
 @dataclass(frozen=True)
 class Thought:
-    """The thought that a completion opens with.
+    """The thought at the beginning of a completion.
 
     Attributes:
-        contents: what stands between its tags; one range for each of several thoughts in a row, () without a thought.
+        contents: the byte range between its tags, one for each of several consecutive thoughts; () without a thought.
         end: where the completion continues after it; 0 without a thought.
     """
 
@@ -32,13 +32,13 @@ def find_thought(
 ) -> Thought:
     """Return the thought of a completion.
 
-    There is one where the prompt opened it, or where the completion itself begins with the opening tag; thoughts that
-    follow each other count as one. `<thinking>` is another spelling of `<think>`. Anywhere else a tag is text, with one
-    exception, for texts whose prompt is not at hand or was rendered by another template: a closing tag that nothing
-    opened ends a thought, unless a section of the format opens before it and does not open again after it. A
-    `</think>` that is quoted in a judgement or after it is text by that.
+    There is one if the prompt opened it, or if the completion itself begins with the opening tag; consecutive thoughts
+    count as one. `<thinking>` is another spelling of `<think>`. Anywhere else a tag is text, with one exception, for
+    texts whose prompt is unknown or was rendered by another template: a closing tag that nothing opened ends a thought,
+    unless a section of the format opens before it and does not open again after it. By this rule a `</think>` that is
+    quoted in or after a judgement is text.
 
-    The thought ends at its first closing tag. Two kinds of quotation inside it are text: a closing tag in quotation
+    The thought ends at its first closing tag. Two kinds of quoted tags inside it are text: a closing tag in quotation
     marks or backticks, and one that follows an opening tag on the same line ("I reason inside <think> and </think>"),
     unless it is the last one and ends its line.
 
@@ -77,18 +77,19 @@ def after_thought(completion: bytes, tag: str = THOUGHT, *, opened: bool = False
 def thought_opened(prompt: bytes | str, tag: str = THOUGHT) -> bool:
     """Return whether a prompt, as the model sees it, ends inside a thought: in the opening tag and white space.
 
-    Chat templates that open a thought end so. A tag that a question quotes is followed by the end of its turn.
+    Chat templates that open a thought end this way. A tag that is quoted in a question is followed by the end of the
+    turn.
     """
     written = as_bytes(prompt) if isinstance(prompt, str) else prompt
     return written.rstrip(WHITE_SPACE).endswith(tuple(b"<" + name + b">" for name in _spellings(tag)))
 
 
 def template_opens_thought(tokenizer: Any, **options: Any) -> bool:
-    """Return whether the chat template itself opens a thought in each answer.
+    """Return whether the chat template itself opens a thought at the start of each answer.
 
     Args:
         tokenizer: with or without a chat template.
-        **options: of the template, such as enable_thinking.
+        **options: the template's options, such as enable_thinking.
 
     Raises:
         TemplateError, ValueError, TypeError: as the template raises them for a lone user message.
@@ -100,7 +101,7 @@ def template_opens_thought(tokenizer: Any, **options: Any) -> bool:
 
 
 def read_section(text: str, tag: str) -> str | None:
-    """Return the content of the last closed `tag` after the thought as it was written, or None; never raises."""
+    """Return the content of the last closed `tag` after the thought, untrimmed, or None; never raises."""
     completion = as_bytes(text)
     try:
         start = after_thought(completion)
@@ -121,7 +122,7 @@ def _any_of(names: tuple[bytes, ...]) -> bytes:
 
 
 def _find_closing(completion: bytes, begin: int, names: tuple[bytes, ...]) -> ByteRange | None:
-    """Return where the closing tag stands that ends a thought whose content begins at `begin`, or None."""
+    """Return the range of the closing tag that ends a thought whose content begins at `begin`, or None."""
     closing = None
     for closing, is_quoted in _closings(completion, begin, names):
         if not is_quoted:
@@ -130,7 +131,7 @@ def _find_closing(completion: bytes, begin: int, names: tuple[bytes, ...]) -> By
 
 
 def _closings(completion: bytes, begin: int, names: tuple[bytes, ...]) -> Iterator[tuple[ByteRange, bool]]:
-    """Yield where each closing tag stands, and whether it is part of a quotation."""
+    """Yield the range of each closing tag, and whether it is quoted."""
     before = begin
     for closing in re.compile(b"</(" + _any_of(names) + b")>").finditer(completion, begin):
         start, end = closing.span()

@@ -1,4 +1,4 @@
-"""The bytes of each token id, so that spans are found on what was sampled and never on re-encoded text."""
+"""The bytes of each token id, so that spans are found in what was sampled and never in re-encoded text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from cepo.jacobian.reading.layout import as_bytes
 
-_LARGEST_ID = 2**31 - 1  # what tokenizers can look up; -100 and its like are padding marks, not tokens
+_LARGEST_ID = 2**31 - 1  # the largest id that tokenizers can look up; negative ids such as -100 mark padding
 _SHORT_NUMBER = re.compile(rb"[^0-9]{0,4}[0-9]{1,3}[^0-9]{0,4}")
 
 
@@ -17,8 +17,8 @@ class TokenBytes:
     """Owns one tokenizer's table from token ids to bytes.
 
     Byte-level vocabularies (GPT-2, Llama 3, Qwen, SmolLM2) and SentencePiece ones (Llama 2, Mistral, Gemma) are read
-    token by token; any other kind is read by decoding longer and longer prefixes, which is slower and as
-    exact as its decoder. Added tokens are their own text.
+    token by token. Any other kind is read by decoding ever longer prefixes, which is slower and only as exact as its
+    decoder. Added tokens stand for their own text.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -40,7 +40,7 @@ class TokenBytes:
         return [self._read(token_id) for token_id in token_ids]
 
     def unread_ids(self, tags: Sequence[str]) -> frozenset[int]:
-        """Return the special tokens that are not part of an output's text: all but those that are its tags.
+        """Return the special tokens that are not part of an output's text: all except the given tags.
 
         Args:
             tags: names of the tags; some tokenizers have `<think>` and `</think>` as special tokens.
@@ -49,7 +49,7 @@ class TokenBytes:
         return frozenset(token for token in self.special_ids if self.of([token])[0].strip() not in marks)
 
     def short_numbers(self) -> list[tuple[int, bytes]]:
-        """Return (id, bytes) of every ordinary token that is a number of up to three digits, marks allowed."""
+        """Return (id, bytes) of every ordinary token with one run of up to three digits and few other bytes."""
         found = []
         for token, token_id in self.tokenizer.get_vocab().items():
             if token_id not in self.special_ids and any("0" <= character <= "9" for character in token):
@@ -93,7 +93,7 @@ class TokenBytes:
 
 
 def _decoder_kind(tokenizer: Any) -> tuple[str, str]:
-    """Tell how the vocabulary becomes bytes: "byte_level", "sentencepiece" (and its space mark), or "prefix"."""
+    """Return how tokens become bytes ("byte_level", "sentencepiece" or "prefix"), and SentencePiece's space mark."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(backend, "decoder", None)
     if decoder is None:
@@ -112,7 +112,7 @@ def _decoder_kind(tokenizer: Any) -> tuple[str, str]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the printable stand-ins that byte-level vocabularies use for bytes (GPT-2's published table)."""
+    """Return the byte of each printable character that byte-level vocabularies use for it (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""Texts in words that a tokenizer does not know, of which a model's scores say nothing."""
+"""Warn of texts in words that the tokenizer does not know, about which a model's scores say nothing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 logger = logging.getLogger("cepo")
 
-_MOST = 0.25  # share of a text's tokens that may be unknown; a name or a sign is often
+_MOST = 0.25  # share of a text's tokens that may be unknown, as names and symbols often are
 
 
 class UnknownTokens:
-    """Warns once of a text of which more than a quarter of the tokens are unknown.
+    """Warns once if more than a quarter of a text's tokens are unknown.
 
-    A tokenizer whose unknown token is also its end or beginning of text, or padding, spells every text, so nothing is
-    unknown to it.
+    A tokenizer whose unknown token is also its end or beginning of text, or padding, can write any text, so no token
+    counts as unknown.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -28,7 +28,7 @@ class UnknownTokens:
         self._told = False
 
     def check(self, token_ids: Sequence[int]) -> None:
-        """Warn unless the tokenizer knows the text, or a warning was given before."""
+        """Log a warning if too many tokens are unknown and none was logged before."""
         if self._unknown is None or self._told or not token_ids:
             return
         share = sum(token == self._unknown for token in token_ids) / len(token_ids)

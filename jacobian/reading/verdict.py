@@ -1,7 +1,7 @@
-r"""The two numbers of a verdict: which written forms are read, and where their digits stand.
+r"""Find the two numbers of a verdict in the forms that are read.
 
-Strict reads one form, `\boxed{8, 6}`, so that a policy is rewarded for one form only. Lenient reads what can mean only
-one pair in other forms, for judges that were trained elsewhere.
+Strict reads one form, `\boxed{8, 6}`, so that a policy is rewarded for one form only. Lenient, for judges that were
+trained elsewhere, also reads other forms that can mean only one pair.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from cepo.jacobian.reading.layout import ByteRange, MalformedError
 
 Verdicts = Literal["strict", "lenient"]
 STRICT: Verdicts = "strict"
-_SHOWN = 40  # bytes of a quotation
+_SHOWN = 40  # most bytes of a quotation
 
-# A longer number is not a score: the targets of links hold numbers of a few tokens.
+# Longer numbers are not scores; the targets of links hold numbers of a few tokens.
 _NUMBER = rb"([0-9]{1,4}(?:\.[0-9]{1,6})?)(?![0-9])"
 _STRICT_PAIR = re.compile(rb"\\boxed\{\s*" + _NUMBER + rb"\s*,\s*" + _NUMBER + rb"\s*\}")
 _BOX = re.compile(rb"(?:\\b|b|\x08)oxed\s*+\{")  # JSON reads the \b of an unescaped \boxed as a backspace
 _BRACE = re.compile(rb"\\[{}]|[{}]")
-# Spaces of all kinds, LaTeX's among them, brackets and emphasis: they stand around a score and say nothing.
+# Spaces of all kinds (including LaTeX's), brackets and emphasis, which may surround a score without meaning.
 _AROUND = (
     rb"(?:[\s{}\[\]()*$~`]|\xc2\xa0|\xe2\x80[\x80-\x8b\xaf]|\xe3\x80\x80|"
     rb"\\(?:[,;:! ]|(?:text|textbf|mathrm|mathbf|quad)(?![a-z])))*+"
@@ -50,7 +50,7 @@ def check_verdicts(verdicts: str) -> None:
 
 
 def find_pair(completion: bytes, section: ByteRange, tag: str, verdicts: Verdicts) -> tuple[ByteRange, ByteRange]:
-    r"""Return where the two numbers of a scores section stand.
+    r"""Return the byte ranges of the two numbers of a scores section.
 
     A number is one to four ASCII digits with up to six decimals; as in j1, no range is enforced.
 
@@ -59,11 +59,11 @@ def find_pair(completion: bytes, section: ByteRange, tag: str, verdicts: Verdict
         section: the content of the section.
         tag: its name, for the reason.
         verdicts: "strict": the section holds one `\boxed`, and it is `\boxed{a, b}`. "lenient": the pair in the last
-            box, the two numbers of two boxes, or, without a box, the pair that is all of the section; brackets,
-            emphasis, spaces of all kinds, names of the responses and "/10" may stand around a number.
+            box, the two numbers of two boxes, or, without a box, the pair that is the whole section; brackets,
+            emphasis, spaces of all kinds, names of the responses and "/10" may surround a number.
 
     Raises:
-        MalformedError: where the section holds no such pair.
+        MalformedError: if the section holds no such pair.
     """
     inside = completion[slice(*section)]
     if verdicts == "strict" and inside.count(rb"\boxed") > 1:
@@ -77,7 +77,7 @@ def find_pair(completion: bytes, section: ByteRange, tag: str, verdicts: Verdict
 
 
 def find_last_pair(completion: bytes) -> tuple[ByteRange, ByteRange] | None:
-    r"""Return where the numbers of the last `\boxed{a, b}` stand, in or outside of a section, or None."""
+    r"""Return the ranges of the numbers of the last `\boxed{a, b}`, inside or outside of a section, or None."""
     pair = next(iter(deque(_STRICT_PAIR.finditer(completion), maxlen=1)), None)
     return pair and (pair.span(1), pair.span(2))
 
@@ -88,7 +88,7 @@ def _strict(inside: bytes) -> tuple[ByteRange, ByteRange] | None:
 
 
 def _lenient(inside: bytes) -> tuple[ByteRange, ByteRange] | None:
-    boxes = deque(_BOX.finditer(inside), maxlen=3)  # a policy in a loop writes a great many
+    boxes = deque(_BOX.finditer(inside), maxlen=3)  # a policy in a loop may write thousands
     contents = [_content(inside, box.end()) for box in boxes][-2:] or [(0, len(inside))]
     pair = _LENIENT_PAIR.fullmatch(inside, *contents[-1])
     if pair is not None:
@@ -100,7 +100,7 @@ def _lenient(inside: bytes) -> tuple[ByteRange, ByteRange] | None:
 
 
 def _content(inside: bytes, begin: int) -> ByteRange:
-    """Return the content of the box that opens at `begin`: up to its closing brace, or nothing where it has none."""
+    """Return the content of the box that opens at `begin`, up to its closing brace; empty if it has none."""
     depth = 1
     for brace in _BRACE.finditer(inside, begin):
         depth += {b"{": 1, b"}": -1}.get(brace[0], 0)

@@ -1,9 +1,8 @@
-"""Shared-prefix attention in plain PyTorch, a block of queries at a time; the definition is `prefix_attention`.
+"""Shared-prefix attention in plain PyTorch, one block of queries at a time; the definition is `prefix_attention`.
 
-If they were kept for the backward pass, the attention weights of T queries over N keys would be most of what a long
-rollout's graph holds. So a block computes its weights, uses them and drops them, and the backward pass recomputes them,
-once for all cotangents.
-Keys that no query of a block sees yet are left out.
+For a long rollout, the attention weights of T queries over N keys would be most of what autograd saves for the backward
+pass. So each block drops its weights after use, and the backward pass recomputes them, once for all cotangents. Keys
+that no query of a block sees are skipped.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 KEPT_BYTES = 2**23
-"""Up to so many bytes of scores per layer it is faster to keep the attention weights, as the definition does."""
+"""Up to this many bytes of scores per layer, keeping the attention weights, as the definition does, is faster."""
 BLOCK_BYTES = 2**24
-"""Most bytes of a block's attention weights and their cotangents: about a cache; smaller blocks make more calls."""
+"""Most bytes of a block's attention weights and their cotangents: about a CPU cache. Smaller blocks mean more calls."""
 
 
 def block_forward(
@@ -30,17 +29,17 @@ def block_forward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the output (B, H, T, E) and what `block_vjp` reads: the arguments, which are those of the definition."""
+    """Return the output (B, H, T, E), and the inputs for `block_vjp`; arguments as for `prefix_attention`."""
     inputs = (query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE, past_lengths_B)
     rollouts, heads, tokens, size = query_BHTE.shape
     key_BJNE, value_BJNE = _joined(past_key_BJLE, key_BJTE), _joined(past_value_BJLE, value_BJTE)
     past = key_BJNE.shape[2] - tokens
-    # Laid out (B, T, H, E) in memory, as the layer's next reshape wants it.
+    # Stored as (B, T, H, E), so that the layer's next reshape copies nothing.
     output_BHTE = query_BHTE.new_empty(rollouts, tokens, heads, size).transpose(1, 2)
     for start, end in _blocks(1, query_BHTE, key_BJNE):
         query_BJME = _folded(query_BHTE[:, :, start:end], key_BJNE.shape[1]) * scale
-        shares_BJMN, _ = _shares(query_BJME, key_BJNE[:, :, : past + end], past_lengths_B, past, start, softcap)
-        output_BJME = shares_BJMN.to(value_BJNE.dtype) @ value_BJNE[:, :, : past + end]
+        probs_BJMN, _ = _probabilities(query_BJME, key_BJNE[:, :, : past + end], past_lengths_B, past, start, softcap)
+        output_BJME = probs_BJMN.to(value_BJNE.dtype) @ value_BJNE[:, :, : past + end]
         output_BHTE[:, :, start:end] = output_BJME.reshape(rollouts, heads, end - start, size)
     return output_BHTE, inputs
 
@@ -58,11 +57,11 @@ def block_vjp(
     softcap: float | None,
     past_wanted: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Return what C cotangents of the output become at the first five arguments, each (C, *shape).
+    """Return the gradients of the query, past keys and values, and own keys and values under C cotangents.
 
     Args:
         cotangent_CBHTE: cotangents of the output.
-        query_BHTE: this and the other tensors are what `block_forward` took.
+        query_BHTE: this and the other inputs are those of `block_forward`.
         past_key_BJLE: as there.
         past_value_BJLE: as there.
         key_BJTE: as there.
@@ -70,26 +69,29 @@ def block_vjp(
         past_lengths_B: as there.
         scale: as there.
         softcap: as there.
-        past_wanted: whether gradients of the past are asked for; None stands for them if not.
+        past_wanted: whether to compute gradients of the past; False returns None for both.
+
+    Returns:
+        Five gradients of shape (C, *input shape), of the inputs' dtype.
     """
     count, rollouts, heads, tokens, size = cotangent_CBHTE.shape
     key_BJNE, value_BJNE = _joined(past_key_BJLE, key_BJTE), _joined(past_value_BJLE, value_BJTE)
     key_heads, past = key_BJNE.shape[1], key_BJNE.shape[2] - tokens
     dtype, wide = query_BHTE.dtype, torch.promote_types(query_BHTE.dtype, torch.float32)
-    first = 0 if past_wanted else past  # of the keys that take gradients
+    first = 0 if past_wanted else past  # first key that gets a gradient
     query_CBHTE = query_BHTE.new_empty(count, rollouts, tokens, heads, size).transpose(2, 3)
-    # Blocks are added up: in float32 at least.
+    # Sums over blocks, so at least float32.
     key_CBJNE = key_BJNE.new_zeros(count, rollouts, key_heads, past + tokens - first, size, dtype=wide)
     value_CBJNE = torch.zeros_like(key_CBJNE)
     for start, end in _blocks(count, query_BHTE, key_BJNE):
         seen = past + end
         query_BJME = _folded(query_BHTE[:, :, start:end], key_heads) * scale
-        shares_BJMN, slope_BJMN = _shares(query_BJME, key_BJNE[:, :, :seen], past_lengths_B, past, start, softcap)
+        probs_BJMN, slope_BJMN = _probabilities(query_BJME, key_BJNE[:, :, :seen], past_lengths_B, past, start, softcap)
         cotangent_CBJME = _folded(cotangent_CBHTE[:, :, :, start:end], key_heads)
-        value_CBJNE[..., : seen - first, :] += shares_BJMN[..., first:].to(dtype).mT @ cotangent_CBJME
-        scores_CBJMN = (cotangent_CBJME @ value_BJNE[:, :, :seen].mT).to(shares_BJMN.dtype)
-        scores_CBJMN -= (scores_CBJMN * shares_BJMN).sum(-1, keepdim=True)
-        scores_CBJMN *= shares_BJMN if slope_BJMN is None else shares_BJMN * slope_BJMN
+        value_CBJNE[..., : seen - first, :] += probs_BJMN[..., first:].to(dtype).mT @ cotangent_CBJME
+        scores_CBJMN = (cotangent_CBJME @ value_BJNE[:, :, :seen].mT).to(probs_BJMN.dtype)
+        scores_CBJMN -= (scores_CBJMN * probs_BJMN).sum(-1, keepdim=True)
+        scores_CBJMN *= probs_BJMN if slope_BJMN is None else probs_BJMN * slope_BJMN
         scores_CBJMN = scores_CBJMN.to(dtype)
         query_CBJME = (scores_CBJMN @ key_BJNE[:, :, :seen]) * scale
         query_CBHTE[:, :, :, start:end] = query_CBJME.reshape(count, rollouts, heads, end - start, size)
@@ -101,7 +103,7 @@ def block_vjp(
 
 
 def _blocks(count: int, query_BHTE: Tensor, key_BJNE: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield the first query of each block and that of the next, last block first: it takes the most memory."""
+    """Yield (start, end) of each block of queries, the last block first: it takes the most memory."""
     rollouts, heads, tokens, _ = query_BHTE.shape
     wide = torch.promote_types(query_BHTE.dtype, torch.float32)
     row_bytes = (count + 1) * rollouts * heads * key_BJNE.shape[2] * wide.itemsize
@@ -110,10 +112,10 @@ def _blocks(count: int, query_BHTE: Tensor, key_BJNE: Tensor) -> Iterator[tuple[
         yield max(0, end - size), end
 
 
-def _shares(
+def _probabilities(
     query_BJME: Tensor, key_BJNE: Tensor, past_lengths_B: Tensor, past: int, start: int, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a block's attention weights, in float32 or wider, and the slope of the cap on their scores."""
+    """Return a block's attention weights, in float32 or wider, and the derivative of the soft cap, if there is one."""
     scores_BJMN, slope_BJMN = query_BJME @ key_BJNE.mT, None
     if softcap is not None:
         capped_BJMN = torch.tanh(scores_BJMN / softcap)

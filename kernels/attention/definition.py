@@ -29,7 +29,7 @@ def prefix_attention(
         past_value_BJLE: its values.
         key_BJTE: keys of the segment itself.
         value_BJTE: its values.
-        past_lengths_B: how many of the L are real, int64, in [0, L].
+        past_lengths_B: how many of the L are not padding, int64, in [0, L].
         scale: factor of the scores, usually E ** -0.5.
         softcap: c for scores c * tanh(scores / c), or None.
 
@@ -38,8 +38,8 @@ def prefix_attention(
     """
     rollouts, heads, tokens, size = query_BHTE.shape
     key_heads, past = past_key_BJLE.shape[1:3]
-    # One matrix product a key head: its query heads are folded into the rows, nothing is repeated. Keys are put
-    # together rather than scores, and masked by a sum: neither costs the backward pass more than a view.
+    # One matrix product per key head: its query heads are folded into the rows, so that keys are not repeated. Keys are
+    # concatenated rather than scores, and the mask is added: in the backward pass both are mere views.
     key_BJNE = torch.cat([past_key_BJLE, key_BJTE], dim=2) if past else key_BJTE
     value_BJNE = torch.cat([past_value_BJLE, value_BJTE], dim=2) if past else value_BJTE
     query_BJME = query_BHTE.reshape(rollouts, key_heads, -1, size) * scale
@@ -54,5 +54,5 @@ def prefix_attention(
     seen_BTN = own_TN | (place < past_lengths_B[:, None])[:, None, :]
     bias_BTN = torch.zeros_like(seen_BTN, dtype=scores_BJMN.dtype).masked_fill(~seen_BTN, float("-inf"))
     scores_BJGTN = scores_BJMN.unflatten(2, (heads // key_heads, tokens)) + bias_BTN[:, None, None]
-    shares_BJMN = scores_BJGTN.softmax(-1).flatten(2, 3).to(value_BJTE.dtype)
-    return (shares_BJMN @ value_BJNE).reshape(rollouts, heads, tokens, size)
+    probs_BJMN = scores_BJGTN.softmax(-1).flatten(2, 3).to(value_BJTE.dtype)
+    return (probs_BJMN @ value_BJNE).reshape(rollouts, heads, tokens, size)

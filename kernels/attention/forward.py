@@ -24,7 +24,7 @@ from cepo.kernels.launch import COUNTS, Tile, Variant, architecture, interpreted
 from cepo.kernels.product import product
 
 # (architecture, bytes of an element, head size rounded up to a power of two, at least 64) -> tile.
-# float32 products are exact ("ieee": fused multiply-adds, no tensor cores), which takes registers: small tiles.
+# float32 products are exact ("ieee": fused multiply-adds, no tensor cores) and take many registers, so tiles are small.
 FORWARD_TILES = {
     (80, 2, 64): Tile(128, 64, 8, 3),
     (80, 2, 128): Tile(128, 32, 8, 3),
@@ -49,7 +49,7 @@ def attention_forward(
     """Launch the forward kernel; see `prefix_attention` for the arguments (last axis of stride 1).
 
     Returns:
-        The output (B, H, T, E), whose memory is laid out (B, T, H, E) as the layer's next reshape wants it; and what
+        The output (B, H, T, E), stored as (B, T, H, E) so that the layer's next reshape copies nothing; and what
         `attention_vjp` reads: the arguments, the output, and the base-2 logsumexp of the scores, (B, H, T) float32.
     """
     inputs = (query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE, past_lengths_B)
@@ -164,17 +164,17 @@ def attention_forward_kernel(
 
 @triton.jit
 def _online(scores_MN, value_NE, largest_M, total_M, sum_ME, INTERPRETED: tl.constexpr):
-    """Take one tile of scores into the running maximum, sum of exponentials and weighted sum of values."""
+    """Add one tile of scores to the online softmax: running maximum, sum of exponentials, weighted sum of values."""
     new_M = tl.maximum(largest_M, tl.max(scores_MN, 1))
-    shares_MN = tl.exp2(scores_MN - new_M[:, None])
+    probs_MN = tl.exp2(scores_MN - new_M[:, None])
     keep_M = tl.exp2(largest_M - new_M)
-    total_M = total_M * keep_M + tl.sum(shares_MN, 1)
-    sum_ME = sum_ME * keep_M[:, None] + product(shares_MN.to(value_NE.dtype), value_NE, INTERPRETED)
+    total_M = total_M * keep_M + tl.sum(probs_MN, 1)
+    sum_ME = sum_ME * keep_M[:, None] + product(probs_MN.to(value_NE.dtype), value_NE, INTERPRETED)
     return new_M, total_M, sum_ME
 
 
 def forward_variants(arch: int) -> Iterator[Variant]:
-    """Yield the forms of the forward kernel that stand for all its launches on an architecture."""
+    """Yield the variants of the forward kernel that represent all its launches on an architecture."""
     for (table_arch, width, padded), tile in FORWARD_TILES.items():
         if table_arch == arch:
             yield from attention_variants(attention_forward_kernel, width, padded, tile, {})

@@ -1,8 +1,8 @@
-"""What the attention's kernels share: tiles of rows, their scores, the layout of what they write, the forms they take.
+"""What the attention kernels have in common: tiles of rows, their scores, the layout of outputs, compiled variants.
 
 The G = H / J query heads that read one key head are folded into the rows of a tile (row = token * G + head in group),
 so a key or value is loaded once for all of them, and a suffix of a few tokens still fills a tile.
-Scores are kept in base 2: exp2 is what the hardware has.
+Scores are kept in base 2, since the hardware's exponential is exp2.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,19 +26,19 @@ def padded_size(size: int) -> int:
 
 
 def token_major(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return an unwritten (..., heads, tokens, E) tensor whose memory is laid out (..., tokens, heads, E)."""
+    """Return an uninitialised (..., heads, tokens, E) tensor that is stored as (..., tokens, heads, E)."""
     *batch, heads, tokens, size = shape
     return torch.empty((*batch, tokens, heads, size), dtype=like.dtype, device=like.device).transpose(-3, -2)
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    """Return the strides of tensors one after another, in elements, without those of their last axes (which are 1)."""
+    """Return the strides of all tensors in elements, without those of their last axes (which are 1)."""
     return [stride for tensor in tensors for stride in tensor.stride()[:-1]]
 
 
 @triton.jit
 def load_rows(base, stride_h, stride_t, row_M, rows, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load folded rows of the heads that start at `base`; rows past the last and columns past the size are zeros."""
+    """Load folded rows of the heads that start at `base`; rows and columns out of range are zeros."""
     column_E = tl.arange(0, BLOCK_E)
     mask_ME = (row_M < rows)[:, None] & (column_E < SIZE)[None, :]
     place_M = row_M % GROUP * stride_h + row_M // GROUP * stride_t
@@ -47,7 +47,7 @@ def load_rows(base, stride_h, stride_t, row_M, rows, GROUP: tl.constexpr, SIZE: 
 
 @triton.jit
 def store_rows(base, heads, row_M, rows, value_ME, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Store folded rows into a `token_major` tensor with this number of heads; `base` is the place of the first row."""
+    """Store folded rows into a `token_major` tensor of this many heads; `base` is the address of the first row."""
     column_E = tl.arange(0, BLOCK_E)
     mask_ME = (row_M < rows)[:, None] & (column_E < SIZE)[None, :]
     place_M = (row_M % GROUP + row_M // GROUP * heads) * SIZE
@@ -65,7 +65,7 @@ def base2_scores(query_ME, key_NE, scale, softcap, SOFTCAP: tl.constexpr, INTERP
     """Return the scores times log2 e, and d score / d (uncapped score), which is 1 without a cap."""
     scores_MN = product(query_ME, tl.trans(key_NE), INTERPRETED) * scale
     if SOFTCAP:
-        # tanh x = 1 - 2 / (1 + e^2x): no library call, and right at both ends.
+        # tanh x = 1 - 2 / (1 + e^2x) needs no library call and is accurate for large |x|.
         tanh_MN = 1.0 - 2.0 / (1.0 + tl.exp2(scores_MN * (2.0 * 1.4426950408889634 / softcap)))
         slope_MN = 1.0 - tanh_MN * tanh_MN
         scores_MN = tanh_MN * (softcap * 1.4426950408889634)
@@ -78,10 +78,10 @@ def base2_scores(query_ME, key_NE, scale, softcap, SOFTCAP: tl.constexpr, INTERP
 def attention_variants(
     kernel: object, width: int, padded: int, tile: Tile, constants: dict[str, Any], capped_tile: Tile | None = None
 ) -> Iterator[Variant]:
-    """Yield one kernel of the attention for full heads, for masked ones, and with capped scores.
+    """Yield variants of one attention kernel: full heads, masked heads, and capped scores.
 
-    Full heads are those of SmolLM2 (64) and Qwen3 (128). In float32, whose small tiles are far from every limit: one
-    form of each size, at 128 masked and capped.
+    Full heads are those of SmolLM2 (64) and Qwen3 (128). In float32 tiles are small and far from every limit, so one
+    variant per size is enough (at 128 a masked and capped one).
     """
     dtype = torch.float32 if width == 4 else torch.bfloat16
     if padded == 64:

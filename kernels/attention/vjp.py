@@ -16,8 +16,8 @@ from cepo.kernels.attention.vjp_kernels import (
 )
 from cepo.kernels.launch import Tile, Variant, architecture, interpreted, unit_last
 
-# Keys as in FORWARD_TILES; the architectures differ where a form would spill: on the A100 SmolLM2's three heads of 64
-# per key head, in float32 heads of 128.
+# Keys as in FORWARD_TILES. The architectures differ where registers would spill: on the A100 with SmolLM2's three heads
+# of 64 per key head, and in float32 with heads of 128.
 QUERY_TILES = {
     **{(arch, 2, 64): Tile(128, 64, 8, 2) for arch in (80, 90)},
     **{(arch, 2, 128): Tile(64, 64, 8, 2) for arch in (80, 90)},
@@ -30,8 +30,8 @@ KEY_TILES = {
     **{(arch, 4, 64): Tile(32, 32, 8, 1) for arch in (80, 90)},
     **{(80, 4, 128): Tile(32, 32, 8, 1), (90, 4, 128): Tile(16, 32, 8, 1)},
 }
-# Capped scores keep their slope in registers too. Where that spills: half the rows, or on Hopper, whose tensor cores
-# take 64 rows at least, no pipeline (see `Compiled.mixes_products` for what 32 rows did there).
+# Capped scores keep their slope in registers too. Where that spills, tiles have half the rows; on Hopper, whose tensor
+# cores take at least 64 rows, loads are not pipelined instead (`Compiled.mixes_products` says what 32 rows did there).
 CAPPED_KEY_TILES = {(80, 2, 128): Tile(32, 64, 8, 2), (90, 2, 128): Tile(64, 64, 8, 1)}
 DELTA_TILE = Tile(32, 0, 4, 1)
 
@@ -48,13 +48,13 @@ def attention_vjp(
     Args:
         cotangent_CBHTE: C cotangents of the output.
         saved: what `attention_forward` saved: its tensors, the output, and the logsumexp.
-        scale: as there.
-        softcap: as there.
-        wanted: whether gradients are asked for the query, the past's keys and values, the segment's keys and values.
+        scale: as for `attention_forward`.
+        softcap: likewise.
+        wanted: whether to compute gradients of the query, of the past's keys and values, of the segment's.
 
     Returns:
         dQ (C, B, H, T, E), dK and dV of the past (C, B, J, L, E), dK and dV of the segment (C, B, J, T, E), of the
-        inputs' dtypes; None for what is not wanted.
+        inputs' dtypes; None for those not wanted.
     """
     query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE, past_lengths_B, output_BHTE, lse_BHT = saved
     cotangent_CBHTE = unit_last(cotangent_CBHTE)
@@ -137,7 +137,7 @@ def attention_vjp(
 
 
 def vjp_variants(arch: int) -> Iterator[Variant]:
-    """Yield the forms of the VJP kernels that stand for all their launches on an architecture."""
+    """Yield the variants of the VJP kernels that represent all their launches on an architecture."""
     for (table_arch, width, padded), tile in QUERY_TILES.items():
         if table_arch != arch:
             continue

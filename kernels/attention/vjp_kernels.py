@@ -1,7 +1,7 @@
 """Triton kernels of the attention's VJP: the tiles of scores are recomputed, since none were saved.
 
-The cotangent is a grid axis, and the fastest one: the programs of all cotangents of a tile run together, so queries,
-keys and values come from memory once and from L2 after that. (Two cotangents in one program spill at head size 128.)
+The cotangent is the fastest grid axis: the programs of a tile's cotangents run together, so queries, keys and values
+are read from memory once and then from L2. (Two cotangents in one program spill registers at head size 128.)
 With P = 2^(scores - logsumexp), dP = dO V^T and delta = sum_e dO O:  dS = P (dP - delta),  dQ = scale dS K,
 dK = scale dS^T Q,  dV = P^T dO.
 """
@@ -134,9 +134,9 @@ def attention_query_vjp_kernel(
         key_NE = load_rows(past_key, 0, past_key_stride_t, place_N, past, 1, SIZE, BLOCK_E)
         value_NE = load_rows(past_value, 0, past_value_stride_t, place_N, past, 1, SIZE, BLOCK_E)
         scores_MN, slope_MN = base2_scores(query_ME, key_NE, scale_f32, softcap_f32, SOFTCAP, INTERPRETED)
-        shares_MN = _shares(scores_MN, lse_M, row_M < rows, seen(token_M, place_N, past, False))
-        pull_MN = _pull(shares_MN, slope_MN, cotangent_ME, value_NE, delta_M, SOFTCAP, INTERPRETED)
-        gradient_ME += product(pull_MN.to(key_NE.dtype), key_NE, INTERPRETED)
+        probs_MN = _probabilities(scores_MN, lse_M, row_M < rows, seen(token_M, place_N, past, False))
+        score_gradient_MN = _score_gradient(probs_MN, slope_MN, cotangent_ME, value_NE, delta_M, SOFTCAP, INTERPRETED)
+        gradient_ME += product(score_gradient_MN.to(key_NE.dtype), key_NE, INTERPRETED)
 
     key = key_ptr + rollout * key_stride_b + key_head * key_stride_h
     value = value_ptr + rollout * value_stride_b + key_head * value_stride_h
@@ -146,9 +146,9 @@ def attention_query_vjp_kernel(
         key_NE = load_rows(key, 0, key_stride_t, place_N, tokens, 1, SIZE, BLOCK_E)
         value_NE = load_rows(value, 0, value_stride_t, place_N, tokens, 1, SIZE, BLOCK_E)
         scores_MN, slope_MN = base2_scores(query_ME, key_NE, scale_f32, softcap_f32, SOFTCAP, INTERPRETED)
-        shares_MN = _shares(scores_MN, lse_M, row_M < rows, seen(token_M, place_N, tokens, True))
-        pull_MN = _pull(shares_MN, slope_MN, cotangent_ME, value_NE, delta_M, SOFTCAP, INTERPRETED)
-        gradient_ME += product(pull_MN.to(key_NE.dtype), key_NE, INTERPRETED)
+        probs_MN = _probabilities(scores_MN, lse_M, row_M < rows, seen(token_M, place_N, tokens, True))
+        score_gradient_MN = _score_gradient(probs_MN, slope_MN, cotangent_ME, value_NE, delta_M, SOFTCAP, INTERPRETED)
+        gradient_ME += product(score_gradient_MN.to(key_NE.dtype), key_NE, INTERPRETED)
 
     gradient = gradient_ptr + ((which * rollouts + rollout) * tokens * heads + first_head) * SIZE
     store_rows(gradient, heads, row_M, rows, gradient_ME * scale_f32, GROUP, SIZE, BLOCK_E)
@@ -194,7 +194,7 @@ def attention_key_vjp_kernel(
 ):
     """Form dK and dV of one tile of keys of one rollout under one cotangent: of the past (PAST) or of the segment.
 
-    All query heads of the group are rows here, so their sum needs no atomics. A past's padding gets zeros.
+    All query heads of the group are rows here, so their sum needs no atomics. The past's padding gets zeros.
     With N keys (L of the past, or T): bytes, e per element: keys and values 2 B J N E e and queries B H T E e once for
     all cotangents, cotangents C B H T E e (both from L2 after the first tile), gradients 2 C B J N E e.
     FLOPs: 8 C B H E T N for the past, half of that for the segment: scores, dP, dK and dV.
@@ -237,10 +237,10 @@ def attention_key_vjp_kernel(
         lse_M = tl.load(lse + place_M, mask=row_M < rows, other=0.0)
         delta_M = tl.load(delta + place_M, mask=row_M < rows, other=0.0)
         scores_MN, slope_MN = base2_scores(query_ME, key_NE, scale_f32, softcap_f32, SOFTCAP, INTERPRETED)
-        shares_MN = _shares(scores_MN, lse_M, row_M < rows, seen(token_M, place_N, length, not PAST))
-        value_gradient_NE += product(tl.trans(shares_MN.to(cotangent_ME.dtype)), cotangent_ME, INTERPRETED)
-        pull_MN = _pull(shares_MN, slope_MN, cotangent_ME, value_NE, delta_M, SOFTCAP, INTERPRETED)
-        key_gradient_NE += product(tl.trans(pull_MN.to(query_ME.dtype)), query_ME, INTERPRETED)
+        probs_MN = _probabilities(scores_MN, lse_M, row_M < rows, seen(token_M, place_N, length, not PAST))
+        value_gradient_NE += product(tl.trans(probs_MN.to(cotangent_ME.dtype)), cotangent_ME, INTERPRETED)
+        score_gradient_MN = _score_gradient(probs_MN, slope_MN, cotangent_ME, value_NE, delta_M, SOFTCAP, INTERPRETED)
+        key_gradient_NE += product(tl.trans(score_gradient_MN.to(query_ME.dtype)), query_ME, INTERPRETED)
 
     base = ((which * rollouts + rollout) * padded_length * key_heads + key_head) * SIZE
     key_gradient, value_gradient = key_gradient_ptr + base, value_gradient_ptr + base
@@ -249,15 +249,17 @@ def attention_key_vjp_kernel(
 
 
 @triton.jit
-def _shares(scores_MN, lse_M, real_M, seen_MN):
-    """Return the attention weights P = 2^(scores - logsumexp), 0 where a row is not real or does not see a key."""
+def _probabilities(scores_MN, lse_M, real_M, seen_MN):
+    """Return the attention weights P = 2^(scores - logsumexp), 0 for padding rows and for keys that a row can't see."""
     return tl.where(real_M[:, None] & seen_MN, tl.exp2(scores_MN - lse_M[:, None]), 0.0)
 
 
 @triton.jit
-def _pull(shares_MN, slope_MN, cotangent_ME, value_NE, delta_M, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr):
+def _score_gradient(
+    probs_MN, slope_MN, cotangent_ME, value_NE, delta_M, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr
+):
     """Return dS = P (dP - delta), times the cap's slope."""
-    pull_MN = shares_MN * (product(cotangent_ME, tl.trans(value_NE), INTERPRETED) - delta_M[:, None])
+    score_gradient_MN = probs_MN * (product(cotangent_ME, tl.trans(value_NE), INTERPRETED) - delta_M[:, None])
     if SOFTCAP:
-        pull_MN = pull_MN * slope_MN
-    return pull_MN
+        score_gradient_MN = score_gradient_MN * slope_MN
+    return score_gradient_MN

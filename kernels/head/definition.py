@@ -1,4 +1,4 @@
-"""Selected log-probability: what the head says about the tokens that were sampled, and nothing about the others."""
+"""The definitions of the log-likelihood and the log-odds of sampled tokens, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def selected_log_likelihood(logits_PV: Tensor, ids_P: Tensor) -> Tensor:
 def selected_log_odds(logits_PV: Tensor, ids_P: Tensor) -> Tensor:
     """Return log p(id) / (1 - p(id)): the sampled token's logit against the logsumexp of all others.
 
-    The log-likelihood of a confident model is flat (its gradient carries the factor 1 - p); the log-odds are not.
-    The others' logsumexp is taken with the sampled token masked out, never as log(1 - p), which would lose every digit.
+    The log-likelihood of a confident model is flat (its gradient has the factor 1 - p); the log-odds are not. The
+    logsumexp of the others masks out the sampled token; log(1 - p) would lose all precision.
 
     Args:
         logits_PV: logits at the positions that predict the targets; half precision is widened to float32.

@@ -1,7 +1,7 @@
 """Triton kernels of the head: log-odds of target tokens and their VJP.
 
 With z = W h, y the target and o = logsumexp of the other logits: s = z_y - o, and ds / dh = W_y - sum_{v != y}
-exp(z_v - o) W_v. That direction does not depend on the cotangent, one number per row: it is formed once for all C.
+exp(z_v - o) W_v. The cotangent is one number per row, so this direction is computed once and scaled for each of the C.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,9 +24,9 @@ TILES = {
     **{(arch, 4): Tile(64, 32, 8, 1) for arch in (80, 90)},
 }
 INNER = {2: 64, 4: 16}
-# Enough programs for every multiprocessor of the device to hold two: rows * columns is split until there are as many.
+# Two programs for each of the 132 multiprocessors of an H100: the vocabulary is split until there are about as many.
 PROGRAMS = 264
-# Elements of the buffer that holds the shares of one chunk of the vocabulary. Rows are never split into chunks, so the
+# Elements of the buffer for the probabilities of one chunk of the vocabulary. Rows are not split into chunks, so the
 # weight is read from memory once by the forward pass and twice by the VJP, however many rows there are.
 CHUNK_ELEMENTS = 1 << 26
 
@@ -75,13 +75,13 @@ def log_odds_forward(hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor) -> tup
 def log_odds_vjp(
     cotangent_CP: Tensor, hidden_PD: Tensor, weight_VD: Tensor, ids_P: Tensor, others_P: Tensor
 ) -> tuple[Tensor, ...]:
-    """Form the direction per chunk of the vocabulary: the kernel forms the others' shares, and one product their mean.
+    """Form the direction, one chunk of the vocabulary at a time: exp(z_v - o) by the kernel, then a matrix product.
 
     Bytes of the product, e per element: V D e + P V e read, 8 P D per chunk. FLOPs: 2 P V D.
 
     Args:
         cotangent_CP: C cotangents of the log-odds, float32.
-        hidden_PD: this and the next are what `log_odds_forward` saved.
+        hidden_PD: this and the following are what `log_odds_forward` saved.
         weight_VD: head.
         ids_P: targets.
         others_P: logsumexp of all other logits.
@@ -93,19 +93,19 @@ def log_odds_vjp(
     vocabulary, width = weight_VD.shape[0], hidden_PD.element_size()
     tile = TILES[architecture(hidden_PD.device), width]
     chunk = min(vocabulary, max(tile.columns, CHUNK_ELEMENTS // max(1, rows) // tile.columns * tile.columns))
-    shares_PN = torch.empty((rows, triton.cdiv(chunk, 16) * 16), dtype=hidden_PD.dtype, device=hidden_PD.device)
+    probs_PN = torch.empty((rows, triton.cdiv(chunk, 16) * 16), dtype=hidden_PD.dtype, device=hidden_PD.device)
     direction_PD = weight_VD[ids_P].float()
     for first in range(0, vocabulary, chunk):
         columns = min(chunk, vocabulary - first)
-        head_shares_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)](
+        head_probs_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)](
             hidden_PD,
             weight_VD,
             ids_P,
             others_P,
-            shares_PN,
+            probs_PN,
             hidden_PD.stride(0),
             weight_VD.stride(0),
-            shares_PN.stride(0),
+            probs_PN.stride(0),
             rows,
             size,
             first,
@@ -113,7 +113,7 @@ def log_odds_vjp(
             **_constants(tile, width, interpreted(hidden_PD)),
             **tile.options,
         )
-        direction_PD -= shares_PN[:, :columns] @ weight_VD[first : first + columns]
+        direction_PD -= probs_PN[:, :columns] @ weight_VD[first : first + columns]
     return ((cotangent_CP[..., None] * direction_PD).to(hidden_PD.dtype),)
 
 
@@ -140,7 +140,7 @@ def head_forward_kernel(
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Reduce one split of the vocabulary for one tile of rows; all rows' tiles run together and share the weight in L2.
+    """Reduce one split of the vocabulary for one tile of rows; tiles of rows run together and share the weight in L2.
 
     Bytes, e per element: V D e + P D e from memory, 4 P (splits + 1) written. FLOPs: 2 P V D.
     """
@@ -162,7 +162,7 @@ def head_forward_kernel(
         tl.store(chosen_f32_ptr + row_M, tl.sum(tl.where(chosen_MN, logits_MN, 0.0), 1), mask=found_M)
         logits_MN = tl.where(chosen_MN | ~real_N[None, :], float("-inf"), logits_MN)
         new_M = tl.maximum(largest_M, tl.max(logits_MN, 1))
-        # A tile can hold nothing but the target: then there is no maximum yet.
+        # A tile may hold only the target; then the maximum is still -inf.
         base_M = tl.where(new_M == float("-inf"), 0.0, new_M)
         total_M = total_M * tl.exp(largest_M - base_M) + tl.sum(tl.exp(logits_MN - base_M[:, None]), 1)
         largest_M = new_M
@@ -171,15 +171,15 @@ def head_forward_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def head_shares_kernel(
+def head_probs_kernel(
     hidden_ptr,
     weight_ptr,
     ids_i64_ptr,
     others_f32_ptr,
-    shares_ptr,
+    probs_ptr,
     hidden_stride_p,
     weight_stride_v,
-    shares_stride_p,
+    probs_stride_p,
     rows,
     size,
     first,
@@ -189,7 +189,7 @@ def head_shares_kernel(
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Compute the shares exp(z - others) of one chunk of the vocabulary for one tile of rows, 0 for the target itself.
+    """Compute exp(z - others) of one chunk of the vocabulary for one tile of rows, and 0 for the target itself.
 
     Bytes, e per element, N the chunk: N D e + P D e read, P N e written. FLOPs: 2 P N D.
     """
@@ -202,10 +202,10 @@ def head_shares_kernel(
     logits_MN = _logits(hidden_M, weight_N, real_M, real_N, size, BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED)
     id_M = tl.load(ids_i64_ptr + row_M, mask=real_M, other=-1)
     others_M = tl.load(others_f32_ptr + row_M, mask=real_M, other=0.0)
-    shares_MN = tl.where((first + column_N)[None, :] == id_M[:, None], 0.0, tl.exp(logits_MN - others_M[:, None]))
-    place_MN = row_M.to(tl.int64)[:, None] * shares_stride_p + column_N[None, :]
+    probs_MN = tl.where((first + column_N)[None, :] == id_M[:, None], 0.0, tl.exp(logits_MN - others_M[:, None]))
+    place_MN = row_M.to(tl.int64)[:, None] * probs_stride_p + column_N[None, :]
     mask_MN = real_M[:, None] & real_N[None, :]
-    tl.store(shares_ptr + place_MN, shares_MN.to(shares_ptr.dtype.element_ty), mask=mask_MN)
+    tl.store(probs_ptr + place_MN, probs_MN.to(probs_ptr.dtype.element_ty), mask=mask_MN)
 
 
 @triton.jit
@@ -220,7 +220,7 @@ def _logits(
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Return a tile of h W^T in float32, from the places of its rows; rows that are not real come as zeros."""
+    """Return a tile of h W^T in float32, from pointers to its rows; rows out of range count as zeros."""
     logits_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, size, BLOCK_K):
         inner_K = start + tl.arange(0, BLOCK_K)
@@ -232,10 +232,10 @@ def _logits(
 
 
 def log_odds_variants(arch: int) -> Iterator[Variant]:
-    """Yield every form in which the head's kernels are launched on an architecture."""
+    """Yield every variant in which the head's kernels are launched on an architecture."""
     for (table_arch, width), tile in TILES.items():
         if table_arch != arch:
             continue
         dtype = torch.float32 if width == 4 else torch.bfloat16
-        for kernel in (head_forward_kernel, head_shares_kernel):
+        for kernel in (head_forward_kernel, head_probs_kernel):
             yield Variant(kernel, dtype, _constants(tile, width, False), tile)

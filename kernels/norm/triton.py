@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cepo.kernels.launch import COUNTS, Tile, Variant, architecture, unit_last
 
-# (architecture, row size rounded up to a power of two, at least 64) -> tile: whole rows, several where they are short.
+# (architecture, row size rounded up to a power of two, at least 64) -> tile of whole rows, several if they are short.
 NORM_TILES = {
     (arch, width): Tile(max(1, 2048 // width), width, 4 if width <= 2048 else 8 if width <= 4096 else 16, 1)
     for arch in (80, 90)
@@ -29,8 +29,8 @@ def norm_forward(
     """Launch the norm's forward kernel; see `rms_norm`.
 
     Returns:
-        The normed rows; and what `norm_vjp` reads: the arguments and 1 / rms of each row, float32, in the order of the
-        flattened leading axes.
+        The normalised rows; and what `norm_vjp` reads: the arguments, and 1 / rms of each row (float32, leading axes
+        flattened).
     """
     rows_ND = unit_last(hidden_ND.reshape(-1, hidden_ND.shape[-1]))
     rows, size = rows_ND.shape
@@ -101,7 +101,7 @@ def norm_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Norm whole rows.
+    """Normalise whole rows.
 
     Bytes, e per element, N rows: N D e read and written; 4 N. FLOPs: 4 N D.
     """
@@ -151,16 +151,16 @@ def norm_vjp_kernel(
     out_MD = gradient_ptr + row_M[:, None] * size + column_D[None, :]
     step = tl.cast(rows, tl.int64) * size
     for _ in range(0, count):
-        pull_MD = tl.load(cotangent_MD, mask=mask_MD, other=0.0).to(tl.float32) * weight_D[None, :]
-        mean_M = tl.sum(pull_MD * unit_MD, 1) / size
-        gradient_MD = (pull_MD - unit_MD * mean_M[:, None]) * scale_M[:, None]
+        weighted_MD = tl.load(cotangent_MD, mask=mask_MD, other=0.0).to(tl.float32) * weight_D[None, :]
+        mean_M = tl.sum(weighted_MD * unit_MD, 1) / size
+        gradient_MD = (weighted_MD - unit_MD * mean_M[:, None]) * scale_M[:, None]
         tl.store(out_MD, gradient_MD.to(gradient_ptr.dtype.element_ty), mask=mask_MD)
         cotangent_MD += cotangent_stride_c
         out_MD += step
 
 
 def norm_variants(arch: int) -> Iterator[Variant]:
-    """Yield every form in which these kernels are launched on an architecture."""
+    """Yield every variant in which these kernels are launched on an architecture."""
     for dtype in (torch.float32, torch.bfloat16):
         for (table_arch, _), tile in NORM_TILES.items():
             if table_arch == arch:

@@ -22,7 +22,7 @@ def swiglu_forward(gate_ND: Tensor, up_ND: Tensor) -> tuple[Tensor, tuple[Tensor
     """Launch the forward kernel; see `swiglu`.
 
     Returns:
-        The output of the inputs' shape; and what `swiglu_vjp` reads, the inputs.
+        The output, of the inputs' shape; and the inputs, which `swiglu_vjp` reads.
     """
     gate, up = _rows(gate_ND), _rows(up_ND)
     output_ND = torch.empty(gate_ND.shape, dtype=gate_ND.dtype, device=gate_ND.device)
@@ -114,20 +114,20 @@ def swiglu_vjp_kernel(
     row, column = place // size, place % size
     gate = tl.load(gate_ptr + row * gate_stride_n + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride_n + column, mask=mask, other=0.0).to(tl.float32)
-    opening = tl.sigmoid(gate)
-    to_up = gate * opening
-    to_gate = up * opening * (1.0 + gate * (1.0 - opening))
-    pulls = cotangent_ptr + row * cotangent_stride_n + column
+    sigmoid = tl.sigmoid(gate)
+    to_up = gate * sigmoid
+    to_gate = up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    cotangents = cotangent_ptr + row * cotangent_stride_n + column
     for which in range(0, count):
-        pull = tl.load(pulls, mask=mask, other=0.0).to(tl.float32)
+        cotangent = tl.load(cotangents, mask=mask, other=0.0).to(tl.float32)
         out = which * tl.cast(elements, tl.int64) + place
-        tl.store(gate_gradient_ptr + out, (pull * to_gate).to(gate_gradient_ptr.dtype.element_ty), mask=mask)
-        tl.store(up_gradient_ptr + out, (pull * to_up).to(up_gradient_ptr.dtype.element_ty), mask=mask)
-        pulls += cotangent_stride_c
+        tl.store(gate_gradient_ptr + out, (cotangent * to_gate).to(gate_gradient_ptr.dtype.element_ty), mask=mask)
+        tl.store(up_gradient_ptr + out, (cotangent * to_up).to(up_gradient_ptr.dtype.element_ty), mask=mask)
+        cotangents += cotangent_stride_c
 
 
 def swiglu_variants(arch: int) -> Iterator[Variant]:
-    """Yield every form in which these kernels are launched on an architecture."""
+    """Yield every variant in which these kernels are launched on an architecture."""
     tile = SWIGLU_TILES[arch]
     for dtype in (torch.float32, torch.bfloat16):
         for kernel in (swiglu_forward_kernel, swiglu_vjp_kernel):

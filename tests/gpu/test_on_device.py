@@ -33,10 +33,10 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.records import Group, Rollout
-from cepo.kernels.attention.door import attend
+from cepo.kernels.attention.dispatch import attend
 from cepo.kernels.launch import Implementation
-from cepo.kernels.norm.door import rms_norm
-from cepo.kernels.swiglu.door import swiglu
+from cepo.kernels.norm.dispatch import rms_norm
+from cepo.kernels.swiglu.dispatch import swiglu
 from tests.jacobian.group.interpreted_engine import (
     test_a_grpo_step_with_lora_is_rewarded_on_the_kernels,
     test_a_swap_follows_the_live_weights,

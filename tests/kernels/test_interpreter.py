@@ -1,7 +1,7 @@
 """Protects the Triton kernels' values and gradients: interpreted_*.py, run by Triton's interpreter.
 
 In a process of its own: TRITON_INTERPRET=1 counts when triton is imported, and would spoil every later compilation.
-And the door's promise: plain PyTorch on the CPU, a refusal where Triton was asked for by name.
+And how the implementation is chosen: plain PyTorch on the CPU, a refusal where Triton was asked for by name.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cepo.kernels.attention.door import attend
-from cepo.kernels.head.door import head_log_likelihood
+from cepo.kernels.attention.dispatch import attend
+from cepo.kernels.head.dispatch import head_log_likelihood
 from cepo.kernels.launch import takes_over, use_triton
 from tests.paths import ROOT
 
@@ -67,11 +67,11 @@ def test_auto_takes_nothing_over_on_cuda_where_triton_is_not_installed(monkeypat
 
 
 def test_the_plain_path_never_imports_triton() -> None:
-    """Importing the doors and using them on the CPU works where triton cannot be imported at all."""
+    """Importing the entry points and using them on the CPU works where triton cannot be imported at all."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from cepo.kernels.attention import door; from cepo.kernels.head import door as head\n"
-        "from cepo.kernels.norm import door; from cepo.kernels.swiglu import door\n"
+        "import torch; from cepo.kernels.attention import dispatch; from cepo.kernels.head import dispatch as head\n"
+        "from cepo.kernels.norm import dispatch; from cepo.kernels.swiglu import dispatch\n"
         "arguments = torch.zeros(2, 16), torch.zeros(5, 16), torch.tensor([0, 1])\n"
         "head.head_log_odds(*arguments)\n"
         "try: head.head_log_odds(*arguments, implementation='triton')\n"

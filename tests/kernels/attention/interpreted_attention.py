@@ -57,7 +57,7 @@ ATTENTION_CASES = [
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: "-".join(map(str, case)).removeprefix("torch."))
 def test_attention_equals_the_definition(case: tuple, launches: Counter[str]) -> None:
     """Values and the gradients of all five inputs, under C cotangents in one launch of each kernel."""
-    from cepo.kernels.attention.door import attend
+    from cepo.kernels.attention.dispatch import attend
 
     dtype, rollouts, heads, key_heads, past, tokens, size, count, softcap = case
     tensors, lengths_B = attention_inputs(rollouts, heads, key_heads, past, tokens, size, dtype)
@@ -80,7 +80,7 @@ def test_attention_equals_the_definition(case: tuple, launches: Counter[str]) ->
 
 def test_attention_takes_strides_and_an_expanded_past(launches: Counter[str]) -> None:
     """Token-major memory, a past expanded over rollouts, cotangents expanded over everything or with a strided head."""
-    from cepo.kernels.attention.door import attend
+    from cepo.kernels.attention.dispatch import attend
 
     query = normal(0, 2, 10, 2, 64).transpose(1, 2).requires_grad_()
     past_key = normal(1, 1, 1, 33, 64).expand(2, 1, 33, 64).detach().requires_grad_()
@@ -99,7 +99,7 @@ def test_attention_takes_strides_and_an_expanded_past(launches: Counter[str]) ->
 
 def test_attention_forms_only_the_gradients_that_are_asked(launches: Counter[str]) -> None:
     """A detached past costs no launch, and neither does a query that requires no gradient."""
-    from cepo.kernels.attention.door import attend
+    from cepo.kernels.attention.dispatch import attend
 
     tensors, lengths_B = attention_inputs(2, 2, 1, 20, 9, 64, torch.float32)
     wanted = {0, 4}
@@ -120,7 +120,7 @@ def test_attention_forms_only_the_gradients_that_are_asked(launches: Counter[str
 
 def test_attention_backward_under_func_vmap_is_one_launch_too(launches: Counter[str]) -> None:
     """torch.func.vmap, nested as well, reaches the VJP's own rule; the batch may lie on any axis."""
-    from cepo.kernels.attention.door import attend
+    from cepo.kernels.attention.dispatch import attend
 
     tensors, lengths_B = attention_inputs(1, 2, 1, 10, 9, 64, torch.float32)
     output = attend(*tensors, lengths_B, scale=0.125, implementation="triton")
@@ -150,7 +150,7 @@ def test_attention_backward_under_func_vmap_is_one_launch_too(launches: Counter[
     ],
 )
 def test_attention_refuses_what_it_would_read_wrongly(change: dict[int, tuple[int, ...]], message: str) -> None:
-    from cepo.kernels.attention.door import attend
+    from cepo.kernels.attention.dispatch import attend
 
     tensors, lengths_B = attention_inputs(2, 2, 1, 20, 9, 64, torch.float32)
     arguments = [*tensors, lengths_B]
@@ -164,7 +164,7 @@ def test_attention_refuses_what_it_would_read_wrongly(change: dict[int, tuple[in
 
 def test_the_older_vmap_is_refused_not_read_wrongly() -> None:
     """`is_grads_batched` would hand the kernels tensors without storage: an error, never numbers."""
-    from cepo.kernels.attention.door import attend
+    from cepo.kernels.attention.dispatch import attend
 
     tensors, lengths_B = attention_inputs(1, 1, 1, 0, 5, 64, torch.float32)
     output = attend(*tensors, lengths_B, scale=0.125, implementation="triton")

@@ -1,4 +1,4 @@
-"""Protects attention in plain PyTorch: block by block it equals the definition, and its graph keeps no shares."""
+"""Protects attention in plain PyTorch: block by block it equals the definition, and its graph keeps no weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cepo.kernels.attention import blocks
 from cepo.kernels.attention.definition import prefix_attention
-from cepo.kernels.attention.door import attend
+from cepo.kernels.attention.dispatch import attend
 
-# Largest error over the largest true value. In half precision shares are rounded before each product.
+# Largest error over the largest true value. In half precision attention weights are rounded before each product.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
 
@@ -72,7 +72,7 @@ def test_blocks_equal_the_definition(
 
 
 def test_the_graph_keeps_the_inputs_alone() -> None:
-    """Kept shares would be 64 x 64 for each head; and a past that asks for nothing gets no gradient."""
+    """Kept attention weights would be 64 x 64 for each head; and a past that asks for nothing gets no gradient."""
     tensors, lengths_B = inputs(1, 0, 64, torch.float32)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):

@@ -27,7 +27,7 @@ def test_head_equals_the_definition(
     target: str, dtype: torch.dtype, rows: int, size: int, vocabulary: int, count: int, launches: Counter[str]
 ) -> None:
     """Values and gradients of the rows, with the target in the first, the last and a middle column."""
-    from cepo.kernels.head import door as head
+    from cepo.kernels.head import dispatch as head
 
     operation = getattr(head, f"head_{target}")
     hidden = normal(0, rows, size, dtype=dtype).requires_grad_()
@@ -45,13 +45,13 @@ def test_head_equals_the_definition(
     # The values are float32 in every dtype, from exact products: the tightest tolerance holds.
     assert_close(got.detach(), true.detach(), "values")
     assert_close(gradients, torch.stack(each), "gradients")
-    assert launches == {"head_forward_kernel": 1, "head_shares_kernel": 1}
+    assert launches == {"head_forward_kernel": 1, "head_probs_kernel": 1}
 
 
 def test_head_in_chunks_and_splits_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch, launches: Counter[str]) -> None:
     """Several chunks, the last one ragged; several blocks a split; strided rows and a strided head."""
     from cepo.kernels.head import log_odds as triton_head
-    from cepo.kernels.head.door import head_log_odds
+    from cepo.kernels.head.dispatch import head_log_odds
 
     monkeypatch.setattr(triton_head, "CHUNK_ELEMENTS", 128 * 20)
     monkeypatch.setattr(triton_head, "PROGRAMS", 3)
@@ -63,12 +63,12 @@ def test_head_in_chunks_and_splits_of_the_vocabulary(monkeypatch: pytest.MonkeyP
     true = head_log_odds(wide, weight.double(), ids, implementation="torch")
     assert_close(got.detach(), true.detach())
     assert_close(torch.autograd.grad(got.sum(), hidden)[0], torch.autograd.grad(true.sum(), wide)[0])
-    assert launches["head_shares_kernel"] == 4
+    assert launches["head_probs_kernel"] == 4
 
 
 def test_head_of_a_confident_model_keeps_its_digits() -> None:
     """With p within 1e-9 of 1 the log-likelihood's gradient is tiny, and right relative to itself."""
-    from cepo.kernels.head.door import head_log_likelihood, head_log_odds
+    from cepo.kernels.head.dispatch import head_log_likelihood, head_log_odds
 
     weight = normal(1, 100, 64)
     ids = torch.arange(9, device=DEVICE)
@@ -87,7 +87,7 @@ def test_head_of_a_confident_model_keeps_its_digits() -> None:
 
 
 def test_head_refuses_what_it_would_read_wrongly() -> None:
-    from cepo.kernels.head.door import head_log_odds
+    from cepo.kernels.head.dispatch import head_log_odds
 
     hidden, weight, ids = normal(0, 5, 64), normal(1, 100, 64), torch.arange(5, device=DEVICE)
     for arguments in (

@@ -28,7 +28,7 @@ def test_rms_norm_equals_the_definition(
     dtype: torch.dtype, shape: tuple[int, ...], count: int, offset: float, launches: Counter[str]
 ) -> None:
     """Values and gradients of the rows, whole and ragged tiles, the weight as it is and as 1 + w."""
-    from cepo.kernels.norm.door import rms_norm
+    from cepo.kernels.norm.dispatch import rms_norm
 
     weight = normal(1, shape[-1], dtype=dtype)
 
@@ -42,7 +42,7 @@ def test_rms_norm_equals_the_definition(
 
 def test_rms_norm_takes_strides() -> None:
     """Parts of wider rows, every second column, transposed rows, an expanded cotangent, a strided weight."""
-    from cepo.kernels.norm.door import rms_norm
+    from cepo.kernels.norm.dispatch import rms_norm
 
     both = normal(0, 3, 5, 200)
     weight = normal(1, 96)[::2]
@@ -59,7 +59,7 @@ def test_rms_norm_takes_strides() -> None:
 
 
 def test_rms_norm_refuses_what_it_would_read_wrongly() -> None:
-    from cepo.kernels.norm.door import rms_norm
+    from cepo.kernels.norm.dispatch import rms_norm
 
     with pytest.raises(ValueError, match="a weight"):
         rms_norm(normal(0, 4, 64), normal(1, 63), epsilon=1e-5, implementation="triton")

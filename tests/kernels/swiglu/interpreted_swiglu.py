@@ -18,7 +18,7 @@ def test_swiglu_equals_the_definition(
     dtype: torch.dtype, shape: tuple[int, ...], count: int, launches: Counter[str]
 ) -> None:
     """Values and both gradients, of one block and of several, the last one ragged."""
-    from cepo.kernels.swiglu.door import swiglu
+    from cepo.kernels.swiglu.dispatch import swiglu
 
     inputs = [normal(i, *shape, dtype=dtype).requires_grad_() for i in range(2)]
     assert_gradients(swiglu, inputs, count)
@@ -26,7 +26,7 @@ def test_swiglu_equals_the_definition(
 
 
 def test_swiglu_takes_halves_of_a_wider_tensor() -> None:
-    from cepo.kernels.swiglu.door import swiglu
+    from cepo.kernels.swiglu.dispatch import swiglu
 
     gate, up = (half.detach().requires_grad_() for half in normal(0, 3, 5, 200).chunk(2, dim=-1))
     assert not gate.is_contiguous()
@@ -34,7 +34,7 @@ def test_swiglu_takes_halves_of_a_wider_tensor() -> None:
 
 
 def test_swiglu_refuses_what_it_would_read_wrongly() -> None:
-    from cepo.kernels.swiglu.door import swiglu
+    from cepo.kernels.swiglu.dispatch import swiglu
 
     rows = normal(0, 4, 64)
     with pytest.raises(ValueError, match="one shape and dtype"):

@@ -18,8 +18,8 @@ def rms_norm(
 ) -> Tensor:
     """Return h / rms(h) * (offset + w) over the last axis, rms(h) = sqrt(mean h^2 + epsilon).
 
-    Everything is formed in float32 (float64 for float64 rows) and rounded once. A per-head norm of queries or keys is
-    the same with rows of the head's size.
+    Computed in float32 (float64 for float64 rows) and rounded once. For a per-head norm of queries or keys, D is the
+    head size.
 
     Args:
         hidden_ND: rows, any number of leading axes.

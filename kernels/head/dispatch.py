@@ -1,4 +1,4 @@
-"""Targets through the head, from hidden rows: with Triton the (P, V) logits never lie in memory."""
+"""Log-likelihood and log-odds of target tokens from hidden states; the Triton kernels never store the (P, V) logits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def head_log_likelihood(
 ) -> Tensor:
     """Return log p(id) of each row under softmax(W h).
 
-    The definition is `selected_log_likelihood(h W^T, ids)`. The kernels form the log-odds, of which log p is the
-    logarithmic sigmoid: exact where p is near 1, and the gradient's factor 1 - p is not a difference of near numbers.
+    The definition is `selected_log_likelihood(h W^T, ids)`. The kernels compute the log-odds, whose log-sigmoid is
+    log p. So nothing cancels where p is near 1, not even in the gradient's factor 1 - p.
 
     Args:
         hidden_PD: last hidden states (after the final norm) at the positions that predict the targets.

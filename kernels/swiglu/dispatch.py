@@ -10,7 +10,7 @@ from cepo.kernels.swiglu.definition import plain_swiglu
 
 
 def swiglu(gate_ND: Tensor, up_ND: Tensor, *, implementation: Implementation = "auto") -> Tensor:
-    """Return silu(gate) * up, formed in float32 (float64 for float64 inputs) and rounded once.
+    """Return silu(gate) * up, computed in float32 (float64 for float64 inputs) and rounded once.
 
     Args:
         gate_ND: any shape; may be one half of a wider tensor.
@@ -18,7 +18,7 @@ def swiglu(gate_ND: Tensor, up_ND: Tensor, *, implementation: Implementation = "
         implementation: "auto" takes Triton exactly when the tensors are on CUDA.
 
     Returns:
-        Tensor of that shape and dtype.
+        Tensor of the same shape and dtype.
 
     Raises:
         ValueError: if shapes or dtypes differ, or Triton is asked for and can't serve them.

@@ -1,4 +1,4 @@
-"""Shared-prefix attention: the queries of a segment over the keys of what came before it and over their own."""
+"""Shared-prefix attention: a segment's queries over the keys of what came before it and over the segment's own."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def attend(
     implementation: Implementation = "auto",
     kept_bytes: int = KEPT_BYTES,
 ) -> Tensor:
-    """Return `prefix_attention` of the same arguments, by the Triton kernels where they apply, else in blocks.
+    """Return `prefix_attention` of the same arguments, by the Triton kernels on CUDA and in blocks elsewhere.
 
-    Large scores are not kept: the backward pass recomputes them. In Triton they are never in memory. A
-    batch of cotangents (`torch.func.vmap` over `torch.autograd.grad`) goes through the VJP once. Gradients of the past
-    are per rollout, and formed only if the past requires grad: detach it if they are not needed. There is no second
+    Where the scores are large, the backward pass recomputes them; the Triton kernels never store them. A batch of
+    cotangents (`torch.func.vmap` over `torch.autograd.grad`) takes one pass through the VJP. Gradients of the past are
+    per rollout, and computed only if the past requires grad: detach it if they are not needed. There is no second
     derivative.
 
     Args:
@@ -41,18 +41,19 @@ def attend(
         past_value_BJLE: its values.
         key_BJTE: keys of the segment itself.
         value_BJTE: its values.
-        past_lengths_B: how many keys of the past are real, int64, in [0, L].
+        past_lengths_B: how many keys of the past are not padding, int64, in [0, L].
         scale: factor of the scores.
         softcap: c for scores c * tanh(scores / c), or None.
         implementation: "auto" takes Triton exactly when the tensors are on CUDA.
-        kept_bytes: up to how many bytes of scores plain PyTorch keeps attention weights for the backward pass, >= 0.
+        kept_bytes: in plain PyTorch, attention weights are kept for the backward pass if the scores take at most this
+            many bytes, >= 0.
 
     Returns:
         Tensor (B, H, T, E) of the query's dtype.
 
     Raises:
-        ValueError: if shapes or dtypes don't fit together, or Triton is asked for and can't serve them (head sizes
-            16 to 128; float32, float16, bfloat16).
+        ValueError: if shapes or dtypes don't fit together, or Triton is asked for and can't serve them (it takes head
+            sizes 16 to 128 in float32, float16 or bfloat16).
         RuntimeError: if Triton is needed and is missing, or the device is too old.
     """
     tensors = (query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE)
@@ -86,7 +87,7 @@ def _score_bytes(query_BHTE: Tensor, past_key_BJLE: Tensor, *_: Tensor) -> int:
 
 
 def _check_shapes(*inputs: Tensor) -> None:
-    """Refuse what the kernels, which only see addresses, would read wrongly."""
+    """Check shapes and dtypes: the kernels see only pointers and would read other memory."""
     *tensors, past_lengths_B = inputs
     query_BHTE, past_key_BJLE, past_value_BJLE, key_BJTE, value_BJTE = tensors
     if any(tensor.ndim != 4 or tensor.dtype != query_BHTE.dtype for tensor in tensors):
