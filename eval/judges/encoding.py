@@ -39,9 +39,9 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, settings: JudgeSettings) -> None:
         self._tokenizer, self._raw, self.opened = tokenizer, settings.raw, ""
         self._unknown = UnknownTokens(tokenizer)
+        self._prompts = PromptReader(tokenizer, TokenBytes(tokenizer))
         if settings.raw:
             return
-        self._prompts = PromptReader(tokenizer, TokenBytes(tokenizer))
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"model {settings.model!r} has no chat template; judge with --raw, which takes plain text")
         try:
@@ -54,7 +54,7 @@ class PromptEncoder:
         """Return the prompt's ids, or the reason why there are none."""
         if self._raw:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-            return list(self._tokenizer(text)["input_ids"]) or "the prompt has no tokens"
+            return self._prompts.raw_ids(text) or "the prompt has no tokens"
         if any(self._prompts.is_rendered(own_words(message["content"])) for message in messages):
             return "its text begins as the chat template begins a prompt, as if rendered already; give the text alone"
         try:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from cepo.eval.judges.encoding import FORCED_TOKENS, PromptEncoder, TextReader
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, row_seed
+from cepo.jacobian.reading.thought import THOUGHT
 
 _WORTH_SHARING = 16  # tokens of a common prefix
 
@@ -44,6 +45,9 @@ class TransformersJudge:
             (token for token in (tokenizer.pad_token_id, *sorted(self._ends)) if token is not None and token >= 0), 0
         )
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._room = settings.max_new_tokens  # tokens that may follow a prompt; a forced verdict at the end of them
+        if settings.force_format:
+            self._room += len(self.texts.opening_ids(f"<{THOUGHT}>")) + FORCED_TOKENS
 
     def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
         """Yield the index of each prompt and its judgement; prompts of similar length are generated together."""
@@ -64,12 +68,10 @@ class TransformersJudge:
             yield from zip(rows, self._judge_batch(ids_rows, seeds, len(prefix), cache), strict=True)
 
     def _too_long(self, tokens: int) -> str | None:
-        if self._context is None or tokens + self._settings.max_new_tokens <= self._context:
+        if self._context is None or tokens + self._room <= self._context:
             return None
-        return (
-            f"the prompt has {tokens} tokens; with {self._settings.max_new_tokens} to generate that is more than the "
-            f"model's {self._context}"
-        )
+        room, context = self._room, self._context
+        return f"the prompt has {tokens} tokens; with {room} to generate that is more than the model's {context}"
 
     def _judge_batch(
         self, ids_rows: list[list[int]], seeds: list[int], shared: int, cache: DynamicCache | None

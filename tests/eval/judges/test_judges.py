@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cepo.eval.judges import transformers as local
+from cepo.eval.judges.encoding import PromptEncoder
 from cepo.eval.judges.expected import expected_scores
 from cepo.eval.judges.journal import JudgeTask, collect_judgements
 from cepo.eval.judges.server import ServerJudge, _retry_after
@@ -385,6 +387,28 @@ def test_a_prompt_that_is_too_long_is_told_and_the_others_are_judged() -> None:
     assert found[0].error is None
     assert found[1].error is not None
     assert "256" in found[1].error
+
+
+def test_a_prompt_leaves_room_for_the_verdict_that_is_forced_after_it() -> None:
+    """A model with learned positions would fail in the middle of the run."""
+    free, forcing = (local_judge(chain_model(CHAIN), force_format=force) for force in (False, True))
+    lengths = [len(forcing.prompts.encode(messages("Query " * count))) for count in range(260)]
+    asked = [messages("Query " * max(at for at, tokens in enumerate(lengths) if tokens + 12 <= 256))]
+    assert judged(free, asked)[0].error is None
+    (found,) = judged(forcing, asked)
+    assert found.error is not None
+    assert "256" in found.error
+
+
+def test_a_raw_prompt_is_that_of_cepo_score_and_never_ends_the_text() -> None:
+    """A tokenizer that ends every text would have the judge go on after the end of its prompt."""
+    tokenizer = testbed.build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+    )
+    (query,) = messages("Query")
+    ids = PromptEncoder(tokenizer, JudgeSettings("testbed", raw=True)).encode([query])
+    assert ids == tokenizer(f"{query['content']}\n\n", add_special_tokens=False)["input_ids"]
 
 
 def test_a_tokenizer_without_a_chat_template_needs_raw() -> None:
