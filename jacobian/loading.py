@@ -171,28 +171,45 @@ def _fit_embeddings(base: Any, source: ModelSource, tokens: int) -> None:
         tokens: of the adapter's own tokenizer; 0 for none.
 
     Raises:
-        ValueError: if the sizes differ and the adapter does not hold all embeddings and the head.
+        ValueError: if these sizes, or that of a LoRA on either end, differ from the base's, and the adapter does not
+            hold all embeddings and the head.
     """
-    from peft import load_peft_weights
-
-    held = load_peft_weights(source.location, device="cpu")
+    shapes = _shapes(source.location)
     ends = [end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None]
     rows: dict[int, set[int]] = {id(end.weight): set() for end in ends}  # one entry where the two are tied
+    of_lora: set[int] = set()
     for name, module in base.named_modules():
         if any(module is end for end in ends):
-            own = [key for key in held if key.startswith(f"base_model.model.{name}.") and "lora_" not in key]
-            rows[id(module.weight)] |= {len(held[key]) for key in own if key.endswith("weight")}
-    sizes, size = set().union(*rows.values()), len(ends[0].weight)
+            own = {key: shape for key, shape in shapes.items() if key.startswith(f"base_model.model.{name}.")}
+            whole = [key for key in own if key.endswith("weight") and "lora_" not in key]
+            rows[id(module.weight)] |= {own[key][0] for key in whole}
+            of_lora |= {own[key][1] for key in own if key.endswith("lora_embedding_A")}  # of embeddings: (r, rows)
+            of_lora |= {own[key][0] for key in own if key.endswith("lora_B.weight")}  # of a head: (rows, r)
+    held, size = set().union(*rows.values()), len(ends[0].weight)
+    sizes = held | of_lora
     if sizes == {size} or (not sizes and tokens <= size):
         return
     if len(sizes) != 1 or not all(rows.values()):
-        came = " and ".join(map(str, sorted(sizes))) or "no"
-        wanted = f"its base has {size}" + (f" and its tokenizer {tokens} tokens" if tokens else "")
+        wanted = [f"its base has {size}", *(f"its LoRA {number}" for number in sorted(of_lora))]
+        wanted += [f"its tokenizer {tokens} tokens"] if tokens else []
         raise ValueError(
-            f"its adapter_model file holds {came} rows of embeddings, where {wanted}; where they differ it must hold "
-            "all embeddings and the head: save it again with them (save_embedding_layers=True in peft)"
+            f"its adapter_model file holds {' and '.join(map(str, sorted(held))) or 'no'} rows of embeddings, where "
+            f"{' and '.join(wanted)}; where they differ it must hold all embeddings and the head: save it again with "
+            "them (save_embedding_layers=True in peft), or merged into its base"
         )
     base.resize_token_embeddings(sizes.pop(), mean_resizing=False)
+
+
+def _shapes(adapter: str) -> dict[str, Sequence[int]]:
+    """Return the shape of each weight in an adapter's folder, without reading the weights."""
+    from peft import load_peft_weights
+    from safetensors import safe_open
+
+    file = Path(adapter, "adapter_model.safetensors")
+    if file.is_file():
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118 (it is no mapping)
+    return {key: weight.shape for key, weight in load_peft_weights(adapter, device="meta").items()}
 
 
 def model_fingerprint(source: ModelSource) -> str:

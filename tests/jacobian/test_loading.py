@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from cepo.jacobian.loading import (
     ModelSource,
@@ -150,6 +151,7 @@ def adapter_of(
     template: str | None = None,
     rows: int = 0,
     save_rows: bool | str = "auto",
+    targets: Sequence[str] = ("q_proj",),
 ) -> Any:
     """Save a LoRA adapter of the base, resized to its new tokens or to so many rows; return its model."""
     model, tokenizer = load_model(resolve_model(str(base)))
@@ -158,7 +160,7 @@ def adapter_of(
         tokenizer.add_tokens(list(new_tokens), special_tokens=True)
     if new_tokens or rows:
         model.resize_token_embeddings(rows or len(tokenizer), mean_resizing=False)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=saved)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=list(targets), modules_to_save=saved)
     adapted = get_peft_model(model, lora).eval()
     adapted.save_pretrained(folder, save_embedding_layers=save_rows)
     if template is not None:
@@ -214,6 +216,26 @@ def test_embeddings_that_no_file_holds_are_refused_and_not_drawn_at_random(base:
         ValueError, match=r"hold lm_head.weight of size \[258, 16\], where its config asks for \[250, 16\]"
     ):
         load_model(resolve_model(str(base)))
+
+
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("file", ["safetensors", "bin"])
+def test_a_lora_on_grown_embeddings_that_were_not_saved_is_refused(
+    base: Path, tmp_path: Path, end: str, file: str
+) -> None:
+    """By the rows that it is for, with a way out; of the base's own size it needs none."""
+    for rows in (258, 259):
+        adapter_of(base, tmp_path / str(rows), rows=rows, save_rows=False, targets=["q_proj", end])
+        weights = tmp_path / str(rows) / "adapter_model.safetensors"
+        if file == "bin":
+            torch.save(load_file(weights), weights.with_suffix(".bin"))
+            weights.unlink()
+    load_model(resolve_model(str(tmp_path / "258")))
+    lost = (
+        "holds no rows of embeddings, where its base has 258 and its LoRA 259; .*save it again with them.*, or merged"
+    )
+    with pytest.raises(ValueError, match=lost):
+        load_model(resolve_model(str(tmp_path / "259")))
 
 
 def test_damaged_models_are_refused_by_path_with_a_way_out(base: Path, tmp_path: Path) -> None:
