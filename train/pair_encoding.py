@@ -23,6 +23,7 @@ TEMPLATE = (
     "[Response B]\n{second}\n[End of response B]\n\nAnswer with A or B alone."
 )
 _FIELDS = ("{prompt}", "{first}", "{second}")
+_PROBE = "cepo-response-probe"
 _COUNTS: Mapping[Form, str] = {"bradley-terry": "one response", "pairwise": "two responses"}
 
 
@@ -165,7 +166,8 @@ class PairEncoder:
         """
         messages = self.shown.messages(prompt, response)
         ids, text, response = self.ids(messages), self._text(messages), response.strip()
-        start = text.rfind(response)
+        after = self._text(self.shown.messages(prompt, _PROBE)).rpartition(_PROBE)[2]
+        start = text.removesuffix(after).rfind(response)  # what closes the response may hold it: "d" and <|im_end|>
         if start < 0 or not self._tokenizer.is_fast:
             raise ValueError(
                 "the tokens of the response cannot be found; a fast tokenizer and a plain template show them"

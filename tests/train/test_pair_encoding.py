@@ -62,6 +62,12 @@ def test_the_response_is_found_in_its_text(template: str | None) -> None:
     assert ids == encoder.ids(encoder.shown.messages("one two", " two three two "))
 
 
+def test_a_response_that_the_template_writes_too_is_not_found_behind_itself() -> None:
+    ids, positions, _ = PairEncoder(build(CHAT), Shown()).encode_response("one", ")")
+    assert [WORDS[place] for place in ids] == ["<s>", "(", "one", ")", "(", ")", ")", "</s>"]
+    assert positions == [5]
+
+
 def test_what_cannot_be_told_apart_is_said(tmp_path: Path) -> None:
     encoder = PairEncoder(build(CHAT), Shown(), max_length=8)
     for chosen, rejected, complaint in (
