@@ -249,7 +249,8 @@ def _testbed_judge(job: CausalJob, name: str, completions: int, parts: Path, rep
 def _rows(job: CausalJob, judged: _Judged, parts: Path, report: Progress) -> list[dict[str, Any]]:
     """Return one record per judgement; each is written to the journal as soon as it, or its chunk, is measured."""
     judgements, name, pools = judged.judgements, judged.judge.name, judged.pools
-    first_of = {one.rollout.prompt_ids: place for place, one in reversed(list(enumerate(judgements)))}
+    # By the order of the prompts, which two judges of the testbed share, however many completions each has.
+    numbers = {ids: number for number, ids in enumerate(dict.fromkeys(one.rollout.prompt_ids for one in judgements))}
     journal = parts / f"rows-{name}.jsonl"
     done = resume_jsonl(journal, lambda record: record["row"])
     pending = [row for row in range(len(judgements)) if row not in done]
@@ -260,7 +261,7 @@ def _rows(job: CausalJob, judged: _Judged, parts: Path, report: Progress) -> lis
         rows = pending[start : start + size]
         records = _chunk(job, judged.judge, [judgements[row] for row in rows], pools)
         labelled = [
-            {"judge": name, "row": row, "prompt": first_of[judgements[row].rollout.prompt_ids]}
+            {"judge": name, "row": row, "prompt": numbers[judgements[row].rollout.prompt_ids]}
             | {"mode": judgements[row].mode, **record}
             for row, record in zip(rows, records, strict=True)
         ]

@@ -256,7 +256,8 @@ def test_the_testbeds_judges_are_made_certified_and_measured(tmp_path: Path, mon
     summary = run_causal(CausalJob(output, items=8, completions=2, controlled=1))
     rows = read_lines(output / "rows.jsonl")
     assert [row["judge"] for row in rows] == ["lazy"] * 16 + [PAIR[0]] * 8 + [PAIR[1]] * 8
-    assert [row["prompt"] for row in rows[:4]] == [0, 0, 2, 2]
+    # A prompt is one unit of the pair's intervals, whichever judge answered it, and however often.
+    assert [row["prompt"] for row in rows] == [place // 2 for place in range(16)] + [*range(8)] * 2
     assert {one["population"] for one in summary.records if one["what"] == "certificate"} == set(PAIR)
     assert set(summary.refused) == {"lazy", *PAIR, "the certified pair"}
     assert (output / "report.html").is_file()
