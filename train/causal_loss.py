@@ -1,8 +1,8 @@
-"""The causal loss: a differentiable causal term, for what all completions of a prompt have in common.
+"""The causal loss: a differentiable causal term, which also acts where all completions of a prompt are alike.
 
-A reward compares completions of one prompt, so it cannot teach what all of them share: a judge that quotes evidence and
-then follows length does so in every completion. The loss needs no such comparison: teacher-forced on the sampled ids,
-it reads what the policy would say after other content.
+In GRPO a reward compares the completions of one prompt, so it cannot change what all of them share, such as a judge
+that quotes evidence in every completion and then follows length. The loss needs no comparison: teacher-forced on the
+sampled ids, it reads what the policy would say after other content.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ class CausalLoss:
     """The settings of the causal loss.
 
     Attributes:
-        weight: of the term beside TRL's loss, >= 0; "auto" starts at 0.5 and leaves the rest to
+        weight: weight of the term relative to TRL's loss, >= 0; "auto" starts at 0.5 and is then adapted by
             `cepo.train.controller`.
-        links: links whose source lies in the completion; () for the layout's last one (analysis->scores of a judge,
-            rationale->answer of a reasoner).
+        links: links whose source lies in the completion; () for the layout's last one (analysis->scores for a judge,
+            rationale->answer for a reasoner).
         donors: K >= 1, counterfactuals per completion and link.
-        objective: "interchange" asks the target to be the donor's after the donor's source, which is right where the
-            target depends on nothing but the source: the link must end in the scores or the answer. "divergence" raises
-            the Jensen-Shannon divergence between the target's distributions after the own source and after a donor's,
-            in any direction, text outside the verdict included; "csr" raises KL(own, donor), which has no bound.
-        seed: of the choice of donors.
+        objective: "interchange" trains the policy to give the donor's target after the donor's source. That is right
+            only if the target should depend on nothing but the source, so the link must end in the scores or the
+            answer. "divergence" raises the Jensen-Shannon divergence between the target's distributions after the own
+            source and after a donor's, in any direction, and also for text outside the verdict. "csr" raises
+            KL(own, donor), which is unbounded.
+        seed: seed of the choice of donors.
 
     Raises:
         ValueError: for any setting out of range.
@@ -67,20 +68,20 @@ class CausalLoss:
 
     @property
     def compares(self) -> bool:
-        """Whether the loss raises a distance of what follows the own source from what follows a donor's."""
+        """Whether the objective raises a distance between what follows the own source and a donor's."""
         return self.objective != "interchange"
 
     @property
     def distance(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The distance of an objective that compares."""
+        """The distance that the objective raises, if it `compares`."""
         return sensitivity if self.objective == "csr" else divergence
 
     def parsed_links(self, layout: Layout) -> list[Link]:
         """Return the links, parsed.
 
         Raises:
-            ValueError: for a link that the layout does not have, one that starts in the prompt, asks for an effect or a
-                function (the loss reads whole distributions, and nothing is blocked), or does not suit the objective.
+            ValueError: for a link that the layout does not have, that starts in the prompt, that names an effect or a
+                function (the loss compares whole distributions and blocks nothing), or does not suit the objective.
         """
         written = self.links or ["->".join(layout.names[-2:])]
         links = [parse_link(text, names=layout.names, roles=layout.roles) for text in written]
@@ -103,12 +104,12 @@ def divergence(own_NPV: Tensor, donor_NPV: Tensor, targets_NP: Tensor) -> Tensor
     """Return the mean Jensen-Shannon divergence over the target tokens, in [0, log 2] nats.
 
     JS(p, q) = (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, between the next-token distributions after the own source
-    and after a donor's. One form serves verdict digits and long analyses. Gradients flow through both sides.
+    and after a donor's, for verdict digits and long analyses alike. Gradients flow through both.
 
     Args:
         own_NPV: finite logits after the own source; row p predicts the token at p.
-        donor_NPV: the same after a donor's.
-        targets_NP: which positions are target tokens.
+        donor_NPV: the same after a donor's source.
+        targets_NP: bool, which positions are target tokens.
 
     Returns:
         (N,), float32 or wider; 0 without a target token.
@@ -138,8 +139,8 @@ def interchange(logits_NPV: Tensor, ids_NP: Tensor, targets_NP: Tensor) -> Tenso
 
     Args:
         logits_NPV: logits after the donor's source in the own context; row p predicts the token at p.
-        ids_NP: the ids there; at target positions, the donor's.
-        targets_NP: which positions are target tokens.
+        ids_NP: the token ids, at target positions the donor's, int64.
+        targets_NP: bool, which positions are target tokens.
 
     Returns:
         (N,), float32 or wider; 0 without a target token.

@@ -18,30 +18,30 @@ from cepo.train.prompts import JUDGE
 from cepo.train.readings import donor_pool, merge_pools, pack_readings, read_with_donors
 from cepo.train.trainer import ENV_MASK, PROMPT_IDS, read_rollouts, span_reader, tokenizer
 
-_PREFIX = "causal_"  # of the tensors that travel with TRL's own through its shuffling and splitting
-_EARNED = 0.5  # the least task reward of a completion whose verdict is a lesson; of a tie, only equal scores earn it
+_PREFIX = "causal_"  # of our tensors in TRL's batch, which TRL shuffles and splits with its own
+_EARNED = 0.5  # least task reward of a completion whose verdict may be interchanged; on ties, equal scores earn 1
 
 
 class CausalTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with the causal loss added to its own.
 
     The loss is TRL's minus weight times the divergence (or csr), or plus weight times the interchange's negative
-    log-likelihood: the mean over completions, of which those without a donor (malformed, or no other prompt in the
-    batch) count as 0, so that gradient accumulation and data parallelism change nothing. Donors are gathered over all
-    ranks. Logits are untempered. Evaluation adds no term.
+    log-likelihood. The term is the mean over all completions, where those without a donor (malformed, or no other
+    prompt in the batch) count as 0, so that gradient accumulation and data parallelism do not change it. Donors are
+    gathered over all ranks. Logits have temperature 1. In evaluation no term is added.
 
     Logs `causal_loss/value` (mean of the term over completions with a donor), `causal_loss/weight` and
     `causal_loss/rows` (the share of completions with a donor).
 
     Args:
         *args: as for GRPOTrainer.
-        causal_loss: its settings.
-        layout: what a completion looks like.
+        causal_loss: settings of the term.
+        layout: format of the completions.
         task_rewards: names of the reward functions that say whether a completion is right, as TRL logs them.
         **options: as for GRPOTrainer.
 
     Attributes:
-        causal_weight: the weight of the term from now on.
+        causal_weight: weight of the term; the controller changes it during training.
 
     Raises:
         ValueError: for links that the layout does not have, and as `span_reader`.
@@ -77,7 +77,7 @@ class CausalTrainer(GRPOTrainer):
         return output
 
     def _causal_tensors(self, inputs: Sequence[dict[str, Any]], output: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the readings of each completion as tensors whose first axis is that of TRL's batch."""
+        """Return the readings of each completion as tensors whose first axis is TRL's batch axis."""
         completions = zip(output["completion_ids"], output["completion_mask"], strict=True)
         rollouts = read_rollouts(
             self,

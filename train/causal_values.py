@@ -1,4 +1,4 @@
-"""The causal term of a batch: what the policy says of packed readings, with its gradient."""
+"""The causal term of a batch: one differentiable forward pass of the policy over packed readings."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def causal_values(
     takes: Collection[str],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
-    """Return the term of each completion (0 without a donor), and whether it has one (1.0 or 0.0).
+    """Return the term of each completion (0 without a donor), and whether it has a donor (1.0 or 0.0).
 
-    One forward pass over all readings, whose logits are kept from the first target on.
+    All readings are run in one forward pass, which keeps logits only from the first target on.
 
     Args:
         model: the policy; gradients flow into its parameters.
-        packed: from `cepo.train.readings.pack_readings`, the readings of a completion link by link.
-        settings: of the loss.
+        packed: from `cepo.train.readings.pack_readings`, the readings of each completion, link by link.
+        settings: settings of the loss.
         links: number of links.
-        takes: from `forward_arguments`, of the model without wrappers.
-        autocast: entered for the forward pass.
+        takes: from `forward_arguments`, for the model without wrappers.
+        autocast: returns a context that is entered for the forward pass.
 
     Returns:
-        Two of (B,), in float32 or wider.
+        Two tensors (B,), in float32 or wider.
     """
     ids_BRT, tokens_BRT, targets_BRT = (packed[f"{name}_BRT"] for name in ("ids", "tokens", "targets"))
     read_BR = targets_BRT.any(-1)
-    if not read_BR.any():  # one forward all the same: ranks of sharded parameters run in step
+    if not read_BR.any():  # one forward pass all the same: with sharded parameters, other ranks wait for it
         tokens_BRT = tokens_BRT.clone()
         tokens_BRT[0, 0] = True
         read_BR[0, 0] = True
-    first = int(tokens_BRT.flatten(0, 1).any(0).to(torch.int8).argmax())  # columns of padding alone are left out
+    first = int(tokens_BRT.flatten(0, 1).any(0).to(torch.int8).argmax())  # leave out columns that are all padding
     ids_BRT, tokens_BRT, targets_BRT = ids_BRT[..., first:], tokens_BRT[..., first:], targets_BRT[..., first:]
     columns = targets_BRT.flatten(0, 1).any(0)
     kept = len(columns) - int(columns.to(torch.int8).argmax()) if columns.any() else 1
@@ -68,7 +68,7 @@ def causal_values(
 
 
 def forward_arguments(model: Any) -> frozenset[str]:
-    """Return the names of what a model's forward pass takes, an adapter's base model looked into."""
+    """Return the names of the arguments of a model's forward pass; for an adapter, of its base model's."""
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     return frozenset(inspect.signature(type(bare).forward).parameters)
 

@@ -1,4 +1,4 @@
-"""What a run of `cepo train` may hold: its keys and their values, checked without waiting for torch."""
+"""The settings of a `cepo train` run, checked without importing torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cepo.fusion.settings import check_settings
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
 from cepo.train.recipe import Dtype, source_and_options
 
-# Of a reward that reads one kind's output and reference: that kind. The others read either.
+# The kind whose output and reference a reward reads; rewards that are not listed read both kinds.
 _KINDS = {
     "exact_match": "reasoning",
     "math_verify": "reasoning",
@@ -33,21 +33,21 @@ class TrainConfig:
         model: hub id, folder, .gguf file, "smollm2", "testbed", "testbed-words" or "testbed-reasoner".
         kind: "judge" (preference pairs) or "reasoning" (questions with answers).
         data: `source` and the loader's options, see `cepo.train.policy.load_data`.
-        rewards: mappings with `name`, `weight` (default 1; "auto" for a causal reward, see `cepo.train.controller`, and
-            so for its `p`) and, for causal, CausalReward's settings. Its `task` names a task reward to fuse with the
-            links (CE-PO); `preset: paper` takes the paper's values; `guard` is that of `JudgeLayout`. Names: format,
-            argmax, exact_match, math_verify, bertscore, causal, and to compare it with: proxy, cir, log_cir, csr,
-            necessary.
-        verdicts: which written forms of a judge's verdict all of this reads, strict or lenient, see `JudgeLayout`.
-        causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None to add no term to the
-            loss of GRPO.
+        rewards: mappings with `name`, `weight` (default 1) and, for causal, CausalReward's settings. There, `task`
+            names a task reward to fuse with the links (CE-PO), `preset: paper` takes the paper's values, `guard` is
+            that of `JudgeLayout`, and `weight` and `p` may be "auto", see `cepo.train.controller`. Names: format,
+            argmax, exact_match, math_verify, bertscore, causal, and rewards to compare it with: proxy, cir, log_cir,
+            csr, necessary.
+        verdicts: which written forms of a judge's verdict are read, strict or lenient, see `JudgeLayout`.
+        causal_loss: fields of `CausalLoss` (weight, links, donors, objective, seed), or None for GRPO's loss alone.
         output: folder of the run: checkpoints, metrics.jsonl, left_out.jsonl, log.txt, settings.json, final/.
         grpo: any field of TRL's GRPOConfig.
         lora: any field of peft's LoraConfig, or None to train all weights.
         dtype: dtype of the weights: float32, bfloat16, float16.
-        seed: of the data split, the testbed judge (one in words has its own), sampling and training.
+        seed: seed of the data split, the testbed judge (testbed-words has its own), sampling and training.
         threads: CPU threads, or None for torch's choice; tiny models are fastest with one or two.
-        testbed: the testbed judge's `judge` and `steps`; for one in words, see `cepo.train.testbed_words.WordsJudge`.
+        testbed: the testbed judge's `judge` and `steps`; for testbed-words, fields of
+            `cepo.train.testbed_words.WordsJudge`.
         trust_remote_code: whether a hub repository's own code may run.
     """
 

@@ -1,4 +1,4 @@
-"""The controller of `weight: auto`: more causal pressure while the task reward holds, less when it falls."""
+"""The controller of `weight: auto`: the causal pressure rises while the task reward holds, and falls when it drops."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-_SLACK = 0.05  # how far the average task reward may lie below its best before pressure falls
+_SLACK = 0.05  # how far the average task reward may be below its best before the pressure falls
 _DECAY = 0.9  # of the exponential average of the task reward
-_RISE = 0.05  # what is added to the pressure while the task reward holds
-_FALL = 0.8  # what the pressure is multiplied by when it does not
+_RISE = 0.05  # added to the pressure while the task reward holds
+_FALL = 0.8  # multiplies the pressure otherwise
 MOST = 4.0
 """The largest pressure."""
 
 
 @dataclass(frozen=True)
 class Pressure:
-    """What the controller remembers.
+    """The state of the controller.
 
     Attributes:
-        value: the pressure, in (0, MOST]; 1 is the setting from which it starts.
-        average: exponential average of the task reward, without the bias towards its start; None before the first.
-        best: the highest average so far; None before the average is settled.
+        value: the pressure, in (0, MOST]; it starts at 1.
+        average: exponential average of the task reward, bias-corrected; None before the first.
+        best: the highest average so far; None until the average has settled, see `step`.
         steps: number of task rewards seen.
     """
 
@@ -38,13 +38,13 @@ class Pressure:
 def step(pressure: Pressure, task_reward: float) -> Pressure:
     """Return the pressure after one more task reward.
 
-    Additive increase and multiplicative decrease: pressure falls faster than it rises.
-    Over the first 1 / (1 - decay) rewards the average is a plain mean, nothing is called the best, and the pressure
-    stays: one lucky batch at the start would set a best that is never reached again.
+    Additive increase and multiplicative decrease: the pressure falls faster than it rises. During the first
+    1 / (1 - decay) rewards the average is a plain mean, no best is recorded, and the pressure stays; otherwise one
+    lucky batch at the start could set a best that is never reached again.
 
     Args:
-        pressure: before.
-        task_reward: mean over the step's completions; one that is not finite changes nothing.
+        pressure: the pressure before.
+        task_reward: mean over the step's completions; ignored if not finite.
     """
     if not math.isfinite(task_reward):
         return pressure
@@ -61,12 +61,12 @@ def step(pressure: Pressure, task_reward: float) -> Pressure:
 
 @dataclass(frozen=True)
 class Knob:
-    """What the pressure acts on.
+    """A setting that depends on the pressure.
 
     Attributes:
-        name: of its value in the logs.
-        value: its value at a pressure.
-        turn: sets it.
+        name: name of its value in the logs.
+        value: returns its value at a pressure.
+        turn: sets it to a value.
     """
 
     name: str
@@ -75,15 +75,15 @@ class Knob:
 
 
 class ControlledPressure(TrainerCallback, ExportableState):
-    """Turns knobs after every optimiser step; its state is saved in checkpoints and restored from them.
+    """Updates the pressure after every optimiser step and sets the knobs; its state is saved in checkpoints.
 
     Args:
-        knobs: what to turn.
-        observe: returns the task rewards that came in since it was last asked; none leaves the pressure as it is.
-        log: takes the name and value of the pressure and of each knob during the step.
+        knobs: the settings to control.
+        observe: returns the task rewards since its last call; without any, the pressure stays.
+        log: called with a name and a value, for the pressure and each knob as they were during the step.
 
     Attributes:
-        pressure: what it remembers now.
+        pressure: the controller's state.
     """
 
     def __init__(

@@ -39,12 +39,12 @@ _REASONING_FEATURES = Features({"prompt": _MESSAGES, "answer": _TEXT, "question"
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Two data sets that share no prompt, and what was left out of both.
+    """Two data sets that share no prompt, and the rows that were left out of both.
 
     Attributes:
-        train: Rows to train on, in the order of the source.
-        test: Rows to test on, in the order of the source.
-        skipped: Number of the row from 1 (in a text file, of its line), and why it was left out; ascending.
+        train: rows to train on, in the order of the source.
+        test: rows to test on, in the order of the source.
+        skipped: number of the row (in a text file, of the line), counted from 1, and why it was left out; ascending.
     """
 
     train: Dataset
@@ -53,7 +53,7 @@ class DataSplit:
 
     @property
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that identify the rows of both sides, in their order."""
+        """16 hexadecimal digits that identify the rows of both sides, in their order."""
         return content_hash(*([content_hash(row) for row in side] for side in (self.train, self.test)))
 
 
@@ -78,16 +78,16 @@ def load_preferences(
         source: A file, a folder or a hub data set, see `open_source`.
         split: Split of the hub data set; None means "train". A file has no splits.
         test_fraction: Share of the prompts that goes to the test side, in [0, 1], in expectation.
-        seed: Of the positions and of the split.
+        seed: Seed of the responses' positions and of the split.
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls prompt, chosen or rejected, e.g. {"prompt": "instruction"}.
         max_characters: Leave out rows whose whole prompt, instructions included, is longer; None for no limit.
-        ties: Take rows in which neither response is better too, see `read_tie`, and let every prompt allow equal
-            scores. Without it such rows are skipped.
+        ties: Whether to include rows in which neither response is better, see `read_tie`, and let every prompt allow
+            equal scores. Otherwise such rows are skipped.
 
     Returns:
-        Data sets with the columns prompt (messages), label ("A" or "B", where the chosen one stands; "tie"), query,
-        response_a, response_b and id, and the rows that were skipped.
+        Data sets with the columns prompt (messages), label ("A" or "B", the position of the chosen response, or "tie"),
+        query, response_a, response_b and id, and the rows that were skipped.
 
     Raises:
         ValueError: If an argument is out of range, the source can't be read, a column is missing or no row is usable.
@@ -123,7 +123,7 @@ def load_reasoning(
         source: A file, a folder or a hub data set, see `open_source`.
         split: Split of the hub data set; None means "train". A file has no splits.
         test_fraction: Share of the questions that goes to the test side, in [0, 1], in expectation.
-        seed: Of the split.
+        seed: Seed of the split.
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls question or answer, e.g. {"question": "problem"}.
         max_characters: Leave out rows whose whole prompt, instructions included, is longer; None for no limit.
@@ -143,8 +143,19 @@ def load_reasoning(
 
 
 def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: bool, way_out: str = TIES_OPTION) -> Row:
-    """Return a row of `load_preferences`; ValueError with the reason where a row has no pair of responses, holds a tie
-    that nobody asked for (see `read_tie`), or is one that `cepo augment` did not keep."""
+    """Return a row of `load_preferences`.
+
+    Args:
+        row: a row of the source.
+        seed: seed of the responses' positions.
+        names: what the row calls prompt, chosen and rejected.
+        ties: whether ties are included.
+        way_out: how to include ties, for the error.
+
+    Raises:
+        ValueError: with the reason, for a row without a pair of responses, for a tie if they are not included (see
+            `read_tie`), or for a row that `cepo augment` did not keep.
+    """
     check_kept(row)
     query, chosen, rejected = read_pair(row, names)
     tie = read_tie(row, ties=ties, way_out=way_out)
@@ -164,7 +175,7 @@ def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: boo
 
 
 def check_length(row: Row, max_characters: int | None) -> Row:
-    """Return the row; ValueError if its prompt (messages) has more characters."""
+    """Return the row; raise ValueError if its prompt (messages) has more characters."""
     length = sum(len(message["content"]) for message in row["prompt"])
     if max_characters is not None and length > max_characters:
         raise ValueError(f"the prompt has over {max_characters} characters")
@@ -191,7 +202,7 @@ def _divide(
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
         sides[(row.get("split") or side_of(row[key], test_fraction, seed)) == "test"].append(row)
-    # By column, for an empty list of rows has none.
+    # By column, since an empty list of rows has no columns.
     train, test = (
         Dataset.from_dict({name: [row[name] for row in side] for name in features}, features=features) for side in sides
     )

@@ -1,4 +1,4 @@
-"""Kinds of files: how they are unpacked and decoded, and which are refused by name with the way to convert them."""
+"""Kinds of files: how they are decompressed and decoded, and which are refused with advice on how to convert them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 FILES = "JSONL, JSON, CSV, TSV or parquet; also packed with gzip, bzip2, xz or zstandard"
-"""The files that are read, in the words of every option, error and docs/formats.md."""
+"""The files that are read, as options, errors and docs/formats.md say it."""
 SOURCES = f"a file ({FILES}), a folder of a data set, or a data set of the hub (owner/name)"
 """The same for commands that also read data sets."""
 PARQUET = b"PAR1"
@@ -47,11 +47,11 @@ _REFUSED = (
     *((b"\x80" + bytes([protocol]), "a Python pickle", _PICKLE) for protocol in range(2, 6)),
     *((start, "a web page", _PAGE) for start in (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML")),
 )
-"""What a file begins with, what it is, and how to convert it."""
+"""First bytes of a file, what it is, and how to convert it."""
 
 
 def decompressed(path: Path) -> BinaryIO:
-    """Open a file to read its bytes, unpacked where it is gzip, bzip2, xz or zstandard."""
+    """Open a file to read its bytes, decompressed if it is gzip, bzip2, xz or zstandard."""
     with path.open("rb") as file:
         start = file.read(6)
     if start.startswith(_ZSTANDARD):
@@ -63,14 +63,14 @@ def decompressed(path: Path) -> BinaryIO:
 
 
 def check_kind(path: Path, head: bytes) -> None:
-    """Refuse a file that holds neither text nor parquet.
+    """Raise ValueError for a file that holds neither text nor parquet.
 
     Args:
         path: the file.
-        head: its first bytes, unpacked.
+        head: its first bytes, decompressed.
 
     Raises:
-        ValueError: which names the kind that was found and how to convert it.
+        ValueError: naming the kind that was found and how to convert it.
     """
     kind = next(((name, way) for magic, name, way in _REFUSED if head.startswith(magic)), None)
     if head.startswith(b"PK\x03\x04"):
@@ -84,7 +84,7 @@ def check_kind(path: Path, head: bytes) -> None:
 
 
 def text_encoding(head: bytes) -> str:
-    """Return the encoding of a text: by its byte order mark, or by where zeros stand; else UTF-8."""
+    """Return the encoding of a text: by its byte order mark, or by the position of zero bytes; else UTF-8."""
     marked = next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), None)
     if marked is not None:
         return marked

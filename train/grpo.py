@@ -44,18 +44,18 @@ def load_config(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
 def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     """Run GRPO, starting from the last complete checkpoint in the output folder if there is one.
 
-    Everything that can be checked without loading weights is checked first. A finished run trains nothing; one that is
-    asked for more steps continues, and its old final/ is removed at once, so that final/ is always of the last step.
+    Everything that can be checked without loading weights is checked first. A finished run trains nothing. If more
+    steps are asked for, it continues, and its old final/ is removed at once, so that final/ is always of the last step.
 
     Args:
         config: the run.
         fresh: start from scratch, and refuse an output that already holds checkpoints.
 
     Returns:
-        Folder of the trained model (the adapter, with LoRA).
+        Folder of the trained model (with LoRA, of the adapter).
 
     Raises:
-        ValueError: for anything about the run that cannot work, or an output of other settings, data or weights.
+        ValueError: for settings, data or a model that cannot work, or an output with other settings, data or weights.
     """
     arguments = grpo_arguments(config)
     functions, arguments.reward_weights = build_rewards(config)
@@ -87,11 +87,11 @@ def load_train_data(config: TrainConfig, prompts: int, *, tells: bool = True) ->
 
     Args:
         config: the run.
-        prompts: how many a generation batch takes.
-        tells: whether to warn; of several processes one does.
+        prompts: number of prompts of a generation batch.
+        tells: whether to warn; only one of several processes should.
 
     Raises:
-        ValueError: for data that cannot be used, or fewer rows to train on than that.
+        ValueError: for data that cannot be used, or fewer rows to train on than `prompts`.
     """
     data = load_data(config.kind, config.data, seed=config.seed)
     if len(data.train) < prompts:
@@ -123,7 +123,7 @@ def _trainer(
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    # A testbed's policy is made by one rank of each machine; the others find it in the cache. Not under ZeRO-3, which
+    # One rank of each machine makes a testbed's policy, and the others find it in the cache. Not under ZeRO-3, which
     # loads any model on all ranks at once.
     alone = config.model in TESTBEDS and arguments.deepspeed_plugin is None
     with arguments.main_process_first() if alone else contextlib.nullcontext():
@@ -161,7 +161,7 @@ def _trainer(
 
 
 def grpo_arguments(config: TrainConfig) -> Any:
-    """Return TRL's GRPOConfig for the run; raises ValueError without TRL, or for a field it lacks or refuses."""
+    """Return TRL's GRPOConfig for the run; raise ValueError without TRL, or for a field it lacks or refuses."""
     require_trl()
     from trl import GRPOConfig
 
@@ -169,7 +169,7 @@ def grpo_arguments(config: TrainConfig) -> Any:
 
 
 def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
-    """Return the reward functions and their weights."""
+    """Return the reward functions and their weights; raise ValueError for rewards that cannot be built."""
     functions, weights = [], []
     for reward in config.rewards:
         settings = dict(reward)
@@ -191,7 +191,7 @@ def build_rewards(config: TrainConfig) -> tuple[list[Any], list[float]]:
 
 
 def build_causal_loss(config: TrainConfig) -> CausalLoss | None:
-    """Return the settings of the causal loss, checked, or None."""
+    """Return the checked settings of the causal loss, or None; raise ValueError for settings that cannot be used."""
     if config.causal_loss is None:
         return None
     check_settings("causal_loss", config.causal_loss, CausalLoss)
@@ -209,14 +209,14 @@ def _is_automatic(config: TrainConfig) -> bool:
 
 
 def _watched(config: TrainConfig, functions: Sequence[Any]) -> list[str]:
-    """Return the metrics that say how well the task is done."""
+    """Return the names of the task rewards' metrics."""
     pairs = list(zip(config.rewards, functions, strict=True))
     alone = [f"rewards/{function.__name__}/mean" for reward, function in pairs if reward["name"] in TASKS]
     return alone + [f"{function.__name__}/task" for reward, function in pairs if reward.get("task") is not None]
 
 
 def _control(config: TrainConfig, trainer: Any, functions: Sequence[Any]) -> ControlledPressure:
-    """Return the controller of every setting that is auto: weights start at 1 (of the loss 0.5), p at its default."""
+    """Return the controller of all settings that are auto; weights start at 1 (the loss's at 0.5), p at its default."""
     from cepo.train.trainer import log_metric, watch_metrics
 
     knobs = []
@@ -232,12 +232,12 @@ def _control(config: TrainConfig, trainer: Any, functions: Sequence[Any]) -> Con
 
 
 def _power_at(start: float, pressure: float) -> float:
-    """Return the exponent of the fused form: under more pressure, less of one score makes up for lack of another."""
+    """Return the exponent of the power mean: the higher the pressure, the less one score compensates for another."""
     return 1.0 - (1.0 - start) * pressure
 
 
 def run_settings(config: TrainConfig, data: DataSplit) -> dict[str, Any]:
-    """Return all that decides the trained weights except the number of steps; data and weights by their content."""
+    """Return what determines the trained weights, except the number of steps; data and weights by their content."""
     settings = dataclasses.asdict(config)
     for elsewhere in ("output", "model", "testbed", "data", "trust_remote_code"):
         del settings[elsewhere]
@@ -275,7 +275,7 @@ def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> A
         raise ValueError(f"{key} needs the bert-score library: pip install 'cepo[bertscore]'")
     takers: dict[str, tuple[type, ...]] = {"causal": (RewardConfig, CausalReward), "proxy": (ProxyReward,)}
     takers |= {each: (taker,) for each, taker in published.items()}
-    takers["log_cir"] = (peers.CausalImportance, peers.LogCausalImportance)  # which hands settings on to it
+    takers["log_cir"] = (peers.CausalImportance, peers.LogCausalImportance)  # a subclass that passes settings on
     if name not in takers:
         if settings:
             raise ValueError(f"{key} takes no settings but weight; got {', '.join(settings)}")
@@ -316,7 +316,7 @@ def _layout(config: TrainConfig, guard: Guard | None = None) -> Layout:
 
 
 def _check_rank(source: ModelSource | None, functions: Sequence[Any]) -> None:
-    """Refuse a nuisance rank above the embedding size before weights are read, if the files on disk tell the size."""
+    """Raise ValueError for a nuisance rank above the embedding size, if known from files, before weights are read."""
     width = embedding_width(source) if source else None
     for function in functions:
         if width and hasattr(function, "config"):

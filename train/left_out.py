@@ -1,4 +1,4 @@
-"""Rows that a run leaves out: a few in its warning, all of them in a file of its folder."""
+"""Rows that a run leaves out: the first few for a warning, and all of them in a file in the run's folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_left_out(folder: Path, left_out: Sequence[tuple[str | int, str]]) -> N
 
 
 def shown(left_out: Sequence[tuple[int, str]]) -> str:
-    """Return the first rows that are left out, with their reasons, how many more there are, and who names all."""
+    """Return the first rows that are left out with their reasons, the number of others, and the file that lists all."""
     rows = [f"row {number}: {reason}" for number, reason in left_out[:_MOST_SHOWN]]
     if len(left_out) > _MOST_SHOWN:
         rows.append(f"and {len(left_out) - _MOST_SHOWN} more")

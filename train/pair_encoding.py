@@ -1,4 +1,4 @@
-"""Pairs of responses as token ids: what a reward model of each form is shown."""
+"""Encode pairs of responses as token ids, for each form of reward model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cepo.jacobian.reading.unknown import UnknownTokens
 from cepo.jacobian.reward_model import FORMS, Form, verdict_ids
 
 SHOWN_FILE = "reward_model.json"
-"""What a trained reward model keeps beside its weights: the fields of `Shown`."""
+"""File next to a trained reward model's weights that holds the fields of `Shown`."""
 TEMPLATE = (
     "Which of two responses answers the query better? Judge what they say, never their length or tone.\n\n"
     "[Query]\n{prompt}\n[End of query]\n\n[Response A]\n{first}\n[End of response A]\n\n"
@@ -32,9 +32,9 @@ class Shown:
     """What a reward model is shown of a pair.
 
     Attributes:
-        form: "bradley-terry", prompt and one response, or "pairwise", prompt and both.
-        template: of the pairwise user message, with {prompt}, {first} and {second}.
-        chat_template_kwargs: for the tokenizer's chat template, such as {enable_thinking: false}.
+        form: "bradley-terry", prompt and one response; or "pairwise", prompt and both responses.
+        template: the pairwise user message, with {prompt}, {first} and {second}.
+        chat_template_kwargs: options of the tokenizer's chat template, such as {enable_thinking: false}.
 
     Raises:
         ValueError: for an unknown form, or a template that lacks one of the three.
@@ -52,15 +52,15 @@ class Shown:
             raise ValueError(f"template is {self.template!r}, which lacks {', '.join(lacking)}")
 
     def messages(self, prompt: str, first: str, second: str | None = None) -> list[dict[str, str]]:
-        """Return what the model reads: a conversation that ends with the response, or, pairwise, a question.
+        """Return the messages that the model reads: a conversation that ends with the response, or a pairwise question.
 
         Args:
-            prompt: what was asked.
-            first: the response; pairwise, the one that is shown as A.
-            second: pairwise, the one that is shown as B; else None.
+            prompt: the prompt.
+            first: the response; for pairwise, the one that is shown as A.
+            second: for pairwise, the one that is shown as B; else None.
 
         Raises:
-            ValueError: for one response where the form needs two, or two where it takes one.
+            ValueError: if the number of responses is not the form's.
         """
         if (second is None) != (self.form == "bradley-terry"):
             raise ValueError(f"form is {self.form}, which is shown {_COUNTS[self.form]}")
@@ -71,20 +71,20 @@ class Shown:
         return [{"role": "user", "content": text}]
 
     def pair_messages(self, prompt: str, chosen: str, rejected: str) -> list[list[dict[str, str]]]:
-        """Return the two texts whose numbers are compared.
+        """Return the messages of the two texts whose numbers are compared.
 
         Bradley-Terry: prompt and chosen response, prompt and rejected response. Pairwise: both responses with the
-        chosen one first, and with the rejected one first.
+        chosen one first, then with the rejected one first.
         """
         if self.form == "bradley-terry":
             return [self.messages(prompt, chosen), self.messages(prompt, rejected)]
         return [self.messages(prompt, chosen, rejected), self.messages(prompt, rejected, chosen)]
 
     def differences(self, numbers: Sequence[float]) -> list[float]:
-        """Return D of each pair, chosen minus rejected; pairwise, the mean of both orders.
+        """Return D of each pair, chosen minus rejected; for pairwise, the mean of both orders.
 
         Args:
-            numbers: of the model, for the first and the second text of each pair in turn.
+            numbers: the model's numbers for the first and the second text of each pair, alternating.
         """
         scale = 1.0 if self.form == "bradley-terry" else 0.5
         return [scale * (first - second) for first, second in zip(numbers[::2], numbers[1::2], strict=True)]
@@ -95,21 +95,21 @@ class Shown:
 
 
 def read_shown(folder: Path) -> Shown:
-    """Return what a model in a folder was trained on; the defaults, Bradley-Terry, where it does not say."""
+    """Return what a model in a folder was shown in training; the defaults (Bradley-Terry) without the file."""
     path = folder / SHOWN_FILE
     return Shown(**json.loads(path.read_text())) if path.is_file() else Shown()
 
 
 class PairEncoder:
-    """Turns prompts and responses into token ids with one beginning-of-text token, where the tokenizer has one.
+    """Turns prompts and responses into token ids, with one beginning-of-text token if the tokenizer has one.
 
-    With a chat template, texts are what it renders, and the tokenizer adds nothing. Without one, prompt and response
-    are separated by an empty line and end with the end-of-text token, and the tokenizer adds its own special tokens.
+    With a chat template, texts are rendered by it and the tokenizer adds nothing. Without one, prompt and response are
+    separated by an empty line and end with the end-of-text token, and the tokenizer adds its special tokens.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         shown: what the model is shown.
-        max_length: the most tokens of a text; None for no limit.
+        max_length: most tokens of a text; None for no limit.
 
     Raises:
         ValueError: for a pairwise form whose verdicts are not one token each.
@@ -124,7 +124,7 @@ class PairEncoder:
             self.verdict_ids = verdict_ids(tokenizer, self._text(shown.messages("?", "?", "?")))
 
     def encode(self, prompt: str, chosen: str, rejected: str) -> tuple[list[int], list[int]]:
-        """Return the ids of the two texts that a pair is told apart by, see `Shown.pair_messages`.
+        """Return the ids of the two texts of a pair, see `Shown.pair_messages`.
 
         Raises:
             ValueError: with the reason why the pair cannot be used: a text is too long, or both are equal.
@@ -135,7 +135,7 @@ class PairEncoder:
         return first, second
 
     def ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the ids of what `Shown.messages` returns.
+        """Return the ids of messages from `Shown.messages`.
 
         Raises:
             ValueError: with the reason why the text cannot be used: it is too long, or the chat template refuses it.
@@ -150,19 +150,18 @@ class PairEncoder:
     def encode_response(
         self, prompt: str, response: str, words: Sequence[str] = ()
     ) -> tuple[list[int], list[int], list[int]]:
-        """Return the ids of a prompt and a response as a Bradley-Terry model reads them, and where its tokens stand.
+        """Return the ids of a prompt and a response for a Bradley-Terry model, and positions in the response.
 
         Args:
-            prompt: what was asked.
+            prompt: the prompt.
             response: the response.
-            words: texts to look for in the response, whole words only.
+            words: texts to find in the response, as whole words.
 
         Returns:
-            The ids, the positions of the response's tokens, and among them those that hold some of the words.
+            The ids, the positions of the response's tokens, and among them those that hold part of a word.
 
         Raises:
-            ValueError: for a text that is too long, a tokenizer that does not say where its tokens stand, or a template
-                that changes responses.
+            ValueError: for a text that is too long, a tokenizer without offsets, or a template that changes responses.
         """
         messages = self.shown.messages(prompt, response)
         ids, text, response = self.ids(messages), self._text(messages), response.strip()
@@ -184,7 +183,7 @@ class PairEncoder:
         return ids, of_response, sorted({place for places in of_words for place in places})
 
     def _with_one_beginning(self, ids: list[int]) -> list[int]:
-        """Return the ids without all but the last of the beginnings of text that they start with."""
+        """Return the ids with only one of the beginning-of-text tokens that they start with."""
         beginning, extra = self._tokenizer.bos_token_id, 0
         while beginning is not None and ids[extra : extra + 2] == [beginning] * 2:
             extra += 1

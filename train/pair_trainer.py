@@ -1,8 +1,8 @@
-"""TRL's RewardTrainer on pairs, with ties beside preferences.
+"""TRL's RewardTrainer for pairs, with ties as well as preferences.
 
-The loss of a pair with difference D, chosen minus rejected, is -log sigma(D) for a preference and
--(log sigma(D) + log sigma(-D))/2 for a tie, the least, log 2, at D = 0, with the gradient tanh(D/2)/2. (The equation as
-printed in the source has the other sign, which would push ties apart without bound.)
+The loss of a pair with difference D, chosen minus rejected, is -log sigma(D) for a preference. For a tie it is
+-(log sigma(D) + log sigma(-D))/2, with gradient tanh(D/2)/2 and minimum log 2 at D = 0. (The equation as printed in the
+source has the opposite sign, which would push ties apart without bound.)
 
 Source: Srivastava et al., Robust Reward Modeling via Causal Rubrics (arXiv 2506.16507), Eq. 2, with the sign corrected.
 """
@@ -22,18 +22,18 @@ from cepo.train.pair_encoding import Shown
 
 
 class PairTrainer(RewardTrainer):
-    """TRL's RewardTrainer on encoded pairs, of which some are ties.
+    """TRL's RewardTrainer for encoded pairs, some of which may be ties.
 
-    The numbers of the first texts of all pairs come first, then those of the second. A Bradley-Terry pair has one D; a
-    pairwise one has a D for each order, and its loss is their mean.
+    A batch holds the first texts of all pairs, then the second ones. A Bradley-Terry pair has one D. A pairwise pair
+    has one D per order, and its loss is the mean of both.
 
-    Logged: `accuracy` and `margin` (mean D) over preferences alone, `tie_difference` (mean |D|) over ties alone,
-    `tie_share`, and the least, mean and largest number of a text.
+    Logged: `accuracy` and `margin` (mean D) over preferences, `tie_difference` (mean |D|) over ties, `tie_share`, and
+    the smallest, mean and largest number of a text.
 
     Args:
         shown: what the model is shown.
         tie_weight: see `composite_loss`.
-        options: RewardTrainer's own.
+        options: options of RewardTrainer.
     """
 
     def __init__(self, *, shown: Shown, tie_weight: float, **options: Any) -> None:
@@ -43,7 +43,7 @@ class PairTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean composite loss of a batch from `collate`, with the model's outputs where asked."""
+        """Return the mean composite loss of a batch from `collate`, with the model's outputs if asked for."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         first_N, second_N = outputs.logits.squeeze(-1).float().chunk(2)
         if self._shown.form == "bradley-terry":
@@ -57,7 +57,7 @@ class PairTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _record(self, logits: Tensor, difference_NO: Tensor, inputs: dict[str, Any]) -> None:
-        """Add what TRL logs the mean of: an entry per pair, so that the mean is over pairs and not over batches."""
+        """Add one entry per pair to the metrics that TRL averages, so that the mean is over pairs, not over batches."""
         gather = self.accelerator.gather_for_metrics
         mode = "train" if self.model.training else "eval"
         if mode == "train":
@@ -84,7 +84,7 @@ class PairTrainer(RewardTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:  # of the ranks, the first
+        if self.args.should_save:  # on the first rank only
             self._shown.write(Path(output_dir or self.args.output_dir))
 
 
@@ -101,6 +101,6 @@ def composite_loss(difference: Tensor, tie: Tensor, tie_weight: float = 1.0) -> 
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return a batch: ids and mask of all first texts and then all second ones, and which pairs are ties."""
+    """Return a batch: ids and mask (2 N, T) of all first texts, then all second texts; and which pairs are ties."""
     ids_BT, mask_BT = as_batch([row[name] for name in ("chosen_ids", "rejected_ids") for row in rows])
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "tie": torch.tensor([row["tie"] for row in rows])}

@@ -1,4 +1,4 @@
-"""The policy to train and the data to train it on, by name: a real model with real data, or a testbed's."""
+"""Load the policy to train and its data by name: a real model with real data, or a testbed's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerp
 
 TESTBED, WORDS, REASONER_TESTBED = "testbed", "testbed-words", "testbed-reasoner"
 TESTBEDS = (TESTBED, WORDS, REASONER_TESTBED)
-"""Names of policies that are made here and kept in the cache."""
+"""Names of policies that are warmed up on first use and cached."""
 CACHE = Path.home() / ".cache" / "cepo"
 
 
@@ -33,9 +33,9 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
 
     Args:
         kind: "judge" or "reasoning".
-        settings: `source` (a file, a hub id, "testbed" or "testbed-reasoner") and the loader's own options; for
-            a testbed count, test_count and cue_agreement, and for the reasoner's also task.
-        seed: of positions, split and testbed items.
+        settings: `source` (a file, a hub id, "testbed" or "testbed-reasoner") and the loader's options; for a testbed
+            count, test_count and cue_agreement, and for the reasoner's also task.
+        seed: seed of positions, split and testbed items.
 
     Raises:
         ValueError: for an unknown option, or data that cannot be used.
@@ -81,16 +81,19 @@ def load_policy(
     trust_remote_code: bool = False,
     cache: Path = CACHE,
 ) -> tuple[Any, Any]:
-    """Return (model, tokenizer) by name; a testbed's is read from the cache, or warmed up first.
+    """Return (model, tokenizer) by name; a testbed's is read from the cache, or warmed up and cached.
 
     Args:
-        name: "testbed", "testbed-words", "testbed-reasoner", or what `resolve_model` knows.
+        name: "testbed", "testbed-words", "testbed-reasoner", or a name for `resolve_model`.
         dtype: name of a torch dtype; testbeds are float32.
-        seed: of the testbed judge's weights and warm-up; a judge in words has a seed of its own.
+        seed: seed of the testbed policy's weights and warm-up; testbed-words has a seed of its own.
         testbed_judge: `judge` (see `warm_start`: lazy, hollow, decorative, copied, ...) and `steps` of its warm-up; for
-            a judge in words, see `WordsJudge`; for a reasoner, see `ReasonerSettings`.
+            testbed-words see `WordsJudge`, for testbed-reasoner `ReasonerSettings`.
         trust_remote_code: see `load_model`.
-        cache: where warmed-up judges are kept.
+        cache: folder of warmed-up policies.
+
+    Raises:
+        ValueError: for settings that do not exist, or a model that cannot be loaded.
     """
     if name == WORDS:
         return load_words_judge(words_settings(testbed_judge), cache=cache)
@@ -102,7 +105,7 @@ def load_policy(
 
 
 def policy_fingerprint(name: str, *, seed: int, testbed_judge: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that identify the weights of a policy, without loading or making it.
+    """Return 16 hexadecimal digits that identify the weights of a policy, without loading or warming it up.
 
     Args:
         name: see `load_policy`.
@@ -129,7 +132,14 @@ def load_testbed_judge(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a testbed judge, from the cache or warmed up now and cached.
 
-    The folder is named after `testbed_fingerprint`, so that a changed world is never served an old judge.
+    The folder is named after `testbed_fingerprint`, so that a judge of an older version of the world is never used.
+
+    Args:
+        judge: the kind of judge, see `cepo.train.testbed_judges.warm_start`.
+        steps: steps of its warm-up.
+        seed: seed of its weights and warm-up.
+        cache: folder of warmed-up judges.
+        progress: called with the step and its loss.
     """
     folder = cache / f"testbed-{testbed_fingerprint(judge, steps=steps, seed=seed)}"
     tokenizer = testbed.build_tokenizer()

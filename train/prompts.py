@@ -1,6 +1,6 @@
 """The prompts of the judge and of the reasoner: fixed instructions first, then the content in marked sections.
 
-The instructions open every prompt, so that their keys and values serve a whole batch; no content stands before them.
+Every prompt begins with the instructions, so that a whole batch can share their keys and values.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ JUDGE_LITERALS: tuple[str, str, str, str] = (
     "\n[End of response A]\n\n[Response B]\n",
     "\n[End of response B]\n\nWrite the three blocks.",
 )
-"""What is fixed in the judge's message: the text before the query, before A, before B, and after B."""
+"""The fixed text of the judge's message: before the query, before A, before B, and after B."""
 
 _RULE = "Be strict, and let the better response score higher."
 _TIES_RULE = "Be strict, let the better response score higher, and give both the same score where neither is better."
 TIES_LITERALS = (JUDGE_LITERALS[0].replace(_RULE, _TIES_RULE), *JUDGE_LITERALS[1:])
-"""The same where equal scores are allowed."""
+"""The same if equal scores are allowed."""
 
 REASONING_LITERALS: tuple[str, ...] = (
     "Answer the question below. Think it through step by step inside <think> and </think>, then write the final "
     "answer, and it alone, inside <answer> and </answer>.\n\n[Question]\n",
     "\n[End of question]\n\nThink, then answer.",
 )
-"""What is fixed in the reasoner's message: the text before the question and after it."""
+"""The fixed text of the reasoner's message: before and after the question."""
 
 JUDGE = JudgeLayout(instructions=JUDGE_LITERALS, responses=(JUDGE_LITERALS[1:], *RESPONSE_FORMS))
-"""What rewards and scores read: a judgement whose criteria hold the verdict is malformed."""
+"""The layout for rewards and scores: a judgement whose criteria hold the verdict is malformed."""
 TIES_JUDGE = replace(JUDGE, instructions=TIES_LITERALS, ties=True)
-"""What reads the judgements of prompts that allow ties."""
+"""The layout for prompts that allow ties."""
 UNGUARDED_JUDGE = replace(JUDGE, guard="off")
-"""What evaluations read, which reward nothing: judgements as they stand."""
+"""The layout for evaluations, which read judgements as they are, since they reward nothing."""
 REASONER = ReasonerLayout(instructions=REASONING_LITERALS)
 
 
@@ -64,13 +64,13 @@ def judge_prompt(query: str, response_a: str, response_b: str, *, ties: bool = F
 
     The judge answers in the format of j1: `<specific_criteria>`, `<analysis>` and `<scores>\boxed{a, b}</scores>`. The
     message is `JUDGE_LITERALS`, or `TIES_LITERALS`, interleaved with the arguments; it neither begins nor ends with
-    white space, which chat templates are free to strip.
+    white space, since chat templates may strip it.
 
     Args:
-        query: What was asked, any length.
+        query: The query, of any length.
         response_a: The response that is shown first.
         response_b: The response that is shown second.
-        ties: Whether the judge is told to give equal scores where neither response is better.
+        ties: Whether to tell the judge to give equal scores if neither response is better.
 
     Returns:
         One user message.
@@ -89,7 +89,7 @@ def reasoning_prompt(question: str) -> list[dict[str, str]]:
     """Ask for a rationale inside `<think>` and a final answer inside `<answer>`.
 
     Args:
-        question: The question, any length.
+        question: The question, of any length.
 
     Returns:
         One user message: `REASONING_LITERALS` around the question.
@@ -101,7 +101,7 @@ def reasoning_prompt(question: str) -> list[dict[str, str]]:
 
 
 def own_words(message: str) -> str:
-    """Return a user's message without the fixed instructions that open it; all of it where none do."""
+    """Return a user's message without the fixed instructions at its beginning, if there are any."""
     openings = (literals[0] for literals in (JUDGE_LITERALS, TIES_LITERALS, REASONING_LITERALS))
     return message.removeprefix(next((opening for opening in openings if message.startswith(opening)), ""))
 

@@ -1,4 +1,4 @@
-"""Training on several ranks (torchrun, accelerate launch): all of them continue, or all raise."""
+"""Training on several ranks (torchrun, accelerate launch): either all ranks continue, or all raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Make every rank raise on leaving where one raised inside; no rank waits for one that is gone.
+    """Make every rank raise on leaving if any rank raised inside, so that none waits for one that has ended.
 
     Raises:
         ValueError: on a rank that did not raise itself, with the rank that did and its reason.

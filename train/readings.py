@@ -1,4 +1,4 @@
-"""What the policy reads in the causal loss: a completion as sampled, or with a donor's content in place of its own."""
+"""The texts that the policy reads in the causal loss: completions as sampled, and with a donor's content instead."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Reading:
 
     Attributes:
         ids: prompt and completion.
-        targets: ascending positions of the target tokens; the last one is the last of ids.
+        targets: ascending positions of the target tokens; the last is that of the last id.
     """
 
     ids: tuple[int, ...]
@@ -30,13 +30,13 @@ class Reading:
 
 @dataclass(frozen=True, order=True)
 class Continuation:
-    """What a completion says from the content of a source to the end of a target, to be read in another prompt.
+    """The tokens of a completion from its source's content to the end of its target, to be read in another prompt.
 
     Attributes:
-        key: identifies all the rest; hashing it is cheaper than hashing a long text for every reader.
+        key: hash of all other fields, so that a long text is hashed once and not for every reader.
         source: the content of the source and the prompt that it was written for.
-        ids: the tokens.
-        targets: which of them are target tokens.
+        ids: the token ids.
+        targets: indices of the target tokens in `ids`.
     """
 
     key: str
@@ -49,13 +49,13 @@ Pool = list[Candidate] | list[Continuation]
 
 
 def donor_pool(rollouts: Sequence[Rollout], link: Link, settings: CausalLoss, earned: Sequence[bool]) -> Pool:
-    """Return what these rollouts can lend to others: contents of the source, or for interchange continuations.
+    """Return what these rollouts can donate to others: contents of the source, or for interchange continuations.
 
     Args:
-        rollouts: malformed ones are passed over.
+        rollouts: any rollouts; malformed ones are skipped.
         link: see `CausalLoss.parsed_links`.
-        settings: says which of the two.
-        earned: whether each rollout earned the task reward; a wrong verdict is not interchanged.
+        settings: determine which of the two is returned.
+        earned: whether each rollout earned the task reward; wrong verdicts are not interchanged.
     """
     if settings.compares:
         return candidates(rollouts, link.source)
@@ -64,20 +64,26 @@ def donor_pool(rollouts: Sequence[Rollout], link: Link, settings: CausalLoss, ea
 
 
 def merge_pools(pools: Pool) -> Pool:
-    """Return the distinct members of pools that were gathered, thinned out by content alone: ranks do not matter."""
+    """Return the distinct members of gathered pools, thinned by content only, so that ranks do not matter."""
     continuations = {one for one in pools if isinstance(one, Continuation)}
     return sorted(continuations)[:POOL] if continuations else thinned(pools)  # type: ignore[arg-type]
 
 
 def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalLoss) -> list[Reading]:
-    """Return the readings of a completion: the own one and up to K with donors, or for interchange the latter alone.
+    """Return the readings of a completion: itself and up to K with donors, or for interchange only the latter.
 
     A comparison keeps the length of the source, so all readings have the same target positions. Interchange puts the
-    donor's continuation, from its source to its verdict, into the own context.
-    Which donors a rollout gets depends on (seed, the source's ids, its verdict, the set of candidates) alone.
+    donor's continuation, from its source to its verdict, into the own context. The choice of donors depends only on the
+    seed, the source's ids and the set of candidates, and for a comparison also on the verdict.
+
+    Args:
+        rollout: any rollout.
+        link: see `CausalLoss.parsed_links`.
+        pool: from `donor_pool` or `merge_pools`.
+        settings: settings of the loss.
 
     Returns:
-        No reading where the rollout is malformed or has no donor.
+        The readings; [] if the rollout is malformed or has no donor.
     """
     (own,) = candidates([rollout], link.source) or (None,)
     if own is None:
@@ -102,14 +108,14 @@ def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalL
 
 
 def pack_readings(readings_BR: Sequence[Sequence[Reading | None]], padding: int) -> dict[str, Tensor]:
-    """Return readings as tensors, padded on the left, so that the targets of all of them lie in the last columns.
+    """Return readings as tensors, padded on the left, so that all targets are in the last columns.
 
     Args:
-        readings_BR: R for each of B completions; None where there is none.
+        readings_BR: R readings for each of B completions; None stands for a missing one.
         padding: id of the padding token.
 
     Returns:
-        ids_BRT (int64), and whether each place is a token (`tokens_BRT`) and a target (`targets_BRT`); T >= 2.
+        `ids_BRT` (int64), and, as bool, which positions are tokens (`tokens_BRT`) and targets (`targets_BRT`); T >= 2.
     """
     length = max([len(reading.ids) for row in readings_BR for reading in row if reading] + [2])
     shape = (len(readings_BR), len(readings_BR[0]), length)

@@ -1,4 +1,4 @@
-"""Recipes: YAML files of runs with dotted overrides, and the settings of TRL's trainers in them."""
+"""Read recipes, which are YAML files that describe runs, with dotted overrides and settings of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cepo.files import kind_of
 from cepo.fusion.settings import check_names
 
 _RECIPES = Path(cepo.__file__).parent / "train" / "recipes"
-# Fields of a trainer's settings that a run may change when it resumes: its length, and what it writes where.
+# Fields of a trainer's settings that may change when a run resumes: its length, and what it writes and where.
 _FREE = ("max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_completions", "disable_tqdm")
 Config = TypeVar("Config")
 Dtype = Literal["float32", "bfloat16", "float16"]
-"""Of the weights that a recipe trains."""
+"""Dtype of the weights that a recipe trains."""
 
 
 def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, Any]) -> Config:
     """Return the run that a YAML file describes, with dotted overrides such as {"grpo.max_steps": 2} applied.
 
     Args:
-        kind: the dataclass of the run; its fields are the keys of the file, and those without a default are needed.
-        path: of the file.
-        overrides: values by key; a dot leads into a mapping.
+        kind: the dataclass of the run; its fields are the file's keys, and those without a default are required.
+        path: path of the file.
+        overrides: values by key; a dot separates keys of nested mappings.
 
     Raises:
         ValueError: if the file cannot be read, lacks a key, or holds one that does not exist.
@@ -58,7 +58,7 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Return what a YAML file holds, a mapping; ValueError for another file. It needs no torch."""
+    """Return the mapping in a YAML file; raise ValueError for any other file. Does not import torch."""
     try:
         loaded = read_yaml(Path(path).read_text())
     except OSError as error:
@@ -74,12 +74,12 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def read_yaml(text: str) -> Any:
-    """Return what a YAML text holds; yaml.YAMLError where it is not YAML, or gives a mapping one key twice."""
+    """Return the value of a YAML text; raise yaml.YAMLError if it is not YAML, or a mapping has a key twice."""
     return yaml.load(text, Loader=_OnceLoader)
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but it refuses a key that a mapping holds twice, of which PyYAML takes the last."""
+    """PyYAML's safe loader, except that it refuses duplicate keys, of which PyYAML would take the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -109,19 +109,19 @@ def source_and_options(settings: Any) -> tuple[str, dict[str, Any]]:
 
 
 def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, output: str, seed: int) -> Any:
-    """Return the settings of a TRL trainer: ours for any trainer, and over them those of a recipe.
+    """Return the settings of a TRL trainer: our defaults, overridden by those of a recipe.
 
     Args:
         kind: TRL's class of settings, such as GRPOConfig.
-        key: what the recipe calls them.
+        key: the recipe's key for these settings.
         given: fields of that class.
         output: folder of the run.
-        seed: of the run.
+        seed: seed of the run.
 
     Raises:
         ValueError: for a field that the class does not have or refuses.
     """
-    from cepo.train.run import trainer_defaults  # imports transformers, which reading a recipe does not wait for
+    from cepo.train.run import trainer_defaults  # here, since it imports transformers, which reading recipes avoids
 
     known = {item.name: item for item in dataclasses.fields(kind)}
     unknown = sorted(set(given) - set(known))
@@ -135,7 +135,7 @@ def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, ou
         number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
         if is_number and value is not None and not number:
             raise ValueError(f"{key}.{name} is {value!r}; expected a number")
-        if name == "learning_rate" and value < 0:  # which torch refuses only once the model is loaded
+        if name == "learning_rate" and value < 0:  # torch would refuse it only after loading the model
             raise ValueError(f"{key}.{name} is {value!r}; expected a number >= 0")
     try:
         with warnings.catch_warnings():
@@ -153,12 +153,12 @@ def trainer_arguments(kind: type[Any], key: str, given: Mapping[str, Any], *, ou
 
 
 def decisive(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a TRL trainer that decide the trained weights, the number of steps apart."""
+    """Return the settings of a TRL trainer that determine the trained weights, except the number of steps."""
     return {name: value for name, value in given.items() if name not in _FREE}
 
 
 def reason_of(error: Exception) -> str:
-    """Return what is wrong with a recipe, in words: of a YAML error its problem and its line."""
+    """Return what is wrong with a recipe, for an error message; for a YAML error, its problem and its line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} (line {error.problem_mark.line + 1})"
     return f"it lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -1,4 +1,4 @@
-"""The pairs that a reward model is trained on: rows of a file or a hub data set, or the testbed's."""
+"""Load and encode the pairs to train a reward model on: rows of a file or a hub data set, or the testbed's."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LeftOut = tuple[str, str]
 
 @dataclass(frozen=True)
 class PairSplit:
-    """Pairs to train on and to test on, which share no source prompt, and what is left out of both.
+    """Pairs to train on and to test on, which share no source prompt, and the pairs left out of both.
 
     Attributes:
-        train: in the order of the source.
+        train: pairs in the order of the source.
         test: likewise.
-        left_out: rows that cannot be read and pairs that are not kept.
+        left_out: rows that cannot be read, and pairs that are not kept.
     """
 
     train: tuple[Pair, ...]
@@ -41,11 +41,11 @@ class PairSplit:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Pairs as token ids, and those that have none.
+    """Pairs as token ids, and those that could not be encoded.
 
     Attributes:
-        rows: `chosen_ids` and `rejected_ids`, int32, and `tie` of each, see `PairEncoder.encode`.
-        left_out: pairs that are too long, or equal after encoding.
+        rows: `chosen_ids` and `rejected_ids` (int32) and `tie` of each pair, see `PairEncoder.encode`.
+        left_out: pairs that are too long, or whose texts are equal after encoding.
     """
 
     rows: tuple[Row, ...]
@@ -53,7 +53,7 @@ class EncodedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that identify the rows, in their order."""
+        """16 hexadecimal digits that identify the rows, in their order."""
         texts = (f"{row['chosen_ids'].tolist()} {row['rejected_ids'].tolist()} {row['tie']}" for row in self.rows)
         return content_hash([content_hash(text) for text in texts])
 
@@ -61,15 +61,15 @@ class EncodedPairs:
 def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
     """Return the pairs that a recipe's `data` describes.
 
-    A row needs prompt, chosen and rejected, see `read_pair`. Of what else it may carry, four columns of `Pair` are
-    read: `tie`, `split` (made before synthesis), `kept` and its `reason`. Rows without a split fall to a side by their
+    A row needs prompt, chosen and rejected, see `read_pair`. Four other columns of `Pair` are read as well: `tie`,
+    `split` (made before synthesis), `kept` and its `reason`. Rows without a split are assigned to a side by their
     prompt.
 
     Args:
-        settings: `source`, a file, a folder or a hub data set (see `open_source`), or "testbed". For rows also split
+        settings: `source`: a file, a folder or a hub data set (see `open_source`), or "testbed". For rows also split
             (of a hub data set), test_fraction, limit and columns (what the source calls prompt, chosen or rejected);
             for the testbed count, cue_agreement, kinds, ties and test_fraction, see `make_pairs`.
-        seed: of the split and of the testbed.
+        seed: seed of the split and of the testbed.
 
     Raises:
         ValueError: as `check_pairs`, or for data without a usable pair.
@@ -87,7 +87,7 @@ def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
 
 
 def check_pairs(settings: Any) -> None:
-    """Raise ValueError for settings of `load_pairs` that do not exist, or whose values are of another type or range."""
+    """Raise ValueError for settings of `load_pairs` that do not exist, or of the wrong type or out of range."""
     source, options = source_and_options(settings)
     check_settings("data", options, _made if source == TESTBED else _read, but=("source", "seed"))
     fraction = options.get("test_fraction", 0.0)
@@ -96,7 +96,7 @@ def check_pairs(settings: Any) -> None:
 
 
 def encode_pairs(pairs: Sequence[Pair], encoder: PairEncoder) -> EncodedPairs:
-    """Return the pairs as token ids; those without are named with the reason."""
+    """Return the pairs as token ids, and those that cannot be encoded with the reason."""
     rows, left_out = [], []
     for pair in pairs:
         try:
@@ -110,7 +110,7 @@ def encode_pairs(pairs: Sequence[Pair], encoder: PairEncoder) -> EncodedPairs:
 
 
 def told(left_out: Sequence[LeftOut]) -> str:
-    """Return how many pairs were left out for each kind of reason; a reason's kind is what precedes its colon."""
+    """Return how many pairs were left out for each kind of reason, which is the part before its colon."""
     kinds = Counter(reason.partition(":")[0] for _, reason in left_out)
     return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
 
@@ -125,7 +125,7 @@ def _made(
     kinds: Sequence[Rule] = ("original",),
     ties: Ties = "true",
 ) -> tuple[list[Pair], list[LeftOut]]:
-    """Return the testbed's pairs, of which none is left out."""
+    """Return the testbed's pairs, and nothing left out."""
     sources = generate_sources(count, seed=seed, cue_agreement=cue_agreement)
     return list(make_pairs(sources, WORDS, kinds=kinds, seed=seed, ties=ties, test_fraction=test_fraction)), []
 

@@ -1,4 +1,4 @@
-"""`cepo reward-model`: reward models by TRL's RewardTrainer, with ties beside preferences."""
+"""`cepo reward-model`: train reward models with TRL's RewardTrainer, on ties as well as preferences."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cepo.train.run import lora_config, require_trl, train_to_end
 
 logger = logging.getLogger(__name__)
 
-# Fields of TRL's RewardConfig that would change texts, which are encoded here.
+# Fields of TRL's RewardConfig that may not be set, since texts are encoded here and not by TRL.
 _OURS = ("eos_token", "pad_token", "chat_template_path", "model_init_kwargs")
 
 
@@ -42,11 +42,11 @@ class RewardModelConfig:
         form: see `Shown`.
         template: see `Shown`; None for its default, or the testbed's.
         chat_template_kwargs: see `Shown`.
-        tie_weight: lambda, the weight of a tie's loss beside a preference's, at least 0.
+        tie_weight: lambda, the weight of a tie's loss relative to a preference's, at least 0.
         reward: any field of TRL's RewardConfig; pairs with a text over its `max_length` are left out.
-        lora: any field of peft's LoraConfig, or None to train all weights; the head is trained and saved whole.
+        lora: any field of peft's LoraConfig, or None to train all weights; a classifier's head is always trained whole.
         dtype: dtype of the weights: float32, bfloat16, float16.
-        seed: of the split, the testbed's data and model, a new head, and training.
+        seed: seed of the split, the testbed's data and model, a new head, and training.
         threads: CPU threads, or None for torch's choice.
         trust_remote_code: whether a hub repository's own code may run.
     """
@@ -94,10 +94,10 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
         fresh: start from scratch, and refuse an output that already holds checkpoints.
 
     Returns:
-        Folder of the trained model (the adapter and the head, with LoRA).
+        Folder of the trained model (with LoRA, of the adapter and the head).
 
     Raises:
-        ValueError: for anything about the run that cannot work, or an output of other settings, data or weights.
+        ValueError: for settings, data or a model that cannot work, or an output with other settings, data or weights.
     """
     require_trl()
     from trl import RewardConfig
@@ -166,7 +166,7 @@ def _tokenizer(config: RewardModelConfig) -> Any:
 
 
 def _settings(config: RewardModelConfig, train: EncodedPairs, test: EncodedPairs) -> dict[str, Any]:
-    """Return all that decides the trained weights except the number of steps; data and weights by their content."""
+    """Return what determines the trained weights, except the number of steps; data and weights by their content."""
     settings = asdict(config)
     for elsewhere in ("output", "model", "data", "trust_remote_code"):
         del settings[elsewhere]

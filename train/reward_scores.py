@@ -1,4 +1,4 @@
-"""Numbers of a reward model for prompts and responses: every command that judges by a reward model scores here."""
+"""Score prompts and responses with a reward model, for every command that uses one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Scores:
     """Numbers of N texts or pairs.
 
     Attributes:
-        values_N: float64; NaN where there is none.
-        left_out: by place, why there is no number: a text is too long, or the model's number is not finite.
+        values_N: float64; NaN if there is no number.
+        left_out: by index, why there is no number: a text is too long, or the model's number is not finite.
     """
 
     values_N: np.ndarray
@@ -33,14 +33,14 @@ class Scores:
 
 
 class RewardModel:
-    """A reward model and how its texts are made; it reads each number at the last token of the text.
+    """A reward model with the encoder of its texts.
 
-    Nothing is cut: a text over the encoder's `max_length` has no number, and the reason is reported.
+    Texts are never truncated: a text over the encoder's `max_length` has no number, and the reason is reported.
 
     Args:
         model: from `read_last_token`, in eval mode.
-        encoder: of the form that it was trained in.
-        batch_size: texts per forward pass, at least 1; changes no more than the last bits of a number.
+        encoder: makes texts of the form that the model was trained on.
+        batch_size: texts per forward pass, at least 1; it changes numbers by rounding only.
     """
 
     def __init__(self, model: Any, encoder: PairEncoder, *, batch_size: int = BATCH_SIZE) -> None:
@@ -63,7 +63,7 @@ class RewardModel:
 
         Args:
             name: folder, adapter folder, or hub id.
-            max_length: the most tokens of a text; None for as many as the model's configuration names.
+            max_length: most tokens of a text; None for `max_position_embeddings` of the model's config.
             batch_size: see the class.
             dtype: see `load_model`.
             device: see `load_model`.
@@ -85,22 +85,22 @@ class RewardModel:
         """Return the reward of each response.
 
         Args:
-            prompts: N of them.
-            responses: one to each prompt.
+            prompts: N prompts.
+            responses: one response per prompt.
 
         Raises:
-            ValueError: for a pairwise model, which gives a response alone no reward.
+            ValueError: for a pairwise model, which cannot score a single response.
         """
         messages = self.encoder.shown.messages
         return self.numbers([messages(*texts) for texts in zip(prompts, responses, strict=True)])
 
     def differences(self, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]) -> Scores:
-        """Return D of each pair, chosen minus rejected; of a pairwise model, the mean of both orders.
+        """Return D of each pair, chosen minus rejected; for a pairwise model, the mean of both orders.
 
         Args:
-            prompts: N of them.
-            chosen: one to each prompt.
-            rejected: one to each prompt.
+            prompts: N prompts.
+            chosen: one response per prompt.
+            rejected: one response per prompt.
         """
         shown = self.encoder.shown
         texts = [text for pair in zip(prompts, chosen, rejected, strict=True) for text in shown.pair_messages(*pair)]
@@ -109,7 +109,7 @@ class RewardModel:
         return Scores(np.array(shown.differences(found.values_N.tolist())), left_out)
 
     def numbers(self, conversations: Sequence[Conversation]) -> Scores:
-        """Return the model's number of each text from `Shown.messages`."""
+        """Return the model's number for each conversation from `Shown.messages`."""
         texts: dict[int, list[int]] = {}
         left_out: dict[int, str] = {}
         for place, conversation in enumerate(conversations):
@@ -132,7 +132,7 @@ def find_reward_model(name: str) -> tuple[ModelSource, Shown]:
         name: folder, adapter folder, or hub id.
 
     Raises:
-        ValueError: for a model that is not there, or that is not a reward model.
+        ValueError: for a model that does not exist, or that is not a reward model.
     """
     source = resolve_model(name)
     shown = read_shown(Path(source.location))

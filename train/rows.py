@@ -1,7 +1,7 @@
-"""Rows: which columns are read, in which order, and what a cell may hold. docs/formats.md ("Rows") says the same.
+"""Read rows: which columns are read, in which order, and what a cell may hold. docs/formats.md ("Rows") says the same.
 
-A column that a form does not name plays no part: it never refuses a row and never replaces another. A cell without a
-value (null, NaN, empty text) is a column that is not there. Every command reads rows here.
+A column that a row's form does not name is ignored: it never causes a row to be refused, and never replaces another
+column. A cell without a value (null, NaN, empty text) counts as a missing column. Every command reads rows here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
 TIE = "tie"
 """Label of a row in which neither response is better."""
 UNASKED_TIE = "is a tie"
-"""Why a sound row that is a tie is left out; the reason begins with it, and goes on with the way out."""
+"""Beginning of the reason why a tie is left out, which is followed by how to include ties."""
 TIES_OPTION = "pass --ties to include ties"
-"""The way out of commands that have the option."""
+"""How to include ties with commands that have the option."""
 SCORED: dict[str, tuple[str, ...]] = {
     "token ids": ("prompt_ids", "completion_ids"),
     "a prompt with its completion": ("prompt", "completion"),
@@ -48,11 +48,11 @@ _WRITTEN_OUT = tuple(f"[{{{quote}{key}{quote}:" for quote in "'\"" for key in ("
 
 @dataclass(frozen=True)
 class Preference:
-    """Responses to one prompt, of which every chosen one is better than every rejected one.
+    """Responses to one prompt, where every chosen one is better than every rejected one.
 
     Attributes:
-        prompt: what was asked; of several turns, with their roles.
-        chosen: at least one; several only where a cell is a list of texts.
+        prompt: the prompt; several turns are joined, with their roles.
+        chosen: at least one response; several only if the cell is a list of texts.
         rejected: likewise.
     """
 
@@ -62,30 +62,30 @@ class Preference:
 
 
 def given(row: Mapping[str, Any], column: str) -> Any:
-    """Return a column's value; None where it has none: not there, null, NaN or empty text."""
+    """Return a column's value; None if it is missing, null, NaN or empty text."""
     value = row.get(column)
     return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def encodable(text: str) -> str:
-    """Return the text with lone surrogates replaced, so that a tokenizer takes it."""
+    """Return the text with lone surrogates replaced by "?", so that tokenizers accept it."""
     return text.encode("utf-8", "replace").decode()
 
 
 def form_of(row: Row) -> str:
-    """Return what a row holds, for people: its form, and all of its columns."""
+    """Return a row's form and all of its columns, for messages."""
     there = [str(column) for column in row if given(row, column) is not None]
     columns = there + [f"{column} (empty)" for column in row if given(row, column) is None]
     return f"{form_name(there)} ({', '.join(columns) or 'no columns'})"
 
 
 def form_name(columns: Sequence[str]) -> str:
-    """Return what a row with these columns holds, for people."""
+    """Return the name of the form of a row with these columns, for messages."""
     return next((name for name, form in _FORMS.items() if {*columns}.issuperset(form)), "no known form")
 
 
 def refuse_images(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a row with images: its texts are about what no model here would see."""
+    """Raise ValueError for a row with images, which no model here would see."""
     seen = next((column for column in _IMAGES if given(row, column) not in (None, [])), None)
     if seen:
         raise ValueError(f"column {seen!r} holds images; only text is read")
@@ -94,12 +94,12 @@ def refuse_images(row: Mapping[str, Any]) -> None:
 def read_preference(row: Row, names: Mapping[str, str] = PAIR) -> Preference:
     """Return the preference of a row.
 
-    The prompt is the column's, and without one what stands before the response in `chosen` and `rejected`. Where both
-    are there, they end with the same message.
+    The prompt is the column's, or without one the messages before the response in `chosen` and `rejected`. If there are
+    both, they must end with the same message.
 
     Args:
-        row: prompt, chosen and rejected; each is text or messages, chosen and rejected also lists of texts.
-        names: what the row calls each of the three.
+        row: prompt, chosen and rejected, each text or messages; chosen and rejected may also be lists of texts.
+        names: the row's names for these three columns.
 
     Raises:
         ValueError: with the reason why the row cannot be used.
@@ -119,7 +119,11 @@ def read_preference(row: Row, names: Mapping[str, str] = PAIR) -> Preference:
 
 
 def read_pair(row: Row, names: Mapping[str, str] = PAIR) -> tuple[str, str, str]:
-    """Return prompt, chosen and rejected of a row with one response of each kind; ValueError as `read_preference`."""
+    """Return prompt, chosen and rejected of a row with one response of each kind.
+
+    Raises:
+        ValueError: as `read_preference`, and for a row with more responses.
+    """
     found = read_preference(row, names)
     if len(found.chosen) + len(found.rejected) > 2:
         raise ValueError(
@@ -133,12 +137,12 @@ def read_tie(row: Row, *, ties: bool | None, way_out: str = TIES_OPTION) -> bool
 
     Args:
         row: a preference.
-        ties: whether ties are asked for; None where nobody can ask for them.
-        way_out: how to ask for them.
+        ties: whether ties are included; None if the caller has no such option.
+        way_out: how to include them, for the error.
 
     Raises:
-        ValueError: for a tie that was not asked for, a column `tie` that holds neither true nor false, or one that is
-            false beside a label that says tie.
+        ValueError: for a tie that is not included, a column `tie` that holds neither true nor false, or one that
+            contradicts the label.
     """
     labelled = str(given(row, "label")).lower() == TIE
     tie = read_flag(row, "tie", default=labelled)
@@ -150,7 +154,7 @@ def read_tie(row: Row, *, ties: bool | None, way_out: str = TIES_OPTION) -> bool
 
 
 def read_flag(row: Row, column: str, *, default: bool) -> bool:
-    """Return a column of true and false, which tables without them write as text or numbers; ValueError for others."""
+    """Return a boolean column, which some tables store as text or numbers; raise ValueError for other values."""
     value = given(row, column)
     if value is None:
         return default
@@ -160,7 +164,7 @@ def read_flag(row: Row, column: str, *, default: bool) -> bool:
 
 
 def check_kept(row: Row) -> None:
-    """Raise ValueError, with its reason, for a row that `cepo augment` made and did not keep."""
+    """Raise ValueError, with the row's reason, for a row that `cepo augment` did not keep."""
     if not read_flag(row, "kept", default=True):
         raise ValueError(f"not kept: {given(row, 'reason') or 'no reason given'}")
 
@@ -169,12 +173,12 @@ def read_judgement(row: Row, *, ties: bool | None = None) -> tuple[list[dict[str
     """Return the prompt that a row's own judgement answered, and the judgement.
 
     Args:
-        row: a preference with `judge_output`, and `label`, "A" (or nothing) or "B": where the chosen response stood;
-            or a tie, see `read_tie`.
+        row: a preference with `judge_output`, and `label`: "A" (the default) or "B", the position of the chosen
+            response; or a tie, see `read_tie`.
         ties: whether the prompt allowed equal scores; None as for `read_tie`.
 
     Raises:
-        ValueError: with the reason why the row cannot be used; for a tie where the prompt allowed none.
+        ValueError: with the reason why the row cannot be used, such as a tie that the prompt did not allow.
     """
     tie = read_tie(row, ties=ties)
     query, chosen, rejected = read_pair(row)
@@ -187,13 +191,13 @@ def read_judgement(row: Row, *, ties: bool | None = None) -> tuple[list[dict[str
 
 
 def read_id(row: Mapping[str, Any]) -> str | int | float | None:
-    """Return a row's own id, as text where it is neither text nor a number; None where it has none."""
+    """Return a row's own id, as text unless it is a number; None if it has none."""
     value = given(row, "id")
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def read_text(row: Row, column: str) -> str:
-    """Return a column's text, or that of its parts; ValueError where it is blank or anything else."""
+    """Return a column's text, or that of its parts; raise ValueError if it is blank or not text."""
     return _checked(content_text(_column(row, column), column), column)
 
 
@@ -215,7 +219,11 @@ def number_text(value: Any) -> str | None:
 
 
 def read_dialogue(row: Row, column: str) -> str:
-    """Return a prompt: text or a single message as it is, several messages with their roles; never blank."""
+    """Return a prompt as text: a single message as it is, several messages joined with their roles.
+
+    Raises:
+        ValueError: if it is blank, or neither text nor messages.
+    """
     turns = _turns(_column(row, column), column)
     if turns is None:
         return read_text(row, column)
@@ -223,14 +231,14 @@ def read_dialogue(row: Row, column: str) -> str:
 
 
 def read_answer(row: Row, column: str, *, whole: bool = False) -> tuple[list[dict[str, Any]], str]:
-    """Return the messages before an answer, [] where the column is text, and the answer, which may be blank.
+    """Return the messages before an answer ([] if the column is text), and the answer, which may be blank.
 
-    Of messages, the last one by the assistant is the answer; those after it play no part.
+    The assistant's last message is the answer; messages after it are ignored.
 
     Args:
         row: a row.
-        column: text, or messages.
-        whole: refuse an answer whose thought stands in a field of its own, for it is a part of what a model wrote.
+        column: name of a column with text or messages.
+        whole: whether to refuse an answer whose thought is in a field of its own, since it is not all that was written.
 
     Raises:
         ValueError: with the reason why the column cannot be used.
@@ -253,7 +261,7 @@ def read_answer(row: Row, column: str, *, whole: bool = False) -> tuple[list[dic
 
 
 def read_messages(row: Row, column: str) -> str | list[dict[str, Any]]:
-    """Return a prompt as text, which may be blank, or as messages whose content is text.
+    """Return a prompt as text (which may be blank), or as messages whose content is text.
 
     Raises:
         ValueError: with the reason why the column cannot be used.
@@ -270,7 +278,7 @@ def ask_the_same(prompt: str | list[dict[str, Any]], before: Sequence[Mapping[st
 
 
 def plain_messages(turns: Sequence[Row], column: str) -> list[dict[str, Any]]:
-    """Return messages with their content as text, and without keys that hold nothing (as tables fill them up)."""
+    """Return messages with their content as text, and without keys whose value is None (which tables add)."""
     return [
         {key: value for key, value in turn.items() if value is not None} | {"content": _said(turn, column)}
         for turn in turns
@@ -278,10 +286,10 @@ def plain_messages(turns: Sequence[Row], column: str) -> list[dict[str, Any]]:
 
 
 def content_text(content: Any, column: str) -> str:
-    """Return the text of a content: itself, or that of its parts, joined.
+    """Return the text of a message's content: itself, or that of its parts, joined.
 
     Raises:
-        ValueError: for anything else; a part that is not text is named by its type.
+        ValueError: for any other content; a part that is not text is named by its type.
     """
     if isinstance(content, str):
         return content
@@ -298,7 +306,7 @@ def content_text(content: Any, column: str) -> str:
 
 
 def is_storable(text: str) -> bool:
-    """Return whether a text is valid Unicode: it holds no lone surrogate."""
+    """Return whether a text is valid Unicode, without lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -320,7 +328,7 @@ def _responses(row: Row, column: str) -> tuple[tuple[str, ...], list[dict[str, A
 
 
 def _turns(value: Any, column: str) -> list[Row] | None:
-    """Return messages, of which one alone may stand without a list; None for a value that is none."""
+    """Return a value's messages, where a single message needs no list; None if it holds none."""
     if isinstance(value, str) and value.startswith(_WRITTEN_OUT):
         raise ValueError(f"column {column!r} holds messages that are written out as text; expected a list")
     turns = [value] if isinstance(value, dict) and "role" in value else value

@@ -1,4 +1,4 @@
-"""What every training run of ours does around a TRL trainer: its folder, its records, its progress bar, its log."""
+"""Run a TRL trainer in a folder: checkpoints and resuming, metrics, progress bar and log."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ METRICS = "metrics.jsonl"
 _LOG = "log.txt"
 _COMPLETE = "cepo_complete"  # written into a checkpoint when all of it is on disk
 _STATE = "trainer_state.json"
-# Of a checkpoint, what a trained model does without; shards of weights too, which are saved whole beside them.
+# Files of a checkpoint that a trained model does not need; also shards of weights, which are saved whole as well.
 _OF_TRAINING = ("optimizer*", "scheduler*", "rng_state*", "pytorch_model_fsdp*", "global_step*", "latest", "zero_to_*")
-# The first that is logged is shown: a right verdict or answer says more than a well-formed one.
+# The first of these that is logged is shown: correctness says more than format.
 _TASK_REWARDS = (
     "causal/task",
     *(f"rewards/{name}/mean" for name in ("argmax_reward", "exact_match", "math_verify_reward", "bertscore_reward")),
@@ -47,20 +47,20 @@ _TASK_REWARDS = (
 def train_to_end(build: Callable[[], Any], arguments: Any, settings: Mapping[str, Any], *, fresh: bool) -> Path:
     """Train to the last step, continuing from the last complete checkpoint if there is one, and write final/.
 
-    A finished run trains nothing; one that is asked for more steps continues, and its old final/ is removed at once, so
+    A finished run trains nothing. If more steps are asked for, it continues, and its old final/ is removed at once, so
     that final/ is always of the last step.
 
     Args:
         build: makes the TRL trainer.
-        arguments: the trainer's own settings; `output_dir` is the run's folder.
-        settings: all that decides the trained weights except the number of steps, see `claim`.
+        arguments: the trainer's settings; `output_dir` is the run's folder.
+        settings: everything that determines the trained weights, except the number of steps, see `claim`.
         fresh: start from scratch, and refuse an output that already holds checkpoints.
 
     Returns:
         Folder of the trained model.
 
     Raises:
-        ValueError: on all ranks, for an output of other settings or of more steps, or for ranks that disagree.
+        ValueError: on all ranks, for an output with other settings or more steps, or if ranks have different settings.
     """
     output, rank = Path(arguments.output_dir), arguments.process_index
     final = output / "final"
@@ -83,7 +83,7 @@ def train_to_end(build: Callable[[], Any], arguments: Any, settings: Mapping[str
 
 
 def _claimed(output: Path, settings: Mapping[str, Any], max_steps: int, fresh: bool) -> tuple[bool, bool, Path | None]:
-    """Make an output this run's own; return whether it is trained, whether final/ is written, and its checkpoint."""
+    """Claim the output for this run; return whether training is finished, whether final/ is written, the checkpoint."""
     final, checkpoint = output / "final", last_complete_checkpoint(output)
     if fresh and checkpoint is not None:
         raise ValueError(f"output {output} already holds checkpoints; move them away, or leave out --fresh")
@@ -98,21 +98,21 @@ def _claimed(output: Path, settings: Mapping[str, Any], max_steps: int, fresh: b
 def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None, *, rank: int = 0) -> Path:
     """Train with one progress bar, and keep metrics.jsonl and log.txt in the output.
 
-    log.txt holds what the libraries print, warn and log meanwhile, without their progress bars: those that load the
-    model are drawn as ever, and later ones give way to ours. Other ranks than the first, which write nothing else, have
-    a log-RANK.txt. metrics.jsonl holds one line per logged step, each step once, even where a killed run continues.
+    log.txt holds what libraries print, warn and log during training, but not their progress bars: those of loading the
+    model are shown as usual, and later ones are disabled in favour of ours. Other ranks than the first write only a
+    log-RANK.txt. metrics.jsonl holds one line per logged step, each step once, even if a killed run is resumed.
 
     Args:
         build: makes the TRL trainer, which saves its checkpoints in the output.
         output: the run's folder.
-        checkpoint: where to resume from, or None.
-        rank: of this process.
+        checkpoint: the checkpoint to resume from, or None.
+        rank: this process's rank.
 
     Returns:
         The checkpoint of the last step.
     """
     make_folder(output)
-    console = Console(file=sys.stderr)  # the stream that the libraries lose below
+    console = Console(file=sys.stderr)  # opened before the libraries' output is redirected
     console.quiet = rank != 0
     told = output / (_LOG if rank == 0 else f"log-{rank}.txt")
     console.print(f"starting; what the libraries print goes to {told}", highlight=False, soft_wrap=True)
@@ -136,7 +136,7 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
 
 
 def trainer_defaults(seed: int) -> dict[str, Any]:
-    """Return our settings for any trainer of TRL; its own defaults (bf16, checkpointing) only cost time on a CPU."""
+    """Return our defaults for TRL trainers; TRL's own (bf16, gradient checkpointing) only cost time on a CPU."""
     cuda = torch.cuda.is_available()
     return {
         "use_cpu": not cuda,
@@ -147,18 +147,18 @@ def trainer_defaults(seed: int) -> dict[str, Any]:
         "save_steps": 50,
         "save_total_limit": 2,
         "seed": seed,
-        "disable_tqdm": True,  # the logged values are printed instead, to the log
+        "disable_tqdm": True,  # the log then gets printed values instead of a bar
     }
 
 
 def require_trl() -> None:
-    """Raise ValueError unless TRL, without which nothing is trained, is installed."""
+    """Raise ValueError unless TRL, which training needs, is installed."""
     if importlib.util.find_spec("trl") is None:
         raise ValueError("training needs TRL, which is an extra: pip install 'cepo[trl]'")
 
 
 def lora_config(settings: Mapping[str, Any] | None) -> Any:
-    """Return peft's LoraConfig over all linear layers unless the settings say otherwise; None for None."""
+    """Return peft's LoraConfig, by default over all linear layers; None for None."""
     if settings is None:
         return None
     from peft import LoraConfig
@@ -171,7 +171,7 @@ def lora_config(settings: Mapping[str, Any] | None) -> Any:
 
 
 def last_complete_checkpoint(output: Path) -> Path | None:
-    """Return the newest checkpoint whose every file was written, or None; a kill during a save leaves a partial one."""
+    """Return the newest complete checkpoint, or None; a run that was killed during a save leaves a partial one."""
     complete = [folder for folder in output.glob("checkpoint-*") if (folder / _COMPLETE).is_file()]
     return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
 
@@ -180,11 +180,11 @@ def is_finished(folder: Path, max_steps: int) -> bool:
     """Return whether a checkpoint or a trained model is that of the last step.
 
     Args:
-        folder: what `run_trainer` or `write_final` wrote; a folder without a trainer's state is not finished.
-        max_steps: the last step; 0 or less stands for the step that the trainer planned.
+        folder: folder from `run_trainer` or `write_final`; without a trainer's state it is not finished.
+        max_steps: the last step; 0 or less stands for the number of steps that the trainer planned.
 
     Raises:
-        ValueError: if it has taken more steps than that.
+        ValueError: if more steps have been taken.
     """
     if not (folder / _STATE).is_file():
         return False
@@ -199,7 +199,7 @@ def is_finished(folder: Path, max_steps: int) -> bool:
 
 
 def write_final(output: Path, checkpoint: Path) -> Path:
-    """Return OUTPUT/final, made from the checkpoint of the last step without what only training needs."""
+    """Write OUTPUT/final, the last step's checkpoint without files that only training needs, and return it."""
     final = output / "final"
     ignore = shutil.ignore_patterns(*_OF_TRAINING, _COMPLETE)
     with replacing(final) as unfinished:
@@ -209,7 +209,7 @@ def write_final(output: Path, checkpoint: Path) -> Path:
 
 @contextlib.contextmanager
 def _naming_lora() -> Iterator[None]:
-    """Let an error of peft about the layers that a LoraConfig names begin with the recipe's key."""
+    """Prefix peft's errors about the layers named by a LoraConfig with the recipe's key."""
     try:
         yield
     except ValueError as error:
@@ -241,7 +241,7 @@ class _RunRecord(TrainerCallback):
             _follow_order(train_dataloader, int(state.epoch))
         metrics = self._output / METRICS
         if state.is_world_process_zero and metrics.is_file():
-            # Lines after the checkpoint that is resumed from are about to be written again.
+            # Lines of steps after the checkpoint are dropped, since they will be written again.
             lines, _cut_short = read_jsonl(metrics)
             kept = [line for _, line in lines if line["step"] <= state.global_step]
             write_jsonl(metrics, kept if state.global_step else [])
@@ -249,12 +249,12 @@ class _RunRecord(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._progress.update(self._bar, completed=state.global_step)
         if state.global_step >= state.max_steps:
-            control.should_save = True  # whatever the strategy of saving is
+            control.should_save = True  # whatever save_strategy is
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if shown := _shown(logs or {}):
             self._progress.update(self._bar, description=f"training: {shown}")
-            if not self._progress.console.is_terminal:  # there a bar shows nothing until the end
+            if not self._progress.console.is_terminal:  # without a terminal, the bar is shown only at the end
                 line = f"step {state.global_step} of {state.max_steps}: {shown}"
                 self._progress.console.print(line, highlight=False, soft_wrap=True)
         if state.is_world_process_zero:
@@ -264,21 +264,22 @@ class _RunRecord(TrainerCallback):
         folder, trainer = self._output / f"checkpoint-{state.global_step}", self._trainer
         if state.global_step >= state.max_steps and _saves_shards(trainer):
             trainer._save(str(folder), state_dict=trainer.accelerator.get_state_dict(trainer.model))
-        trainer.accelerator.wait_for_everyone()  # each rank writes files of its own
+        trainer.accelerator.wait_for_everyone()  # each rank writes some files
         if state.is_world_process_zero and folder.is_dir():
             (folder / _COMPLETE).touch()
 
 
 def _saves_shards(trainer: Any) -> bool:
-    """Return whether checkpoints hold the weights in shards alone."""
+    """Return whether checkpoints hold the weights only in shards."""
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     return plugin is not None and "FULL" not in str(plugin.state_dict_type)
 
 
 def _follow_schedule(optimizer: Any, scheduler: Any) -> None:
-    """Set the learning rates to the schedule's, which more steps than the checkpoint knew of have changed.
+    """Set the learning rates to the schedule's, which depends on the number of steps.
 
-    A finished run was saved with the rate of its end, 0, and its first step more would teach nothing.
+    A finished run that continues with more steps was saved with the last learning rate, 0, so its next step would
+    change nothing.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     factors = getattr(scheduler, "lr_lambdas", ())
@@ -289,9 +290,9 @@ def _follow_schedule(optimizer: Any, scheduler: Any) -> None:
 
 
 def _follow_order(loader: Any, epochs: int) -> None:
-    """Bring the order of the rows to where so many epochs leave it.
+    """Advance the sampler by this many epochs.
 
-    TRL's sampler for GRPO draws each epoch's order after the last one's; a resumed run would see the first again.
+    TRL's sampler for GRPO draws each epoch's order from one generator, so a resumed run would repeat the first order.
     """
     sampler = loader.batch_sampler
     while sampler is not None and not hasattr(sampler, "repeat_count"):
@@ -301,7 +302,7 @@ def _follow_order(loader: Any, epochs: int) -> None:
 
 
 def _shown(logs: Mapping[str, float]) -> str:
-    """Return the values that the progress bar shows: the task's and the causal reward, or the loss of a warm start."""
+    """Return the values to show in the progress bar: task reward and causal reward, or a warm start's loss."""
     task = [name for name in _TASK_REWARDS if name in logs][:1]
     names = {"task reward": task, "causal reward": ["rewards/causal/mean"], "loss": [] if task else ["loss"]}
     return ", ".join(f"{label} {logs[name]:.3g}" for label, found in names.items() for name in found if name in logs)
@@ -328,12 +329,12 @@ def _progress(console: Console) -> Progress:
 
 @contextlib.contextmanager
 def _printed_to(path: Path) -> Iterator[None]:
-    """Send to a file what is printed, warned and logged by any library."""
+    """Redirect to a file what libraries print, warn and log."""
     with path.open("a", encoding="utf-8") as log, contextlib.ExitStack() as restored:
         streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
         for logger in (logging.root, *logging.root.manager.loggerDict.values()):
             for handler in getattr(logger, "handlers", ()):
-                # Of this very class: logging's own subclasses write to files, or look sys.stderr up each time.
+                # Exactly this class: logging's subclasses write to files, or look up sys.stderr each time.
                 if type(handler) is logging.StreamHandler and handler.stream in streams:
                     restored.callback(handler.setStream, handler.stream)
                     handler.setStream(log)

@@ -1,7 +1,7 @@
-"""Sources of rows: files of every kind that people hand over, data set folders, and data sets of the hub.
+"""Read rows from files of many kinds, data set folders, and data sets of the hub.
 
-Every command reads data here, row by row: a large file is never held whole, except for JSON that is not one object per
-line.
+Every command reads data here, row by row. Large files are never held in memory whole, except for JSON that is not one
+object per line.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cepo.files import BrokenLine, Row, kind_of, means_path, parse_line
 from cepo.train.file_kinds import FILES, PARQUET, SOURCES, check_kind, decompressed, text_encoding
 
 Entry: TypeAlias = tuple[int, Row | str]
-"""A number from 1, and the row or the reason why there is none."""
+"""A number, counted from 1, and the row, or the reason why there is none."""
 T = TypeVar("T")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".xlsx")
 _LISTS = ("prompt_ids", "completion_ids", "completions", "correct")  # columns whose cells in a CSV hold a JSON list
-_COLUMNS = {"prompt", "prompt_ids", "messages", "completion", "chosen", "question"}  # what has one is itself a row
+_COLUMNS = {"prompt", "prompt_ids", "messages", "completion", "chosen", "question"}  # an object with one is a row
 _SPACE = re.compile("[\ufeff\\s]*")
-_BATCH = 256  # rows of a parquet file that are held at once
+_BATCH = 256  # rows of a parquet file that are held in memory at once
 _UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, zlib.error, lzma.LZMAError, csv.Error)
 
 
@@ -38,8 +38,8 @@ class Source:
     """Rows to iterate over, once.
 
     Attributes:
-        entries: in order; blank lines have none.
-        unit: what the numbers count: each "line" of JSONL and CSV, or each "row" of other kinds.
+        entries: the entries in order; blank lines have none.
+        unit: what the numbers count: "line" for JSONL and CSV, "row" for other kinds.
     """
 
     entries: Iterable[Entry]
@@ -50,7 +50,7 @@ class Source:
         return iter(self.entries)
 
     def place(self, number: int) -> str:
-        """Return where an entry stands, such as "line 3"; it names a row that has no id of its own."""
+        """Return an entry's place, such as "line 3", which names rows without an id."""
         return f"{self.unit} {number}"
 
 
@@ -61,13 +61,13 @@ def collect_rows(
 
     Args:
         source: see `open_source`.
-        convert: makes something of a row and of where it stands, see `Source.place`; a row for which it raises
-            ValueError is left out, with that reason.
+        convert: called with a row and its place, see `Source.place`; a row for which it raises ValueError is left out,
+            with that reason.
         split: see `open_source`.
-        limit: number of converted rows to stop at, at least 1; None for all.
+        limit: number of converted rows at which to stop, at least 1; None for all.
 
     Returns:
-        What came of the rows, in order, and (number, reason) of each that was left out.
+        The converted rows in order, and (number, reason) of each that was left out.
 
     Raises:
         ValueError: for a limit below 1, or a source that cannot be read or holds no usable row.
@@ -106,7 +106,7 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
         split: split of a data set; None means "train". A file has none.
 
     Raises:
-        ValueError: for a source that cannot be read, and for a split of a file; as the rows come, for a damaged file.
+        ValueError: for a source that cannot be read, and for a split of a file; while iterating, for a damaged file.
     """
     check_source(source)
     path = Path(source)
@@ -147,7 +147,7 @@ def _of_split(saved: Any, split: str | None) -> Any:
 
 
 def check_source(source: str | Path) -> None:
-    """Raise ValueError for a file or folder that is not there; a name that may be a data set of the hub passes."""
+    """Raise ValueError for a file or folder that does not exist; names that may be hub data sets pass."""
     path = Path(source)
     there = path.exists() or Path(str(source).partition(":")[0]).exists()
     if not there and (path.suffix.lower() in _ENDINGS or means_path(str(source))):
@@ -155,21 +155,21 @@ def check_source(source: str | Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raise ValueError for a file that is not there."""
+    """Raise ValueError for a file that does not exist."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected {FILES}")
 
 
 def open_file(path: Path) -> Source:
-    """Open a file of rows. Its content decides its kind; only CSV and TSV are recognised by their names.
+    """Open a file of rows. Its kind is recognised by its content, except for CSV and TSV, which need their suffix.
 
-    JSONL; JSON (a list of objects, an object with one list of objects, or objects of several lines); CSV and TSV, whose
-    first line names the columns; parquet. Each may be packed with gzip, bzip2, xz or zstandard. Text is UTF-8, UTF-16
-    or UTF-32, with byte order marks or without.
+    Kinds: JSONL; JSON (a list of objects, an object with one list of objects, or objects over several lines); CSV and
+    TSV, whose first line names the columns; parquet. Each may be compressed with gzip, bzip2, xz or zstandard. Text is
+    UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Raises:
-        ValueError: for a file that is not there or of another kind, which the error names with the way to convert it;
-            as the rows come, for a damaged file.
+        ValueError: for a file that does not exist, or of another kind, which the error names with the way to convert
+            it; while iterating, for a damaged file.
     """
     check_file(path)
     try:
@@ -211,7 +211,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 
 def _text(path: Path, encoding: str, newline: str = "\n") -> io.TextIOWrapper:
-    """Open a text. Bytes that are not UTF-8 become lone surrogates, so that they spoil their own line alone."""
+    """Open a text file. Bytes that are not UTF-8 become lone surrogates, so that only their own line is unreadable."""
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     return io.TextIOWrapper(decompressed(path), encoding, errors, newline)
 
@@ -229,7 +229,7 @@ def _read_lines(path: Path, encoding: str) -> Iterator[Entry]:
 
 
 def _open_json(path: Path, encoding: str, first: str, second: str) -> Source:
-    """Open JSON: one object per line where the first or the second line is one, or the text is not JSON as a whole."""
+    """Open JSON; as JSONL if the first or second line is an object by itself, or the whole text is not JSON."""
     alone = _documents(first)
     is_row = len(alone) == 1 and isinstance(alone[0], dict) and _rows_inside(alone[0]) is None
     if is_row or (first.startswith("{") and _documents(second)):
@@ -252,7 +252,7 @@ def _open_json(path: Path, encoding: str, first: str, second: str) -> Source:
 
 
 def _documents(text: str) -> list[Any]:
-    """Return the JSON values that stand one after another in a text; [] where it is anything else."""
+    """Return the concatenated JSON values of a text; [] if it is anything else."""
     decoder, found, at = json.JSONDecoder(), [], 0
     text = _bare(text)
     try:
@@ -266,7 +266,7 @@ def _documents(text: str) -> list[Any]:
 
 
 def _rows_inside(document: Any) -> list[Any] | None:
-    """Return the list of rows that a document is or holds; None for an object that is a row itself."""
+    """Return the list of rows that a document is or contains; None for an object that is itself a row."""
     if isinstance(document, list):
         return document
     if not isinstance(document, dict) or _COLUMNS & set(document):
@@ -277,7 +277,7 @@ def _rows_inside(document: Any) -> list[Any] | None:
 
 
 def _read_csv(path: Path, encoding: str) -> Iterator[Entry]:
-    csv.field_size_limit(2**31 - 1)  # texts are longer than the 128 KiB that it allows by default
+    csv.field_size_limit(2**31 - 1)  # texts may exceed the default limit of 128 KiB
     with _text(path, encoding, newline="") as text:
         lines = (line.lstrip("\ufeff") for line in text)
         header = next(lines, "")
@@ -317,7 +317,7 @@ def _csv_row(names: list[str], cells: list[str]) -> Row | str:
 
 
 def _cell(name: str, text: str) -> Any:
-    """Return a cell's text, or the list that its JSON holds: of messages or parts, and in the columns of lists."""
+    """Return a cell's text, or its JSON list if that holds messages or parts, or the column is one of `_LISTS`."""
     if not text.startswith("["):
         return text
     values = _documents(text)

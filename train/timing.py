@@ -1,4 +1,4 @@
-"""How long each part of an optimiser step takes."""
+"""Log how long each part of an optimiser step takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def time_steps(trainer: Any) -> None:
     """Make a TRL trainer log how many seconds each part of an optimiser step takes.
 
     Logs `time/step` (the whole step), `time/generation` (sampling), `time/rewards` (all reward functions) and
-    `time/policy_update` (forward, backward and optimiser). What remains of a step is TRL's own work: old and reference
+    `time/policy_update` (forward, backward and optimiser). The rest of a step is TRL's own work: old and reference
     log-probabilities, padding, logging.
     """
     spent: dict[str, float] = {}

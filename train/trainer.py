@@ -1,4 +1,4 @@
-"""What we read from a TRL trainer and pass to it: all access to its internals that needs no class of TRL's."""
+"""All access to the internals of a TRL trainer that does not need TRL's classes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cepo.jacobian.reading.token_bytes import TokenBytes
 from cepo.jacobian.records import Rollout
 
 PROMPT_IDS, ENV_MASK = "rollout_prompt_ids", "rollout_env_mask"
-"""Columns of what a rollout function returned."""
+"""Columns with the outputs of a rollout function."""
 
 
 def watch_metrics(trainer: Any, names: Sequence[str]) -> Callable[[], list[float]]:
-    """Return a function that returns the values of training metrics since it was last called, means over all ranks."""
+    """Return a function that returns the metrics' values (means over all ranks) since its last call."""
     seen: dict[str, tuple[list[float], int]] = {}
 
     def since() -> list[float]:
@@ -36,7 +36,7 @@ def watch_metrics(trainer: Any, names: Sequence[str]) -> Callable[[], list[float
 
 
 def log_metric(trainer: Any, name: str, value: float) -> None:
-    """Add a value to a metric, of which TRL logs the mean."""
+    """Add a value to a training metric; TRL logs the mean of its values."""
     trainer._metrics["train"][name].append(value)
 
 
@@ -57,12 +57,12 @@ def read_rollouts(
 
     Args:
         trainer: renders the prompts, unless a rollout function did.
-        reader: of `span_reader`.
+        reader: from `span_reader`.
         prompts: messages or text.
-        completion_ids: as TRL hands them to a reward.
-        columns: the batch's other columns. `rollout_prompt_ids` and `rollout_env_mask` are what a rollout function
-            returned as `prompt_ids` and `env_mask`, see `_hand_on`. A completion with a 0 in its mask, a token that
-            the policy did not write, is malformed.
+        completion_ids: as TRL passes them to a reward.
+        columns: the batch's other columns. `rollout_prompt_ids` and `rollout_env_mask` hold what a rollout function
+            returned as `prompt_ids` and `env_mask`, see `_pass_rollout_outputs`. A completion whose mask holds a 0, for
+            a token that the policy did not write, is malformed.
     """
     ids_of_prompts = columns.get(PROMPT_IDS)
     messages = [prompt if ids_of_prompts is None and isinstance(prompt, list) else None for prompt in prompts]
@@ -77,11 +77,11 @@ def read_rollouts(
 
 
 def span_reader(trainer: Any, layout: Layout) -> SpanReader:
-    """Return the reader of a trainer's rollouts; a rollout function hands on its prompt ids from now on.
+    """Return the reader of a trainer's rollouts, and make rewards see what a rollout function returns.
 
     Raises:
-        ValueError: for a trainer whose completions hold what the policy did not write (tools, an environment: TRL hands
-            rewards no mask), or whose prompts hold images.
+        ValueError: for a trainer whose completions may hold text that the policy did not write (tools, an environment:
+            TRL passes rewards no mask), or whose prompts hold images.
     """
     given = {"tools": "tools", "environment_factories": "environment_factory"}
     foreign = [name for attribute, name in given.items() if getattr(trainer, attribute, None)]
@@ -97,29 +97,29 @@ def span_reader(trainer: Any, layout: Layout) -> SpanReader:
             raise ValueError(
                 f"trainer's {name} has the column {images[0]!r}; prompts with images are not read, only text"
             )
-    _hand_on(trainer)
+    _pass_rollout_outputs(trainer)
     return SpanReader(tokenizer(trainer), layout)
 
 
-def _hand_on(trainer: Any) -> None:
-    """Make the trainer hand rewards, as columns, what its rollout function returns and TRL keeps to itself."""
+def _pass_rollout_outputs(trainer: Any) -> None:
+    """Make the trainer pass its rollout function's prompt ids and mask to rewards as columns, which TRL does not."""
     rollout = getattr(trainer, "rollout_func", None)
     if rollout is None or hasattr(rollout, "__wrapped__"):
         return
 
     @functools.wraps(rollout)
-    def handing_on(*arguments: Any) -> dict[str, Any]:
+    def with_columns(*arguments: Any) -> dict[str, Any]:
         output = rollout(*arguments)
         return {**output, PROMPT_IDS: output.get("prompt_ids"), ENV_MASK: output.get("env_mask")}
 
-    trainer.rollout_func = handing_on
+    trainer.rollout_func = with_columns
 
 
 def tell_opened_thoughts(trainer: Any) -> None:
-    """Add the column `thought_opened`, True, to the trainer's data where its chat template opens a thought.
+    """Add the column `thought_opened`, True, to the trainer's data if its chat template opens a thought.
 
-    TRL hands a reward messages, which do not show what the template added; columns it hands on, see `read_completions`.
-    Data whose prompts are text, or that have the column, stay as they are.
+    TRL passes rewards messages, which do not show what the template adds, but also columns, see `read_completions`.
+    Data whose prompts are text, or that already have the column, are not changed.
     """
     (ids,) = prompt_ids(trainer, [[{"role": "user", "content": "?"}]])
     if not thought_opened(b"".join(TokenBytes(tokenizer(trainer)).of(ids))):
@@ -135,12 +135,12 @@ def tell_opened_thoughts(trainer: Any) -> None:
 
 
 def prompts_per_batch(trainer: Any) -> int:
-    """Return the number of prompts in a generation batch, all ranks together."""
+    """Return the number of prompts in a generation batch, over all ranks."""
     return int(trainer.args.generation_batch_size // trainer.num_generations)
 
 
 def check_name(trainer: Any, name: str) -> None:
-    """Raise ValueError if several of a trainer's reward functions have a name: they would log to the same metrics."""
+    """Raise ValueError if several of a trainer's rewards have this name, since they would log to the same metrics."""
     count = [getattr(function, "__name__", None) for function in trainer.reward_funcs].count(name)
     if count > 1:
         raise ValueError(
@@ -150,19 +150,19 @@ def check_name(trainer: Any, name: str) -> None:
 
 
 def tokenizer(trainer: Any) -> Any:
-    """Return the trainer's tokenizer, without a processor around it."""
+    """Return the trainer's tokenizer, unwrapped from a processor."""
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
 def frozen_model(trainer: Any, scorer: Any) -> Any:
-    """Return the frozen model that a reward reads, loaded where it is a name; None for the trainer's live policy.
+    """Return the frozen model that a reward reads, loaded if given by name; None for the trainer's live policy.
 
     Args:
         trainer: the trainer.
-        scorer: None for the policy.
+        scorer: a model or its name; None for the live policy.
 
     Raises:
-        ValueError: if the policy is meant and its parameters are sharded by FSDP1.
+        ValueError: for the live policy, if its parameters are sharded by FSDP1.
     """
     if isinstance(scorer, str):
         return load_model(resolve_model(scorer), device=str(trainer.accelerator.device))[0]

@@ -1,4 +1,4 @@
-"""`cepo warm-start`: supervised examples of the judge's format, for a model that does not write it yet."""
+"""`cepo warm-start`: supervised training on the judge's format, for a model that does not write it yet."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from cepo.train.source import collect_rows
 logger = logging.getLogger(__name__)
 
 _PROBE = "cepo-answer-probe"
-_QUOTED = 6  # words of a text that an example by rule quotes
+_QUOTED = 6  # words that a rule-made example quotes from a text
 
 
 @dataclass(frozen=True)
 class WarmStartJob:
-    """What `cepo warm-start` was asked to do.
+    """The arguments of `cepo warm-start`.
 
     Attributes:
         model: see `resolve_model`.
-        data: a file, a folder or a hub data set of preference pairs, see `load_preferences`. Rows may carry
+        data: a file, a folder or a hub data set of preference pairs, see `load_preferences`. Rows may hold
             `judge_output`, a judgement to learn from, and `label`, see `read_judgement`.
-        output: folder of the model, its weights merged; checkpoints and metrics.jsonl lie in output/sft.
+        output: folder of the merged model; checkpoints and metrics.jsonl are in output/sft.
         steps: training steps, at least 1.
         batch_size: examples per step, at least 1.
-        learning_rate: of the LoRA layers, above 0.
-        rank: of the LoRA layers, at least 1.
+        learning_rate: learning rate of the LoRA layers, above 0.
+        rank: rank of the LoRA layers, at least 1.
         max_characters: leave out examples whose whole prompt, instructions included, is longer; None for no limit.
-        ties: take rows in which neither response is better too, and let every prompt allow equal scores.
-        dtype: of the weights.
-        seed: of the responses' positions, the row order and LoRA.
+        ties: whether to include rows in which neither response is better, and let every prompt allow equal scores.
+        dtype: dtype of the weights.
+        seed: seed of the responses' positions, the row order and LoRA.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -70,15 +70,15 @@ class WarmStartJob:
 
 
 def warm_start(job: WarmStartJob) -> Path:
-    """Train on completions alone, through TRL's SFTTrainer, and write the merged model.
+    """Train with a loss on completions only, through TRL's SFTTrainer, and write the merged model.
 
     A killed run continues from its last checkpoint; a finished one trains nothing.
 
     Returns:
-        The output folder, which `--model` takes everywhere.
+        The output folder, which all commands accept as `--model`.
 
     Raises:
-        ValueError: for data, settings or a model that cannot be used, or an output of other ones.
+        ValueError: for data, settings or a model that cannot be used, or an output with other ones.
     """
     require_trl()
     require_one_process("cepo warm-start")
@@ -139,7 +139,7 @@ def _write_merged(model: Any, tokenizer: Any, adapter: Path, output: Path) -> No
     shutil.rmtree(unfinished, ignore_errors=True)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    # config.json last: where it is, all of the model is.
+    # config.json is moved last, so that it marks a complete model.
     for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output / path.name)
     unfinished.rmdir()
@@ -148,14 +148,14 @@ def _write_merged(model: Any, tokenizer: Any, adapter: Path, output: Path) -> No
 def read_examples(
     source: str | Path, *, seed: int = 0, max_characters: int | None = None, ties: bool = False
 ) -> tuple[list[dict[str, Any]], list[BrokenLine]]:
-    """Return prompts and judgements to learn from, as messages, and what was left out.
+    """Return prompts and judgements to learn from, as messages, and the rows that were left out.
 
-    A row's own `judge_output` where it has one, else a judgement by rule, see `judgement_by_rule`. How many there are
-    of each, and what was left out, is logged.
+    A judgement is the row's own `judge_output`, or else made by `judgement_by_rule`. The number of each, and the rows
+    that were left out, are logged.
 
     Args:
         source: see `WarmStartJob.data`.
-        seed: of the responses' positions in examples by rule.
+        seed: seed of the responses' positions in rule-made examples.
         max_characters: leave out longer prompts; None for no limit.
         ties: see `WarmStartJob`.
 
@@ -174,7 +174,7 @@ def read_examples(
             prompt, text = read_judgement(row, ties=ties)
             if not text.strip():
                 raise ValueError("column 'judge_output' is blank")
-            close_thought(text)  # raises where it is cut in its thought, and so teaches no verdict
+            close_thought(text)  # raises if it was cut off inside its thought, and so has no verdict
             return check_length(_example(prompt, text), max_characters)
         pair = judge_row(row, seed, ties=ties)
         example = check_length(_example(pair["prompt"], judgement_by_rule(pair)), max_characters)
@@ -192,13 +192,13 @@ def read_examples(
 def examples_in_thought(examples: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
     """Return the examples as they are, or as token ids for a model whose chat template opens a thought.
 
-    Such a template puts the opening tag after a prompt alone, so TRL, which renders prompt and completion together,
-    would leave it out. Here the ids are those that generation sees, and each completion closes the thought: an empty
-    one, or that of the row's own judgement.
+    Such a template adds the opening tag only to a prompt without an answer, so TRL, which renders prompt and completion
+    together, would leave it out. Here the ids are those of generation, and each completion closes the thought, which is
+    that of the row's own judgement or empty.
 
     Args:
-        examples: of `read_examples`.
-        tokenizer: the model's.
+        examples: from `read_examples`.
+        tokenizer: the model's tokenizer.
 
     Returns:
         Rows of `prompt` and `completion`, or of `input_ids` and `completion_mask` (1 at the tokens to learn).
@@ -218,12 +218,12 @@ def examples_in_thought(examples: list[dict[str, Any]], tokenizer: Any) -> list[
 
 
 def judgement_by_rule(row: Mapping[str, Any]) -> str:
-    """Return a short judgement in the format: it quotes the pair and scores the better response higher, or both alike.
+    """Return a short judgement that quotes the pair and scores the better response higher, or both the same on a tie.
 
-    It teaches the format alone: its criteria do not cause its scores, which the causal reward is there to change.
+    It teaches only the format: its criteria do not cause its scores, which is what the causal reward is for.
 
     Args:
-        row: of `load_preferences`: query, response_a, response_b and label.
+        row: from `load_preferences`: query, response_a, response_b and label.
     """
     query, first, second = (_quote(row[name]) for name in ("query", "response_a", "response_b"))
     place = sum(map(ord, row["query"]))  # scores differ from pair to pair, and are the same on every run

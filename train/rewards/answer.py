@@ -1,4 +1,4 @@
-"""How likely a completion's own answer is where the text before it is shortened, edited or hidden."""
+"""The likelihood of a completion's own answer when the text before it is shortened, edited or hidden."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def answer_log_probabilities(model: HeldModel, variants: Sequence[Variant]) -> I
 
     Args:
         model: already prepared.
-        variants: sequences with P targets each. They share forward passes as far as the logits stay few, padded at the
-            right, where a causal model never looks.
+        variants: sequences with P targets each. They share forward passes while the logits stay few, padded on the
+            right, which a causal model does not see.
 
     Yields:
         (P, V) in nats, float32 or wider, on the model's device.
@@ -51,7 +51,7 @@ def answer_log_probabilities(model: HeldModel, variants: Sequence[Variant]) -> I
         read_BP = torch.tensor([variant.targets for variant in batch]) - 1
         kept_N = torch.unique(read_BP)
         options: dict[str, Any] = {}
-        if "position_ids" in model.forward_takes:  # some models would count positions by the mask
+        if "position_ids" in model.forward_takes:  # some models would derive positions from the mask
             options["position_ids"] = torch.arange(ids_BT.shape[1], device=device).expand_as(ids_BT)
         if "logits_to_keep" in model.forward_takes:
             options["logits_to_keep"] = kept_N.to(device)
@@ -75,7 +75,7 @@ def joint_log_probabilities(log_p: Iterable[Tensor], answer_P: Tensor) -> list[f
 
 
 def _batches(variants: Sequence[Variant]) -> Iterator[list[Variant]]:
-    """Yield runs of variants whose logits, of every position that one of them reads for all of them, stay few."""
+    """Yield batches of variants with few rows of logits: each position that any variant reads is computed for all."""
     batch: list[Variant] = []
     for variant in variants:
         positions = {target for one in [*batch, variant] for target in one.targets}
@@ -88,7 +88,7 @@ def _batches(variants: Sequence[Variant]) -> Iterator[list[Variant]]:
 
 
 def without(variant: Variant, dropped: Sequence[int]) -> Variant:
-    """Return the variant with the tokens at some positions, none a target, taken out."""
+    """Return the variant without the tokens at some positions, none of them a target."""
     gone = set(dropped)
     kept = [position for position in range(len(variant.token_ids)) if position not in gone]
     place = {position: index for index, position in enumerate(kept)}

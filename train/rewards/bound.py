@@ -1,4 +1,4 @@
-"""A reward that reads a policy: bound to a TRL trainer, which holds the model and the tokenizer and renders prompts."""
+"""Base class of rewards that read a policy, bound to a TRL trainer, which has the model and renders prompts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cepo.jacobian.records import Rollout
 logger = logging.getLogger(__name__)
 
 _Part = TypeVar("_Part")
-_BATCHES = 3  # of malformed completions alone, before a warning
+_BATCHES = 3  # first batches that must hold only malformed completions for a warning
 
 
 class BoundReward:
-    """What rewards of the live policy have in common; picklable, without the trainer.
+    """Base class of rewards that read the live policy; picklable, without the trainer.
 
     Args:
         scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
-        layout: what a completion looks like.
+        layout: format of the completions.
         name: the name in TRL's logs.
     """
 
@@ -33,19 +33,19 @@ class BoundReward:
         self._trainer: Any = None
         self._frozen: Any = None
         self._reader: SpanReader | None = None
-        self._malformed_batches: int | None = 0  # since the first; None once there was another, or a warning
+        self._malformed_batches: int | None = 0  # counted from the first; None after a sound batch, or a warning
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the trainer out: a copy must be bound again."""
+        """Leave out the trainer; a copy must be bound again."""
         return {**self.__dict__, "_trainer": None, "_frozen": None, "_reader": None}
 
     @property
     def _model(self) -> Any:
-        """What the reward reads by now: a trainer may wrap or shard its policy after binding."""
+        """The model to read, looked up on each call, since a trainer may wrap or shard its policy after binding."""
         return self._trainer.model if self._frozen is None else self._frozen
 
     def _bind(self, trainer: Any, check: Callable[[Any], object]) -> None:
-        """Take a trainer, once `check` has taken the model that is read."""
+        """Bind to a trainer after `check`, which raises for a model that cannot be read."""
         from cepo.train.trainer import check_name, frozen_model, span_reader
 
         check_name(trainer, self.__name__)
@@ -56,7 +56,7 @@ class BoundReward:
     def _read(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Any]
     ) -> tuple[SpanReader, list[Rollout]]:
-        """Return the reader, and the rollouts of a batch as TRL hands it over; ValueError if nothing is bound."""
+        """Return the reader, and the rollouts of a batch from TRL; raise ValueError if no trainer is bound."""
         if self._trainer is None or self._reader is None:
             raise ValueError(f"the reward {self.__name__!r} is not bound; call reward.bind(trainer) before training")
         from cepo.train.trainer import read_rollouts
@@ -66,7 +66,7 @@ class BoundReward:
         return self._reader, rollouts
 
     def _warn_of_malformed(self, rollouts: Sequence[Rollout]) -> None:
-        """Warn, once, when every completion of the first batches was malformed."""
+        """Warn once if every completion of the first batches was malformed."""
         if self._malformed_batches is None or not rollouts:
             return
         self._malformed_batches += 1
@@ -80,11 +80,11 @@ class BoundReward:
 
 
 def nothing_learned(reward: str, why: str) -> str:
-    """Return the warning that every reward was 0, and the way out.
+    """Return a warning that every reward was 0, with advice.
 
     Args:
-        reward: the name of the one reward that was 0; "" for all.
-        why: what was wrong with the completions; "" where nothing is known.
+        reward: the name of the reward that was 0; "" for all rewards.
+        why: what was wrong with the completions; "" if unknown.
     """
     which = f"every reward of {reward} was 0" if reward else "every reward was 0, so nothing was learned"
     return (
@@ -93,7 +93,12 @@ def nothing_learned(reward: str, why: str) -> str:
 
 
 def require_donors(prompts: int, otherwise: str) -> None:
-    """Raise ValueError if batches of so many prompts have no donors; `otherwise` is a setting that needs none."""
+    """Raise ValueError if batches of this many prompts have no donors.
+
+    Args:
+        prompts: prompts of a generation batch.
+        otherwise: a setting that needs no donors, for the error.
+    """
     if prompts < 2:
         raise ValueError(
             f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the content of another "
@@ -103,16 +108,16 @@ def require_donors(prompts: int, otherwise: str) -> None:
 
 
 def gathered(pools: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
-    """Return what the rollouts of all ranks offer for each source, given what those of this rank do."""
+    """Return the candidates of all ranks for each source, given those of this rank."""
     _, parts = of_ranks(pools)
     return {source: thinned(one for each in parts for one in each[source]) for source in pools}
 
 
 def of_ranks(mine: _Part) -> tuple[int, list[_Part]]:
-    """Return the number of this rank and what each rank holds; every rank calls it, as it does its rewards."""
+    """Return this rank's number and the value of each rank; a collective, which every rank must call."""
     if not dist.is_initialized():
         return 0, [mine]
-    # Every rank calls its rewards once for each generation batch, so this meets no other collective.
+    # Every rank calls its rewards once per generation batch, so collectives stay in the same order.
     parts = [mine] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return dist.get_rank(), parts

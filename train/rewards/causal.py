@@ -1,4 +1,4 @@
-"""The causal reward as TRL sees it: a plain, picklable callable. `train/trainer.py` knows TRL's insides."""
+"""The causal reward for TRL: a plain, picklable callable. Access to TRL's internals is in `train/trainer.py`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ _LOGGED = ("delta", "path_sum", "certificate", "phi", "retained", "influence", "
 
 
 class CausalReward(BoundReward):
-    """Reward completions for exact d(score)/d(criteria) of the live policy, in TRL's GRPO and RLOO trainers.
+    """Reward completions whose criteria cause their scores, in TRL's GRPO and RLOO trainers.
 
-    Additive form, a reward function beside the others:
+    By default a completion is rewarded for the effect of criteria->analysis->scores under the live policy. Additive
+    form, as one of several reward functions:
 
         reward = CausalReward(links={"X->Y": 1.0})
         trainer = GRPOTrainer(model, reward_funcs=[format_reward, argmax_reward, reward], ...)
@@ -40,25 +41,25 @@ class CausalReward(BoundReward):
 
     CE-PO form, fused with a task reward by the power mean: `CausalReward(RewardConfig.paper(), task=exact_match)`.
 
-    The policy is differentiated in eval mode and outside of autocast, on the very ids that were sampled, with
-    untempered logits. Malformed completions score 0 and are counted. Every component is logged: means through
-    `log_metric` (`causal/<link>/value` ...), rows through `log_extra`.
+    The policy is read in eval mode and outside of autocast, on the very ids that were sampled, at temperature 1.
+    Malformed completions score 0 and are counted. Every component is logged: means through `log_metric`
+    (`causal/<link>/value` and others), values per completion through `log_extra`.
 
     Args:
         config: what to compute and how to fuse it; its defaults are what we recommend.
-        task: task reward with TRL's signature and values in [0, 1]; where it gives None, so does this. It gets all that
-            TRL passes to this reward, and `thought_opened`, see `read_completions`.
+        task: task reward with TRL's signature and values in [0, 1]; where it returns None, so does this reward. It gets
+            all arguments that TRL passes to this reward, and `thought_opened`, see `read_completions`.
         engine: "group", or "autograd", the oracle; None for "group".
         scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
-        layout: what a completion looks like; the judge's format by default, `REASONER` for rationales.
-        kernels: of the group engine: "torch", "auto" (Triton where the policy is on CUDA) or "triton".
-        memory_gib: what the group engine may add to the model's memory, in GiB; None for half of what is free.
-        sharded: how a policy that FSDP2 or DeepSpeed ZeRO-3 shards is read: "gather" holds it whole on every rank
-            during the call, "step" one layer at a time; "auto" gathers where that takes at most half of the memory
-            that is free on every rank. See `cepo.jacobian.sharding`.
-        shuffle: a control for experiments: each scored completion gets the reward of another one of its prompt, drawn
-            from the seed and their ids; one that is alone keeps its own, and is counted as `shuffle/alone`. What the
-            reward gains over this control, it gains by telling completions apart.
+        layout: format of the completions: by default the judge's; `REASONER` for rationales.
+        kernels: kernels of the group engine: "torch", "auto" (Triton if the policy is on CUDA) or "triton".
+        memory_gib: GiB that the group engine may use besides the model; None for half of the free memory.
+        sharded: how a policy that is sharded by FSDP2 or DeepSpeed ZeRO-3 is read: "gather" holds the whole model on
+            every rank during the call, "step" one layer at a time; "auto" gathers if the model takes at most half of
+            the free memory on every rank. See `cepo.jacobian.sharding`.
+        shuffle: a control for experiments: each scored completion gets the reward of another completion of its prompt,
+            drawn from the seed and their ids. A prompt's only scored completion keeps its own, and is counted as
+            `shuffle/alone`. What the reward gains over this control is due to telling completions apart.
         name: the name in TRL's logs.
         **fields: instead of config, its fields by name, see `RewardConfig`.
 
@@ -109,10 +110,10 @@ class CausalReward(BoundReward):
         self._last_engine: tuple[Any, Engine] | None = None  # the model that was read last, and its engine
 
     def bind(self, trainer: Any) -> CausalReward:
-        """Tie the reward to a trainer: to its tokenizer, its rendering of prompts, and its live policy unless frozen.
+        """Bind the reward to a trainer: to its tokenizer, its rendering of prompts, and its live policy unless frozen.
 
-        The policy is looked up at each call: a trainer may wrap or shard it after this. Rewards that read text alone
-        learn by it what the chat template opens, see `tell_opened_thoughts`.
+        The policy is looked up at each call, since a trainer may wrap or shard it later. The trainer's data also get a
+        column for rewards that read only text, if its chat template opens a thought, see `tell_opened_thoughts`.
 
         Args:
             trainer: a TRL GRPOTrainer or RLOOTrainer. In data-parallel training every rank scores its own rows.
@@ -190,13 +191,13 @@ class CausalReward(BoundReward):
         task_rewards: Sequence[float | None] | None = None,
         seconds: dict[str, float] | None = None,
     ) -> list[RolloutScore]:
-        """Return the score of each rollout under a live policy, bound or not; all ranks call it, each with its own.
+        """Return the score of each rollout under a live policy, bound or not; all ranks must call it.
 
         Args:
-            rollouts: what `reader` read.
-            reader: of the policy's tokenizer and this reward's layout.
+            rollouts: this rank's rollouts, from `reader`.
+            reader: the reader for the policy's tokenizer and this reward's layout.
             model: the policy, sharded or not.
-            task_rewards: of the rollouts, in [0, 1] or None; needed where this reward has a task.
+            task_rewards: task rewards of the rollouts, in [0, 1] or None; needed if this reward has a task.
             seconds: see `score_rollouts`.
         """
         pools = gathered(pools_of(rollouts, self._links)) if self.config.reads_effects else None
@@ -213,7 +214,7 @@ class CausalReward(BoundReward):
             )
 
     def check_prompts(self, count: int) -> None:
-        """Raise ValueError if donors are needed and batches of so many prompts have none."""
+        """Raise ValueError if donors are needed and batches of this many prompts have none."""
         if self.config.reads_effects and self.config.no_donor == "zero":
             require_donors(count, "no_donor='permute'")
 
@@ -228,7 +229,7 @@ class CausalReward(BoundReward):
         scores: Sequence[RolloutScore],
         task_rewards: Sequence[float | None] | None,
     ) -> None:
-        """Log means over rollouts: every component, and the share that is malformed."""
+        """Log the mean of every component over rollouts, and the share of malformed ones."""
         _log_means(log_metric, self.__name__, self._chains, scores, task_rewards)
         if self.config.reads_hardening and self.config.counterfactuals:
             _log_unpermuted(log_metric, self.__name__, scores)
@@ -236,14 +237,14 @@ class CausalReward(BoundReward):
             _log_leak(log_metric, self.__name__, scores)
 
     def set_power(self, p: float) -> None:
-        """Fuse with another exponent of the power mean from now on."""
+        """Set the exponent of the power mean for later calls."""
         self.config = replace(self.config, p=p)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_last_engine": None}
 
     def _engine_of(self, model: Any) -> Engine:
-        """Return the engine of a model; inside of `readable`."""
+        """Return the engine of a model; call it inside `readable`."""
         if self._last_engine is None or self._last_engine[0] is not model:
             budget = self.memory_gib and self.memory_gib * 2**30
             self._last_engine = model, new_engine(self.engine, model, memory_budget=budget, kernels=self.kernels)
@@ -251,7 +252,7 @@ class CausalReward(BoundReward):
 
 
 def _log_unpermuted(log_metric: Callable[[str, float], None], name: str, scores: Sequence[RolloutScore]) -> None:
-    """Log, per link, the share of the sound completions whose source has no other order, so that nothing hardens it."""
+    """Log, per link, the share of well-formed completions whose source has no other order and cannot be hardened."""
     sound = [score.links for score in scores if score.malformed is None]
     for link in sound[0] if sound else ():
         alone = sum(not links[link].counterfactuals for links in sound)
@@ -259,7 +260,7 @@ def _log_unpermuted(log_metric: Callable[[str, float], None], name: str, scores:
 
 
 def _log_leak(log_metric: Callable[[str, float], None], name: str, scores: Sequence[RolloutScore]) -> None:
-    """Log the mean order leak of the sound completions, and the share of them whose responses nothing marks clearly."""
+    """Log the mean order leak of well-formed completions, and the share of them whose leak is unknown."""
     sound = [score for score in scores if score.malformed is None]
     leaks = [score.order_leak for score in sound if score.order_leak is not None]
     if leaks:
@@ -275,7 +276,7 @@ def _log_means(
     scores: Sequence[RolloutScore],
     task_rewards: Sequence[float | None] | None,
 ) -> None:
-    """Log the mean S of all completions, a malformed one as the 0 that it earns, and other means of the sound ones."""
+    """Log the mean S over all completions, with 0 for malformed ones, and other means over well-formed ones."""
     sound = [score for score in scores if score.malformed is None]
     log_metric(f"{name}/malformed", 1.0 - len(sound) / len(scores))
     known = [task for task in task_rewards or () if task is not None]
@@ -289,7 +290,7 @@ def _log_means(
             log_metric(f"{name}/{link}/value", sum(record.value for record in records) / len(scores))
         for field in _LOGGED:
             values = [value for record in records if (value := getattr(record, field)) is not None]
-            if values:  # else a measure that nothing reads
+            if values:  # empty for a measure that nothing reads
                 log_metric(f"{name}/{link}/{field}", sum(values) / len(values))
         if records[0].against is not None:
             for metric, kind in (("without_donor", "nothing"), ("immovable", "immovable")):

@@ -1,4 +1,4 @@
-"""What TRL hands to a reward: the text of each completion, and whether its prompt had opened a thought."""
+"""Read what TRL passes to a reward: the text of each completion, and whether its prompt had opened a thought."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def read_completions(
 
     Args:
         completions: Strings or message lists, see `completion_text`.
-        prompts: What the completions answer. A string says by itself whether it ends in a thought; of messages, only
-            a last one by the assistant, which the completion continues, does: what a chat template adds is not known.
+        prompts: The prompts of the completions. A string shows whether it ends in a thought. Messages show it only if
+            the last one is by the assistant, so that the completion continues it: what a chat template adds is unknown.
         thought_opened: A column of the data set, one value per completion, for models whose chat template opens a
-            thought; `cepo train` adds it, and so does binding a `CausalReward` to a trainer.
+            thought. `cepo train` adds it, and so does binding a `CausalReward` to a trainer.
 
     Raises:
         ValueError: If a completion is neither a string nor messages, or the column has another length.
@@ -40,11 +40,11 @@ def read_completions(
 
 
 def completion_text(completion: Completion) -> str:
-    """Return the text of a completion as TRL hands it over.
+    """Return the text of a completion from TRL.
 
     Args:
-        completion: A string, or messages of which the last one by the assistant counts; its content may be a string,
-            a list of parts, or None. A thought that TRL has taken out of it is put back.
+        completion: A string, or messages, of which the assistant's last one is read; its content may be a string, a
+            list of parts, or None. A thought that TRL has moved to a field of its own is put back.
 
     Returns:
         The text; a lone surrogate, which no tokenizer accepts, is replaced by "?".
@@ -65,7 +65,7 @@ def completion_text(completion: Completion) -> str:
 
 
 def check_column(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
-    """Return a column of the data set; raises ValueError unless it is a list of a value for each completion."""
+    """Return a column of the data set; raise ValueError unless it is a list with one value per completion."""
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
         raise ValueError(f"{name} is {values!r}; expected a list of {count} values, one for each completion")
     return values

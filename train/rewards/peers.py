@@ -1,7 +1,7 @@
-"""Published rewards for reasoning that causes the answer, to compare ours with: cir, log_cir, csr and necessary.
+"""Published rewards for rationales that cause the answer, for comparison with ours: cir, log_cir, csr and necessary.
 
 Each runs the live policy forward on the completion's own ids, with the rationale shortened, edited or hidden, and
-measures how the probability of the completion's own answer changes. None of them needs a gradient.
+measures how the probability of the completion's own answer changes. None of them needs gradients.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _BOUND_NATS = 10.0
 
 
 class PeerReward(BoundReward, abc.ABC):
-    """A reward that compares the completion's own answer under the rationale as written and under changed ones.
+    """A reward that compares the completion's own answer after the rationale as written and after changed ones.
 
-    Called, bound, logged and copied as `CausalReward` is: the policy in eval mode and outside of autocast, on the very
-    ids that were sampled. Malformed completions score 0 and are counted: where a reward can be negative, another reward
-    must ask for the format. The sequences of one completion share forward passes with no other's, so a reward depends
-    on neither batch size nor order. The answer is the span that the layout calls Y.
+    It is called, bound, logged and pickled like `CausalReward`: the policy is read in eval mode and outside of
+    autocast, on the very ids that were sampled. Malformed completions score 0 and are counted; since some rewards can
+    be negative, another reward must ask for the format. Completions do not share forward passes, so a reward depends on
+    neither batch size nor order. The answer is the span that the layout calls Y.
 
     Args:
         source: the rationale: names of one or more spans, such as ["criteria", "analysis"]; None for the layout's X
             (a judge's criteria, a reasoner's rationale). Only their movable tokens are dropped, edited or hidden.
         scorer: None for the live policy, else a frozen causal LM with the policy's tokenizer: the model, or its name.
-        layout: what a completion looks like.
+        layout: format of the completions.
         name: the name in TRL's logs.
 
     Raises:
@@ -67,9 +67,9 @@ class PeerReward(BoundReward, abc.ABC):
         """Return the reward of one rollout.
 
         Args:
-            log_p: for each variant the (P, V) log-probabilities of the answer's tokens, in nats; only that of the
-                sequence as written where nothing changed.
-            answer_P: the ids of the answer's tokens.
+            log_p: for each variant the log-probabilities (P, V) that predict the answer's tokens, in nats; only for the
+                sequence as written if nothing could be changed.
+            answer_P: the ids of the answer's tokens, int64.
         """
 
     def values(self, model: HeldModel, variants: Sequence[Sequence[Variant]]) -> list[float]:
@@ -80,12 +80,12 @@ class PeerReward(BoundReward, abc.ABC):
             return [self.value(*pair) for pair in zip(changed, answers, strict=True)]
 
     def bind(self, trainer: Any) -> PeerReward:
-        """Tie the reward to a TRL trainer, as `CausalReward.bind` does.
+        """Bind the reward to a TRL trainer, as `CausalReward.bind` does.
 
         Raises:
             ValueError: as `cepo.train.trainer.span_reader` (tools, images), and if FSDP1 shards the policy.
         """
-        self._bind(trainer, HeldModel)  # which refuses what it cannot run
+        self._bind(trainer, HeldModel)  # raises for models that it cannot run
         return self
 
     def __call__(
@@ -133,13 +133,13 @@ class PeerReward(BoundReward, abc.ABC):
 class CausalImportance(PeerReward):
     """Reward `cir`: the mean over prefixes of the rationale of JS(Bernoulli(p_k), Bernoulli(p_T)), in [0, log 2] nats.
 
-    p_k is the probability of the completion's own answer, all its tokens jointly, after the prompt and the first k of
-    the rationale's T tokens; what stands between the rationale and the answer (tags, a judge's analysis unless it is
-    part of the source) is kept. p_T is that probability after the whole rationale. The divergence is symmetric: a
+    p_k is the joint probability of the tokens of the completion's own answer, after the prompt and the first k of the
+    rationale's T tokens. The text between the rationale and the answer (tags, and a judge's analysis unless it is part
+    of the source) is kept. p_T is that probability after the whole rationale. The divergence is symmetric, so a
     rationale that makes the own answer less likely is rewarded too.
 
     Args:
-        prefixes: number of prefixes, evenly spaced from k = 0, at least 1; more than T gives each k below T once.
+        prefixes: number of prefixes, evenly spaced from k = 0, at least 1; if more than T, each k below T occurs once.
         source, scorer, layout, name: see `PeerReward`.
 
     Raises:
@@ -165,7 +165,7 @@ class CausalImportance(PeerReward):
         self.prefixes = prefixes
 
     def variants(self, rollouts: Sequence[Rollout]) -> list[list[Variant]]:
-        """Return the sequence as written, then with each prefix of the rationale alone."""
+        """Return the sequence as written, then with each prefix of the rationale."""
         changed = []
         for rollout in rollouts:
             rationale = self._rationale(rollout)
@@ -183,8 +183,8 @@ class CausalImportance(PeerReward):
 class LogCausalImportance(CausalImportance):
     """Reward `log_cir`: the mean over prefixes of log p_T - log p_k, in nats, signed; p_k as in `CausalImportance`.
 
-    Unlike `cir` it tells a rationale that raises its own answer from one that lowers it, and it does not vanish for
-    long answers, whose joint probabilities are small. It has no bound of its own, so it is clipped.
+    Unlike `cir` it distinguishes rationales that make the own answer more likely from those that make it less likely,
+    and it does not vanish for long answers, whose joint probabilities are small. It is unbounded, so it is clipped.
 
     Args:
         bound: the reward is clipped to [-bound, bound], in nats, above 0. Where rewards of other units are added,
@@ -218,11 +218,11 @@ class CounterfactualSensitivity(PeerReward):
     as `unchanged`.
 
     Args:
-        edit: "donor" puts the content of another prompt's rationale of the same step in its place, tiled or cropped to
-            its length; "permutation" puts its own tokens into another order.
-        edits: number of edits averaged over, at least 1; no two are the same, and a rationale with fewer donors or
-            orders has fewer.
-        seed: draws donors and orders; with the rationale's ids (and the donors there are) it alone decides them.
+        edit: "donor" replaces the rationale's content by that of another prompt in the same step, repeated or cropped
+            to its length; "permutation" puts its own tokens into another order.
+        edits: number of edits to average over, at least 1. All differ, so a rationale with fewer donors or orders has
+            fewer.
+        seed: seed of donors and orders, which depend only on it, the rationale's ids and the available donors.
         bound: largest reward in nats, above 0.
         source, scorer, layout, name: see `PeerReward`.
 
@@ -271,7 +271,7 @@ class CounterfactualSensitivity(PeerReward):
         return changed
 
     def bind(self, trainer: Any) -> PeerReward:
-        """Tie the reward to a TRL trainer.
+        """Bind the reward to a TRL trainer.
 
         Raises:
             ValueError: as `PeerReward.bind`, and if donors are asked of a trainer that generates for one prompt at a
@@ -290,7 +290,7 @@ class CounterfactualSensitivity(PeerReward):
         return _clip(sum(divergences) / len(divergences), self.bound) if divergences else 0.0
 
     def _edited(self, rollout: Rollout, pools: Mapping[str, Sequence[Candidate]]) -> Iterator[tuple[int, ...]]:
-        """Yield the ids of the rollout with the k-th edit of every span of the rationale, where a span has so many."""
+        """Yield the ids of the rollout with the k-th edit of every span of the rationale that has that many."""
         edits = {
             name: permutations(rollout, name, self.edits, seed=self.seed)
             if self.edit == "permutation"
@@ -309,7 +309,7 @@ class Necessity(PeerReward):
     """Reward `necessary`: log p(Y | whole) - log p(Y | rationale hidden), in nats, signed, clipped to +-`bound`.
 
     The rationale is hidden by the attention mask, not deleted: no token attends to it, and every other token keeps its
-    position. The answer's tokens count jointly.
+    position. p(Y) is the joint probability of the answer's tokens.
 
     Args:
         bound: the reward is clipped to [-bound, bound], in nats, above 0.
@@ -359,7 +359,7 @@ def bernoulli_js(p: float, q: float) -> float:
     probabilities_NK = torch.tensor([[p, 1.0 - p], [q, 1.0 - q]], dtype=torch.float64)
     mean_K = probabilities_NK.mean(0)
     js = torch.xlogy(probabilities_NK, probabilities_NK).sum(-1).mean() - torch.xlogy(mean_K, mean_K).sum()
-    return max(float(js), 0.0)  # not below by rounding
+    return max(float(js), 0.0)  # rounding could make it negative
 
 
 def _clip(value: float, bound: float) -> float:

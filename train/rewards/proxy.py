@@ -1,6 +1,6 @@
-"""The embedding-similarity reward of j1-nano-causal, the baseline of this project's exact gradients.
+"""The embedding-similarity reward of j1-nano-causal, a baseline for the causal reward.
 
-It reads text only: criteria that the analysis repeats score high whether or not they move the scores.
+It reads only text: criteria that the analysis repeats score high whether or not they affect the scores.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Sensitivity:
 
 
 class ProxyReward:
-    """Reward criteria that resemble the analysis, scores that differ, and criteria that fill lines.
+    """Reward criteria that resemble the analysis, scores that differ, and criteria of several lines.
 
-    A TRL reward function. Its pickle leaves a loaded encoder out and loads it again on first use. Texts are encoded one
+    A TRL reward function. Its pickle omits a loaded encoder, which is loaded again on first use. Texts are encoded one
     at a time, so a reward does not depend on the batch.
 
     Args:
@@ -114,12 +114,12 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure the three components of the proxy on a judge's output.
 
-    - coherence: max(0, cosine of the embeddings of criteria and analysis), 0 where one is blank or its embedding zero.
+    - coherence: max(0, cosine of the embeddings of criteria and analysis); 0 if one is blank or has a zero embedding.
     - score difference: |a - b| / 10, at most 1.
-    - specificity: lines of criteria that are not blank, over 5, at most 1.
+    - specificity: number of non-blank lines of criteria over 5, at most 1.
 
     Args:
-        text: The output; all components are 0 where a section is missing or the scores can't be read.
+        text: The output; all components are 0 if a section is missing or the scores can't be read.
         encode: From a text to a 1-D array, always of the same length.
         thought_opened: whether the prompt ended inside a thought, see `find_thought`.
         verdicts: see `JudgeLayout`.
@@ -167,7 +167,7 @@ def load_encoder(name: str) -> Encoder:
     def encode(text: str) -> np.ndarray:
         inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=length_limit)
         hidden_TD = model(**inputs).last_hidden_state[0]
-        # One unpadded text: every position is a token, and the mean needs no mask.
+        # The text is not padded, so the mean needs no mask.
         return hidden_TD.mean(dim=0).numpy()
 
     return encode

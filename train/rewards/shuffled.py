@@ -14,18 +14,18 @@ def shuffled(
 ) -> tuple[list[float | None], int]:
     """Return the rewards with those of each prompt's scored completions exchanged, and how many kept their own.
 
-    The completions of a prompt, on all ranks, are sorted by their ids and shifted cyclically by 1 to n - 1 places, so
-    that none gets its own reward. The shift is drawn from (seed, the ids of these completions) alone, so it does not
-    depend on batch order or ranks.
+    The n scored completions of a prompt, over all ranks, are sorted by their ids, and their rewards are shifted
+    cyclically by 1 to n - 1 places, so that none gets its own. The shift depends only on the seed and these ids, not on
+    batch order or ranks.
 
     Args:
-        rewards: of this rank's completions.
+        rewards: rewards of this rank's completions.
         rollouts: the completions, with their prompts.
-        scored: which of them take part; the others keep what they have.
-        seed: of the draw.
+        scored: which completions take part; the others keep their reward.
+        seed: seed of the shift.
 
     Returns:
-        The rewards, and the number of completions that had none to exchange with.
+        The rewards, and the number of completions that had no other to exchange with.
     """
     taking_part = [place for place, takes_part in enumerate(scored) if takes_part]
     mine = [(rollouts[place].prompt_ids, rollouts[place].completion_ids, rewards[place]) for place in taking_part]

@@ -1,7 +1,7 @@
-r"""The task rewards: is the output well formed, is the verdict right, is the answer right.
+r"""The task rewards: whether the output is well formed, and whether the verdict or answer is right.
 
-Plain functions with TRL's signature, `(completions, **columns) -> list[float]`. Model output never raises: what can't
-be read gets the reward 0. Columns of the data set are checked: a wrong label raises ValueError.
+Plain functions with TRL's signature, `(completions, **columns) -> list[float]`. Malformed model output never raises; it
+gets the reward 0. Columns of the data set are checked: an invalid label raises ValueError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:(?:,|\{,\}|[\u00a0\u2009\u202
 _CHOICE = re.compile(r"\(?([a-z])\)")
 _ASCII_SIGNS = {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)} | {"−": "-"}
 _QUOTES_AND_MARKUP = "\"'`“”‘’*_ "
-# A final answer is short. A longer one is compared as text alone: on noise the parser of mathematics takes seconds.
+# Final answers are short. Longer ones are compared as text only, since the math parser takes seconds on noise.
 _MATH_LENGTH_LIMIT = 300
 _MATH_TIMEOUT_S = 2
 
@@ -36,13 +36,13 @@ _MATH_TIMEOUT_S = 2
 def format_reward(completions: Sequence[Completion], *, verdicts: Verdicts = STRICT, **columns: Any) -> list[float]:
     r"""Reward the judge's format.
 
-    The sum, divided by 5, of 1/8 for each of the six tags that stands after the thought and 2/8 for a pair of scores
-    that `read_scores` can read.
+    The reward is the sum, divided by 5, of 1/8 for each of the six tags that occur after the thought and 2/8 for a pair
+    of scores that `read_scores` can read.
 
     Args:
         completions: Strings or message lists.
-        verdicts: which written forms of a verdict count, see `JudgeLayout`.
-        **columns: of them, `prompts` and `thought_opened` say where thoughts end, see `read_completions`.
+        verdicts: Which written forms of a verdict count, see `JudgeLayout`.
+        **columns: Other columns; `prompts` and `thought_opened` tell where thoughts end, see `read_completions`.
 
     Returns:
         One reward per completion, in [0, 0.2].
@@ -67,27 +67,27 @@ def argmax_reward(
     log_metric: Callable[[str, float], None] | None = None,
     **columns: Any,
 ) -> list[float]:
-    """Reward the judge for scoring the better response strictly higher, and for equal scores where neither is better.
+    """Reward the judge for scoring the better response strictly higher, and on ties for equal scores.
 
-    On a tie, equal scores a = b earn 1, and others max(0, 1 - |a - b| / 9) / 2: a tie that is nearly found earns less
-    than half, so that a judge gains nothing by giving every pair nearly equal scores.
+    On a tie, equal scores a = b earn 1, and others max(0, 1 - |a - b| / 9) / 2. A near miss thus earns less than half,
+    so that a judge gains nothing by giving every pair nearly equal scores.
 
     Args:
         completions: Strings or message lists.
         label: The better response of each row, "A" or "B", or "tie".
-        verdicts, **columns: as for `format_reward`.
-        log_metric: TRL's. It gets the shares of completions with equal scores, `argmax/ties_on_preferences` and
-            `argmax/ties_on_ties`, of the rows of either kind that there are.
+        verdicts, **columns: As for `format_reward`.
+        log_metric: TRL's. It gets the share of completions with equal scores, among preferences as
+            `argmax/ties_on_preferences` and among ties as `argmax/ties_on_ties`.
 
     Returns:
-        One reward per completion, in [0, 1]. On "A" and "B" 1.0 where the winner is the label, else 0.0, also for equal
-        scores; 0.0 without scores.
+        One reward per completion, in [0, 1]. For "A" and "B" 1.0 if the label has the higher score, else 0.0, also for
+        equal scores; 0.0 without scores.
 
     Raises:
         ValueError: If a label is none of these, or their number is not that of the completions.
 
     Source:
-        Haize Labs, j1-micro (2025), argmax reward; of ties, ours.
+        Haize Labs, j1-micro (2025), argmax reward; the rule for ties is ours.
     """
     labels = check_column("label", label, len(completions))
     for value in labels:
@@ -110,10 +110,10 @@ def argmax_reward(
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
-    """Reward an answer that is the reference, letter for letter.
+    """Reward an answer that equals the reference as text.
 
-    Case, white space, surrounding punctuation, dollar signs, the thousands separators of numbers, the script of digits
-    and the brackets of a lettered choice do not count.
+    Case, white space, surrounding punctuation, dollar signs, thousands separators, the script of digits, and the
+    brackets of a lettered choice are ignored.
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
@@ -131,13 +131,13 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[str | float]
 
 
 def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
-    r"""Reward an answer that is mathematically the reference: 0.5 for \frac{1}{2}.
+    r"""Reward an answer that is mathematically equal to the reference, such as 0.5 for \frac{1}{2}.
 
     Equal text is enough; otherwise the math-verify library compares both sides as LaTeX. It is made for mathematical
-    answers: it reads a word as a product of letters, so that a unit in words ("18 jars") is taken off a side where the
-    other is a number. An answer of over 300 characters is compared as text only.
-    What the library can't parse or compare within 2 seconds gets 0. The time limit works only in the main thread of a
-    POSIX system; elsewhere there is none.
+    answers and reads a word as a product of letters, so a unit in words ("18 jars") is removed from one side if the
+    other is a number. Answers of more than 300 characters are compared only as text.
+    Answers that the library can't parse or compare within 2 seconds get 0. The time limit works only in the main thread
+    of a POSIX system; elsewhere there is none.
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
@@ -163,7 +163,7 @@ def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str |
 def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
     """Reward an answer by its BERTScore F1 against the reference, for answers in free text.
 
-    The English model of the bert-score library is loaded on first use and kept.
+    The English model of the bert-score library is loaded on first use and cached.
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
@@ -216,7 +216,7 @@ def _answers_and_references(
 
 
 def same_text(candidate: str, reference: str) -> bool:
-    """Return whether two answers are the same, letter for letter, as `exact_match` compares them."""
+    """Return whether two answers are equal as text, as `exact_match` compares them."""
     normalized = _normalize(candidate)
     return normalized != "" and normalized == _normalize(reference)
 
@@ -230,7 +230,7 @@ def _normalize(answer: str) -> str:
 
 
 def _plain(answer: str) -> str:
-    """Return the answer with the digits of any script, and the signs of full width, as ASCII has them."""
+    """Return the answer with digits of any script and full-width signs replaced by ASCII."""
     return "".join(
         str(unicodedata.decimal(sign)) if sign.isdecimal() else _ASCII_SIGNS.get(sign, sign) for sign in answer
     )
@@ -243,10 +243,10 @@ def _same_mathematics(candidate: str, reference: str) -> bool:
     numbers = [read_number(side) for side in sides]
     if None not in numbers and any(number == side for number, side in zip(numbers, sides, strict=True)):
         sides = [str(number) for number in numbers]
-    # The library keeps time by SIGALRM, which only a main thread may set. Its own exceptions it turns into "not equal".
+    # The library's time limit uses SIGALRM, which only a main thread may set. It turns its exceptions into "not equal".
     can_keep_time = os.name == "posix" and threading.current_thread() is threading.main_thread()
     timeout_s = _MATH_TIMEOUT_S if can_keep_time else None
-    # LaTeX alone: the reader of plain numbers takes a 2 in a formula that failed to parse for the whole of it.
+    # LaTeX only: the extractor of plain numbers would take a 2 in an unparsable formula for the whole answer.
     readings = [
         parse(f"${side.strip('$ ')}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=timeout_s)
         for side in sides

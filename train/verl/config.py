@@ -1,4 +1,4 @@
-"""What `cepo train --engine verl` writes: verl's configuration and its data, from a recipe of ours."""
+"""`cepo train --engine verl`: write verl's configuration and data from a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cepo.train.verl.rewards import verl_rewards
 
 _ACTOR, _OPTIMISER = "actor_rollout_ref.actor", "actor_rollout_ref.actor.optim"
 _MODEL, _ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
-# Of each field of GRPOConfig that verl has too: TRL's default, or ours for any trainer, and what verl calls it.
+# Fields of GRPOConfig that verl has too: TRL's default, or ours for any trainer, and verl's name.
 _SAME: dict[str, tuple[Any, str]] = {
     "num_generations": (8, f"{_ROLLOUT}.n"),
     "max_completion_length": (256, "data.max_response_length"),
@@ -41,7 +41,7 @@ _SAME: dict[str, tuple[Any, str]] = {
     "save_steps": (50, "trainer.save_freq"),
     "save_total_limit": (2, "trainer.max_actor_ckpt_to_keep"),
 }
-# Of those whose values have other names in verl: what verl calls them, and the names.
+# Fields whose values have other names in verl: verl's name, the default, and the values' names.
 _RENAMED: dict[str, tuple[str, str, Mapping[Any, Any]]] = {
     "lr_scheduler_type": (
         f"{_OPTIMISER}.lr_scheduler_type",
@@ -64,7 +64,7 @@ _RENAMED: dict[str, tuple[str, str, Mapping[Any, Any]]] = {
         {"tensorboard": ["console", "tensorboard"], "wandb": ["console", "wandb"], "none": ["console"]},
     ),
 }
-# Of those that are counted in another way: TRL's default.
+# Fields that verl counts in another way: TRL's default.
 _COUNTED: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
@@ -85,9 +85,9 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
     """Write verl.yaml, recipe.yaml, train.parquet, test.parquet and left_out.jsonl into the run's folder.
 
-    What the recipe says is kept, and what it leaves out is as TRL and `cepo train` have it; only the learning rate is
-    constant, since verl has no linear schedule. verl's checkpoints go into the same folder. Written again, the folder
-    must hold no checkpoint of other settings, data or weights.
+    The recipe's settings are kept, and others have the defaults of TRL and `cepo train`, except that the learning rate
+    is constant, since verl has no linear schedule. verl's checkpoints go into the same folder. The folder may be
+    written again unless it holds checkpoints of other settings, data or weights.
 
     Args:
         config: the run.
@@ -97,8 +97,8 @@ def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
         The command that starts the training.
 
     Raises:
-        ValueError: for settings that verl has no counterpart of, by name; for anything else about the run that cannot
-            work; for an output of another run.
+        ValueError: for settings without a counterpart in verl, by name; for other settings or data that cannot work;
+            for an output of another run.
     """
     _check(config)
     output = Path(config.output).expanduser().absolute()
@@ -133,7 +133,7 @@ def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
         "trainer.default_local_dir": str(output),
         "trainer.experiment_name": output.name,
         "trainer.total_training_steps": steps if steps > 0 else None,
-        # verl ends at whichever comes first.
+        # verl stops at the steps or the epochs, whichever comes first.
         "trainer.total_epochs": steps // per_epoch + 1 if steps > 0 else int(grpo["num_train_epochs"]),
         "actor_rollout_ref.cepo_recipe": str(recipe),
         "reward.custom_reward_function.reward_kwargs.recipe": str(recipe),
@@ -145,13 +145,13 @@ def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
 
 
 def verl_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return what verl calls the settings of a recipe, by dotted key.
+    """Return verl's settings for a recipe, by dotted key.
 
     Args:
-        config: of which `write_verl_run` refuses nothing.
+        config: a run whose settings all have a counterpart in verl.
 
     Raises:
-        ValueError: for batches that are not whole prompts.
+        ValueError: for batches that are not a whole number of prompts.
     """
     grpo = {**_COUNTED, **config.grpo}
     keys = {key: grpo.get(name, default) for name, (default, key) in _SAME.items()}
@@ -168,7 +168,7 @@ def verl_settings(config: TrainConfig) -> dict[str, Any]:
     if keys[f"{_ACTOR}.clip_ratio_high"] is None:
         keys[f"{_ACTOR}.clip_ratio_high"] = keys[f"{_ACTOR}.clip_ratio_low"]
     if grpo["multi_objective_aggregation"] == "normalize_then_sum":
-        keys["algorithm.norm_adv_by_std_in_grpo"] = False  # the sum of the rewards is standardised by us
+        keys["algorithm.norm_adv_by_std_in_grpo"] = False  # `VerlRewards.total` standardises the sum
     if config.lora is not None:
         keys |= {key: config.lora.get(name, default) for name, (default, key) in _LORA.items()}
         keys[f"{_ROLLOUT}.load_format"] = "safetensors"
@@ -199,7 +199,7 @@ def verl_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check(config: TrainConfig) -> None:
-    """Raise ValueError for what verl has no counterpart of."""
+    """Raise ValueError for settings without a counterpart in verl."""
     defaults = {**_COUNTED, **{name: default for name, (default, _) in _SAME.items()}}
     refused = []
     for name, value in config.grpo.items():

@@ -1,4 +1,4 @@
-"""A recipe's rewards inside verl: those that read text are verl's reward function, and all of them are added here."""
+"""A recipe's rewards inside verl: verl's reward function computes those that read text; here all are added up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cepo.train.config import TrainConfig
 from cepo.train.grpo import build_rewards, load_config
 from cepo.train.rewards.causal import CausalReward, TaskReward
 
-_NO_DEVIATION = 1e-4  # TRL's, beside a standard deviation
+_NO_DEVIATION = 1e-4  # added to a standard deviation, as in TRL
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class VerlRewards:
     """The rewards of a recipe.
 
     Attributes:
-        names: of the rewards, in the recipe's order.
-        weights: one for each.
-        causal: the one that reads the policy.
-        of_text: what reads a completion's text, by name: the other rewards, and the causal reward's own task.
+        names: names of the rewards, in the recipe's order.
+        weights: weight of each reward.
+        causal: the reward that reads the policy.
+        of_text: rewards that read a completion's text, by name: all others, and the causal reward's task.
         truth: the column that they compare with, label or answer.
-        standardised: whether each reward is standardised within its prompt's completions before they are added.
+        standardised: whether each reward is standardised over its prompt's completions before they are added.
     """
 
     names: tuple[str, ...]
@@ -39,21 +39,21 @@ class VerlRewards:
 
     @property
     def task(self) -> str:
-        """The name of the causal reward's own task among those of text."""
+        """The name of the causal reward's task in `of_text`."""
         return f"{self.causal.__name__}/task"
 
     def read_text(self, text: str, truth: str, *, thought_opened: bool) -> dict[str, float]:
-        """Return the rewards of one completion that read its text, by name."""
+        """Return those rewards of one completion that read its text, by name; rewards of None are left out."""
         columns = {self.truth: [truth], "thought_opened": [thought_opened]}
         found = {name: function(completions=[text], **columns)[0] for name, function in self.of_text.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def total(self, rewards_BN: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the (B,) sum of N weighted rewards, standardised as TRL's normalize_then_sum does where asked for.
+        """Return the weighted sum (B,) of N rewards; if `standardised`, as TRL's normalize_then_sum.
 
         Args:
-            rewards_BN: in the order of `names`.
-            prompts: what the completions answer, equal for those of one prompt.
+            rewards_BN: rewards in the order of `names`.
+            prompts: a key of each completion's prompt.
         """
         weights_N = torch.tensor(self.weights, dtype=rewards_BN.dtype)
         if not self.standardised:
@@ -72,7 +72,7 @@ def read_rewards(recipe: str) -> VerlRewards:
 
 
 def verl_rewards(config: TrainConfig) -> VerlRewards:
-    """Return the rewards of a run that has one causal reward; ValueError for any that cannot be built."""
+    """Return the rewards of a run with one causal reward; raise ValueError for rewards that cannot be built."""
     functions, weights = build_rewards(config)
     named = {function.__name__: function for function in functions}
     (causal,) = (function for function in functions if isinstance(function, CausalReward))
@@ -92,12 +92,12 @@ def verl_rewards(config: TrainConfig) -> VerlRewards:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any], *, recipe: str, **_: Any
 ) -> dict[str, float]:
-    """Return the rewards of one completion that read its text, and their weighted sum as `score`; called by verl.
+    """Return those rewards of one completion that read its text, and their weighted sum as `score`; called by verl.
 
-    In training the trainer adds the causal reward; in validation the sum stands.
+    In training the trainer adds the causal reward; in validation `score` is the reward.
 
     Args:
-        data_source: not read.
+        data_source: ignored.
         solution_str: the completion.
         ground_truth: its label or answer.
         extra_info: `thought_opened` says whether the prompt ended inside a thought.

@@ -1,4 +1,4 @@
-"""The causal reward inside verl's GRPO: workers score rollouts by the live policy, and the trainer adds the rewards.
+"""The causal reward in verl's GRPO: workers score rollouts under the live policy, and the trainer adds the rewards.
 
 verl imports this module by the entry point `verl.plugins`; `trainer.v1.trainer_mode=cepo` chooses the trainer.
 """
@@ -25,7 +25,7 @@ from cepo.fusion.score import RolloutScore
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train.verl.rewards import read_rewards
 
-_SCORES = "cepo_scores"  # the field in which workers leave a pickled RolloutScore for each rollout
+_SCORES = "cepo_scores"  # the field in which workers put a pickled RolloutScore per rollout
 _NEEDED = {
     "actor_rollout_ref.actor.strategy": "fsdp2",
     "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 1,
@@ -37,7 +37,7 @@ _NEEDED = {
 
 
 class CausalWorker(ActorRolloutRefWorker):
-    """verl's worker, which scores rollouts too.
+    """verl's worker, which also scores rollouts.
 
     `config.cepo_recipe` (in verl's configuration `actor_rollout_ref.cepo_recipe`) is the path of the recipe.
     """
@@ -60,11 +60,12 @@ class CausalWorker(ActorRolloutRefWorker):
         """Return the score of each rollout of this rank; donors are gathered over all ranks.
 
         Args:
-            data: `prompts` and `responses`, nested tensors of the ids as sampled, `raw_prompt`, the messages, and
-                `extra_fields`, in which verl keeps what the reward function returned.
+            data: `prompts` and `responses`, nested tensors of the ids as sampled; `raw_prompt`, the messages; and
+                `extra_fields`, which hold what the reward function returned.
 
         Returns:
-            For each a `RolloutScore` without its tensors, pickled: the queue makes a dict of any dataclass.
+            For each rollout a `RolloutScore` without its tensors, pickled, since the queue turns dataclasses into
+            dicts.
         """
         causal = self._rewards.causal
         rollouts = [
@@ -84,12 +85,12 @@ class CausalWorker(ActorRolloutRefWorker):
 
 @register_trainer("cepo")
 class CausalTrainer(PPOTrainerSync):
-    """verl's synchronous trainer with a recipe's rewards, the causal one among them.
+    """verl's synchronous trainer with a recipe's rewards, including the causal one.
 
     The reward of a completion is put at its last token, in verl's field `rm_scores`.
 
     Raises:
-        ValueError: for settings under which the policy cannot be read, or completions hold what it did not write.
+        ValueError: for settings with which the policy cannot be read, or completions may hold other text than its own.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -97,7 +98,7 @@ class CausalTrainer(PPOTrainerSync):
             if (came := OmegaConf.select(config, key)) != needed:
                 raise ValueError(f"{key} is {came!r}; the causal reward needs {needed!r}")
         self._rewards = read_rewards(config.actor_rollout_ref.cepo_recipe)
-        config.trainer.v1.trainer_mode = "sync"  # by this name verl chooses the buffer and what a checkpoint holds
+        config.trainer.v1.trainer_mode = "sync"  # verl chooses the buffer and the checkpoint's content by this name
         super().__init__(config)
 
     def _init_resource_pool_mgr(self) -> None:
@@ -113,7 +114,7 @@ class CausalTrainer(PPOTrainerSync):
         return super()._compute_advantage(batch, metrics)
 
     def _add_rewards(self, batch: Any, metrics: dict[str, Any]) -> None:
-        """Put the sum of the rewards where verl looks for it, and log each of them."""
+        """Store the sum of the rewards where verl reads it, and log each reward's mean."""
         rewards = self._rewards
         data = transfer_queue.kv_batch_get(
             keys=batch.keys,
