@@ -226,7 +226,7 @@ class RolloutScorer:
     ) -> Iterator[tuple[tuple[int, ...], dict[Place, Compared]]]:
         """Yield, group by group, its members and the comparison of each of their links with donors."""
         with self._timed("effects"):
-            pools = pools_of(rollouts.values(), self._links) if pools is None else pools
+            pools = pools_of(rollouts.values(), self._links) if pools is None else self._takeable(pools)
             by_ids = sorted(rollouts, key=lambda index: rollouts[index].token_ids)
             parts = [{index: rollouts[index]} for index in by_ids] if self.one_by_one else [rollouts]
             groups = [group for part in parts for group in self.config.effects(part, self._links, pools)]
@@ -235,6 +235,13 @@ class RolloutScorer:
             with self._timed("effects"):
                 compared = group.compared([next(answers) for _ in group.requests])
             yield group.members, compared
+
+    def _takeable(self, pools: Pools) -> Pools:
+        """Return the candidates that the model can take: a pool may hold those of rollouts that it refuses."""
+        return {
+            source: [one for one in pool if self.engine.refusal(Rollout((), one.ids)) is None]
+            for source, pool in pools.items()
+        }
 
     def _differentiate(
         self, rollouts: Mapping[int, Rollout]

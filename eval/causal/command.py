@@ -196,13 +196,14 @@ def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
         )
         judge = Judge("judgements", model, SpanReader(tokenizer, JUDGE), job.memory_gib)
         read = [rollout_of(line, judge.reader, raw=job.raw) for line in lines]
-        prompts = {one.prompt_ids for one in read if one.malformed is None}
+        sound = [one for one in read if (one.malformed or judge.engine.refusal(one)) is None]
+        prompts = {one.prompt_ids for one in sound}
         if len(prompts) < 2:
             raise ValueError(
                 f"input {str(job.input)!r} holds well-formed judgements of {len(prompts)} prompt(s), so no span has a "
                 "donor, the content of another prompt's judgement; expected at least two prompts"
             )
-        yield _Judged(judge, tuple(map(Judgement, read[: job.items])), pools_of(read, links_of(judge)))
+        yield _Judged(judge, tuple(map(Judgement, read[: job.items])), pools_of(sound, links_of(judge)))
         return
     yield _testbed_judge(job, job.world, job.completions, parts, report)
     for name in PAIR if job.pair else ():

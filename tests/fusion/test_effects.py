@@ -24,7 +24,7 @@ from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.reasoner import ReasonerLayout
 from cepo.jacobian.records import Group, LinkPath, Rollout
 from tests.jacobian.test_autograd import link
-from tests.models import judge_rollout, tiny_model
+from tests.models import VOCABULARY, judge_rollout, tiny_model
 
 LAYOUT = JudgeLayout()
 ROLLOUTS = [judge_rollout(seed, prompt_seed=100 + seed // 2) for seed in range(6)]
@@ -159,6 +159,21 @@ def test_a_span_of_which_no_token_can_be_exchanged_is_not_called_the_same(engine
     for rollouts in ([stuck], [stuck, *ROLLOUTS[2:]]):
         record = score_rollouts(rollouts, engine, config, LAYOUT)[0].links["criteria->analysis"]
         assert (record.value, record.delta, record.donors, record.against) == (0.0, None, 0, "immovable")
+
+
+def test_what_the_model_refuses_is_no_donor(engine: JacobianEngine) -> None:
+    """A tokenizer may know tokens that the model has no embedding for, and a file of donors may be another model's."""
+    config = RewardConfig(links={"X->Y": 1.0}, score="explained")
+    foreign = judge_rollout(9, prompt_seed=200)
+    at = foreign.spans["criteria"].movable[0] - len(foreign.prompt_ids)
+    ids = (*foreign.completion_ids[:at], VOCABULARY, *foreign.completion_ids[at + 1 :])
+    foreign = replace(foreign, completion_ids=ids)
+    links = config.parsed_links(LAYOUT)
+    with_it, without = (
+        score_rollouts(ROLLOUTS, engine, config, LAYOUT, pools=pools_of([*ROLLOUTS, *more], links))
+        for more in ([foreign], [])
+    )
+    assert with_it == without
 
 
 def test_donors_that_say_the_same_have_no_effect(engine: JacobianEngine) -> None:
