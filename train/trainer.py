@@ -135,8 +135,12 @@ def tell_opened_thoughts(trainer: Any) -> None:
 
 
 def prompts_per_batch(trainer: Any) -> int:
-    """Return the number of prompts in a generation batch, over all ranks."""
-    return int(trainer.args.generation_batch_size // trainer.num_generations)
+    """Return the number of prompts in a generation batch, over all ranks; of evaluation, where that has fewer."""
+    given = trainer.args
+    prompts = given.generation_batch_size // trainer.num_generations
+    if given.eval_strategy != "no" and trainer.eval_dataset is not None:
+        prompts = min(prompts, given.per_device_eval_batch_size * given.world_size // trainer.num_generations_eval)
+    return int(prompts)
 
 
 def check_name(trainer: Any, name: str) -> None:

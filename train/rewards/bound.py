@@ -102,8 +102,8 @@ def require_donors(prompts: int, otherwise: str) -> None:
     if prompts < 2:
         raise ValueError(
             f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the content of another "
-            "prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation, or set "
-            f"{otherwise}"
+            "prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation, in "
+            f"evaluation per_device_eval_batch_size, or set {otherwise}"
         )
 
 

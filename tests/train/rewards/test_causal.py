@@ -46,6 +46,7 @@ def make_trainer(kind: str, tokenizer: Any, rewards: list[Any], folder: Path, **
         reward_funcs=rewards,
         args=arguments,
         train_dataset=items_dataset(ITEMS),
+        eval_dataset=items_dataset(ITEMS[:2]) if "eval_strategy" in settings else None,
         processing_class=tokenizer,
     )
 
@@ -199,6 +200,19 @@ def test_one_prompt_at_a_time_has_no_donors_and_is_refused(tokenizer: Any, tmp_p
     with pytest.raises(ValueError, match="generates for 1 prompt at a time.*no_donor='permute'"):
         reward.bind(trainer)
     CausalReward(no_donor="permute").bind(trainer)
+
+
+def test_evaluation_of_one_prompt_at_a_time_is_refused_too(tokenizer: Any, tmp_path: Path) -> None:
+    """Its causal reward would be 0 at every evaluation, whatever the policy has learned."""
+    reward = CausalReward()
+    sizes = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+    trainer = make_trainer("grpo", tokenizer, [reward], tmp_path, **sizes)
+    with pytest.raises(ValueError, match="generates for 1 prompt at a time.*per_device_eval_batch_size"):
+        reward.bind(trainer)
+    trainer.args.per_device_eval_batch_size = 4
+    reward.bind(trainer)
+    trainer.evaluate()
+    assert trainer.state.log_history[-1]["eval_causal/malformed"] == 1.0
 
 
 def test_rewards_do_not_depend_on_batch_or_order(tokenizer: Any, tmp_path: Path) -> None:
