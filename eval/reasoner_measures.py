@@ -1,4 +1,4 @@
-"""A testbed reasoner at one moment: its accuracy, interventions on its thought, and the links of its answers."""
+"""Measure a testbed reasoner: its accuracy, interventions on its thought, and the links of its answers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cepo.train.reasoner_testbed_models import accuracy, answer_questions, swap_
 def measure_reasoner(
     model: Any, tokenizer: Any, *, seed: int, task: Task, items: int = ITEMS, scored: int = SCORED
 ) -> Measures:
-    """Return the measures of a testbed reasoner, in the record that testbed judges have.
+    """Return the measures of a testbed reasoner, in the same record as a testbed judge's.
 
-    The cue is the hint. What is swapped is the thought: another question's gold thought is forced, where the hint is
-    right in 10% of questions. `turned` is the fraction of questions answered rightly under their own gold thought and
-    with the donor's answer under the donor's.
+    The cue is the hint. The intervention swaps the thought: another question's gold thought is forced, on questions
+    whose hint is right in 10% of cases. `turned` is the fraction of questions that are answered correctly after their
+    own gold thought and with the donor's answer after the donor's.
 
     Args:
         model: the reasoner, in eval mode.
         tokenizer: the world's tokenizer.
-        seed: of questions, donors and sampling; the same seed gives the same questions to every reasoner.
-        task: of the questions.
+        seed: seed of questions, donors and sampling; the same seed gives the same questions to every reasoner.
+        task: the questions' task.
         items: number of questions for each accuracy and intervention, at least 1.
         scored: number of sampled completions whose links are scored, at most `items`.
 

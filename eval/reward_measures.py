@@ -1,4 +1,4 @@
-"""What a reward model of the testbed follows: the cause, or length."""
+"""Measure what a reward model of the testbed follows: the cause, or length."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import WORDS, generate_sources, with_length
 
 ITEMS = 400
-_SEED_OFFSET = 5_000_011  # apart from the seeds of training data
+_SEED_OFFSET = 5_000_011  # so that items differ from those of training
 _TRAINED = 0.9  # share of the training pairs in which length is right
 
 
 @dataclass(frozen=True)
 class RewardMeasures:
-    """What interventions say of a reward model.
+    """Measures of a reward model by interventions; D is a difference of rewards.
 
     Attributes:
         in_distribution: accuracy on new pairs where length is right as often as in training, in [0, 1].
         flipped: accuracy on new pairs where the longer response is always the worse one, in [0, 1].
-        length_effect: mean change of D when a response is compared with itself with fewer filler words, its aspects in
-            the same order.
-        cause_effect: mean D between a response and itself with the query's aspect shown by its negative word.
-        other_effect: mean |D| between a response and itself with another aspect shown by its other word, which decides
-            nothing.
-        length_share: |length_effect| / cause_effect; infinite where the cause has no effect or the wrong one.
+        length_effect: mean D between a response with many filler words and the same response with few.
+        cause_effect: mean D between a response and a copy with the negative word of the query's aspect.
+        other_effect: mean |D| between copies of a response with either word of another aspect, which is irrelevant.
+        length_share: |length_effect| / cause_effect; infinite if the cause has no effect or the wrong sign.
     """
 
     in_distribution: float
@@ -42,9 +40,9 @@ def measure_reward_model(model: RewardModel, *, seed: int, items: int = ITEMS) -
     """Measure a reward model of the testbed on new items.
 
     Args:
-        model: trained on the testbed's pairs.
-        seed: of the items; those of training with the same seed are others.
-        items: number of pairs of each measure, at least 1.
+        model: a model that was trained on the testbed's pairs.
+        seed: seed of the items, which differ from those of training with the same seed.
+        items: number of pairs per measure, at least 1.
     """
     drawn, flipped = (
         generate_sources(items, seed=seed + _SEED_OFFSET + place, cue_agreement=agreement)

@@ -1,13 +1,12 @@
-"""Estimates with 95% intervals that hold their level at the counts they meet: seeds, items, prompts.
+"""Estimates with 95% intervals whose coverage holds at the sample sizes met here: seeds, items, prompts.
 
-Over seeds, Student's t (`mean_over_seeds`) and a p-value by flips of the signs (`sign_flip_p`). Over items, or all
-items of a prompt, a jackknife that leaves out one unit (`estimates`): with Student's t and a pseudo-unit at each end
-for what has ends, such as rates, drops, areas and correlations (Clopper and Pearson's where every unit is at an end),
-and with Student's t corrected for skewness for what has none.
+Over seeds: Student's t (`mean_over_seeds`), and a p-value by sign flips (`sign_flip_p`). Over items, or groups of items
+such as a prompt's: a jackknife that leaves out one unit at a time (`estimates`). For statistics with bounds, such as
+rates, drops, areas and correlations, it uses Student's t with a pseudo-unit at each bound (Clopper and Pearson's
+interval if every unit is at a bound); for others, Student's t corrected for skewness.
 
-A statistic is a function of columns and of weights (B, N): how often each of the N observations counts in each of B
-samples. It returns B values, or B arrays of values. The jackknife's weights leave out one unit in each sample, so the
-result is the same each time: there is no seed.
+A statistic is a function of columns and of weights (B, N), which say how often each of the N observations counts in
+each of B samples. It returns B values, or B arrays of values. The jackknife needs no random numbers.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from scipy.stats import t as student_t
 from cepo.eval.report.numbers import numbers
 
 LEVEL = 0.95
-_BATCH_NUMBERS = 2**22  # weights times columns held at once, which bounds memory
+_BATCH_NUMBERS = 2**22  # most entries of weights times columns at once, to bound memory
 SHARE = (0.0, 1.0)
-"""The ends of a rate, of an accuracy, of an area under the ROC curve."""
+"""The bounds of a rate, an accuracy, or an area under the ROC curve."""
 DIFFERENCE = (-1.0, 1.0)
-"""The ends of a difference of two rates, and of a correlation."""
+"""The bounds of a difference of two rates, or a correlation."""
 AT_LEAST_0 = (0.0, math.inf)
 """The range of a size: an error, a distance, a ratio of rates."""
 ANYWHERE = (-math.inf, math.inf)
@@ -40,11 +39,11 @@ class Estimate:
     """A statistic of a sample, with its 95% interval.
 
     Attributes:
-        value: the statistic; NaN where the sample does not determine it (a correlation with a constant, say).
-        low: lower end of the interval; NaN where there is none.
-        high: upper end.
+        value: the statistic; NaN if the sample does not determine it (for example, a correlation with a constant).
+        low: lower end of the interval; NaN if there is none.
+        high: upper end of the interval.
         count: number of observations, not of independent units.
-        why: why there is no value or no interval; empty where there is one, or where none was asked for.
+        why: why there is no value or no interval; empty if there is one, or none was asked for.
     """
 
     value: float
@@ -55,7 +54,7 @@ class Estimate:
 
     @property
     def interval(self) -> str:
-        """The interval in words, or why there is none."""
+        """The interval as text, or why there is none."""
         if math.isnan(self.low):
             return f"undetermined: {self.why}" if self.why else "none"
         _, low, high = numbers(self.value, self.low, self.high)
@@ -76,7 +75,7 @@ class Estimate:
 
 
 def undetermined(why: str) -> Estimate:
-    """Return the estimate from nothing, with the reason."""
+    """Return an estimate without a value, with the reason."""
     return Estimate(math.nan, why=why)
 
 
@@ -92,9 +91,9 @@ def estimate(
     """Return one statistic with its interval: `estimates` for columns of one number each.
 
     Args:
-        statistic: of the columns and weights (B, N); returns B values, NaN where they are not determined.
+        statistic: function of the columns and weights (B, N); returns B values, NaN where undetermined.
         columns: N numbers each, at least one column.
-        clusters: see `estimates`, as for the others.
+        clusters: see `estimates`.
         ends: see `estimates`.
         within: see `estimates`.
         unit: see `estimates`.
@@ -120,20 +119,19 @@ def estimates(
 ) -> list[Estimate]:
     """Return many statistics of one sample with their intervals.
 
-    Each unit has a pseudo-value, which is the statistic itself plus what the unit adds to it; their spread is that of
-    the statistic, whatever it is: a mean, a ratio of sums, a rank correlation, an area under the ROC curve.
+    The pseudo-value of a unit is the statistic plus the unit's contribution to it. Their spread gives the interval of
+    any smooth statistic: a mean, a ratio of sums, a rank correlation, an area under the ROC curve.
 
     Args:
-        statistic: of the columns and weights (B, N); returns (B, ...), NaN where an entry is not determined.
+        statistic: function of the columns and weights (B, N); returns (B, ...), NaN where an entry is undetermined.
         columns: N rows each, (N,) or (N, M), at least one column.
         clusters: N labels; observations with the same label are one unit, such as the rollouts of a prompt. None: each
             observation is a unit.
-        ends: the smallest and the largest value that the statistic can have; None where there are none, or where the
-            values of the units stay far from them.
-        within: without ends, the range of the statistic, at which the interval is cut. The truth is in the range, so
-            the cut interval holds it exactly when the whole one does.
-        unit: what a unit is called where there are too few of them, in the singular.
-        lacking: why there is no value where the sample does not determine it.
+        ends: the bounds of the statistic; None if it has none, or the units' values stay far from them.
+        within: without `ends`, the range of the statistic, to which the interval is clipped. Since the true value is in
+            the range, clipping does not change the coverage.
+        unit: name of a unit, in the singular, for `Estimate.why`.
+        lacking: the reason to give if the sample does not determine the value.
 
     Returns:
         One estimate for each entry of the statistic, in the order of its flattened array.
@@ -172,8 +170,8 @@ def estimates(
         elif not np.isfinite(left_U).all():
             why = f"rests on 1 {unit} of {units}"
         else:
-            shares_U = (units - 1) * (left_U.mean() - left_U)  # what each unit adds, 0 in the mean
-            low, high = _cut(*_interval(value + shares_U, value, ends), within)
+            added_U = (units - 1) * (left_U.mean() - left_U)  # what each unit adds, with mean 0
+            low, high = _cut(*_interval(value + added_U, value, ends), within)
             if math.isnan(low):
                 why = f"{units} equal {unit}s"
         found.append(Estimate(value, low, high, count, why))
@@ -181,10 +179,10 @@ def estimates(
 
 
 def proportion(values: ArrayLike, *, clusters: ArrayLike | None = None, unit: str = "item") -> Estimate:
-    """Return the mean of numbers in [0, 1], such as verdicts that are right or wrong, with its interval.
+    """Return the mean of numbers in [0, 1], such as whether verdicts are right, with its interval.
 
     Args:
-        values: any number of them.
+        values: any number of values.
         clusters: see `estimates`.
         unit: see `estimates`.
     """
@@ -196,10 +194,10 @@ def proportion(values: ArrayLike, *, clusters: ArrayLike | None = None, unit: st
 def mean_over_seeds(values: ArrayLike, *, within: tuple[float, float] = ANYWHERE) -> Estimate:
     """Return the mean of independent numbers, one per seed, with its Student t interval.
 
-    One seed has no interval, and neither have seeds that are all equal: they say nothing of how far others would be.
+    There is no interval for one seed, or for seeds with equal values, which do not show how far others could be.
 
     Args:
-        values: any number of them.
+        values: any number of values.
         within: see `estimates`.
 
     Source:
@@ -218,11 +216,11 @@ def mean_over_seeds(values: ArrayLike, *, within: tuple[float, float] = ANYWHERE
 
 
 def sign_flip_p(differences: ArrayLike) -> float:
-    """Return the two-sided p-value of paired differences under flips of their signs; NaN for none.
+    """Return the two-sided p-value of paired differences under sign flips; NaN without differences.
 
-    The probability that a mean at least as far from 0 comes about where each difference is as likely to have either
-    sign: of all sign patterns up to 13 differences, of 10,000 drawn ones beyond that. With n differences it is at least
-    2 / 2^n.
+    It is the probability of a mean at least as far from 0 if each difference is equally likely to have either sign. Up
+    to 13 differences all sign patterns are counted, beyond that 10,000 random ones. With n differences the p-value is
+    at least 2 / 2^n.
 
     Source:
         Fisher, The design of experiments (1935), section 21.
@@ -241,19 +239,19 @@ def mean(values: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
 
 
 def ratio(sums: np.ndarray, counts: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """Return sum over sum, (B,) of columns (N,), or (B, M) of columns (N, M); NaN where the second is 0."""
+    """Return the ratio of the sums of two columns, (B,) for (N,) or (B, M) for (N, M); NaN if the second sum is 0."""
     totals = weights_BN @ counts
     found: np.ndarray = weights_BN @ sums / np.where(totals > 0.0, totals, np.nan)
     return found
 
 
 def mean_difference(values: np.ndarray, others: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """Return the means of the paired differences, values - others."""
+    """Return the means (B,) of the paired differences, values - others."""
     return mean(values - others, weights_BN)
 
 
 def spearman(values_N: ArrayLike, others_N: ArrayLike) -> float:
-    """Return Spearman's rank correlation, ties at their mean rank; NaN where a column is constant."""
+    """Return Spearman's rank correlation, with mean ranks for ties; NaN if a column is constant."""
     values, others = np.asarray(values_N, dtype=float), np.asarray(others_N, dtype=float)
     return float(rank_correlations(values, others, np.ones((1, len(values)))).item())
 
@@ -261,7 +259,7 @@ def spearman(values_N: ArrayLike, others_N: ArrayLike) -> float:
 def rank_correlations(values: np.ndarray, others: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
     """Return Spearman's rank correlation of each column with each of the others, in each of B samples.
 
-    Copies of an observation share their mean rank, as ties do: this is the correlation of the sample written out.
+    Copies of an observation share their mean rank, as ties do, so this is the correlation of the resampled data.
 
     Args:
         values: (N,) or (N, M).
@@ -269,7 +267,7 @@ def rank_correlations(values: np.ndarray, others: np.ndarray, weights_BN: np.nda
         weights_BN: how often each observation counts.
 
     Returns:
-        (B, M, K), M or K being 1 for a single column; NaN where a column is constant.
+        (B, M, K), where M or K is 1 for a single column; NaN if a column is constant.
     """
     units = [_unit_ranks(columns.reshape(len(columns), -1), weights_BN) for columns in (values, others)]
     found: np.ndarray = units[0] @ units[1].transpose(0, 2, 1)
@@ -277,15 +275,15 @@ def rank_correlations(values: np.ndarray, others: np.ndarray, weights_BN: np.nda
 
 
 def aucs(values: np.ndarray, positive_N: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """Return the probability that a positive has a larger value than a negative, ties counted half.
+    """Return the probability that a positive has a larger value than a negative, counting ties half.
 
     Args:
         values: the scores, (N,) or (N, M).
-        positive_N: above 0.5 where the observation is a positive.
+        positive_N: above 0.5 if the observation is a positive.
         weights_BN: how often each observation counts.
 
     Returns:
-        (B, M) areas under the ROC curve, in [0, 1]; NaN where a sample lacks one of the classes.
+        (B, M) areas under the ROC curve, in [0, 1]; NaN if a sample lacks one of the classes.
     """
     ranks_BMN = _ranks(values.reshape(len(values), -1), weights_BN)
     chosen_BN = weights_BN * (positive_N > 0.5)
@@ -297,9 +295,9 @@ def aucs(values: np.ndarray, positive_N: np.ndarray, weights_BN: np.ndarray) -> 
 
 
 def _interval(values_U: np.ndarray, middle: float, ends: tuple[float, float] | None) -> tuple[float, float]:
-    """Return the interval of the mean of at least two units; NaN where their spread is not known.
+    """Return the interval of the mean of at least two units; NaN if they show no spread.
 
-    Within ends a unit is added at each end: five units that agree do not prove that all do.
+    With `ends`, one unit is added at each of them, since five units that agree do not prove that all would.
 
     Source:
         Clopper and Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial (1934).
@@ -321,12 +319,12 @@ def _interval(values_U: np.ndarray, middle: float, ends: tuple[float, float] | N
 
 
 def _cut(low: float, high: float, within: tuple[float, float]) -> tuple[float, float]:
-    """Return what of an interval lies in the range of its statistic; NaN, which compares with nothing, stays."""
+    """Return an interval clipped to the range of its statistic; NaN stays NaN."""
     return max(low, within[0]), min(high, within[1])
 
 
 def _skewed_interval(values_U: np.ndarray, middle: float, quantile: float) -> tuple[float, float]:
-    """Return a t interval whose ends are moved by the skewness of the values; the t interval where they have none.
+    """Return a t interval corrected for the skewness of the values; NaN if they do not vary.
 
     Source:
         Hall, On the removal of skewness by transformation (1992), the cubic transformation.
@@ -354,14 +352,14 @@ def _exact(hits: int, units: int) -> tuple[float, float]:
 
 @cache
 def _t(degrees: int) -> float:
-    """Return the quantile of Student's t beyond which half of what LEVEL leaves lies."""
+    """Return the quantile of Student's t at (1 + LEVEL) / 2."""
     return float(student_t.ppf((1.0 + LEVEL) / 2.0, degrees))
 
 
 def _unit_ranks(columns_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """Return the ranks (B, M, N), centred, weighted and of length 1; NaN where a column is constant."""
+    """Return the ranks (B, M, N), centred, weighted and scaled to length 1; NaN if a column is constant."""
     ranks_BMN = _ranks(columns_NM, weights_BN)
-    # Ranks of a sample of n have the mean (n + 1) / 2, whatever its ties.
+    # The mean rank of a sample of n is (n + 1) / 2, with or without ties.
     centred_BMN = ranks_BMN - (weights_BN.sum(1)[:, None, None] + 1.0) / 2.0
     weighted_BMN = centred_BMN * np.sqrt(weights_BN)[:, None]
     length_BM1 = np.linalg.norm(weighted_BMN, axis=-1, keepdims=True)
@@ -370,7 +368,7 @@ def _unit_ranks(columns_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
 
 
 def _ranks(columns_NM: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """Return the ranks (B, M, N) of each column's values in each sample written out, from 1, ties at their mean."""
+    """Return the ranks (B, M, N), from 1, of each column's values in each resampled data set; ties get their mean."""
     ranks_BMN = np.empty((len(weights_BN), columns_NM.shape[1], len(columns_NM)))
     for at, values_N in enumerate(columns_NM.T):
         order_N = np.argsort(values_N, kind="stable")

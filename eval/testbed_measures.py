@@ -1,4 +1,4 @@
-"""A testbed judge at one moment: its accuracy, interventions on its criteria, and the links of its judgements."""
+"""Measure a testbed judge: its accuracy, interventions on its criteria, and the links of its judgements."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ FIELDS = ("delta", "influence", "norm", "tokens")
 ITEMS = 200  # for each accuracy and intervention
 SCORED = 32  # sampled judgements whose links are scored
 _SHOWN = 4
-_NODES = 16  # along the paths of the heat maps
-_MEMORY = 2.0**30  # bytes that scoring may add; several judges may be measured at once on a GPU
+_NODES = 16  # nodes of the heat maps' paths
+_MEMORY = 2.0**30  # bytes that scoring may use besides the model, since a GPU may be shared by several runs
 
 
 @dataclass(frozen=True)
 class Measures:
-    """The judge at one moment.
+    """Measures of a judge at one point of its training.
 
     Attributes:
         in_distribution: greedy accuracy where length agrees with the label in 90% of items, in [0, 1].
-        flipped: greedy accuracy where it agrees in 10%, in [0, 1].
+        flipped: greedy accuracy where it agrees in 10% of items, in [0, 1].
         swaps_followed: of the items whose criterion was swapped, in the criteria that the judge wrote, for one with the
             other winner, the fraction whose regenerated verdict follows the swap, in [0, 1].
-        turned: the fraction of the same items where the criterion alone turned the verdict, in [0, 1].
-        modes: share of each mode among completions sampled where the cue agrees in 10% of items: where it agrees, some
-            modes write the same text. See `cepo.train.testbed_modes.completion_mode`.
+        turned: the fraction of the same items where swapping only the criterion changed the verdict, in [0, 1].
+        modes: share of each mode among completions sampled where the cue agrees in 10% of items (where it agrees, some
+            modes write the same text). See `cepo.train.testbed_modes.completion_mode`.
         malformed: fraction of sampled completions that cannot be scored, in [0, 1].
-        tokens: mean length of sampled completions.
-        S: mean over sampled completions of the default score, the effect of the chain, in [0, 1]; 0 where malformed.
-        links: mean of each field of the link records, by link.
+        tokens: mean length of sampled completions, in tokens.
+        S: mean over sampled completions of the default score, the effect of the chain, in [0, 1]; 0 if malformed.
+        links: mean of each of FIELDS, by link.
     """
 
     in_distribution: float
@@ -65,7 +65,7 @@ def measure_judge(
     Args:
         model: the judge, in eval mode.
         tokenizer: the world's tokenizer.
-        seed: of items, swaps and sampling; the same seed gives the same items to every judge.
+        seed: seed of items, swaps and sampling; the same seed gives the same items to every judge.
         items: number of items for each accuracy and intervention, at least 1.
         scored: number of sampled judgements whose links are scored, at most `items`.
 
@@ -100,9 +100,9 @@ def measure_judge(
 
 
 def score_links(model: Any, rollouts: Sequence[Rollout], layout: Layout) -> tuple[float, dict[str, dict[str, float]]]:
-    """Return the mean default score of rollouts, 0 where malformed, and the mean of each of FIELDS by link.
+    """Return the mean default score of rollouts (0 if malformed), and the mean of each of FIELDS by link.
 
-    The links are those of the layout's chain, and X->Y; means are over the sound rollouts where the field is known.
+    The links are those of the layout's chain, and X->Y; means are over well-formed rollouts whose field is known.
     """
     config = RewardConfig(links={"chain": 1.0, "X->Y": 1.0}, also=("influence",))
     scores = score_rollouts(rollouts, GroupEngine(model, memory_budget=_MEMORY), config, layout)
@@ -119,7 +119,7 @@ def score_links(model: Any, rollouts: Sequence[Rollout], layout: Layout) -> tupl
 def _heat_maps(
     model: Any, reader: SpanReader, items: Sequence[testbed.Item], rollouts: Sequence[Rollout]
 ) -> list[HeatMap]:
-    """Return what each token of the first rollouts did to what followed, against donors among all of them."""
+    """Return heat maps of the first rollouts, with path attributions against donors from all of them."""
     config = RewardConfig(score="path", nodes=_NODES)
     pools = pools_of(rollouts, config.parsed_links(JUDGE))
     engine = GroupEngine(model, memory_budget=_MEMORY)

@@ -345,7 +345,7 @@ def _printed_to(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bars_made_with(**options: Any) -> Iterator[None]:
-    """Let the bars of libraries be made with options of tqdm, which would draw them to `sys.stderr`, the log."""
+    """Make libraries create their tqdm bars with these options; by default they would be drawn into the log."""
     plain = tqdm.__init__
     tqdm.__init__ = functools.partialmethod(plain, **options)
     try:

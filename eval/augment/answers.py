@@ -1,4 +1,4 @@
-"""What models answered, by prompt: each prompt is asked once, and its answer is written to disk at once."""
+"""The answers of models by prompt: each prompt is asked once, and its answer is written to disk immediately."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from cepo.train.reward_scores import RewardModel
 
 
 class Answers:
-    """Answers by key, and the file that they are appended to; prompts that failed in an earlier run are asked again.
+    """Answers by key, and the file to which they are appended; prompts that failed in an earlier run are asked again.
 
     Args:
-        path: of a JSONL file; each record has a key, and an error where there is no answer.
+        path: a JSONL file; each record has a key, and an error if there is no answer.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self.found = path, resume_jsonl(path)
 
     def add(self, records: Sequence[Row]) -> None:
-        """Keep answers, on the disk as well."""
+        """Add answers, and append them to the file."""
         self.found |= {record["key"]: record for record in records}
         append_jsonl(self._path, records)
 
 
 class JournaledWriter:
-    """A writer for `synthesise` that asks a model what no earlier run has asked it.
+    """A writer for `synthesise` that asks a model only what no earlier run has asked.
 
     Args:
         path: file of the answers.
-        open_writer: called once, and only if something is left to ask.
+        open_writer: opens the model; called once, and only if there is something to ask.
         on_answer: called after each answer.
     """
 
@@ -44,10 +44,10 @@ class JournaledWriter:
         self._answers, self._on_answer = Answers(path), on_answer
         self._open = functools.cache(open_writer)
         self.used: dict[str, bool] = {}
-        """Whether an earlier run had the answer, by its key, for all that were asked for."""
+        """For each answer that was used, by key, whether an earlier run had asked for it."""
 
     def __call__(self, prompts: Sequence[Messages]) -> list[str | Exception]:
-        """Return what the model wrote for each prompt, or why there is nothing."""
+        """Return the model's reply to each prompt, or the error that prevented one."""
         keys = [content_hash(prompt) for prompt in prompts]
         new = [at for at, key in enumerate(keys) if key not in self._answers.found]
         self.used |= {key: True for key in keys if key in self._answers.found and key not in self.used}
@@ -62,22 +62,22 @@ class JournaledWriter:
 
     @property
     def failed(self) -> Counter[str]:
-        """How often each reason kept a prompt from being answered."""
+        """Number of prompts without an answer, by reason."""
         return Counter(str(self._answers.found[key]["error"]) for key in self.used if self._answers.found[key]["error"])
 
     @property
     def cut(self) -> int:
-        """Number of answers that ended at the largest number of tokens."""
+        """Number of answers that were cut off at the largest number of tokens."""
         return sum(self._answers.found[key]["cut"] for key in self.used)
 
     @property
     def told(self) -> str:
-        """How many answers were used, in words."""
+        """How many answers were used, as text."""
         return f"{len(self.used)} answers, {sum(self.used.values())} from an earlier run"
 
 
 def journaled_difference(path: Path, model: RewardModel) -> Callable[[Sequence[Pair]], list[float]]:
-    """Return a function for `filter_pairs` that asks a reward model what no earlier run has asked it."""
+    """Return a function for `filter_pairs` that scores only pairs which no earlier run has scored."""
     answers = Answers(path)
 
     def difference(pairs: Sequence[Pair]) -> list[float]:

@@ -1,7 +1,7 @@
-"""`cepo augment`: pairs made of preferences by rule or by a model that writes, and filtered by a reward model.
+"""`cepo augment`: make pairs from preferences by rules or with a model that writes, and filter them by a reward model.
 
-The pairs are a function of the data, the settings and what the models answer. The answers are kept as they come, so a
-killed run makes its pairs again from the answers that it has, and asks for the others alone.
+The pairs are a function of the data, the settings and the models' answers. Answers are saved as they come, so a killed
+run makes its pairs again from the answers that it has, and asks only for the others.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ from cepo.train.rows import check_kept, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows
 
 Progress = Callable[[int, int, str], None]
-"""Called with (preferences done, preferences in all, what has been asked in words)."""
-_WORLD_SIZE, _WORLD_CUE = 300, 0.9  # of the testbed, as reward models train on it by default
+"""Called with (preferences done, preferences in total, a text about the writer's answers)."""
+_WORLD_SIZE, _WORLD_CUE = 300, 0.9  # the testbed's defaults for training reward models
 
 
 def augment(job: AugmentJob, *, progress: Progress | None = None) -> AugmentSummary:
-    """Make pairs of every preference and write them, with a page; a killed run loses and repeats no answer.
+    """Make pairs from every preference and write them, with a page; a killed run loses and repeats no answer.
 
     Args:
-        job: what to do.
+        job: the job.
         progress: called after each answer of the writer, and as preferences are done.
 
+    Returns:
+        The counts for the console and the page.
+
     Raises:
-        ValueError: for what cannot work, before a model is asked; for an output of other settings, data or weights; for
-            a server that refuses the key, the address or the model.
+        ValueError: for settings or data that cannot work, before a model is asked; for an output with other settings,
+            data or weights; for a server that refuses the key, the address or the model.
     """
     kinds = chosen_kinds(job)
     sources, broken = _read(job)
@@ -87,7 +90,7 @@ def augment(job: AugmentJob, *, progress: Progress | None = None) -> AugmentSumm
 
 
 def _read(job: AugmentJob) -> tuple[list[Source], list[BrokenLine]]:
-    """Return the preferences, each with an id of its own, and the rows that hold none."""
+    """Return the preferences, each with a unique id, and the rows that hold none."""
     if job.data == TESTBED:
         return generate_sources(job.limit or _WORLD_SIZE, seed=job.writer.seed, cue_agreement=_WORLD_CUE), []
     seen: Counter[str] = Counter()
@@ -106,7 +109,7 @@ def _read(job: AugmentJob) -> tuple[list[Source], list[BrokenLine]]:
 
 
 def _settings(job: AugmentJob, sources: Sequence[Source]) -> dict[str, Any]:
-    """Return all that decides the pairs; data and weights by their content."""
+    """Return everything that determines the pairs; data and weights by their content."""
     return {
         "command": "augment",
         "data": content_hash([content_hash(asdict(source)) for source in sources]),

@@ -1,4 +1,4 @@
-"""What `cepo augment` is asked to do; without torch, so that it is refused before that is imported."""
+"""The arguments of `cepo augment`; without torch, so that bad ones are refused before it is imported."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from cepo.eval.judges.settings import JudgeSettings, check_judge
 
 @dataclass(frozen=True)
 class AugmentJob:
-    """What `cepo augment` is asked to do.
+    """The arguments of `cepo augment`.
 
     Attributes:
         data: preferences, see `open_source`, or "testbed".
         output: folder for pairs.jsonl, report.html and the models' answers.
-        kinds: names of kinds, of `WRITTEN` and `BY_RULE`, or of the testbed's own.
-        writer: which model writes, and how; its name is empty where none does. Its seed is also that of the draws and
-            the split, and its dtype, device, batch size and trust are also those of the filter's model.
+        kinds: names of kinds in `WRITTEN` and `BY_RULE`, or of the testbed's kinds.
+        writer: the model that writes and its settings; its name is empty if none is needed. Its seed is also that of
+            the draws and the split, and its dtype, device, batch size and trust_remote_code also apply to the filter's
+            model.
         filter_model: a reward model, see `RewardModel.open`; None for no filter.
-        split: of a hub data set, or None for its usual one.
-        limit: number of preferences to read, or None for all.
+        split: split of a hub data set; None for "train".
+        limit: number of preferences to read; None for all.
         test_fraction: share of the prompts on the test side, in [0, 1].
     """
 
@@ -39,11 +40,10 @@ class AugmentJob:
 
 
 def chosen_kinds(job: AugmentJob) -> dict[str, Kind]:
-    """Return the kinds of a job; everything about it that needs neither data nor models is checked here.
+    """Return the kinds of a job, after checking everything about it that needs neither data nor models.
 
     Raises:
-        ValueError: for a kind that there is not, for a writer that is missing or has nothing to write, and for numbers
-            out of range.
+        ValueError: for an unknown kind, a writer that is missing or not needed, and numbers out of range.
     """
     known: Mapping[str, Kind] = {**BY_RULE, **WRITTEN}
     written = [name for name in job.kinds if name in WRITTEN]

@@ -1,4 +1,4 @@
-"""What came of an augmentation: pairs by kind, checks, reasons and the filter's scores, as tables and a page."""
+"""The summary of an augmentation: pairs by kind, checks, reasons and the filter's scores, as tables and a page."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import PageTable
 from cepo.files import BrokenLine
 
-_CUTS = (0.0, 0.5 - TAU, 0.5 + TAU, 1 - TAU, 1.0)  # of p, where the filter decides
+_CUTS = (0.0, 0.5 - TAU, 0.5 + TAU, 1 - TAU, 1.0)  # bounds of p, at the filter's thresholds
 
 
 class AugmentSummary:
     """Counts pairs as they are written.
 
     Args:
-        writer: whose answers the pairs are made of.
+        writer: the writer whose answers the pairs are made from.
         broken: (number, reason) of each row of the data that could not be used.
-        kinds: names of the kinds that were asked for; one that makes no pair is shown with 0.
+        kinds: names of the kinds that were asked for; a kind without pairs is shown with 0.
     """
 
     def __init__(self, writer: JournaledWriter, broken: tuple[BrokenLine, ...], kinds: tuple[str, ...]) -> None:
         self.writer, self.broken, self.kinds = writer, broken, kinds
         self.pairs: Counter[tuple[str, str, bool]] = Counter()
-        """By kind, side of the split, and whether they are kept."""
+        """Counts by kind, side of the split, and whether pairs are kept."""
         self.checks: Counter[tuple[str, str, bool]] = Counter()
-        """By kind, check, and whether it was passed."""
+        """Counts by kind, check, and whether it was passed."""
         self.reasons: Counter[tuple[str, str]] = Counter()
         self.certainties: dict[str, list[float]] = {}
         self._counted: tuple[str, tuple[str, ...]] = ("", ())
@@ -42,7 +42,7 @@ class AugmentSummary:
     def count(self, pair: Pair) -> Pair:
         """Count a pair and return it."""
         self.pairs[pair.kind, str(pair.split), pair.kept] += 1
-        # Of ties that are drawn in turn, the first counts: without a check it would have been taken.
+        # Of ties that are drawn in turn, only the first counts: without a check it would have been used.
         if not pair.tie or (pair.kind, pair.source_ids) != self._counted:
             self.checks.update((pair.kind, check, passed) for check, passed in pair.checks.items())
         self._counted = (pair.kind, pair.source_ids)
@@ -53,7 +53,7 @@ class AugmentSummary:
         return pair
 
     def tables(self) -> dict[str, PageTable]:
-        """Return what console and page show, by title; tables without rows are left out."""
+        """Return the tables for console and page by title; those without rows are left out."""
         pairs = []
         for kind in dict.fromkeys((*self.kinds, *(kind for kind, _, _ in self.pairs))):
             kept = [self.pairs[kind, side, True] for side in ("train", "test")]

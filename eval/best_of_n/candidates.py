@@ -1,4 +1,4 @@
-"""Questions with candidate solutions: read, verified if they are not graded, and grouped by their answers."""
+"""Read questions with candidate solutions, verify solutions that are not graded, and group them by their answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _VERIFIERS = {"math": math_verify_reward, "exact": exact_match}
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its candidate solutions, at least two, all different.
+    """A question with at least two candidate solutions, all different.
 
     Attributes:
         text: the question itself.
         candidates: the solutions.
-        correct: whether each is right.
+        correct: whether each solution is right.
     """
 
     text: str
@@ -35,9 +35,9 @@ class Question:
 def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Question], list[BrokenLine]]:
     """Read questions with candidate solutions.
 
-    A row holds `question` (or `prompt`), `completions` (a list of texts), and `correct` (a list of booleans) or
-    `answer`, against which the completions are then verified; or it is a pair of `prompt`, `chosen` (right) and
-    `rejected` (wrong). Rows with the same question are merged, and equal texts count once.
+    A row holds `question` (or `prompt`), `completions` (a list of texts), and either `correct` (a list of booleans) or
+    `answer`, against which the completions are verified; or it is a pair of `prompt`, `chosen` (right) and `rejected`
+    (wrong). Rows with the same question are merged, and equal texts count once.
 
     Args:
         path: see `open_source`.
@@ -73,7 +73,7 @@ def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Que
 
 
 def answer_groups(candidates: Sequence[str]) -> list[int | None]:
-    """Return the number of each candidate's answer, equal for answers that `exact_match` equates; None without one."""
+    """Return a number for each candidate's answer, the same if `exact_match` equates them; None without an answer."""
     groups: list[int | None] = []
     known: list[str] = []
     for text in candidates:

@@ -16,16 +16,16 @@ from cepo.files import content_hash
 
 
 def best_of(scores: Sequence[float], correct: Sequence[bool], size: int) -> float:
-    """Return how often the solution with the highest score among N drawn without replacement is right, in [0, 1].
+    """Return the probability that the best-scored of N solutions drawn without replacement is right, in [0, 1].
 
-    Of n solutions, m(v) score at most v and l(v) less than v. The best of N scores v in C(m(v), N) - C(l(v), N) of the
-    C(n, N) draws, and each of those that score v is as likely to be picked, since ties are broken evenly:
+    Of n solutions, let m(v) score at most v and l(v) less than v. The best score is v in C(m(v), N) - C(l(v), N) of the
+    C(n, N) draws, and then each solution with score v is equally likely to be picked, since ties are broken evenly:
 
-        sum over v of (C(m(v), N) - C(l(v), N)) / C(n, N) * share of right ones among those that score v.
+        sum over v of (C(m(v), N) - C(l(v), N)) / C(n, N) * share of right solutions among those with score v.
 
     Args:
-        scores: of n solutions, finite.
-        correct: whether each is right.
+        scores: finite scores of n solutions.
+        correct: whether each solution is right.
         size: N, from 1 to n.
     """
     total, found, below = math.comb(len(scores), size), 0.0, 0
@@ -46,24 +46,25 @@ def pick_by_reward(
     *,
     progress: Progress | None = None,
 ) -> tuple[dict[str, dict[int, list[float]]], list[Record]]:
-    """Score every solution once, and compare the best of N by reward with other ways of picking, all over all draws.
+    """Score every solution once, and compare the best of N by reward with other ways of picking, exactly.
 
-    judge: the highest reward. longest, shortest: by the number of characters. random: a blind pick. oracle: right if
+    judge: the highest reward. longest, shortest: by the number of characters. random: a random pick. oracle: right if
     any of the N is. A question with a solution that has no reward is left out of all of them.
 
     Args:
         questions: each with at least max(sizes) candidates.
-        sizes: the N, at least 1 each.
-        settings: which reward model.
+        sizes: the values of N, at least 1 each.
+        settings: the reward model.
         output: see `collect_rewards`.
         command: see `collect_rewards`.
         progress: see `collect_rewards`.
 
     Returns:
-        By way of picking and N, for every question how often the pick is right; and the records of all solutions.
+        By way of picking and N, for every question the probability that the pick is right; and the records of all
+        solutions.
 
     Raises:
-        ValueError: for a pairwise model, which gives a solution alone no reward, and see `collect_rewards`.
+        ValueError: for a pairwise model, which cannot score a single solution, and as `collect_rewards`.
     """
     shown = settings.require_rewards("best-of-n")
     texts = [[shown.messages(question.text, text) for text in question.candidates] for question in questions]

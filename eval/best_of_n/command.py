@@ -39,16 +39,16 @@ _REWARD_NOTE = (
 
 @dataclass(frozen=True)
 class BestOfJob:
-    """What `cepo eval best-of-n` is asked to do.
+    """The arguments of `cepo eval best-of-n`.
 
     Attributes:
-        judge: which judge, and how it generates, or which reward model; its seed is also that of every draw.
+        judge: the judge and its settings, or the reward model; its seed is also that of every draw.
         data: file, see `read_questions`.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
-        sizes: the N, at least 1 each.
+        sizes: the values of N, at least 1 each.
         draws: number of random orders of each question's candidates, at least 1.
         verifier: "math" or "exact", for rows with an answer.
-        limit: number of questions to draw, or None for all.
+        limit: number of questions to draw; None for all.
     """
 
     judge: JudgeSettings | RewardSettings
@@ -67,11 +67,11 @@ class BestOfSummary:
     Attributes:
         lines: (N, estimate) for each way of picking, and the judge's gain over random; see `estimate_curves`.
         questions: number of questions.
-        left_out: questions with fewer candidates than the largest N.
-        matches: number of matches; one that several draws share counts in each. Of a reward model, of solutions.
-        undecided: matches without a winner: a tie, or a verdict that cannot be read. Of a reward model, solutions
-            without a reward.
-        failed: how often each reason kept a match from being judged; these matches count as undecided.
+        left_out: number of questions with fewer candidates than the largest N.
+        matches: number of matches; a match that several draws share counts in each. For a reward model, of solutions.
+        undecided: number of matches without a winner: ties, and verdicts that cannot be read. For a reward model, of
+            solutions without a reward.
+        failed: number of matches that were not judged, by reason; these count as undecided.
         broken: (line number, reason) of data lines that could not be used.
     """
 
@@ -85,13 +85,13 @@ class BestOfSummary:
 
     @property
     def counted(self) -> str:
-        """What was judged, in words."""
+        """What was judged, as text."""
         if "longest" in self.lines:
             return f"{self.matches} solutions, {self.undecided} without a reward"
         return f"{self.matches} matches, {self.undecided} undecided"
 
     def page_table(self) -> PageTable:
-        """Return the accuracy of each way of picking, and the gain, per N."""
+        """Return the accuracy of each way of picking, and the gain, for each N."""
         sizes = [f"{size:g}" for size, _ in self.lines["judge"]]
         rows = [[size, *(str(points[at][1]) for points in self.lines.values())] for at, size in enumerate(sizes)]
         return ("N", *self.lines), rows
@@ -117,7 +117,7 @@ def measure_best_of(
         open_: opens a judge that writes; called only if a judgement is missing.
 
     Raises:
-        ValueError: for data, settings or a judge that cannot be used, or a folder with results of other settings.
+        ValueError: for data, settings or a judge that cannot be used, or an output with other settings.
     """
     judge = job.judge
     if not isinstance(judge, RewardSettings):
@@ -171,7 +171,7 @@ def _pick_by_judge(
     progress: Progress | None,
     open_: Callable[[JudgeSettings], Judge],
 ) -> tuple[dict[str, dict[int, list[float]]], list[Record]]:
-    """Return how often the pick of each way is right, and the records of all matches."""
+    """Return how often each way's pick is right, and the records of all matches."""
     settings = {"command": _COMMAND, **decisive_settings(judge)}
     opened = functools.cache(functools.partial(open_, judge))
     records: list[Record] = []
@@ -215,7 +215,7 @@ def estimate_curves(ways: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[s
 def _task(question: Question, match: Match) -> JudgeTask:
     messages = judge_prompt(question.text, question.candidates[match.first], question.candidates[match.second])
     grades = [question.correct[match.first], question.correct[match.second]]
-    # The key is the prompt alone: one record serves all draws in which the same two meet in the same places.
+    # The key is the prompt, so that draws in which the same two meet in the same order share a record.
     return JudgeTask(content_hash(messages), messages, {"question": question.text, "correct": grades})
 
 

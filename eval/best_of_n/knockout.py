@@ -1,4 +1,4 @@
-"""Best of N by a knockout: a judge of pairs picks one of N candidates, compared with other ways of picking."""
+"""Best of N by knockout: a judge of pairs picks one of N candidates, compared with other ways of picking."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cepo.eval.judges.settings import Place
 from cepo.files import content_hash
 
 WAYS = ("judge", "majority", "random", "oracle")
-"""Ways of picking: the judge, a majority vote, a blind pick, and a pick that is right if any candidate is."""
+"""Ways of picking: the judge, a majority vote, a random pick, and a pick that is right if any candidate is."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Match:
 
     Attributes:
         question: index of the question.
-        draw: index of the order in which the candidates come.
+        draw: index of the candidates' random order.
         first: index of the candidate shown as A.
         second: index of the candidate shown as B.
     """
@@ -42,18 +42,18 @@ def pick_by_knockout(
 ) -> dict[tuple[int, int, int], int]:
     """Let a judge pick one of the first N candidates, for every N at once.
 
-    The candidates of a question come in a random order. The first is the champion; each further one challenges it, and
-    the winner of their match is the champion. A tie, or a verdict that cannot be read, leaves the champion in place,
-    which favours no candidate since the order is random. After N candidates the champion is the pick of N, so that the
-    subsets of one draw are nested, and N - 1 matches serve all sizes up to N. Who is shown as A is random too.
+    The candidates of a question come in a random order. The first is the champion. Each further one challenges it, and
+    the winner of their match is the champion. On a tie, or a verdict that cannot be read, the champion stays, which
+    favours no candidate since the order is random. The champion after N candidates is the pick of N, so the subsets of
+    one draw are nested, and N - 1 matches serve all sizes up to N. Which of the two is shown as A is random too.
 
     Args:
         questions: each with at least max(sizes) candidates.
-        sizes: the N, at least 1 each.
-        decide: returns the winner of each match, None without one; called once per round, with one match for each
-            question and draw.
-        draws: number of orders of each question's candidates, at least 1.
-        seed: of the orders and places.
+        sizes: the values of N, at least 1 each.
+        decide: returns the winner of each match, None without one; called once per round, with one match per question
+            and draw.
+        draws: number of random orders of each question's candidates, at least 1.
+        seed: seed of the orders and of which candidate is shown as A.
 
     Returns:
         The index of the picked candidate by (question, draw, N).
@@ -83,7 +83,7 @@ def pick_by_knockout(
 
 
 def candidate_order(question: Question, *, draw: int, seed: int) -> list[int]:
-    """Return the random order of a question's candidates, a function of the question, the draw and the seed alone."""
+    """Return the random order of a question's candidates, which depends only on the question, the draw and the seed."""
     order = list(range(len(question.candidates)))
     random.Random(content_hash("order", seed, draw, question.text, *question.candidates)).shuffle(order)
     return order
@@ -99,19 +99,19 @@ def score_picks(
 ) -> dict[str, dict[int, list[float]]]:
     """Compare the picks with other ways of picking from the same candidates.
 
-    random: the share of the candidates that is right, which is what a blind pick gives on average.
-    majority: the most frequent answer; of equally frequent ones, their mean. If no answer can be read, as random.
+    random: the share of right candidates, the expectation of a random pick.
+    majority: the most frequent answer; the mean over equally frequent ones. If no answer can be read, as random.
     oracle: whether any candidate is right.
 
     Args:
         questions: as for `pick_by_knockout`.
-        picks: from `pick_by_knockout`, complete.
-        sizes: the N.
+        picks: all picks, from `pick_by_knockout`.
+        sizes: the values of N.
         draws: as for `pick_by_knockout`.
         seed: as for `pick_by_knockout`.
 
     Returns:
-        By way of picking (see WAYS) and N: for every question how often the pick is right, a mean over the draws, in
+        By way of picking (see WAYS) and N: for every question the mean over draws of whether the pick is right, in
         [0, 1].
     """
     ways: dict[str, dict[int, list[float]]] = {way: {size: [] for size in sizes} for way in WAYS}
@@ -135,11 +135,11 @@ def majority_share(groups: Sequence[int | None], correct: Sequence[bool]) -> flo
     """Return how often a majority vote is right, in [0, 1].
 
     Args:
-        groups: number of each candidate's answer, equal for equal answers; None for one without an answer or a vote.
+        groups: number of each candidate's answer, the same for equal answers; None for no answer, which has no vote.
         correct: whether each candidate is right.
 
     Returns:
-        The share of right candidates within the most frequent answer, a mean over equally frequent answers. Without any
+        The share of right candidates with the most frequent answer, a mean over equally frequent answers. Without any
         vote, the share of right candidates.
     """
     votes = [group for group in groups if group is not None]
@@ -155,7 +155,7 @@ def majority_share(groups: Sequence[int | None], correct: Sequence[bool]) -> flo
 
 
 def check_sizes(questions: Sequence[Question], sizes: Sequence[int]) -> None:
-    """Raise ValueError unless the N differ, are at least 1, and no question has fewer candidates."""
+    """Raise ValueError unless the values of N differ, are at least 1, and no question has fewer candidates."""
     if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
         raise ValueError(f"n is {list(sizes)}; expected different numbers of at least 1")
     fewest = min((len(question.candidates) for question in questions), default=0)

@@ -37,36 +37,36 @@ from cepo.train.policy import CACHE, load_testbed_judge, testbed_fingerprint
 from cepo.train.prompts import JUDGE, UNGUARDED_JUDGE
 from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerprint
 
-_CHUNK = 16  # judgements of the testbed that are measured and written at once; of a model, whose take minutes, each
+_CHUNK = 16  # testbed judgements that are measured and written at once; a real model's, which take minutes, one by one
 _JUDGE_STEPS = 300
-IN_WORDS = "words-"  # begins the name of a world whose judge is a pretrained model
+IN_WORDS = "words-"  # prefix of worlds whose judge is a pretrained model
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class CausalJob:
-    """What `cepo eval causal` was asked to do.
+    """The arguments of `cepo eval causal`.
 
     Attributes:
         output: folder for rows.jsonl, summary.jsonl, report.html, and parts/, from which a killed run continues.
         model: see `resolve_model`; None for a judge of the testbed.
-        input: file of judgements of that model, rows as for `cepo score`; None for the testbed.
-        world: which judge of the testbed, see `cepo.train.testbed_judges.warm_start`; after "words-", one of a
+        input: file of that model's judgements, with rows as for `cepo score`; None for the testbed.
+        world: kind of testbed judge, see `cepo.train.testbed_judges.warm_start`; with the prefix "words-", a
             pretrained model, see `cepo.train.testbed_words`.
-        layers: first layers of that pretrained model to keep, at least 1; None for the number that `WordsJudge` keeps.
-        items: number of testbed prompts, at least 8; or of rows of the input that are measured, the first ones. All
-            rows of the input offer donors.
-        completions: completions sampled for each testbed prompt, at least 2.
-        pair: whether to examine the certified pair of testbed judges too, which warms them up where they are new.
-        most_nodes: largest number of nodes along a path, at least 1; 16 is the largest that is tried.
-        estimates_only: whether to leave out the scores that estimate no effect, which cost most on a large model, and
-            the controls.
-        controlled: number of judgements that the controls use, at least 1.
+        layers: number of first layers of that pretrained model to keep, at least 1; None for `WordsJudge`'s default.
+        items: number of testbed prompts, at least 8; or number of rows of the input to measure, from the first. All
+            rows of the input provide donors.
+        completions: completions sampled per testbed prompt, at least 2.
+        pair: whether to examine the certified pair of testbed judges too, which are warmed up if they are not cached.
+        most_nodes: largest number of nodes along a path, at least 1; numbers above 16 are not tried.
+        estimates_only: whether to leave out the controls and the scores that do not estimate the effect, which cost
+            most on a large model.
+        controlled: number of judgements for the controls, at least 1.
         seed: seed of judge, items, sampling and donors.
-        raw: take prompt text as it is, without the chat template.
+        raw: whether to use prompt text as it is, without the chat template.
         dtype: dtype of the weights.
-        device: where to run.
-        memory_gib: memory that the engine may use beyond the model's, in GiB.
+        device: device to run on.
+        memory_gib: GiB that the engine may use besides the model.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -91,7 +91,7 @@ class CausalJob:
 
 @dataclass(frozen=True)
 class _Judged:
-    """A judge and its judgements, malformed ones included."""
+    """A judge and its judgements, including malformed ones."""
 
     judge: Judge
     judgements: tuple[Judgement, ...]
@@ -101,17 +101,17 @@ class _Judged:
 
 
 def run_causal(job: CausalJob, *, progress: Progress | None = None) -> CausalSummary:
-    """Compare every score with how each completion came to its verdict, and with its exact effect; write the report.
+    """Compare every score with how completions came to their verdicts, and with exact effects; write the report.
 
-    judgements -> scores, approximations and exact effects -> agreement within prompts -> controls that a true measure
-    must pass. Finished parts are kept in `parts/`; the same command continues from them.
+    judgements -> scores, approximations and exact effects -> agreement within prompts -> controls that a valid measure
+    must pass. Finished parts are kept in `parts/`, and the same command continues from them.
 
     Args:
-        job: what to do.
-        progress: called with (what is being done, done, in all).
+        job: the job.
+        progress: called with (what is being done, number done, total).
 
     Raises:
-        ValueError: for settings, input or a model that cannot be used, before long work starts, or an output of other
+        ValueError: for settings, input or a model that cannot be used, before long work starts, or an output with other
             settings, data or weights.
     """
     _check(job)
@@ -158,7 +158,7 @@ def _check(job: CausalJob) -> None:
 
 
 def _settings(job: CausalJob) -> dict[str, Any]:
-    """Return what decides the parts; the pair resumes from the parts that exist."""
+    """Return what determines the parts; `pair` is not included, since it only adds parts."""
     names = ("items", "most_nodes", "estimates_only", "controlled", "seed", "raw", "dtype")
     settings = {"command": "cepo eval causal", **{name: getattr(job, name) for name in names}}
     if job.model is not None and job.input is not None:
@@ -179,7 +179,7 @@ def _in_words(name: str, layers: int | None) -> WordsJudge:
 
 
 def _once(path: Path, work: Callable[[], Any]) -> Any:
-    """Return what the work gives as JSON, from its file where an earlier run finished it."""
+    """Return the JSON result of some work, from its file if an earlier run finished it."""
     if not path.is_file():
         value = json.dumps(work())
         make_folder(path.parent)
@@ -225,7 +225,7 @@ def _testbed_judge(job: CausalJob, name: str, completions: int, parts: Path, rep
             seed=job.seed,
             progress=lambda step, _: report(making, step, _JUDGE_STEPS),
         )
-    # Where the verdict is written into the criteria, the guard calls all judgements malformed, and nothing is measured.
+    # Without the guard, since judgements whose criteria hold the verdict would all be malformed.
     layout = UNGUARDED_JUDGE if name.endswith("copied") else JUDGE
     judge = Judge(name, model.to(job.device), SpanReader(tokenizer, layout), job.memory_gib)
     items = testbed.generate_items(job.items, seed=job.seed + 11, cue_agreement=0.5)
@@ -248,9 +248,9 @@ def _testbed_judge(job: CausalJob, name: str, completions: int, parts: Path, rep
 
 
 def _rows(job: CausalJob, judged: _Judged, parts: Path, report: Progress) -> list[dict[str, Any]]:
-    """Return one record per judgement; each is written to the journal as soon as it, or its chunk, is measured."""
+    """Return one record per judgement, written to the journal as soon as its chunk is measured."""
     judgements, name, pools = judged.judgements, judged.judge.name, judged.pools
-    # By the order of the prompts, which two judges of the testbed share, however many completions each has.
+    # Prompts are numbered in order, so that testbed judges with different numbers of completions share the numbers.
     numbers = {ids: number for number, ids in enumerate(dict.fromkeys(one.rollout.prompt_ids for one in judgements))}
     journal = parts / f"rows-{name}.jsonl"
     done = resume_jsonl(journal, lambda record: record["row"])
@@ -288,7 +288,7 @@ def _chunk(job: CausalJob, judge: Judge, chunk: Sequence[Judgement], pools: Pool
 
 
 def _controls(job: CausalJob, judged: _Judged, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the controls show on the first well-formed judgements, and what each approximation costs."""
+    """Return the results of the controls on the first well-formed judgements, and the cost of each approximation."""
     kept = [row["row"] for row in rows if row["problem"] is None][: job.controlled]
     if not kept:
         return {}

@@ -1,4 +1,4 @@
-"""Controls: judges whose inner workings are known, criteria hidden by the mask, randomised weights."""
+"""Controls: judges whose causes are known, criteria hidden by the mask, randomised weights, and Captum's gradient."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _REDRAWN = 2
 
 
 def certificate(follows: Mapping[str, float], ignores: Mapping[str, float]) -> str | None:
-    """Return why interventions do not certify the pair, or None where they do.
+    """Return why interventions do not certify the pair, or None if they do.
 
     Args:
-        follows: what `testbed_judges.certify` says of the judge that must follow its criteria.
-        ignores: what it says of the one that must not.
+        follows: result of `testbed_judges.certify` for the judge that must follow its criteria.
+        ignores: the same for the judge that must not.
     """
     if follows["follows_swap"] < FOLLOWS:
         return (
@@ -54,15 +54,18 @@ def certificate(follows: Mapping[str, float], ignores: Mapping[str, float]) -> s
 
 
 def masked_scores(rollouts: Sequence[Rollout], judge: Judge, pools: Pools) -> dict[str, float]:
-    """Return the largest effect in nats, influence and norm of criteria on a judge that cannot see them.
+    """Return the largest effect (in nats), influence and norm of criteria on a judge that cannot see them.
 
-    At every layer, later tokens cannot attend to the criteria's positions, so nothing there reaches the analysis or
-    the scores: all three are exactly zero. Anything above 0 is a leak.
+    Later tokens cannot attend to the criteria at any layer, so the criteria cannot reach the analysis or the scores,
+    and all three must be exactly zero. Any other value is a bug.
 
     Args:
         rollouts: well-formed judgements, at least one.
         judge: the judge.
-        pools: candidates for the place of each source span.
+        pools: donor candidates for each source span.
+
+    Returns:
+        The largest values by measure and link, such as "delta criteria->scores".
     """
     engine = JacobianEngine(judge.model)
     links = [link for link in LINKS if link.startswith("criteria")]
@@ -80,11 +83,11 @@ def masked_scores(rollouts: Sequence[Rollout], judge: Judge, pools: Pools) -> di
 
 @contextlib.contextmanager
 def criteria_hidden(model: Any, positions: Sequence[int]) -> Iterator[None]:
-    """Hide some positions from all tokens, at every layer, while the context is open.
+    """Hide some positions from all tokens, at every layer, inside this context.
 
     Args:
         model: a Hugging Face causal language model whose decoder takes a (B, T) attention mask.
-        positions: places in the sequences that the model is run on.
+        positions: positions in the sequences that the model is run on.
     """
 
     def hide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -101,21 +104,22 @@ def criteria_hidden(model: Any, positions: Sequence[int]) -> Iterator[None]:
 
 
 def randomisation(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, seed: int) -> list[dict[str, Any]]:
-    """Return how much of the scores' order is left when the weights are randomised from the top layer down.
+    """Return how much of the scores' order remains when the weights are randomised from the top layer down.
 
-    Each step redraws the layers of the step before and some layers below them: matrices from a normal distribution with
-    their own standard deviation, vectors (gains and biases) by shuffling their entries. The last step redraws the
-    embeddings, and a tied head with them. A measure of what the model learnt must lose its order.
+    Each step randomises some more layers below those of the step before: matrices are drawn from a normal distribution
+    with their own standard deviation, and the entries of vectors (gains and biases) are shuffled. The last step
+    randomises the embeddings, and with them a tied head. A measure of what the model learnt must lose its order.
 
     Args:
         rollouts: well-formed judgements.
         judge: the judge; not changed.
-        pools: candidates for the place of each source span.
-        seed: of the redrawn parameters.
+        pools: donor candidates for each source span.
+        seed: seed of the random parameters.
 
     Returns:
-        One record per step: what was redrawn, and for `effect` of the chain and `influence` of criteria->scores the
-        rank correlation with the original's over the rollouts, the mean over models; NaN where it is undetermined.
+        One record per step: what was randomised, and the rank correlation over the rollouts between the original and
+        the randomised model, for `effect` of the chain and `influence` of criteria->scores, mean over random models;
+        NaN if it is undetermined.
 
     Source:
         Adebayo et al., Sanity checks for saliency maps (2018), section 4.1 (cascading randomisation).
@@ -145,14 +149,14 @@ def randomisation(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, se
 
 
 def captum_difference(rollouts: Sequence[Rollout], judge: Judge) -> float | None:
-    """Return the largest difference between our J_XY and Captum's gradient, relative to its largest entry.
+    """Return the largest difference between our J_XY and Captum's gradient, relative to the latter's largest entry.
 
     Args:
         rollouts: well-formed judgements.
         judge: the judge.
 
     Returns:
-        The largest over the rollouts; None where captum, an optional extra, is not installed.
+        The maximum over the rollouts; None if captum, an optional extra, is not installed.
     """
     try:
         # By name, so that type checkers do not look for an optional package.
@@ -179,7 +183,7 @@ def captum_difference(rollouts: Sequence[Rollout], judge: Judge) -> float | None
 
 
 def _orders(rollouts: Sequence[Rollout], judge: Judge, pools: Pools) -> dict[str, list[float]]:
-    """Return what a model says of each rollout: the chain's effect in nats, and the influence of criteria->scores."""
+    """Return for each rollout the chain's effect in nats, and the influence of criteria->scores."""
     scores = scored(rollouts, judge, pools, score="effect", also=("influence",), seed=0)
     return {
         "effect": [min([one.links[link].delta or 0.0 for link in CHAIN], default=0.0) for one in scores],

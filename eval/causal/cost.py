@@ -1,4 +1,4 @@
-"""What each approximation of the chain's effect costs, in token rows, as the group engine's plan counts them."""
+"""The cost of each approximation of the chain's effect, in token rows of the group engine's plan."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cepo.jacobian.targets import target_positions
 
 
 def relative_costs(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, *, seed: int) -> dict[str, float]:
-    """Return the token rows of each approximation over those of the effect, forward and backward rows alike.
+    """Return the token rows of each approximation, forward and backward, relative to those of the effect.
 
-    A Hessian-vector product is counted as two backward passes through the stages after the source: one through the
-    forward pass, one through the backward pass. The influence, for comparison, is that of one link, criteria->scores.
+    A Hessian-vector product counts as two backward passes through the stages after the source: one through the forward
+    pass, and one through the backward pass. For comparison, the influence of one link, criteria->scores, is included.
 
     Args:
         rollouts: well-formed judgements, at least one.
         judge: the judge.
-        pools: candidates for the place of each source span.
-        seed: of the donors.
+        pools: donor candidates for each source span.
+        seed: seed of the donors.
 
     Returns:
-        Nothing where the oracle serves the model, which has no plan.
+        The relative costs by name; empty if the oracle serves the model, for which there is no plan.
     """
     if judge.engine.unserved is not None:
         return {}

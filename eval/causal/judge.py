@@ -1,4 +1,4 @@
-"""A judge to examine, and its judgements: of testbed items, several to a prompt, or read from a file."""
+"""A judge to examine, and its judgements: several per testbed item, or read from a file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Judge:
     """A judge to examine.
 
     Attributes:
-        name: of the world, the testbed judge, or "judgements" for a model's own.
+        name: name of the world or testbed judge, or "judgements" for those of a model.
         model: causal language model in eval mode.
         reader: reads its rollouts.
-        memory_gib: memory that the engine may use beyond the model's, in GiB.
+        memory_gib: GiB that the engine may use besides the model.
     """
 
     name: str
@@ -35,27 +35,27 @@ class Judge:
 
     @property
     def layout(self) -> Layout:
-        """What its judgements look like."""
+        """The format of its judgements."""
         return self.reader.layout
 
     @cached_property
     def engine(self) -> GroupEngine:
-        """The engine on its model."""
+        """The group engine on its model."""
         return GroupEngine(self.model, memory_budget=self.memory_gib * 2**30)
 
     @cached_property
     def held(self) -> HeldModel:
-        """Its model as engines hold it."""
+        """Its model, prepared for forward passes outside of an engine."""
         return HeldModel(self.model)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One judgement with what is known of how it came about.
+    """One judgement, and how it came about.
 
     Attributes:
-        rollout: the judgement; malformed or not.
-        mode: how it came to its verdict, see `completion_mode`; None where unknown.
+        rollout: the judgement, possibly malformed.
+        mode: how it came to its verdict, see `completion_mode`; None if unknown.
     """
 
     rollout: Rollout
@@ -63,13 +63,13 @@ class Judgement:
 
 
 def sample_judgements(judge: Judge, items: Sequence[testbed.Item], *, completions: int, seed: int) -> list[Judgement]:
-    """Return some judgements of each testbed item, sampled at temperature 1, item by item.
+    """Return several judgements of each testbed item, sampled at temperature 1, in the order of the items.
 
     Args:
         judge: a testbed judge.
-        items: what it judges.
-        completions: judgements of each item, at least 1.
-        seed: of the sampling.
+        items: the items to judge.
+        completions: judgements per item, at least 1.
+        seed: seed of the sampling.
     """
     repeated = [item for item in items for _ in range(completions)]
     tokenizer = judge.reader.tokenizer

@@ -1,4 +1,4 @@
-"""What every score says of a judgement, what each approximation makes of its effect, and the exact effect."""
+"""Measure every score, every approximation of the effect, and the exact effect of a judgement."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from cepo.train.rewards.proxy import measure_sensitivity
 
 LINKS: tuple[str, ...] = ("criteria->analysis", "analysis->scores", "criteria->scores")
 CHAIN: tuple[str, str] = ("criteria->analysis", "analysis->scores")
-"""The links that are joined by their weakest: the place "chain"."""
+"""The links of the place "chain", whose value is the smallest of theirs."""
 PLACES: tuple[str, ...] = ("chain", *LINKS, "both->scores")
-"""Where a measure is taken; "both" are criteria and analysis together, which only the published rewards read."""
+"""Where a measure is taken; "both" is criteria and analysis together, which only the published rewards use."""
 NODES: tuple[int, ...] = (1, 2, 4, 8, 16)
 ESTIMATES: tuple[str, ...] = ("gradient", "second order", *(f"path {count}" for count in NODES), "effect")
 """Approximations of the effect, from the cheapest expansion to the effect itself."""
-DONORS = RewardConfig().donors  # of the scores, as a reward has them
-FRESH_DONORS = 8  # of the exact effect
+DONORS = RewardConfig().donors  # donors per span for the scores, as in a reward
+FRESH_DONORS = 8  # donors per span for the exact effect
 _FRESH = 1 << 20  # added to the seed for the exact effect's donors
 _PAPER = {"counterfactuals": 4, "rank": 2}
 _PEERS: tuple[tuple[Callable[..., PeerReward], str], ...] = (
@@ -43,16 +43,17 @@ _READ = {"criteria->scores": ["criteria"], "analysis->scores": ["analysis"], "bo
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one judgement.
+    """The measures of one judgement.
 
     Attributes:
-        values: by definition and place, what a reward would see: S in [0, 1] of a named score or an approximation, the
-            norm, or a published reward.
-        nats: by approximation and link, its estimate of the effect of the scores' donors; of "effect" that effect.
-        exact: by place, the effect of fresh donors, in nats; of the chain the smaller of its links'. None where no
-            other prompt offers content.
-        attributions: by link, what each token of the source adds to the path's estimate.
-        problem: why nothing is known, or None.
+        values: by definition and place, the value that a reward would be: S in [0, 1] of a named score or an
+            approximation, the norm, or a published reward.
+        nats: by approximation and link, its estimate in nats of the effect of the scores' donors; under "effect", that
+            effect itself.
+        exact: by place, the effect of fresh donors, in nats; for the chain, the smaller of its links'. None if no other
+            prompt has content for the span.
+        attributions: by link, what each token of the source adds to the path's estimate, in nats.
+        problem: why nothing could be measured, or None.
     """
 
     values: Mapping[str, Mapping[str, float]]
@@ -63,7 +64,7 @@ class Measured:
 
 
 def scored(rollouts: Sequence[Rollout], judge: Judge, pools: Pools, **settings: Any) -> list[RolloutScore]:
-    """Return the scores of the three links with some of the settings of a `RewardConfig`."""
+    """Return the scores of the three links, with some settings of a `RewardConfig` changed."""
     config = RewardConfig(links=dict.fromkeys(LINKS, 1.0), **{"counterfactuals": 0, "donors": DONORS, **settings})
     return score_rollouts(rollouts, judge.engine, config, judge.layout, pools=pools)
 
@@ -80,13 +81,13 @@ def measure(
     """Return every score, every approximation and the exact effect of each rollout.
 
     Args:
-        rollouts: judgements; those that are malformed, or that the engine cannot serve, have a problem.
+        rollouts: judgements; those that are malformed, or that the engine cannot run, get a `problem`.
         judge: the judge that wrote them.
-        pools: candidates for the place of each source span.
-        seed: of the scores' donors and permutations; the exact effect's donors are drawn by another.
-        most_nodes: paths with more nodes than this are left out.
-        estimates_only: whether scores that estimate no effect are left out (influence, phi, norm, published rewards),
-            which cost most on a large model.
+        pools: donor candidates for each source span.
+        seed: seed of the scores' donors and permutations; the exact effect's donors have another.
+        most_nodes: paths with more nodes are left out.
+        estimates_only: whether to leave out scores that do not estimate the effect (influence, phi, norm, published
+            rewards), which cost most on a large model.
     """
     also = () if estimates_only else ("influence", "phi")
     base = scored(rollouts, judge, pools, score="effect", also=also, seed=seed)
@@ -140,7 +141,7 @@ def links_of(judge: Judge) -> list[Link]:
 
 
 def _named(score: RolloutScore) -> dict[str, dict[str, float]]:
-    """Return the named scores of each link: those that one computation of effect, influence and phi gives."""
+    """Return the named scores of each link that follow from one computation of effect, influence and phi."""
     values: dict[str, dict[str, float]] = {}
     for name, link in score.links.items():
         compared = Compared(link.against or "nothing", score.paths.get(name))
@@ -153,7 +154,7 @@ def _named(score: RolloutScore) -> dict[str, dict[str, float]]:
 
 
 def _expanded(rollout: Rollout, judge: Judge, pools: Pools, seed: int) -> dict[str, dict[str, float]]:
-    """Return the effect of the scores' donors on each link, expanded about the rollout to first and second order."""
+    """Return the first- and second-order estimates of each link's effect, for the scores' donors."""
     found: dict[str, dict[str, float]] = {"gradient": {}, "second order": {}}
     by_source: dict[str, list[Link]] = {}
     for link in links_of(judge):
@@ -180,7 +181,7 @@ def _others(rollout: Rollout, judge: Judge) -> dict[str, dict[str, float]]:
 
 
 def _own_encoder(judge: Judge) -> Callable[[str], np.ndarray]:
-    """Return the judge itself as an encoder of texts: the mean of its last hidden states."""
+    """Return an encoder of texts by the judge itself: the mean of its last hidden states."""
 
     @torch.no_grad()
     def encode(text: str) -> np.ndarray:

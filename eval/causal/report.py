@@ -19,14 +19,14 @@ from cepo.eval.report.page import write_report
 from cepo.eval.report.tables import ConsoleTable, PageTable
 from cepo.eval.statistics import Estimate
 
-_MAPS = 8  # judgements whose attributions are drawn
+_MAPS = 8  # number of heat maps
 _AGREEMENTS = {
     "auc": "AUC within a prompt: how often the completion whose verdict came from evidence scores higher",
     "rank correlation": "Rank correlation with the exact effect",
     "auc, modes shuffled within prompts": "Control, modes shuffled within prompts: AUC, 95% of shuffles",
     "pair": f"Control, certified: AUC of {PAIR[0]}, which follows its criteria, against {PAIR[1]}, which ignores them",
 }
-# Caption, kind of record, the keys that name a row, and the key that names a column.
+# Caption, kind of record, the keys whose values name a row, and the key whose value names a column.
 _PIVOTS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("Judgements", "count", ("population",), "figure"),
     ("Certificates: what forced criteria do to a judge's verdict", "certificate", ("population",), "figure"),
@@ -47,7 +47,7 @@ def console_tables(summary: CausalSummary) -> list[ConsoleTable]:
 
 
 def text_tables(summary: CausalSummary) -> dict[str, PageTable]:
-    """Return header and rows of each table by its caption, the answers first."""
+    """Return header and rows of each table by its caption, the main results first."""
     population = summary.records[0]["population"]
     found: dict[str, PageTable] = {}
     for place in ("chain", *LINKS):
@@ -88,11 +88,11 @@ def text_tables(summary: CausalSummary) -> dict[str, PageTable]:
 def write_causal_report(
     path: Path, results: Sequence[JudgeResults], summary: CausalSummary, facts: Mapping[str, str]
 ) -> None:
-    """Write the page: what each score is worth, figures, every table, and attributions.
+    """Write the page: figures, tables, heat maps and notes.
 
     Args:
         path: the file to write.
-        results: of each judge.
+        results: the results of each judge.
         summary: from `summarise_causal`.
         facts: what was run, by label.
     """
@@ -124,7 +124,7 @@ def write_causal_report(
 
 
 def _approximations(summary: CausalSummary, population: str, place: str) -> list[list[str]]:
-    """Return a row for each approximation, and one for what it approximates, with other donors."""
+    """Return a row for each approximation, and one for the exact effect, which has other donors."""
     errors, costs = (summary.found(what, population) for what in ("error", "cost"))
     areas, correlations = (summary.found(what, population) for what in ("auc", "rank correlation"))
     rows = []
@@ -138,7 +138,7 @@ def _approximations(summary: CausalSummary, population: str, place: str) -> list
 
 
 def _figures(main: JudgeResults, summary: CausalSummary) -> dict[str, Figure]:
-    """Draw what the scores of the chain are worth, and how the path's error falls with its nodes."""
+    """Draw the agreement of each score of the chain, and the error of the path by its number of nodes."""
     figures: dict[str, Figure] = {}
     for what, axis, reference in (
         ("auc", "AUC within a prompt", 0.5),

@@ -1,4 +1,4 @@
-"""What `cepo eval causal` found, as estimates with intervals: agreement within prompts, errors, costs and controls."""
+"""The results of `cepo eval causal` as estimates with intervals: agreement within prompts, errors, costs, controls."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from cepo.eval.report.tables import summary_row
 from cepo.eval.statistics import AT_LEAST_0, SHARE, Estimate, aucs, estimate, estimates, mean
 
 EXACT = "exact effect"
-"""The effect of fresh donors as a definition of its own: what no approximation of it can be expected to beat."""
+"""The effect of fresh donors as a definition of its own, an upper reference for its approximations."""
 _MODES = {"evidence": 1.0, "length": 0.0, "hollow": 0.0, "query": 0.0, "copied": 0.0}
-_DEALS = 200  # of modes within prompts
+_DEALS = 200  # shuffles of the modes within prompts
 
 
 @dataclass(frozen=True)
 class JudgeResults:
-    """The judgements of one judge, with what was measured on them.
+    """The judgements of one judge, with their measures.
 
     Attributes:
-        name: of the judge.
-        rows: one record per judgement, malformed ones included.
-        controls: what the controls show, and the costs; empty for the judges of the certified pair.
-        certificate: from `testbed_judges.certify`; None for a judge whose workings are not known.
+        name: the judge's name.
+        rows: one record per judgement, including malformed ones.
+        controls: results of the controls, and costs; empty for the judges of the certified pair.
+        certificate: from `testbed_judges.certify`; None for a judge that is not certified.
     """
 
     name: str
@@ -40,24 +40,24 @@ class JudgeResults:
 
     @property
     def sound(self) -> list[dict[str, Any]]:
-        """The records of judgements that could be measured."""
+        """The records of the judgements that could be measured."""
         return [row for row in self.rows if row["problem"] is None]
 
     @property
     def is_within(self) -> bool:
-        """Whether some prompt has two judgements that could be measured, so that they can be compared within it."""
+        """Whether some prompt has at least two measured judgements, so that they can be compared."""
         return max(Counter(row["prompt"] for row in self.sound).values(), default=0) > 1
 
 
 @dataclass(frozen=True)
 class CausalSummary:
-    """Every figure of a run.
+    """All results of a run.
 
     Attributes:
-        records: one per figure: what, population (a judge), definition, place or other keys; value, and for an estimate
+        records: one per number: what, population (a judge), definition, place or other keys; value, and for an estimate
             low, high and count.
-        refused: what has no figure, with the reason.
-        warnings: paragraphs for readers.
+        refused: results that could not be computed, with the reason.
+        warnings: paragraphs for the page.
     """
 
     records: tuple[dict[str, Any], ...]
@@ -77,11 +77,11 @@ class CausalSummary:
 
 
 def summarise_causal(results: Sequence[JudgeResults], *, seed: int) -> CausalSummary:
-    """Return every figure: agreement within prompts with modes and exact effects, errors, costs, and the controls.
+    """Return all results: agreement with modes and exact effects within prompts, errors, costs, and controls.
 
     Args:
-        results: of the judge, and then of the certified pair, if it was examined.
-        seed: of the shuffled truths.
+        results: the results of the judge, then of the certified pair if it was examined.
+        seed: seed of the shuffled modes.
     """
     records: list[dict[str, Any]] = []
     refused, warnings = {}, []
@@ -121,7 +121,7 @@ def _counts(one: JudgeResults) -> Iterator[dict[str, Any]]:
 
 
 def _agreement(one: JudgeResults, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield how each score agrees with modes and exact effects, and the errors of the approximations."""
+    """Yield the agreement of each score with modes and exact effects, and the errors of the approximations."""
     rows = one.sound
     prompts = [row["prompt"] for row in rows]
     modes_N = np.array([_MODES.get(row["mode"], np.nan) for row in rows])
@@ -161,7 +161,7 @@ def _agreement(one: JudgeResults, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _values(rows: Sequence[Mapping[str, Any]], place: str) -> tuple[list[str], np.ndarray]:
-    """Return the definitions that a place has, the exact effect among them, and their values (N, M)."""
+    """Return the definitions that a place has, including the exact effect, and their values (N, M)."""
     names = [name for name, of_places in rows[0]["values"].items() if place in of_places]
     columns = [[row["values"][name][place] for row in rows] for name in names]
     if place in rows[0]["exact"]:
@@ -184,7 +184,7 @@ def _controls(one: JudgeResults) -> Iterator[dict[str, Any]]:
 
 
 def _separation(follows: JudgeResults, ignores: JudgeResults) -> Iterator[dict[str, Any]]:
-    """Yield how well each score tells the judge that follows its criteria from the one that ignores them."""
+    """Yield how well each score separates the judge that follows its criteria from the one that ignores them."""
     rows = [*follows.sound, *ignores.sound]
     positive_N = [float(row["judge"] == follows.name) for row in rows]
     prompts = [row["prompt"] for row in rows]

@@ -1,7 +1,7 @@
-"""Agreement within prompts: which of two completions of one prompt, and how well their order is kept.
+"""Agreement within prompts: areas under the ROC curve and rank correlations.
 
-GRPO compares completions of one prompt, so only that comparison counts. Each prompt gives sums, and an estimate is a
-ratio of sums over prompts, which are the units of its interval.
+GRPO compares completions of one prompt, so only that comparison counts. An estimate is a ratio of sums over prompts,
+which are the units of its interval.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NO_PAIR = undetermined("no prompt has completions both with evidence and withou
 def areas_within(values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequence[int]) -> list[Estimate]:
     """Return the probability that the positive of a prompt has a larger value than a negative of that prompt.
 
-    Every pair of completions of one prompt, a positive and a negative, counts the same; ties count half.
+    Every pair of a positive and a negative of one prompt has the same weight; ties count half.
 
     Args:
         values_NM: M scores of N completions.
@@ -29,7 +29,7 @@ def areas_within(values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequenc
         prompts: the prompt of each completion.
 
     Returns:
-        One estimate for each score, its count the number of pairs; undetermined where no prompt has a pair.
+        One estimate per score, with the number of pairs as its count; undetermined if no prompt has a pair.
     """
     wins, pairs = _wins(values_NM, positive_N, _members(prompts))
     if not pairs:
@@ -43,17 +43,17 @@ def areas_within(values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequenc
 def areas_by_chance(
     values_NM: np.ndarray, positive_N: np.ndarray, prompts: Sequence[int], *, deals: int, seed: int
 ) -> list[Estimate]:
-    """Return what `areas_within` gives when the truth is shuffled within each prompt, as often as is asked.
+    """Return the areas of `areas_within` with the labels shuffled within each prompt.
 
     Args:
         values_NM: M scores of N completions.
         positive_N: as in `areas_within`.
         prompts: the prompt of each completion.
-        deals: number of deals, at least 1.
-        seed: of the deals.
+        deals: number of shuffles, at least 1.
+        seed: seed of the shuffles.
 
     Returns:
-        For each score the mean over deals, near 0.5, and the range that holds 95% of them: what chance alone reaches.
+        For each score the mean over shuffles, near 0.5, and the range of 95% of them, which chance alone reaches.
     """
     rng = np.random.default_rng(seed)
     members = _members(prompts)
@@ -76,9 +76,10 @@ def areas_by_chance(
 def correlations_within(values_NM: np.ndarray, truth_N: np.ndarray, prompts: Sequence[int]) -> list[Estimate]:
     """Return the rank correlation of each score with the truth within prompts, pooled.
 
-    Ranks are taken within each prompt; the correlation is the sum of their covariances over prompts, divided by the
-    root of the sums of their variances. A prompt in which a score never varies adds to the truth's variance alone, so
-    a score that tells nothing apart is near 0. Where every prompt has one completion, the ranks are over all rows.
+    Ranks are taken within each prompt. The correlation is the sum over prompts of their covariances, divided by the
+    root of the product of the summed variances. A prompt in which a score is constant adds only to the truth's
+    variance, so a score that distinguishes nothing is near 0. If every prompt has one completion, ranks are over all
+    rows.
 
     Args:
         values_NM: M scores of N completions.
@@ -86,7 +87,7 @@ def correlations_within(values_NM: np.ndarray, truth_N: np.ndarray, prompts: Seq
         prompts: the prompt of each completion.
 
     Returns:
-        One estimate for each score, its count the number of completions that were compared.
+        One estimate per score, with the number of compared completions as its count.
     """
     groups = [members for members in _members(prompts) if len(members) > 1]
     if not groups:
@@ -109,7 +110,7 @@ def correlations_within(values_NM: np.ndarray, truth_N: np.ndarray, prompts: Seq
 def _wins(
     values_NM: np.ndarray, positive_N: np.ndarray, members: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], list[float]]:
-    """Return, for each prompt with a pair, how many pairs each score gets right, and the number of pairs."""
+    """Return, for each prompt with a pair, the number of pairs that each score orders correctly, and of all pairs."""
     wins, pairs = [], []
     for places in members:
         positives_PM = values_NM[places[positive_N[places] == 1.0]]
@@ -123,7 +124,7 @@ def _wins(
 
 
 def _members(prompts: Sequence[int]) -> list[np.ndarray]:
-    """Return the places of each prompt's completions."""
+    """Return the indices of each prompt's completions."""
     prompts_N = np.asarray(prompts)
     return [np.flatnonzero(prompts_N == prompt) for prompt in dict.fromkeys(prompts)]
 

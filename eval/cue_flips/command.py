@@ -25,21 +25,21 @@ from cepo.train.policy import CACHE, load_testbed_judge, testbed_fingerprint
 AGREEMENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Shares of items whose longer response is the better one."""
 
-_STEPS = 300  # of a judge's warm-up, enough for any of them
+_STEPS = 300  # steps of a judge's warm-up, enough for every kind
 _BATCH = 128
 
 
 @dataclass(frozen=True)
 class FlipsJob:
-    """What `cepo eval cue-flips` is asked to do.
+    """The arguments of `cepo eval cue-flips`.
 
     Attributes:
         judges: testbed judges (able, lazy, hollow, decorative, copied, criteria, query), or folders of policies trained
             on the testbed.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
         items: items per agreement, at least 1.
-        seed: of the items and of the judges' warm-up.
-        cache: where warmed-up judges are kept.
+        seed: seed of the items and of the judges' warm-up.
+        cache: folder of warmed-up judges.
     """
 
     judges: tuple[str, ...]
@@ -54,11 +54,11 @@ class JudgeFlips:
     """One judge's accuracies.
 
     Attributes:
-        accuracy: greedy accuracy by the cue's agreement.
-        drop: accuracy at the greatest agreement minus accuracy at the least.
+        accuracy: greedy accuracy, by the cue's agreement.
+        drop: accuracy at the largest agreement minus accuracy at the smallest.
         with_cue: accuracy over all items whose longer response is the better one.
-        against_cue: accuracy over all others.
-        unreadable: verdicts that could not be read, of all.
+        against_cue: accuracy over all other items.
+        unreadable: number of verdicts that could not be read.
         judgements: number of items judged.
     """
 
@@ -71,13 +71,13 @@ class JudgeFlips:
 
 
 def measure_flips(job: FlipsJob, *, progress: Progress | None = None) -> dict[str, JudgeFlips]:
-    """Let each judge decide items under each agreement of the cue, greedily; write judgements, summary and page.
+    """Judge items greedily at each agreement of the cue, with each judge; write judgements, summary and page.
 
-    Every agreement has items of its own. A killed run is resumed; a judge whose weights have changed is judged again.
+    Every agreement has items of its own. A killed run is resumed, but a judge whose weights have changed starts anew.
 
     Args:
         job: what to measure.
-        progress: called with (items judged, items in all, the judge and its speed in words).
+        progress: called with (items judged, items in total, a text with the judge and its speed).
 
     Returns:
         The accuracies, by judge.
@@ -120,7 +120,7 @@ def _check(job: FlipsJob) -> None:
 
 
 class _TestbedJudge:
-    """A testbed policy as a judge; it answers the items' own prompts, in the few words of that world."""
+    """A testbed policy as a judge, which answers the items' own prompts in the testbed's vocabulary."""
 
     def __init__(self, model: Any, tokenizer: Any, items: Mapping[str, testbed.Item]) -> None:
         self._model, self._tokenizer, self._items = model, tokenizer, items
@@ -134,11 +134,11 @@ class _TestbedJudge:
 
 
 def _draw_tasks(judge: str, job: FlipsJob) -> tuple[list[testbed.Item], list[JudgeTask]]:
-    """Return the items under all agreements, and the task of judging each."""
+    """Return the items of all agreements, and a task for each."""
     weights = _weights(judge, job)
     items, tasks = [], []
     for place, agreement in enumerate(AGREEMENTS):
-        # Far from the seeds of warm-ups and demos, whose items must not be drawn here.
+        # Seeds far from those of warm-ups and demos, so that their items are not drawn here.
         items += testbed.generate_items(job.items, seed=10_007 * (job.seed + 1) + place, cue_agreement=agreement)
         for number, item in enumerate(items[-job.items :]):
             facts = {"judge": judge, "agreement": agreement, "label": item.label, "cue_agrees": item.cue_agrees}
@@ -158,14 +158,14 @@ def _open(judge: str, job: FlipsJob, items: Sequence[testbed.Item]) -> _TestbedJ
 
 
 def _weights(judge: str, job: FlipsJob) -> str:
-    """Return what identifies a judge's weights."""
+    """Return a key that identifies a judge's weights."""
     if judge in get_args(testbed_judges.JudgeKind):
         return testbed_fingerprint(judge, steps=_STEPS, seed=job.seed)  # type: ignore[arg-type]
     return model_fingerprint(resolve_model(judge))
 
 
 def _flips(items: Sequence[testbed.Item], records: Sequence[Mapping[str, Any]]) -> JudgeFlips:
-    """Return the accuracies of judgements on items in the order of AGREEMENTS."""
+    """Return the accuracies of judgements on items that are in the order of AGREEMENTS."""
     grades_AN = np.reshape(
         [testbed_judges.accuracy([record["text"]], [item]) for item, record in zip(items, records, strict=True)],
         (len(AGREEMENTS), -1),
@@ -174,7 +174,7 @@ def _flips(items: Sequence[testbed.Item], records: Sequence[Mapping[str, Any]]) 
     correct = dict(zip(AGREEMENTS, grades_AN, strict=True))
     return JudgeFlips(
         accuracy={agreement: proportion(grades_N) for agreement, grades_N in correct.items()},
-        # The two samples are independent and of equal size: drawn in pairs or not, their difference varies as much.
+        # The two samples are independent and of equal size, so pairing them does not change the variance.
         drop=estimate(mean_difference, correct[max(AGREEMENTS)], correct[min(AGREEMENTS)], ends=DIFFERENCE),
         with_cue=proportion(grades_AN[agrees_AN]),
         against_cue=proportion(grades_AN[~agrees_AN]),

@@ -1,16 +1,16 @@
-"""What a server of OpenAI's chat protocol answers, in the forms that servers give it.
+"""Read the answers of servers with OpenAI's chat protocol, in the forms that different servers use.
 
 | where | thought | text |
 | --- | --- | --- |
-| OpenAI, Azure, TGI, Together | kept back, or in the text | `content` |
+| OpenAI, Azure, TGI, Together | not sent, or in the text | `content` |
 | DeepSeek, SGLang, llama.cpp, xAI, vLLM before 0.16 | `reasoning_content` | `content` |
 | vLLM, OpenRouter, Ollama, Groq | `reasoning` | `content` |
 | OpenRouter, for some models | `reasoning_details`, a list with `text` or `summary` | `content` |
 | Mistral | parts of `content` of the type thinking | parts of the type text |
 | OpenAI, refusing | | `refusal` |
 
-A judge that was cut (`finish_reason` length) or filtered has judged without a verdict. An answer with neither text nor
-thought is none.
+An answer that was cut off (`finish_reason` length) or filtered is a judgement without a verdict. An answer with neither
+text nor thought is an error.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read_answer(answer: Any, verdicts: Verdicts) -> Judgement:
         raise NoAnswerError("the answer holds no content")
     whole = text
     if thought:
-        # A closing tag that the thought quotes must not end it: where it ends is known here.
+        # Here the end of the thought is known, so a closing tag that is quoted in it must not end it.
         opened = f"<{THOUGHT}>" + thought.replace(f"</{THOUGHT}", f"<\\/{THOUGHT}")
         whole = opened if was_cut and not text else f"{opened}</{THOUGHT}>{text}"
     usage = answer.get("usage")
@@ -87,7 +87,7 @@ def _is_thought(part: Any) -> bool:
 
 
 def _text(part: Any) -> str:
-    """Return the text of a part, of a list of them, or of a field; "" where there is none."""
+    """Return the text of a part, of a list of parts, or of a field; "" if there is none."""
     if isinstance(part, str):
         return part
     if isinstance(part, list):
@@ -98,7 +98,7 @@ def _text(part: Any) -> str:
 
 
 def _read_logprobs(logprobs: Any, text: str, verdicts: Verdicts) -> tuple[int, tuple[float, float] | None]:
-    """Return how many tokens the server lists, and the expected scores where it lists enough."""
+    """Return the number of tokens that the server lists, and the expected scores if it lists enough of them."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content:
         return 0, None
@@ -120,6 +120,6 @@ def _likely(content: Sequence[Mapping[str, Any]]) -> Callable[[int], Mapping[byt
 
 
 def _piece(token: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a token as the server lists them: its text may be half a character."""
+    """Return the bytes of a token; preferably those that the server lists, since its text may be half a character."""
     listed = token.get("bytes")
     return bytes(listed) if listed is not None else str(token["token"]).encode()

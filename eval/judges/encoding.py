@@ -1,4 +1,4 @@
-"""Prompts to token ids, and generated ids to judgements: what every judge that runs on this machine needs."""
+"""Encode prompts as token ids and read judgements from generated ids, for judges that run on this machine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Likely: TypeAlias = Callable[[int], Mapping[bytes, float]]
 """Maps the index of a generated token to the probabilities of its alternatives, by their bytes."""
 
 FORCED_TOKENS = 12  # "10.25, 10.25}" in single characters
-_TAIL = 16  # tokens in which a closing tag is looked for at each step
-_LONGEST_SCORE_TOKEN = 4  # characters of the vocabulary, in which a space may be a mark
+_TAIL = 16  # last tokens that are searched for a closing tag at each step
+_LONGEST_SCORE_TOKEN = 4  # characters as written in the vocabulary, where a space may be several
 _SCORES = range(1, LARGEST_SCORE + 1)
 _FORCED_PAIRS = [f"{first}, {second}}}".encode() for first in _SCORES for second in _SCORES]
 
@@ -32,8 +32,8 @@ class PromptEncoder:
     """Turns messages into the ids of a prompt.
 
     Attributes:
-        opened: what the chat template itself opens the answer with, "<think>" or nothing. It belongs to the text of a
-            judgement, in which the end of the thought is looked for.
+        opened: what the chat template itself puts at the start of the answer, "<think>" or nothing. It is part of the
+            judgement's text, so that the end of the thought is found.
     """
 
     def __init__(self, tokenizer: Any, settings: JudgeSettings) -> None:
@@ -51,7 +51,7 @@ class PromptEncoder:
         self.opened = f"<{THOUGHT}>" if opens else ""
 
     def encode(self, messages: Messages) -> list[int] | str:
-        """Return the prompt's ids, or the reason why there are none."""
+        """Return the prompt's ids, or the reason why it cannot be encoded."""
         if self._raw:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             return self._prompts.raw_ids(text) or "the prompt has no tokens"
@@ -64,7 +64,7 @@ class PromptEncoder:
         return list(encoded["input_ids"]) or "the prompt has no tokens"
 
     def encode_all(self, prompts: Sequence[Messages]) -> tuple[dict[int, list[int]], dict[int, Judgement]]:
-        """Return the ids of the prompts by row, and judgements with an error for the rows that have none."""
+        """Return the ids of the prompts by row, and judgements with an error for rows that cannot be encoded."""
         encoded = {row: self.encode(messages) for row, messages in enumerate(prompts)}
         failed = {row: Judgement("", error=ids) for row, ids in encoded.items() if isinstance(ids, str)}
         kept = {row: ids for row, ids in encoded.items() if not isinstance(ids, str)}
@@ -77,16 +77,16 @@ class PromptEncoder:
 
 
 class TextReader:
-    """Reads generated ids: their bytes and text, where a verdict ends, and which numbers could have stood there.
+    """Reads generated ids: their bytes and text, the end of the verdict, and the numbers that were possible in it.
 
     Args:
-        tokenizer: the judge's.
+        tokenizer: the judge's tokenizer.
         opened: what the chat template put before the generated text, see `PromptEncoder`.
         verdicts: how verdicts are read, see `JudgeLayout`.
 
     Attributes:
         number_ids: ids of the tokens that hold one number of up to three digits, with or without a mark such as "{".
-        score_ids: ids of the tokens that a forced verdict is made of: digits, comma, space, brace.
+        score_ids: ids of the tokens of which a forced verdict may consist: digits, comma, space, brace.
     """
 
     def __init__(self, tokenizer: Any, opened: str = "", verdicts: Verdicts = STRICT) -> None:
@@ -112,13 +112,13 @@ class TextReader:
         return self._text(self.pieces(token_ids))
 
     def judgement(self, token_ids: Sequence[int], likely: Likely, most: int) -> Judgement:
-        """Return what was generated, up to the end of its verdict, as a judgement.
+        """Return generated ids as a judgement.
 
-        What a model writes after its verdict is no part of the judgement, whether or not generation stopped there.
+        Text after the verdict is not part of the judgement, whether or not generation stopped there.
 
         Args:
-            token_ids: what was generated.
-            likely: of the index of a token.
+            token_ids: the generated ids.
+            likely: returns the probabilities at the index of a token.
             most: the largest number of tokens that may be generated.
         """
         written = tuple(token_ids[: self.verdict_length(token_ids) or len(token_ids)])
@@ -127,7 +127,7 @@ class TextReader:
         return Judgement(self._text(pieces), written, soft, count, cut=count >= most, verdicts=self._verdicts)
 
     def opening_ids(self, text: str) -> list[int]:
-        """Return the ids of what is appended to a judgement without a verdict."""
+        """Return the ids to append to a judgement without a verdict."""
         return list(self._tokenizer(forced_opening(text), add_special_tokens=False)["input_ids"])
 
     def forced_judgement(
@@ -138,8 +138,8 @@ class TextReader:
         Args:
             draft: the judgement without a verdict.
             before: ids of the draft without its end of turn, and of the opening of the scores.
-            rest: what was generated after them; ids after the closing brace do not count.
-            likely: of the index of a token of `rest`.
+            rest: the ids generated after them; those after the closing brace are ignored.
+            likely: returns the probabilities at the index of a token in `rest`.
         """
         pieces = self.pieces(rest)
         count = next((at + 1 for at, piece in enumerate(pieces) if b"}" in piece), len(pieces))
@@ -149,7 +149,7 @@ class TextReader:
         return Judgement(self._text(closed), token_ids, soft, draft.tokens + count, forced=True, verdicts="lenient")
 
     def verdict_length(self, token_ids: Sequence[int]) -> int | None:
-        """Return how many tokens it takes to the end of the first scores that can be read, or None without any."""
+        """Return the number of tokens up to the end of the first readable scores, or None without any."""
         text, ends = self._opened, []
         for piece in self.pieces(token_ids):
             text += piece
@@ -158,7 +158,7 @@ class TextReader:
         return None if end is None else next(index + 1 for index, reached in enumerate(ends) if reached >= end)
 
     def is_judged(self, token_ids: Sequence[int]) -> bool:
-        """Tell whether scores that can be read have just been closed."""
+        """Tell whether readable scores have just been closed."""
         tail = b"".join(self.pieces(token_ids[-_TAIL:]))
         return b"</scores>" in tail and self.verdict_length(token_ids) is not None
 
@@ -167,7 +167,7 @@ class TextReader:
         return b"}" in b"".join(self.pieces(token_ids))
 
     def forced_ids(self, token_ids: Sequence[int]) -> list[int]:
-        """Return which tokens may follow in a forced `a, b}` with integers from 1 to 10; none where it is complete."""
+        """Return the tokens that may follow in a forced `a, b}` with integers from 1 to 10; none if it is complete."""
         written = b"".join(self.pieces(token_ids))
         return [
             token
@@ -176,7 +176,7 @@ class TextReader:
         ]
 
     def likely_numbers(self, probabilities_TN: Tensor) -> Likely:
-        """Return the probabilities of the numbers, (T, N) in the order of `number_ids`, as a function."""
+        """Return probabilities (T, N), in the order of `number_ids`, as a function of the token's index."""
 
         def likely(at: int) -> Mapping[bytes, float]:
             if not 0 <= at < len(probabilities_TN):

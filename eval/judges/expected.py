@@ -1,4 +1,4 @@
-"""Expected scores: the mean over the numbers that a judge could have written where it wrote its scores."""
+"""Expected scores: the mean over the numbers that a judge could have written in place of its scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expected_scores(
         verdicts: see `JudgeLayout`.
 
     Returns:
-        None where `read_scores` reads no verdict, or no alternative is a number.
+        The expected scores; None if `read_scores` reads no verdict, or no alternative is a number.
     """
     text = b"".join(pieces)
     numbers = find_numbers(text, verdicts=verdicts)

@@ -1,4 +1,4 @@
-"""judgements.jsonl: one line per judge prompt, written as soon as it is judged; a killed run loses and repeats none."""
+"""judgements.jsonl: one line per prompt, written once it is judged, so that a killed run loses and repeats none."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class JudgeTask:
     """One prompt to be judged.
 
     Attributes:
-        key: names the task within its folder; no two tasks of a run share one.
+        key: unique name of the task within its folder.
         messages: the prompt.
-        facts: what its record holds beside the judgement, such as the subset.
+        facts: what its record holds besides the judgement, such as the subset.
     """
 
     key: str
@@ -42,9 +42,9 @@ class Collected:
 
     Attributes:
         records: one record per task, by its key.
-        resumed: how many of them an earlier run had written.
-        tokens: tokens generated in this run.
-        seconds: time of this run, without loading the judge.
+        resumed: number of records that an earlier run had written.
+        tokens: number of tokens generated in this run.
+        seconds: seconds of this run, without loading the judge.
     """
 
     records: Mapping[str, Record]
@@ -54,7 +54,7 @@ class Collected:
 
     @property
     def failed(self) -> Counter[str]:
-        """How often each reason kept a prompt from being judged, such as a server that did not answer."""
+        """Number of prompts that were not judged, by reason, such as a server that did not answer."""
         return Counter(str(record["error"]) for record in self.records.values() if record["error"])
 
     @property
@@ -63,7 +63,7 @@ class Collected:
         return sum(record.get("forced", False) for record in self.records.values())
 
     def speed(self) -> str:
-        """Return judgements and tokens per second, for people."""
+        """Return judgements and tokens per second, as text."""
         return _speed(len(self.records) - self.resumed, self.tokens, self.seconds)
 
 
@@ -75,19 +75,19 @@ def collect_judgements(
     *,
     progress: Progress | None = None,
 ) -> Collected:
-    """Judge every task that the folder holds no judgement of, and append each judgement as soon as it is there.
+    """Judge every task without a judgement in the folder, and append each judgement as soon as it is made.
 
-    A judgement is kept only for the prompt that it answered: a task whose messages have changed is judged again. So is
-    a task whose judgement failed. Judgements of other tasks, such as those of a run over more rows, stay.
+    A judgement is kept only for the prompt that it answered: a task whose messages have changed is judged again, and so
+    is a task whose judgement failed. Judgements of other tasks, such as those of a run over more rows, stay. A warning
+    says how many judgements were cut off before their verdict.
 
     Args:
         tasks: what to judge.
-        output: folder of judgements.jsonl. A record holds key, prompt (hash of the messages), the task's facts, and of
+        output: folder of judgements.jsonl. A record holds key, prompt (hash of the messages), the task's facts, and for
             a judgement text, scores (of A and B, or null), soft (expected scores, or null), winner ("A", "B", "tie" or
-            null), tokens, token_ids, cut, forced, seconds and error; of a reward, see `cepo.eval.judges.reward`. A
-            warning says how many were cut before their verdict.
-        settings: everything else that decides a judgement, see `cepo.files.claim`.
-        open_judge: called once, and only if something is left to judge.
+            null), tokens, token_ids, cut, forced, seconds and error; for a reward, see `cepo.eval.judges.reward`.
+        settings: everything else that determines a judgement, see `cepo.files.claim`.
+        open_judge: opens the judge; called once, and only if something is left to judge.
         progress: called after each judgement.
 
     Raises:
@@ -99,7 +99,7 @@ def collect_judgements(
     path = output / "judgements.jsonl"
     kept = resume_jsonl(path, lambda record: (record.get("key"), record.get("prompt")))
     prompts = {task.key: content_hash(task.messages) for task in tasks}
-    facts = {task.key: task.facts for task in tasks}  # of a row without an id, where it stands by now
+    facts = {task.key: task.facts for task in tasks}  # they may have changed, such as the line of a row without an id
     records = {key: {**kept[key, prompt], **facts[key]} for key, prompt in prompts.items() if (key, prompt) in kept}
     pending = [task for task in tasks if task.key not in records]
     resumed, tokens = len(records), 0
@@ -127,7 +127,7 @@ def judgement_record(task: JudgeTask, answer: Answer) -> Record:
 
 
 def _warn_of_unread(records: Sequence[Record]) -> None:
-    """Say how many judgements hold no verdict that is read, where something can be done about it."""
+    """Warn of judgements without a readable verdict if the user can do something about it."""
     unread = [record for record in records if not record["error"] and record.get("scores", ()) is None]
     cut = sum(record.get("cut", False) for record in unread)
     if cut:

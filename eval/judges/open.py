@@ -8,7 +8,7 @@ from cepo.jacobian.loading import load_model, resolve_model
 
 
 def open_judge(settings: JudgeSettings) -> Judge:
-    """Return the judge, its weights loaded; a server is not called yet.
+    """Return the judge with its weights loaded; a server is not called yet.
 
     Raises:
         ValueError: for settings or a model that cannot be used.

@@ -1,4 +1,4 @@
-"""A reward model as a judge: one number for each text that it reads, kept in the journal of judgements."""
+"""A reward model as a judge: one number per text, kept in the journal of judgements."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ if TYPE_CHECKING:
     from cepo.train.pair_encoding import Shown
     from cepo.train.reward_scores import RewardModel
 
-_CHUNK = 8  # batches between two writes to the journal
+_CHUNK = 8  # batches between writes to the journal
 
 Text: TypeAlias = tuple[Mapping[str, Any], Messages]
-"""Facts for the record of a text, such as its subset, and what the model reads, see `Shown.messages`."""
+"""Facts for the record of a text, such as its subset, and the messages that the model reads, see `Shown.messages`."""
 
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Which reward model, and how it runs.
+    """The reward model, and how it runs.
 
     Attributes:
         model: see `RewardModel.open`.
-        seed: of whatever a command draws.
+        seed: seed of the command's random draws.
         dtype: dtype of the weights.
-        device: where to run.
+        device: device to run on.
         batch_size: texts per forward pass, at least 1.
         trust_remote_code: whether code from a hub repository may run.
+
+    Raises:
+        ValueError: for a batch size below 1.
     """
 
     model: str
@@ -51,13 +54,13 @@ class RewardSettings:
 
     @property
     def shown(self) -> Shown:
-        """What the model is shown of a pair; ValueError for a model that is not a reward model."""
+        """What the model is shown of a pair; raises ValueError for a model that is not a reward model."""
         from cepo.train.reward_scores import find_reward_model
 
         return find_reward_model(self.model)[1]
 
     def require_rewards(self, command: str) -> Shown:
-        """Return what the model is shown; ValueError for a pairwise one, which gives a response alone no reward."""
+        """Return what the model is shown; raise ValueError for a pairwise model, which cannot score one response."""
         if self.shown.form == "pairwise":
             raise ValueError(
                 f"reward model is {self.model!r}, which compares two responses; {command} needs one that gives each "
@@ -73,7 +76,7 @@ class RewardSettings:
         return RewardModel.open(self.model, **run)
 
     def decisive(self) -> Row:
-        """Return what decides a reward, the weights by their content."""
+        """Return what determines a reward, with the weights by their content."""
         weights = model_fingerprint(resolve_model(self.model))
         return {"dtype": self.dtype, "reward_model": asdict(self.shown), "weights": weights}
 
@@ -83,8 +86,9 @@ class Reward:
     """The number of one text.
 
     Attributes:
-        number: the reward of a response; of a pairwise model the logit of A minus that of B. None where there is none.
+        number: the reward of a response; for a pairwise model, the logit of A minus that of B. None if there is none.
         error: why there is none, or None.
+        tokens: number of generated tokens, 0.
     """
 
     number: float | None
@@ -92,7 +96,7 @@ class Reward:
     tokens: int = 0
 
     def record(self) -> Row:
-        """Return what a line of judgements.jsonl says of it."""
+        """Return its fields in judgements.jsonl."""
         return {"reward": self.number, "error": self.error}
 
 
@@ -102,19 +106,19 @@ class Rewards:
 
     Attributes:
         shown: what the model is shown of a pair.
-        collected: their records, by the hash of what the model read.
+        collected: their records, by the hash of the messages.
     """
 
     shown: Shown
     collected: Collected
 
     def number(self, messages: Messages) -> float:
-        """Return the number of a text; NaN where there is none."""
+        """Return the number of a text; NaN if there is none."""
         record = self.collected.records[content_hash(messages)]
         return float("nan") if record["error"] else float(record["reward"])
 
     def difference(self, prompt: str, chosen: str, rejected: str) -> float:
-        """Return D of a pair, chosen minus rejected; NaN where a text of it has no number."""
+        """Return D of a pair, chosen minus rejected; NaN if one of its texts has no number."""
         numbers = [self.number(messages) for messages in self.shown.pair_messages(prompt, chosen, rejected)]
         return self.shown.differences(numbers)[0]
 
@@ -122,14 +126,14 @@ class Rewards:
 def collect_rewards(
     settings: RewardSettings, texts: Iterable[Text], output: Path, command: str, *, progress: Progress | None = None
 ) -> Rewards:
-    """Give every text its number, each text once; resume a killed run.
+    """Score every text once; resume a killed run.
 
     Args:
-        settings: which model.
-        texts: what to score; of equal ones the first one's facts are kept.
-        output: folder of judgements.jsonl. A record holds key and prompt (hash of what was read), the facts, `text`
+        settings: the model and how it runs.
+        texts: what to score; for equal texts, the facts of the first are kept.
+        output: folder of judgements.jsonl. A record holds key and prompt (hash of the messages), the facts, `text`
             (the last message: the response, or a pairwise model's question), reward and error.
-        command: what writes the output.
+        command: name of the command that writes the output.
         progress: called after each text.
 
     Raises:
@@ -153,7 +157,7 @@ def collect_rewards(
 
 
 class _RewardJudge:
-    """Answers texts with their numbers, a chunk at a time."""
+    """Scores texts, one chunk at a time."""
 
     def __init__(self, model: RewardModel, chunk: int) -> None:
         self._model, self._chunk = model, chunk

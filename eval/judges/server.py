@@ -1,4 +1,4 @@
-"""Judgements from a server that speaks OpenAI's chat protocol, with concurrent requests and retries."""
+"""Judgements from a server with OpenAI's chat protocol, with concurrent requests and retries."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.getLogger("cepo")
 
 _TOP = 20  # alternatives per token, the most that the protocol allows
 _LONGEST_WAIT_S = 300.0
-_LARGEST_ANSWER = 2**26  # bytes; a longer answer is not a judgement
-_FEWEST_FAILURES = 10  # in a row, after which the remaining requests are not tried
-_REFUSED = (401, 402, 403, 404)  # a retry or another row would meet the same answer
+_LARGEST_ANSWER = 2**26  # most bytes of an answer
+_FEWEST_FAILURES = 10  # least consecutive failures after which the remaining requests are not tried
+_REFUSED = (401, 402, 403, 404)  # retries and other rows would get the same answer
 _TRANSIENT = (408, 409, 425, 429)
-# What a request asks for beside the model and the messages, and what is said when a server refuses it.
+# Optional parameters of a request, and the warning's text if a server refuses one.
 _YIELDS = {
     "max_tokens": "it gets max_completion_tokens instead",
     "temperature": "judgements are sampled at its own temperature",
@@ -45,13 +45,13 @@ class ServerJudge:
     remaining requests are not tried.
 
     A parameter that the server refuses by name (max_tokens, temperature, seed, logprobs) is left out from then on, and
-    a warning says so once. Redirects are not followed, so the key is never sent to another address.
+    a warning says so once. Redirects are not followed, so that the key is never sent to another address.
 
     Args:
         settings: address, key, concurrency, retries, and how to generate.
 
     Raises:
-        ValueError: for a proxy in the environment that cannot be used.
+        ValueError: if the environment names a proxy that cannot be used.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
@@ -71,7 +71,7 @@ class ServerJudge:
         self._asked = frozenset(_YIELDS)
 
     def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
-        """Yield the index of each prompt and its judgement, as they come.
+        """Yield the index of each prompt and its judgement as they arrive.
 
         Raises:
             ValueError: if the server refuses the key, the address or the model (401 to 404), or redirects.
@@ -114,7 +114,7 @@ class ServerJudge:
             seconds = self._settings.backoff_s * 2 ** (attempt - 1) if failure.wait is None else failure.wait
             if self._stopping.wait(min(_LONGEST_WAIT_S, seconds)):
                 break
-        if failure.transient:  # a refusal of this prompt alone says nothing about the others
+        if failure.transient:  # a prompt that is refused says nothing about the others
             with self._lock:
                 self._failures, self._reason = self._failures + 1, str(failure)
         return Judgement("", error=f"{failure} (tried {attempt}x)", seconds=time.perf_counter() - started)
@@ -133,7 +133,7 @@ class ServerJudge:
         return body | {name: value for key in asked for name, value in optional[key].items()}
 
     def _without_refused(self, asked: frozenset[str], refusal: _RefusedError) -> bool:
-        """Leave out what a refusal names from now on; return whether that changes what was asked."""
+        """Leave out the parameters that a refusal names from now on; return whether that changes the request."""
         refused = {name for name in asked if refusal.names(name)}
         with self._lock:
             for name in sorted(refused & self._asked):
@@ -142,7 +142,12 @@ class ServerJudge:
         return bool(refused)
 
     def _post(self, body: Mapping[str, Any]) -> Any:
-        """Send one request and return the JSON that came back, or raise NoAnswerError with the reason."""
+        """Send one request and return the JSON of the answer.
+
+        Raises:
+            NoAnswerError: with the reason why there is no answer.
+            ValueError: if no request can succeed: for a redirect, or if the key, the address or the model is refused.
+        """
         deadline = time.monotonic() + self._settings.timeout_s
         try:
             with self._client.stream("POST", self._url, content=json.dumps(body)) as response:
@@ -173,15 +178,15 @@ class ServerJudge:
 
 
 class _RefusedError(NoAnswerError):
-    """A request that the server refuses as it is."""
+    """A request that the server refuses for its content."""
 
     def __init__(self, reason: str, body: str) -> None:
         super().__init__(reason, transient=False)
         self._body = body
 
     def names(self, parameter: str) -> bool:
-        """Return whether it is this parameter that is refused, and not what was said of it, such as its size."""
-        if parameter == "logprobs":  # nothing else speaks of them
+        """Return whether the parameter itself is refused, and not its value."""
+        if parameter == "logprobs":  # no other refusal mentions them
             return "logprob" in self._body.lower()
         if parameter == "max_tokens" and "max_completion_tokens" not in self._body:
             return False
@@ -190,23 +195,23 @@ class _RefusedError(NoAnswerError):
 
 
 def _address(settings: JudgeSettings) -> tuple[httpx2.URL, dict[str, str]]:
-    """Return where requests go, and their headers.
+    """Return the address of requests, and their headers.
 
-    An address without a path gets /v1, a query stays (Azure's api-version), and one that already ends in
-    /chat/completions is taken as it is.
+    An address without a path gets /v1, a query stays (Azure's api-version), and an address that already ends in
+    /chat/completions is used as it is.
     """
     base = httpx2.URL(settings.base_url or "")
     path = base.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if settings.api_key:
-        # Azure takes a key in a header of its own where the address names the version of its protocol.
+        # Azure, whose address names an api-version, takes the key in a header of its own.
         is_azure = "api-version" in base.params
         headers |= {"api-key": settings.api_key} if is_azure else {"Authorization": f"Bearer {settings.api_key}"}
     return base.copy_with(path=f"{path}/chat/completions"), headers
 
 
 def _read_until(response: httpx2.Response, deadline: float) -> bytes:
-    """Read a body until the deadline; the client's own time-out only limits each piece of it."""
+    """Read a body until the deadline; the client's own time-out limits only the time between pieces."""
     content = b""
     for piece in response.iter_bytes():
         content += piece
@@ -232,5 +237,5 @@ def _retry_after(header: str | None) -> float | None:
 
 
 def _shown(content: bytes) -> str:
-    """Return the start of an error's body, which says what is wrong."""
+    """Return the start of an error's body, for a message."""
     return " ".join(content[:2000].decode("utf-8", errors="replace").split())[:200]

@@ -1,4 +1,4 @@
-"""What a judge is: its settings, its prompts and its judgements."""
+"""The settings and judgements of judges that write, and the protocol of any judge."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 @dataclass(frozen=True)
 class Judgement:
-    r"""What a judge wrote in answer to one prompt.
+    r"""A judge's reply to one prompt.
 
     Attributes:
-        text: everything that it wrote, its thought included, and the opening that was appended for a forced verdict.
-        token_ids: the ids of `text`, or None where the backend does not return them.
-        soft: expected scores of A and B, see `expected_scores`; None where there is no verdict or no distribution.
-        tokens: number of tokens that it generated, without those that were appended.
+        text: the whole reply, including its thought and the opening that was appended for a forced verdict.
+        token_ids: the ids of `text`, or None if the backend does not return them.
+        soft: expected scores of A and B, see `expected_scores`; None without a verdict or probabilities.
+        tokens: number of generated tokens, without those that were appended.
         cut: whether it ended because it reached the largest number of tokens.
-        forced: whether `\boxed{` was appended for it, see `JudgeSettings.force_format`.
-        seconds: time that it took; its share of the batch where it was generated in one.
+        forced: whether `\boxed{` was appended, see `JudgeSettings.force_format`.
+        seconds: seconds that it took; in a batch, an equal share of the batch's time.
         error: why there is no judgement, or None. A row with an error says nothing about the model.
-        verdicts: how its verdict is read, see `JudgeLayout`. A forced one is read leniently: its scores are those of
-            the last section, whatever the draft before it holds.
+        verdicts: how its verdict is read, see `JudgeLayout`. Forced verdicts are read leniently: the scores are those
+            of the last section, whatever the draft before it holds.
     """
 
     text: str
@@ -50,11 +50,11 @@ class Judgement:
 
     @property
     def scores(self) -> tuple[float, float] | None:
-        """The scores of A and B, or None where there is no judgement or its verdict cannot be read."""
+        """The scores of A and B, or None if there is no judgement or its verdict cannot be read."""
         return None if self.error else read_scores(self.text, verdicts=self.verdicts)
 
     def record(self) -> Row:
-        """Return what a line of judgements.jsonl says of it."""
+        """Return its fields in judgements.jsonl."""
         scores = self.scores
         return {
             "text": self.text,
@@ -71,54 +71,54 @@ class Judgement:
 
 
 class Answer(Protocol):
-    """What any judge returns for a prompt: a judgement, or a reward."""
+    """A judge's answer to a prompt: a judgement or a reward."""
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that it took."""
+        """Number of generated tokens."""
 
     def record(self) -> Row:
-        """Return what a line of judgements.jsonl says of it: at least `error`, None or why there is no answer."""
+        """Return its fields in judgements.jsonl: at least `error`, None or why there is no answer."""
         ...
 
 
 Progress: TypeAlias = Callable[[int, int, str], None]
-"""Called with (judgements done, judgements in all, speed in words)."""
+"""Called with (judgements done, judgements in total, speed as text)."""
 
 
 class Judge(Protocol):
     """Anything that answers judge prompts."""
 
     def judge(self, prompts: Sequence[Messages]) -> Iterable[tuple[int, Answer]]:
-        """Yield the index of each prompt and its answer, in any order, as soon as it is there."""
+        """Yield the index of each prompt and its answer as they become available, in any order."""
         ...
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    r"""Which judge, and how it generates.
+    r"""The judge, and how it generates.
 
     Attributes:
         model: see `resolve_model`; for a server, the name under which it serves the model.
-        backend: "transformers", "vllm" (on this machine, where it is installed) or "server" (OpenAI's protocol).
+        backend: "transformers", "vllm" (on this machine, if installed) or "server" (OpenAI's protocol).
         max_new_tokens: largest number of tokens per judgement, at least 1.
         temperature: 0 is greedy. Above 0, each prompt has its own random numbers, a function of the seed and the
-            prompt, so that the other prompts of a batch change nothing.
-        seed: of the sampling, and of whatever a command draws.
-        force_format: where no verdict can be read, append `\n<scores>\n\boxed{` and generate on from there, restricted
-            to two integers from 1 to 10. Not for servers, whose protocol cannot continue a message.
-        raw: take the prompt as plain text, without the chat template.
+            prompt, so that the rest of a batch does not matter.
+        seed: seed of the sampling, and of the command's random draws.
+        force_format: whether to append `\n<scores>\n\boxed{` to a judgement without a readable verdict and generate two
+            integers from 1 to 10. Not for servers, whose protocol cannot continue a message.
+        raw: whether to use the prompt as plain text, without the chat template.
         verdicts: "strict" or "lenient": which written forms of a verdict are read, see `JudgeLayout`.
         dtype: dtype of the weights.
-        device: where to run.
-        batch_size: prompts generated at once. Another batch size may change the last bit of a logit, and so, rarely, a
-            greedy choice.
+        device: device to run on.
+        batch_size: prompts generated at once, at least 1. It changes logits by rounding, and so, rarely, a greedy
+            choice.
         trust_remote_code: whether code from a hub repository may run.
         base_url: address of the server, such as http://localhost:8000/v1.
-        api_key: sent to the server as a bearer token.
-        concurrency: requests in flight at the server.
+        api_key: sent to the server as a bearer token, or in Azure's api-key header.
+        concurrency: number of concurrent requests to the server, at least 1.
         timeout_s: seconds that one request may take.
-        retries: how often a failed request is sent again.
+        retries: number of times that a failed request is sent again.
         backoff_s: seconds before the first retry, doubled for each further one, unless the server sends Retry-After.
     """
 
@@ -194,7 +194,7 @@ def check_judge(settings: JudgeSettings) -> None:
 
 
 def decisive_settings(settings: JudgeSettings) -> dict[str, Any]:
-    """Return what decides a judgement, the weights by their content; the other settings decide where and how fast."""
+    """Return the settings that determine a judgement, with the weights by their content, not where and how fast."""
     names = ["backend", "max_new_tokens", "temperature", "seed", "verdicts"]
     if settings.backend == "server":
         return {name: getattr(settings, name) for name in [*names, "base_url", "model"]}
@@ -203,13 +203,13 @@ def decisive_settings(settings: JudgeSettings) -> dict[str, Any]:
 
 
 def row_seed(seed: int, messages: Messages) -> int:
-    """Return the seed of one prompt's sampling, in [0, 2^31): a function of the seed and the prompt alone."""
+    """Return the seed of one prompt's sampling, in [0, 2^31), which depends only on the seed and the prompt."""
     content = json.dumps([seed, [dict(message) for message in messages]])
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=4).digest()) >> 1
 
 
 def _check_server(settings: JudgeSettings) -> None:
-    import httpx2  # here, since a server alone needs it
+    import httpx2  # here, since only servers need it
 
     try:
         url = httpx2.URL(settings.base_url or "")

@@ -1,7 +1,7 @@
 """Judgements generated with transformers, in batches that share the keys and values of the instructions.
 
-Nothing is run twice. The probabilities of the digits are kept while the text is generated, so that expected scores need
-no second pass, and a forced verdict continues from the keys and values of the text before it.
+Nothing is run twice: the probabilities of numbers are kept during generation, so that expected scores need no second
+pass, and a forced verdict continues from the cache of the text before it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from cepo.eval.judges.encoding import FORCED_TOKENS, PromptEncoder, TextReader
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, row_seed
 from cepo.jacobian.reading.thought import THOUGHT
 
-_WORTH_SHARING = 16  # tokens of a common prefix
+_WORTH_SHARING = 16  # least tokens of a common prefix
 
 
 class TransformersJudge:
-    """Owns a model, its tokenizer, and how prompts become judgements.
+    """A judge that generates with a transformers model.
 
     Args:
         model: any causal language model that generates.
@@ -33,7 +33,7 @@ class TransformersJudge:
         settings: how to generate.
 
     Raises:
-        ValueError: for a tokenizer without a chat template where `settings.raw` is not set.
+        ValueError: for a tokenizer without a chat template unless `settings.raw` is set.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: JudgeSettings) -> None:
@@ -45,7 +45,7 @@ class TransformersJudge:
             (token for token in (tokenizer.pad_token_id, *sorted(self._ends)) if token is not None and token >= 0), 0
         )
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._room = settings.max_new_tokens  # tokens that may follow a prompt; a forced verdict at the end of them
+        self._room = settings.max_new_tokens  # most tokens after a prompt, including a forced verdict
         if settings.force_format:
             self._room += len(self.texts.opening_ids(f"<{THOUGHT}>")) + FORCED_TOKENS
 
@@ -59,7 +59,7 @@ class TransformersJudge:
         yield from failed.items()
         prefix = _common_prefix(list(encoded.values()))
         cache = self._shared_cache(prefix) if len(prefix) >= _WORTH_SHARING else None
-        # The longest first, so that a batch that does not fit in memory shows at once.
+        # The longest first, so that a batch that does not fit in memory fails at once.
         runnable = sorted(encoded, key=lambda row: -len(encoded[row]))
         for start in range(0, len(runnable), self._settings.batch_size):
             rows = runnable[start : start + self._settings.batch_size]
@@ -76,7 +76,7 @@ class TransformersJudge:
     def _judge_batch(
         self, ids_rows: list[list[int]], seeds: list[int], shared: int, cache: DynamicCache | None
     ) -> list[Judgement]:
-        """Generate for prompts whose first `shared` tokens are the cache's; out of memory halves the batch."""
+        """Generate for prompts whose first `shared` tokens are in the cache; out of memory halves the batch."""
         started = time.perf_counter()
         try:
             drafts = self._write(ids_rows, seeds, shared, cache)
@@ -125,7 +125,7 @@ class TransformersJudge:
         stop = _StopWhere(self.texts.is_boxed if forced else self.texts.is_judged, width)
         config = GenerationConfig(
             max_new_tokens=FORCED_TOKENS if forced else self._settings.max_new_tokens,
-            do_sample=False,  # the watcher's noise makes the greedy choice a draw, each row's its own
+            do_sample=False,  # `_Watcher` adds noise that makes the greedy choice a sample, independent for each row
             num_beams=1,
             repetition_penalty=1.0,
             eos_token_id=sorted(self._ends) or None,
@@ -144,7 +144,7 @@ class TransformersJudge:
         return out.sequences.cpu(), torch.stack(watcher.steps).cpu(), getattr(out, "past_key_values", None)
 
     def _cut(self, token_ids: list[int]) -> list[int]:
-        """Drop the padding that `generate` appends to a row that ended before others, and what follows the verdict."""
+        """Drop the padding that `generate` appends to rows that end before others, and text after the verdict."""
         length = next((at + 1 for at, token in enumerate(token_ids) if token in self._ends), len(token_ids))
         return token_ids[: min(length, self.texts.verdict_length(token_ids[:length]) or length)]
 
@@ -157,7 +157,7 @@ class TransformersJudge:
         cache: Any,
         seeds: list[int],
     ) -> list[Judgement]:
-        """Append the opening of the scores to every row and generate on, from the cache where it can be masked."""
+        """Append the opening of the scores to every row and continue generating, from the cache if it can be masked."""
         written = [_without_end(draft.token_ids or (), self._ends) for draft in drafts]
         openings = [self.texts.opening_ids(draft.text) for draft in drafts]
         befores = [[*ids, *opening] for ids, opening in zip(written, openings, strict=True)]
@@ -201,17 +201,17 @@ class TransformersJudge:
 
 
 class _Watcher(LogitsProcessor):
-    """Keeps the probabilities of the numbers at each step, before any temperature; then restricts and draws.
+    """Records the probabilities of numbers at each step, at temperature 1; then samples, restricted to allowed tokens.
 
-    The largest of the logits over the temperature plus Gumbel noise is a draw from their softmax. Each row has its own
-    generator, so that a row's draw does not depend on its neighbours.
+    The argmax of the logits over the temperature plus Gumbel noise is a sample from their softmax. Each row has its own
+    generator, so that its samples do not depend on other rows.
 
     Args:
-        number_ids: the tokens whose probabilities are kept.
-        allowed: maps the ids that a row has generated to the ids that may follow; an empty answer allows all.
+        number_ids: the tokens whose probabilities are recorded.
+        allowed: maps the ids that a row has generated to the ids that may follow; an empty result allows all.
         temperature: 0 is greedy.
-        seeds: one per row.
-        width: tokens of the prompts, padding included.
+        seeds: one seed per row.
+        width: tokens of the prompts, including padding.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class _StopWhere(StoppingCriteria):
 
 
 def _padded(ids: list[int], width: int, shared: int, pad: int) -> tuple[list[int], list[int]]:
-    """Pad a prompt to the width, after its shared prefix; return the ids and the mask."""
+    """Return the ids and mask of a prompt that is padded to `width` after its shared prefix."""
     missing = width - len(ids)
     return (
         [*ids[:shared], *[pad] * missing, *ids[shared:]],
@@ -267,12 +267,12 @@ def _padded(ids: list[int], width: int, shared: int, pad: int) -> tuple[list[int
 
 
 def _is_plain(cache: Any) -> bool:
-    """Tell whether the cache holds keys and values of every token and nothing else, so that padding can be masked."""
+    """Tell whether the cache holds only keys and values of every token, so that padding can be masked."""
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _common_prefix(ids_rows: Sequence[Sequence[int]]) -> list[int]:
-    """Return the longest prefix that all rows share and that leaves at least one token of each."""
+    """Return the longest common prefix that leaves at least one token of each row."""
     if len(ids_rows) < 2:
         return []
     shared = 0

@@ -1,4 +1,4 @@
-"""Judgements generated with vLLM on this machine, where it is installed."""
+"""Judgements generated with vLLM on this machine, if it is installed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cepo.eval.judges.encoding import FORCED_TOKENS, Likely, PromptEncoder, Text
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, row_seed
 from cepo.jacobian.loading import ModelSource, load_tokenizer
 
-_CHUNK = 256  # prompts after which judgements are handed over; vLLM batches within
-_TOP = 20  # tokens whose log-probabilities are asked for, vLLM's own default limit
+_CHUNK = 256  # prompts per call, after which judgements are yielded; vLLM batches within
+_TOP = 20  # alternatives per token, vLLM's default limit
 
 
 class VllmJudge:
-    """Owns a vLLM engine.
+    """A judge that generates with a vLLM engine.
 
     Args:
-        source: a folder, an adapter folder (a LoRA on its base model), or a hub id.
+        source: a folder, an adapter folder (LoRA on its base model), or a hub id.
         settings: how to generate.
     """
 
     def __init__(self, source: ModelSource, settings: JudgeSettings) -> None:
-        # Imported by name: vLLM is optional, and a type checker knows nothing of it where it is missing.
+        # Imported by name, since vLLM is optional and type checkers may not find it.
         vllm = importlib.import_module("vllm")
         tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
         self.prompts = PromptEncoder(tokenizer, settings)
@@ -70,7 +70,7 @@ class VllmJudge:
     def _force(
         self, encoded: Mapping[int, Sequence[int]], seeds: Mapping[int, int], found: dict[int, Judgement]
     ) -> None:
-        """Replace the judgements without a verdict by ones whose scores are generated after their opening."""
+        """Replace judgements without a verdict by ones with forced scores."""
         before: dict[int, list[int]] = {}
         for row in encoded:
             if found[row].scores is None:

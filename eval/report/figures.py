@@ -1,4 +1,4 @@
-"""The figures of the pages: forests, curves, histories, histograms, reliability, heat maps of numbers."""
+"""The figures of the pages: forest plots, curves, histories, histograms, reliability, heat maps of numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cepo.eval.statistics import Estimate, proportion
 from cepo.files import replacing
 
 _WIDTH = 7.2  # inches
-_DOTS_PER_INCH = 120  # of PNG files
+_DOTS_PER_INCH = 120  # for PNG files
 _ROW = 0.27  # inches of height per row of a forest or heat map
 _BINS = 8
 _PLAIN = {"text.parse_math": False}  # names come from data, where a dollar sign does not start a formula
@@ -54,7 +54,7 @@ def curves(
     """Draw estimates against a number, one curve per name, with shaded intervals.
 
     Args:
-        lines: (place, estimate) of each curve, places ascending.
+        lines: (x, estimate) pairs of each curve, x ascending.
         across: label of the horizontal axis.
         up: label of the vertical axis.
         logarithmic: whether the horizontal axis is in powers of two.
@@ -73,10 +73,10 @@ def curves(
 
 @rc_context(_PLAIN)
 def history(lines: Mapping[str, Sequence[tuple[float, float]]], *, across: str = "step") -> Figure:
-    """Draw logged values: each one faintly, and their centred mean over a tenth of the values; NaN is a gap.
+    """Draw logged values: each value faintly, and their centred mean over a tenth of the values; NaN is a gap.
 
     Args:
-        lines: (step, value) of each curve, steps ascending.
+        lines: (step, value) pairs of each curve, steps ascending.
         across: label of the horizontal axis.
     """
     figure, axes = _figure(3.0)
@@ -95,8 +95,8 @@ def reliability(scores: Sequence[float], effects: Sequence[float], *, across: st
     Args:
         scores: N numbers.
         effects: N numbers in [0, 1].
-        across: label of the scores.
-        up: label of the effects.
+        across: label of the scores' axis.
+        up: label of the effects' axis.
     """
     figure, axes = _figure(3.8)
     scores_N, effects_N = np.asarray(scores, dtype=float), np.asarray(effects, dtype=float)
@@ -111,28 +111,28 @@ def reliability(scores: Sequence[float], effects: Sequence[float], *, across: st
 
 
 @rc_context(_PLAIN)
-def histogram(shares: Mapping[str, Sequence[float]], *, across: str, marks: Sequence[float] = ()) -> Figure:
-    """Draw how often numbers in [0, 1] fall into each twentieth, one outline per name.
+def histogram(samples: Mapping[str, Sequence[float]], *, across: str, marks: Sequence[float] = ()) -> Figure:
+    """Draw a histogram of numbers in [0, 1] with 20 bins, one outline per name.
 
     Args:
-        shares: numbers by name.
+        samples: numbers by name.
         across: label of the horizontal axis.
         marks: where to draw vertical lines.
     """
     figure, axes = _figure(3.0)
-    for number, (name, values) in enumerate(shares.items()):
+    for number, (name, values) in enumerate(samples.items()):
         axes.hist(
             values, bins=20, range=(0.0, 1.0), histtype="step", color=f"C{number % 10}", linewidth=2.0, label=name
         )
     for mark in marks:
         axes.axvline(mark, color="0.5", linewidth=1.0, linestyle="--")
-    _label(axes, across, "count", legend=bool(shares))
+    _label(axes, across, "count", legend=bool(samples))
     return figure
 
 
 @rc_context(_PLAIN)
 def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, label: str) -> Figure:
-    """Draw a table of numbers as a heat map with the numbers in it; NaN stays empty.
+    """Draw a table of numbers as a heat map with the numbers written in it; NaN cells are empty.
 
     Args:
         values: one list per row.
@@ -155,22 +155,22 @@ def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
 
 
 def picture(figure: Figure) -> str:
-    """Return a figure as a data address that a page can hold: SVG in base64, the same for the same figure."""
+    """Return a figure as a data URL: SVG in base64, the same for the same figure."""
     held = io.BytesIO()
-    # Without a salt, the ids of clipping paths and markers are random.
+    # Without a fixed salt, the ids of clipping paths and markers would be random.
     with rc_context({"svg.hashsalt": "cepo", **_PLAIN}):
         figure.savefig(held, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(held.getvalue()).decode("ascii")
 
 
 def write_png(path: Path, figure: Figure) -> None:
-    """Write a figure as a PNG file in one step; the same figure gives the same bytes."""
+    """Write a figure as a PNG file atomically; the same figure gives the same bytes."""
     with replacing(path) as unfinished, rc_context(_PLAIN):
         figure.savefig(unfinished, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
 
 
 def _smooth(values_N: np.ndarray) -> np.ndarray:
-    """Return the centred mean over a tenth of the values, of finite ones only; NaN where the value is not finite."""
+    """Return the centred mean of finite values over a tenth of the values; NaN where the value is not finite."""
     finite_N = np.isfinite(values_N)
     if not finite_N.any():
         return np.full_like(values_N, np.nan)

@@ -1,4 +1,4 @@
-"""Token heat maps: how strongly a link's target depends on each token of a rollout, or what each token did to it."""
+"""Token heat maps: the norm of a link's Jacobian at each token of a rollout, or each token's attribution."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from itertools import groupby
 from cepo.eval.report.numbers import digits
 
 LEVELS = 20
-"""Number of steps in which a token's colour grows with its norm, or its nats."""
+"""Number of colour levels for a token's norm or attribution."""
 
-_STRONGEST = 5  # source tokens that are listed above a heat map
+_STRONGEST = 5  # number of source tokens that are listed above a heat map
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What the tokens of a link's source did to its target, from the path Jacobian.
+    """What the tokens of a link's source contributed to its target, from the path Jacobian.
 
     Attributes:
-        nats: what the token at each source position adds to the path's estimate of the effect; negative where it made
-            the target less likely, NaN or infinite where there is no number.
-        delta: the exact effect in nats.
-        path_sum: what the tokens' nats add up to.
-        parts: text, nats and share of the effect (None where the effect is 0) of each sentence or list item.
-        unit: of these numbers: "nats", or "reward" where the target is the reward of a response.
+        nats: what the token at each source position adds to the path's estimate of the effect; negative if it made the
+            target less likely, NaN or infinite if there is no number.
+        delta: the exact effect, in nats.
+        path_sum: the sum of the tokens' nats.
+        parts: text, nats and share of the effect (None if the effect is 0) of each sentence or list item.
+        unit: unit of these numbers: "nats", or "reward" if the target is the reward of a response.
     """
 
     nats: Mapping[int, float]
@@ -37,17 +37,20 @@ class Attribution:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One rollout to show, with one heat map per link, and one more for what is known of its effect.
+    """One rollout to show, with one heat map per link for its Jacobian, and one for its attributions.
 
     Attributes:
         title: heading, e.g. "row 12".
         tokens: text of every token of prompt + completion, in order.
-        prompt_tokens: how many of them are the prompt's.
+        prompt_tokens: number of tokens of the prompt.
         links: by link, the L2 norm (>= 0, NaN or infinite) of the Jacobian row at each source position.
-        attributions: by link, what each token of the source did to the target.
+        attributions: by link, what each token of the source contributed to the target.
         targets: by link, the positions of its target.
         facts: short values by label, shown above the text, e.g. {"reward": "0.71"}.
         malformed: why nothing could be computed, or None.
+
+    Raises:
+        ValueError: for positions out of range, targets of an unknown link, or negative norms.
     """
 
     title: str
@@ -82,7 +85,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text that looks the same throughout.
+    """A stretch of text with uniform formatting.
 
     Attributes:
         text: one source token, or a run of other tokens.
@@ -107,7 +110,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LinkView:
-    """The heat map of one link: of norms, or signed, of an attribution."""
+    """The heat map of one link: of norms, or of a signed attribution."""
 
     name: str
     count: int
@@ -174,7 +177,7 @@ def _pieces(
     *,
     unit: str | None,
 ) -> tuple[Piece, ...]:
-    """Cut tokens[start:end] into one piece for each source token and one for each run of others."""
+    """Cut tokens[start:end] into one piece per source token and one per run of other tokens."""
     largest = _largest(values)
     pieces = []
     for (source, target), run in groupby(

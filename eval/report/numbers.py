@@ -1,4 +1,4 @@
-"""Numbers as all tables and pages write them: as many digits as their size asks for, and no minus before a zero."""
+"""Format numbers for tables and pages: digits according to their size, and no minus sign before zero."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def digits(value: float, sign: str = "") -> str:
 
 
 def numbers(*values: float, sign: str = "") -> list[str]:
-    """Return numbers that are read together, such as a value and its interval, with as many decimals each.
+    """Return related numbers, such as a value and its interval, with the same number of decimals.
 
-    The largest decides: it has three decimals from 0.1 to 10, and three digits after its leading zeros below that.
-    Below 0.0001 all are in powers of ten; where all are 0, they have no decimals.
+    The largest determines it: three decimals from 0.1 to 10, fewer above, and three significant digits below 0.1. Below
+    0.0001 all are in scientific notation; if all are 0, they have no decimals.
 
     Args:
         values: any numbers; NaN becomes "none".
@@ -30,7 +30,7 @@ def numbers(*values: float, sign: str = "") -> list[str]:
 
 
 def mean_and_range(values: Sequence[float]) -> str:
-    """Return the mean of the numbers that are not NaN with their range; "none" where there are none."""
+    """Return the mean and range of the numbers that are not NaN; "none" if there are none."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "none"

@@ -16,7 +16,7 @@ from cepo.eval.report.numbers import digits
 from cepo.eval.report.tables import PageTable
 from cepo.files import replacing
 
-_UNFOLDED = 4  # rollouts of a section that start open
+_UNFOLDED = 4  # rollouts of a section that are shown unfolded
 _NUMBER = re.compile(r"\s*[-+−±]?\d[\d.,_]*(e[-+]?\d+)?\s*[%×]?(\s*±\s*\d[\d.,]*\s*%?)?\s*", re.IGNORECASE)
 # What a UTF-8 file or HTML page cannot hold: lone surrogates, and control characters other than white space.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -35,16 +35,16 @@ def write_report(
     """Write a page: the summary, then the notes, figures, tables and heat maps that are given.
 
     Args:
-        path: the page's file, replaced in one step; its folder is made.
+        path: the page's file, replaced atomically; its folder is created.
         title: heading of the page.
         summary: values by label.
         notes: paragraphs below the summary.
-        figures: by caption, see `cepo.eval.report.figures`.
-        tables: by caption, see `PageTable`.
-        heat_maps: by the title of their section, e.g. "Before training".
+        figures: figures by caption, see `cepo.eval.report.figures`.
+        tables: tables by caption, see `PageTable`.
+        heat_maps: heat maps by the title of their section, e.g. "Before training".
 
     Raises:
-        ValueError: for a row of a table that is not as long as its header.
+        ValueError: for a table row that is not as long as the header.
     """
     for caption, (header, rows) in (tables or {}).items():
         if ragged := [row for row in rows if len(row) != len(header)]:
@@ -73,7 +73,7 @@ def write_report(
         levels=LEVELS,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Block by block: a long page is never held whole.
+    # Written block by block, so that a long page is never in memory whole.
     with replacing(path) as unfinished, unfinished.open("x", encoding="utf-8", newline="") as file:
         file.writelines(_UNWRITABLE.sub("\ufffd", piece) for piece in page)
 
@@ -88,7 +88,7 @@ class _Section:
 
     @property
     def labels(self) -> list[str]:
-        """Every label of the maps' facts, in order of first appearance."""
+        """All labels of the maps' facts, in order of first appearance."""
         return list(dict.fromkeys(label for heat_map in self.maps for label in heat_map.facts))
 
     @property

@@ -18,22 +18,22 @@ from cepo.eval.statistics import Estimate
 
 PageTable: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows; the first cell of a row names it."""
-_GAP = 2  # blanks between two columns
+_GAP = 2  # spaces between columns
 _NUMBER = r"[-+]?\d[\d.e+-]*"
 _RANGE = re.compile(rf"[\[(]?{_NUMBER}(?:, | to ){_NUMBER}[\])]?")
 
 
 @dataclass(frozen=True)
 class ConsoleTable:
-    """A table as the console shows it, however narrow: no word, number or interval is cut or broken.
+    """A table for consoles of any width, which never breaks a word, number or interval.
 
-    Cells wrap between words and after hyphens. Columns that do not fit beside the others follow in a further part,
-    after the first column again, which names the rows.
+    Cells wrap between words and after hyphens. Columns that do not fit next to the others follow in a further part,
+    where the first column, which names the rows, is repeated.
 
     Attributes:
         header: names of the columns, at least one.
-        rows: as many cells each.
-        title: printed above.
+        rows: rows with as many cells.
+        title: printed above the table.
     """
 
     header: Sequence[str]
@@ -44,7 +44,7 @@ class ConsoleTable:
         """Yield the title and the parts."""
         columns = [[_unbroken(cell) for cell in column] for column in zip(self.header, *self.rows, strict=True)]
         most = [max(map(len, column)) for column in columns]
-        # A word that is longer than half of the console is broken after all.
+        # Only words longer than half of the console are broken.
         widest = (options.max_width - _GAP) // 2
         least = [min(widest, max(len(word) for cell in column for word in _wrapped(cell, 1))) for column in columns]
         if self.title:
@@ -76,7 +76,7 @@ class ConsoleTable:
 
 
 def summary_row(labels: Mapping[str, Any], found: Estimate) -> dict[str, Any]:
-    """Return the labels, and value, low, high and count of the estimate; where there is none, why."""
+    """Return the labels with value, low, high and count of the estimate, and why if it lacks a value or interval."""
     row = {**labels, "value": found.value, "low": found.low, "high": found.high, "count": found.count}
     return {**row, "why": found.why} if found.why else row
 
@@ -87,7 +87,7 @@ def share(part: int, whole: int) -> Estimate:
 
 
 def _unbroken(cell: str) -> str:
-    """Return the cell with no-break spaces inside ranges and intervals of numbers."""
+    """Return the cell with no-break spaces inside numeric ranges and intervals."""
     return _RANGE.sub(lambda found: found[0].replace(" ", "\xa0"), cell)
 
 
@@ -96,7 +96,7 @@ def _wrapped(cell: str, width: int, *, break_long_words: bool = False) -> list[s
 
 
 def _parts(least: Sequence[int], room: int) -> list[list[int]]:
-    """Return the columns of each part: the first, and as many of the others as fit in their least widths."""
+    """Return the columns of each part: the first column, and as many others as fit at their minimum widths."""
     parts: list[list[int]] = [[0]]
     for column in range(1, len(least)):
         if len(parts[-1]) > 1 and sum(least[at] + _GAP for at in (*parts[-1], column)) - _GAP > room:
@@ -106,7 +106,7 @@ def _parts(least: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _widths(ranges: Sequence[tuple[int, int]], room: int) -> list[int]:
-    """Return a width for each column between its least and its most; the widest give way first."""
+    """Return a width for each column between its minimum and maximum; the widest columns are narrowed first."""
     room -= _GAP * (len(ranges) - 1)
     widths: list[int] = []
     for cap in range(max(most for _, most in ranges), -1, -1):

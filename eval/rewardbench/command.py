@@ -25,7 +25,7 @@ from cepo.files import BrokenLine, write_jsonl
 _COMMAND = "eval rewardbench"
 _FOREST_ROWS = 60
 _REFERENCES = {"consistent": 0.25, "average": 0.5, "position_bias": 0.0, "strict": 0.5, "longest": 0.5}
-"""What a guess gets in each metric that is drawn."""
+"""The value of random guessing for each metric that is drawn."""
 _NOTES = (
     "Every pair is judged in both orders. Ties and judgements without a verdict count as wrong. Items with a failed "
     "judgement are left out of the accuracies. A judge that guesses, and always gives a verdict, is right in both "
@@ -81,16 +81,16 @@ _SHORT = {
 
 @dataclass(frozen=True)
 class RewardBenchJob:
-    """What `cepo eval rewardbench` is asked to do.
+    """The arguments of `cepo eval rewardbench`.
 
     Attributes:
-        judge: which judge, and how it generates, or which reward model; its seed is also that of the draws.
+        judge: the judge and its settings, or the reward model; its seed is also that of the draws.
         data: see `load_items`.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
-        split: of a hub data set, or None for its usual one.
-        limit: number of items to draw at random, or None for all.
-        subsets: names of the subsets to keep; all where empty.
-        ties: judge rows in which neither response is better too, and let every prompt allow equal scores.
+        split: split of a hub data set; None for the benchmark's own, or "train".
+        limit: number of items to draw at random; None for all.
+        subsets: names of the subsets to keep; all if empty.
+        ties: whether to judge rows in which neither response is better too, and let every prompt allow equal scores.
     """
 
     judge: JudgeSettings | RewardSettings
@@ -120,7 +120,7 @@ class RewardBenchSummary:
 
     @property
     def unread(self) -> float:
-        """The share of judgements in which no verdict could be read, in [0, 1]."""
+        """The share of judgements without a readable verdict, in [0, 1]."""
         shares = [one.estimate.value for one in self.measures if (one.metric, one.scope) == ("parse_failures", "all")]
         return shares[0] if shares else 0.0
 
@@ -143,7 +143,7 @@ class RewardBenchSummary:
         return ["subset", *columns.values(), "items"], rows
 
     def tables(self) -> list[ConsoleTable]:
-        """Return what the console shows: all metrics, then the accuracies by subset and section."""
+        """Return the tables for the console: all metrics, then the accuracies by subset and section."""
         header, rows = self.all_table()
         judged = f"{len(self.collected.records)} judgements, {self.collected.resumed} of them from an earlier run"
         speed = self.collected.speed()
@@ -160,7 +160,7 @@ def run_rewardbench(job: RewardBenchJob, *, progress: Progress | None = None) ->
         progress: called after each judgement.
 
     Raises:
-        ValueError: for data, settings or a model that cannot be used, or a folder with results of other settings.
+        ValueError: for data, settings or a model that cannot be used, or an output with other settings.
     """
     judge = job.judge
     read: dict[str, Any] = {"split": job.split, "limit": job.limit, "subsets": job.subsets}

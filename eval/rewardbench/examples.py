@@ -1,4 +1,4 @@
-"""Items that the page of `cepo eval rewardbench` shows in full, drawn at random, by how they were judged."""
+"""Examples for the page of `cepo eval rewardbench`: randomly drawn items, by how they were judged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cepo.eval.rewardbench.metrics import outcome
 from cepo.eval.rewardbench.reward_metrics import differences
 from cepo.files import content_hash
 
-_SHOWN = 3  # items of each kind
+_SHOWN = 3  # items per kind
 
 
 def shown_judgements(
@@ -42,11 +42,11 @@ def shown_judgements(
 
 
 def shown_rewards(items: Sequence[PreferenceItem], rewards: Rewards, seed: int) -> dict[str, list[HeatMap]]:
-    """Return some items in full, drawn at random, by what the rewards say of their pair with the least D."""
+    """Return some items in full, drawn at random, by the sign of the smallest D of their pairs."""
     kinds: dict[str, list[HeatMap]] = {name: [] for name in ("Right", "Tie", "Wrong", "Not judged")}
     for item in _drawn(items, seed):
         differences_CR = differences(item, rewards)
-        better, worse = np.unravel_index(np.argmin(differences_CR), differences_CR.shape)  # NaN where there is one
+        better, worse = np.unravel_index(np.argmin(differences_CR), differences_CR.shape)  # the first NaN, if any
         least = differences_CR[better, worse]
         kind = "Not judged" if np.isnan(least) else ("Tie", "Right", "Wrong")[int(np.sign(least))]
         if len(kinds[kind]) < _SHOWN:

@@ -25,15 +25,15 @@ _SPLITS = {REWARDBENCH: "filtered", REWARDBENCH_2: "test"}
 
 @dataclass(frozen=True)
 class PreferenceItem:
-    """A row of preference data: every chosen response is better than every rejected one, or as good, in a tie.
+    """A row of preference data: every chosen response is better than every rejected one, unless it is a tie.
 
     Attributes:
         key: identifies the row's content and, among equal rows, its number.
-        name: the row's id; of a row without one, where it stands, such as "line 3".
+        name: the row's id, or else its place, such as "line 3".
         subset: the row's subset, or "all".
-        prompt: what was asked.
-        chosen: at least one.
-        rejected: at least one.
+        prompt: the prompt.
+        chosen: at least one response.
+        rejected: at least one response.
         tie: whether no response is better.
     """
 
@@ -51,7 +51,7 @@ class PreferenceItem:
         return tuple((better, worse) for better in range(len(self.chosen)) for worse in range(len(self.rejected)))
 
     def task_key(self, better: int, worse: int, place: Place) -> str:
-        """Return the key of the judge prompt that shows this pair with the chosen response at `place`."""
+        """Return the key of the judge prompt for this pair with the chosen response at `place`."""
         return f"{self.key}/{better}/{worse}/{place}"
 
 
@@ -66,16 +66,16 @@ def load_items(
 ) -> tuple[list[PreferenceItem], list[BrokenLine]]:
     """Load preference items.
 
-    A row needs prompt, chosen and rejected, see `read_preference`, and may have subset and id. Lists of texts are
-    RewardBench 2's: one chosen, several rejected; in its subset Ties several chosen.
+    A row needs prompt, chosen and rejected, see `read_preference`, and may have subset and id. RewardBench 2 has lists
+    of texts: one chosen and several rejected responses; in its subset Ties, several chosen ones.
 
     Args:
         source: "rewardbench", "rewardbench2", or another source, see `open_source`.
         split: Split of the hub data set; None for the benchmark's own, or "train".
         limit: Number of items to draw at random, at least 1; None for all. A smaller draw is part of a larger one.
-        subsets: Names to keep; all where empty.
-        seed: Of the draw.
-        ties: Take rows in which neither response is better too, see `read_tie`; None where nobody can ask for them.
+        subsets: Names of the subsets to keep; all if empty.
+        seed: Seed of the draw.
+        ties: Whether to include rows in which neither response is better; None as for `read_tie`.
 
     Returns:
         The items in the order of the source, and (number from 1, reason) of rows that cannot be used.
@@ -99,7 +99,7 @@ def load_items(
 
 
 def read_item(row: Row, place: str, *, ties: bool | None = None) -> PreferenceItem:
-    """Return the item of a row that stands at `place`; `ties` as for `load_items`.
+    """Return the item of a row; `place` names a row without an id, `ties` as for `load_items`.
 
     Raises:
         ValueError: with the reason why the row cannot be used.
@@ -113,7 +113,7 @@ def read_item(row: Row, place: str, *, ties: bool | None = None) -> PreferenceIt
     own = read_id(row)
     name, subset = "" if own is None else str(own), subset or "all"
     content = found.prompt, found.chosen, found.rejected
-    # The key leaves the place out: a row that moves in its file keeps its judgements.
+    # The key does not include the place, so that a row that moves within its file keeps its judgements.
     return PreferenceItem(content_hash(name, subset, *content), name or place, subset, *content, tie)
 
 
@@ -141,7 +141,7 @@ def judge_tasks(items: Iterable[PreferenceItem], *, ties: bool = False) -> list[
 
 
 def _numbered(items: Sequence[PreferenceItem]) -> list[PreferenceItem]:
-    """Number rows of the same content, so that each has a key of its own."""
+    """Number rows of the same content, so that each has a unique key."""
     seen: Counter[str] = Counter()
     numbered = []
     for item in items:

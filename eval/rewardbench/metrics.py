@@ -1,4 +1,4 @@
-"""Metrics of preference items: of any judge by scope and RewardBench's sections, and those of written judgements."""
+"""Metrics of preference items: by scope and RewardBench's sections for any judge, and those of written judgements."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
         "hep-rust": 164,
     },
 }
-"""RewardBench's sections: the weight of each subset, which is its number of examples, except for math-prm, whose 447
-weigh as much as the six coding subsets together. Some versions of the reward-bench package swap the two xstest counts;
-these are those of the data.
+"""RewardBench's sections, with the weight of each subset: its number of examples, except for math-prm, whose 447
+examples weigh as much as the six coding subsets together. Some versions of the reward-bench package swap the two xstest
+counts; these are those of the data.
 
 Source:
     Lambert et al., RewardBench: evaluating reward models for language modeling (2024), section 4.
@@ -60,7 +60,7 @@ METRICS = (
     *("verdicts_only", "soft_average", "soft_summed", "expected_margin"),
     *("position_bias", "follows_position", "ties", "ties_on_ties", "parse_failures", "forced", "not_judged"),
 )
-"""In the order in which they are shown."""
+"""All metrics, in the order in which they are shown."""
 _ENDS: Mapping[str, tuple[float, float] | None] = {"position_bias": DIFFERENCE, "expected_margin": None}
 _MISSING: Mapping[str, Any] = {"error": "missing"}
 
@@ -70,10 +70,10 @@ class MetricEstimate:
     """One line of the summary.
 
     Attributes:
-        metric: one of METRICS, see `measure_preferences`, or of those of a reward model, see `measure_rewards`.
-        scope: "all", a subset, "section Chat" and the like, "mean of sections", "mean of subsets without Ties", or
+        metric: one of METRICS, see `measure_preferences`, or a reward model's, see `measure_rewards`.
+        scope: "all", a subset, a section such as "section Chat", "mean of sections", "mean of subsets without Ties", or
             "RewardBench 2".
-        estimate: value, interval, and the number of items (for rates: of judgements) that it is a mean of.
+        estimate: value, interval, and the number of items (for rates, of judgements) in the mean.
     """
 
     metric: str
@@ -83,16 +83,16 @@ class MetricEstimate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one item was judged; None where a judgement of it is missing.
+    """How one item was judged; None for results that need a missing judgement.
 
     Attributes:
-        records: of each pair, with the chosen response first and second.
+        records: for each pair, the records with the chosen response first and second.
         right: whether it is right with the chosen response first, and with it second. An item of several pairs is right
-            in an order if all of its pairs are. A tie is right where its scores are equal.
-        single: whether it is right with each pair shown in one randomly drawn order.
+            in an order if all of its pairs are. A tie is right if the scores are equal.
+        single: whether it is right with each pair in one randomly drawn order.
         soft_right: as `right`, by the sign of the expected margin.
         soft_summed: whether it is right by the sign of each pair's expected margin, summed over both orders.
-        margin: mean expected score of the chosen response minus that of the rejected one, over its pairs and orders.
+        margin: expected score of the chosen response minus that of the rejected one, mean over pairs and orders.
     """
 
     records: Sequence[Sequence[Mapping[str, Any]]]
@@ -116,18 +116,19 @@ def measure_preferences(
     orders; `soft_summed`, by the sign of the margins summed over the orders; `expected_margin`, chosen minus rejected.
     Rates of judgements: `position_bias`, the share of verdicts for A minus the share for B, without ties;
     `follows_position`, the share of pairs whose verdicts in the two orders name the same place; `ties`;
-    `parse_failures`; `forced`; `not_judged`. Items that are ties enter these rates alone, with `ties_on_ties` in place
-    of `ties`.
-    Each for all items and for each subset. The accuracies also for each of RewardBench's sections with a subset in the
-    data, and for the mean of the sections if all four are there. Over all items, `single_swap` is what j1 reports.
+    `parse_failures`; `forced`; `not_judged`. Items that are ties count only in these rates, with `ties_on_ties` in
+    place of `ties`.
+    All measures are given for all items and for each subset, the accuracies also for each of RewardBench's sections
+    that has a subset in the data, and for the mean of the sections if there are all four. Over all items, `single_swap`
+    is what j1 reports.
 
-    RewardBench 2 defines Ties by a formula on scores that a model gives to each response alone. A judge of pairs gives
-    none, so Ties is plain accuracy here (every right answer beats every wrong one) and is left out of the mean.
+    RewardBench 2 defines its measure of Ties for scores of single responses. A judge of pairs has none, so here Ties is
+    plain accuracy (every right answer beats every wrong one) and is left out of the mean.
 
     Args:
-        items: what was judged, at least one.
-        records: by the key of the task, see `collect_judgements`.
-        seed: of the drawn orders.
+        items: the items, at least one.
+        records: records by the key of the task, see `collect_judgements`.
+        seed: seed of the drawn orders.
     """
     tallies = [_tally(item, outcome(item, records, seed=seed)) for item in items]
     return measure_tallies(items, tallies, METRICS, weighted=_ACCURACIES, ends=_ENDS)
@@ -141,14 +142,14 @@ def measure_tallies(
     weighted: Sequence[str],
     ends: Mapping[str, tuple[float, float] | None],
 ) -> list[MetricEstimate]:
-    """Return each metric over all items and over each subset, and some for sections and means of subsets too.
+    """Return each metric over all items and over each subset, and some also for sections and means of subsets.
 
     Args:
-        items: what was judged, at least one; all items of a prompt are one unit.
-        tallies: by metric, the values that an item adds to it; metrics without values are left out.
-        metrics: in the order in which they are shown.
-        weighted: which of them are given for sections and means of subsets.
-        ends: of the metrics that are not shares, their smallest and largest value, or None.
+        items: the items, at least one; all items of a prompt are one unit.
+        tallies: for each item, the values that it adds to each metric; metrics without values are left out.
+        metrics: names of the metrics, in the order in which they are shown.
+        weighted: the metrics that are also given for sections and means of subsets.
+        ends: bounds of the metrics that are not in [0, 1]; None for an unbounded one.
     """
     scopes = {"all": list(range(len(items)))}
     for name in dict.fromkeys(item.subset for item in items):
@@ -190,7 +191,7 @@ def outcome(item: PreferenceItem, records: Mapping[str, Mapping[str, Any]], *, s
 
 
 def chosen_margin(record: Mapping[str, Any]) -> float:
-    """Return the expected score of the chosen response minus that of the rejected one."""
+    """Return the expected score of the chosen response minus that of the rejected one, from one record."""
     first, second = record["soft"]
     return float(first - second if record["chosen_at"] == "A" else second - first)
 
@@ -205,7 +206,7 @@ def _drawn_order(item: PreferenceItem, pair: tuple[int, int], seed: int) -> int:
 
 
 def _tally(item: PreferenceItem, found: Outcome) -> dict[str, list[float]]:
-    """Return the values that an item adds to each metric, a mean over values; metrics without values are left out."""
+    """Return the values that an item adds to each metric; metrics without values are left out."""
     rows = [record for pair in found.records for record in pair]
     judged = [record for record in rows if not record["error"]]
     read = [record for record in judged if record["winner"] is not None]
@@ -288,14 +289,18 @@ def _weighted_measures(metric: str, values: Sequence[float], items: Sequence[Pre
 
 
 def mean_of_weighted(weights: Sequence[Sequence[float]]) -> Callable[..., np.ndarray]:
-    """Return the statistic of (value, subset's code): the mean over groups of their subsets' weighted mean."""
+    """Return a statistic of values and subset codes: the mean over groups of the weighted mean of their subsets.
+
+    Args:
+        weights: weight of each of S subsets in each of G groups, (G, S).
+    """
     weights_GS = np.asarray(weights)
 
     def statistic(values_N: np.ndarray, codes_N: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
         member_NS = codes_N[:, None] == np.arange(weights_GS.shape[1])
         counts_BS = weights_BN @ member_NS
         means_BS = (weights_BN * values_N) @ member_NS / np.maximum(counts_BS, 1.0)
-        there_BS = counts_BS > 0.0  # a subset of one item is missing where it is left out
+        there_BS = counts_BS > 0.0  # a subset of one item is empty in the sample that leaves it out
         totals_BG = there_BS @ weights_GS.T
         scores_BG = (there_BS * means_BS) @ weights_GS.T / np.where(totals_BG > 0.0, totals_BG, np.nan)
         return np.asarray(scores_BG.mean(axis=1))

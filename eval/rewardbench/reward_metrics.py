@@ -1,4 +1,4 @@
-"""Metrics of preference items that a reward model judged: accuracies, also of length alone, RewardBench 2's Ties."""
+"""Metrics of preference items for a reward model: accuracies, also those of length, and RewardBench 2's Ties."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TIES_ENDS = (-0.01, 1.01)
 
 
 def shown_texts(items: Sequence[PreferenceItem], shown: Shown) -> list[tuple[dict[str, str], Messages]]:
-    """Return the facts and texts of all pairs of all items, see `collect_rewards`."""
+    """Return facts and texts of all pairs of all items, for `collect_rewards`."""
     return [
         ({"id": item.name, "subset": item.subset}, messages)
         for item in items
@@ -35,17 +35,17 @@ def shown_texts(items: Sequence[PreferenceItem], shown: Shown) -> list[tuple[dic
 
 
 def differences(item: PreferenceItem, rewards: Rewards) -> np.ndarray:
-    """Return D of every chosen response with every rejected one, (C, R); NaN where a text has no number."""
+    """Return D of every chosen response with every rejected one, (C, R); NaN if a text has no number."""
     return np.array(
         [[rewards.difference(item.prompt, chosen, rejected) for rejected in item.rejected] for chosen in item.chosen]
     )
 
 
 def credit(differences_CR: np.ndarray) -> float:
-    """Return what an item earns where ties share the credit, in [0, 1]: the least over its chosen responses.
+    """Return an item's credit in [0, 1], where ties share it: the smallest over its chosen responses.
 
     A chosen response that beats every rejected one earns 1, one that ties with k of them at the top 1 / (1 + k), and
-    one that loses to any 0. This is how RewardBench 2 counts its best-of-four items; a pair that ties earns 1/2.
+    one that loses to any of them 0. RewardBench 2 scores its best-of-four items this way. A tied pair earns 1/2.
     """
     worst_C = differences_CR.min(axis=1)
     return float(np.where(worst_C < 0, 0.0, 1.0 / (1.0 + (differences_CR == 0).sum(axis=1))).min())
@@ -54,12 +54,16 @@ def credit(differences_CR: np.ndarray) -> float:
 def measure_rewards(items: Sequence[PreferenceItem], rewards: Rewards) -> list[MetricEstimate]:
     """Return every measure with its 95% interval; all items of a prompt are one unit.
 
-    Per item: `strict`, right with ties as wrong (every chosen response above every rejected one); `half_credit`, ties
-    share the credit, see `credit`; `longest` and `shortest`, the credit of a rule that prefers the longer or the
-    shorter response, in characters. Per pair: `longer_right` and `shorter_right`, strictly right where the better
-    response is the longer, or the shorter, one; `margin`, the mean of D; `ties`, D is 0; `not_judged`.
-    The first four also for RewardBench's sections and means. RewardBench 2's subset Ties has its own measure, see
-    `measure_ties`, and "RewardBench 2" is the mean of it and of `half_credit` in the other subsets, as published.
+    Per item: `strict`, every chosen response above every rejected one, with ties as wrong; `half_credit`, see `credit`;
+    `longest` and `shortest`, the credit of a rule that prefers the longer or the shorter response, in characters. Per
+    pair: `longer_right` and `shorter_right`, strictly right if the better response is the longer, or the shorter, one;
+    `margin`, the mean of D; `ties`, D is 0; `not_judged`.
+    The first four are also given for RewardBench's sections and means. RewardBench 2's subset Ties has its own measure,
+    see `measure_ties`. "RewardBench 2" is the mean of it and of `half_credit` in the other subsets, as published.
+
+    Args:
+        items: the items, at least one.
+        rewards: the rewards of all their texts.
     """
     of_items = [differences(item, rewards) for item in items]
     measures = measure_tallies(
@@ -77,9 +81,9 @@ def measure_rewards(items: Sequence[PreferenceItem], rewards: Rewards) -> list[M
 def measure_ties(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Estimate:
     """Return RewardBench 2's measure of its subset Ties, about 0 to 1; prompts are units.
 
-    A prompt has many equally right answers in its item "tied:N" and one in its reference item "ref:N". With the least
-    reward of a right answer minus the largest of a wrong one as an item's gap, and the largest minus the least reward
-    of the right answers of "tied:N" as its spread:
+    A prompt has many equally right answers in its item "tied:N" and one in its reference item "ref:N". The gap of an
+    item is the smallest reward of a right answer minus the largest of a wrong one. The spread is the largest minus the
+    smallest reward of the right answers of "tied:N". The measure is
 
         0.3 x share of tied items with a gap above 0 + 0.3 x the same of reference items
         + 0.2 x share of prompts whose tied gap is above the spread
@@ -87,11 +91,11 @@ def measure_ties(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]]) 
         + 0.01 x mean over prompts of tanh(smaller gap / spread - 1), where 0 / 0 counts as 0
 
     Args:
-        scores: by the item's id, rewards of its right and of its wrong answers, at least one each.
+        scores: by the item's id, the rewards of its right and of its wrong answers, at least one each.
 
     Source:
         Malik et al., RewardBench 2: Advancing Reward Model Evaluation (2025), arXiv 2506.01937, and
-        `process_single_model` of <https://github.com/allenai/reward-bench>, rewardbench/utils.py, whose number this is.
+        `process_single_model` in rewardbench/utils.py of <https://github.com/allenai/reward-bench>, which it equals.
     """
     try:
         terms_N5 = _ties_terms(scores)
@@ -107,7 +111,7 @@ def measure_ties(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]]) 
 
 
 def _ties_terms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> np.ndarray:
-    """Return what each prompt adds to the five terms, (N, 5); NaN where it lacks the items."""
+    """Return each prompt's value of the five terms, (N, 5); NaN if it lacks the items."""
     prompts: dict[str, dict[str, tuple[float, float]]] = {}
     for name, (right, wrong) in scores.items():
         found = _TIES_ID.fullmatch(name)
@@ -130,7 +134,7 @@ def _ties_terms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -
 
 
 def _ties_score(terms_N5: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """Return the measure of each sample of prompts, (B,)."""
+    """Return the measure (B,) of each sample of prompts."""
     counts_B5 = weights_BN @ ~np.isnan(terms_N5)
     means_B5 = weights_BN @ np.nan_to_num(terms_N5) / np.where(counts_B5 > 0, counts_B5, np.nan)
     found: np.ndarray = means_B5 @ _TIES_WEIGHTS
@@ -161,7 +165,7 @@ def _tally(item: PreferenceItem, differences_CR: np.ndarray) -> dict[str, list[f
 def _ties_measures(
     items: Sequence[PreferenceItem], of_items: Sequence[np.ndarray], rewards: Rewards
 ) -> list[MetricEstimate]:
-    """Return the measure of Ties, and the benchmark's score where there are other subsets too."""
+    """Return the measure of Ties, and the benchmark's score if there are other subsets too."""
     judged = [(item, found) for item, found in zip(items, of_items, strict=True) if not np.isnan(found).any()]
 
     def numbers(item: PreferenceItem, responses: Sequence[str]) -> list[float]:
@@ -176,7 +180,7 @@ def _ties_measures(
         return measures
     names = sorted({item.subset for item, _ in others})
     terms_N5 = _ties_terms(scores)
-    # One row per item of the other subsets and per prompt of Ties; the code of a subset is its place in names.
+    # One row per item of the other subsets and per prompt of Ties; the code of a subset is its index in `names`.
     values_N = np.array([earned for _, earned in others] + [0.0] * len(terms_N5))
     codes_N = np.array([names.index(item.subset) for item, _ in others] + [len(names)] * len(terms_N5))
     terms_N5 = np.concatenate([np.full((len(others), terms_N5.shape[1]), np.nan), terms_N5])
