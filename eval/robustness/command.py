@@ -36,23 +36,23 @@ from cepo.eval.statistics import Estimate
 from cepo.files import BrokenLine, write_jsonl
 
 _COMMAND = "eval robustness"
-_EXAMPLES = 8  # turned verdicts that the page shows
-_EXCERPT = 700  # characters of a text that it shows
+_EXAMPLES = 8  # verdicts that turned wrong, in the report
+_EXCERPT = 700  # characters of each judgement in the report
 
 
 @dataclass(frozen=True)
 class RobustnessJob:
-    """What `cepo eval robustness` is asked to do.
+    """The arguments of `cepo eval robustness`.
 
     Attributes:
-        judge: which judge, and how it generates, or which reward model; its seed is also that of every draw.
-        data: file or hub data set of prompt, chosen, rejected, see `load_items`. Of a row's several chosen or
-            rejected responses, one is drawn.
+        judge: the judge and its settings, or the reward model; its seed also seeds every draw.
+        data: file or hub data set of prompt, chosen, rejected, see `load_items`. If a row has several chosen or
+            rejected responses, one of them is drawn.
         output: folder for judgements.jsonl, summary.jsonl and report.html.
         transformations: names from `TRANSFORMATIONS`, each once.
         limit: number of pairs to draw, or None for all.
-        split: of the hub data set.
-        subsets: names of the subsets to keep; all where empty.
+        split: split of the hub data set.
+        subsets: names of the subsets to keep; empty for all.
     """
 
     judge: JudgeSettings | RewardSettings
@@ -69,12 +69,10 @@ class RobustnessSummary:
     """The results.
 
     Attributes:
-        effects: by transformation, and under ALL over all of them; without those that apply to no pair.
+        effects: effect of each transformation that applies to some pair, and of all together under `ALL`.
         original: accuracy on the originals of the pairs that some transformation applies to.
-        worst: accuracy where a pair counts only if the judge is right on it and under every transformation of it.
-        rules: accuracies on the same pairs by rule, of the originals and of the transformed: the judge with ties as
-            half, whichever response is longer or shorter, and the judge where the better response is the longer, or
-            the shorter, one.
+        worst: accuracy if a pair counts as right only if the judge is right on it and on each of its transformations.
+        rules: accuracies (on the originals, on the transformed pairs) by rule, see `follow_rules`.
         idle: transformations that apply to no pair.
         collected: the judgements.
         broken: (line number, reason) of data lines that could not be used.
@@ -94,7 +92,7 @@ class RobustnessSummary:
         return ("over all transformations", "accuracy before", "accuracy after"), rows
 
     def tables(self) -> list[ConsoleTable]:
-        """Return what the console shows: the effects, and the accuracies by rule."""
+        """Return the tables for the console: the effects, and the accuracies by rule."""
         rows = [
             [
                 name,
@@ -121,9 +119,9 @@ def measure_robustness(
     progress: Progress | None = None,
     open_: Callable[[JudgeSettings], Judge] = open_judge,
 ) -> RobustnessSummary:
-    """Judge every pair as it is and under each transformation that applies; write judgements, summary and page.
+    """Judge every pair as it is and under each transformation that applies; write judgements, summary and report.
 
-    The responses of a pair are in the same order in all its prompts. A killed run is resumed.
+    All prompts of a pair show its responses in the same order. An interrupted run is resumed.
 
     Args:
         job: what to measure.
@@ -131,7 +129,7 @@ def measure_robustness(
         open_: opens the judge; called only if a judgement is missing.
 
     Raises:
-        ValueError: for data, settings or a judge that cannot be used, or a folder with results of other settings.
+        ValueError: for data, settings or a judge that cannot be used, or an output with other settings.
     """
     check_names(job.transformations)
     judge = job.judge

@@ -11,23 +11,23 @@ import numpy as np
 from cepo.eval.statistics import AT_LEAST_0, DIFFERENCE, Estimate, estimate, mean_difference, proportion, ratio
 
 ORIGINAL = "original"
-"""Name of the untransformed pairs, beside the names of the transformations."""
+"""Name of the untransformed pairs, where the others have the name of a transformation."""
 ALL = "all"
-"""Name of the row over all transformations, each pair a cluster."""
+"""Name of the effect over all transformations."""
 BeforeAfter: TypeAlias = tuple[Mapping[str, Any], Mapping[str, Any]]
 """The records of an original and of its transformed pair."""
 
 
 @dataclass(frozen=True)
 class TransformationEffect:
-    """The effect of one transformation on the pairs that it applies to, without those with a failed judgement.
+    """The effect of a transformation on the pairs that it applies to, except those with a failed judgement.
 
     Attributes:
         pairs: number of pairs.
         before: accuracy on the originals of these pairs; ties and verdicts that cannot be read count as wrong.
         after: accuracy on the transformed pairs.
-        drop: before - after, pair by pair.
-        ratio: after / before; NaN where before is 0.
+        drop: before - after, paired.
+        ratio: after / before; NaN if before is 0.
         changed: share of the pairs whose verdict (A, B, tie, unreadable) changed.
         unreadable_before: share of the originals whose verdict cannot be read.
         unreadable_after: share of the transformed pairs whose verdict cannot be read.
@@ -55,8 +55,8 @@ def compare(records: Sequence[Mapping[str, Any]]) -> dict[str, TransformationEff
             every row.
 
     Returns:
-        The effect of each transformation, in order of first appearance, and under ALL over all of them. All that was
-        judged of one question is one unit of the intervals.
+        The effect of each transformation in order of first appearance, and that of all together under `ALL`. The
+        confidence intervals are clustered by question.
     """
     by_name = paired(records)
     effects = {name: _effect(pairs) for name, pairs in by_name.items()}
@@ -66,7 +66,7 @@ def compare(records: Sequence[Mapping[str, Any]]) -> dict[str, TransformationEff
 
 
 def paired(records: Sequence[Mapping[str, Any]]) -> dict[str, list[BeforeAfter]]:
-    """Return (original, transformed) by transformation, without those with a failed judgement."""
+    """Return the (original, transformed) records by transformation, except those with a failed judgement."""
     originals = {record["row"]: record for record in records if record["transformation"] == ORIGINAL}
     found: dict[str, list[BeforeAfter]] = {}
     for record in records:
@@ -77,7 +77,7 @@ def paired(records: Sequence[Mapping[str, Any]]) -> dict[str, list[BeforeAfter]]
 
 
 def worst_case(records: Sequence[Mapping[str, Any]]) -> tuple[Estimate, Estimate]:
-    """Return the accuracy on the originals, and that of being right on the original and all its transformations.
+    """Return the accuracy on the originals, and the rate of being right on an original and all its transformations.
 
     Both are over the pairs that some transformation applies to and that have no failed judgement.
 
@@ -98,10 +98,13 @@ def worst_case(records: Sequence[Mapping[str, Any]]) -> tuple[Estimate, Estimate
 
 
 def follow_rules(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Estimate, Estimate]]:
-    """Return accuracies of rules on the originals, and on the transformed pairs, each with its own original.
+    """Return the accuracies of simple rules on the originals and on the transformed pairs.
+
+    The rules are: the judge with ties as half, always the longer response, always the shorter one, and the judge on
+    the pairs whose better response is the longer, or the shorter, one. An original counts once per transformation.
 
     Args:
-        records: as for `compare`, with `longer`, the better response's length minus that of the other in characters.
+        records: as for `compare`, with `longer`: length of the better response minus that of the other, in characters.
     """
     pairs = [pair for of_name in paired(records).values() for pair in of_name]
 
@@ -125,7 +128,7 @@ def follow_rules(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Estima
 
 
 def _step(difference: float) -> float:
-    """Return whether a difference is above 0, and 1/2 where it is 0."""
+    """Return 1 if a difference is above 0, 1/2 if it is 0, else 0."""
     return (difference > 0) + 0.5 * (difference == 0)
 
 
@@ -147,5 +150,5 @@ def _effect(pairs: Sequence[BeforeAfter]) -> TransformationEffect:
 
 
 def is_right(record: Mapping[str, Any]) -> float:
-    """Return whether a record's verdict is right, as a number."""
+    """Return 1.0 if a record's verdict is right, else 0.0."""
     return float(record["winner"] == record["label"])

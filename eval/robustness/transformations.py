@@ -1,8 +1,8 @@
 """Mechanical transformations of a preference pair that do not change which response is better.
 
-Each is a pure function `(pair, random) -> pair`, or None where it does not apply. They change the responses, never the
+Each is a pure function `(pair, random) -> pair`, or None if it does not apply. They change the responses, never the
 prompt, and never what a response says: prose is transformed outside code, formulas and links; a program is transformed
-only if its syntax tree stays the same; an answer changes its format and not its value.
+only if its syntax tree stays the same; an answer changes its format, not its value.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CODE_LINE = re.compile(
 )
 _ANSWER_HEADER = re.compile(r"\n*^# Answer[ \t]*\n\s*(?P<answer>\S.*?)\s*\Z", re.DOTALL | re.MULTILINE)
 _RATE = 0.1  # share of words, or of letters with a lookalike, that are changed
-_CODE_SHARE = 0.4  # share of lines that look like code, from which on a text is a program
+_CODE_SHARE = 0.4  # smallest share of lines that look like code in a text that is a program
 _LOOKALIKES = dict(zip("aceijopsxyABCEHIJKMOPSTXY", "асеіјорѕхуАВСЕНІЈКМОРЅТХҮ", strict=True))  # Latin: Cyrillic
 _IGNORED = "The harbour was quiet that morning, and the boats had not yet come in."
 _BOX = "\\boxed{"
@@ -70,12 +70,12 @@ Transformation: TypeAlias = Callable[[ResponsePair, random.Random], ResponsePair
 def transform(name: str, pair: ResponsePair, *, seed: int) -> ResponsePair | None:
     """Apply a transformation by name.
 
-    The draws depend on the name, the seed and the pair alone, never on the other rows.
+    The draws depend only on the name, the seed and the pair, not on other rows.
 
     Args:
         name: one of `TRANSFORMATIONS`.
-        pair: what to transform.
-        seed: of the draws.
+        pair: the pair to transform.
+        seed: seed of the draws.
 
     Returns:
         The transformed pair, or None if the transformation does not apply or changes nothing.
@@ -85,7 +85,7 @@ def transform(name: str, pair: ResponsePair, *, seed: int) -> ResponsePair | Non
 
     Source:
         Wu et al., reWordBench: benchmarking and improving the robustness of reward models with transformed inputs
-        (2025). The kinds of mechanical transformations are its; wording and draws are ours, and paraphrases,
+        (2025). The kinds of mechanical transformations are from there; wording and draws are not, and paraphrases,
         translations and jailbreaks are left out.
     """
     check_names([name])
@@ -204,29 +204,29 @@ def widen_whitespace(pair: ResponsePair, _: random.Random) -> ResponsePair:
 
 
 def comment_bad(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
-    """Add the comment `# bad` to the lines of both programs. For Python, as the whole response or fenced."""
+    """Add the comment `# bad` to the lines of both programs (Python, the whole response or a fenced block)."""
     return _each_program(pair, partial(_comment, word="bad"))
 
 
 def comment_bad_good(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
-    """Add `# bad` to the lines of the chosen program and `# good` to the rejected one's: lies. For Python."""
+    """Add the misleading comments `# bad` to the chosen program and `# good` to the rejected one (Python)."""
     return _each_program(pair, partial(_comment, word="bad"), partial(_comment, word="good"))
 
 
 def minify_code(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
-    """Remove comments, blank lines and all white space that is not needed from both programs. For Python."""
+    """Remove comments, blank lines and all white space that is not needed from both programs (Python)."""
     return _each_program(pair, partial(_lay_out, indent=" ", gap="", end="\n"))
 
 
 def spread_code(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
-    """Indent both programs by eight and double the spaces and the line breaks between statements. For Python."""
+    """Indent both programs by eight spaces, and double the spaces and line breaks between statements (Python)."""
     return _each_program(pair, partial(_lay_out, indent=" " * 8, gap="  ", end="\n\n"))
 
 
 def swap_answer_format(pair: ResponsePair, _: random.Random) -> ResponsePair | None:
-    r"""Turn the `\boxed{x}` into a closing section "# Answer", and such a section into a box.
+    r"""Turn a `\boxed{x}` into a closing section "# Answer", and such a section into a box.
 
-    For mathematics: a response that marks one answer in either way is changed, any other stays as it is.
+    For mathematics. A response with exactly one marked answer is changed; any other stays as it is.
     """
     return _each(pair, _swap_format)
 
@@ -255,7 +255,7 @@ TRANSFORMATIONS: Mapping[str, Transformation] = MappingProxyType(
         "answer-format": swap_answer_format,
     }
 )
-"""Every transformation by its name on the command line and in the results."""
+"""The transformations, by their names on the command line and in the results."""
 
 
 def _each(pair: ResponsePair, change: Callable[[str], str]) -> ResponsePair:
@@ -263,7 +263,7 @@ def _each(pair: ResponsePair, change: Callable[[str], str]) -> ResponsePair:
 
 
 def _outside(text: str, change: Callable[[str], str]) -> str:
-    """Change what stands outside code, formulas and links."""
+    """Change the text outside code, formulas and links."""
     parts, end = [], 0
     for kept in _PROTECTED.finditer(text):
         parts += [change(text[end : kept.start()]), kept[0]]
@@ -272,7 +272,7 @@ def _outside(text: str, change: Callable[[str], str]) -> str:
 
 
 def _change_words(pair: ResponsePair, draws: random.Random, change: Callable[[str], str]) -> ResponsePair:
-    """Change a tenth of the words of each response, at least one if it has any."""
+    """Change a tenth of the words of each response, and at least one if there is one."""
 
     def change_text(text: str) -> str:
         kept = [(found.start(), found.end()) for found in _PROTECTED.finditer(text)]
@@ -298,7 +298,7 @@ def _is_code(text: str) -> bool:
 
 
 def _is_program(text: str) -> bool:
-    """Tell whether a text is Python that does something; `word` and `Speaker: "line"` are Python but do nothing."""
+    """Tell whether a text is Python code with an effect; prose such as `word` and `Speaker: "line"` also parses."""
     tree = _parse(text)
     return tree is not None and any(
         not isinstance(statement, ast.Expr) and getattr(statement, "value", tree) is not None for statement in tree.body
@@ -316,7 +316,7 @@ def _parse(code: str) -> ast.Module | None:
 def _each_program(
     pair: ResponsePair, change_chosen: Callable[[str], str], change_rejected: Callable[[str], str] | None = None
 ) -> ResponsePair | None:
-    """Change the programs of both responses; None unless both hold one and no syntax tree changes."""
+    """Change the programs of both responses; None unless each has one and no syntax tree changes."""
     chosen = _change_programs(pair.chosen, change_chosen)
     rejected = _change_programs(pair.rejected, change_rejected or change_chosen)
     return None if chosen is None or rejected is None else replace(pair, chosen=chosen, rejected=rejected)
@@ -347,7 +347,7 @@ def _same_program(code: str, change: Callable[[str], str]) -> str | None:
 
 
 def _comment(code: str, *, word: str) -> str:
-    """End every logical line with a comment; inside a string or brackets, a physical line cannot hold one."""
+    """End every logical line with a comment; a physical line may end inside a string, which cannot hold one."""
     lines = code.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
         if token.type == tokenize.NEWLINE:
@@ -357,7 +357,7 @@ def _comment(code: str, *, word: str) -> str:
 
 
 def _lay_out(code: str, *, indent: str, gap: str, end: str) -> str:
-    """Write the program again without comments, one logical line per line, with `gap` where tokens were apart."""
+    """Write the program without comments, one logical line per line, with `gap` where white space parted tokens."""
     lines, line, depth = [], "", 0
     last: tokenize.TokenInfo | None = None
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
@@ -378,7 +378,7 @@ def _lay_out(code: str, *, indent: str, gap: str, end: str) -> str:
 def _swap_format(text: str) -> str:
     section = _ANSWER_HEADER.search(text)
     if section:
-        # A box inside the section would leave both marks, and nothing to swap.
+        # A section that already holds a box has no single format to swap.
         answer = section["answer"].strip("$ ")
         return text if "\\boxed" in answer else f"{text[: section.start()]}\n\n$\\boxed{{{answer}}}$"
     box = find_box(text, 0, len(text)) if text.count(_BOX) == 1 else None

@@ -1,4 +1,4 @@
-"""Pairs as they are and transformed, and what a judge of either kind says of them, as records of one form."""
+"""Original and transformed pairs, and the verdicts of a generative judge or a reward model on them, in one format."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Variant:
     """A pair as it is, or transformed.
 
     Attributes:
-        item: the pair's item.
-        name: of the transformation, or ORIGINAL.
-        pair: both responses.
-        label: where the better one is shown.
+        item: the item that the pair is of.
+        name: name of the transformation, or ORIGINAL.
+        pair: prompt and responses, transformed.
+        label: where the better response is shown, "A" or "B".
     """
 
     item: PreferenceItem
@@ -37,12 +37,12 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """Names the variant among those of its data."""
+        """Key of the variant, unique within its data."""
         return f"{self.item.key}/{self.name}"
 
     @property
     def facts(self) -> Row:
-        """What the record of the variant holds beside the judgement."""
+        """Fields of the variant's record besides those of the judgement."""
         item = self.item
         return {
             "row": item.key,
@@ -54,7 +54,7 @@ class Variant:
 
 
 def variants_of(item: PreferenceItem, transformations: Sequence[str], seed: int) -> list[Variant]:
-    """Return the pair as it is and under each transformation that applies, or nothing if none does."""
+    """Return an item's pair as it is and under each transformation that applies; an empty list if none does."""
     drawn = random.Random(content_hash("pair", seed, item.key))
     pair = ResponsePair(item.prompt, drawn.choice(item.chosen), drawn.choice(item.rejected))
     label = drawn.choice(PLACES)
@@ -64,7 +64,7 @@ def variants_of(item: PreferenceItem, transformations: Sequence[str], seed: int)
 
 
 def judge_task(variant: Variant) -> JudgeTask:
-    """Return the prompt that shows a variant to a judge that writes."""
+    """Return the task of a generative judge for a variant."""
     responses = (variant.pair.chosen, variant.pair.rejected)
     messages = judge_prompt(variant.item.prompt, *(responses if variant.label == "A" else responses[::-1]))
     return JudgeTask(variant.key, messages, variant.facts)
@@ -73,7 +73,7 @@ def judge_task(variant: Variant) -> JudgeTask:
 def reward_records(
     variants: Sequence[Variant], settings: RewardSettings, output: Path, command: str, progress: Progress | None
 ) -> tuple[Collected, list[Record]]:
-    """Score all variants, and return for each a record as of a judgement, of which the difference decides."""
+    """Score all variants, and return for each a record like a judge's, with the verdict of the reward difference."""
     shown = settings.shown
     triples = [(variant.item.prompt, variant.pair.chosen, variant.pair.rejected) for variant in variants]
     texts = [

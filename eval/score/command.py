@@ -1,4 +1,4 @@
-"""`cepo score`: rollouts in (JSONL), link scores, matrices and heat maps out; resumable."""
+"""`cepo score`: read rollouts; write link scores, matrices and heat maps; resumable."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _WITHOUT_ATTRIBUTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob(Scoring):
-    """What `cepo score` was asked to do.
+    """The arguments of `cepo score`.
 
     Attributes:
-        input: file of rollouts, see `open_file` and FORMS. A row may carry task_reward in [0, 1], which is then fused,
-            and a judged pair label ("A" or "B": where the chosen response was shown; A by default).
+        input: file of rollouts, see `open_file` and `FORMS`. A row may have a task_reward in [0, 1], which is then
+            fused, and a judged pair a label ("A" or "B": where the chosen response was shown; A by default).
         output: JSONL file to write, one record per row of the input, in order.
-        batch_size: rows that are scored together, at least 1; changes results by no more than rounding.
+        batch_size: rows that are scored together, at least 1; affects results only by rounding.
         jacobians: safetensors file for the matrices, or None.
         html: file for the heat maps, or None.
         workers: Ray workers that score the rows, see `cepo.eval.score.ray`; None for this process.
@@ -63,14 +63,14 @@ class ScoreSummary:
     Attributes:
         rows: records written.
         resumed: how many of them an earlier run had scored.
-        malformed: completions that the model wrote and that cannot be scored.
+        malformed: number of completions that cannot be scored.
         reasons: the most frequent reasons why, with their counts.
-        broken: for each row of the input that cannot be used, where it stands and the reason.
-        means: by name, mean S of each link and mean order leak over the well-formed rows, and mean reward over all that
-            were scored, in which a malformed completion counts as the 0 that it earns.
-        without_leak: well-formed rows without an order leak, which are all where it was not asked for.
+        broken: place and reason of each row of the input that cannot be used.
+        means: by name, mean S of each link and mean order leak over the well-formed rows, and mean reward over all
+            scored rows, where a malformed completion counts with its reward of 0.
+        without_leak: number of well-formed rows without an order leak; all of them if no leak was computed.
         seconds: time of this run.
-        peak_gib: largest memory of the process, in GiB.
+        peak_gib: peak resident memory of the process, in GiB.
     """
 
     rows: int
@@ -87,13 +87,13 @@ class ScoreSummary:
 def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = None) -> ScoreSummary:
     """Score every row of the input, and resume an interrupted run with the same settings.
 
-    Records are appended to OUTPUT.partial as they come, rows of one prompt one after another, and written to the output
-    in order when all are there. A record is taken over where the model's weights, the settings and the row's content
-    are the same. Everything that needs no weights is checked before they are loaded.
+    Records are appended to OUTPUT.partial as they are computed, grouped by prompt, and written to the output in input
+    order at the end. An earlier run's record is kept if the model's weights, the settings and the row's content are
+    the same. Everything that needs no weights is checked before they are loaded.
 
     Args:
-        job: what to do.
-        progress: called with (rows done, rows in all).
+        job: what to score.
+        progress: called with (rows done, rows in total).
 
     Raises:
         ValueError: for input, settings or a model that cannot be used, or an output of other settings or weights.
@@ -110,7 +110,7 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     resumed = frozenset(done)
     drop_matrices(shards, keep=resumed)
     partial.unlink(missing_ok=True)
-    if done:  # a run that fails before its first record leaves nothing that would bind the next one's settings
+    if done:  # a run that fails before its first record leaves no file, so the next may have other settings
         write_jsonl(partial, done.values())
     pending = {row: line for row, line in enumerate(lines) if row not in done}
     usable = any(line.row is not None for line in pending.values())
@@ -141,7 +141,7 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
 
 
 def _check(job: ScoreJob) -> ModelSource:
-    """Check what can be checked without weights, and return where the model comes from."""
+    """Check what can be checked without weights, and return the model's source."""
     job.config.parsed_links(job.layout)
     if job.batch_size < 1:
         raise ValueError(f"batch_size is {job.batch_size}; expected at least 1")
@@ -165,7 +165,7 @@ def _check(job: ScoreJob) -> ModelSource:
 
 
 def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict[str, Any]:
-    """Return what decides the records; where spans are compared with donors, all rows decide each of them."""
+    """Return the settings that decide the records; with donors from the input, they include every row's content."""
     name = "donors_file" if job.donors else "input (its rows are each other's donors)"
     donors = fingerprint(job.donors) if job.donors else content_hash([line.content for line in lines])
     return {
@@ -176,7 +176,7 @@ def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict
         "dtype": job.dtype,
         "engine": job.engine,
         "raw": job.raw,
-        # Tags and choices as they are; the prompt's fixed pieces, long texts, by their content.
+        # The prompt's fixed pieces are long texts, so they enter by their hash.
         "layout": {
             name: content_hash(part) if isinstance(part, tuple) else part for name, part in vars(job.layout).items()
         },
@@ -185,7 +185,7 @@ def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict
 
 
 def _earlier_records(job: ScoreJob, lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
-    """Return the records of earlier runs whose row has the same content and, where they are asked for, its matrices."""
+    """Return the records of earlier runs whose row has the same content and, if they are to be saved, its matrices."""
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
     saved = rows_with_matrices(shards, job.jacobians)
     done: dict[int, dict[str, Any]] = {}
@@ -199,7 +199,7 @@ def _earlier_records(job: ScoreJob, lines: Sequence[Line]) -> dict[int, dict[str
 
 
 def _check_prompts(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> None:
-    """Raise ValueError for prompts that need the chat template of a model that has none, with the way out."""
+    """Raise ValueError, with advice, for prompts that need the chat template of a model that has none."""
     if getattr(reader.tokenizer, "chat_template", None):
         return
     if any(isinstance(line.prompt, list) for line in lines if line.is_text):
@@ -214,7 +214,7 @@ def _check_prompts(job: ScoreJob, lines: Sequence[Line], reader: SpanReader) -> 
 def _score_here(
     job: ScoreJob, pending: Mapping[int, Line], reader: SpanReader, engine: Engine | None, pools: Pools | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield each record as it comes."""
+    """Yield each record, in a list of its own, as soon as it is computed."""
     matrices = _beside(job.output, ".jacobians") if job.jacobians is not None else None
     for batch in batches_of(pending, job.batch_size):
         lines = [pending[row] for row in batch]
@@ -225,7 +225,7 @@ def _score_here(
 def _write_page(
     job: ScoreJob, records: Sequence[Mapping[str, Any]], texts: Sequence[tuple[Sequence[str], int]]
 ) -> None:
-    """Write the heat maps; `texts` holds the tokens of each rollout and how many of them are the prompt's."""
+    """Write the heat maps; `texts` holds the token texts of each rollout and the number of its prompt tokens."""
     maps = []
     for record, (tokens, prompt_tokens) in zip(records, texts, strict=True):
         links = record["links"]

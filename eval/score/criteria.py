@@ -1,4 +1,4 @@
-"""What each criterion did: the list items or sentences of a source span, each with its share of a link's effect."""
+"""The contribution of each criterion, a list item or sentence of a source span, to a link's effect."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ _WORD = re.compile(r"\w")
 
 @dataclass(frozen=True)
 class Criterion:
-    """A part of a source span, and what it did to the link's target.
+    """A part of a source span, and its contribution to the link's effect.
 
     Attributes:
         text: the list item or sentence, without white space around it.
-        nats: what its tokens add to the path's estimate of the effect, mean over the donors; negative where the part
-            made the target less likely.
-        share: nats over delta, the exact effect; None where delta is 0. Shares add up to 1 but for the path's error.
+        nats: sum of its tokens' attributions, mean over the donors; negative if the part made the target less likely.
+        share: nats over delta, the exact effect; None if delta is 0. Shares add up to 1 up to the path's error.
     """
 
     text: str
@@ -30,15 +29,15 @@ class Criterion:
 
 
 def criteria_of(path: LinkPath, span: Span, texts: Sequence[str]) -> list[Criterion]:
-    """Return each part of a link's source with what it did to the target; their nats sum to the path's estimate.
+    """Return the parts of a link's source with their contributions, which sum to the path's estimate.
 
     Args:
-        path: what donors do to the link, with the attribution of its tokens.
+        path: the link's path, with attributions.
         span: the link's source.
         texts: the text of every token of the rollout.
 
     Raises:
-        ValueError: if the path carries no attribution.
+        ValueError: if the path has no attribution.
     """
     if path.attribution_S is None:
         raise ValueError("path has no attribution; expected one with nodes, and at least one counterfactual")
@@ -49,10 +48,10 @@ def criteria_of(path: LinkPath, span: Span, texts: Sequence[str]) -> list[Criter
 
 
 def parts_of(span: Span, texts: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
-    """Return text and positions of each list item of a span, or of each sentence where it holds no list.
+    """Return text and positions of each list item of a span, or of each sentence if it holds no list.
 
-    A text holds a list where a line of it starts with a bullet, a number or a letter; then each line is a part. A
-    sentence ends in punctuation that white space follows, or in that of a script that puts none there.
+    A text holds a list if one of its lines starts with a bullet, a number or a letter; then each line is a part. A
+    sentence ends in punctuation followed by white space, or in that of a script that puts none there.
 
     Args:
         span: any span of a rollout.
@@ -60,7 +59,7 @@ def parts_of(span: Span, texts: Sequence[str]) -> list[tuple[str, tuple[int, ...
     """
     has_list = _LIST_ITEM.search(span.text) is not None
     sentence_of = dict(zip(span.movable, span.sentences, strict=True))
-    # A token that also carries a piece of a tag has no number; it belongs to the sentence before it, or else the first.
+    # A token that overlaps a tag has no sentence number; it counts with the sentence before it, or else the first.
     numbers: list[int] = []
     for position in span.positions:
         numbers.append(sentence_of.get(position, numbers[-1] if numbers else 0))
@@ -76,7 +75,7 @@ def parts_of(span: Span, texts: Sequence[str]) -> list[tuple[str, tuple[int, ...
             parts.append(positions)
     if len(parts) > 1 and not _has_words(parts[-1], texts):
         parts[-2:] = [parts[-2] + parts[-1]]
-    # Where the content is one stretch of text, what a token carries of the tags beside it is left out.
+    # If the content is one contiguous text, the characters of adjacent tags are cut off the tokens that overlap them.
     whole = "".join(texts[position] for position in span.positions)
     start = whole.find(span.text)
     start, end = (start, start + len(span.text)) if start >= 0 else (0, len(whole))

@@ -13,18 +13,18 @@ from cepo.files import replacing
 from cepo.fusion.score import RolloutScore
 from cepo.jacobian.records import Rollout
 
-_SETTINGS = "settings"  # beside the rows, in the metadata
+_SETTINGS = "settings"  # key of the metadata, whose other keys are row numbers
 
 
 def save_matrices(folder: Path, row: int, content: str, rollout: Rollout, score: RolloutScore) -> None:
     """Write a row's token ids and, for each link, its base and residual Jacobian and their positions.
 
     Args:
-        folder: of the unfinished run; its settings are claimed, so that its files name the row's content alone.
+        folder: folder of the unfinished run. Its settings are checked elsewhere, so files record only row contents.
         row: number in the input, from 0.
         content: see `Line.content`.
-        rollout: the row's.
-        score: its matrices are kept.
+        rollout: the row's rollout.
+        score: the rollout's score, with its Jacobians.
     """
     tensors = {f"{row}/token_ids": torch.tensor(rollout.token_ids)}
     for name, link in score.jacobians.items():
@@ -55,11 +55,11 @@ def check_matrices(file: Path, settings: str) -> None:
 
 
 def rows_with_matrices(folder: Path, file: Path | None) -> dict[int, str]:
-    """Return the rows that have matrices in the folder of an unfinished run, or else in the file, with their content.
+    """Return the content hash of each row with matrices in an unfinished run's folder or, failing that, in the file.
 
     Args:
         folder: see `save_matrices`.
-        file: one that `check_matrices` passed, or None.
+        file: a file that passed `check_matrices`, or None.
     """
     rows = _rows(file) if file is not None and file.is_file() else {}
     for shard in _shards(folder).values():
@@ -68,14 +68,14 @@ def rows_with_matrices(folder: Path, file: Path | None) -> dict[int, str]:
 
 
 def drop_matrices(folder: Path, *, keep: Collection[int]) -> None:
-    """Delete the matrices in the folder of rows that are scored again."""
+    """Delete the matrices in the folder except those of the rows to keep."""
     for row, shard in _shards(folder).items():
         if row not in keep:
             shard.unlink()
 
 
 def merge_matrices(folder: Path, file: Path, settings: str, *, keep: Collection[int]) -> None:
-    """Write all matrices of the folder into one file, beside those of the rows to keep that it already holds."""
+    """Add all matrices of the folder to the file, which keeps only those of the rows to keep."""
     tensors: dict[str, torch.Tensor] = {}
     stamps = {_SETTINGS: settings}
     for path in [file, *_shards(folder).values()]:
@@ -99,6 +99,6 @@ def _rows(file: Path) -> dict[int, str]:
 
 
 def _stamps(file: Path) -> dict[str, str]:
-    """Return the file's metadata: the hash of the settings, and by number the content of each row."""
+    """Return the file's metadata: the hash of the settings, and the content hash of each row by its number."""
     with safe_open(file, framework="pt") as opened:
         return opened.metadata() or {}

@@ -1,6 +1,6 @@
 """`cepo score --ray N`, and a callable class for `ray.data.map_batches`: rows scored by several processes or machines.
 
-The records are those of one process, but for rounding: all workers draw from the same donors.
+The records equal those of one process up to rounding, since all workers draw from the same donors.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from cepo.files import json_line
 from cepo.fusion.score import Pools
 from cepo.jacobian.loading import resolve_model
 
-_BLOCKS = 10_000  # Ray Data keeps a record of each in the driver
+_BLOCKS = 10_000  # upper bound: Ray Data keeps track of each block in the driver
 
 
 def score_on_ray(
     scoring: Scoring, lines: Mapping[int, Line], pools: Pools | None, *, workers: int, threads: int, batch_size: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the records of the lines as they come from the workers, in any order of batches.
+    """Yield the records of each batch of lines as workers finish it, in no particular order.
 
     Runs on the cluster that Ray finds (a running `ray.init`, RAY_ADDRESS, `ray start` on this machine), or else on this
-    machine. A worker that dies is started again by Ray, and its rows are given out again.
+    machine. Ray restarts a worker that dies, and reassigns its rows.
 
     Args:
-        scoring: how rows are scored; its model is read on each machine by the same name.
-        lines: lines by number of the row.
-        pools: where donors are drawn from, of all rows.
-        workers: processes that score, each with a model of its own.
-        threads: CPUs of each, at least 1; on a GPU each has a whole card too.
-        batch_size: rows that a worker is given at once, and scores together.
+        scoring: how rows are scored; each machine loads the model by the same name.
+        lines: lines by row number.
+        pools: donor candidates from all rows; None if no donors are used.
+        workers: number of worker processes, each with its own copy of the model.
+        threads: CPUs per worker, at least 1; with a CUDA device each worker also has a GPU of its own.
+        batch_size: rows that a worker scores together.
 
     Raises:
-        ValueError: with the reason of a worker that refuses its model or settings.
+        ValueError: with a worker's reason, if it refuses its model or settings.
     """
     import ray.data
 
@@ -50,7 +50,7 @@ def score_on_ray(
     tables = [
         pyarrow.table({"row": block, "line": [json.dumps(asdict(lines[row])) for row in block]}) for block in blocks
     ]
-    with _cluster(workers * threads + 1):  # readers and writers starve where workers take every CPU
+    with _cluster(workers * threads + 1):  # Ray's readers and writers starve if the workers take every CPU
         scored = ray.data.from_arrow(tables).map_batches(
             _LineScorer,
             fn_constructor_args=[scoring, pools],
@@ -75,10 +75,11 @@ class CepoScorer:
 
     Args:
         scoring: how rows are scored.
-        pools: where donors are drawn from; None reads them from the file `scoring.donors`.
+        pools: donor candidates; None to read them from the file `scoring.donors`.
 
     Raises:
-        ValueError: for a score that compares with donors, and none to draw from: a worker does not see all rows.
+        ValueError: if the score needs donors and neither `pools` nor `scoring.donors` is given; a worker cannot draw
+            them from the input, of which it sees only a part.
     """
 
     def __init__(self, scoring: Scoring, pools: Pools | None = None) -> None:
@@ -93,10 +94,10 @@ class CepoScorer:
         self.pools = donor_pools(scoring, [], self.reader, origin=None) if pools is None else pools
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
-        """Return the batch with a column `record`: the line that `cepo score` writes of each row, JSON.
+        """Return the batch with a column `record`: for each row, the JSON line that `cepo score` would write.
 
         Args:
-            batch: rows as for `cepo score`; `row`, where there is such a column, is the row's number.
+            batch: rows as for `cepo score`, optionally with their number in a column `row`.
 
         Raises:
             ValueError: for a batch in another format.
@@ -116,7 +117,7 @@ class CepoScorer:
 
 
 class _LineScorer(CepoScorer):
-    """Scores lines that `cepo score` has read, with donors from Ray's object store."""
+    """Score lines that `cepo score` has read, with donors from Ray's object store."""
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         lines = [Line(**json.loads(line)) for line in batch["line"].to_pylist()]
@@ -124,7 +125,7 @@ class _LineScorer(CepoScorer):
 
 
 def check_ray(scoring: Scoring, workers: int) -> None:
-    """Raise ValueError unless Ray is installed and can run so many workers of this device."""
+    """Raise ValueError unless Ray is installed and the number of workers and the device are valid."""
     if workers < 1:
         raise ValueError(f"--ray is {workers}; expected at least 1 worker")
     if scoring.device not in ("cpu", "cuda"):
@@ -137,7 +138,7 @@ def check_ray(scoring: Scoring, workers: int) -> None:
 
 @contextmanager
 def _cluster(cpus: int) -> Iterator[None]:
-    """Use the cluster that is connected, or else the one that Ray finds, or else start one here with so many CPUs."""
+    """Use the connected cluster, or else one that Ray finds, or else start one here with at least `cpus` CPUs."""
     import ray.data
 
     before = ray.data.DataContext.get_current()

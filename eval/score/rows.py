@@ -1,4 +1,4 @@
-"""Rows to score: which of their columns are the prompt and the completion, and the rollout that they make."""
+"""Rows to score: which columns are the prompt and the completion, and the rollout of each row."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ _Form: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the input, or what is left of one that cannot be used.
+    """A row of the input, which may be unusable.
 
     Attributes:
-        place: where it stands, such as "line 3".
-        id: the row's own id, None where it has none.
-        row: what is read of it, see `read_row`; None where it cannot be used.
-        task_reward: in [0, 1]; None where the row has none.
-        broken: why it cannot be used, with its place; None where it can.
+        place: place in the input, such as "line 3".
+        id: the row's own id; None if it has none.
+        row: result of `read_row`; None if the row cannot be used.
+        task_reward: in [0, 1]; None if the row has none.
+        broken: place, and the reason why the row cannot be used; None if it can.
     """
 
     place: str
@@ -59,28 +59,28 @@ class Line:
 
     @property
     def name(self) -> str | int | float:
-        """Return the row's own id, or else its place: the id of its record."""
+        """Id of the row's record: its own id, or else its place."""
         return self.place if self.id is None else self.id
 
     @property
     def content(self) -> str:
-        """Return a hash of all that decides the row's scores, wherever it stands."""
+        """Hash of everything that decides the row's scores."""
         return content_hash(self.id, self.row, self.task_reward, self.broken)
 
     @property
     def prompt(self) -> Any:
-        """Return what identifies the row's prompt: text, messages or token ids; None where it cannot be used."""
+        """The row's prompt as text, messages or token ids; None if the row cannot be used."""
         row = self.row or {}
         return row.get("prompt", row.get("prompt_ids"))
 
     @property
     def is_text(self) -> bool:
-        """Return whether the row's prompt is text or messages."""
+        """Whether the row's prompt is text or messages."""
         return self.row is not None and "prompt" in self.row
 
 
 def read_input(path: Path, *, ties: bool | None = None) -> tuple[list[Line], list[BrokenLine]]:
-    """Return the rows of the input in order, and the number and the reason of each that cannot be used.
+    """Return the rows of the input in order, and (number, reason) of each that cannot be used.
 
     Args:
         path: a file of rows.
@@ -94,7 +94,7 @@ def read_input(path: Path, *, ties: bool | None = None) -> tuple[list[Line], lis
     numbers: list[int] = []
     first: Row | None = None
     forms: Counter[_Form] = Counter()
-    without: dict[int, Row] = {}  # rows without a form, by their place among the lines
+    without: dict[int, Row] = {}  # rows without a form, by their index in `lines`
     for number, row in source:
         if isinstance(row, dict):
             first = row if first is None else first
@@ -122,7 +122,7 @@ def read_input(path: Path, *, ties: bool | None = None) -> tuple[list[Line], lis
 
 
 def read_lines(path: Path, *, ties: bool | None = None) -> list[Line]:
-    """Return the rows of a file, see `read_input`; those that cannot be used are counted in a warning."""
+    """Return the rows of a file as `read_input` does, with a warning that counts those that cannot be used."""
     lines, broken = read_input(path, ties=ties)
     if broken:
         logger.warning("%s: %d row(s) cannot be used; the first: %s", path, len(broken), broken[0][1])
@@ -130,7 +130,7 @@ def read_lines(path: Path, *, ties: bool | None = None) -> list[Line]:
 
 
 def line_of(found: Row | str, place: str, *, ties: bool | None = None) -> Line:
-    """Return what is read of a row, see `read_row`, or of a reason why there is none; `place` is where it stands."""
+    """Return the line of a row, or of the reason why it could not be parsed, at `place` in the input."""
     if isinstance(found, str):
         return Line(place, broken=f"{place} is broken: {found}")
     try:
@@ -140,7 +140,7 @@ def line_of(found: Row | str, place: str, *, ties: bool | None = None) -> Line:
 
 
 def rollout_of(line: Line, reader: SpanReader, *, raw: bool = False) -> Rollout:
-    """Return the rollout of a line; for one that cannot be used, a malformed one without tokens, with the reason."""
+    """Return the rollout of a line; if the line cannot be used, a malformed rollout without tokens, with the reason."""
     if line.row is None:
         return Rollout((), (), malformed=line.broken)
     try:
@@ -150,7 +150,7 @@ def rollout_of(line: Line, reader: SpanReader, *, raw: bool = False) -> Rollout:
 
 
 def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
-    """Return the rollout of a row; malformed, with the reason, where its completion is.
+    """Return the rollout of a row, marked malformed with the reason if its completion is.
 
     Text is encoded once, here, and the spans are found on the resulting ids. Lone surrogates, which no tokenizer
     encodes, become "?".
@@ -158,7 +158,7 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
     Args:
         row: see `read_row`.
         reader: finds the spans, with the model's tokenizer.
-        raw: take prompt text as it is, without the chat template, but with one start of text.
+        raw: whether to take prompt text as it is, without the chat template but with one start-of-text token.
 
     Raises:
         ValueError: with the reason why the row cannot be used: its columns, a chat template that refuses its messages,
@@ -192,18 +192,19 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
 
 
 def allows_ties(layout: Layout) -> bool:
-    """Return whether judgements of a layout answer a prompt that allowed equal scores."""
+    """Return whether the prompts of a layout's judgements allow equal scores."""
     return isinstance(layout, JudgeLayout) and layout.ties
 
 
 def read_row(row: Row, *, ties: bool | None = None) -> Row:
-    """Return what is scored of a row: `prompt_ids` and `completion_ids`, or `prompt` and `completion`.
+    """Return the columns of a row that are scored: `prompt_ids` and `completion_ids`, or `prompt` and `completion`.
 
-    `prompt` is text or messages, `completion` text: of messages the last one by the assistant, and those before it
-    continue the prompt. A judged pair becomes the judge's prompt and its judgement. docs/formats.md has the forms.
+    `prompt` is text or messages and `completion` is text. Of a completion given as messages, the assistant's last is
+    scored and those before it continue the prompt. A judged pair becomes the judge's prompt and its judgement. See
+    docs/formats.md.
 
     Args:
-        row: of the input.
+        row: a row of the input.
         ties: whether the prompt of a judged pair allowed equal scores, see `read_tie`.
 
     Raises:
@@ -240,7 +241,7 @@ def read_row(row: Row, *, ties: bool | None = None) -> Row:
 
 
 def _form(row: Row) -> _Form | None:
-    """Return the form of a row. An empty answer counts only where no form is found without it."""
+    """Return the form of a row, or None; an empty answer counts as present only if no form is found without it."""
     there = {column for column in row if given(row, column) is not None}
     conversation = row["messages"] if isinstance(row.get("messages"), list) else []
     ends_with_answer = any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in conversation[-1:])
@@ -250,7 +251,7 @@ def _form(row: Row) -> _Form | None:
 
 
 def _lack(row: Row, usual: _Form = ()) -> str:
-    """Return why a row without a form cannot be used; `usual` is the form of most rows beside it."""
+    """Return why a row without a form cannot be used; `usual` is the most frequent form of the file."""
     missing = _missing(row, usual)
     told = f"lacks the column {missing}: it holds {form_of(row)}"
     if missing == "completion" and given(row, "messages") is not None:
@@ -259,7 +260,7 @@ def _lack(row: Row, usual: _Form = ()) -> str:
 
 
 def _missing(row: Row, usual: _Form = ()) -> str:
-    """Return a column that a row without a form lacks: of the form that its columns point to, or else of the usual."""
+    """Return a column that a row without a form lacks: of the form that its columns suggest, or else of `usual`."""
     there = {column for column in row if given(row, column) is not None}
     form: _Form = ("messages" if "messages" in there else "prompt", "completion")
     if there & set(_COLUMNS[0]):
@@ -272,7 +273,7 @@ def _missing(row: Row, usual: _Form = ()) -> str:
 
 
 def _other_judgement(row: Row) -> str | None:
-    """Return a judgement that stands beside the completion; None without one, or where it could be none."""
+    """Return the judgement in `judge_output`; None if there is none, or if the column cannot be a judgement."""
     try:
         return None if given(row, "judge_output") is None else read_answer(row, "judge_output")[1]
     except ValueError:

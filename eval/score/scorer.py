@@ -1,4 +1,4 @@
-"""What scores rows for `cepo score`, in this process or in a Ray worker: the model, the donors, and the records."""
+"""Scoring of rows for `cepo score`, in this process or in a Ray worker: the model, the donors, and the records."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ logger = logging.getLogger("cepo")
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How rows are scored, whichever they are.
+    """How rows are scored.
 
     Attributes:
         model: see `resolve_model`.
         config: links, hardening, score, fusion.
-        layout: what completions look like.
-        raw: take prompt text as it is, without the chat template.
-        donors: file of rollouts whose spans serve as donors, rows as in an input; None for the rows scored themselves.
+        layout: format of the completions.
+        raw: whether to take prompt text as it is, without the chat template.
+        donors: file of rollouts whose spans serve as donors, in a format of the input; None for the scored rows.
         dtype: dtype of the weights.
-        device: where to run.
-        adapters: False switches the adapters of a PEFT model off.
+        device: device to run on.
+        adapters: False disables the adapters of a PEFT model.
         engine: "group" or "autograd" (the oracle).
-        memory_gib: memory that the group engine may use beyond the model's, in GiB.
+        memory_gib: GiB that the group engine may use besides the model.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -61,7 +61,7 @@ class Scoring:
 
 
 def open_reader(scoring: Scoring, source: ModelSource) -> SpanReader:
-    """Return what finds the spans; it needs the tokenizer and no weights."""
+    """Return the reader of spans, which needs the tokenizer but no weights."""
     return SpanReader(load_tokenizer(source, trust_remote_code=scoring.trust_remote_code), scoring.layout)
 
 
@@ -74,17 +74,20 @@ def open_engine(scoring: Scoring, source: ModelSource) -> Engine:
 
 
 def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, origin: Path | None) -> Pools | None:
-    """Return the candidates that the donors file, or else the lines, offer for each source; None where none are read.
+    """Return the donor candidates for each source span, from the donors file or else the lines.
 
     Args:
         scoring: how rows are scored.
         lines: all rows to score.
         reader: finds their spans.
-        origin: the file that the lines are from, for the error.
+        origin: file of the lines, for the error message.
+
+    Returns:
+        The candidates; None if the score uses no donors.
 
     Raises:
-        ValueError: if there are well-formed rollouts to draw from, but of one prompt, so that no span has a donor; if a
-            donors file has none.
+        ValueError: if `no_donor` is "zero" and no span can have a donor: the lines' well-formed rollouts are all of one
+            prompt, or the donors file has no well-formed rollout.
     """
     if not scoring.config.reads_effects:
         return None
@@ -108,10 +111,10 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
 
 
 def batches_of(lines: Mapping[int, Line], size: int) -> list[list[int]]:
-    """Return the rows in batches of at most `size`; rows of one prompt stand together, and are parted only where more.
+    """Return the rows in batches of at most `size`; rows of a prompt share a batch unless they are more than that.
 
     Args:
-        lines: by number of the row.
+        lines: lines by row number.
         size: at least 1.
     """
     by_prompt: dict[str, list[int]] = {}
@@ -136,19 +139,19 @@ def score_lines(
     rows: Sequence[int | None],
     matrices: Path | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the place of each line and its record as they come; what rows have in common is computed once.
+    """Yield (index, record) of each line as it is scored; what rows have in common is computed once.
 
-    A record does not depend on the lines beside it, but for rounding. Where memory runs out, half of the lines that are
-    left are scored at once.
+    A record depends on the other lines only by rounding. When memory runs out, the lines that are left are scored in
+    batches of half the size.
 
     Args:
         scoring: how rows are scored.
-        lines: what is read of the rows.
+        lines: the rows.
         reader: finds their spans.
-        engine: what computes effects and Jacobians; None where no line can be used.
-        pools: where donors are drawn from.
-        rows: the number of each in the input, from 0.
-        matrices: folder to write the matrices of each to, or None.
+        engine: computes effects and Jacobians; None if no line can be used.
+        pools: donor candidates; None if no donors are used.
+        rows: row number of each line in the input, from 0; None if it has no number.
+        matrices: folder to write the matrices to, or None.
     """
     rollouts = [rollout_of(line, reader, raw=scoring.raw) for line in lines]
     left, at_once = list(range(len(lines))), len(lines)
@@ -180,7 +183,7 @@ def _scores(
     engine: Engine | None,
     pools: Pools | None,
 ) -> Iterator[tuple[int, RolloutScore]]:
-    """Yield index and score of each line, those that cannot be used first."""
+    """Yield (index, score) of each line, those that cannot be used first."""
     if engine is None:
         return ((index, RolloutScore({}, 0.0, one.malformed)) for index, one in enumerate(rollouts))
     scorer = RolloutScorer(engine, scoring.config, scoring.layout, keep_jacobians=True, one_by_one=True)
@@ -215,7 +218,7 @@ def _record(row: int | None, line: Line, rollout: Rollout, score: RolloutScore, 
 
 
 def _link_record(link: LinkScore, score: RolloutScore, rollout: Rollout, texts: Sequence[str]) -> dict[str, Any]:
-    """Return a link's record, with one number for each token of its source: the Jacobian's norms, the path's nats."""
+    """Return a link's record, with the Jacobian's row norm and the path's attribution for each token of its source."""
     facts = asdict(link)
     record = {"S": facts.pop("value"), **{key: value for key, value in facts.items() if key != "link"}}
     hardened, path = score.jacobians.get(link.link), score.paths.get(link.link)

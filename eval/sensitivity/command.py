@@ -38,8 +38,8 @@ from cepo.train.reward_scores import RewardModel
 
 Progress: TypeAlias = Callable[[int, int], None]
 ROWS = "rows.jsonl"
-_KNOWN = 100  # of the testbed's responses, unless told otherwise
-_SHOWN = 24  # edits that the page holds in full
+_KNOWN = 100  # default number of the testbed's responses
+_SHOWN = 24  # edits that the report shows as heat maps
 _SIZES = ("edit_distance", "error_of_sum")
 _TITLES = {
     "difference": "reward, chosen minus rejected",
@@ -55,14 +55,14 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class SensitivityJob:
-    """What `cepo eval sensitivity` is asked to do.
+    """The arguments of `cepo eval sensitivity`.
 
     Attributes:
-        model: which reward model, Bradley-Terry; its seed is that of the testbed's edits.
+        model: the reward model (Bradley-Terry); its seed is that of the testbed's edits.
         data: see `read_edits`, or "testbed".
         output: folder for rows.jsonl, summary.jsonl and report.html.
-        split: of a hub data set.
-        limit: number of edits, or None for all; of the testbed number of responses, of each two edits.
+        split: split of a hub data set.
+        limit: number of edits, or None for all; for the testbed the number of responses, which have two edits each.
     """
 
     model: RewardSettings
@@ -77,12 +77,12 @@ class SensitivitySummary:
     """The results.
 
     Attributes:
-        means: by scope ("all" or a kind) and metric, see `measure_sensitivity`.
-        comparison: by measure (leak, edit_distance) and figure: `auc`, of telling the testbed's unchecked edits from
-            its clean ones, and `rank_correlation` with the exact share among the unchecked ones; empty elsewhere.
+        means: means by scope ("all" or a kind) and metric, see `measure_sensitivity`.
+        comparison: by measure (leak, edit_distance) and statistic: `auc` of telling the testbed's unchecked edits from
+            its clean ones, and `rank_correlation` with the exact share among the unchecked ones; empty for other data.
         edits: number of edits that were measured.
-        failed: how often each reason kept an edit from being measured.
-        left_out: (number, reason) of rows that are not edits.
+        failed: number of edits that could not be measured, by reason.
+        left_out: (row number, reason) of rows that are not edits.
     """
 
     means: Mapping[tuple[str, str], Estimate]
@@ -92,7 +92,7 @@ class SensitivitySummary:
     left_out: tuple[BrokenLine, ...]
 
     def page_tables(self) -> dict[str, PageTable]:
-        """Return the means per kind, and, on the testbed, leak beside edit distance."""
+        """Return the means per kind, and, for the testbed, the comparison of leak with edit distance."""
         scopes = list(dict.fromkeys(scope for scope, _ in self.means))
         measured = [metric for metric in METRICS if any((scope, metric) in self.means for scope in scopes)]
         rows = [
@@ -116,14 +116,14 @@ class SensitivitySummary:
 
 
 def run_sensitivity(job: SensitivityJob, *, progress: Progress | None = None) -> SensitivitySummary:
-    """Measure every edit, and write rows, summary and page; resume a killed run.
+    """Measure every edit, and write rows, summary and report; resume an interrupted run.
 
     Args:
-        job: what to do.
-        progress: called with (edits done, edits in all).
+        job: what to measure.
+        progress: called with (edits done, edits in total).
 
     Raises:
-        ValueError: for data or a model that cannot be used, or a folder with results of other settings.
+        ValueError: for data or a model that cannot be used, or an output with other settings.
     """
     settings = job.model
     settings.require_rewards("sensitivity")
@@ -154,12 +154,12 @@ def run_sensitivity(job: SensitivityJob, *, progress: Progress | None = None) ->
 def summarise(
     edits: Sequence[Edit], rows: Sequence[Mapping[str, Any]], left_out: Sequence[BrokenLine] = ()
 ) -> SensitivitySummary:
-    """Return means over all edits and over each kind; all edits of a prompt are one unit.
+    """Return means over all edits and over each kind, with intervals clustered by prompt.
 
     Args:
-        edits: what was measured.
-        rows: one per edit, see `measure_sensitivity`.
-        left_out: rows that are not edits.
+        edits: the edits.
+        rows: the row of each edit, see `measure_sensitivity`.
+        left_out: (row number, reason) of rows that are not edits.
     """
     pairs = [(edit, row) for edit, row in zip(edits, rows, strict=True) if not row["error"]]
     kinds = list(dict.fromkeys(edit.kind for edit, _ in pairs))

@@ -1,4 +1,4 @@
-"""Edits of responses: rows with the attribute that was edited, and the testbed's, of which the truth is known."""
+"""Edits of responses: rows with the attribute that was edited, and the testbed's, whose ground truth is known."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cepo.train.source import collect_rows
 
 CLEAN, UNCHECKED = "clean", "unchecked"
 """Kinds of the testbed's edits: of the attribute alone, and of the attribute and something else."""
-_SEED_OFFSET = 7_000_003  # apart from the seeds of training data and of `measure_reward_model`
+_SEED_OFFSET = 7_000_003  # keeps the seeds apart from those of training data and of `measure_reward_model`
 _FILLERS = ("indeed", "well", "also")
-_MOST_CHANGES = 3  # beside the attribute's, in an unchecked edit
+_MOST_CHANGES = 3  # changes besides the attribute's in an unchecked edit
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Edit:
     """A pair in which one response is an edit of the other.
 
     Attributes:
-        id: the row's own, or "".
+        id: the row's own id, or "".
         prompt: what was asked.
         chosen: the better response.
         rejected: the other.
         kind: how the pair was made, such as degrade.
         attribute: what was edited.
-        words: how the responses show the attribute; empty where unknown.
-        others: the chosen response with all changes but the attribute's, of the testbed's unchecked edits; else None.
-        place: where the row stands, such as "line 3".
+        words: the words by which the responses show the attribute; empty if unknown.
+        others: for the testbed's unchecked edits, the chosen response with all changes but the attribute's; else None.
+        place: place of the row in the data, such as "line 3".
     """
 
     id: str
@@ -47,23 +47,23 @@ class Edit:
 
     @property
     def key(self) -> str:
-        """Stands for the content, wherever it stands."""
+        """Hash of the edit without its place."""
         return content_hash({name: value for name, value in asdict(self).items() if name != "place"})
 
     @property
     def name(self) -> str:
-        """The row's own id, or else where it stands."""
+        """The row's own id, or else its place."""
         return self.id or self.place
 
 
 def read_edits(
     source: str, *, split: str | None = None, limit: int | None = None
 ) -> tuple[list[Edit], list[BrokenLine]]:
-    """Read edits: rows of a preference with the `attribute` that was edited; equal rows count once.
+    """Read edits: preference rows with the `attribute` that was edited; equal rows count once.
 
-    A row may have `id`, `kind`, `attribute_words` (a text, or a list of them), and `kept`. Left out, with that reason,
-    are ties, rows that are not kept or have no attribute, and those whose `direction` is null, as `cepo augment` writes
-    it for pairs in which neither response is an edit of the other.
+    A row may have `id`, `kind`, `attribute_words` (a text, or a list of texts) and `kept`. Left out, with the reason,
+    are ties, rows that are not kept or have no attribute, and those whose `direction` is null, which `cepo augment`
+    writes for pairs in which neither response is an edit of the other.
 
     Args:
         source: see `open_source`.
@@ -71,7 +71,7 @@ def read_edits(
         limit: number of edits to stop at; None for all.
 
     Returns:
-        The edits in order, and (number, reason) of the rows that are none.
+        The edits in order, and (row number, reason) of the rows that are not edits.
 
     Raises:
         ValueError: for a source that cannot be read or holds no edit.
@@ -84,7 +84,11 @@ def read_edits(
 
 
 def read_edit(row: Row, place: str) -> Edit:
-    """Return the edit of a row that stands at `place`; ValueError with the reason why there is none."""
+    """Return the edit of the row at `place`.
+
+    Raises:
+        ValueError: with the reason why the row is not an edit.
+    """
     check_kept(row)
     attribute, words = given(row, "attribute"), given(row, "attribute_words")
     if read_tie(row, ties=True):
@@ -107,14 +111,14 @@ def read_edit(row: Row, place: str) -> Edit:
 
 
 def known_edits(count: int, *, seed: int) -> list[Edit]:
-    """Return edits of the testbed's responses: of each, one of the cause's word alone, and one that changes more.
+    """Return two edits of each of the testbed's responses: one of the cause's word alone, and one that changes more.
 
-    The unchecked edit changes one to three things beside the cause, none of which decides: another aspect's word is
-    turned, or a filler word is put in or taken out.
+    The unchecked edit also changes one to three things that do not decide the preference: another aspect's word is
+    flipped, or a filler word is inserted or deleted.
 
     Args:
         count: number of responses, at least 1.
-        seed: of everything that is drawn.
+        seed: seed of all draws.
     """
     edits = []
     for place, source in enumerate(generate_sources(count, seed=seed + _SEED_OFFSET, cue_agreement=0.5)):
@@ -128,7 +132,7 @@ def known_edits(count: int, *, seed: int) -> list[Edit]:
 
 
 def _with_other_changes(response: str, cause: str, rng: np.random.Generator) -> str:
-    """Return the response with one to three things changed that decide nothing."""
+    """Return the response with one to three changes that do not decide the preference."""
     aspects = rng.permutation([aspect for aspect in WORDS if aspect != cause]).tolist()
     for aspect in aspects[: int(rng.integers(1, _MOST_CHANGES + 1))]:
         words = response.split()

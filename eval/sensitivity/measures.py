@@ -1,4 +1,4 @@
-"""What a reward model's gradient and path say of one edit: a row of numbers, with the tokens that they fall on."""
+"""The measures of one edit from a reward model's gradient and path, with the values per token."""
 
 from __future__ import annotations
 
@@ -19,24 +19,29 @@ METRICS = ("difference", "right", "energy_share", "token_share", "edit_distance"
 def measure_sensitivity(edit: Edit, model: RewardModel, token_bytes: TokenBytes) -> Row:
     """Return the row of an edit.
 
-    difference: D, reward of the chosen response minus that of the rejected one; right: whether it is above 0.
-    energy_share: of the squared norms of d reward / d E at the chosen response's tokens, the part of the attribute's
-    tokens; token_share: their part of the number of tokens. The attribute's tokens are those that hold its words;
-    where the row names none, those that the edit changed. None where there is no such token.
-    edit_distance: number of tokens that were put in, taken out or exchanged.
-    leak: the part of the absolute changes of the reward that falls outside the attribute's tokens, see `EditEffect`;
-    None where the row names no words. error_of_sum: how far the attributions are from adding up to the difference.
-    exact_share (the testbed's unchecked edits): |o| / (|o| + |c|), with o what the reward changes by where all but the
-    attribute is edited, and c where the attribute is edited after it.
-    tokens: of the chosen response and what closes it, with `energy`, `attribution` and `of_attribute` of each.
+    The attribute's tokens are those that hold its words or, if the row names none, those that the edit changed. The
+    row's fields are:
+
+    - difference: reward of the chosen response minus that of the rejected one; right: whether it is above 0.
+    - energy_share: the attribute's share of the squared norms of d reward / d E over the chosen response's tokens;
+      token_share: its share of the number of tokens. Both are None if the attribute has no tokens.
+    - edit_distance: number of tokens that were inserted, deleted or replaced.
+    - leak: the share of the absolute changes of the reward that falls outside the attribute's tokens, see
+      `EditEffect`; None if the row names no words. error_of_sum: error of the attributions' sum, and nodes: number of
+      nodes of the path.
+    - exact_share: for the testbed's unchecked edits, |o| / (|o| + |c|), where o is the change of the reward when all
+      but the attribute is edited, and c its change when the attribute is edited next; None for other edits.
+    - tokens: the texts of the chosen response's tokens and those that follow it, with `energy`, `attribution` and
+      `of_attribute` of each.
 
     Args:
         edit: the pair.
         model: a Bradley-Terry model.
-        token_bytes: of its tokenizer.
+        token_bytes: bytes of its tokenizer's tokens.
 
     Raises:
-        ValueError: with the reason why the edit cannot be measured: a text is too long, both are equal, no reward.
+        ValueError: with the reason why the edit cannot be measured: a text is too long, both have the same tokens, or
+            a reward is not finite.
     """
     encoder = model.encoder
     ids, response, own = encoder.encode_response(edit.prompt, edit.chosen, edit.words)
@@ -72,7 +77,7 @@ def measure_sensitivity(edit: Edit, model: RewardModel, token_bytes: TokenBytes)
 
 
 def _exact_share(edit: Edit, others: str, model: RewardModel) -> float | None:
-    """Return the part of all but the attribute, by interventions: first all else is changed, then the attribute."""
+    """Return the share of everything but the attribute: all else is changed first, then the attribute."""
     before, after = [edit.chosen, others], [others, edit.rejected]
     other_effect, cause_effect = map(abs, model.differences([edit.prompt] * 2, before, after).values_N.tolist())
     whole = other_effect + cause_effect
