@@ -14,7 +14,14 @@ from typing import Literal, get_args
 Guard = Literal["strict", "standard", "criteria", "off"]
 _SHOWN = 80  # most characters of a quotation
 
-_MARKS = str.maketrans(dict.fromkeys('*`"“”#'))  # emphasis and quotation marks do not change what a text says
+# Emphasis and quotation marks do not change what a text says, and a letter that looks like A or B is read as one.
+_MARKS = str.maketrans(
+    dict.fromkeys('*`"“”#')
+    | {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)}  # of full width
+    | dict.fromkeys("АΑ", "A")  # Cyrillic, Greek
+    | dict.fromkeys("ВΒ", "B")
+)
+_IN_BRACKETS = re.compile(r"\(([AB])\)")
 _SPACES = re.compile(r"[^\S\n]+")
 _BREAKS = re.compile(r" ?\n\s*")
 
@@ -69,7 +76,8 @@ def find_tie(text: str) -> str | None:
 
 
 def _first(pattern: re.Pattern[str], text: str) -> str | None:
-    found = pattern.search(_BREAKS.sub("\n", _SPACES.sub(" ", text.translate(_MARKS))))
+    plain = _IN_BRACKETS.sub(r"\1", text.translate(_MARKS))
+    found = pattern.search(_BREAKS.sub("\n", _SPACES.sub(" ", plain)))
     return None if found is None else " ".join(found[0].split())[:_SHOWN]
 
 
@@ -86,7 +94,7 @@ def _fill(pattern: str, pieces: Mapping[str, str]) -> str:
 _PIECES: dict[str, str] = {}
 _PIECES["NOUN"] = _either("response|assistant|answer|candidate|model|output|reply|completion|solution")
 _PIECES["NAMED"] = _fill(
-    r"(?:\b<NOUN>\s+(?:A|B|1|2|one|two)\b|\bthe\s+(?:first|second)\s+(?:<NOUN>|one)\b|\bthe\s+(?:former|latter)\b)",
+    r"(?:\b<NOUN>[\s_]+(?:A|B|1|2|one|two)\b|\bthe\s+(?:first|second)\s+(?:<NOUN>|one)\b|\bthe\s+(?:former|latter)\b)",
     _PIECES,
 )
 _PIECES["LETTER"] = r"(?-i:\b[AB]\b(?!-))"
@@ -112,7 +120,7 @@ _PIECES["RANK"] = _fill(r"(?:<BETTER>|best|strongest|winner|worse|worst|inferior
 # of a question with lettered choices.
 _PIECES["WHOLE"] = _fill(
     r"(?=\s*(?:$|[.,;:!?)\]\n–—-]|(?:than|to|overall|because|since|as|due|and|but|so|while|here|by\s+far|"
-    r"of\s+the\s+two|of\s+both|one|<NOUN>)\b))(?<!best(?=\s+answer))",
+    r"of\s+the\s+two|of\s+both|one|choice|<NOUN>)\b))(?<!best(?=\s+answer))",
     _PIECES,
 )
 _PIECES["WINS"] = _either(
@@ -128,12 +136,14 @@ _WINNER = re.compile(
     "|".join(
         _fill(pattern, _PIECES)
         for pattern in (
-            r"<SUBJECT>\s+<BE>\s+<DEGREE><RANK><WHOLE>",
+            r"<SUBJECT>\s+(?:\w+ly\s+)?<BE>\s+<DEGREE><RANK><WHOLE>",
+            r"<SUBJECT>\s+<BE>\s+not\s+(?:quite\s+)?as\s+(?:good|strong)\s+as\s+<ANY>",
+            r"\b(?:give|award)s?\s+<ANY>\s+(?:the|a)\s+(?:win|higher|better|top)\b",
             r"<SUBJECT>\s+(?:\w+ly\s+)?<WINS>\b(?!-)",
             r"\b<BETTER>\s+(?:<NOUN>|one|choice)(?:\s+(?:here|overall))?\s*(?:is|was|:|=|would\s+be)\s*<ANY>(?![\w'’])",
             r"\bbest\s+(?:response|assistant|reply|candidate)\s*(?:is|was|:|=)\s*<ANY>(?![\w'’])",
             r"\b(?:winner|loser|verdict|preference|preferred|better)\s*(?:[:=–—-]|\bis\b|\bgoes\s+to\b)\s*<ANY>(?!\s*[a-z])",
-            r"\b<PREFER>\s+<ANY>(?!\s+(?:and|or|<NOUN>)\b)",
+            r"\b<PREFER>\s+<ANY>(?!\s*/|\s+(?:and|or|<NOUN>)\b)",
             r"\b(?:choose|chose|pick|picked)\s+<NAMED>",
             r"<ANY>\s*(?:>{1,2}|<{1,2}|≻)\s*<ANY>",
             r"\[\[\s*<LETTER>\s*\]\]",

@@ -72,6 +72,15 @@ B deserves the higher score
 [[A>B]]
 A>>B
 A > B
+(A) is better.
+Response (B) is better.
+Response_A is better
+Response A clearly is better.
+Response A would be the better choice.
+Response A is not as good as Response B.
+Give A the higher score.
+Response Ａ is better.
+Response В is better.
 """
 TIES = """
 It is a tie
@@ -148,6 +157,7 @@ A is the best answer to the question.
 Vitamin A is better than vitamin B12 for the eyes
 Grade A beef is better
 Favours A-list actors.
+Prefers A/B tests to guesses.
 A wins-over-losses column
 The winner is a novel.
 The winner is announced on page 2.
