@@ -19,7 +19,7 @@ _VERIFIERS = {"math": math_verify_reward, "exact": exact_match}
 
 @dataclass(frozen=True)
 class Question:
-    """A question with at least two candidate solutions, all different.
+    """A question with its candidate solutions, all different.
 
     Attributes:
         text: the question itself.
@@ -44,11 +44,10 @@ def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Que
         verifier: how completions are verified against `answer`: "math" (math-verify) or "exact".
 
     Returns:
-        The questions with at least two candidates, in the order of the file, and (number, reason) of the rows
-        that could not be used.
+        The questions in the order of the file, and (number, reason) of the rows that could not be used.
 
     Raises:
-        ValueError: if the file cannot be read, or holds no usable question.
+        ValueError: if the file cannot be read, or holds no question with two solutions.
     """
     if verifier not in _VERIFIERS:
         raise ValueError(f"verifier is {verifier!r}; expected math or exact")
@@ -62,12 +61,8 @@ def read_questions(path: Path, *, verifier: Verifier = "math") -> tuple[list[Que
         known.update(graded)
 
     _, broken = collect_rows(path, merge)
-    questions = [
-        Question(question, tuple(graded), tuple(graded.values()))
-        for question, graded in found.items()
-        if len(graded) > 1
-    ]
-    if not questions:
+    questions = [Question(question, tuple(graded), tuple(graded.values())) for question, graded in found.items()]
+    if all(len(question.candidates) < 2 for question in questions):
         raise ValueError(f"data {str(path)!r} holds no question with two solutions; expected more per question")
     return questions, broken
 

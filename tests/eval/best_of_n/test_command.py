@@ -150,6 +150,7 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         Question("2 + 2", ("\\boxed{4}", "\\boxed{5}", "\\boxed{\\frac{8}{2}}"), (True, False, True)),
         Question("1 + 1", ("2", "3", "two"), (True, False, True)),
         Question("3 + 3", ("x", "y"), (False, True)),
+        Question("lone", ("x",), (True,)),
         Question("5 + 5", ("It is\n#### 10", "#### 11"), (True, False)),
         Question("9 + 9", ("#### 18", "#### 19"), (True, False)),
     ]
@@ -177,7 +178,9 @@ def best_of_job(tmp_path: Path, **options: Any) -> BestOfJob:
         for number in range(8)
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": "few", "completions": ["a", "b"],
-                                                                       "correct": [1, 0]}]))  # fmt: skip
+                                                                       "correct": [1, 0]},
+                                                               {"question": "lone", "completions": ["a"],
+                                                                "correct": [1]}]))  # fmt: skip
     return BestOfJob(SETTINGS, path, tmp_path / "out", (1, 2, 4), **options)
 
 
@@ -189,7 +192,7 @@ def test_best_of_n_the_whole_way(tmp_path: Path) -> None:
     judge = FakeJudge(prefers_word("good"))
     found = measure_best_of(best_of_job(tmp_path, draws=2), open_=judge.open)
     assert not set(judge.prompts) & set(killed.prompts)
-    assert (found.questions, found.left_out, found.matches, found.failed) == (8, 1, 48, {})
+    assert (found.questions, found.left_out, found.matches, found.failed) == (8, 2, 48, {})
     assert found.lines["judge"] == found.lines["oracle"]
     assert [estimate.value for _, estimate in found.lines["random"]][-1] == 0.25
     assert found.lines["judge - random"][-1][1].value == 0.75
