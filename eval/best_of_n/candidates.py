@@ -10,7 +10,7 @@ from typing import Literal
 from cepo.files import BrokenLine, Row
 from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.train.rewards.task import exact_match, math_verify_reward, same_text
-from cepo.train.rows import PAIR, given, read_answer, read_dialogue, read_pair, read_reference, read_tie
+from cepo.train.rows import PAIR, encodable, given, read_answer, read_dialogue, read_pair, read_reference, read_tie
 from cepo.train.source import collect_rows
 
 Verifier = Literal["math", "exact"]
@@ -96,7 +96,7 @@ def _graded(row: Row, verifier: Verifier) -> tuple[str, dict[str, bool]]:
     listed = row["completions"]
     if not isinstance(listed, list) or not listed:
         raise ValueError("has completions that are not a list of texts")
-    completions = [read_answer({"completions": one}, "completions")[1] for one in listed]
+    completions = [encodable(read_answer({"completions": one}, "completions")[1]) for one in listed]
     if not all(text.strip() for text in completions):
         raise ValueError("has a blank text among its completions")
     if given(row, "correct") is not None:

@@ -24,6 +24,7 @@ from cepo.eval.judges.settings import Judgement
 from cepo.jacobian.reading.judge import read_scores
 from cepo.jacobian.reading.thought import THOUGHT
 from cepo.jacobian.reading.verdict import Verdicts
+from cepo.train.rows import encodable
 
 _CUT = ("length", "max_tokens")
 _THOUGHT_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
@@ -75,6 +76,7 @@ def read_answer(answer: Any, verdicts: Verdicts) -> Judgement:
         # Here the end of the thought is known, so a closing tag that is quoted in it must not end it.
         opened = f"<{THOUGHT}>" + thought.replace(f"</{THOUGHT}", f"<\\/{THOUGHT}")
         whole = opened if was_cut and not text else f"{opened}</{THOUGHT}>{text}"
+    whole = encodable(whole)  # another model may read it
     usage = answer.get("usage")
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
     tokens, soft = _read_logprobs(choice.get("logprobs"), whole, verdicts)

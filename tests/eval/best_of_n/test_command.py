@@ -140,7 +140,7 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         {"prompt": "1 + 1", "chosen": "3", "rejected": "2"},
         {"prompt": "1 + 1", "chosen": "same", "rejected": "same"},
         {"question": "5 + 5", "completions": ["It is\n#### 10", "#### 11"], "answer": "5 + 5 = <<5+5=10>>10\n#### 10"},
-        {"question": "9 + 9", "completions": ["#### 18", "#### 19"], "answer": 18.0},  # as a table writes 18
+        {"question": "9 + 9", "completions": ["\ud83d\n#### 18", "#### 19"], "answer": 18.0},  # as a table writes 18
         {"question": "no answer", "completions": ["#### 18", "#### 19"], "answer": float("nan")},
     ]
     path = tmp_path / "questions.jsonl"
@@ -152,7 +152,7 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         Question("3 + 3", ("x", "y"), (False, True)),
         Question("lone", ("x",), (True,)),
         Question("5 + 5", ("It is\n#### 10", "#### 11"), (True, False)),
-        Question("9 + 9", ("#### 18", "#### 19"), (True, False)),
+        Question("9 + 9", ("?\n#### 18", "#### 19"), (True, False)),  # half a character, which no tokenizer takes
     ]
     assert [number for number, _ in broken] == [6, 7, 8, 9, 12, 13]
     exactly, _ = read_questions(path, verifier="exact")

@@ -51,6 +51,10 @@ def test_text_in_parts_is_joined(content: Any) -> None:
     assert read({"content": content, "reasoning": None}).text == VERDICT
 
 
+def test_half_a_character_is_replaced_before_another_model_reads_it() -> None:
+    assert read({"content": f"ok \ud83d {VERDICT}"}).text == f"ok ? {VERDICT}"
+
+
 def test_a_part_that_is_no_text_says_nothing() -> None:
     assert read({"content": [{"type": "reference", "reference_ids": [1]}, {"text": VERDICT}]}).text == VERDICT
 
