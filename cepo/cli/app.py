@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -19,6 +20,8 @@ from cepo.cli.shared import RewardCommand, console, errors
 from cepo.cli.train import demo, reward_model, train, warm_start
 
 TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Research"
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a disk that is full or may not be written to."""
 _RESEARCH_COMMANDS = (ablate, bench, experiment, reward_experiment, words_judge)
 
 
@@ -81,12 +84,20 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; bad input ends in one paragraph on stderr and exit code 2."""
+    """Run the command line; bad input ends in one paragraph on stderr and exit code 2, a full disk in code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not errors.is_terminal:  # where the bars of libraries that load weights and data would only fill a log
         os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once, when it is imported
     try:
         app()
     except ValueError as error:
-        errors.print(f"cepo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _refuse(str(error), 2)
+    except OSError as error:
+        if error.errno not in _OF_DISKS:
+            raise
+        _refuse(f"{error}; results so far are kept: mend this and run the same command again", 1)
+
+
+def _refuse(reason: str, code: int) -> NoReturn:
+    errors.print(f"cepo: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)

@@ -1,15 +1,18 @@
 """Protects the command line's face: the order of its help, and that a judge has the same options everywhere."""
 
+import errno
 import os
 import re
 import subprocess
 import sys
 import termios
+from functools import partial
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from cepo.cli import app as app_module
 from cepo.cli.app import app
 from cepo.cli.shared import progress_bar
 from tests.paths import ROOT
@@ -39,6 +42,22 @@ JUDGE = {
         "trust_remote_code",
     ),
 }
+
+
+def test_a_full_disk_is_told_in_a_paragraph_and_a_fault_of_ours_with_its_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(app_module, "app", partial(failing, errno.ENOSPC))
+    with pytest.raises(SystemExit) as ended:
+        app_module.main()
+    assert ended.value.code == 1
+    assert "No space left on device; results so far are kept" in capsys.readouterr().err
+    monkeypatch.setattr(app_module, "app", partial(failing, errno.EBADF))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        app_module.main()
 
 
 def test_help_lists_the_users_jobs_before_research() -> None:
