@@ -31,9 +31,8 @@ from cepo.jacobian.loading import (
     read_config,
     read_weights,
 )
+from cepo.jacobian.reward_form import Form
 
-Form = Literal["bradley-terry", "pairwise"]
-FORMS: tuple[Form, ...] = ("bradley-terry", "pairwise")
 VERDICTS = ("A", "B")
 HEAD = "score"
 """Name of a classifier's head; an adapter saves all of its weights."""

@@ -22,6 +22,9 @@ _KINDS = {
 TASKS = ("exact_match", "math_verify", "bertscore", "argmax")
 PEERS = ("cir", "log_cir", "csr", "necessary")
 AUTO = "auto"
+TESTBED, WORDS, REASONER_TESTBED = "testbed", "testbed-words", "testbed-reasoner"
+TESTBEDS = (TESTBED, WORDS, REASONER_TESTBED)
+"""Names of policies that are warmed up on first use and cached."""
 _REWARDS = ("format", "causal", "proxy", *PEERS, *TASKS)
 
 

@@ -19,11 +19,11 @@ from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
 from cepo.train.causal_loss import FIRST_WEIGHT, CausalLoss
-from cepo.train.config import AUTO, PEERS, TASKS, TrainConfig
+from cepo.train.config import AUTO, PEERS, TASKS, TESTBEDS, TrainConfig
 from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
 from cepo.train.left_out import shown, write_left_out
-from cepo.train.policy import TESTBEDS, load_data, load_policy, policy_fingerprint
+from cepo.train.policy import load_data, load_policy, policy_fingerprint
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.ranks import failing_together
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import TemplateError
 
 from cepo.files import write_text
 from cepo.jacobian.reading.unknown import UnknownTokens
-from cepo.jacobian.reward_model import FORMS, Form, verdict_ids
+from cepo.jacobian.reward_form import Form
 
 SHOWN_FILE = "reward_model.json"
 """File next to a trained reward model's weights that holds the fields of `Shown`."""
@@ -45,8 +45,8 @@ class Shown:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form is {self.form!r}; expected one of {', '.join(FORMS)}")
+        if self.form not in get_args(Form):
+            raise ValueError(f"form is {self.form!r}; expected one of {', '.join(get_args(Form))}")
         lacking = [name for name in _FIELDS if name not in self.template]
         if lacking:
             raise ValueError(f"template is {self.template!r}, which lacks {', '.join(lacking)}")
@@ -121,6 +121,8 @@ class PairEncoder:
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self.verdict_ids = None
         if shown.form == "pairwise":
+            from cepo.jacobian.reward_model import verdict_ids  # imports torch, which `Shown` does not wait for
+
             self.verdict_ids = verdict_ids(tokenizer, self._text(shown.messages("?", "?", "?")))
 
     def encode(self, prompt: str, chosen: str, rejected: str) -> tuple[list[int], list[int]]:

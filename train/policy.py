@@ -16,15 +16,13 @@ from cepo.fusion.settings import check_names, check_settings
 from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges, testbed_model
+from cepo.train.config import REASONER_TESTBED, TESTBED, WORDS
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 from cepo.train.reasoner_testbed import Question, Task, generate_questions
 from cepo.train.reasoner_testbed_models import ReasonerSettings, load_testbed_reasoner, reasoner_fingerprint
 from cepo.train.recipe import source_and_options
 from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerprint, words_settings
 
-TESTBED, WORDS, REASONER_TESTBED = "testbed", "testbed-words", "testbed-reasoner"
-TESTBEDS = (TESTBED, WORDS, REASONER_TESTBED)
-"""Names of policies that are warmed up on first use and cached."""
 CACHE = Path.home() / ".cache" / "cepo"
 
 

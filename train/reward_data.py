@@ -13,10 +13,9 @@ from cepo.counterfactual.text.mechanical import Rule, Ties, make_pairs
 from cepo.counterfactual.text.pairs import Pair, side_of
 from cepo.files import Row, content_hash
 from cepo.fusion.settings import check_settings
+from cepo.train.config import TESTBED
 from cepo.train.pair_encoding import PairEncoder
-from cepo.train.policy import TESTBED
 from cepo.train.recipe import source_and_options
-from cepo.train.reward_testbed import WORDS, generate_sources
 from cepo.train.rows import PAIR, given, read_flag, read_id, read_pair, read_tie
 from cepo.train.source import collect_rows
 
@@ -126,6 +125,8 @@ def _made(
     ties: Ties = "true",
 ) -> tuple[list[Pair], list[LeftOut]]:
     """Return the testbed's pairs, and nothing left out."""
+    from cepo.train.reward_testbed import WORDS, generate_sources  # imports torch, which the checks do not wait for
+
     sources = generate_sources(count, seed=seed, cue_agreement=cue_agreement)
     return list(make_pairs(sources, WORDS, kinds=kinds, seed=seed, ties=ties, test_fraction=test_fraction)), []
 

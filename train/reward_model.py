@@ -3,87 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from cepo.fusion.settings import check_settings
 from cepo.jacobian.loading import load_tokenizer, model_fingerprint, resolve_model
-from cepo.jacobian.reward_model import HEAD, Form, load_reward_model, read_last_token
-from cepo.train import reward_testbed, testbed
+from cepo.jacobian.reward_model import HEAD, load_reward_model, read_last_token
+from cepo.train import testbed
+from cepo.train.config import TESTBED
 from cepo.train.left_out import LEFT_OUT, write_left_out
-from cepo.train.pair_encoding import TEMPLATE, PairEncoder, Shown
-from cepo.train.policy import TESTBED
+from cepo.train.pair_encoding import PairEncoder
 from cepo.train.ranks import failing_together
-from cepo.train.recipe import Dtype, decisive, read_recipe, trainer_arguments
-from cepo.train.reward_data import EncodedPairs, check_pairs, encode_pairs, load_pairs, told
+from cepo.train.recipe import decisive, trainer_arguments
+from cepo.train.reward_config import RewardModelConfig
+from cepo.train.reward_data import EncodedPairs, encode_pairs, load_pairs, told
 from cepo.train.reward_testbed import build_reward_model, reward_model_fingerprint
 from cepo.train.run import lora_config, require_trl, train_to_end
 
 logger = logging.getLogger(__name__)
-
-# Fields of TRL's RewardConfig that may not be set, since texts are encoded here and not by TRL.
-_OURS = ("eos_token", "pad_token", "chat_template_path", "model_init_kwargs")
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """A training run of a reward model.
-
-    Attributes:
-        model: hub id, folder, .gguf file, "smollm2" or "testbed": a causal language model, or a sequence classifier
-            with one output.
-        data: `source` and its options, see `cepo.train.reward_data.load_pairs`.
-        output: folder of the run: checkpoints, metrics.jsonl, left_out.jsonl, log.txt, settings.json, final/.
-        form: see `Shown`.
-        template: see `Shown`; None for its default, or the testbed's.
-        chat_template_kwargs: see `Shown`.
-        tie_weight: lambda, the weight of a tie's loss relative to a preference's, at least 0.
-        reward: any field of TRL's RewardConfig; pairs with a text over its `max_length` are left out.
-        lora: any field of peft's LoraConfig, or None to train all weights; a classifier's head is always trained whole.
-        dtype: dtype of the weights: float32, bfloat16, float16.
-        seed: seed of the split, the testbed's data and model, a new head, and training.
-        threads: CPU threads, or None for torch's choice.
-        trust_remote_code: whether a hub repository's own code may run.
-    """
-
-    model: str
-    data: Mapping[str, Any]
-    output: str
-    form: Form = "bradley-terry"
-    template: str | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    tie_weight: float = 1.0
-    reward: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] | None = None
-    dtype: Dtype = "float32"
-    seed: int = 0
-    threads: int | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        check_settings("", vars(self), RewardModelConfig)
-        check_pairs(self.data)
-        if not self.tie_weight >= 0:
-            raise ValueError(f"tie_weight is {self.tie_weight!r}; expected a number >= 0")
-        taken = [name for name in _OURS if name in self.reward]
-        if taken:
-            raise ValueError(f"reward holds {', '.join(taken)}; the model's own tokenizer is always used")
-
-    @property
-    def shown(self) -> Shown:
-        """What the model is shown of a pair."""
-        default = reward_testbed.TEMPLATE if self.model == TESTBED else TEMPLATE
-        return Shown(self.form, self.template or default, self.chat_template_kwargs)
-
-
-def load_reward_config(path: str | Path, overrides: Mapping[str, Any]) -> RewardModelConfig:
-    """Return the run that a YAML file describes, see `read_recipe`."""
-    return read_recipe(RewardModelConfig, path, overrides)
 
 
 def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Path:

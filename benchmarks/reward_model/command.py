@@ -21,8 +21,9 @@ from cepo.eval.report.numbers import mean_and_range
 from cepo.eval.report.tables import ConsoleTable
 from cepo.files import SETTINGS, append_jsonl, claim, read_jsonl
 from cepo.train.recipe import read_yaml, reason_of
+from cepo.train.reward_config import RewardModelConfig
 from cepo.train.reward_data import load_pairs
-from cepo.train.reward_model import RewardModelConfig, train_reward_model
+from cepo.train.reward_model import train_reward_model
 from cepo.train.reward_scores import RewardModel
 
 RECIPE = Path(cepo.__file__).parent / "benchmarks" / "recipes" / "testbed-reward-models.yaml"

@@ -22,9 +22,9 @@ from cepo.counterfactual.text.synthesise import synthesise
 from cepo.files import fingerprint, make_folder, replacing, write_jsonl
 from cepo.jacobian.layers import keep_first_layers
 from cepo.jacobian.loading import load_model, model_fingerprint, resolve_model
-from cepo.train.recipe import read_yaml
+from cepo.train.recipe import read_recipe, read_yaml
+from cepo.train.reward_config import RewardModelConfig
 from cepo.train.reward_data import load_pairs
-from cepo.train.reward_model import RewardModelConfig, load_reward_config
 from cepo.train.reward_scores import RewardModel
 
 TRAINING = Path(cepo.__file__).parent / "train" / "recipes" / "reward-model-smollm2-cpu.yaml"
@@ -100,7 +100,8 @@ class RealText:
             "seed": seed,
             "data": {"source": str(pairs), "test_fraction": 0.0},
         }
-        return load_reward_config(TRAINING, overrides | ({} if steps is None else {"reward.max_steps": steps}))
+        overrides |= {} if steps is None else {"reward.max_steps": steps}
+        return read_recipe(RewardModelConfig, TRAINING, overrides)
 
     def measure(self, model: RewardModel, *, seed: int, items: int) -> Mapping[str, float | None]:
         """Return what a reward model follows, on the same pairs for every model and seed; nothing is cut.

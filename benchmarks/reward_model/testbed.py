@@ -9,8 +9,8 @@ from typing import Any
 
 import cepo
 from cepo.eval.reward_measures import measure_reward_model
-from cepo.train.recipe import read_yaml
-from cepo.train.reward_model import RewardModelConfig, load_reward_config
+from cepo.train.recipe import read_recipe, read_yaml
+from cepo.train.reward_config import RewardModelConfig
 from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import reward_model_fingerprint
 
@@ -41,7 +41,8 @@ class Testbed:
         """Return the training of a run: the shared recipe with what the arm changes in its data."""
         overrides: dict[str, Any] = {"output": str(folder), "seed": seed, "reward.report_to": "none"}
         overrides |= {f"data.{name}": value for name, value in changes.items()}
-        return load_reward_config(TRAINING, overrides | ({} if steps is None else {"reward.max_steps": steps}))
+        overrides |= {} if steps is None else {"reward.max_steps": steps}
+        return read_recipe(RewardModelConfig, TRAINING, overrides)
 
     def measure(self, model: RewardModel, *, seed: int, items: int) -> Mapping[str, float | None]:
         """Return `RewardMeasures`."""

@@ -9,7 +9,7 @@ import typer
 
 from cepo.cli import checks
 from cepo.cli.judge_options import with_writer
-from cepo.cli.shared import console, showing
+from cepo.cli.shared import Threads, console, showing, use_threads
 from cepo.eval.judges.settings import JudgeSettings
 from cepo.train.file_kinds import SOURCES
 
@@ -48,6 +48,7 @@ def augment(
             callback=checks.at_least(0, 1),
         ),
     ] = 0.02,
+    threads: Threads = None,
 ) -> None:
     """Make more pairs from preferences, for reward models that follow causes and not cues.
 
@@ -86,6 +87,7 @@ def augment(
     names = tuple(name.strip() for name in kinds.split(",") if name.strip())
     job = AugmentJob(data, output, names, writer, filter_model, split, limit, test_fraction)
     chosen_kinds(job)  # refuses what it can before torch is imported
+    use_threads(threads)
     from cepo.eval.augment.command import augment as run
     from cepo.eval.report.tables import ConsoleTable
 

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from cepo.files import means_path
+from cepo.fusion.settings import check_names
 from cepo.jacobian.loading import check_device_name, resolve_model
 from cepo.train.recipe import load_recipe
 from cepo.train.source import check_file, check_source
@@ -161,6 +162,21 @@ def recipe(path: Path) -> Path:
     """Refuse a recipe that is not there, or not YAML."""
     load_recipe(path)
     return path
+
+
+def plan(*keys: str) -> Callable[..., Any]:
+    """Return the callback of an experiment's recipe: YAML with some of these keys and no other."""
+
+    def check(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+        if path is not None:
+            file(parameter, path)
+            try:
+                check_names(f"config {str(path)!r}", load_recipe(path), keys)
+            except ValueError as error:
+                raise ValueError(str(error).replace("config", option_of(parameter), 1)) from error
+        return path
+
+    return check
 
 
 def folder(*names: str) -> Callable[..., Any]:

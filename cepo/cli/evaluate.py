@@ -10,7 +10,7 @@ import typer
 
 from cepo.cli import checks
 from cepo.cli.judge_options import with_judge
-from cepo.cli.shared import console, showing
+from cepo.cli.shared import Threads, console, showing, use_threads
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings
 from cepo.eval.robustness.transformations import TRANSFORMATIONS, check_names
@@ -57,6 +57,7 @@ def rewardbench(
             help="Judge ties too, and tell the judge in every prompt that equal scores are allowed.",
         ),
     ] = False,
+    threads: Threads = None,
 ) -> None:
     """How often does a judge, or a reward model, prefer the better response?
 
@@ -83,6 +84,7 @@ def rewardbench(
     that a server did not answer, and texts that are too long for a reward model, are listed, and the exit code is 2.
     """
     checks.refuse_split(context, data)
+    use_threads(threads)
     from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 
     with showing("judging") as show:
@@ -115,6 +117,7 @@ def robustness(
     limit: Annotated[
         int | None, typer.Option(help="Number of pairs to draw at random. Default: all.", callback=checks.at_least(1))
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """Does the judge still find the better response when nothing that matters has changed?
 
@@ -135,6 +138,7 @@ def robustness(
     Run a killed command again with the same arguments, and it resumes.
     """
     checks.refuse_split(context, data)
+    use_threads(threads)
     from cepo.eval.robustness.command import RobustnessJob, measure_robustness
 
     with showing("judging") as show:
@@ -180,6 +184,7 @@ def best_of_n(
         int | None,
         typer.Option(help="Number of questions to draw at random. Default: all.", callback=checks.at_least(1)),
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """How often is the judge's pick among N solutions right?
 
@@ -199,6 +204,7 @@ def best_of_n(
 
     Run a killed command again with the same arguments, and it resumes.
     """
+    use_threads(threads)
     from cepo.eval.best_of_n.command import BestOfJob, measure_best_of
 
     sizes = tuple(map(int, n.split(",")))

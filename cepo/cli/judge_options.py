@@ -13,12 +13,12 @@ from typing import Annotated, Any, get_args
 import typer
 
 from cepo.cli import checks
-from cepo.cli.shared import Device, Dtype, Raw, Threads, TrustRemoteCode, use_threads
+from cepo.cli.shared import Device, Dtype, Raw, TrustRemoteCode
 from cepo.eval.judges.reward import RewardSettings
 from cepo.eval.judges.settings import JudgeSettings, check_judge
 
 _OF_VERDICTS = ("force_format", "verdicts")
-_OF_REWARDS = {*(name for name in RewardSettings.__dataclass_fields__ if name != "model"), "threads"}
+_OF_REWARDS = {name for name in RewardSettings.__dataclass_fields__ if name != "model"}
 """Options that say how a reward model runs; the others are those of judges that write."""
 _OF_SERVERS = ("concurrency", "timeout", "retries", "api_key_file")
 _OF_WEIGHTS = ("batch_size", "dtype", "device", "trust_remote_code")
@@ -98,8 +98,7 @@ def _judge_settings(
         checks.refuse_given(context, _WRITING.keys() - _OF_REWARDS, why)
         checks.refuse_given(context, ["draws"], "cannot be used with --reward-model, which is exact over all draws")
         checks.check_model(context, "--reward-model", reward_model)
-        use_threads(writing["threads"])
-        return RewardSettings(reward_model, **{name: writing[name] for name in _OF_REWARDS - {"threads"}})
+        return RewardSettings(reward_model, **{name: writing[name] for name in _OF_REWARDS})
     return _writing_settings(context, "--model", str(model), **writing)
 
 
@@ -118,7 +117,7 @@ def _writer_settings(
     **writing: Any,
 ) -> JudgeSettings:
     if not writer:
-        of_none = {*_WRITING, "max_new_tokens"} - {"seed", "threads", *_OF_WEIGHTS}
+        of_none = {*_WRITING, "max_new_tokens"} - {"seed", *_OF_WEIGHTS}
         checks.refuse_given(context, of_none, "needs --writer, a model that writes")
         if context.params.get("filter_model") is None:
             checks.refuse_given(context, _OF_WEIGHTS, "needs --writer or --filter-model, a model to run")
@@ -178,7 +177,6 @@ def _writing_settings(
     seed: Annotated[
         int, typer.Option(help="Seed of sampling and of all random draws.", callback=checks.at_least(0))
     ] = 0,
-    threads: Threads = None,
     dtype: Dtype = JudgeSettings.dtype,
     device: Device = JudgeSettings.device,
     trust_remote_code: TrustRemoteCode = False,
@@ -210,7 +208,6 @@ def _writing_settings(
     )
     if model:
         check_judge(settings)
-    use_threads(threads)
     return settings
 
 

@@ -211,7 +211,8 @@ def experiment(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="YAML with worlds, steps, seeds and arms. Default: all worlds of the testbed.", callback=checks.file
+            help="YAML with worlds, steps, seeds and arms. Default: all worlds of the testbed.",
+            callback=checks.plan("worlds", "steps", "seeds", "arms"),
         ),
     ] = None,
     worlds: Annotated[
@@ -291,7 +292,11 @@ def reward_experiment(
         Path, typer.Option(help="Folder for the runs and results.jsonl.", callback=checks.folder())
     ] = Path("runs/experiments/reward-models"),
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML with arms, seeds, items and gates.", callback=checks.file)
+        Path | None,
+        typer.Option(
+            help="YAML with arms, seeds, items and gates.",
+            callback=checks.plan("arms", "seeds", "items", "gates", "text"),
+        ),
     ] = None,
     data: Annotated[
         Path | None,

@@ -49,7 +49,7 @@ class RewardCommand(TyperCommand):
     """A command whose options named like a field of RewardConfig have its defaults, which its help shows."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help with the defaults; they are read here and not at the start, since that imports torch."""
+        """Write the help with the defaults; they are read here, so that no other start waits for numpy."""
         from cepo.fusion.config import RewardConfig
 
         config = RewardConfig()

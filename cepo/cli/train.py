@@ -167,9 +167,12 @@ def reward_model(
     """
     named = {"model": model, "data.source": data, "output": output, "reward.max_steps": max_steps, "seed": seed}
     overrides = _overrides(named, set_, trust_remote_code)
-    from cepo.train.reward_model import load_reward_config, train_reward_model
+    from cepo.train.reward_config import RewardModelConfig
 
-    _tell(train_reward_model(load_reward_config(config, overrides), fresh=fresh))
+    run_config = read_recipe(RewardModelConfig, config, overrides)  # refused before torch is imported
+    from cepo.train.reward_model import train_reward_model
+
+    _tell(train_reward_model(run_config, fresh=fresh))
 
 
 def warm_start(

@@ -21,7 +21,7 @@ from cepo.eval.judges.open import open_judge
 from cepo.eval.judges.settings import decisive_settings
 from cepo.files import BrokenLine, Row, claim, content_hash, write_jsonl
 from cepo.jacobian.loading import model_fingerprint, resolve_model
-from cepo.train.policy import TESTBED
+from cepo.train.config import TESTBED
 from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import generate_sources
 from cepo.train.rows import check_kept, read_id, read_pair, read_tie

@@ -33,7 +33,7 @@ from cepo.eval.statistics import (
 from cepo.files import SETTINGS, BrokenLine, Row, append_jsonl, claim, resume_jsonl, write_jsonl
 from cepo.jacobian.loading import load_tokenizer, resolve_model
 from cepo.jacobian.reading.token_bytes import TokenBytes
-from cepo.train.policy import TESTBED
+from cepo.train.config import TESTBED
 from cepo.train.reward_scores import RewardModel
 
 Progress: TypeAlias = Callable[[int, int], None]

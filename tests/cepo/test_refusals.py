@@ -19,6 +19,7 @@ from tests.paths import ROOT
 
 SCORE = "score --model smollm2 --input rows.jsonl --output s.jsonl"
 TRAIN = "train run.yaml"
+REWARD = "reward-model run.yaml --data rows.jsonl --output out"
 EVAL = "--data rows.jsonl --output out"
 REFUSED = {
     "score --model smollm2 --input none.jsonl --output s.jsonl": "--input none.jsonl is not a file; expected JSONL",
@@ -76,6 +77,11 @@ REFUSED = {
     f"{TRAIN} --seed -1": "--seed is -1",
     f"{TRAIN} --model model/final --output model": "--output is 'model', which would overwrite --model ('model/final')",
     "reward-model run.yaml --data model/left_out.jsonl --output model": "would overwrite --data ('model/left_out.jsonl",
+    f"{REWARD} --set sedd=1": "config 'run.yaml' holds the unknown key sedd; expected some of model, data",
+    f"{REWARD} --set data.tiez=1": "data holds the unknown key tiez; expected some of test_fraction",
+    f"{REWARD} --data testbed --set data.split=a": "data holds the unknown key split; expected some of test_frac",
+    f"{REWARD} --set form=poem": "form is 'poem'; expected bradley-terry or pairwise",
+    f"{REWARD} --set tie_weight=-1": "tie_weight is -1; expected a number >= 0",
     "warm-start --data none.jsonl --output out": "--data none.jsonl",
     "warm-start --data rows.jsonl --model model --output model": "--output is 'model', which would overwrite --model",
     "warm-start --data rows.jsonl --output out --learning-rate 0": "--learning-rate is 0; expected a number above 0",
@@ -83,6 +89,7 @@ REFUSED = {
     "demo --seed -1": "--seed is -1",
     "augment --data pairs/pairs.jsonl --output pairs --kinds original": "--output is 'pairs', which would overwrite --",
     f"augment {EVAL} --kinds original --test-fraction 2": "--test-fraction is 2.0; expected at least 0 and at most 1",
+    f"augment {EVAL} --kinds good --threads 1 --seed 1": "--kinds holds 'good'",
     f"augment {EVAL} --kinds original --split test": "--split cannot be used with --data rows.jsonl",
     f"augment {EVAL} --kinds original --temperature 1": "--temperature needs --writer",
     f"augment {EVAL} --kinds original --device cuda": "--device needs --writer or --filter-model",
@@ -96,6 +103,7 @@ REFUSED = {
     f"eval rewardbench {EVAL} --model smollm2 --seed -1": "--seed is -1",
     f"eval rewardbench {EVAL} --model smollm2 --temperature -1": "--temperature is -1",
     f"eval rewardbench {EVAL} --model smollm2 --split test": "--split cannot be used with --data rows.jsonl",
+    f"eval rewardbench {EVAL} --reward-model org/model --threads 1 --split test": "--split cannot be used with --data",
     f"eval rewardbench {EVAL} --model any --base-url http://h/v1 --timeout 0": "--timeout is 0",
     f"eval rewardbench {EVAL} --model any --base-url http://h/v1 --retries -1": "--retries is -1",
     f"eval rewardbench {EVAL} --model any --base-url h": "--base-url is 'h'",
@@ -147,17 +155,21 @@ REFUSED = {
     "experiment --worlds good": "--worlds is 'good'",
     "experiment --recipe none.yaml": "--recipe is 'none.yaml'",
     "reward-experiment --recipe none.yaml": "--recipe is 'none.yaml'",
+    "experiment --recipe run.yaml": "--recipe 'run.yaml' holds the unknown key model; expected some of worlds, ste",
+    "reward-experiment --recipe run.yaml": "--recipe 'run.yaml' holds the unknown key model; expected some of arms",
+    "experiment --recipe rows.jsonl/run.yaml": "--recipe is 'rows.jsonl/run.yaml', which is not a file",
+    "reward-experiment --recipe list.yaml": "--recipe 'list.yaml' holds a list; expected a mapping",
     "words-judge good": "judge is 'good'",
 }
 RUN_ALL = """
 import io, sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from cepo.cli.app import main
 from cepo.cli.shared import errors
 for line in sys.stdin.read().splitlines():
     sys.argv = ["cepo", *line.split()]
     try:
-        with redirect_stderr(io.StringIO()) as told:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as told:
             main()
         code = 0
     except SystemExit as end:
@@ -173,6 +185,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("refusals")
     (folder / "rows.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
     (folder / "run.yaml").write_text("model: smollm2\n")
+    (folder / "list.yaml").write_text("- plain\n")
     (folder / "donors.jsonl").write_text("{}\n")
     for name in ("rows", "pairs", "model/final"):
         (folder / name).mkdir(parents=True)
@@ -181,18 +194,24 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in ("config.json", "final/config.json", "left_out.jsonl"):
         (folder / "model" / name).write_text("{}\n")
     before = sorted(folder.rglob("*"))
-    lines = "\n".join(REFUSED)
+    lines = ["--version", *(f"{name} --help".strip() for name in ("", "eval", *_commands())), *REFUSED]
     run = subprocess.run(
-        [sys.executable, "-c", RUN_ALL], input=lines, capture_output=True, text=True, cwd=folder, check=True
+        [sys.executable, "-c", RUN_ALL], input="\n".join(lines), capture_output=True, text=True, cwd=folder, check=True
     )
     assert sorted(folder.rglob("*")) == before
-    return dict(zip(REFUSED, run.stdout.splitlines(), strict=True))
+    return dict(zip(lines, run.stdout.splitlines(), strict=True))
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_a_refusal_names_the_option_and_waits_for_no_import(line: str, told: dict[str, str]) -> None:
     assert told[line].startswith("2 [] "), told[line]
     assert REFUSED[line] in told[line]
+
+
+def test_help_waits_for_no_import(told: dict[str, str]) -> None:
+    shown = {line: said for line, said in told.items() if line not in REFUSED}
+    assert len(shown) > 15
+    assert set(shown.values()) == {"0 [] "}, shown
 
 
 def _commands(command: Any = None, name: str = "") -> dict[str, Any]:
@@ -308,6 +327,14 @@ def test_names_that_are_known_without_torch_are_those_of_the_library() -> None:
     assert tuple(sizes.SIZES) == SIZES
     assert cases.PEERS == PEERS
     assert _NODES == NODES
+
+
+def test_the_recipes_of_experiments_hold_only_keys_that_are_known() -> None:
+    for recipe in sorted((ROOT / "benchmarks" / "recipes").glob("*.yaml")):
+        if recipe.name != "smollm2-pairs.yaml":  # of cepo train
+            command = _commands()["reward-experiment" if "reward-models" in recipe.name else "experiment"]
+            (option,) = (one for one in command.params if one.name == "recipe")
+            assert option.process_value(typer.Context(command), str(recipe)) == recipe
 
 
 def test_what_looks_like_a_path_is_none_of_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ from cepo.train import grpo, testbed, testbed_model
 from cepo.train.config import TrainConfig
 from cepo.train.grpo import load_config, train
 from cepo.train.ranks import check_agreement, failing_together
-from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
+from cepo.train.recipe import read_recipe
+from cepo.train.reward_config import RewardModelConfig
+from cepo.train.reward_model import train_reward_model
 from cepo.train.run import last_complete_checkpoint
 from cepo.train.warm_start import WarmStartJob, warm_start
 from tests.paths import ROOT
@@ -191,7 +193,7 @@ def reward_model(output: Path, batch_size: int) -> RewardModelConfig:
         "reward.save_steps": 1,
         "reward.report_to": "none",
     }
-    return load_reward_config(recipe, settings)
+    return read_recipe(RewardModelConfig, recipe, settings)
 
 
 def case_reward_model(rank: int, folder: Path) -> None:

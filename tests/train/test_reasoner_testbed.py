@@ -8,7 +8,8 @@ import torch
 
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import reasoner_testbed
-from cepo.train.policy import REASONER_TESTBED, load_data, policy_fingerprint
+from cepo.train.config import REASONER_TESTBED
+from cepo.train.policy import load_data, policy_fingerprint
 from cepo.train.prompts import REASONER
 from cepo.train.reasoner_testbed import Question, completion_mode, generate_questions, is_right, write_solution
 from cepo.train.reasoner_testbed_models import (

@@ -20,9 +20,10 @@ from cepo.jacobian.reward_model import load_reward_model, read_last_token, rewar
 from cepo.train import run as train_run
 from cepo.train.pair_encoding import PairEncoder, Shown, read_shown
 from cepo.train.pair_trainer import PairTrainer, collate, composite_loss
-from cepo.train.recipe import trainer_arguments
+from cepo.train.recipe import read_recipe, trainer_arguments
+from cepo.train.reward_config import RewardModelConfig
 from cepo.train.reward_data import encode_pairs, load_pairs
-from cepo.train.reward_model import RewardModelConfig, load_reward_config, train_reward_model
+from cepo.train.reward_model import train_reward_model
 from cepo.train.reward_scores import RewardModel
 from cepo.train.reward_testbed import TEMPLATE, build_reward_model
 from tests.paths import ROOT
@@ -235,7 +236,7 @@ def test_pairs_that_cannot_be_told_apart_are_counted_and_named(tmp_path: Path, c
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
-    run = load_reward_config(recipe, {})
+    run = read_recipe(RewardModelConfig, recipe, {})
     trainer_arguments(RewardConfig, "reward", run.reward, output=run.output, seed=run.seed)
     assert run.shown.form in ("bradley-terry", "pairwise")
 

@@ -14,10 +14,9 @@ from datasets import Dataset
 from cepo.files import SETTINGS, claim, replacing, write_text
 from cepo.jacobian.loading import ModelSource, load_tokenizer, resolve_model
 from cepo.jacobian.reading.thought import template_opens_thought
-from cepo.train.config import AUTO, TASKS, TrainConfig
+from cepo.train.config import AUTO, TASKS, TESTBEDS, TrainConfig
 from cepo.train.grpo import load_train_data, run_settings
 from cepo.train.left_out import write_left_out
-from cepo.train.policy import TESTBEDS
 from cepo.train.verl.rewards import verl_rewards
 
 _ACTOR, _OPTIMISER = "actor_rollout_ref.actor", "actor_rollout_ref.actor.optim"
