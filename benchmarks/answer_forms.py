@@ -1,4 +1,4 @@
-"""The table of a reasoner's written forms in docs/formats.md, as the reader reads them; drawn with those of `forms`."""
+"""The tables in docs/formats.md of how a reasoner's answers are read; written by `cepo.benchmarks.forms`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ OUTPUTS: dict[str, str] = {
 
 
 def draw_answers() -> str:
-    """Return the two tables, in Markdown: the answer of each form, its mark, and what it earns where 18 is right."""
+    """Return the two tables in Markdown: each form's answer, how it was found, and its rewards when 18 is right."""
     head = "| answer | `found_by` | `exact_match` | `math_verify` |\n| --- | --- | --- | --- | --- |\n"
     after = "".join(f"| {show(form)} | {_read(_THOUGHT + form)} |\n" for form in AFTER_THOUGHT)
     whole = "".join(f"| {name} | {_read(output)} |\n" for name, output in OUTPUTS.items())
@@ -62,7 +62,7 @@ def draw_answers() -> str:
 
 
 def show(form: str) -> str:
-    """Return a form as a cell of a table shows it."""
+    """Return a form as the text of a table cell."""
     signs = {"\n": "⏎", "\u00a0": "⍽", "\b": "␈", "|": "\\|"}
     named = "".join(signs.get(sign, sign) for sign in form)
     return f"`` {named} ``" if "`" in named else f"`{named}`" if named else "nothing"

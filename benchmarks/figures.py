@@ -17,7 +17,7 @@ from cepo.files import make_folder, read_jsonl
 
 _TOP = Path(__file__).resolve().parent.parent
 _RESULTS = _TOP / "benchmarks" / "results"
-_FRESH = 6  # the first seed that had no part in the choice of the default reward
+_FRESH = 6  # first seed that was not used to choose the default reward
 _MEASURES = {"flipped": "accuracy where length is flipped", "turned": "verdict turned by the criterion alone"}
 
 
@@ -25,11 +25,11 @@ def draw_documentation(folder: Path, results: Path = _RESULTS) -> list[Path]:
     """Draw `training.png`, `speed.png` and `ablation.png`.
 
     Args:
-        folder: where the pictures go; it is made.
+        folder: folder of the pictures, created if needed.
         results: folder of the recorded rows.
 
     Returns:
-        The files.
+        The paths of the pictures.
 
     Raises:
         ValueError: for a file of rows that is missing or broken.
@@ -50,7 +50,7 @@ def draw_training(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw two measures of every run of `cepo experiment`: one line per arm, one dot per seed, a bar at the mean.
 
     Args:
-        rows: of `results.jsonl`, all of them; the arms keep their order.
+        rows: all rows of `results.jsonl`; the arms keep their order.
     """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     figure = _new_figure(9.0, 0.9 + 0.3 * len(arms))
@@ -78,10 +78,10 @@ def draw_training(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_speed(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw how many times faster than the reference schedule each contender of `cepo bench` is.
+    """Draw the speedup of each contender of `cepo bench` over the reference schedule.
 
     Args:
-        rows: of `results.jsonl`; those with a speedup in the section "peers" are drawn.
+        rows: rows of `results.jsonl`; those of the section "peers" with a speedup are drawn.
     """
     timed = [row for row in rows if row["section"] == "peers" and row["speedup"] is not None]
     timed.sort(key=lambda row: row["speedup"])
@@ -103,7 +103,7 @@ def draw_ablation(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the rank correlation of phi with the reference's phi (K = 4, rank 2) against K and against rank, per link.
 
     Args:
-        rows: of `summary.jsonl` of `cepo ablate`.
+        rows: rows of the `summary.jsonl` of `cepo ablate`.
     """
     phi = [row for row in rows if row["kind"] == "link" and row["score"] == "phi" and row.get("rank") is not None]
     figure = _new_figure(8.4, 3.4)

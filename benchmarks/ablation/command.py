@@ -1,4 +1,4 @@
-"""`cepo ablate`: K, rank, p, links and score swept over a file of rollouts, every Jacobian computed once."""
+"""`cepo ablate`: sweep K, rank, p, links and score over a file of rollouts, computing every Jacobian once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class AblateJob:
-    """What `cepo ablate` was asked to do.
+    """The arguments of `cepo ablate`.
 
     Attributes:
         model: see `resolve_model`.
@@ -40,9 +40,9 @@ class AblateJob:
         output: folder for the tables, the plots and the finished groups; new, empty, or of the same sweep.
         sweep: what varies, from `plan_sweep`.
         config: links, weights, permutation, target and seed, which stay the same.
-        raw: take prompt text as it is, without the chat template.
+        raw: whether to take prompt text as it is, without the chat template.
         dtype: dtype of the weights.
-        device: where to run.
+        device: device to run on.
         trust_remote_code: whether a hub repository's own code may run.
     """
 
@@ -60,20 +60,19 @@ class AblateJob:
 def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None = None) -> AblateSummary:
     """Sweep every setting over every rollout, and write tables and plots.
 
-    Group by group: the base Jacobians and those of max(K) counterfactuals are computed, once; every setting is then
-    worked out from them (a smaller K uses the first K). A group's results are moved into place when all of them are
-    there, and a later run of the same sweep continues after them.
+    For each group of rollouts of a prompt, the base Jacobians and those of max(K) counterfactuals are computed once,
+    and every setting is derived from them (a smaller K uses the first K). A group's results are written atomically, and
+    a later run of the same sweep continues after them.
 
-    Writes `ablation.parquet` (a row per rollout, link and setting), `rewards.parquet` (per rollout, setting, set of
-    links and p), `summary.jsonl`, `malformed.jsonl`, the plots and `groups/`.
+    Writes `ablation.parquet` (a row per rollout, link and setting), `rewards.parquet` (a row per rollout, setting, set
+    of links and p), `summary.jsonl`, `malformed.jsonl`, the plots and `groups/`.
 
     Args:
-        job: what to do.
-        progress: called with (groups done, all groups).
+        job: what to sweep.
+        progress: called with (groups done, groups in total).
 
     Raises:
-        ValueError: for arguments, input or a model that cannot be used, or an output of another sweep; all but a model
-            that does not load before the model is loaded.
+        ValueError: for arguments, input or a model that cannot be used, or an output of another sweep.
     """
     sweep = job.sweep
     if job.dtype not in _DTYPES:
@@ -133,7 +132,7 @@ def _check_width(job: AblateJob, width: int) -> None:
 def _read_groups(
     lines: Sequence[Line], reader: SpanReader, *, raw: bool
 ) -> tuple[list[dict[int, Rollout]], dict[int, str]]:
-    """Return the well-formed rollouts by prompt and row, in order of first appearance, and why the others are not."""
+    """Return the well-formed rollouts by prompt and row, in order of first appearance, and the other rows' reasons."""
     groups: dict[tuple[int, ...], dict[int, Rollout]] = {}
     malformed: dict[int, str] = {}
     for row, line in enumerate(lines):

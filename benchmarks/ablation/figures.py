@@ -15,21 +15,21 @@ from cepo.eval.report.figures import write_png
 
 _PANEL = (4.6, 3.4)  # inches
 _ACROSS = 3  # panels in a row
-_SPREAD = 0.25  # of the distance between two places on the axis
+_SPREAD = 0.25  # offset between curves, as a fraction of the distance between two ticks
 _K, _RANK = PAPER_HARDENING.counterfactuals, PAPER_HARDENING.rank
 Point = tuple[Mapping[str, Any], str, str]
-"""A row, the name of its curve, and its place on the axis."""
+"""A row, the name of its curve, and its label on the axis."""
 
 
 def draw_figures(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write `s_against_k.png`, `s_against_rank.png` and `reward_against_p.png`.
 
-    One panel per score. S: one curve per link; where K varies the rank is the paper's, and the other way round.
-    Rewards: one curve per set of links, at the paper's hardening. Axes are in steps, not to scale: energies stand
-    beside ranks, and p may be infinite.
+    One panel per score. S has one curve per link, with the paper's rank where K varies and the paper's K where the rank
+    varies. Rewards have one curve per set of links, at the paper's hardening. Axes are categorical, since energies
+    appear among ranks, and p may be infinite.
 
     Args:
-        folder: where they go.
+        folder: folder of the pictures.
         rows: from `summarise_sweep`.
     """
     links = [row for row in rows if row["kind"] == "link"]
@@ -58,15 +58,15 @@ def draw_curves(panel: Axes, points: Sequence[Point], value: str) -> None:
     """Draw one curve with intervals per name.
 
     Args:
-        panel: where to draw.
-        points: in the order of the axis; rows hold `value`, and `value_low` and `value_high` where they are known.
+        panel: axes to draw on.
+        points: in the order of the axis; rows have the column `value`, and may have its bounds with _low and _high.
         value: name of the column.
     """
     places = list(dict.fromkeys(place for _, _, place in points))
     curves = list(dict.fromkeys(curve for _, curve, _ in points))
     for number, curve in enumerate(curves):
         rows = {place: row for row, other, place in points if other == curve}
-        aside = _SPREAD * (number / max(1, len(curves) - 1) - 0.5)  # so that intervals do not hide each other
+        aside = _SPREAD * (number / max(1, len(curves) - 1) - 0.5)  # so that intervals do not overlap
         errors = [
             [
                 0.0 if row.get(f"{value}_{end}") is None else abs(row[value] - row[f"{value}_{end}"])
@@ -99,7 +99,7 @@ def _panels(points: Sequence[Point], value: str, axis: str) -> Figure:
         panel.set_title(f"score {score}", fontsize=10)
         panel.set_xlabel(axis)
         panel.set_ylabel(f"mean {value}")
-        panel.set_ylim(bottom=0.0)  # each its own top: influences are small, shapes are not
+        panel.set_ylim(bottom=0.0)  # no common top: influence is much smaller than the other scores
     figure.suptitle("95% intervals over prompts", fontsize=9)
     figure.axes[0].legend(fontsize=8)
     return figure

@@ -1,4 +1,4 @@
-"""One group of the ablation: its Jacobians computed once, and every setting worked out from them."""
+"""One group of the ablation: its Jacobians are computed once, and every setting is derived from them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def sweep_group(
     config: RewardConfig,
     engine: GroupEngine,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[int, str]]:
-    """Return the link rows and the reward rows of one group, and why some rollouts have none.
+    """Return the link rows and the reward rows of one group, and the reason of each rollout that has none.
 
     Args:
-        number: of the group.
+        number: number of the group.
         members: well-formed rollouts of one prompt, by row of the input.
         tasks: the task reward in [0, 1] of each, or None.
         sweep: what to sweep.
-        config: weights, permutation and seed; what the sweep varies is taken from the sweep.
-        engine: what computes Jacobians.
+        config: weights, permutation and seed; its other settings are replaced by the sweep's.
+        engine: computes the Jacobians.
     """
     links = config.parsed_links(JUDGE)
     malformed = {row: reason for row, rollout in members.items() if (reason := engine.refusal(rollout))}
@@ -79,7 +79,7 @@ def _gradients(
         context_energy=True,
     )
     found: list[LinkGradients] = []
-    for group in groups:  # one, or none where no rollout is well-formed
+    for group in groups:  # one, or none if no rollout is well-formed
         base, *counterfactuals = engine.compute(group.requests)
         found += group.gradients(base, counterfactuals)
     return found

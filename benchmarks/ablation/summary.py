@@ -1,4 +1,4 @@
-"""What an ablation found: means and rank correlations with the paper's values, with intervals over prompts."""
+"""Results of an ablation: means, and rank correlations with the paper's values, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cepo.eval.report.tables import ConsoleTable
 from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, mean, rank_correlations
 from cepo.fusion.config import PAPER
 
-_SHOWN = 48  # rows of a table that one can still read
+_SHOWN = 48  # rows of a table that is still readable
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class AblateSummary:
     """The result of a sweep.
 
     Attributes:
-        output: the folder.
+        output: folder of the results.
         rollouts: number of rollouts swept.
         groups: number of their prompts.
         resumed: groups taken from an earlier run.
@@ -58,9 +58,9 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
     """Return one row per link and setting, and one per fused reward at the paper's hardening.
 
     `spearman_reference` compares S with the same score at the paper's hardening, `spearman_paper` with the paper's S.
-    Intervals are over prompts, not rollouts: rollouts of one prompt are not independent draws. A single prompt has no
-    interval, and neither has the comparison of a score with itself. S and rewards lie in [0, 1], where their intervals
-    are cut; they get no pseudo-units at 0 and 1, which no rollout comes near: influences are a few thousandths.
+    Intervals are over prompts, not rollouts, since rollouts of one prompt are not independent. A single prompt has no
+    interval, nor has the comparison of a score with itself. Intervals of S and of rewards are cut to [0, 1], but get no
+    pseudo-units at 0 and 1, which would dominate an influence of a few thousandths.
 
     Args:
         found: from `read_values`.
@@ -74,7 +74,7 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
     for at_link, link in enumerate(sweep.links):
         values_NM = found.values_NAHF[:, at_link].reshape(rollouts, -1)
         means = over_prompts(mean, values_NM, within=SHARE)
-        # With every score at the paper's hardening, (M, F).
+        # Correlations of all M settings with the F scores at the paper's hardening.
         correlations = iter(
             over_prompts(rank_correlations, values_NM, found.values_NAHF[:, at_link, at_paper], ends=DIFFERENCE)
         )
@@ -101,7 +101,7 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _interval(name: str, found: Estimate | None) -> dict[str, float | None]:
-    """Return the columns of an estimate, None where it is not determined."""
+    """Return the columns of an estimate; None for what is not determined."""
     values = (found.value, found.low, found.high) if found is not None else (math.nan,) * 3
     known = [value if math.isfinite(value) else None for value in values]
     return dict(zip((name, f"{name}_low", f"{name}_high"), known, strict=True))
@@ -122,7 +122,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _steps_from_paper(row: Mapping[str, Any]) -> int:
-    """Return in how many of K, rank and score a row differs from the paper's values."""
+    """Return the number of K, rank and score in which a row differs from the paper's values."""
     size = (row["rank"], row["tau"])
     rank_differs = size not in ((PAPER_HARDENING.rank, PAPER_HARDENING.tau), (None, None))  # at K = 0 there is none
     others = ("counterfactuals", "score")

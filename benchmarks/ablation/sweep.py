@@ -1,4 +1,4 @@
-"""What an ablation varies: hardenings, links that are fused, named scores and exponents."""
+"""The grid of an ablation: hardenings, sets of links to fuse, named scores and exponents."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cepo.train.prompts import JUDGE
 
 @dataclass(frozen=True)
 class Hardening:
-    """What is removed from a Jacobian: the subspace of K counterfactuals, of a rank or else an energy tau.
+    """What is removed from a Jacobian: the nuisance subspace of K counterfactuals, by rank or by energy tau.
 
-    Without counterfactuals nothing is removed, and there is neither.
+    At K = 0 nothing is removed, and both are None.
     """
 
     counterfactuals: int
@@ -24,7 +24,7 @@ class Hardening:
 
     @property
     def order(self) -> tuple[int, bool, float]:
-        """By K, then ranks before energies."""
+        """Sort key: by K, then ranks before energies."""
         return self.counterfactuals, self.rank is None, float(self.tau or 0.0 if self.rank is None else self.rank)
 
     def applied_to(self, config: RewardConfig) -> RewardConfig:
@@ -47,13 +47,13 @@ class LinkSet:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything that is swept; rows of the tables are in the order of these.
+    """The values that are swept, in the order of the tables' rows.
 
     Attributes:
-        hardenings: what is removed, in their `order`; the paper's is always among them.
+        hardenings: sorted by `Hardening.order`; the paper's is always among them.
         links: names of the links.
         scores: named scores.
-        link_sets: what is fused; the first is all links.
+        link_sets: sets of links to fuse; the first is all links.
         powers: exponents of the power mean.
     """
 
@@ -72,9 +72,10 @@ def plan_sweep(
     powers: Sequence[float],
     scores: Sequence[Score],
 ) -> Sweep:
-    """Return the grid of all values, with the paper's hardening. Rewards are of all links, each alone, each removed.
+    """Return the grid of all values, and the paper's hardening.
 
-    K = 0 removes nothing, so it is one setting, whatever the ranks.
+    Rewards are those of all links, of each link alone, and of all but one. K = 0 removes nothing, so it is one setting
+    whatever the ranks.
 
     Args:
         config: links, weights, permutation, target and seed, which stay the same.
@@ -118,14 +119,14 @@ def plan_sweep(
     sets = [LinkSet("all", links)]
     if len(links) > 1:
         sets += [LinkSet(f"only {name}", (name,)) for name in links]
-    if len(links) > 2:  # of two links, each removed is the other alone
+    if len(links) > 2:  # with two links, all but one is the other alone
         sets += [LinkSet(f"without {name}", tuple(other for other in links if other != name)) for name in links]
     ordered = sorted({*hardenings, PAPER_HARDENING}, key=lambda hardening: hardening.order)
     return Sweep(tuple(ordered), links, tuple(scores), tuple(sets), tuple(powers))
 
 
 def rank_label(row: Mapping[str, Any]) -> str:
-    """Return the rank or the energy of a row as the user wrote it; "-" where there is neither, at K = 0."""
+    """Return the rank or the energy of a row as the user wrote it; "-" at K = 0, which has neither."""
     if row["rank"] is None and row["tau"] is None:
         return "-"
     return f"tau={row['tau']:g}" if row["rank"] is None else str(row["rank"])

@@ -29,12 +29,12 @@ _SCHEMAS = {
 
 @dataclass(frozen=True)
 class SweptValues:
-    """The numbers of a sweep as arrays; N rollouts, A links, H hardenings, F scores, U link sets, P powers.
+    """The numbers of a sweep as arrays of N rollouts, A links, H hardenings, F scores, U link sets and P powers.
 
     Attributes:
         group_N: number of each rollout's group.
-        values_NAHF: S.
-        nuisance_angles_NAH: mean principal angle of nuisance and Jacobian in degrees, NaN where nothing is removed.
+        values_NAHF: S of each link.
+        nuisance_angles_NAH: mean principal angle of nuisance and Jacobian in degrees; NaN if nothing is removed.
         rewards_NFUP: fused rewards at the paper's hardening.
     """
 
@@ -50,7 +50,7 @@ def write_group(
     reward_rows: Sequence[Mapping[str, Any]],
     malformed: Mapping[int, str],
 ) -> None:
-    """Write what `sweep_group` returned for one group, all of it in one step."""
+    """Write what `sweep_group` returned for one group, atomically."""
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         for name, rows in ((LINKS, link_rows), (REWARDS, reward_rows)):
@@ -59,12 +59,12 @@ def write_group(
 
 
 def read_malformed(folder: Path) -> dict[int, str]:
-    """Return why some rollouts of a group have no Jacobians, by row of the input."""
+    """Return the reason of each rollout of a group without Jacobians, by row of the input."""
     return {int(row): reason for row, reason in json.loads((folder / _MALFORMED).read_text()).items()}
 
 
 def merge_groups(output: Path, folders: Sequence[Path]) -> None:
-    """Write the groups' tables into one file each, one group at a time."""
+    """Concatenate the groups' tables into one file per table, one group at a time."""
     for name, schema in _SCHEMAS.items():
         with replacing(output / name) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
             for folder in folders:

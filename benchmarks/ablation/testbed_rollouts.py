@@ -1,4 +1,4 @@
-"""Rollouts of the testbed's lazy judge in a file, with the judge in a folder: in seconds on a CPU."""
+"""Write rollouts of the testbed's lazy judge, and the judge itself; takes seconds on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cepo.files import make_folder, replacing, write_jsonl
 from cepo.train import testbed, testbed_judges
 from cepo.train.policy import load_testbed_judge
 
-_ITEMS_SEED = 11  # not one that any judge was warmed up with
+_ITEMS_SEED = 11  # no judge was warmed up with it
 
 
 def write_testbed_rollouts(
@@ -23,16 +23,16 @@ def write_testbed_rollouts(
 ) -> tuple[Path, Path]:
     """Sample groups of completions from the lazy judge at temperature 1, and write them with the judge.
 
-    Rows hold the sampled ids themselves, with the end of sequence, and as task reward whether the verdict is right.
+    Rows hold the sampled token ids with the end of sequence, and a task reward of 1 if the verdict is right, else 0.
 
     Args:
-        folder: where `judge/` (model and tokenizer) and `rollouts.jsonl` go.
+        folder: folder for `judge/` (model and tokenizer) and `rollouts.jsonl`.
         prompts: number of groups, at least 1.
         completions: completions of each prompt, at least 1.
-        max_new_tokens: tokens at which a completion is cut, at least 1.
+        max_new_tokens: largest number of tokens of a completion, at least 1.
 
     Returns:
-        The judge's folder and the file, for --model and --input.
+        The judge's folder and the file of rollouts, for --model and --input.
 
     Raises:
         ValueError: for a number out of range.

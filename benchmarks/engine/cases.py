@@ -1,4 +1,4 @@
-"""The schedules that are compared: what each computes on a workload, its cost, and its distance from the oracle."""
+"""The schedules that are compared: what each computes on a workload, its cost, and its error against the oracle."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ REFERENCE_SCHEDULE, PADDED = "reference schedule", "padded autograd"
 
 # Relative Frobenius error of a Jacobian. Two orders of magnitude above observed rounding.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
-# In half precision: twice the error of plain autograd in that precision, since sums are taken in another order, but
-# never so much that a wrong formula could hide in it (a wrong sign is 2, rows that are one token off 1.4).
+# In half precision: twice the error of plain autograd in that precision, since the order of summation differs, but
+# never so much that a wrong formula passes (a wrong sign has an error of 2, rows that are one token off 1.4).
 _NARROW_FACTOR, _NARROW_LIMIT = 2.0, 0.25
 # An effect is a small difference of large sums: in half precision rounding can be as large as the effect itself, and no
-# bound there tells a wrong donor from it. So effects are compared in float32 first, and then need only err as plain
-# autograd in half precision does. Both errors are norms of about ten independent numbers, whose ratio exceeded 2 in 3
-# of 42 random models (2.4 at most), and 4 with a probability of 4e-4, by the F distribution with 8 and 8 degrees.
+# bound there detects a wrong donor. So effects are compared in float32 first; in half precision their error need only
+# be of the size of plain autograd's. Both errors are norms of about ten independent numbers. Their ratio exceeded 2 in
+# 3 of 42 random models (at most 2.4), and exceeds 4 with a probability of 4e-4 by the F distribution with (8, 8)
+# degrees of freedom.
 _NARROW_FACTOR_OF_DIFFERENCES = 4.0
 
 
@@ -54,14 +55,14 @@ class Case:
     """A schedule: one way to compute the Jacobians.
 
     Attributes:
-        name: what the row is called.
-        links: what it answers for every rollout as sampled.
-        run: workload and rollouts at once -> Jacobians; the group engine chooses its own chunks.
-        count: workload -> its cost.
-        peer: one of PEERS; None for the group engine.
+        name: name of the row.
+        links: links that it computes for every rollout as sampled.
+        run: (workload, batch size) -> Jacobians; the group engine ignores the batch size.
+        count: workload -> cost.
+        peer: one of `PEERS`; None for the group engine.
         alone: whether it runs one rollout at a time, so that its time is proportional to their number.
-        baseline: name of the case that its time is divided by.
-        exact: the same on the subject's copy in float32, where there is one.
+        baseline: name of the case that speedups are relative to.
+        exact: the same case on the subject's float32 copy, if there is one.
     """
 
     name: str
@@ -75,27 +76,27 @@ class Case:
 
     @property
     def batched(self) -> bool:
-        """Whether fewer rollouts at once need less memory."""
+        """Whether a smaller batch needs less memory."""
         return self.peer is not None and not self.alone
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure on, and the right Jacobians of a small workload.
+    """A model to measure on, and the reference Jacobians of a small workload.
 
     Attributes:
-        name: of the model.
-        model: frozen, in eval mode.
+        name: name of the model.
+        model: the model, frozen and in eval mode.
         engine: the group engine on it.
         cost: its cost model.
         check: the small workload.
-        wanted: its Jacobians by the oracle, in float32 or wider.
+        wanted: Jacobians of the small workload by the oracle, in float32 or wider.
         tolerance: largest relative error that rounding explains.
-        oracle_error: error of the oracle in the model's own precision.
-        matmul: the machine's rate at the shape of its MLP, in operations per second.
-        device: where it is.
-        by_link: whether errors are those of a link, not of each of its answers, see `worst_error`.
-        exact: the same in float32, for answers that are compared there first.
+        oracle_error: relative error of the oracle in the model's own precision.
+        matmul: rate of matrix products of the shape of its MLP, in operations per second.
+        device: device of the model.
+        by_link: whether errors are per link, not per link and rollout, see `worst_error`.
+        exact: the same model in float32, for results that are compared in float32 first.
     """
 
     name: str
@@ -112,7 +113,7 @@ class Subject:
     exact: Subject | None = None
 
     def matmul_rate(self, seconds: float) -> float:
-        """Measure the rate again, for this many seconds."""
+        """Measure the rate of matrix products again, for at least `seconds`."""
         config = self.model.config
         return matmul_rate(self.model.dtype, self.device, config.hidden_size, config.intermediate_size, seconds)
 
@@ -128,12 +129,12 @@ def new_subject(
     """Build a model with random weights, and compute its Jacobians by the oracle.
 
     Args:
-        name: of the model.
+        name: name of the model.
         config: its transformers configuration.
-        dtype: of its weights.
-        device: where to put it.
+        dtype: dtype of its weights.
+        device: device to put it on.
         check: the small workload.
-        seed: of the weights.
+        seed: seed of the weights.
     """
     torch.manual_seed(seed)
     with device:
@@ -144,7 +145,7 @@ def new_subject(
         model, lambda oracle: engine_jacobians(JacobianEngine(oracle), requests)
     )
     rate = matmul_rate(dtype, device, config.hidden_size, config.intermediate_size, 0.3)
-    # The plan's cost model, by the shapes alone: peers need no memory estimate.
+    # Peers need the cost by shapes only, no memory estimate.
     cost = measured_cost(model, 0, 0, 0)
     return Subject(
         name, model, GroupEngine(model, kernels="torch"), cost, check, wanted, tolerance, oracle_error, rate, device
@@ -154,14 +155,14 @@ def new_subject(
 def right_answers(
     model: Any, answers_of: Callable[[Any], Jacobians], *, cancels: bool = False, by_link: bool = False
 ) -> tuple[Jacobians, float, float]:
-    """Return the right answers in float32 or wider, the error that passes, and the oracle's own in the model's dtype.
+    """Return the oracle's answers in float32 or wider, the tolerance, and the oracle's error in the model's dtype.
 
     Args:
         model: the model.
-        answers_of: the oracle: from a model to its answers.
-        cancels: whether terms cancel, so that in float32 the oracle's own rounding would exceed the tolerance: a
-            float32 model's answers are then those of a float64 copy.
-        by_link: whether errors are those of a link: of differences, which are compared in float32 first.
+        answers_of: model -> the oracle's answers.
+        cancels: whether terms cancel, so that the oracle's rounding in float32 would exceed the tolerance; the answers
+            of a float32 model are then computed on a float64 copy.
+        by_link: whether the answers are differences with errors per link, which are compared in float32 first.
     """
     if model.dtype in _TOLERANCES:
         oracle = copy.deepcopy(model).double() if cancels else model
@@ -174,11 +175,11 @@ def right_answers(
 
 
 def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
-    """Return the reference schedule, where it is asked for, then the group engine's schedules, then the other peers.
+    """Return the reference schedule, then the group engine's schedules, then the other peers.
 
     Args:
         subject: the model.
-        peers: some of PEERS.
+        peers: names of the peers to include, from `PEERS`.
     """
     model = subject.model
     xy = {"X->Y": 1.0}
@@ -239,25 +240,25 @@ def contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
 
 
 def on_kernels(subject: Subject, cases_of: Callable[[Subject, Sequence[str]], list[Case]]) -> list[Case]:
-    """Return the group engine's schedules on the Triton kernels; none where the kernels do not run.
+    """Return the group engine's schedules on the Triton kernels; none if the kernels do not run.
 
     Args:
         subject: the model.
         cases_of: `contenders`, or another function like it.
     """
-    taken_over = _taken_over(subject)
-    if taken_over.engine.swaps == Swaps():
+    with_kernels = _with_kernels(subject)
+    if with_kernels.engine.swaps == Swaps():
         return []
-    return [replace(case, name=f"{case.name}, kernels") for case in cases_of(taken_over, ())]
+    return [replace(case, name=f"{case.name}, kernels") for case in cases_of(with_kernels, ())]
 
 
-def _taken_over(subject: Subject) -> Subject:
-    exact = None if subject.exact is None else _taken_over(subject.exact)
+def _with_kernels(subject: Subject) -> Subject:
+    exact = None if subject.exact is None else _with_kernels(subject.exact)
     return replace(subject, engine=GroupEngine(subject.model, kernels="auto"), exact=exact)
 
 
 def engine_jacobians(engine: Engine, requests: Sequence[Request]) -> Jacobians:
-    """Return an engine's answers by what each is the Jacobian of."""
+    """Return an engine's Jacobians by link and token ids."""
     found: Jacobians = {}
     for request, answer in zip(requests, engine.compute(requests), strict=True):
         for rollout, records in zip(request.group.rollouts, answer, strict=True):
@@ -267,13 +268,14 @@ def engine_jacobians(engine: Engine, requests: Sequence[Request]) -> Jacobians:
 
 
 def worst_error(found: Jacobians, wanted: Jacobians, expected: Sequence[Key], *, by_link: bool = False) -> float:
-    """Return the largest ||J - J*|| / ||J*|| over what both hold; infinity where something expected is missing.
+    """Return the largest ||J - J*|| / ||J*|| over the keys of both; infinity if an expected key is missing.
 
     Args:
-        found: what is compared.
-        wanted: the right answers.
-        expected: what must be there.
-        by_link: whether all answers to a link are one J. An answer of a few differences can be small by chance.
+        found: the answers J to compare.
+        wanted: the reference answers J*.
+        expected: keys that `found` must have.
+        by_link: whether to take all answers of a link as one J, since an answer of a few differences can be small by
+            chance.
     """
     if any(key not in found for key in expected):
         return float("inf")
@@ -283,18 +285,18 @@ def worst_error(found: Jacobians, wanted: Jacobians, expected: Sequence[Key], *,
         difference, size = squares.get(of := key[0] if by_link else key, (0.0, 0.0))
         difference += float((found[key].double().cpu() - right).square().sum())
         squares[of] = difference, size + float(right.square().sum())
-    # A direct effect can be zero: of a prompt on a one-token answer that the blocked rationale predicts.
+    # A direct effect can be zero, as of a prompt on a one-token answer that the blocked rationale predicts.
     errors = [(difference / max(size, 1e-300)) ** 0.5 if difference else 0.0 for difference, size in squares.values()]
     return max(errors, default=0.0) if all(error == error for error in errors) else float("nan")
 
 
 def base_keys(case: Case, workload: Workload) -> list[Key]:
-    """Return what a schedule must answer, whichever counterfactuals it asks for."""
+    """Return the keys that a schedule must compute, whatever its counterfactuals."""
     return [(link, rollout.token_ids) for link in case.links for rollout in workload.rollouts]
 
 
 def counts_of(plan: Plan) -> Counts:
-    """Return the cost that the group engine plans."""
+    """Return the cost of a plan of the group engine."""
     return Counts(plan.forward_rows, plan.backward_rows, plan.head_rows, plan.flops, plan.peak_bytes)
 
 
@@ -311,7 +313,7 @@ def _group_case(subject: Subject, name: str, links: Mapping[str, float], **optio
 
 
 def jacobian_requests(workload: Workload, links: Mapping[str, float], **options: Any) -> list[Request]:
-    """Return the requests that a reward would make of an engine."""
+    """Return the requests that a reward would send to an engine."""
     config = RewardConfig.paper(links=links, counterfactuals=workload.counterfactuals, seed=workload.seed)
     config = replace(config, **options)
     groups = config.requests(dict(enumerate(workload.rollouts)), config.parsed_links(LAYOUT))

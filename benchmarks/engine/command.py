@@ -1,4 +1,4 @@
-"""`cepo bench`: the group engine beside its peers, timed in one process once the values agree with the oracle."""
+"""`cepo bench`: time the group engine and its peers in one process, if their values agree with the oracle."""
 
 from __future__ import annotations
 
@@ -53,28 +53,28 @@ def run_benchmark(
 ) -> list[ConsoleTable]:
     """Compare values, then time the group engine and its peers on the same rollouts, and record the results.
 
-    Every case first runs on a small workload whose Jacobians the oracle has computed (in half precision: a float32 copy
-    of the model), which also warms it up; then it is timed, and those of its answers that the oracle knows are compared
-    again. A case whose values differ is not given a time.
+    Every case first runs on a small workload whose Jacobians the oracle has computed (in half precision, on a float32
+    copy of the model), which also warms it up. Then it is timed, and its answers are compared again as far as the
+    oracle's are known. A case whose values differ gets no time.
 
-    Appends a line per case to results.jsonl, and writes the tables to bench.txt and a PNG per axis of the scaling.
+    Appends a line per case to results.jsonl, and writes the tables to bench.txt and a PNG per scaling axis.
 
     Args:
         size: a name in `SIZES`.
         output: folder of the results.
-        seed: of weights, ids and permutations.
+        seed: seed of weights, token ids and permutations.
         peers: some of "reference", "padded", "functional", "captum" and "inseq"; None for all. The group engine always
             runs, and on CUDA a second time on the kernels.
         scaling: whether to measure how cost grows with G, Lz, Lx and K, and what a static opening of the prompt saves.
-        device: "cpu" or "cuda"; None: "cuda" for the sizes that need it, else "cpu".
-        commit: of this code, where there is no repository to ask.
-        progress: called with what runs next.
+        device: "cpu" or "cuda"; None for "cuda" if the size needs it, else "cpu".
+        commit: commit of this code; None to ask git.
+        progress: called with a description of what runs next.
 
     Returns:
-        The tables, with the main columns; bench.txt has all.
+        The tables with their main columns; bench.txt has all columns.
 
     Raises:
-        ValueError: for an unknown size, peer or device, or a size that needs a GPU where there is none.
+        ValueError: for an unknown size, peer or device, or if a GPU is needed and there is none.
     """
     chosen, place, named_peers = _checked(size, peers, device)
     make_folder(output)
@@ -123,7 +123,7 @@ def _checked(size: str, peers: Sequence[str] | None, device: str | None) -> tupl
 
 @dataclass(frozen=True)
 class _Log:
-    """The rows, each also appended to the file at once, so that a killed run keeps them."""
+    """The rows; each is appended to the file immediately, so that a killed run keeps it."""
 
     path: Path
     facts: Row
@@ -138,7 +138,7 @@ class _Log:
 def _run_shapes(
     section: str, subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log
 ) -> list[Case]:
-    """Measure every case on every workload of the size; return those that agreed everywhere."""
+    """Measure every case on every workload of the size; return those with right values on all of them."""
     wrong: set[str] = set()
     for shapes in size.shapes:
         workload = random_workload(vocabulary, shapes, subject.check.seed)
@@ -155,12 +155,12 @@ def _run_shapes(
 
 
 def _with_donors(size: Size, count: int) -> Size:
-    """Return the size with so many counterfactuals."""
+    """Return the size with `count` counterfactuals."""
     return replace(size, shapes=tuple(replace(shapes, K=count) for shapes in size.shapes))
 
 
 def _run_static(subject: Subject, cases: Sequence[Case], size: Size, vocabulary: int, log: _Log) -> None:
-    """Measure several prompts that share an opening which no link differentiates, and the same prompts without one."""
+    """Measure several prompts with a shared opening that no link differentiates, and the same prompts without it."""
     shapes, whole = size.static, replace(size.static, opening=0)
     seed = subject.check.seed
     workload = random_workload(vocabulary, shapes, seed)
@@ -175,9 +175,9 @@ def _run_static(subject: Subject, cases: Sequence[Case], size: Size, vocabulary:
         if name not in by_name:
             continue
         log.progress(f"{subject.name}, static opening of {of.opening} of {of.Lz} tokens: {name}")
-        # The prompt's rows are others where its span begins elsewhere.
+        # The prompt's Jacobian has other rows if its span begins elsewhere, so it is not compared.
         known = wanted if of is shapes else {key: jac_SD for key, jac_SD in wanted.items() if key[0] == "X->Y"}
-        # One rollout is enough for a schedule that runs them one at a time.
+        # A schedule that runs rollouts one at a time needs only one.
         row, found = _measured(subject, by_name[name], given, known, checked=False, alone=1)
         if name == REFERENCE_SCHEDULE:
             baseline, wanted = row, found
@@ -193,7 +193,7 @@ def _run_scaling(subject: Subject, cases: Sequence[Case], size: Size, vocabulary
     chosen = sorted((case for case in cases if case.name in _SCALED), key=lambda case: _SCALED.index(case.name))
     for number, (shapes, axes) in enumerate(points.items()):
         workload = random_workload(vocabulary, shapes, subject.check.seed)
-        wanted: Jacobians = {}  # of the first to run: all agreed with the oracle before
+        wanted: Jacobians = {}  # those of the first case; all cases agreed with the oracle before
         for case in chosen:
             log.progress(f"{subject.name}, scaling: {case.name} (point {number + 1} of {len(points)})")
             row, found = _measured(subject, case, workload, wanted, checked=False, alone=None)
@@ -208,16 +208,16 @@ def _measured(
 
     Args:
         subject: the model.
-        case: what to run.
-        workload: what to run it on.
-        wanted: Jacobians to compare with, of this workload or another.
+        case: the case.
+        workload: the workload to time it on.
+        wanted: Jacobians to compare with; keys of other workloads are ignored.
         checked: whether to run the small workload first.
-        alone: number of rollouts to time a case on that runs one at a time; None for all.
+        alone: number of rollouts to time if the case runs one at a time; None for all.
     """
-    # Where two that agree with the oracle are compared with each other, each may err by the tolerance.
+    # Unchecked cases are compared with each other, and each may err by the tolerance.
     tolerance = subject.tolerance if checked else 2 * subject.tolerance
     row: Row = {"case": case.name, "status": "ok", "error": None, "tolerance": tolerance, "seconds": None}
-    # Measured beside each case as well, since the load of the machine changes.
+    # Measured again with each case, since the load of the machine changes.
     rate = max(subject.matmul, subject.matmul_rate(seconds=0.05))
     row |= {"oracle_error": subject.oracle_error, "matmul_flops_per_s": rate}
     if case.peer in ("captum", "inseq") and importlib.util.find_spec(case.peer) is None:
@@ -242,7 +242,7 @@ def _measured(
             if not case.batched or batch == 1:
                 return {**row, "status": "out of memory"}, {}
         except Exception as failure:
-            if case.peer is None:  # ours must not fail; a peer that does must not cost the others their figures
+            if case.peer is None:  # a failure of this package ends the run; one of a peer becomes a row
                 raise
             return {**row, "status": f"failed with {type(failure).__name__}: {failure}"[:200]}, {}
         batch = (batch + 1) // 2
@@ -279,7 +279,7 @@ def _disagreement(error: float, where: str = "") -> Row:
 
 
 def _ratios(row: Row, baseline: Row | None) -> Row:
-    """Return how many times faster than its reference, as measured and as rows and operations predict."""
+    """Return the speedup over the baseline, as measured and as the rows and operations predict."""
     if baseline is None or baseline["seconds"] is None or row["seconds"] is None:
         return dict.fromkeys(RATIOS)
     rows, baseline_rows = (each["forward_rows"] + each["backward_rows"] for each in (row, baseline))

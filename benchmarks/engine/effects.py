@@ -1,4 +1,4 @@
-"""The schedules that compare a span with donors: effects, by values alone, and paths, by gradients on the way."""
+"""The schedules that compare a span with donors: effects, from scores alone, and paths, from gradients along them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EFFECT, CHAIN, PATH = "effect of X->Y", "chain's effect", f"path, {NODES} nodes"
 
 @dataclass(frozen=True)
 class _Question:
-    """What is asked: fields of RewardConfig, and the layout whose links they name."""
+    """What is computed: fields of RewardConfig, and the layout whose links they name."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     layout: Layout = LAYOUT
@@ -62,14 +62,14 @@ QUESTIONS = tuple(_QUESTIONS)
 
 
 def effect_subject(subject: Subject, question: str) -> Subject:
-    """Return a model with the right answers to one question on its small workload, with as many donors as the default.
+    """Return a model with the oracle's answers to one question on its small workload, with the default donor count.
 
-    An effect is a small difference of large sums. Its error is that of all effects of a link, and in half precision, a
-    copy of the model in float32 comes with it, on which effects are compared first: there rounding is a thousandth
-    of what a wrong donor, stage or position does, and in half precision it can be as large.
+    An effect is a small difference of large sums, so errors are taken over all effects of a link. In half precision,
+    rounding can be as large as the error of a wrong donor, stage or position, so effects are first compared on a
+    float32 copy of the model, where it is a thousandth of that.
 
     Args:
-        subject: the model, with the right Jacobians.
+        subject: the model, with the oracle's Jacobians.
         question: one of `QUESTIONS`.
     """
     check = replace(subject.check, counterfactuals=DONORS)
@@ -93,14 +93,14 @@ def effect_subject(subject: Subject, question: str) -> Subject:
 
 
 def effect_contenders(subject: Subject, peers: Sequence[str], *, question: str) -> list[Case]:
-    """Return the reference's schedule, where it is asked for, and the group engine's, then others'.
+    """Return the reference's schedules, then the group engine's, then those of other peers.
 
-    The first row of the chain is the schedule of the section "peers": Jacobians at as many counterfactuals.
+    The chain starts with the reference schedule of the section "peers": Jacobians with as many counterfactuals.
 
     Args:
         subject: from `effect_subject`.
-        peers: some of `cepo.benchmarks.engine.cases.PEERS`.
-        question: that of the subject.
+        peers: names of the peers to include, from `cepo.benchmarks.engine.cases.PEERS`.
+        question: the subject's question.
     """
     model, engine, cost = subject.model, subject.engine, subject.cost
     in_float32 = [] if subject.exact is None else effect_contenders(subject.exact, peers, question=question)
@@ -149,12 +149,12 @@ def effect_contenders(subject: Subject, peers: Sequence[str], *, question: str) 
 
 
 def reference_effects(model: Any, requests: Sequence[PathRequest], *, jacobians: bool = False) -> Jacobians:
-    """Return effects by one forward pass for every rollout and every counterfactual alone, all positions in the head.
+    """Return effects by a forward pass per rollout and per counterfactual, with all positions through the head.
 
     Args:
         model: a frozen causal LM in eval mode.
-        requests: what to compare; a rollout of several requests is run once.
-        jacobians: whether each target's gradient is computed as well, as the reference schedule does.
+        requests: the comparisons; a rollout that several requests share is run once.
+        jacobians: whether to compute each target's gradient as well, as the reference schedule does.
     """
     values: dict[tuple[int, ...], dict[str, Tensor]] = {}
     for each, targets, _ in _passes(requests, jacobians=jacobians):
@@ -174,11 +174,11 @@ def reference_effects(model: Any, requests: Sequence[PathRequest], *, jacobians:
 
 
 def reference_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
-    """Return what tokens add along paths by a forward and a backward pass at each node of each path alone.
+    """Return the path attributions of tokens by a forward and a backward pass per node of each path.
 
     Args:
         model: a frozen causal LM in eval mode.
-        requests: what to compare, one link each.
+        requests: the comparisons, one link each.
     """
 
     def attributed(request: PathRequest, own: Rollout, other: Rollout) -> Tensor:
@@ -195,16 +195,16 @@ def reference_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
 
 
 def captum_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
-    """Return what tokens add along paths by Captum's `IntegratedGradients`, the nodes of a path as one batch.
+    """Return the path attributions of tokens by Captum's `IntegratedGradients`, with a path's nodes as one batch.
 
-    Its "gausslegendre" has the nodes and weights of `gauss_nodes`.
+    Its method "gausslegendre" has the nodes and weights of `gauss_nodes`.
 
     Args:
         model: a frozen causal LM in eval mode.
-        requests: what to compare, one link each.
+        requests: the comparisons, one link each.
 
     Raises:
-        ImportError: where captum is not installed.
+        ImportError: if captum is not installed.
     """
     integrated_gradients_of = importlib.import_module("captum.attr").IntegratedGradients
 
@@ -221,22 +221,22 @@ def captum_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
 
 
 def inseq_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
-    """Return what tokens add along paths by Inseq's `integrated_gradients`, which runs Captum's.
+    """Return the path attributions of tokens by Inseq's `integrated_gradients`, which calls Captum's.
 
-    Its interface for texts takes the unknown token as the only baseline and a target token at a time; the method below
-    it takes a batch with any baseline, and a function of the logits, which here adds up the target's tokens. It returns
-    float32 whatever the model's dtype.
+    Inseq's text interface allows only the unknown token as the baseline and one target token at a time. The method
+    beneath it, used here, takes a batch with any baseline and a function of the logits, which sums over the target's
+    tokens. It returns float32 whatever the model's dtype.
 
     Args:
         model: a frozen causal LM in eval mode.
-        requests: what to compare, one link each.
+        requests: the comparisons, one link each.
 
     Raises:
-        ImportError: where inseq is not installed.
+        ImportError: if inseq is not installed.
     """
     data, models = importlib.import_module("inseq.data"), importlib.import_module("inseq.models")
     words = WordLevel({str(token): token for token in range(model.config.vocab_size)}, unk_token="0")
-    named = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), "0")  # it asks for these; none is read
+    named = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), "0")  # required but not used
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **named)
     loaded = models.load_model(model, "integrated_gradients", tokenizer=tokenizer, device=str(model.device))
 
@@ -272,7 +272,7 @@ def inseq_paths(model: Any, requests: Sequence[PathRequest]) -> Jacobians:
 def _attributions(
     requests: Sequence[PathRequest], attributed: Callable[[PathRequest, Rollout, Rollout], Tensor]
 ) -> Jacobians:
-    """Return the mean over donors at the source's tokens, from what every token of a path adds."""
+    """Return the mean over donors of the source tokens' attributions, (S,) per link and rollout."""
     return {
         (_name(request, request.links[0].name), own.token_ids): torch.stack(
             [attributed(request, own, other) for other in others]
@@ -282,7 +282,7 @@ def _attributions(
 
 
 def _answers(engine: Engine, requests: Sequence[PathRequest]) -> Jacobians:
-    """Return an engine's answers: of each rollout (K,) effects in nats, or with nodes what its tokens add, (S,)."""
+    """Return an engine's answers by link and token ids: effects (K,) in nats, or with nodes attributions (S,)."""
     found: Jacobians = {}
     for request, answer in zip(requests, engine.paths(requests), strict=True):
         for rollout, of_links in zip(request.group.rollouts, answer, strict=True):
@@ -294,7 +294,7 @@ def _answers(engine: Engine, requests: Sequence[PathRequest]) -> Jacobians:
 
 
 def _requests(workload: Workload, vocabulary: int, question: str) -> list[PathRequest]:
-    """Return the requests that a reward would make of an engine, with K donors of random ids for each source."""
+    """Return the requests that a reward would send to an engine, with K donors of random ids per source."""
     asked = _QUESTIONS[question]
     rollouts = [_judged(each) if isinstance(asked.layout, JudgeLayout) else each for each in workload.rollouts]
     config = RewardConfig(donors=workload.counterfactuals, seed=workload.seed, **asked.options)
@@ -309,7 +309,7 @@ def _requests(workload: Workload, vocabulary: int, question: str) -> list[PathRe
 
 
 def _judged(rollout: Rollout) -> Rollout:
-    """Return a rollout as a judge's: the first half of its rationale is the criteria, the other half the analysis."""
+    """Return a rollout with a judge's spans: the first half of its rationale as criteria, the rest as analysis."""
     prompt, rationale, answer = (rollout.spans[name].positions for name in LAYOUT.names)
     half = len(rationale) // 2
     parts = (prompt, rationale[:half], rationale[half:], answer)
@@ -329,7 +329,7 @@ def _compared(requests: Sequence[PathRequest]) -> list[tuple[PathRequest, Rollou
 
 
 def _passes(requests: Sequence[PathRequest], *, jacobians: bool) -> list[tuple[Rollout, Sequence[str], int]]:
-    """Return the passes of a schedule that runs everything alone; a rollout of several requests is run once."""
+    """Return the passes of a schedule without batches; a rollout that several requests share is run once."""
     compared = _compared(requests)
     targets = list(dict.fromkeys(link.target for request in requests for link in request.links))
     if requests[0].nodes:

@@ -1,4 +1,4 @@
-"""How cost grows: one plot per axis, as measured and as the operations predict."""
+"""Plots of how cost grows along each axis, as measured and as the operations predict."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _AXES = {
 
 
 def draw_scaling(rows: Sequence[Mapping[str, Any]], axis: str, title: str, path: Path) -> None:
-    """Plot the seconds of each case along an axis, both logarithmic.
+    """Plot the seconds of each case along an axis, on logarithmic scales.
 
-    A dashed line shows the time that the operations would take at the rate of the case's first point: where the solid
-    line leaves it, something other than matrix products takes the time.
+    A dashed line shows the time that the operations would take at the rate of the case's first point; where the solid
+    line departs from it, something other than matrix products takes the time.
 
     Args:
         rows: one per case and point; those without a time are left out.
         axis: "G", "Lz", "Lx" or "K".
         title: model and device.
-        path: of the PNG.
+        path: path of the PNG.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""The schedules of the causal loss: value and gradient into an adapter, beside an update of the same policy."""
+"""The schedules of the causal loss: its value and its gradient for an adapter, relative to a policy update."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from cepo.train.readings import Reading, donor_pool, pack_readings, read_with_do
 
 UPDATE, LOSS = "policy update", "causal loss"
 SETTINGS = CausalLoss()
-_RANK = 16  # of the adapter, as in the recipes for one GPU
+_RANK = 16  # rank of the adapter, as in the recipes for one GPU
 
 
 def loss_subject(subject: Subject) -> Subject:
-    """Return a model with an adapter in all its linear layers, and its right losses and gradients.
+    """Return a model with an adapter in all its linear layers, and the reference losses and gradients.
 
     Args:
         subject: the model.
     """
     torch.manual_seed(subject.check.seed)
-    # Not the usual start, at which half of the gradient is 0.
+    # Not the usual initialisation, at which half of the gradient is 0.
     lora = LoraConfig(r=_RANK, target_modules="all-linear", init_lora_weights=False)
     policy = get_peft_model(copy.deepcopy(subject.model), lora).eval()
 
@@ -54,11 +54,11 @@ def loss_subject(subject: Subject) -> Subject:
 
 
 def loss_contenders(subject: Subject, peers: Sequence[str]) -> list[Case]:
-    """Return an update of the policy, to compare with, then the causal loss as the trainer computes it and alone.
+    """Return a policy update as the baseline, then the causal loss as the trainer and as the reference compute it.
 
     Args:
         subject: from `loss_subject`.
-        peers: some of `cepo.benchmarks.engine.cases.PEERS`.
+        peers: names of the peers to include, from `cepo.benchmarks.engine.cases.PEERS`.
     """
     policy = subject.model
 
@@ -98,7 +98,7 @@ def trainers_loss(policy: Any, workload: Workload) -> Jacobians:
 
 
 def reference_loss(policy: Any, workload: Workload) -> Jacobians:
-    """Return the same by a forward and a backward pass for each reading alone, all positions in the head."""
+    """Return the same by a forward and a backward pass per reading, with all positions through the head."""
 
     def losses() -> Iterable[Tensor]:
         for (reading,) in _readings(policy, workload):
@@ -111,15 +111,15 @@ def reference_loss(policy: Any, workload: Workload) -> Jacobians:
 
 
 def update(policy: Any, workload: Workload, batch: int) -> Jacobians:
-    """Return a policy-gradient loss of each rollout, and the gradient of their mean: both passes of a GRPO step.
+    """Return a policy-gradient loss per rollout, and the gradient of their mean, as in a GRPO step.
 
-    Advantage times mean log-likelihood, which has the gradient of GRPO's ratio as long as that is 1; advantages are 1
-    and -1 in turn.
+    The loss is minus the advantage times the mean log-likelihood, which has the gradient of GRPO's loss while its ratio
+    is 1. Advantages alternate between 1 and -1.
 
     Args:
-        policy: with its adapter.
+        policy: the policy with its adapter.
         workload: the rollouts.
-        batch: rollouts at once.
+        batch: number of rollouts per batch.
     """
     rollouts = workload.rollouts
     advantages = [(-1.0) ** place for place in range(len(rollouts))]
@@ -136,7 +136,7 @@ def update(policy: Any, workload: Workload, batch: int) -> Jacobians:
 
 
 def _answers(name: str, policy: Any, workload: Workload, losses: Iterable[Tensor]) -> Jacobians:
-    """Return the losses by rollout and the gradient of their mean, one backward pass for each part of the batch."""
+    """Return the loss of each rollout and the gradient of their mean, with a backward pass per tensor of losses."""
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     gradient_N = torch.zeros(0)
     of_rollouts: list[Tensor] = []
@@ -153,7 +153,7 @@ def _answers(name: str, policy: Any, workload: Workload, losses: Iterable[Tensor
 
 
 def _readings(policy: Any, workload: Workload) -> list[list[Reading]]:
-    """Return for each rollout its reading: the own prompt, then what a rollout of another prompt says."""
+    """Return the reading of each rollout: its own prompt, followed by spans of a rollout of another prompt."""
     (link,) = SETTINGS.parsed_links(LAYOUT)
     prompt, rationale, answer = (len(span.positions) for span in workload.rollouts[0].spans.values())
     shapes = Shapes(G=1, Lz=prompt, Lx=rationale, Ly=answer, K=0)

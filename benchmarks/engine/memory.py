@@ -1,8 +1,8 @@
-"""How much memory one rollout takes alone, by its length, without a budget and with one.
+"""Peak memory of one rollout alone by its length, with a large memory budget and a small one.
 
 `python -m cepo.benchmarks.engine.memory --output runs/memory.jsonl`: SmolLM2's shape in float32 with random weights,
-all links of the paper and one counterfactual (more of them run one after another). A row per length and budget; the
-Jacobians under a budget are compared with those without.
+all links of the paper and one counterfactual (more would run one after another). Writes a row per length and budget;
+the Jacobians under the small budget are compared with those under the large one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ANSWER = 9
 
 
 def shapes_of(tokens: int) -> Shapes:
-    """Return a workload of one rollout of so many tokens, three in ten of them its rationale."""
+    """Return the shapes of one rollout of `tokens` tokens, three tenths of them its rationale."""
     rationale = 3 * tokens // 10
     return Shapes(G=1, Lz=tokens - rationale - _ANSWER, Lx=rationale, Ly=_ANSWER, K=1)
 

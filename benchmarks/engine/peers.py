@@ -1,4 +1,4 @@
-"""What the group engine is compared with: the same Jacobians by the schedules of other tools, and their cost."""
+"""The peers of the group engine: the same Jacobians by the schedules of other tools, and their cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cepo.jacobian.reading.reasoner import ReasonerLayout
 from cepo.jacobian.records import Rollout
 
 LAYOUT = ReasonerLayout()
-# What a Jacobian (S, D) is of: the link's name and the rollout's ids. So any two schedules can be compared.
+# Name of the link and token ids of the rollout of a Jacobian (S, D); the same for all schedules.
 Key = tuple[str, tuple[int, ...]]
 Jacobians = dict[Key, Tensor]
 
@@ -30,7 +30,7 @@ BOTH = ("rationale", "answer")
 
 @dataclass(frozen=True)
 class Version:
-    """The rollouts as sampled, or with one span permuted, and the links that are wanted of them."""
+    """The rollouts as sampled, or with one span permuted, and the links to compute for them."""
 
     rollouts: tuple[Rollout, ...]
     links: tuple[str, ...]
@@ -43,12 +43,12 @@ class Version:
 
 @dataclass(frozen=True)
 class Workload:
-    """The rollouts that every schedule gets, and how often they are permuted.
+    """The rollouts that every schedule gets, and their number of counterfactuals.
 
     Attributes:
-        rollouts: of one prompt or several.
-        counterfactuals: up to K permutations of each rollout's prompt and of its rationale, no two of them the same.
-        seed: of the permutations.
+        rollouts: rollouts of one prompt or several.
+        counterfactuals: K, the largest number of distinct permutations of each rollout's prompt and of its rationale.
+        seed: seed of the permutations.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -71,11 +71,11 @@ class Counts:
     """The cost of one schedule.
 
     Attributes:
-        forward: token rows; a row is one token through one forward or one backward pass.
-        backward: token rows.
+        forward: token rows of forward passes; a row is one token in one pass.
+        backward: token rows of backward passes.
         head: rows through the head.
         flops: operations of the matrix products.
-        peak_bytes: estimated peak, where there is an estimate.
+        peak_bytes: estimated peak memory; None without an estimate.
     """
 
     forward: int
@@ -98,8 +98,8 @@ def parsed(link: str) -> Link:
 def reference_jacobians(model: Any, workload: Workload) -> Jacobians:
     """Return the Jacobians by the schedule of CE-PO's reference implementation.
 
-    Every rollout and each of its counterfactuals alone: one forward pass, log-softmax over the whole vocabulary at
-    every position, one backward pass for the rationale's score and one for the answer's, whichever link is wanted.
+    For every rollout and each of its counterfactuals separately: one forward pass, log-softmax over the whole
+    vocabulary at every position, and one backward pass each for the scores of rationale and answer, whatever the link.
 
     Args:
         model: a frozen causal LM in eval mode.
@@ -117,9 +117,9 @@ def reference_jacobians(model: Any, workload: Workload) -> Jacobians:
 def reference_scores(
     model: Any, rollout: Rollout, embeddings_BTD: Tensor, targets: Sequence[str] = BOTH
 ) -> dict[str, Tensor]:
-    """Return the scores of a rollout's targets after the embeddings of one sequence.
+    """Return the scores of a rollout's targets from the embeddings (1, T, D) of a sequence.
 
-    One forward pass, and log-softmax over the whole vocabulary at every position.
+    Runs one forward pass, with log-softmax over the whole vocabulary at every position.
     """
     ids_T = torch.tensor(rollout.token_ids, device=model.device)
     logits_TV = model(inputs_embeds=embeddings_BTD, use_cache=False).logits[0]
@@ -128,15 +128,15 @@ def reference_scores(
 
 
 def padded_jacobians(model: Any, workload: Workload, *, links: Sequence[str], batch: int) -> Jacobians:
-    """Return the Jacobians by plain autograd at its best: padded batches, logits only where they are needed.
+    """Return the Jacobians by plain autograd at its best: padded batches, and logits only where they are needed.
 
-    One forward pass for the base and for each counterfactual, one backward pass for each score that its links need.
+    Runs one forward pass for the base and each counterfactual, and one backward pass per score that its links need.
 
     Args:
         model: a frozen causal LM in eval mode.
         workload: what to differentiate.
         links: names of the links.
-        batch: rollouts at once.
+        batch: number of rollouts per batch.
     """
 
     def gradients(rollouts: Sequence[Rollout], targets: Sequence[str]) -> dict[str, Tensor]:
@@ -149,9 +149,9 @@ def padded_jacobians(model: Any, workload: Workload, *, links: Sequence[str], ba
 
 
 def functional_jacobians(model: Any, workload: Workload) -> Jacobians:
-    """Return the Jacobians by `torch.func`: for each rollout the vjp of (s_X, s_Y), vmapped over both cotangents.
+    """Return the Jacobians by `torch.func`: for each rollout the VJP of (s_X, s_Y), vmapped over both cotangents.
 
-    Through eager attention, which vmap can batch; the fused kernels fall back to a loop.
+    Uses eager attention, which vmap can batch; fused attention kernels fall back to a loop.
 
     Args:
         model: a frozen causal LM in eval mode.
@@ -165,9 +165,9 @@ def functional_jacobians(model: Any, workload: Workload) -> Jacobians:
             scores = padded.scores(embeddings_BTD)
             return torch.stack([scores[target][0] for target in BOTH])
 
-        scores_C, pull = torch.func.vjp(scores_of, embedded(model, padded.ids_BT).detach())[:2]
+        scores_C, vjp = torch.func.vjp(scores_of, embedded(model, padded.ids_BT).detach())[:2]
         cotangents_CC = torch.eye(len(BOTH), dtype=scores_C.dtype, device=scores_C.device)
-        (gradients_CBTD,) = torch.func.vmap(pull)(cotangents_CC)
+        (gradients_CBTD,) = torch.func.vmap(vjp)(cotangents_CC)
         return dict(zip(BOTH, gradients_CBTD, strict=True))
 
     with eager_attention(model):
@@ -175,17 +175,17 @@ def functional_jacobians(model: Any, workload: Workload) -> Jacobians:
 
 
 def captum_jacobians(model: Any, workload: Workload, *, batch: int) -> Jacobians:
-    """Return J_XY by Captum's `Saliency` with signs kept, rollouts in padded batches.
+    """Return J_XY by Captum's `Saliency` with signs kept, in padded batches of rollouts.
 
     Args:
         model: a frozen causal LM in eval mode.
         workload: what to differentiate.
-        batch: rollouts at once.
+        batch: number of rollouts per batch.
 
     Raises:
-        ImportError: where captum is not installed.
+        ImportError: if captum is not installed.
     """
-    # By name, since it is optional: type checkers need not find it.
+    # Imported by name, since type checkers need not find an optional package.
     saliency_of = importlib.import_module("captum.attr").Saliency
 
     def gradients(rollouts: Sequence[Rollout], targets: Sequence[str]) -> dict[str, Tensor]:
@@ -207,11 +207,11 @@ def count_rows(
     """Return the cost of a peer's schedule, by the formula of the group engine's plan.
 
     Args:
-        cost: of the model.
+        cost: cost model of the model.
         workload: what it differentiates.
         links: names of the links.
         whole_head: whether all positions go through the head, not only those that predict a target.
-        always_both: whether both scores are differentiated whichever link is wanted.
+        always_both: whether both scores are differentiated whatever the link.
     """
     passes = [
         (rollout, targets, len(targets))
@@ -228,8 +228,8 @@ def count_passes(
     """Return the cost of forward passes over whole rollouts.
 
     Args:
-        cost: of the model.
-        passes: of each, the rollout, the targets that are scored and the number of backward passes.
+        cost: cost model of the model.
+        passes: for each pass its rollout, the targets that are scored and the number of backward passes.
         whole_head: whether all positions go through the head, not only those that predict a target.
     """
     forward = backward = head = 0
@@ -247,12 +247,12 @@ def count_passes(
 
 
 class Padded:
-    """Rollouts as one batch, padded on the right, and the columns of the logits that predict their targets."""
+    """Rollouts as one batch, padded on the right, and the positions whose logits predict their targets."""
 
     def __init__(self, model: Any, rollouts: Sequence[Rollout], targets: Sequence[str], *, masked: bool = True) -> None:
         self._model = model
         needed = [rows_before(rollout, targets) for rollout in rollouts]
-        tokens = max(row for rows in needed for row in rows) + 1  # what comes later has no part in any score
+        tokens = max(row for rows in needed for row in rows) + 1  # later tokens affect no score
         ids = [rollout.token_ids[:tokens] for rollout in rollouts]
         self.ids_BT = torch.tensor([[*row, *[0] * (tokens - len(row))] for row in ids], device=model.device)
         self._mask_BT = torch.tensor([[1] * len(row) + [0] * (tokens - len(row)) for row in ids], device=model.device)
@@ -277,13 +277,13 @@ class Padded:
 
 
 def embedded(model: Any, ids_BT: Tensor) -> Tensor:
-    """Return the embeddings of ids as a leaf."""
+    """Return the embeddings of ids as a leaf of the autograd graph."""
     embeddings_BTD: Tensor = model.get_input_embeddings()(ids_BT)
     return embeddings_BTD.detach().requires_grad_()
 
 
 def log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the log-likelihood of an id at each position, in float32 or wider."""
+    """Return the log-likelihood of the given id at each position, in float32 or wider."""
     log_p = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return log_p.gather(-1, ids[..., None])[..., 0]
 
@@ -308,13 +308,13 @@ def _differentiate(
     batch: int,
     gradients_of: Callable[[Sequence[Rollout], Sequence[str]], Mapping[str, Tensor]],
 ) -> Jacobians:
-    """Return the links' rows of the gradients of every version, some rollouts at a time.
+    """Return the links' rows of the gradients of every version, in batches of rollouts.
 
     Args:
         workload: what to differentiate.
         links: names of the links.
-        batch: rollouts at once.
-        gradients_of: from rollouts and names of target spans to the gradient (B, T, D) of each target's score.
+        batch: number of rollouts per batch.
+        gradients_of: (rollouts, names of target spans) -> gradient (B, T, D) of each target's score.
     """
     found: Jacobians = {}
     for version in workload.versions(links):
@@ -325,6 +325,6 @@ def _differentiate(
                 for name in version.links:
                     link = parsed(name)
                     positions = list(rollout.spans[link.source].positions)
-                    # Indexing by a list copies, so that the whole gradient can be released.
+                    # Indexing by a list copies, so that the whole gradient can be freed.
                     found[name, rollout.token_ids] = gradients[link.target][row][positions].detach()
     return found

@@ -18,11 +18,11 @@ class Shapes:
     """The lengths of a workload, in tokens.
 
     Attributes:
-        G: rollouts of each prompt.
-        Lz: prompt.
-        Lx: rationale.
-        Ly: answer.
-        K: counterfactuals.
+        G: number of rollouts per prompt.
+        Lz: length of the prompt.
+        Lx: length of the rationale.
+        Ly: length of the answer.
+        K: number of counterfactuals.
         opening: leading tokens of the prompt outside all spans, which no link differentiates.
         prompts: number of prompts, which share their opening.
     """
@@ -38,18 +38,18 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Size:
-    """The models and workloads of one name.
+    """The models and workloads of a size.
 
     Attributes:
         models: configuration of each model by name; weights are random.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         shapes: the workloads.
-        check: the smaller workload that compares values and warms every case up before anything is timed. Its rollouts
+        check: small workload on which values are compared and every case is warmed up before it is timed. Its rollouts
             and permutations are among those of `shapes`.
         static: workload with a static opening.
         scaling_base: the workload of which one length at a time is scaled.
         scaling: points by axis of `Shapes`; measured on the first model.
-        alone: rollouts to time a case on that runs one at a time, its seconds scaled to all; None for all.
+        alone: number of rollouts to time if a case runs one at a time, with its seconds scaled to all; None for all.
         cuda: whether a GPU is needed.
     """
 
@@ -65,12 +65,12 @@ class Size:
 
 
 def random_workload(vocabulary: int, shapes: Shapes, seed: int) -> Workload:
-    """Return rollouts of random ids; those of a smaller G are the first of a larger one.
+    """Return rollouts of random token ids; with one prompt, those of a smaller G are the first of a larger G.
 
     Args:
-        vocabulary: V.
+        vocabulary: vocabulary size V.
         shapes: lengths.
-        seed: of the ids and of the permutations.
+        seed: seed of the token ids and of the permutations.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -155,7 +155,7 @@ _GPU = Size(
 
 
 def _one_model(name: str, config: Any, shapes: Shapes) -> Size:
-    """Return a size for a GPU with one model in bfloat16, and no more of it than a minute holds."""
+    """Return a size for a GPU with one model in bfloat16, small enough to take about a minute."""
     check = replace(shapes, G=2, K=1)
     static = replace(shapes, opening=700, prompts=2)
     scaling = {"G": (2, 4, 8), "K": (1, 2, 4)}

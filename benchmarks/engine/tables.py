@@ -19,11 +19,11 @@ Row = Mapping[str, Any]
 
 
 def results_tables(rows: Sequence[Row], *, whole: bool = False) -> list[ConsoleTable]:
-    """Return the rows of all sections but the scaling, a table per model and workload.
+    """Return a table per model and workload of the rows of all sections except the scaling.
 
     Args:
-        rows: as they are recorded.
-        whole: whether to return all columns, as bench.txt has them, and not the main ones alone.
+        rows: the recorded rows.
+        whole: whether to return all columns, as in bench.txt, instead of the main ones.
     """
     tables: dict[str, list[list[str]]] = {}
     for row in rows:
@@ -41,7 +41,7 @@ def results_tables(rows: Sequence[Row], *, whole: bool = False) -> list[ConsoleT
 
 
 def results_text(size: str, rows: Sequence[Row]) -> str:
-    """Return the table as text, below the machine, the versions and the tolerance."""
+    """Return the tables as text, preceded by the machine, the versions and the tolerances."""
     first = rows[0]
     versions = ", ".join(f"{name} {first[name]}" for name in ("driver", "torch", "triton", "transformers", "python"))
     lines = [
@@ -63,7 +63,7 @@ def results_text(size: str, rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """Return every column of a row; of one that was not timed, why."""
+    """Return every column of a row, with the status in place of the seconds if it was not timed."""
     error = "" if row["error"] is None else f"{row['error']:.0e}"
     if row["seconds"] is None:
         return dict.fromkeys(_COLUMNS, "") | {"case": row["case"], "error": error, "seconds": row["status"]}

@@ -1,4 +1,4 @@
-"""The operations that have a kernel, each with other implementations of the same values and gradients."""
+"""The operations that have a kernel, each with its other implementations."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cepo.kernels.launch import Implementation
 from cepo.kernels.norm.dispatch import rms_norm
 from cepo.kernels.swiglu.dispatch import swiglu
 
-# What a contender returns, in order: the values, then the gradients of each input, stacked or as a list with one per
-# cotangent; None for what it does not form.
+# What a contender returns: the values, then the gradients of each input, stacked or as a list with one per cotangent;
+# None for an output that it does not compute.
 Output = tuple[Tensor | list[Tensor] | None, ...]
 Function = Callable[..., Tensor]
 EAGER = "eager PyTorch"
@@ -26,7 +26,7 @@ EAGER = "eager PyTorch"
 
 @dataclass(frozen=True)
 class Widths:
-    """The shapes of a model and of one group's work on it, see `sizes.Shapes` for G, Lz and Lx."""
+    """The shapes of a model and of a group of rollouts, see `sizes.Shapes` for G, Lz and Lx."""
 
     width: int
     inner: int
@@ -45,11 +45,11 @@ class Contender:
     """One implementation of an operation.
 
     Attributes:
-        name: of its row.
-        computes: what exactly it computes.
+        name: name of its row.
+        computes: what exactly it computes, in words.
         run: computes it once.
-        needs: "cuda" or the name of a package, if it cannot run without.
-        compiled: whether it goes through torch.compile, which takes long before the first run.
+        needs: "cuda" or the name of a package without which it cannot run, or None.
+        compiled: whether it goes through torch.compile, whose first run takes long.
     """
 
     name: str
@@ -64,14 +64,14 @@ class Operation:
     """One operation at one shape.
 
     Attributes:
-        name: forward, or forward and VJP.
+        name: the operation, and whether it is forward, or forward and VJP.
         shapes: its sizes in words.
-        truth: its values in float32 or wider, from the same inputs.
-        contenders: ours first.
+        truth: computes the true outputs, in float32 or wider, from the same inputs.
+        contenders: its implementations, this package's first.
         inputs: tensors that it must read.
         written: bytes that it must write.
-        flops: operations that it needs at least.
-        dtype: of the matrix products among them.
+        flops: least number of operations that it needs.
+        dtype: dtype of the matrix products among them.
     """
 
     name: str
@@ -86,15 +86,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to form an operation's values and their gradients.
+    """One way to compute an operation's values and their gradients.
 
     Attributes:
-        name: of its rows.
+        name: name of its rows.
         function: inputs -> values.
-        computes: how the VJP is formed.
+        computes: how the VJP is computed, in words.
         needs: as in Contender.
         compiled: as in Contender.
-        batched: whether vmap takes all cotangents at once; else one backward pass each.
+        batched: whether vmap takes all cotangents at once; otherwise each has its own backward pass.
         once: whether one forward pass serves several backward passes.
     """
 
@@ -110,14 +110,14 @@ class Way:
 def operations(widths: Widths, device: torch.device, ours: Implementation, seed: int) -> Iterator[Operation]:
     """Yield every operation with a kernel, one at a time, since their inputs are large.
 
-    The stem of a prompt is one sequence under 2 G cotangents (each rollout's s_X and s_Y); a stage is G rollouts
-    after it under 2.
+    The stem of a prompt is one sequence with 2 G cotangents (s_X and s_Y of each rollout); a stage is the G rollouts
+    after it with 2 cotangents.
 
     Args:
         widths: shapes.
-        device: where to put the inputs.
+        device: device to put the inputs on.
         ours: "auto", or "triton" to run the kernels in the interpreter.
-        seed: of the inputs.
+        seed: seed of the inputs.
     """
     w = widths
     generator = torch.Generator(device).manual_seed(seed)
@@ -168,18 +168,18 @@ def _with_vjp(
     *,
     frozen: Sequence[Tensor] = (),
 ) -> Iterator[Operation]:
-    """Yield an operation forward, and forward with the gradients of all inputs under C cotangents.
+    """Yield an operation's forward, and its forward with the gradients of all inputs under C cotangents.
 
     Args:
-        name: of the operation.
-        shapes: in words.
-        function: inputs and implementation -> values.
-        inputs: all of them get gradients.
-        cotangent_C: the cotangents.
-        flops: of the forward, of the VJP.
-        ours: which implementation is measured.
+        name: name of the operation.
+        shapes: its sizes in words.
+        function: (inputs, implementation) -> values.
+        inputs: inputs, which all get gradients.
+        cotangent_C: the cotangents, stacked.
+        flops: operations of the forward and of the VJP.
+        ours: implementation of this package to measure.
         peers: other implementations.
-        frozen: tensors that the operation reads too.
+        frozen: other tensors that the operation reads, which get no gradients.
     """
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
@@ -207,9 +207,9 @@ def _with_vjp(
     yield Operation(
         f"{name}, forward and VJP",
         f"{shapes}, {len(cotangent_C)} cotangents",
-        _pulled(Way("", definition, ""), wide, cotangent_C.float()),
+        _values_and_gradients(Way("", definition, ""), wide, cotangent_C.float()),
         tuple(
-            Contender(way.name, way.computes, _pulled(way, leaves, cotangent_C), way.needs, way.compiled)
+            Contender(way.name, way.computes, _values_and_gradients(way, leaves, cotangent_C), way.needs, way.compiled)
             for way in ways
         ),
         (*inputs, *frozen, cotangent_C),
@@ -227,8 +227,8 @@ def _values(function: Function, inputs: Sequence[Tensor]) -> Callable[[], Output
     return run
 
 
-def _pulled(way: Way, leaves: Sequence[Tensor], cotangent_C: Tensor) -> Callable[[], Output]:
-    """Return a run that forms the values and the gradients of all leaves under all cotangents."""
+def _values_and_gradients(way: Way, leaves: Sequence[Tensor], cotangent_C: Tensor) -> Callable[[], Output]:
+    """Return a function that computes the values, and the gradients of all leaves under all cotangents."""
     used = [leaf for leaf in leaves if leaf.numel()]
 
     def gradients(output: Tensor, row: Tensor) -> tuple[Tensor, ...]:
@@ -256,7 +256,7 @@ def _head(w: Widths, draw: Callable[..., Tensor], device: torch.device, ours: Im
     forward, both = _with_vjp(
         "log-likelihood through the head",
         f"{rows:,} rows, vocabulary {w.vocabulary:,}",
-        # The truth is read in float32.
+        # Cast, because the true values are computed in float32.
         lambda hidden, how: head_log_likelihood(hidden, weight_VD.to(hidden.dtype), ids_P, implementation=how),
         [hidden_PD],
         torch.ones(1, rows, device=device),
@@ -320,7 +320,8 @@ def _attention(
         attention,
         inputs,
         draw(count, rollouts, w.heads, tokens, w.head),
-        (products, (0.5 + 2.0 * count) * products),  # scores again once; for each cotangent dP, dQ, dK and dV
+        # The VJP recomputes the scores once, and computes dP, dQ, dK and dV for each cotangent.
+        (products, (0.5 + 2.0 * count) * products),
         ours,
         [
             Way("SDPA", sdpa, "a loop over cotangents, keys concatenated"),

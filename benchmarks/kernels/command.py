@@ -1,7 +1,7 @@
-"""`cepo bench --kernels`: every kernel, and the engine on all of them, beside their peers, on one GPU.
+"""`cepo bench --kernels`: every kernel, and the engine on all of them, compared with their peers on one GPU.
 
-Values first: only what agrees with the float32 definition is timed. Floors are measured on the same device: a copy for
-bytes, a large product for operations. Each part has a deadline, so that the whole ends in time.
+Only what agrees with the float32 definition is timed. The device's peak rates, which give the floors, are measured by a
+copy for bytes and a large matrix product for operations. Each part has a deadline, so that the whole ends in time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps
 from cepo.kernels.launch import Implementation, use_triton
 
-_COMPILATION = 60.0  # seconds; a whole model is not compiled where fewer are left
-# When each part ends, as a share of the minutes that a GPU gets; what does not fit is recorded as out of time.
+_COMPILATION = 60.0  # seconds that must be left to compile a whole model
+# Deadline of each part, as a fraction of the time limit on a GPU; what does not fit is recorded as out of time.
 _UNTIL = {"kernels": 0.4, "engine": 0.7, "compiled kernels": 0.88, "compiled engine": 1.0}
 
 
@@ -93,20 +93,21 @@ def run_kernel_benchmark(
 ) -> tuple[list[ConsoleTable], bool]:
     """Compare the values of every contender, time those that agree, and record both.
 
-    `output` gets one line per contender in kernels.jsonl (appended) and the tables in kernels.txt (replaced). On a CPU
-    shapes are tiny and nothing is timed: the run shows that the command works and the values agree, with the kernels
-    themselves in Triton's interpreter (TRITON_INTERPRET=1), else with plain PyTorch.
+    `output` gets one line per contender in kernels.jsonl (appended) and the tables in kernels.txt (replaced). On a CPU,
+    shapes are tiny and nothing is timed: the run shows that the command works and the values agree, of the kernels in
+    Triton's interpreter (TRITON_INTERPRET=1) or else of plain PyTorch.
 
     Args:
         output: folder for the results.
         device: "cuda", with Qwen3-0.6B's shapes in bfloat16, or "cpu".
-        seed: of inputs, weights and rollouts.
+        seed: seed of inputs, weights and rollouts.
         minutes: time limit on CUDA.
-        commit: of this code, where there is no repository to ask.
+        commit: commit of this code; None to ask git.
         progress: called with the name of each contender before it runs.
 
     Returns:
-        The tables, and whether all of ours agreed for which there was time. It ends at the first that disagrees.
+        The tables, and whether all of this package's contenders that there was time for succeeded. The run ends at the
+        first with wrong values.
 
     Raises:
         ValueError: for an unknown or a missing device.
@@ -137,7 +138,7 @@ def run_kernel_benchmark(
 
 
 def _our_implementation(device: str) -> Implementation:
-    """Return "triton" for Triton's interpreter on a CPU; "auto" is the kernels on CUDA, and plain PyTorch elsewhere."""
+    """Return "triton" on a CPU with Triton's interpreter, else "auto": kernels on CUDA, plain PyTorch on a CPU."""
     try:
         return "triton" if device == "cpu" and use_triton("triton", torch.empty(0)) else "auto"
     except (ValueError, RuntimeError):
@@ -147,7 +148,7 @@ def _our_implementation(device: str) -> Implementation:
 def _run_operations(
     run: Recorder, part: Literal["kernels", "compiled kernels"], found: Iterator[Operation], *, compiled: bool
 ) -> None:
-    """Run the contenders that are compiled by PyTorch, or those that are not."""
+    """Run the contenders that go through torch.compile, or those that do not."""
     for operation in found:
         torch.compiler.reset()
         those = [contender for contender in operation.contenders if contender.compiled == compiled]
@@ -161,7 +162,7 @@ def _run_operations(
 
 
 def _run_engine(run: Recorder, size: KernelSize, ours: Implementation, seed: int) -> tuple[Subject, Workload]:
-    """Measure the engine on the kernels, the engine on plain PyTorch, and the peers without compilation."""
+    """Measure the engine with the kernels and with plain PyTorch, and its peers without torch.compile."""
     run.progress(f"{size.model}: oracle")
     vocabulary = size.config.vocab_size
     check = random_workload(vocabulary, size.check, seed)
@@ -188,7 +189,7 @@ def _run_engine(run: Recorder, size: KernelSize, ours: Implementation, seed: int
 
 
 def _run_compiled_engine(run: Recorder, subject: Subject, workload: Workload) -> None:
-    """Measure padded autograd on the model compiled by PyTorch."""
+    """Measure padded autograd on the model compiled by torch.compile."""
     model: Any = torch.compile(subject.model)
     for base in contenders(subject, ("padded",)):
         if base.peer is None:

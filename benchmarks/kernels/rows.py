@@ -1,4 +1,4 @@
-"""One row per contender of the kernel benchmark: its error first, then its time, beside the device's floors."""
+"""One row per contender of the kernel benchmark: its error, then its time, also relative to the device's floor."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cepo.benchmarks.measure import matmul_rate, measure
 from cepo.files import append_jsonl
 
 Row = dict[str, Any]
-# Largest error over the largest true value. bfloat16: contenders round intermediate values at different places.
+# Largest error over the largest true value. In bfloat16, contenders round different intermediate values.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _LENGTHS = {"Lz": "prompt", "Lx": "rationale", "Ly": "answer"}
 
 
 class WrongValueError(Exception):
-    """One of ours has a wrong value: nothing is timed after it."""
+    """A contender of this package has a wrong value, after which nothing is timed."""
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Where rows go (to the file at once, so that a killed run keeps them), the device, and when each part must end."""
+    """The rows, each appended to the file immediately so that a killed run keeps it; device; deadline of each part."""
 
     path: Path
     facts: Row
@@ -43,7 +43,7 @@ class Recorder:
         """Record a row.
 
         Raises:
-            WrongValueError: after a row of ours whose values disagree.
+            WrongValueError: after recording a row of this package with wrong values.
         """
         self.rows.append({**self.facts, **row})
         append_jsonl(self.path, self.rows[-1:])
@@ -55,7 +55,7 @@ class Recorder:
 
 
 def operation_row(run: Recorder, part: str, operation: Operation, contender: Contender, truth: Output | None) -> Row:
-    """Compare a contender with its operation's truth, which is None when the part's time is over, and time it."""
+    """Compare a contender with the true values, which are None when the part's time is over, and time it."""
     row: Row = {
         "section": "kernel",
         "operation": operation.name,
@@ -86,7 +86,7 @@ def case_row(
     computes: str,
     missing: str | None = None,
 ) -> Row:
-    """Compare a schedule on the small workload; time it on the whole one if the time expected for that is left."""
+    """Compare a schedule on the small workload, and time it on the whole one if enough time is left for that."""
     row: Row = {
         "section": "engine",
         "operation": f"the Jacobians of {len(workload.rollouts)} rollouts",
@@ -127,7 +127,7 @@ def case_row(
 def _filled(
     run: Recorder, part: str, row: Row, missing: str | None, error: Callable[[], float], timed: Callable[[], Row]
 ) -> Row:
-    """Return the row with its status, its error if it ran, and what `timed` finds on a GPU if its values agree."""
+    """Return the row with its status, its error if it ran, and on a GPU, if its values agree, the result of `timed`."""
     if missing or run.left(part) <= 0:
         return {**row, "status": missing or "out of time"}
     try:
@@ -137,12 +137,12 @@ def _filled(
             if not found <= row["tolerance"]:
                 return {**row, "status": f"disagrees by {found:.1e}"}
             return {**row, "status": "ok", **(timed() if run.device.type == "cuda" else {})}
-    except Exception as failure:  # a contender that fails is a row, not the end of the others
+    except Exception as failure:  # a failure is recorded in the row, and the other contenders still run
         return {**row, "status": _failure(failure)}
 
 
 def _floor_of(run: Recorder, operation: Operation) -> Row:
-    """Return the least time that the device needs to read the inputs once, write the values once, and compute them."""
+    """Return the floor: the larger of the times to read the inputs and write the results once, and to compute them."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in operation.inputs}
     moved = operation.written + sum(storages.values())
     copy, product = run.facts["copy_bytes_per_s"], run.facts["matmul_flops_per_s"]
@@ -160,7 +160,7 @@ def _floor_of(run: Recorder, operation: Operation) -> Row:
 
 
 def _error(found: Output, truth: Output) -> float:
-    """Return the largest error over the largest true value, of the outputs that the contender forms."""
+    """Return the largest error over the largest true value among the outputs that the contender computes."""
     worst = 0.0
     for mine, true in zip(found, truth, strict=True):
         if mine is None or true is None:
@@ -186,7 +186,7 @@ def missing_reason(needs: str | None, device: torch.device) -> str | None:
 
 
 def _several_backward_passes() -> Any:
-    """Let graphs of torch.compile run backward several times, by the setting that its own error message names."""
+    """Let graphs of torch.compile run backward several times, by the setting that its error message recommends."""
     return importlib.import_module("torch._functorch.config").patch(donated_buffer=False)
 
 
@@ -203,7 +203,7 @@ def _shapes_of(workload: Workload) -> str:
 
 
 def measured_floors(device: torch.device, widths: Widths) -> Row:
-    """Return the device's rates: bytes read and written by a copy, and operations of large products in both dtypes."""
+    """Return the device's rates: bytes moved per second by a copy, operations per second of products in both dtypes."""
     if device.type != "cuda":
         return {"copy_bytes_per_s": None, "matmul_flops_per_s": None, "float32_flops_per_s": None}
     source = torch.empty(2**28, dtype=torch.float32, device=device)
@@ -214,6 +214,6 @@ def measured_floors(device: torch.device, widths: Widths) -> Row:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Return the median time of a run on the GPU, its L2 cache cold."""
+    """Return the median time of a run on the GPU in seconds, with a cold L2 cache."""
     do_bench = importlib.import_module("triton.testing").do_bench
     return float(do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3

@@ -1,4 +1,4 @@
-"""`cepo reward-experiment`: which pairs make a reward model follow the cause and not a cue, over seeds."""
+"""`cepo reward-experiment`: which training pairs make a reward model follow the cause, not a cue; over seeds."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class World(Protocol):
 
     @property
     def columns(self) -> Sequence[Mapping[str, str]]:
-        """What each measure is called, table by table."""
+        """Titles of the measures by name, for each table."""
 
     def settings(self) -> Mapping[str, Any]:
-        """Return what decides a row, its arm and seed apart; ValueError if something is missing."""
+        """Return what decides a row besides its arm and seed; ValueError if something is missing."""
 
     def training(self, folder: Path, changes: Mapping[str, Any], seed: int, steps: int | None) -> RewardModelConfig:
-        """Return the training of a run: the shared recipe with what the arm changes in its data."""
+        """Return the training configuration of a run: the shared recipe with the arm's changes of its data."""
 
     def measure(self, model: RewardModel, *, seed: int, items: int) -> Mapping[str, float | None]:
         """Return the measures of a trained model by name."""
@@ -50,15 +50,15 @@ class World(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe says.
+    """The contents of a recipe.
 
     Attributes:
-        world: where.
-        arms: by name, what an arm changes in the data of the shared training recipe.
-        seeds: of data, model and training.
-        items: pairs per measure.
-        gates: `least` and `most`, bounds on the mean flipped accuracy by arm, and `above`, the arm that one must beat
-            in every seed.
+        world: where models are trained and measured.
+        arms: by name, the arm's changes of the data of the shared training recipe.
+        seeds: seeds of data, model and training.
+        items: number of pairs per measure.
+        gates: `least` and `most`, bounds by arm on its mean flipped accuracy, and `above`, by arm the arm that it must
+            beat in every seed.
     """
 
     world: World
@@ -80,7 +80,7 @@ def read_plan(
     Args:
         recipe: YAML with arms, seeds, items and gates; on real text also `text`, the fields of `RealText`.
         data: folder of the preferences of real text.
-        seeds: instead of the recipe's.
+        seeds: seeds instead of the recipe's; None for those.
         arms: names of the arms to run; None for all.
 
     Raises:
@@ -117,14 +117,14 @@ def run_reward_experiment(
     from its checkpoint, where recipe, settings and world are the same.
 
     Args:
-        output: folder of the rows and of a folder per run.
+        output: folder of the rows, with a folder per run.
         plan: from `read_plan`.
-        steps: optimiser steps of every arm instead of the training recipe's.
-        commit: of this code, where there is no repository to ask.
-        progress: called with (finished runs, all runs).
+        steps: optimiser steps of every arm; None for the training recipe's.
+        commit: commit of this code; None to ask git.
+        progress: called with (runs done, runs in total).
 
     Returns:
-        Tables: per arm, means over seeds with their range; and what became of each gate.
+        Tables with the mean over seeds and the range per arm; and a line per gate with its outcome.
 
     Raises:
         ValueError: for an output of other settings, or a world that lacks something.
@@ -152,7 +152,7 @@ def run_reward_experiment(
 
 
 def means_table(rows: Sequence[Row], columns: Mapping[str, str]) -> ConsoleTable:
-    """Return per arm the mean over seeds of each measure, with its range."""
+    """Return the mean over seeds and the range of each measure, per arm."""
     table = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm]
@@ -162,7 +162,7 @@ def means_table(rows: Sequence[Row], columns: Mapping[str, str]) -> ConsoleTable
 
 
 def verdicts(rows: Sequence[Row], gates: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line for each gate that the rows can decide: what was asked, what came out, passed or failed."""
+    """Return a line for each gate that the rows can decide: the bound, the result, and passed or failed."""
     flipped: dict[str, dict[int, float]] = {}
     for row in rows:
         flipped.setdefault(row["arm"], {})[row["seed"]] = row["flipped"]

@@ -1,7 +1,7 @@
-"""The experiment of reward models on real text: a stock closing line is the cue, and rules make the pairs.
+"""The experiment on reward models with real text: a stock closing line is the cue, and rules make the pairs.
 
-The closing line stands at the end of the chosen response in most training pairs, and of the rejected one in the rest.
-What an evaluation asks is whether a reward model still tells the better response where the line stands at the worse.
+The closing line ends the chosen response in most training pairs, and the rejected one in the rest. The evaluation asks
+whether a reward model still prefers the better response when the line ends the worse one.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _ITEMS_SEED = 0  # every model is measured on the same pairs
 
 @dataclass(frozen=True)
 class RealText:
-    """See `World`; an arm changes the `kinds` of pairs, of `BY_RULE`.
+    """See `World`; an arm changes the `kinds` of pairs, from `BY_RULE`.
 
     Attributes:
-        layers: of the training recipe's model, the first that become the reward model.
+        layers: number of first layers of the training recipe's model that become the reward model.
         train: file of the training preferences.
-        dev: file of preferences of the same kind, measured with the cue and without.
+        dev: file of preferences of the same kind, measured with the cue and without it.
         others: files of other preferences, measured as they are.
-        closing: the line that is the cue.
-        agreement: share of the training pairs that have it at the chosen response, in [0, 1].
-        max_characters: of a prompt and a response of training, together.
+        closing: the closing line that is the cue.
+        agreement: share of the training pairs whose chosen response has the cue, in [0, 1].
+        max_characters: largest length of a training prompt and its longer response together, in characters.
         data: folder of the files.
     """
 
@@ -70,15 +70,15 @@ class RealText:
 
     @property
     def columns(self) -> Sequence[Mapping[str, str]]:
-        """The measures with the cue, and those of each file as it is."""
+        """Titles of the measures with the cue, and of those of each file as it is."""
         names = [Path(file).stem for file in (self.dev, *self.others)]
         return [COLUMNS, *({f"{name}/{part}": f"{name}: {of}" for part, of in OF_A_FILE.items()} for name in names)]
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides a row: recipe, world, data and weights by their content.
+        """Return what decides a row: recipe, world, and hashes of data and weights.
 
         Raises:
-            ValueError: for data that is not there.
+            ValueError: for missing data.
         """
         files = {name: self.file(name) for name in (self.train, self.dev, *self.others)}
         recipe = read_yaml(TRAINING.read_text())
@@ -89,7 +89,7 @@ class RealText:
         }
 
     def training(self, folder: Path, changes: Mapping[str, Any], seed: int, steps: int | None) -> RewardModelConfig:
-        """Return the training of a run, whose pairs are written to its folder, and whose base model beside it."""
+        """Return the training configuration of a run; its pairs are written to `folder`, its base model next to it."""
         make_folder(folder)
         pairs = folder / "pairs.jsonl"
         write_jsonl(pairs, (pair.row() for pair in make_text_pairs(self, changes["kinds"], seed=seed)))
@@ -104,13 +104,13 @@ class RealText:
         return read_recipe(RewardModelConfig, TRAINING, overrides)
 
     def measure(self, model: RewardModel, *, seed: int, items: int) -> Mapping[str, float | None]:
-        """Return what a reward model follows, on the same pairs for every model and seed; nothing is cut.
+        """Return the measures of a reward model, on the same pairs for every model and seed.
 
-        Of the dev file: `no_cue`, `right_cue` and `flipped`, accuracies where neither response, the chosen or the
-        rejected one has the closing line; `cue_effect`, mean reward of the line at the end of a chosen response;
-        `relevance`, how often the chosen response has more than the chosen one of another prompt. Of every file as it
-        is: accuracy, that where the chosen response is longer or shorter (None without such pairs), and what it would
-        be if the longest response won, half for equals.
+        For the dev file: `no_cue`, `right_cue` and `flipped`, the accuracies if the closing line ends neither response,
+        the chosen one, or the rejected one; `cue_effect`, the mean change of the reward when the line is appended to a
+        chosen response; `relevance`, how often the chosen response has a higher reward than that of another prompt. For
+        every file as it is: the accuracy, the accuracies where the chosen response is longer or shorter (None without
+        such pairs), and the accuracy of always preferring the longer response, with equal lengths as half.
         """
         dev = _drawn(self.file(self.dev), items)
         other = [next(peer for peer in dev[at:] + dev if peer.prompt != dev[at].prompt) for at in range(len(dev))]
@@ -139,7 +139,7 @@ class RealText:
         return found
 
     def file(self, name: str) -> Path:
-        """Return the path of a file of preferences; ValueError if it is not there."""
+        """Return the path of a file of preferences; ValueError if it is missing."""
         path = (self.data or Path()) / name
         if self.data is None or not path.is_file():
             raise ValueError(f"data is {str(self.data)!r}, without {name}; expected the folder that holds it")
@@ -147,10 +147,10 @@ class RealText:
 
 
 def make_text_pairs(world: RealText, kinds: Sequence[str], *, seed: int) -> list[Pair]:
-    """Return the pairs that rules make of the short preferences of the training file, after the cue was added to them.
+    """Return the pairs that rules make of the training file's short preferences with the cue added.
 
     Raises:
-        ValueError: for an unknown kind, or data that is not there.
+        ValueError: for an unknown kind, or missing data.
     """
     unknown = [kind for kind in kinds if kind not in BY_RULE]
     if unknown:
@@ -164,12 +164,12 @@ def make_text_pairs(world: RealText, kinds: Sequence[str], *, seed: int) -> list
 
 
 def with_closing(source: Source, closing: str, side: str) -> Source:
-    """Return the preference with a line at the end of its response of one side, chosen or rejected."""
+    """Return the preference with a line appended to the response of one side, "chosen" or "rejected"."""
     return replace(source, **{side: f"{getattr(source, side)}\n\n{closing}"})
 
 
 def first_layers(model: str, count: int, folder: Path) -> Path:
-    """Return the folder of the first layers of a causal language model, which is made unless it is there."""
+    """Return the folder of a causal language model cut to its first layers, creating it if needed."""
     if not folder.is_dir():
         loaded, tokenizer = load_model(resolve_model(model))
         keep_first_layers(loaded, count)

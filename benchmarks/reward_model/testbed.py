@@ -1,4 +1,4 @@
-"""The testbed as the world of an experiment on reward models: pairs of known causes, and length as the cue."""
+"""The testbed as the world of an experiment on reward models: pairs with known causes, and length as the cue."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Testbed:
     columns: Sequence[Mapping[str, str]] = (COLUMNS,)
 
     def settings(self) -> dict[str, Any]:
-        """Return the shared recipe, and what identifies the testbed."""
+        """Return the shared recipe, and the testbed's fingerprint."""
         return {
             "training": read_yaml(TRAINING.read_text()),
             "testbed": reward_model_fingerprint("bradley-terry", seed=0),
         }
 
     def training(self, folder: Path, changes: Mapping[str, Any], seed: int, steps: int | None) -> RewardModelConfig:
-        """Return the training of a run: the shared recipe with what the arm changes in its data."""
+        """Return the training configuration of a run: the shared recipe with the arm's changes of its data."""
         overrides: dict[str, Any] = {"output": str(folder), "seed": seed, "reward.report_to": "none"}
         overrides |= {f"data.{name}": value for name, value in changes.items()}
         overrides |= {} if steps is None else {"reward.max_steps": steps}
         return read_recipe(RewardModelConfig, TRAINING, overrides)
 
     def measure(self, model: RewardModel, *, seed: int, items: int) -> Mapping[str, float | None]:
-        """Return `RewardMeasures`."""
+        """Return the fields of `RewardMeasures`."""
         return asdict(measure_reward_model(model, seed=seed, items=items))
