@@ -1,4 +1,4 @@
-"""`cepo demo`: the main job end to end on the embedded testbed, with a page of what happened."""
+"""`cepo demo`: train a judge with a causal reward on the embedded testbed, with a report of the results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SHARES: dict[str, str] = {
     "verdict turned by the criterion alone": "turned",
     "S: effect of the chain": "S",
 }
-# Of each curve: its name in the page, and in metrics.jsonl.
+# For each figure, the names of its curves in the report and in metrics.jsonl.
 _CURVES = {
     "Rewards (mean over the step's completions)": {
         "format": "rewards/format_reward/mean",
@@ -61,21 +61,21 @@ _TESTBED = (
 def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: bool = True) -> Path:
     """Warm up a judge, measure it, train it with GRPO, measure it again, and show what changed.
 
-    Writes report.html, measures.json and the trained model (grpo/final). A demo that was killed continues from its last
-    checkpoint; one that was finished starts again.
+    Writes report.html, measures.json and the trained model (grpo/final). A killed demo continues from its last
+    checkpoint; a finished one starts again.
 
     Args:
-        output: folder to write.
+        output: folder of the results.
         steps: GRPO steps, at least 1.
-        seed: of the warm-up, items, sampling and training.
-        console: where the table of before and after is printed.
-        causal: False leaves the causal reward out, to compare with.
+        seed: seed of the warm-up, items, sampling and training.
+        console: console for progress and the table of before and after.
+        causal: False omits the causal reward, for comparison.
 
     Returns:
-        Path of the page.
+        Path of the report.
 
     Raises:
-        ValueError: for an output that holds the unfinished demo of other settings, or without TRL.
+        ValueError: for an output with an unfinished demo of other settings, in a distributed run, or without TRL.
     """
     require_trl()
     require_one_process("cepo demo")
@@ -85,7 +85,7 @@ def run_demo(output: Path, *, steps: int, seed: int, console: Console, causal: b
         shutil.rmtree(run, ignore_errors=True)
         (output / "measures.json").unlink()
     make_folder(output)
-    disable_progress_bar()  # of transformers, for files of this size
+    disable_progress_bar()  # transformers' bar for loading weights
     config = load_config(RECIPE, {"output": str(run), "grpo.max_steps": steps, "seed": seed})
     if not causal:
         config = replace(config, rewards=[reward for reward in config.rewards if reward["name"] != "causal"])
@@ -156,7 +156,7 @@ def _recorded(arm: str) -> tuple[dict[int, Row], dict[int, Row]]:
 
 
 def _other_seeds(before: Mapping[int, Row], after: Mapping[int, Row], *, seed: int, steps: int) -> str:
-    """Return a sentence on how every recorded seed fared."""
+    """Return a text that summarises the recorded seeds."""
     (taken,) = {row["steps"] for row in after.values()}
     flipped, turned = (
         f"{_mean(before, name):.2f} to {_mean(after, name):.2f} on average (it ended between "
@@ -176,7 +176,7 @@ def _mean(rows: Mapping[int, Row], name: str) -> float:
 
 
 def _picture(before: Row, after: Row, recorded: Mapping[int, Row]) -> Figure:
-    """Draw an arrow from before to after for each measure, above a dot for each recorded seed after training."""
+    """Draw an arrow from before to after for each measure, above a tick for each recorded seed after training."""
     figure = Figure(figsize=(7.2, 3.0), layout="constrained")
     axes = figure.subplots()
     for place, (label, (left, right)) in enumerate(_compared(before, after).items()):
@@ -218,7 +218,7 @@ def _behaviour(before: Row, after: Row) -> list[tuple[str, str, str]]:
 
 @contextlib.contextmanager
 def _spinner(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, and for how long."""
+    """Show the current step and its elapsed time; yield a function that sets the step's description."""
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("")
         yield lambda text: progress.update(task, description=text)

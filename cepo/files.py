@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all, and resumed only with the settings and content that they began with.
+"""Files that commands write: atomically, and resumed only with the settings and the content that they began with.
 
 Standard library only, so that every folder may import it.
 """
@@ -20,11 +20,11 @@ from typing import Any, TypeAlias
 
 Row: TypeAlias = dict[str, Any]
 BrokenLine: TypeAlias = tuple[int, str]
-"""Number of a line, counted from 1, and why it cannot be used."""
+"""Number of a line, from 1, and the reason why it cannot be used."""
 
 SETTINGS = "settings.json"
 _SHOWN = 60  # characters of a setting in an error
-_FINGERPRINT = re.compile("[0-9a-f]{16}")  # says nothing to people
+_FINGERPRINT = re.compile("[0-9a-f]{16}")  # not shown in errors
 
 
 # Writing
@@ -32,13 +32,12 @@ _FINGERPRINT = re.compile("[0-9a-f]{16}")  # says nothing to people
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a free path beside `path`, and move what the block writes there into its place.
+    """Yield a temporary path next to `path`, and replace `path` by what the block writes there.
 
-    A killed process leaves the old file or folder, or the new one, never a mixture. A block that raises changes
-    nothing.
+    A file is replaced atomically; a folder is first deleted. A block that raises changes nothing.
 
     Args:
-        path: a file or a folder; its parent exists.
+        path: a file or a folder, whose parent exists.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     _remove(unfinished)
@@ -52,13 +51,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file in one step, see `replacing`."""
+    """Write a UTF-8 file atomically, see `replacing`."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records in one step, one `json_line` each, as they come: they are never held all at once."""
+    """Write records atomically, one `json_line` each; they may be a generator and are not all held in memory."""
     with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.writelines(f"{json_line(record)}\n" for record in records)
 
@@ -91,9 +90,9 @@ def make_folder(path: Path) -> None:
 
 
 def means_path(name: str) -> bool:
-    """Return whether a name that could be an id of the hub was meant as a path.
+    """Return whether a name that could be a hub id is meant as a path.
 
-    It begins with `.`, `/` or `~`, has more than one separator, or begins with the name of a folder that is here.
+    It is if it begins with `.`, `/` or `~`, has more than one separator, or has one and begins with an existing folder.
     """
     first, *rest = name.split("/")
     return name.startswith((".", "/", "~")) or len(rest) > 1 or (bool(rest) and Path(first).is_dir())
@@ -103,7 +102,7 @@ def means_path(name: str) -> bool:
 
 
 def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[BrokenLine]]:
-    """Read a file that a command wrote: JSON objects, one per line; good lines are kept whatever the others are.
+    """Read a file that a command wrote, with a JSON object per line; invalid lines do not affect the others.
 
     Data that users bring is read by `cepo.train.source.open_file`.
 
@@ -111,7 +110,7 @@ def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[BrokenLine
         path: a UTF-8 file.
 
     Returns:
-        Pairs (line number from 1, object) of the good lines, and pairs (line number, reason) of the others.
+        Pairs (line number from 1, object) of the valid lines, and pairs (line number, reason) of the others.
 
     Raises:
         ValueError: if there is no such file.
@@ -127,7 +126,7 @@ def read_jsonl(path: str | Path) -> tuple[list[tuple[int, Row]], list[BrokenLine
 def parse_line(line: bytes) -> Row | str | None:
     """Return the object in a line of JSONL, the reason why there is none, or None for a blank line.
 
-    CRLF, NaN and a byte order mark at the start of any line (files that were joined) are accepted.
+    CRLF, NaN, and a byte order mark at the start of any line (as in concatenated files) are accepted.
     """
     try:
         text = line.decode("utf-8-sig").strip()
@@ -144,7 +143,7 @@ def parse_line(line: bytes) -> Row | str | None:
 
 
 def kind_of(value: Any) -> str:
-    """Return what a value is, in words that JSON, YAML and tables have."""
+    """Return the kind of a value, in terms of JSON, YAML and tables."""
     if isinstance(value, bool):
         return "true or false"
     words = {str: "text", type(None): "nothing", int: "a number", float: "a number", dict: "an object", list: "a list"}
@@ -155,11 +154,13 @@ def kind_of(value: Any) -> str:
 
 
 def resume_jsonl(path: Path, key: Callable[[Row], Any] = lambda record: record["key"]) -> dict[Any, Row]:
-    """Return the records that an earlier run appended, by key, and leave no torn line, failure or double in the file.
+    """Return the records that an earlier run appended, by key.
+
+    The file is rewritten without truncated lines, failures (records with an `error`) and duplicates.
 
     Args:
-        path: a file that `append_jsonl` wrote, or none.
-        key: of a record; of several with the same, the last counts. One with an `error` is a failure.
+        path: a file that `append_jsonl` wrote; it may be missing.
+        key: record -> key; the last record with a key is kept.
     """
     if not path.is_file():
         return {}
@@ -169,24 +170,24 @@ def resume_jsonl(path: Path, key: Callable[[Row], Any] = lambda record: record["
 
 
 def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence[Path]) -> bool:
-    """Make an output this run's own, or refuse it; every command that resumes calls this before its first result.
+    """Record this run's settings for an output, or refuse it; every resumable command calls this before it writes.
 
-    The output is refused where results are there and the settings that made them are not these. Settings hold what
-    decides the results, data and weights by their content (see `content_hash` and `fingerprint`), never by a path or
-    a name alone. Half-written files of a killed run are removed.
+    The output is refused if it has results of other settings. Settings hold everything that decides the results, with
+    data and weights identified by their content (see `content_hash` and `fingerprint`), never by a path or a name
+    alone. Unfinished temporary files of a killed run are removed.
 
     Args:
-        settings_file: where the output keeps its settings, OUTPUT/settings.json of a folder and OUTPUT.settings.json
-            of a file; its folder is made.
-        settings: values by name, nested or not; "command" names what writes the output.
-        results: files and folders that hold work of an earlier run where they exist.
+        settings_file: file of the settings: OUTPUT/settings.json for a folder, OUTPUT.settings.json for a file; its
+            folder is created if needed.
+        settings: values by name, nested or not; "command" names the command that writes the output.
+        results: files and folders that hold an earlier run's work if they exist.
 
     Returns:
         Whether there are results to resume from.
 
     Raises:
-        ValueError: for results of other settings, by the name of each that differs; for an output of another command,
-            with or without results; for results without settings, which another program wrote.
+        ValueError: for results of other settings, naming each that differs; for an output of another command, with or
+            without results; for results without settings, which another program wrote.
     """
     make_folder(settings_file.parent)
     there = [path.name for path in results if path.exists()]
@@ -215,16 +216,16 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
 
 
 def content_hash(*parts: Any) -> str:
-    """Return 16 hexadecimal digits that identify what JSON can hold, the same on every machine."""
+    """Return a hash, 16 hexadecimal digits, of values that JSON can hold; it is the same on every machine."""
     return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint(path: Path, names: Sequence[str] = ("*",)) -> str:
-    """Return 16 hexadecimal digits that identify the content of a file, or of the files that lie in a folder.
+    """Return a hash, 16 hexadecimal digits, of the content of a file, or of the files directly in a folder.
 
     Args:
         path: a file or a folder.
-        names: patterns, such as "*.json", of the files of a folder that count.
+        names: patterns, such as "*.json", of the files in a folder to include.
     """
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -236,7 +237,7 @@ def fingerprint(path: Path, names: Sequence[str] = ("*",)) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with tuples as lists and floats that JSON can hold."""
+    """Return the value with tuples as lists, NaN as None and infinities as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, Mapping):
@@ -247,7 +248,7 @@ def _plain(value: Any) -> Any:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Row:
-    """Return nested settings as one level of dotted names."""
+    """Return nested settings as a flat mapping with dotted names."""
     flat: Row = {}
     for name, value in settings.items():
         flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
@@ -263,9 +264,9 @@ def _read_settings(path: Path) -> Row | None:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between settings on one level, each with its name, its value then and its value now."""
+    """Return a description of each difference between flat settings: its name, and the values before and now."""
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    # Of lists of objects, such as rewards, each entry is told alone: rewards.2.weight.
+    # Entries of lists of objects, such as rewards, are named by number: rewards.2.weight.
     old, new = (_flat({name: _numbered(settings.get(name)) for name in differing}) for settings in (before, now))
     return [
         _difference(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)
@@ -294,7 +295,7 @@ def _difference(name: str, was: Any, now: Any) -> str:
 
 
 def _in_words(value: Any) -> str:
-    """Return a setting's value as people write it on the command line or in a recipe."""
+    """Return a setting's value as it is written on the command line or in a recipe."""
     if value is None:
         return "not set"
     if isinstance(value, list):

@@ -86,7 +86,7 @@ def _root(
 def main() -> None:
     """Run the command line; bad input ends in one paragraph on stderr and exit code 2, a full disk in code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not errors.is_terminal:  # where the bars of libraries that load weights and data would only fill a log
+    if not errors.is_terminal:  # progress bars of libraries would only fill a log
         os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once, when it is imported
     try:
         app()

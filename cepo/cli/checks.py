@@ -1,7 +1,7 @@
-"""What is checked of an argument before torch is imported: the callbacks of options, and options that are missing.
+"""Checks of arguments that need no torch: the callbacks of options, and the error for missing options.
 
-What needs more than that is checked by the functions behind the commands. Their errors begin with the parameter's
-name, and `OptionNames` puts the option's in its place.
+Everything else is checked by the functions behind the commands. Their errors begin with the name of a parameter, which
+`OptionNames` replaces by the option.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from cepo.train.source import check_file, check_source
 JUDGES = ("able", "lazy", "hollow", "decorative", "copied", "criteria", "query")
 """The testbed's judges, see `cepo.train.testbed_judges.JudgeKind`."""
 WORLDS = (*JUDGES, *(f"words-{name}" for name in JUDGES))
-"""Those and SmolLM2's."""
+"""The testbed's judges and SmolLM2's."""
 SIZES = ("tiny", "small", "a100", "h100", "gpu-135m", "gpu-7b")
-"""Of `cepo bench`."""
+"""Sizes of `cepo bench`."""
 PEERS = ("reference", "padded", "functional", "captum", "inseq")
-"""That it times."""
+"""Peers that `cepo bench` times."""
 REASONERS = ("reasoner-able", "reasoner-lazy", "reasoner-hollow")
 _OTHER_SETTINGS = "made with other settings: "
 _SETTING = re.compile(r"(?:\w+\.)*(\w+)(?= was | has other content)")
 _EXAMPLE = re.compile(r"^An example(?:.*\n)+?\n(?:(?: {4}.*)?\n)*", re.MULTILINE)
-_PATHS = "cepo.paths"  # where typer's context keeps the files and folders that the command line has named so far
+_PATHS = "cepo.paths"  # key in typer's context of the files and folders named so far on the command line
 
 
 class OptionNames(TyperGroup):
     """A group of commands whose errors name options as they are typed: --batch-size, not batch_size.
 
     So do refusals to resume, which name each setting that differs (`cepo.files.claim`): --seed, not config.seed. A
-    dotted name that begins an error is a recipe's entry, such as data.source, and stays. A required option that is
-    missing is refused with what it is, and an example.
+    dotted name at the beginning of an error is an entry of a recipe, such as data.source, and is kept. The error for a
+    missing required option has the option's help and an example.
     """
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; an error that begins with the name of one of its parameters begins with its option."""
+        """Run the command; replace a parameter's name at the beginning of an error by its option."""
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            if error.message or error.param is None or error.ctx is None:  # all but a missing parameter say what is bad
+            if error.message or error.param is None or error.ctx is None:  # only a missing parameter has no message
                 raise
             told = f"{option_of(error.param)} is missing. {getattr(error.param, 'help', '')}"
             raise missing(error.ctx, told) from None
@@ -78,12 +78,12 @@ def option_of(parameter: Any) -> str:
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
-    """Raise ValueError for options that stand on the command line and would do nothing; `why` continues the sentence.
+    """Raise ValueError for options on the command line that would have no effect.
 
     Args:
-        context: the command's.
-        names: of its parameters.
-        why: such as "needs --base-url".
+        context: the command's context.
+        names: names of its parameters to refuse.
+        why: the reason, as the predicate of a sentence, such as "needs --base-url".
     """
     parameters = {str(one.name): one for one in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in names}
@@ -93,26 +93,26 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None
 
 
 def missing(context: Any, told: str) -> ValueError:
-    """Return the error of a command that lacks an option: what is told of it, and the example of the command's help."""
+    """Return the error for a missing option: the given text, and the example from the command's help."""
     example = _EXAMPLE.search(f"{inspect.cleandoc(context.command.help or '')}\n")
     return ValueError(f"{told}\n\n{example[0].rstrip()}" if example else told)
 
 
 def refuse_split(context: typer.Context, data: str) -> None:
-    """Refuse --split of rows that have none."""
+    """Refuse --split for rows without splits."""
     if data == "testbed" or Path(data).is_file():
         refuse_given(context, ["split"], f"cannot be used with --data {data}, which has no splits")
 
 
 def model(context: typer.Context, parameter: typer.CallbackParam, name: str | None) -> str | None:
-    """Refuse a model that is not there; what may be on the hub passes."""
+    """Refuse a missing model; one that may be on the hub passes."""
     if name is not None:
         check_model(context, option_of(parameter), name)
     return name
 
 
 def check_model(context: typer.Context, option: str, name: str) -> None:
-    """Raise ValueError, with the option's name, for a model that is not there."""
+    """Raise ValueError, with the option's name, for a missing model."""
     try:
         source = resolve_model(name)
     except ValueError as error:
@@ -123,12 +123,12 @@ def check_model(context: typer.Context, option: str, name: str) -> None:
 
 
 def data(context: typer.Context, parameter: typer.CallbackParam, source: Any) -> Any:
-    """Refuse rows that are not there; what may be on the hub passes."""
+    """Refuse missing data; data that may be on the hub passes."""
     return _readable(context, parameter, source, check_source)
 
 
 def rows(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuse a file of rows that is not there."""
+    """Refuse a missing file of rows."""
     _readable(context, parameter, path, check_file)
     return path
 
@@ -145,21 +145,21 @@ def _readable(context: typer.Context, parameter: typer.CallbackParam, source: An
 
 
 def file(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuse a file that is not there."""
+    """Refuse a missing file."""
     if path is not None and not path.is_file():
         raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is not a file; expected a file to read")
     return path
 
 
 def present_folder(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuse a folder that is not there."""
+    """Refuse a missing folder."""
     if path is not None and not path.is_dir():
         raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is not a folder; expected a folder to read")
     return path
 
 
 def recipe(path: Path) -> Path:
-    """Refuse a recipe that is not there, or not YAML."""
+    """Refuse a recipe that is missing or not YAML."""
     load_recipe(path)
     return path
 
@@ -180,10 +180,10 @@ def plan(*keys: str) -> Callable[..., Any]:
 
 
 def folder(*names: str) -> Callable[..., Any]:
-    """Return the callback of an output: a folder that can be made and written to, and into which no input of ours fits.
+    """Return the callback of an output folder, which must be writable and whose files must not overwrite an input.
 
     Args:
-        names: of what is written there, with wildcards.
+        names: names of the files written there, with wildcards.
     """
 
     def check(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -216,10 +216,10 @@ def _keep_apart(context: typer.Context, option: str, path: Path, *, written: tup
     """Raise ValueError for an output that would overwrite an input of the same command, or another output.
 
     Args:
-        context: the command's; it keeps what earlier calls have named.
-        option: that names the path.
+        context: the command's context, which keeps the paths of earlier calls.
+        option: option that names the path.
         path: a file or a folder.
-        written: of an output, the names of what is written in it; None for an input.
+        written: for an output, the names of the files written in it; None for an input.
     """
     paths = context.meta.setdefault(_PATHS, {})
     paths[option] = path, written
@@ -240,14 +240,14 @@ def _overwrites(place: Path, names: tuple[str, ...], taken: Path) -> bool:
 
 
 def device(name: str | None) -> str | None:
-    """Refuse what is not the name of a device; whether it is there, torch knows."""
+    """Refuse an invalid name of a device; whether the device exists is checked later, with torch."""
     if name is not None:
         check_device_name(name)
     return name
 
 
 def testbed_judges(parameter: typer.CallbackParam, names: list[str]) -> list[str]:
-    """Refuse what is neither a judge of the testbed nor the folder of a policy."""
+    """Refuse names that are neither a judge of the testbed nor a folder of a policy."""
     for name in names:
         if name not in JUDGES and not Path(name).is_dir():
             raise ValueError(
@@ -257,7 +257,7 @@ def testbed_judges(parameter: typer.CallbackParam, names: list[str]) -> list[str
 
 
 def worlds(parameter: typer.CallbackParam, names: str | None) -> str | None:
-    """Refuse what is not a world of `cepo experiment`, and worlds of different testbeds, which share no settings."""
+    """Refuse names that are not worlds of `cepo experiment`, and worlds of different testbeds."""
     one_of(*WORLDS, *REASONERS, commas=True)(parameter, names)
     testbeds = {name.strip().rpartition("-")[0] for name in (names or "").split(",")}
     if len(testbeds) > 1:
@@ -266,7 +266,7 @@ def worlds(parameter: typer.CallbackParam, names: str | None) -> str | None:
 
 
 def at_least(least: float, most: float = math.inf) -> Callable[..., Any]:
-    """Return the callback of an option that takes a number, or several, none below `least` or above `most`."""
+    """Return the callback of an option that takes one or several numbers from `least` to `most`."""
 
     def check(parameter: typer.CallbackParam, value: Any) -> Any:
         for number in value if isinstance(value, list) else [value]:
@@ -286,7 +286,7 @@ def positive(parameter: typer.CallbackParam, number: float | None) -> float | No
 
 
 def whole_numbers(least: int) -> Callable[..., Any]:
-    """Return the callback of an option that takes different whole numbers separated by commas, none below `least`."""
+    """Return the callback of an option that takes distinct integers separated by commas, each at least `least`."""
 
     def check(parameter: typer.CallbackParam, text: str) -> str:
         told = f"{option_of(parameter)} is {text!r}; expected"
@@ -302,7 +302,7 @@ def whole_numbers(least: int) -> Callable[..., Any]:
 
 
 def one_of(*names: str, commas: bool = False) -> Callable[..., Any]:
-    """Return the callback of an option that takes one of these names; repeated, or separated by commas, several."""
+    """Return the callback of an option that takes one of `names`, or several if repeated or separated by commas."""
 
     def check(parameter: typer.CallbackParam, value: Any) -> Any:
         given = value if isinstance(value, list) else value.split(",") if commas and value else [value]

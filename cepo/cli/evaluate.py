@@ -216,9 +216,9 @@ def best_of_n(
 
 
 def finish(output: Path, data: str, failed: Mapping[str, int], broken: Sequence[tuple[int, str]]) -> None:
-    """Print where the page is, and end in an error if rows were lost: everything else is judged and shown by then.
+    """Print the path of the report; end in an error if rows were lost, after everything else was judged and shown.
 
-    A tie that was not asked for is not an error: it is counted and left out.
+    Ties without --ties are not an error: they are counted and left out.
     """
     from cepo.train.rows import UNASKED_TIE
 

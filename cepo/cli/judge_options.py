@@ -1,4 +1,4 @@
-"""The options of a judge, declared once for all commands that let one write."""
+"""The options of a judge or a writer, declared once for all commands."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from cepo.eval.judges.settings import JudgeSettings, check_judge
 
 _OF_VERDICTS = ("force_format", "verdicts")
 _OF_REWARDS = {name for name in RewardSettings.__dataclass_fields__ if name != "model"}
-"""Options that say how a reward model runs; the others are those of judges that write."""
+"""Options that also apply to a reward model; the others apply only to generative judges."""
 _OF_SERVERS = ("concurrency", "timeout", "retries", "api_key_file")
 _OF_WEIGHTS = ("batch_size", "dtype", "device", "trust_remote_code")
-"""Options that play no part where a server runs the model, and no reward model filters what it writes."""
+"""Options without effect if a server runs the model and no reward model filters its texts."""
 
 
 def with_judge(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a judge; they reach it by its parameter `judge`.
+    """Add a judge's options to a command, which gets them as its parameter `judge`.
 
-    Those of a judge that writes reach it as JudgeSettings, those of a reward model as RewardSettings.
+    The parameter is a JudgeSettings for a generative judge, and a RewardSettings for a reward model.
     """
     return _with_options(command, "judge", _judge_settings, {**_parameters(_judge_settings), **_WRITING})
 
 
 def with_writer(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a model that writes other texts than judgements, by its parameter `writer`.
+    """Add the options of a model that writes texts other than judgements, except those about verdicts, to a command.
 
-    They reach it as JudgeSettings, whose model is empty without --writer. None are about verdicts.
+    The command gets them as its parameter `writer`, a JudgeSettings whose model is empty without --writer.
     """
     own = _parameters(_writer_settings)
     options = {**own, **{name: option for name, option in _WRITING.items() if name not in _OF_VERDICTS}, **own}
@@ -49,7 +49,7 @@ def _with_options(
     settings: Callable[..., Any],
     options: Mapping[str, inspect.Parameter],
 ) -> Callable[..., None]:
-    """Give a command options under a heading of their own, and what is made of them by its parameter of that name."""
+    """Add options, in a help panel of their own, to a command, which gets `settings(**options)` as parameter `name`."""
     own = _parameters(command)
 
     @functools.wraps(command)
@@ -66,7 +66,7 @@ def _with_options(
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a function by name, without those that it hands on."""
+    """Return the parameters of a function by name, without **kwargs."""
     named = inspect.signature(function, eval_str=True).parameters
     return {name: option for name, option in named.items() if option.kind is not inspect.Parameter.VAR_KEYWORD}
 
@@ -216,11 +216,11 @@ _WRITING = {
     for name, option in _parameters(_writing_settings).items()
     if name not in ("context", "option", "model")
 }
-"""Options of every model that writes."""
+"""Options of every generative model."""
 
 
 def _in_panel(parameter: inspect.Parameter, panel: str) -> inspect.Parameter:
-    """Return the option under a heading of the help; what is not an option (typer's context) as it is."""
+    """Return the option in a panel of the help; a parameter that is not an option (typer's context) is unchanged."""
     if parameter.annotation is typer.Context:
         return parameter
     kind, option = get_args(parameter.annotation)

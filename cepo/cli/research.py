@@ -185,7 +185,7 @@ def bench(
 
         def tell(what: str) -> None:
             progress.update(task, description=what)
-            if not progress.console.is_terminal:  # there a bar shows nothing until the end
+            if not progress.console.is_terminal:  # a bar shows nothing there until the end
                 progress.console.print(what, markup=False)
 
         tables = run_benchmark(
@@ -279,7 +279,7 @@ def experiment(
             len(plan), max(run.steps for run in plan), *counts, jobs
         )
     )
-    os.environ["TQDM_DISABLE"] = "1"  # of the runs' processes, which print to their own logs
+    os.environ["TQDM_DISABLE"] = "1"  # for the runs' processes, which print to their own logs
     with showing("runs", len(plan)) as show:
         tables = run_experiment(output, plan, jobs=jobs, commit=commit, progress=show)
     for table in tables:

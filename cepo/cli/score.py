@@ -307,7 +307,7 @@ def score(
 
 
 def _nodes(text: str | None) -> int | str | None:
-    """Return the number of nodes; what is not a number is left for the settings to refuse, "auto" excepted."""
+    """Return the number of nodes, or the text if it is no number; RewardConfig refuses any but "auto"."""
     try:
         return None if text is None else int(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What all commands share: the console, the progress bar, and options that mean the same everywhere."""
+"""The console, the progress bar and the options that commands share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allo
 
 
 class RewardCommand(TyperCommand):
-    """A command whose options named like a field of RewardConfig have its defaults, which its help shows."""
+    """A command whose help shows RewardConfig's default for each option named like one of its fields."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help with the defaults; they are read here, so that no other start waits for numpy."""
@@ -65,18 +65,18 @@ class RewardCommand(TyperCommand):
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Return the options that were given; the others keep the defaults of what takes them."""
+    """Return the options that were given, so that the callee's defaults apply to the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def progress_bar() -> Progress:
-    """Return the progress bar of all commands, on stderr; where that is not a terminal, it is printed now and then."""
+    """Return the progress bar of all commands, on stderr; if that is not a terminal, it is printed periodically."""
     return _Progress(TextColumn("{task.description}"), BarColumn(), _Count(), TimeRemainingColumn(), console=errors)
 
 
 @contextlib.contextmanager
 def showing(what: str = "", total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Show the progress bar; yield a function of (done, in all, and words to show after `what`) that moves it."""
+    """Show the progress bar; yield a function that updates it, of (done, total, text to show after `what`)."""
     with progress_bar() as bar:
         task = bar.add_task(what, total=total)
 
@@ -87,12 +87,12 @@ def showing(what: str = "", total: int | None = None) -> Iterator[Callable[..., 
 
 
 class _Progress(Progress):
-    """A bar that also shows outside of a terminal, where rich prints it at the end alone."""
+    """A bar that is also printed during the run outside a terminal, where rich prints it only at the end."""
 
     _next_line = 0.0
 
     def update(self, task_id: TaskID, **fields: Any) -> None:
-        """Move the bar; outside of a terminal, print it unless that was done in the last half minute."""
+        """Update the bar; outside a terminal, print it at most every half minute."""
         super().update(task_id, **fields)
         if not self.console.is_terminal and self.get_time() >= self._next_line:
             self._next_line = self.get_time() + _SECONDS_PER_LINE
@@ -100,7 +100,7 @@ class _Progress(Progress):
 
 
 class _Count(MofNCompleteColumn):
-    """Done of all, once it is known how many there are."""
+    """The count done/total, once the total is known."""
 
     def render(self, task: Task) -> Text:
         return Text("starting") if task.total is None else super().render(task)

@@ -251,7 +251,7 @@ def warm_start(
 
 
 def _tell(trained: Path) -> None:
-    """Say where the trained model is, once for all ranks."""
+    """Print the path of the trained model, on one rank only."""
     from accelerate import PartialState
 
     if PartialState().is_main_process:
@@ -259,7 +259,7 @@ def _tell(trained: Path) -> None:
 
 
 def _overrides(named: Mapping[str, Any], pairs: list[str] | None, trust_remote_code: bool) -> dict[str, Any]:
-    """Return the keys of a recipe that options set."""
+    """Return the recipe's entries that options override."""
     overrides: dict[str, Any] = {
         key: str(value) if isinstance(value, Path) else value for key, value in named.items() if value is not None
     }
