@@ -133,12 +133,12 @@ class HeldModel:
             ids_BT = torch.tensor([list(ids)], device=self.embedding.weight.device)
             return self.forward(self.causal_lm, input_ids=ids_BT, use_cache=False, return_dict=True)
 
-        with self.prepared(), torch.compiler.set_stance("force_eager"):
+        with self.prepared():
             check_gradients(self.causal_lm, self.layers, run, vocabulary=shape_of(self.embedding.weight)[0])
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """Set eval mode, gradients on, autocast off and adapters as asked for; restore everything on exit.
+        """Set eval mode, gradients on, autocast and compilation off, adapters as asked; restore everything on exit.
 
         Raises:
             ValueError: if the model is sharded and not inside `cepo.jacobian.sharding.readable`.
@@ -152,6 +152,8 @@ class HeldModel:
                 torch.inference_mode(False),
                 torch.enable_grad(),
                 torch.autocast(self.embedding.weight.device.type, enabled=False),
+                # Compiled code runs hooks as they were when it was made, or not at all.
+                torch.compiler.set_stance("force_eager"),
                 adapters,
             ):
                 self.causal_lm.eval()

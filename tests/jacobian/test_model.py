@@ -177,6 +177,14 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert torch.equal(found[name].jac_SD, expected[name].jac_SD)
 
 
+def test_a_compiled_part_blocks_what_it_should() -> None:
+    """In compiled code the hooks that cut the direct effect are as they were when it was made, or are not run."""
+    rollout, model, direct = judge_rollout(), tiny_model("llama"), link("Z->Y")
+    expected = jacobians(model, rollout, [direct])[direct.name].jac_SD
+    model.model.compile(backend="eager")
+    assert torch.equal(jacobians(model, rollout, [direct])[direct.name].jac_SD, expected)
+
+
 def in_no_grad() -> Any:
     """Return a context without gradients."""
     return torch.no_grad()
