@@ -42,8 +42,8 @@ class HeldModel:
 
     Raises:
         ValueError: for an encoder-decoder model, a model without input embeddings, a prompt-learning adapter (its
-            virtual tokens have no position in token_ids), parameters created in inference mode or sharded by FSDP1, or
-            adapters=False on a model that has none.
+            virtual tokens have no position in token_ids), one that PEFT switches for each text, parameters created in
+            inference mode or sharded by FSDP1, or adapters=False on a model that has none.
     """
 
     def __init__(self, model: Any, *, adapters: bool = True) -> None:
@@ -53,6 +53,11 @@ class HeldModel:
         self._peft = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
         if self._peft is not None and any(c.is_prompt_learning for c in self._peft.peft_config.values()):
             raise ValueError("model carries a prompt-learning adapter; expected LoRA or another weight adapter")
+        if self._peft is not None and any(_depends_on_wrapper(c) for c in self._peft.peft_config.values()):
+            raise ValueError(
+                "model carries an adapter that PEFT switches on or mixes for each text, outside of the layers (aLoRA, "
+                "X-LoRA or Poly); expected LoRA or another weight adapter"
+            )
         if not adapters and self._peft is None:
             raise ValueError("adapters is False, but the model has no adapters (such as LoRA) to switch off")
         self._adapters = adapters
@@ -83,6 +88,25 @@ class HeldModel:
         limit = getattr(self._text_config, "max_position_embeddings", None) or 2**20
         with torch.no_grad():
             return settled_length(self.causal_lm, int(limit))
+
+    @cached_property
+    def reads_ids_elsewhere(self) -> bool:
+        """Whether the model reads token ids in another place than its embedding module, such as embeddings per layer.
+
+        Six tokens that are given the embeddings of six others are then not these others.
+        """
+        vocabulary, device = shape_of(self.embedding.weight)[0], self.embedding.weight.device
+        ids_BT, other_BT = (
+            torch.tensor([[(step * place + 3) % vocabulary for place in range(6)]], device=device) for step in (7, 5)
+        )
+        with self.prepared(), torch.no_grad():
+            wanted = self.logits([*range(6)], input_ids=other_BT, use_cache=False)
+            handle = self.embedding.register_forward_hook(lambda module, inputs, output: module.forward(other_BT))
+            try:
+                found = self.logits([*range(6)], input_ids=ids_BT, use_cache=False)
+            finally:
+                handle.remove()
+        return bool((found - wanted).abs().max() > 1e-3 * wanted.abs().max())
 
     @property
     def embedding(self) -> Any:
@@ -229,9 +253,20 @@ class ModelEngine(abc.ABC):
                     raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
 
     def _check_paths(self, requests: Sequence[PathRequest]) -> None:
-        """Raise ValueError if a rollout or a counterfactual is malformed or the model cannot run it."""
+        """Raise ValueError if a rollout or a counterfactual, or a path between them, cannot be run."""
         self._check(request.group for request in requests)
         self._check(Group((other,)) for request in requests for others in request.counterfactuals for other in others)
+        if any(request.nodes for request in requests) and self._held.reads_ids_elsewhere:
+            raise ValueError(
+                f"a {type(self._held.causal_lm).__name__} reads token ids outside of its input embeddings too, so what "
+                "lies between two embeddings is no path between two texts; expected no nodes: the score effect or "
+                "explained, and no path in also"
+            )
+
+
+def _depends_on_wrapper(config: Any) -> bool:
+    """Tell whether an adapter needs what PEFT's wrapper works out from each text: without it, aLoRA is the base."""
+    return config.peft_type in ("XLORA", "POLY") or bool(getattr(config, "alora_invocation_tokens", None))
 
 
 @contextlib.contextmanager

@@ -289,6 +289,12 @@ def prompt_tuned() -> nn.Module:
     return get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
 
 
+def activated_lora() -> nn.Module:
+    """Return a model whose adapter begins at a token of the text."""
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], alora_invocation_tokens=[5])
+    return get_peft_model(tiny_model("llama"), config)
+
+
 def encoder_decoder() -> nn.Module:
     """Return a tiny T5."""
     shape = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
@@ -300,10 +306,11 @@ def encoder_decoder() -> nn.Module:
     [
         (encoder_decoder, {}, "encoder-decoder"),
         (prompt_tuned, {}, "prompt-learning"),
+        (activated_lora, {}, "switches on or mixes for each text"),
         (tiny_model, {"adapters": False}, "the model has no adapters"),
         (lambda: nn.Linear(2, 2), {}, "Linear"),
     ],
-    ids=["encoder-decoder", "prompt-tuning", "no adapters", "no language model"],
+    ids=["encoder-decoder", "prompt-tuning", "aLoRA", "no adapters", "no language model"],
 )
 def test_constructor_refuses(build: Callable[[], nn.Module], options: dict[str, bool], message: str) -> None:
     """A model whose Jacobians would be wrong is refused before any work, by a message that says why."""

@@ -21,7 +21,7 @@ from cepo.jacobian.protocol import Nodes, PathAnswer, PathRequest
 from cepo.jacobian.records import Group, LinkPath, Rollout
 from tests.jacobian.group.test_engine import ragged_rollout
 from tests.jacobian.test_autograd import link
-from tests.models import FAMILIES, VOCABULARY, judge_rollout, randomise, tiny_model
+from tests.models import FAMILIES, VOCABULARY, WIDTH, judge_rollout, randomise, tiny_model
 
 TOTAL = ("criteria->analysis", "analysis->scores", "X->Y", "Z->X", "Z->Y:total", "analysis->scores@log_odds")
 
@@ -130,6 +130,22 @@ def test_the_path_is_complete() -> None:
             assert record.certificate < 1e-6 < rough.certificate
             assert record.attribution_S is not None
             assert float(record.attribution_S.sum()) == pytest.approx(record.delta, abs=1e-6)
+
+
+@pytest.mark.usefixtures("_in_double")
+def test_a_path_is_refused_where_ids_are_read_outside_of_the_embeddings() -> None:
+    """Embeddings per layer stay the own text's while the others move: no number of nodes gives the effect."""
+    model, rollout = tiny_model("llama"), ragged_rollout(0)
+    asked, others = link("X->Y"), counterfactuals(rollout, "criteria", 1)
+    table = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+    ids: list[Tensor] = []
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: ids.append(kwargs["input_ids"]), with_kwargs=True)
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output + table[ids[-1]])
+    for engine in (JacobianEngine(model), GroupEngine(model)):
+        effect = PathRequest(Group((rollout,)), (others,), (asked,))
+        assert next(engine.paths([effect]))[0][asked.name].delta != 0.0
+        with pytest.raises(ValueError, match="LlamaForCausalLM reads token ids outside of its input embeddings"):
+            next(engine.paths([replace(effect, nodes=1)]))
 
 
 @pytest.mark.usefixtures("_in_double")
