@@ -292,9 +292,11 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Prefix attention behind transformers' attention interface."""
-    for name in ("s_aux", "position_bias", "head_mask"):
+    for name in ("s_aux", "position_bias", "head_mask", "sliding_window"):
         if options.get(name) is not None:
             raise ValueError(f"its attention uses {name}")
+    if attention_mask is not None:  # transformers makes none for ours: what it hides may begin beyond the trial
+        raise ValueError("its attention uses a mask of its own")
     cache = _CACHE.get()
     output_BHTE = attend(
         query_BHTE,

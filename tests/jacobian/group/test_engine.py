@@ -325,6 +325,22 @@ def test_other_architectures_are_served_or_handed_over(name: str, caplog: pytest
             engine.plan(group)
 
 
+@pytest.mark.usefixtures("_in_double")
+def test_a_mask_of_the_models_own_goes_to_the_oracle() -> None:
+    """A window that hides nothing from twelve tokens, in attention of the model's own that no cache tells of."""
+    model = tiny_model("llama")
+
+    def windowed(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        length = kwargs["hidden_states"].shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril().triu(-12)
+        return args, {**kwargs, "attention_mask": torch.zeros(1, 1, length, length).masked_fill(~seen, float("-inf"))}
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(windowed, with_kwargs=True)
+    group = Group(tuple(ragged_rollout(seed) for seed in range(2)))
+    assert_same(GroupEngine(model).jacobians(group, PAPER), JacobianEngine(model).jacobians(group, PAPER), 1e-10)
+
+
 def test_rewards_do_not_depend_on_the_batch() -> None:
     """In float32: one call, one rollout a call, another order, other chunks; to 1e-6."""
     model = tiny_model("llama", dtype=torch.float32)
