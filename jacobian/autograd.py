@@ -144,13 +144,13 @@ class _Watch:
             ids_BT = torch.tensor([self.other_ids[: own_BTD.shape[1]]], device=own_BTD.device)
             own_BTD, self.step_BTD = between(own_BTD, module.forward(ids_BT).detach(), self.fraction)
         self.leaf_BTD = own_BTD.clone().requires_grad_()
-        return self.leaf_BTD
+        return self.leaf_BTD.clone()  # which a model may scale in place, as a leaf may not be
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._guard(args[0] if args else kwargs["hidden_states"])
 
     def leave_layer(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._guard(output[0] if isinstance(output, tuple) else output)
+        self._guard(output[0] if isinstance(output, (tuple, list)) else output)
 
     def _guard(self, hidden_BTD: Tensor) -> None:
         if hidden_BTD.requires_grad:

@@ -160,7 +160,7 @@ class _Look:
     def _leaf(self, module: nn.Module, hidden: Tensor) -> Tensor:
         if module is not self._stages[0] and not hidden.requires_grad:
             self._faults[module] = _NOTHING_ENTERS
-        return self._entered[module].clone().requires_grad_()
+        return self._entered[module].clone().requires_grad_().clone()  # which a layer may change in place
 
     def _call(self, which: str, module: nn.Module) -> _Call:
         """Return the record of a module's next call in this run."""
@@ -219,7 +219,8 @@ def _changes(runs: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> list[T
     shapes = [tensor.shape for tensor in like]
     if len(runs) != 2 or any([tensor.shape for tensor in run] != shapes for run in runs):
         return None
-    return [plus.double() - minus.double() for plus, minus in zip(*runs, strict=True)]
+    # Infinities of a mask are the same in both: no change, though their difference is NaN.
+    return [(plus.double() - minus.double()).where(plus != minus, 0.0) for plus, minus in zip(*runs, strict=True)]
 
 
 def _thawed(value: Any, changes: Sequence[Tensor]) -> Any:

@@ -16,11 +16,13 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CTRLConfig,
     FalconConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GraniteConfig,
     MambaConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
@@ -237,6 +239,9 @@ OTHERS: dict[str, tuple[Any, bool]] = {
         ),
         False,
     ),
+    # One scales its embeddings in place, the layers of the other return lists.
+    "ctrl": (CTRLConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=16, dff=24, n_layer=2, n_head=4), False),
+    "openai-gpt": (OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=4), False),
     "mamba": (MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4), False),
     "gpt-neox": (
         GPTNeoXConfig(
@@ -314,7 +319,7 @@ def test_other_architectures_are_served_or_handed_over(name: str, caplog: pytest
     randomise(model, 0)
     model.eval()
     group = Group(tuple(ragged_rollout(seed) for seed in range(3)))
-    links = [link("Z->X"), link("X->Y"), link("Z->Y:total")]
+    links = [link("Z->X"), link("X->Y"), link("Z->Y"), link("Z->Y:total")]
     engine = GroupEngine(model)
     with caplog.at_level(logging.WARNING, logger="cepo"):
         assert_same(engine.jacobians(group, links), JacobianEngine(model).jacobians(group, links), 1e-10)
