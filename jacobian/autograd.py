@@ -160,7 +160,9 @@ class _Watch:
         if not self.blocked:
             return cotangent_BTD
         index = torch.tensor(self.blocked, device=cotangent_BTD.device)
-        return cotangent_BTD.index_fill(-2, index, 0.0)
+        # Between layers there can be several streams: (B, T, N, D) with hyper-connections, (N, B, T, D) in Gemma 3n.
+        tokens_axis = 1 if cotangent_BTD.shape[1] == self.leaf_BTD.shape[1] else -2
+        return cotangent_BTD.index_fill(tokens_axis, index, 0.0)
 
 
 @contextlib.contextmanager

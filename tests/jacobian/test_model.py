@@ -185,6 +185,19 @@ def test_a_compiled_part_blocks_what_it_should() -> None:
     assert torch.equal(jacobians(model, rollout, [direct])[direct.name].jac_SD, expected)
 
 
+def test_streams_between_layers_are_blocked_at_their_tokens() -> None:
+    """Hyper-connections give each token several hidden states, (B, T, N, D); here two, which sum to the plain one."""
+    rollout, model, direct = judge_rollout(), tiny_model("llama"), link("Z->Y")
+    expected = jacobians(model, rollout, [direct])[direct.name].jac_SD
+    first, last = model.model.layers
+    plain = first.forward, last.forward
+    first.forward = lambda *args, **options: torch.stack(
+        [share * plain[0](*args, **options) for share in (0.3, 0.7)], 2
+    )
+    last.forward = lambda hidden_BTND, **options: plain[1](hidden_BTND.sum(2), **options)
+    assert relative(jacobians(model, rollout, [direct])[direct.name].jac_SD, expected) < 1e-6
+
+
 def in_no_grad() -> Any:
     """Return a context without gradients."""
     return torch.no_grad()
