@@ -152,6 +152,11 @@ def _check(job: ScoreJob) -> ModelSource:
     for path in (job.output, job.jacobians, job.html):
         if path is not None:
             make_folder(path.absolute().parent)
+    if job.jacobians is not None and not job.config.reads_jacobians:
+        raise ValueError(
+            f"--save-jacobians has nothing to save: the score {job.config.score!r} reads no Jacobian; add --also "
+            "influence (or phi), or leave it out"
+        )
     if job.jacobians is not None and job.workers is not None:
         raise ValueError("--save-jacobians needs one process, whose disk holds the matrices; score without --ray")
     if job.workers is None:

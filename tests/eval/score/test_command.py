@@ -405,6 +405,14 @@ def test_rows_of_one_prompt_are_told_why_before_weights_are_loaded(
     assert message.index("1 of 2 rows are malformed") < message.index("of 1 prompt(s)")
 
 
+def test_matrices_that_nothing_computes_are_not_asked_for(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
+    """The default score compares with donors: the file held the ids alone."""
+    source, out = write_jsonl(tmp_path / "in.jsonl", gold_rows()), tmp_path / "out.jsonl"
+    code, message = cepo("--model", judge, "--input", source, "--output", out, "--save-jacobians", tmp_path / "m")
+    assert code == 2
+    assert "--save-jacobians has nothing to save: the score 'effect' reads no Jacobian; add --also influence" in message
+
+
 def test_a_model_without_chat_template_is_told_what_rows_it_takes(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
     """No advice leads to another refusal: --raw for text, and rows of text for what only a template can write."""
     plain = tmp_path / "plain"
@@ -560,7 +568,7 @@ def test_files_that_would_be_lost_are_refused(judge: Path, tmp_path: Path, cepo:
         ("--output", out, "--save-jacobians", page, "--html", page),
         ("--output", tmp_path),
         ("--output", out, "--html", tmp_path),
-        ("--output", out, "--save-jacobians", write_jsonl(tmp_path / "other.txt", [{}])),
+        ("--output", out, *ALONE, "--save-jacobians", write_jsonl(tmp_path / "other.txt", [{}])),
     ):
         code, message = cepo("--model", judge, "--input", source, *arguments)
         assert code == 2, arguments
