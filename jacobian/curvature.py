@@ -47,7 +47,7 @@ def expansions(
         model: the model.
         rollout: a well-formed rollout.
         others: counterfactuals that differ from it only in the source's tokens.
-        links: of one source, each a total effect.
+        links: links of one source, each a total effect.
     """
     source = rollout.spans[links[0].source].positions
     start, end = source[0], max(target_terms(rollout, link.target, link.function)[-1].position for link in links)

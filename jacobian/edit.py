@@ -50,16 +50,17 @@ class Block:
 
 @dataclass(frozen=True)
 class EditEffect:
-    """What an edit did to a reward.
+    """The effect of an edit on a reward.
 
     Attributes:
         difference: r(text) - r(edit), from two forward passes.
-        blocks: where they differ, in the order of the text.
-        effects: what each block added to the difference; their sum estimates it.
-        sizes: per block, the sum of the absolute values of what its tokens added: at least |effect|.
-        attribution_T: what each token of the text added, float64. Where blocks were exchanged, each block's effect is
-            spread evenly over its tokens; that of tokens which only the edit has is counted at the text's next token.
-        nodes: nodes of the quadrature along the path; 0 where blocks were exchanged.
+        blocks: the blocks in which they differ, in the order of the text.
+        effects: contribution of each block to the difference; their sum estimates it.
+        sizes: per block, the sum of the absolute contributions of its tokens: at least |effect|.
+        attribution_T: contribution of each token of the text, (T,), float64. If blocks were exchanged, each block's
+            effect is spread evenly over its tokens; that of tokens which only the edit has counts at the text's next
+            token.
+        nodes: nodes of the quadrature along the path; 0 if blocks were exchanged.
     """
 
     difference: float
@@ -90,12 +91,12 @@ def differing_blocks(
 ) -> tuple[Block, ...]:
     """Return the blocks in which two texts differ; the tokens of a block are either all marked or all unmarked.
 
-    Marked tokens are aligned with each other first, whatever they are. So if "correct" became "wrong indeed" with the
+    Marked tokens are aligned with each other first, whatever their ids. So if "correct" became "wrong indeed" with the
     first word marked in both, the exchange of the marked words is one block, and "indeed" another.
 
     Args:
-        token_ids: of the text.
-        edit_ids: of the edit.
+        token_ids: token ids of the text.
+        edit_ids: token ids of the edit.
         marked: positions of marked tokens in the text.
         edit_marked: positions of marked tokens in the edit.
     """
@@ -127,15 +128,16 @@ def measure_edit(
     tolerance: float = 0.01,
     batch_size: int = 16,
 ) -> EditEffect:
-    """Return what an edit did to the reward, block by block.
+    """Return the effect of an edit on the reward, block by block.
 
     Args:
         model: from `read_last_token`, in eval mode.
-        token_ids: of the text, without padding.
-        edit_ids: of the edit.
+        token_ids: token ids of the text, without padding.
+        edit_ids: token ids of the edit.
         blocks: from `differing_blocks`.
-        tolerance: of a path's certificate, see `attribute_edit`; if 16 nodes do not reach it, blocks are exchanged.
-        batch_size: texts per forward pass where blocks are exchanged.
+        tolerance: bound on the path's certificate, see `attribute_edit`; if 16 nodes do not reach it, blocks are
+            exchanged.
+        batch_size: texts per forward pass if blocks are exchanged.
     """
     if len(token_ids) == len(edit_ids) and all(block.start == block.edit_start for block in blocks):
         path = attribute_edit(model, token_ids, edit_ids, tolerance=tolerance, most_nodes=_MOST_NODES)

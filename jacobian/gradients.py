@@ -135,7 +135,7 @@ class _Look:
         for stage in self._stages:
             if stage in self._watched:
                 handles.append(stage.register_forward_pre_hook(enter, with_kwargs=True))
-            else:  # the embeddings, where no layers are known
+            else:  # the embeddings, if no layers are known
                 handles.append(stage.register_forward_hook(lambda module, _, output: entering(module, output)))
         for module in self._watched:
             if before:

@@ -144,7 +144,7 @@ def load_adapter(source: ModelSource, base: Any, *, trust_remote_code: bool = Fa
     If the adapter was saved with more or fewer embeddings than the base has, the base is resized.
 
     Args:
-        source: of the adapter.
+        source: source of the adapter.
         base: the base model.
         trust_remote_code: see `load_weights`.
 
@@ -167,8 +167,8 @@ def _fit_embeddings(base: Any, source: ModelSource, tokens: int) -> None:
 
     Args:
         base: the base model.
-        source: of the adapter.
-        tokens: of the adapter's own tokenizer; 0 for none.
+        source: source of the adapter.
+        tokens: number of tokens of the adapter's own tokenizer; 0 without one.
 
     Raises:
         ValueError: if these sizes, or that of a LoRA on either end, differ from the base's, and the adapter does not

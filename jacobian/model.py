@@ -79,7 +79,7 @@ class HeldModel:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The decoder layers, in order; [] where no list of them is found."""
+        """The decoder layers, in order; [] if no list of them is found."""
         return decoder_layers(self.causal_lm)
 
     @cached_property

@@ -39,7 +39,7 @@ class Digit:
     Attributes:
         position: position in prompt + completion.
         candidates: pairs (token id, gain) of the tokens that could continue the number here, and of the sampled one,
-            even where it ends the number. The gain is by how much the token increases the number.
+            even if it ends the number. The gain is the amount by which the token increases the number.
     """
 
     position: int
@@ -53,12 +53,12 @@ class Rollout:
     Attributes:
         prompt_ids: token ids of the prompt as the policy saw it, chat template included; never empty.
         completion_ids: sampled ids, end-of-sequence kept, no padding.
-        spans: by name, in the order of the layout. Empty where the rollout is malformed.
+        spans: spans by name, in the order of the layout; empty if the rollout is malformed.
         numbers: the scores, each as the tokens that determine it (empty for a reasoner).
         malformed: why the spans could not be found, or None.
         found_by: how the spans were found ("tags", "boxed", "hashes", "stated", "after rationale", "last sentence").
         prompt_found_by: how the prompt's content was found ("messages", "template", "plain text", or "whole prompt"
-            where no template explains it); see `PromptReader.content`.
+            if no template explains it); see `PromptReader.content`.
     """
 
     prompt_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The two forms of reward models, see `cepo.jacobian.reward_model`; without torch, so that others are refused early."""
+"""The two forms of reward models, see `cepo.jacobian.reward_model`; apart from it, to be checked without torch."""
 
 from typing import Literal
 

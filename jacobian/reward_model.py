@@ -53,10 +53,10 @@ def load_reward_model(
     Args:
         source: from `resolve_model`: a causal language model, which for Bradley-Terry is given a new head, a sequence
             classifier with one output, or an adapter of either with its head.
-        form: which of the two forms it is.
+        form: "bradley-terry" or "pairwise".
         dtype: see `load_model`.
         device: see `load_model`.
-        seed: of a new head.
+        seed: seed of a new head.
         trust_remote_code: see `load_model`.
 
     Raises:
@@ -71,7 +71,7 @@ def new_head(causal_lm: Any, *, seed: int) -> Any:
 
     Args:
         causal_lm: a Hugging Face model for which transformers has a sequence classifier with a linear head.
-        seed: of the head's weights, which are normal with standard deviation `initializer_range` of the model's config.
+        seed: seed of the head's weights, normal with standard deviation `initializer_range` of the model's config.
 
     Raises:
         ValueError: if transformers has no such classifier.

@@ -48,8 +48,8 @@ def reward_jacobian(model: Any, token_ids: Sequence[int], positions: Sequence[in
 
     Args:
         model: from `read_last_token`; restored afterwards.
-        token_ids: of the text, without padding.
-        positions: of the tokens, such as the response's.
+        token_ids: token ids of the text, without padding.
+        positions: positions of S of its tokens, such as the response's.
 
     Returns:
         The reward, and d reward / d E, (S, D), float32, or float64 for a float64 model. E is the output of the
@@ -77,8 +77,8 @@ def attribute_edit(
 
     Args:
         model: from `read_last_token`; restored afterwards.
-        token_ids: of the text X, without padding.
-        edit_ids: of the edit X', as many as in X.
+        token_ids: token ids of the text X, without padding.
+        edit_ids: token ids of the edit X', as many as in X.
         nodes: nodes of the Gauss-Legendre quadrature along the path, at least 1; "auto" doubles them from 1 until the
             certificate is within `tolerance * max(1, |difference|)`, up to `most_nodes`.
         tolerance: for "auto", above 0.

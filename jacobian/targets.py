@@ -116,12 +116,12 @@ def sum_of_terms(logits_PV: Tensor, terms: Sequence[Term]) -> Tensor:
 
 
 def values_of_terms(head: Head, terms: Sequence[Term], device: torch.device) -> Tensor:
-    """Return what each term adds to its target function; a number's value is at its first term, and 0 at the others.
+    """Return each term's contribution to its target function; a number's is at its first term, and 0 at the others.
 
     Args:
         head: its row i predicts the token of terms[i]; further rows are ignored.
-        terms: of any rollouts and kinds, with either all terms of a number or none.
-        device: of the head.
+        terms: terms of any rollouts and kinds, with either all terms of a number or none.
+        device: device of the head.
 
     Returns:
         (len(terms),) in float32 or wider.

@@ -1,4 +1,4 @@
-"""What a run of `cepo reward-model` may hold: its keys and their values, checked without waiting for torch."""
+"""The configuration of `cepo reward-model`: its keys and values, checked without importing torch."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def read_text(row: Row, column: str) -> str:
 
 
 def read_reference(row: Row, column: str) -> str:
-    """Return a reference answer, a column of text or of numbers; ValueError where it is anything else."""
+    """Return a reference answer, a text or a number; ValueError for anything else."""
     number = number_text(_column(row, column))
     return read_text(row, column) if number is None else number
 

@@ -52,7 +52,7 @@ def run_in_parts(
         run: runs a part, this much at once; its results must not depend on either.
 
     Raises:
-        RuntimeError: of the device or the allocator, if even one of everything is too much.
+        RuntimeError: the out-of-memory error, if even one of everything is too much.
     """
     start = 0
     while start < len(items):

@@ -65,7 +65,7 @@ class Branches:
     """Branches that run at once.
 
     Attributes:
-        placed: where each leaves its rollout.
+        placed: the point at which each branch leaves its rollout.
         segment: their tokens and head rows.
     """
 

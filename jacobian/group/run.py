@@ -168,7 +168,7 @@ def backward(
 
     Args:
         run: the segment.
-        cotangents: of its hidden states, then of its keys and values, (C, *shape) each; None stands for zero.
+        cotangents: cotangents of its hidden states, then of its keys and values, (C, *shape) each; None for zero.
         inputs: tensors of its graph.
         keep: whether the graph is needed again.
 

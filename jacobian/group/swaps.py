@@ -122,7 +122,7 @@ class KernelHead:
     Attributes:
         hidden_PD: the rows that enter the head.
         weight_VD: its weight.
-        implementation: of the kernels.
+        implementation: implementation of the kernels, see `cepo.kernels.launch`.
     """
 
     hidden_PD: Tensor

@@ -39,7 +39,7 @@ class Answer:
     """The position of a text's answer, in characters.
 
     Attributes:
-        start: where its mark begins.
+        start: start of its mark.
         content: start and end of the answer, possibly with ASCII white space at its ends.
         found_by: "tags", "boxed", "hashes" (`####`), "stated" ("the answer is"), or the rule for text without a mark.
     """

@@ -20,8 +20,8 @@ def find_sections(
 
     Args:
         completion: any bytes.
-        start: where the thought ended.
-        tags: of the criteria, the analysis and the scores.
+        start: index of the byte after the thought.
+        tags: tags of the criteria, the analysis and the scores.
         verdicts: "strict" or "lenient".
 
     Returns:

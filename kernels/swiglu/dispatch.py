@@ -14,7 +14,7 @@ def swiglu(gate_ND: Tensor, up_ND: Tensor, *, implementation: Implementation = "
 
     Args:
         gate_ND: any shape; may be one half of a wider tensor.
-        up_ND: of the same shape and dtype.
+        up_ND: tensor of the same shape and dtype.
         implementation: "auto" takes Triton exactly when the tensors are on CUDA.
 
     Returns:

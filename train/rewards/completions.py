@@ -43,7 +43,7 @@ def completion_text(completion: Completion) -> str:
     """Return the text of a completion from TRL.
 
     Args:
-        completion: A string, or messages, of which the assistant's last one is read; its content may be a string, a
+        completion: a string, or messages, of which the assistant's last one is read; its content may be a string, a
             list of parts, or None. A thought that TRL has moved to a field of its own is put back.
 
     Returns:
