@@ -1,7 +1,7 @@
 """Protects README and docs/: short, no dead links, commands and snippets that exist, tables that the rows bear out."""
 
 import ast
-import importlib
+import importlib.util
 import json
 import math
 import re
@@ -37,9 +37,11 @@ NOT_ENGLISH = (
 
 
 def shell_lines(text: str) -> list[str]:
-    """The commands of a page: lines of indented blocks, and inline code."""
+    """The commands of a page: lines of indented blocks, and inline code, without what starts them on several ranks."""
+    text = re.sub(r"\\\n *", "", text)
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = [re.sub(r"^(torchrun|accelerate launch) .*(-m|--module) (?=cepo )", "", line) for line in lines]
     return [line for line in lines if line.startswith(("cepo ", "make "))]
 
 
@@ -92,10 +94,13 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_repository_path_in_code_exists(page: Path) -> None:
-    """A moved or deleted file must not stay in the pages."""
-    for path in re.findall(r"`((?:benchmarks|train|tests|docs)/[\w./-]+\.\w+)`", page.read_text()):
+def test_every_repository_path_exists(page: Path) -> None:
+    """A moved or deleted file must not stay in the pages: in prose, in commands, or as a module that one starts."""
+    text = page.read_text()
+    for path in re.findall(rf"(?<![\w./-])(?:{'|'.join(SOURCE)}|tests|docs)/[\w./-]+\.\w+", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
+    for module in re.findall(r"-m (cepo\.[\w.]+)", text):
+        assert importlib.util.find_spec(module), f"{page.name} starts {module}, which is not there"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -112,6 +117,8 @@ def test_a_command_that_does_not_exist_is_noticed() -> None:
     for line in ("cepo scores", "cepo score --modell x", "cepo eval robustness x", "cepo score --model"):
         with pytest.raises(AssertionError):
             check_command(line)
+    (launched,) = shell_lines("    torchrun --nproc_per_node 8 -m cepo train run.yaml \\\n        --modell x\n")
+    assert launched == "cepo train run.yaml --modell x"
 
 
 def test_the_readmes_rows_are_those_of_the_example_files() -> None:
