@@ -95,7 +95,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _OF_DISKS:
             raise
-        _refuse(f"{error}; results so far are kept: mend this and run the same command again", 1)
+        _refuse(f"{error}; results so far are kept: correct this and run the same command again", 1)
 
 
 def _refuse(reason: str, code: int) -> NoReturn:
