@@ -42,6 +42,8 @@ def nuisance_bases(
         return found
     for index, stack_ND in stacked.items():
         stack_ND = stack_ND.double()
+        largest = stack_ND.abs().max()
+        stack_ND = stack_ND / torch.where(largest > 0.0, largest, 1.0)  # squares neither overflow nor vanish
         wide = stack_ND.shape[0] < stack_ND.shape[1]
         energies_N = torch.linalg.eigvalsh(stack_ND @ stack_ND.T if wide else stack_ND.T @ stack_ND).flip(0)
         energies_N = energies_N.clamp_min(0.0)

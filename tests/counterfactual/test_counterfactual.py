@@ -263,6 +263,15 @@ def test_energy_takes_the_smallest_rank(shape: str, energy: float) -> None:
     assert torch.allclose(projector(basis_RD), projector(right_vectors(torch.cat(jacs_SD), expected)), atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_energy_of_jacobians_whose_squares_vanish_or_overflow(scale: float) -> None:
+    """A share of energy is of no unit: a saturated model's Jacobian was removed whole, a huge one ended the run."""
+    jac_SD = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted_RD, found_RD = (nuisance_basis([jac_SD * factor], energy=0.5) for factor in (1.0, scale))
+    assert found_RD.shape == wanted_RD.shape
+    assert torch.allclose(found_RD.T @ found_RD, wanted_RD.T @ wanted_RD, atol=1e-9)
+
+
 def test_energy_exactly_on_a_share() -> None:
     """A share that is met to the last bit is met."""
     stack_SD = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
