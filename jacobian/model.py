@@ -106,7 +106,8 @@ class HeldModel:
                 found = self.logits([*range(6)], input_ids=ids_BT, use_cache=False)
             finally:
                 handle.remove()
-        return bool((found - wanted).abs().max() > 1e-3 * wanted.abs().max())
+        noise = torch.finfo(self.embedding.weight.dtype).eps ** 0.5  # of kernels that add in any order
+        return bool((found - wanted).abs().max() > noise * wanted.abs().max())
 
     @property
     def embedding(self) -> Any:
