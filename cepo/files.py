@@ -34,20 +34,23 @@ _FINGERPRINT = re.compile("[0-9a-f]{16}")  # not shown in errors
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and replace `path` by what the block writes there.
 
-    A file is replaced atomically; a folder is first deleted. A block that raises changes nothing.
+    A file is replaced atomically. A folder is moved aside first, so that a kill between the two moves leaves none;
+    a kill at any other time leaves the old one or the new one, whole. A block that raises changes nothing.
 
     Args:
         path: a file or a folder, whose parent exists.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f"{path.name}.{os.getpid()}.old.tmp")
     _remove(unfinished)
     try:
         yield unfinished
-        if path.is_dir():  # only an empty folder can be replaced by renaming
-            shutil.rmtree(path)
+        if path.is_dir() and unfinished.exists():  # only an empty folder can be replaced by renaming
+            os.replace(path, replaced)
         os.replace(unfinished, path)
     finally:
         _remove(unfinished)
+        _remove(replaced)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -50,6 +50,9 @@ def test_a_folder_replaces_a_folder_that_is_not_empty(tmp_path: Path) -> None:
             unfinished.mkdir()
             (unfinished / f"{text}.txt").write_text(text)
     assert [path.name for path in tmp_path.rglob("*.txt")] == ["two.txt"]
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "final"):
+        pass  # a block that writes nothing
+    assert [path.name for path in tmp_path.rglob("*.txt")] == ["two.txt"]
     assert os.listdir(tmp_path) == ["final"]
 
 
