@@ -5,6 +5,7 @@ Standard library only, so that every folder may import it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fnmatch
 import glob
@@ -12,11 +13,17 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Row: TypeAlias = dict[str, Any]
 BrokenLine: TypeAlias = tuple[int, str]
@@ -25,6 +32,7 @@ BrokenLine: TypeAlias = tuple[int, str]
 SETTINGS = "settings.json"
 _SHOWN = 60  # characters of a setting in an error
 _FINGERPRINT = re.compile("[0-9a-f]{16}")  # not shown in errors
+_locks: dict[Path, IO[str]] = {}  # of the outputs that this process claimed; an open file holds its lock
 
 
 # Writing
@@ -172,25 +180,30 @@ def resume_jsonl(path: Path, key: Callable[[Row], Any] = lambda record: record["
     return kept
 
 
-def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence[Path]) -> bool:
+def claim(
+    settings_file: Path, settings: Mapping[str, Any], *, results: Sequence[Path], written: Sequence[Path] = ()
+) -> bool:
     """Record this run's settings for an output, or refuse it; every resumable command calls this before it writes.
 
     The output is refused if it has results of other settings. Settings hold everything that decides the results, with
     data and weights identified by their content (see `content_hash` and `fingerprint`), never by a path or a name
-    alone. Unfinished temporary files of a killed run are removed.
+    alone. Unfinished temporary files of a killed run are removed. Until this process ends, the output is locked against
+    others, except those that it started.
 
     Args:
         settings_file: file of the settings: OUTPUT/settings.json for a folder, OUTPUT.settings.json for a file; its
             folder is created if needed.
         settings: values by name, nested or not; "command" names the command that writes the output.
         results: files and folders that hold an earlier run's work if they exist.
+        written: other files that the command writes, which hold nothing to resume from.
 
     Returns:
         Whether there are results to resume from.
 
     Raises:
         ValueError: for results of other settings, naming each that differs; for an output of another command, with or
-            without results; for results without settings, which another program wrote.
+            without results; for results or written files without settings, which another program wrote; for an output
+            that another process is writing to.
     """
     make_folder(settings_file.parent)
     there = [path.name for path in results if path.exists()]
@@ -198,10 +211,11 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
     output = settings_file.parent if is_folder else str(settings_file).removesuffix(f".{SETTINGS}")
     now = _flat(json.loads(json.dumps(_plain(settings), default=str)))
     before = _read_settings(settings_file)
-    if before is None and (there or settings_file.exists()):
-        foreign = ", ".join(there or [settings_file.name])
+    foreign = there + [path.name for path in written if path.exists()]
+    if before is None and (foreign or settings_file.exists()):
         raise ValueError(
-            f"output {output} cannot be used: no earlier run of this command wrote {foreign}; name another output"
+            f"output {output} cannot be used: no earlier run of this command wrote "
+            f"{', '.join(foreign) or settings_file.name}; name another output"
         )
     if before is not None and before["command"] != now["command"]:
         raise ValueError(f"output {output} holds results of another command, {before['command']}; name another output")
@@ -211,6 +225,7 @@ def claim(settings_file: Path, settings: Mapping[str, Any], *, results: Sequence
             f"output {output} holds results made with other settings: {'; '.join(told)}; name another output, move "
             "this one away, or repeat the earlier settings"
         )
+    _lock(settings_file.with_name(f".{settings_file.name}.lock"), output)
     for path in (settings_file, *results):
         for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
             _remove(unfinished)
@@ -237,6 +252,40 @@ def fingerprint(path: Path, names: Sequence[str] = ("*",)) -> str:
                 digest.update(f"{file.name if path.is_dir() else ''} {file.stat().st_size}\n".encode())
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def _lock(path: Path, output: Path | str) -> None:
+    """Lock an output until this process ends, where the platform and the file system have locks.
+
+    The lock is the kernel's, so that a killed process leaves none. The file only says who holds it.
+
+    Raises:
+        ValueError: if another process holds the lock, unless it started this one.
+    """
+    path = path.absolute()
+    if fcntl is None or path in _locks:
+        return
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read()
+        if holder == f"{os.getppid()} on {platform.node()}":
+            return
+        raise ValueError(
+            f"output {output} is being written to by another process (pid {holder or 'unknown'}); wait until it ends, "
+            "stop it, or name another output"
+        ) from None
+    except OSError:
+        pass  # such as a network file system without locks
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        return _lock(path, output)  # its holder ended and removed it after it was opened here
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}")
+    file.flush()
+    _locks[path] = file
+    atexit.register(path.unlink, missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

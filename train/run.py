@@ -25,8 +25,10 @@ from transformers import TrainerCallback
 
 from cepo.files import SETTINGS, append_jsonl, claim, make_folder, read_jsonl, replacing, write_jsonl
 from cepo.fusion.settings import check_names
+from cepo.train.left_out import LEFT_OUT
 from cepo.train.ranks import check_agreement, failing_together
 from cepo.train.rewards.bound import nothing_learned
+from cepo.train.trainer import write_no_card
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ _COMPLETE = "cepo_complete"  # written into a checkpoint when all of it is on di
 _STATE = "trainer_state.json"
 # Files of a checkpoint that a trained model does not need; also shards of weights, which are saved whole as well.
 _OF_TRAINING = ("optimizer*", "scheduler*", "rng_state*", "pytorch_model_fsdp*", "global_step*", "latest", "zero_to_*")
+_CARD = "README.md"  # peft writes its blank template into each checkpoint
 # The first of these that is logged is shown: correctness says more than format.
 _TASK_REWARDS = (
     "causal/task",
@@ -87,7 +90,12 @@ def _claimed(output: Path, settings: Mapping[str, Any], max_steps: int, fresh: b
     final, checkpoint = output / "final", last_complete_checkpoint(output)
     if fresh and checkpoint is not None:
         raise ValueError(f"output {output} already holds checkpoints; move them away, or leave out --fresh")
-    claim(output / SETTINGS, settings, results=[*output.glob("checkpoint-*"), final])
+    claim(
+        output / SETTINGS,
+        settings,
+        results=[*output.glob("checkpoint-*"), final],
+        written=[output / METRICS, output / LEFT_OUT],
+    )
     if is_finished(final, max_steps):
         logger.warning("the run in %s is finished; nothing is trained", output)
         return True, True, checkpoint
@@ -120,6 +128,7 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
     with _printed_to(told):
         with _naming_lora(), _bars_made_with(**bars):
             trainer = build()
+            write_no_card(trainer)
         if checkpoint is not None:
             console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
         with _progress(console) as progress, _bars_made_with(disable=True):
@@ -201,7 +210,7 @@ def is_finished(folder: Path, max_steps: int) -> bool:
 def write_final(output: Path, checkpoint: Path) -> Path:
     """Write OUTPUT/final, the last step's checkpoint without files that only training needs, and return it."""
     final = output / "final"
-    ignore = shutil.ignore_patterns(*_OF_TRAINING, _COMPLETE)
+    ignore = shutil.ignore_patterns(*_OF_TRAINING, _COMPLETE, _CARD)
     with replacing(final) as unfinished:
         shutil.copytree(checkpoint, unfinished, ignore=ignore)
     return final

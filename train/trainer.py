@@ -134,6 +134,11 @@ def tell_opened_thoughts(trainer: Any) -> None:
             setattr(trainer, name, rows.add_column("thought_opened", [True] * len(rows)))
 
 
+def write_no_card(trainer: Any) -> None:
+    """Keep TRL from writing a model card, with each checkpoint, over a README.md of the user's in the run's folder."""
+    trainer.create_model_card = lambda *_, **__: None
+
+
 def prompts_per_batch(trainer: Any) -> int:
     """Return the number of prompts in a generation batch, over all ranks; of evaluation, where that has fewer."""
     given = trainer.args

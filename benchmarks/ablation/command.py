@@ -94,7 +94,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
         "input": fingerprint(job.input),
         **{name: value for name, value in asdict(job).items() if name in ("sweep", "config", "raw", "dtype")},
     }
-    there = [path for path in job.output.glob("*") if path.name != "settings.json"]
+    there = [path for path in job.output.glob("*") if "settings.json" not in path.name]
     claim(job.output / "settings.json", settings, results=[*there, *folders])
     (job.output / "groups").mkdir(exist_ok=True)
     pending = [number for number, folder in enumerate(folders) if not folder.is_dir()]

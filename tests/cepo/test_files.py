@@ -70,7 +70,8 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 2
     path.unlink()
     claim(tmp_path / "settings.json", SETTINGS, results=[path])
-    assert os.listdir(tmp_path) == ["settings.json"], "the half-written file of the killed run is cleared"
+    left = {"settings.json", ".settings.json.lock"}  # the lock stays until this process ends
+    assert set(os.listdir(tmp_path)) == left, "the half-written file of the killed run is cleared"
 
 
 def test_records_come_back_as_strict_json(tmp_path: Path) -> None:
@@ -165,6 +166,50 @@ def test_results_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(ValueError, match="holds results of another command, cepo bench; name"):
         claimed(tmp_path, SETTINGS)  # it may hold what only the other command knows
+
+
+def test_files_that_a_command_would_replace_are_refused_where_another_program_wrote_them(tmp_path: Path) -> None:
+    settings_file, metrics = tmp_path / "settings.json", tmp_path / "metrics.jsonl"
+    metrics.write_text("mine")
+    with pytest.raises(ValueError, match="no earlier run of this command wrote metrics.jsonl; name another output"):
+        claim(settings_file, SETTINGS, results=[], written=[metrics])
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    metrics.unlink()
+    claim(settings_file, SETTINGS, results=[], written=[metrics])
+    metrics.touch()  # a run that made no checkpoint
+    claim(settings_file, {**SETTINGS, "model": "xyz"}, results=[], written=[metrics])
+
+
+CLAIM = """
+import os, signal, sys
+from pathlib import Path
+from cepo.files import claim
+claim(Path(sys.argv[1]), {"command": "cepo score"}, results=[])
+print("claimed", flush=True)
+sys.stdin.readline()
+if sys.argv[2:]:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_output_has_one_process_at_a_time(killed: bool, tmp_path: Path) -> None:
+    """Two would write the same checkpoints and each line twice. The lock goes with the process, however it ends."""
+    settings_file = tmp_path / "settings.json"
+    command = [sys.executable, "-c", CLAIM, str(settings_file), *(["kill"] if killed else [])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        told = f"^output {tmp_path} is being written to by another process .pid {other.pid} on .*; wait until it ends"
+        with pytest.raises(ValueError, match=told):
+            claim(settings_file, {"command": "cepo score"}, results=[])
+        other.communicate("\n")
+    if not killed:
+        assert os.listdir(tmp_path) == ["settings.json"], "a lock is left"
+    claim(settings_file, {"command": "cepo score"}, results=[])
+    command[-1:] = [] if killed else command[-1:]
+    child = subprocess.run(command, input="\n", capture_output=True, text=True, cwd=ROOT, check=True)
+    assert child.stdout == "claimed\n", "workers of `cepo experiment` claim the runs that it has claimed"
 
 
 def test_half_written_files_of_others_stay(tmp_path: Path) -> None:

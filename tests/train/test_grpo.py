@@ -112,13 +112,18 @@ def test_killed_and_started_again_ends_with_the_same_weights(
 
 
 def test_lora_saves_an_adapter_that_loads_again(judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's folder may hold a README.md of the user's. TRL and peft write cards, the latter a blank template."""
     settings = {"lora": {"r": 4, "lora_alpha": 8}}
     config = write_config(tmp_path / "config.yaml", judge, **settings)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("mine")
     monkeypatch.setattr(sys, "argv", ["cepo", "train", str(config), "--max-steps", "2"])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert not exit_.value.code
     final = tmp_path / "run" / "final"
+    assert (tmp_path / "run" / "README.md").read_text() == "mine"
+    assert not (final / "README.md").exists()
     model, tokenizer = load_model(resolve_model(str(final)))
     assert model.peft_config["default"].r == 4
     assert any(bool(value.abs().sum() > 0) for name, value in model.named_parameters() if "lora_B" in name)

@@ -16,7 +16,7 @@ from cepo.jacobian.loading import ModelSource, load_tokenizer, resolve_model
 from cepo.jacobian.reading.thought import template_opens_thought
 from cepo.train.config import AUTO, TASKS, TESTBEDS, TrainConfig
 from cepo.train.grpo import load_train_data, run_settings
-from cepo.train.left_out import write_left_out
+from cepo.train.left_out import LEFT_OUT, write_left_out
 from cepo.train.verl.rewards import verl_rewards
 
 _ACTOR, _OPTIMISER = "actor_rollout_ref.actor", "actor_rollout_ref.actor.optim"
@@ -115,7 +115,13 @@ def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
     data = load_train_data(config, keys["data.train_batch_size"])
     if not len(data.test):
         raise ValueError("data leaves no row to test on, and verl needs one; raise data.test_fraction, or add rows")
-    claim(output / SETTINGS, {**run_settings(config, data), "command": "train --engine verl"}, results=checkpoints)
+    names = ("verl.yaml", "recipe.yaml", "train.parquet", "test.parquet", LEFT_OUT)
+    claim(
+        output / SETTINGS,
+        {**run_settings(config, data), "command": "train --engine verl"},
+        results=checkpoints,
+        written=[output / name for name in names],
+    )
     write_left_out(output, data.skipped)
     recipe = output / "recipe.yaml"
     write_text(recipe, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
