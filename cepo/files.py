@@ -161,6 +161,11 @@ def kind_of(value: Any) -> str:
     return words.get(type(value), f"a {type(value).__name__}")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count and its noun in words: "1 row", "2 rows"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 # Resuming
 
 

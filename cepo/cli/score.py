@@ -254,6 +254,7 @@ def score(
     from cepo.eval.report.numbers import digits
     from cepo.eval.report.tables import ConsoleTable
     from cepo.eval.score.command import ScoreJob, score_file
+    from cepo.files import counted
 
     job = ScoreJob(
         model=model,
@@ -301,8 +302,8 @@ def score(
         if config.reads_effects and donors_file is None:
             again = "name another --output: the rows are each other's donors, so all are scored again"
         raise ValueError(
-            f"input {str(input)!r} has {len(summary.broken)} row(s) that could not be used: {named}. All other rows "
-            f"were scored; correct these and {again}"
+            f"input {str(input)!r} has {counted(len(summary.broken), 'row')} that could not be used: {named}. "
+            f"All other rows were scored; correct these and {again}"
         )
 
 

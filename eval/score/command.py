@@ -16,7 +16,7 @@ from cepo.eval.report.numbers import digits
 from cepo.eval.report.page import write_report
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices
 from cepo.eval.score.ray import check_ray, score_on_ray
-from cepo.eval.score.rows import Line, allows_ties, read_input, rollout_of
+from cepo.eval.score.rows import Line, read_input, rollout_of
 from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_engine, open_reader, score_lines
 from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.score import Pools
@@ -99,7 +99,9 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         ValueError: for input, settings or a model that cannot be used, or an output of other settings or weights.
     """
     started = time.perf_counter()
-    lines, _ = read_input(job.input, ties=allows_ties(job.layout))
+    lines, broken = read_input(job.input, layout=job.layout)
+    if len(broken) == len(lines):
+        raise ValueError(f"input {str(job.input)!r} has no usable row; {broken[0][1]}")
     source = _check(job)
     partial, shards = _beside(job.output, ".partial"), _beside(job.output, ".jacobians")
     settings = _settings(job, source, lines)
@@ -250,12 +252,8 @@ def _write_page(
                     for name, link in links.items()
                     if "row_norms" in link or "attribution" in link
                 },
-                facts={
-                    "reward": digits(record["reward"]),
-                    **{f"S {name}": digits(value) for name, value in record["S"].items()},
-                    **({} if record["order_leak"] is None else {"order leak": f"{digits(record['order_leak'])} nats"}),
-                },
-                malformed=record["malformed"],
+                facts=_facts(record),
+                malformed=None if record["broken"] else record["malformed"],
             )
         )
     config = job.config
@@ -273,6 +271,17 @@ def _write_page(
     notes = [_WITHOUT_ATTRIBUTION] if config.reads_effects and not config.reads_paths else []
     assert job.html is not None
     write_report(job.html, title="cepo score", summary=summary, notes=notes, heat_maps={"Rollouts": maps})
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the page shows of a row in a word each."""
+    if record["broken"]:
+        return {"not scored": record["malformed"]}
+    return {
+        "reward": digits(record["reward"]),
+        **{f"S {name}": digits(value) for name, value in record["S"].items()},
+        **({} if record["order_leak"] is None else {"order leak": f"{digits(record['order_leak'])} nats"}),
+    }
 
 
 def _attribution(link: Mapping[str, Any]) -> Attribution:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow
 
-from cepo.eval.score.rows import Line, allows_ties, line_of
+from cepo.eval.score.rows import Line, line_of
 from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_engine, open_reader, score_lines
 from cepo.files import json_line
 from cepo.fusion.score import Pools
@@ -106,9 +106,8 @@ class CepoScorer:
             raise ValueError(f'batch is a {type(batch).__name__}; expected map_batches(..., batch_format="pyarrow")')
         rows = batch.to_pylist()
         numbers = [row.get("row") for row in rows]
-        ties = allows_ties(self.scoring.layout)
         places = ["row without a number" if number is None else f"row {number}" for number in numbers]
-        lines = [line_of(row, place, ties=ties) for place, row in zip(places, rows, strict=True)]
+        lines = [line_of(row, place, layout=self.scoring.layout) for place, row in zip(places, rows, strict=True)]
         return batch.append_column("record", self._records(numbers, lines))
 
     def _records(self, numbers: list[int | None], lines: list[Line]) -> pyarrow.Array:

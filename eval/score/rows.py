@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
-from cepo.files import BrokenLine, Row, content_hash
+from cepo.files import BrokenLine, Row, content_hash, counted
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
@@ -79,12 +79,12 @@ class Line:
         return self.row is not None and "prompt" in self.row
 
 
-def read_input(path: Path, *, ties: bool | None = None) -> tuple[list[Line], list[BrokenLine]]:
+def read_input(path: Path, *, layout: Layout | None = None) -> tuple[list[Line], list[BrokenLine]]:
     """Return the rows of the input in order, and (number, reason) of each that cannot be used.
 
     Args:
         path: a file of rows.
-        ties: see `read_row`.
+        layout: see `read_row`.
 
     Raises:
         ValueError: for a file that cannot be read, is empty, or has no row with the columns of a form.
@@ -103,7 +103,7 @@ def read_input(path: Path, *, ties: bool | None = None) -> tuple[list[Line], lis
                 without[len(lines)] = row
             else:
                 forms[form] += 1
-        lines.append(line_of(row, source.place(number), ties=ties))
+        lines.append(line_of(row, source.place(number), layout=layout))
         numbers.append(number)
     for place, row in without.items() if forms else ():
         ((usual, _),) = forms.most_common(1)
@@ -121,20 +121,20 @@ def read_input(path: Path, *, ties: bool | None = None) -> tuple[list[Line], lis
     return lines, broken
 
 
-def read_lines(path: Path, *, ties: bool | None = None) -> list[Line]:
+def read_lines(path: Path, *, layout: Layout | None = None) -> list[Line]:
     """Return the rows of a file as `read_input` does, with a warning that counts those that cannot be used."""
-    lines, broken = read_input(path, ties=ties)
+    lines, broken = read_input(path, layout=layout)
     if broken:
-        logger.warning("%s: %d row(s) cannot be used; the first: %s", path, len(broken), broken[0][1])
+        logger.warning("%s: %s cannot be used; the first: %s", path, counted(len(broken), "row"), broken[0][1])
     return lines
 
 
-def line_of(found: Row | str, place: str, *, ties: bool | None = None) -> Line:
+def line_of(found: Row | str, place: str, *, layout: Layout | None = None) -> Line:
     """Return the line of a row, or of the reason why it could not be parsed, at `place` in the input."""
     if isinstance(found, str):
         return Line(place, broken=f"{place} is broken: {found}")
     try:
-        return Line(place, read_id(found), read_row(found, ties=ties), _task_reward(found))
+        return Line(place, read_id(found), read_row(found, layout=layout), _task_reward(found))
     except ValueError as reason:
         return Line(place, read_id(found), broken=f"{place}: {reason}")
 
@@ -164,7 +164,7 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
         ValueError: with the reason why the row cannot be used: its columns, a chat template that refuses its messages,
             or a prompt that is already rendered and is not raw.
     """
-    tokenizer, messages, row = reader.tokenizer, None, read_row(row, ties=allows_ties(reader.layout))
+    tokenizer, messages, row = reader.tokenizer, None, read_row(row, layout=reader.layout)
     if "prompt_ids" in row:
         prompt_ids, completion_ids = row["prompt_ids"], row["completion_ids"]
     else:
@@ -191,12 +191,7 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
     return reader.read(prompt_ids, completion_ids, messages)
 
 
-def allows_ties(layout: Layout) -> bool:
-    """Return whether the prompts of a layout's judgements allow equal scores."""
-    return isinstance(layout, JudgeLayout) and layout.ties
-
-
-def read_row(row: Row, *, ties: bool | None = None) -> Row:
+def read_row(row: Row, *, layout: Layout | None = None) -> Row:
     """Return the columns of a row that are scored: `prompt_ids` and `completion_ids`, or `prompt` and `completion`.
 
     `prompt` is text or messages and `completion` is text. Of a completion given as messages, the assistant's last is
@@ -205,7 +200,8 @@ def read_row(row: Row, *, ties: bool | None = None) -> Row:
 
     Args:
         row: a row of the input.
-        ties: whether the prompt of a judged pair allowed equal scores, see `read_tie`.
+        layout: format of the completions, which says whether the prompt of a judged pair allowed equal scores; None for
+            a judge's, where the caller has no option for ties.
 
     Raises:
         ValueError: with the reason why the row cannot be used.
@@ -220,7 +216,9 @@ def read_row(row: Row, *, ties: bool | None = None) -> Row:
                 raise ValueError(f"column {column!r} holds {str(row[column])[:40]!r}; expected a list of integers")
         return {column: row[column] for column in form}
     if "judge_output" in form:
-        judged, judgement = read_judgement(row, ties=ties)
+        if layout is not None and not isinstance(layout, JudgeLayout):
+            raise ValueError(f"holds {form_of(row)}, which only --kind judge scores")
+        judged, judgement = read_judgement(row, ties=None if layout is None else layout.ties)
         return {"prompt": judged, "completion": judgement}
     if "completion" not in form:
         before, completion = read_answer(row, "messages", whole=True)

@@ -12,8 +12,8 @@ from typing import Any
 from cepo.counterfactual.exchange import exchanged_prompts
 from cepo.eval.score.criteria import criteria_of
 from cepo.eval.score.matrices import save_matrices
-from cepo.eval.score.rows import Line, allows_ties, read_lines, rollout_of
-from cepo.files import content_hash
+from cepo.eval.score.rows import Line, read_lines, rollout_of
+from cepo.files import content_hash, counted
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import LinkScore
 from cepo.fusion.score import Pools, RolloutScore, RolloutScorer, pools_of
@@ -86,28 +86,35 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
         The candidates; None if the score uses no donors.
 
     Raises:
-        ValueError: if `no_donor` is "zero" and no span can have a donor: the lines' well-formed rollouts are all of one
-            prompt, or the donors file has no well-formed rollout.
+        ValueError: if `no_donor` is "zero" and no span can have a donor: the donors file has no well-formed rollout, or
+            it and the lines have well-formed rollouts of one prompt alone.
     """
     if not scoring.config.reads_effects:
         return None
-    offered = lines if scoring.donors is None else read_lines(scoring.donors, ties=allows_ties(scoring.layout))
+    offered = lines if scoring.donors is None else read_lines(scoring.donors, layout=scoring.layout)
     rollouts = [rollout_of(line, reader, raw=scoring.raw) for line in offered]
-    pools = pools_of(rollouts, scoring.config.parsed_links(scoring.layout))
+    links = scoring.config.parsed_links(scoring.layout)
+    pools = pools_of(rollouts, links)
     wrong = Counter(one.malformed for one in rollouts if one.malformed)
     if scoring.donors is None and wrong.total() == len(rollouts):
         return pools  # there is no span that could need a donor: all rows are scored 0
-    prompts = {candidate.prompt for pool in pools.values() for candidate in pool}
-    if scoring.config.no_donor == "zero" and len(prompts) < (2 if scoring.donors is None else 1):
+    prompts = served = _prompts_of(pools)
+    if scoring.donors is not None:
+        served = _prompts_of(pools_of((rollout_of(line, reader, raw=scoring.raw) for line in lines), links))
+    if scoring.config.no_donor == "zero" and (not prompts or (served and len(prompts | served) < 2)):
         where = "input" if scoring.donors is None else "the donors file"
         reasons = "; ".join(f"{reason} ({count}x)" for reason, count in wrong.most_common(3))
         cause = f"{wrong.total()} of {len(rollouts)} rows are malformed: {reasons}. It " if wrong else "It "
         raise ValueError(
             f"{where} {str(scoring.donors or origin)!r} has no donors. {cause}holds well-formed rollouts of "
-            f"{len(prompts)} prompt(s), and a donor is the content of another prompt's rollout; name a file of "
-            "rollouts with --donors, or compare with permuted tokens: --no-donor permute"
+            f"{counted(len(prompts), 'prompt')}, and a donor is the content of another prompt's rollout; name a "
+            "file of other prompts' rollouts with --donors, or compare with permuted tokens: --no-donor permute"
         )
     return pools
+
+
+def _prompts_of(pools: Pools) -> set[str]:
+    return {candidate.prompt for pool in pools.values() for candidate in pool}
 
 
 def batches_of(lines: Mapping[int, Line], size: int) -> list[list[int]]:
@@ -153,7 +160,7 @@ def score_lines(
         rows: row number of each line in the input, from 0; None if it has no number.
         matrices: folder to write the matrices to, or None.
     """
-    rollouts = [rollout_of(line, reader, raw=scoring.raw) for line in lines]
+    rollouts = [_taken(line, rollout_of(line, reader, raw=scoring.raw), engine) for line in lines]
     left, at_once = list(range(len(lines))), len(lines)
     while left:
         part = left[:at_once]
@@ -173,6 +180,17 @@ def score_lines(
         at_once = (len(part) + 1) // 2
         logger.warning("out of memory with %d rows together; continuing with %d", len(part), at_once)
         release_memory()
+
+
+def _taken(line: Line, rollout: Rollout, engine: Engine | None) -> Rollout:
+    """Return the rollout; one without tokens, as of a line that cannot be used, if the model cannot take its prompt.
+
+    No completion could have been scored then. Where only the completion is too much, it is malformed.
+    """
+    problem = None if engine is None else engine.refusal(Rollout(rollout.prompt_ids, ()))
+    if problem is None:
+        return rollout
+    return Rollout((), (), malformed=f"{line.place}: the model cannot take its prompt: {problem}")
 
 
 def _scores(
@@ -198,12 +216,13 @@ def _scores(
 def _record(row: int | None, line: Line, rollout: Rollout, score: RolloutScore, reader: SpanReader) -> dict[str, Any]:
     texts = reader.texts(rollout.token_ids) if score.links else []
     links = {name: _link_record(link, score, rollout, texts) for name, link in score.links.items()}
+    broken = not rollout.token_ids
     return {
         "row": row,
         "id": line.name,
-        "reward": score.reward,
+        "reward": None if broken else score.reward,
         "malformed": score.malformed,
-        "broken": not rollout.token_ids,
+        "broken": broken,
         "task_reward": line.task_reward,
         "found_by": rollout.found_by if score.malformed is None else None,
         "prompt_found_by": rollout.prompt_found_by if score.malformed is None else None,

@@ -363,7 +363,7 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
         "\\boxed{" + "9" * 10_000 + ", 1}",
     ]
     rows: list[Any] = [{"prompt": item.prompt, "completion": text} for text in wild]
-    rows.append({"prompt_ids": [10**6], "completion_ids": [1, 2]})
+    rows.append({"prompt_ids": [10], "completion_ids": [1, 10**6]})
     out, page = tmp_path / "out.jsonl", tmp_path / "o.html"
     source = write_jsonl(tmp_path / "in", rows)
     code, _ = cepo("--model", judge, "--input", source, "--output", out, *ALONE, "--html", page)
@@ -374,6 +374,59 @@ def test_malformed_rows_are_scored_zero_with_their_reason(judge: Path, tmp_path:
     assert [record["id"] for record in records] == [f"line {number}" for number in range(1, len(rows) + 1)]
     assert "<script>alert" not in page.read_text()
     assert "<summary><bdi>line 2</bdi>" in page.read_text()
+
+
+def test_a_prompt_that_the_model_cannot_take_is_not_scored_and_no_fault_of_its_completion(
+    judge: Path, tmp_path: Path, cepo: Cepo
+) -> None:
+    """A reward of 0 would blame the completion, and lower the mean; one that alone is too long has itself to blame."""
+    long = [5] * 10_000
+    rows = [
+        *gold_rows()[:2],
+        {"prompt": ITEMS[2].prompt + " lucid" * 10_000, "completion": ITEMS[2].completion},
+        {"prompt_ids": [10**6], "completion_ids": [1, 2]},
+        {"prompt_ids": [5], "completion_ids": long},
+    ]
+    source, out, page = write_jsonl(tmp_path / "in", rows), tmp_path / "out.jsonl", tmp_path / "o.html"
+    code, message = cepo("--model", judge, "--input", source, "--output", out, "--html", page)
+    assert code == 2
+    assert "has 2 rows that could not be used: line 3: the model cannot take its prompt: too long: 10" in message
+    assert "line 4: the model cannot take its prompt: token id 1000000 is outside" in message
+    records = read_jsonl(out)
+    assert [record["broken"] for record in records] == [False, False, True, True, False]
+    assert [record["reward"] is None for record in records] == [False, False, True, True, False]
+    assert records[4]["malformed"].startswith("too long: 10001 tokens")
+    assert "not scored" in page.read_text()
+    job = score_module.ScoreJob(model=str(judge), input=source, output=out)  # resumes: the same summary
+    done = score_module.score_file(job)
+    assert (done.malformed, len(done.broken)) == (1, 2)
+    wanted = sum(records[row]["reward"] for row in (0, 1, 4)) / 3
+    assert done.means["reward (all completions)"] == pytest.approx(wanted)
+
+
+def test_donors_of_the_only_prompt_are_refused_as_the_rows_themselves_are(
+    judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them can serve: every S would be 0, against nothing."""
+    monkeypatch.setattr(scorer_module, "load_weights", lambda *_, **__: pytest.fail("a model was loaded first"))
+    one, out = write_jsonl(tmp_path / "one", gold_rows()[:1]), tmp_path / "out"
+    code, message = cepo("--model", judge, "--input", one, "--donors", one, "--output", out)
+    assert code == 2
+    assert "the donors file" in message
+    assert "of 1 prompt, and a donor is the content of another prompt's rollout" in message
+
+
+def test_judged_pairs_are_refused_as_reasoning(
+    judge: Path, tmp_path: Path, cepo: Cepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge's instructions would count as the words of the prompt."""
+    monkeypatch.setattr(scorer_module, "load_weights", lambda *_, **__: pytest.fail("a model was loaded first"))
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "judge_output": ITEMS[0].completion}
+    source, out = write_jsonl(tmp_path / "in", [pair]), tmp_path / "out"
+    code, message = cepo("--model", judge, "--input", source, "--output", out, "--kind", "reasoning")
+    assert code == 2
+    assert "line 1: holds a judged pair (prompt, chosen, rejected, judge_output), which only --kind judge" in message
+    assert not list(tmp_path.glob("out*"))  # so that the right --kind may follow
 
 
 def test_where_no_row_is_well_formed_all_are_scored_zero_and_the_reasons_shown(
@@ -402,7 +455,7 @@ def test_rows_of_one_prompt_are_told_why_before_weights_are_loaded(
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     code, message = cepo("--model", judge, "--input", source, "--output", tmp_path / "out.jsonl")
     assert code == 2
-    assert message.index("1 of 2 rows are malformed") < message.index("of 1 prompt(s)")
+    assert message.index("1 of 2 rows are malformed") < message.index("of 1 prompt,")
 
 
 def test_matrices_that_nothing_computes_are_not_asked_for(judge: Path, tmp_path: Path, cepo: Cepo) -> None:

@@ -12,7 +12,7 @@ from cepo.eval.score.rows import line_of, read_input, read_lines, read_rollout, 
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import testbed
-from cepo.train.prompts import TIES_JUDGE, judge_prompt
+from cepo.train.prompts import JUDGE, TIES_JUDGE, judge_prompt
 from tests.byte_tokenizer import byte_tokenizer
 
 ASKED, JUDGED = "Which is better?", "the judgement"
@@ -144,7 +144,7 @@ def test_rows_of_other_inputs_that_cannot_be_used_are_counted(tmp_path: Path, ca
     path = tmp_path / "donors.jsonl"
     path.write_text(json.dumps(TEXT) + '\n{"prompt": "cut\n')
     assert [line.broken is None for line in read_lines(path)] == [True, False]
-    assert "1 row(s) cannot be used; the first: line 2 is broken" in caplog.text
+    assert "1 row cannot be used; the first: line 2 is broken" in caplog.text
 
 
 def test_a_rendered_prompt_is_taken_raw_and_never_rendered_twice() -> None:
@@ -186,12 +186,12 @@ def test_words_about_a_template_are_not_a_rendered_prompt() -> None:
 def test_a_judged_tie_is_read_with_the_prompt_that_allowed_it(tie: dict[str, Any]) -> None:
     """Its judge was told of equal scores; where ties are not asked for, the reason names the way to ask, if any."""
     pair = {"prompt": ASKED, "chosen": "a", "rejected": "b", "judge_output": JUDGED}
-    for asked, way_out in ((False, "pass --ties to include ties"), (None, "only preferences are read here")):
+    for asked, way_out in ((JUDGE, "pass --ties to include ties"), (None, "only preferences are read here")):
         with pytest.raises(ValueError, match=f"^is a tie; {way_out}$"):
-            read_row({**pair, **tie}, ties=asked)
+            read_row({**pair, **tie}, layout=asked)
     wanted = judge_prompt(ASKED, "a", "b", ties=True)
-    assert read_row({**pair, **tie}, ties=True) == {"prompt": wanted, "completion": JUDGED}
-    assert read_row({**pair, "label": "A"}, ties=True)["prompt"] == wanted
+    assert read_row({**pair, **tie}, layout=TIES_JUDGE) == {"prompt": wanted, "completion": JUDGED}
+    assert read_row({**pair, "label": "A"}, layout=TIES_JUDGE)["prompt"] == wanted
     tokenizer = byte_tokenizer()
     rendered = tokenizer.apply_chat_template(wanted, add_generation_prompt=True, return_dict=True)
     read = read_rollout({**pair, **tie}, SpanReader(tokenizer, TIES_JUDGE))
