@@ -119,7 +119,7 @@ def run_ablation(job: AblateJob, *, progress: Callable[[int, int], None] | None 
         raise ValueError(f"input {str(job.input)!r} has no rollout that can be scored; the first is malformed: {first}")
     rows = summarise_sweep(read_values(folders, sweep), sweep)
     write_jsonl(job.output / "summary.jsonl", rows)
-    draw_figures(job.output, rows)
+    draw_figures(job.output, rows, sweep.asked)
     resumed = len(groups) - len(pending)
     return AblateSummary(job.output, len(lines) - len(malformed), len(groups), resumed, malformed, tuple(rows))
 

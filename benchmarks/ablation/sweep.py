@@ -51,6 +51,7 @@ class Sweep:
 
     Attributes:
         hardenings: sorted by `Hardening.order`; the paper's is always among them.
+        asked: those that the user named, which the plots show.
         links: names of the links.
         scores: named scores.
         link_sets: sets of links to fuse; the first is all links.
@@ -58,6 +59,7 @@ class Sweep:
     """
 
     hardenings: tuple[Hardening, ...]
+    asked: tuple[Hardening, ...]
     links: tuple[str, ...]
     scores: tuple[Score, ...]
     link_sets: tuple[LinkSet, ...]
@@ -122,7 +124,8 @@ def plan_sweep(
     if len(links) > 2:  # with two links, all but one is the other alone
         sets += [LinkSet(f"without {name}", tuple(other for other in links if other != name)) for name in links]
     ordered = sorted({*hardenings, PAPER_HARDENING}, key=lambda hardening: hardening.order)
-    return Sweep(tuple(ordered), links, tuple(scores), tuple(sets), tuple(powers))
+    asked = tuple(hardening for hardening in ordered if hardening in hardenings)
+    return Sweep(tuple(ordered), asked, links, tuple(scores), tuple(sets), tuple(powers))
 
 
 def rank_label(row: Mapping[str, Any]) -> str:
