@@ -31,6 +31,7 @@ from cepo.jacobian.group.cost import CostModel, measured_cost
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.schedule import Plan
 from cepo.jacobian.group.swaps import Swaps
+from cepo.jacobian.passes import passes_of
 from cepo.jacobian.protocol import Engine, Request
 
 PEERS = ("reference", "padded", "functional", "captum", "inseq")
@@ -302,7 +303,9 @@ def counts_of(plan: Plan) -> Counts:
 
 def _group_case(subject: Subject, name: str, links: Mapping[str, float], **options: Any) -> Case:
     def count(workload: Workload) -> Counts:
-        return counts_of(subject.engine.plan(jacobian_requests(workload, links, **options)))
+        requests = jacobian_requests(workload, links, **options)
+        vjps = sum(len(request.group.rollouts) * len(passes_of(request.links)) for request in requests)
+        return replace(counts_of(subject.engine.plan(requests)), vjps=vjps)
 
     return Case(
         name,

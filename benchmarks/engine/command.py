@@ -264,6 +264,8 @@ def _measured(
         "head_rows": counts.head,
         "rows_per_s": counts.rows / seconds,
         "rollouts_per_s": len(workload.rollouts) / seconds,
+        "vjps": counts.vjps,
+        "vjps_per_s": None if counts.vjps is None else counts.vjps / seconds,
         "flops": counts.flops,
         "matmul_fraction": counts.flops / seconds / rate,
     }, found

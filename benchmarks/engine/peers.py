@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -76,6 +76,8 @@ class Counts:
         head: rows through the head.
         flops: operations of the matrix products.
         peak_bytes: estimated peak memory; None without an estimate.
+        vjps: vector-Jacobian products that its Jacobians need: one per rollout or counterfactual and target function
+            (a blocked one counts apart), whatever a schedule runs beside them; None where it has no Jacobians.
     """
 
     forward: int
@@ -83,6 +85,7 @@ class Counts:
     head: int
     flops: float
     peak_bytes: float | None = None
+    vjps: int | None = None
 
     @property
     def rows(self) -> int:
@@ -213,13 +216,15 @@ def count_rows(
         whole_head: whether all positions go through the head, not only those that predict a target.
         always_both: whether both scores are differentiated whatever the link.
     """
+    versions = workload.versions(links)
     passes = [
         (rollout, targets, len(targets))
-        for version in workload.versions(links)
+        for version in versions
         for targets in [BOTH if always_both else version.targets]
         for rollout in version.rollouts
     ]
-    return count_passes(cost, passes, whole_head=whole_head)
+    vjps = sum(len(version.rollouts) * len(version.targets) for version in versions)
+    return replace(count_passes(cost, passes, whole_head=whole_head), vjps=vjps)
 
 
 def count_passes(

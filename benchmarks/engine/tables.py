@@ -11,9 +11,9 @@ from rich.console import Console
 from cepo.eval.report.tables import ConsoleTable
 
 RATIOS = ("speedup", "speedup_by_rows", "speedup_by_flops")
-_MEASURES = ("case", "error", "seconds", "rollouts/s", "token rows/s", "peak MiB", "TFLOP", "of matmul")
+_MEASURES = ("case", "error", "seconds", "rollouts/s", "VJPs/s", "token rows/s", "peak MiB", "TFLOP", "of matmul")
 _COLUMNS = (*_MEASURES, "× reference", "by rows", "by FLOPs")
-_MAIN = ("case", "error", "seconds", "rollouts/s", "peak MiB", "× reference")
+_MAIN = ("case", "error", "seconds", "rollouts/s", "VJPs/s", "peak MiB", "× reference")
 _WIDTH = 200  # of bench.txt
 Row = Mapping[str, Any]
 
@@ -77,6 +77,7 @@ def _cells(row: Row) -> dict[str, str]:
         error,
         f"{row['seconds']:.3g}",
         f"{row['rollouts_per_s']:.3g}",
+        "" if row.get("vjps_per_s") is None else f"{row['vjps_per_s']:.3g}",  # older rows have none
         f"{row['rows_per_s']:,.0f}",
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
         f"{row['flops'] / 1e12:.3g}",

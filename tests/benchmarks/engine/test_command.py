@@ -71,6 +71,9 @@ def test_tiny_runs_end_to_end_and_everybody_agrees(tmp_path: Path) -> None:
             continue
         assert row["status"] == "ok", row
         assert all(row[name] > 0 for name in MEASURED)
+        has_jacobians = row["section"] not in ("effects", "loss")
+        assert (row["vjps"] is not None) == has_jacobians
+        assert not has_jacobians or row["vjps_per_s"] == pytest.approx(row["vjps"] / row["seconds"])
         by_values = "effect" in row["case"] and "schedule" not in row["case"]
         assert (row["backward_rows"] > 0) == (not by_values)
         assert row["error"] is None or row["error"] <= row["tolerance"]
@@ -93,7 +96,7 @@ def test_tiny_runs_end_to_end_and_everybody_agrees(tmp_path: Path) -> None:
     assert len(tables) == 5
     assert sum(len(table.rows) for table in tables) == len(compared) + len(static)
     assert "token rows/s" in text  # all columns are in the file, the main ones on the console
-    assert tables[0].header == ("case", "error", "seconds", "rollouts/s", "peak MiB", "× reference")
+    assert tables[0].header == ("case", "error", "seconds", "rollouts/s", "VJPs/s", "peak MiB", "× reference")
     assert told
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -279,6 +282,18 @@ def test_rows_of_the_reference_schedule() -> None:
     tokens = 8 * 9 * 329
     assert (counts.forward, counts.backward, counts.head) == (tokens, 2 * tokens, tokens)
     assert counts.rows == 3 * tokens
+    assert counts.vjps == 8 * (2 + 4 * 2 + 4), "permutations of the rationale need the answer's score alone"
+
+
+def test_vjps_do_not_depend_on_the_schedule() -> None:
+    """One per rollout and target as sampled, and per permutation; the direct Z->Y needs one that X->Y does not."""
+    workload = random_workload(128, Shapes(3, 24, 8, 3, 2), 0)
+    subject = new_subject("tiny", SIZES["tiny"].models["tiny"], torch.float32, torch.device("cpu"), workload, 0)
+    found = {case.name: case.count(workload).vjps for case in contenders(subject, ("padded",))}
+    assert found["group: X->Y"] == found["padded autograd: X->Y"] == 3 * (1 + 2)
+    assert found["padded autograd"] == 3 * (2 + 2 * 2 + 2)
+    assert found["group: all links, exact"] == 3 * (3 + 2 * 2 + 2)
+    assert found["group: all links, base only"] == 3 * 3
 
 
 def test_peers_and_the_engine_are_asked_for_the_same_permutations() -> None:
