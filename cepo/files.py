@@ -169,7 +169,12 @@ def counted(count: int, noun: str) -> str:
 # Resuming
 
 
-def resume_jsonl(path: Path, key: Callable[[Row], Any] = lambda record: record["key"]) -> dict[Any, Row]:
+def resume_jsonl(
+    path: Path,
+    key: Callable[[Row], Any] = lambda record: record["key"],
+    *,
+    belongs: Callable[[Row], bool] = lambda record: True,
+) -> dict[Any, Row]:
     """Return the records that an earlier run appended, by key.
 
     The file is rewritten without truncated lines, failures (records with an `error`) and duplicates.
@@ -177,10 +182,21 @@ def resume_jsonl(path: Path, key: Callable[[Row], Any] = lambda record: record["
     Args:
         path: a file that `append_jsonl` wrote; it may be missing.
         key: record -> key; the last record with a key is kept.
+        belongs: record -> whether this run asks for it too.
+
+    Raises:
+        ValueError: for records that do not belong; the file stays as it is.
     """
     if not path.is_file():
         return {}
     kept = {key(record): record for _, record in read_jsonl(path)[0] if not record.get("error")}
+    foreign = sum(not belongs(record) for record in kept.values())
+    if foreign:
+        raise ValueError(
+            f"output {path.parent} began with other data: {foreign} of the {len(kept)} records in {path.name} are not "
+            "of the rows that are asked for now; name another output, or repeat what it began with, to which rows may "
+            "be added"
+        )
     write_jsonl(path, kept.values())
     return kept
 

@@ -172,7 +172,9 @@ def _pick_by_judge(
     open_: Callable[[JudgeSettings], Judge],
 ) -> tuple[dict[str, dict[int, list[float]]], list[Record]]:
     """Return how often each way's pick is right, and the records of all matches."""
-    settings = {"command": _COMMAND, **decisive_settings(judge)}
+    # Which matches are played follows from the largest N and the draws; earlier verdicts decide who meets.
+    settings = {"command": _COMMAND, **decisive_settings(judge), "n": max(job.sizes), "draws": job.draws}
+    asked = {question.text for question in questions}
     opened = functools.cache(functools.partial(open_, judge))
     records: list[Record] = []
     total = len(questions) * job.draws * (max(job.sizes) - 1)
@@ -186,7 +188,14 @@ def _pick_by_judge(
 
         tasks = [_task(questions[match.question], match) for match in matches]
         different = list({task.key: task for task in tasks}.values())
-        collected = collect_judgements(different, job.output, settings, opened, progress=show)
+        collected = collect_judgements(
+            different,
+            job.output,
+            settings,
+            opened,
+            belongs=lambda record: record["question"] in asked,
+            progress=show,
+        )
         records.extend(collected.records[task.key] for task in tasks)
         return [record["winner"] if record["winner"] in PLACES else None for record in records[before:]]
 

@@ -73,7 +73,7 @@ class JudgeFlips:
 def measure_flips(job: FlipsJob, *, progress: Progress | None = None) -> dict[str, JudgeFlips]:
     """Judge items greedily at each agreement of the cue, with each judge; write judgements, summary and page.
 
-    Every agreement has items of its own. A killed run is resumed, but a judge whose weights have changed starts anew.
+    Every agreement has items of its own. A killed run is resumed, and judges may be added.
 
     Args:
         job: what to measure.
@@ -83,13 +83,15 @@ def measure_flips(job: FlipsJob, *, progress: Progress | None = None) -> dict[st
         The accuracies, by judge.
 
     Raises:
-        ValueError: for a judge that is neither known nor a folder of a testbed policy, or a number out of range.
+        ValueError: for a judge that is neither known nor a folder of a testbed policy, a number out of range, or an
+            output with judgements of other judges, weights or items.
     """
     _check(job)
     started = time.perf_counter()
     found = {}
-    for judge in job.judges:
-        items, tasks = _draw_tasks(judge, job)
+    drawn = {judge: _draw_tasks(judge, job) for judge in job.judges}
+    keys = {task.key for _, tasks in drawn.values() for task in tasks}
+    for judge, (items, tasks) in drawn.items():
 
         def show(done: int, total: int, speed: str, judge: str = judge) -> None:
             if progress is not None:
@@ -100,6 +102,7 @@ def measure_flips(job: FlipsJob, *, progress: Progress | None = None) -> dict[st
             job.output,
             {"command": "eval cue-flips"},
             functools.partial(_open, judge, job, items),
+            belongs=lambda record: record["key"] in keys,
             progress=show,
         )
         found[judge] = _flips(items, [collected.records[task.key] for task in tasks])

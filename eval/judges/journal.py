@@ -73,13 +73,14 @@ def collect_judgements(
     settings: Mapping[str, Any],
     open_judge: Callable[[], Judge],
     *,
+    belongs: Callable[[Record], bool] | None = None,
     progress: Progress | None = None,
 ) -> Collected:
     """Judge every task without a judgement in the folder, and append each judgement as soon as it is made.
 
-    A judgement is kept only for the prompt that it answered: a task whose messages have changed is judged again, and so
-    is a task whose judgement failed. Judgements of other tasks, such as those of a run over more rows, stay. A warning
-    says how many judgements were cut off before their verdict.
+    A task whose judgement failed is judged again. Tasks may be added to a folder, in any order, but every judgement in
+    it must answer one of them, so that the file holds what the summary counts. A warning says how many judgements were
+    cut off before their verdict.
 
     Args:
         tasks: what to judge.
@@ -88,17 +89,24 @@ def collect_judgements(
             null), tokens, token_ids, cut, forced, seconds and error; for a reward, see `cepo.eval.judges.reward`.
         settings: everything else that determines a judgement, see `cepo.files.claim`.
         open_judge: opens the judge; called once, and only if something is left to judge.
+        belongs: whether a record in the folder is of this run, whose tasks come in several calls; by default, whether
+            it answers one of `tasks`.
         progress: called after each judgement.
 
     Raises:
-        ValueError: for a folder with results of other settings or of another program, or tasks that share a key.
+        ValueError: for a folder with results of other settings, other data or another program, or tasks that share a
+            key.
     """
     if len({task.key for task in tasks}) < len(tasks):
         raise ValueError("tasks share a key; expected a different key for each")
     claim(output / "settings.json", settings, results=[output / name for name in _RESULTS])
     path = output / "judgements.jsonl"
-    kept = resume_jsonl(path, lambda record: (record.get("key"), record.get("prompt")))
     prompts = {task.key: content_hash(task.messages) for task in tasks}
+    kept = resume_jsonl(
+        path,
+        lambda record: (record.get("key"), record.get("prompt")),
+        belongs=belongs or (lambda record: prompts.get(record["key"]) == record["prompt"]),
+    )
     facts = {task.key: task.facts for task in tasks}  # they may have changed, such as the line of a row without an id
     records = {key: {**kept[key, prompt], **facts[key]} for key, prompt in prompts.items() if (key, prompt) in kept}
     pending = [task for task in tasks if task.key not in records]

@@ -123,7 +123,7 @@ def run_sensitivity(job: SensitivityJob, *, progress: Progress | None = None) ->
         progress: called with (edits done, edits in total).
 
     Raises:
-        ValueError: for data or a model that cannot be used, or an output with other settings.
+        ValueError: for data or a model that cannot be used, or an output with other settings or data.
     """
     settings = job.model
     settings.require_rewards("sensitivity")
@@ -131,7 +131,8 @@ def run_sensitivity(job: SensitivityJob, *, progress: Progress | None = None) ->
     rows_file, summary_file, page = (job.output / name for name in (ROWS, "summary.jsonl", "report.html"))
     decisive = {"command": "eval sensitivity", **settings.decisive()}
     claim(job.output / SETTINGS, decisive, results=[rows_file, summary_file, page])
-    known = resume_jsonl(rows_file)
+    keys = {edit.key for edit in edits}
+    known = resume_jsonl(rows_file, belongs=lambda row: row["key"] in keys)
     pending = [edit for edit in edits if edit.key not in known]
     if pending:
         model = settings.open()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,10 @@ def test_best_of_n_the_whole_way(tmp_path: Path) -> None:
     again = FakeJudge(prefers_word("bad"))
     assert measure_best_of(best_of_job(tmp_path, draws=2), open_=again.open).lines == found.lines
     assert again.prompts == []
+    with pytest.raises(ValueError, match="n was 4 and is 2"):
+        measure_best_of(replace(best_of_job(tmp_path, draws=2), sizes=(1, 2)), open_=again.open)
+    with pytest.raises(ValueError, match="records in judgements.jsonl are not of the rows"):
+        measure_best_of(best_of_job(tmp_path, draws=2, limit=2), open_=again.open)
 
 
 def test_failed_matches_leave_the_champion_and_are_counted(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Protects `cepo eval cue-flips`: accuracies of a judge by length, resumption, policies from folders."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from cepo.train import testbed, testbed_model
 from tests.eval.judges.fake_judge import run_cepo, verdict
 
 
-def follows_length(*_: Any, shorter: bool = False) -> Any:
+def follows_length(*_: Any) -> Any:
     class Judge:
         def judge(self, prompts: Sequence[Messages]) -> Iterator[tuple[int, Judgement]]:
             for place, messages in enumerate(prompts):
                 _, first, second = (len(line.split()) for line in messages[0]["content"].split("\n"))
-                yield place, Judgement(verdict(second, first) if shorter else verdict(first, second))
+                yield place, Judgement(verdict(first, second))
 
     return Judge()
 
@@ -48,16 +49,18 @@ def test_a_folder_of_a_testbed_policy_is_a_judge(tmp_path: Path) -> None:
     assert (flips.judgements, flips.unreadable, flips.drop.value) == (20, 20, 0.0)
 
 
-def test_a_policy_that_was_trained_again_is_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_that_was_trained_again_needs_another_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder has the same name; the judgements of the old weights are not those of the new ones."""
     tokenizer, judge = testbed.build_tokenizer(), str(tmp_path / "policy")
     tokenizer.save_pretrained(judge)
-    accuracies = []
-    for seed, answer in enumerate((follows_length(), follows_length(shorter=True))):
-        testbed_model.build_model(tokenizer, seed=seed).save_pretrained(judge)
-        monkeypatch.setattr(cue_flips, "_open", lambda *_, answer=answer: answer)
-        accuracies.append(measure_flips(FlipsJob((judge,), tmp_path / "out", items=10))[judge].with_cue.value)
-    assert accuracies == [1.0, 0.0]
+    monkeypatch.setattr(cue_flips, "_open", follows_length)
+    testbed_model.build_model(tokenizer, seed=0).save_pretrained(judge)
+    wanted = FlipsJob((judge,), tmp_path / "out", items=10)
+    measure_flips(wanted)
+    assert len(measure_flips(replace(wanted, judges=(judge, "lazy")))) == 2  # another judge may join
+    testbed_model.build_model(tokenizer, seed=1).save_pretrained(judge)
+    with pytest.raises(ValueError, match="50 of the 100 records in judgements.jsonl are not of the rows"):
+        measure_flips(replace(wanted, judges=(judge, "lazy")))
 
 
 def test_the_command_shows_one_column_per_judge(

@@ -468,15 +468,25 @@ def test_a_killed_run_goes_on_without_losing_or_doubling_a_row(tmp_path: Path) -
     assert [list(found.records[f"k{number}"]["scores"]) for number in range(4)] == [[number, 0] for number in range(4)]
 
 
-def test_a_doubled_line_counts_once_and_rows_of_a_greater_run_stay(tmp_path: Path) -> None:
+def test_a_doubled_line_counts_once_and_more_rows_may_come(tmp_path: Path) -> None:
+    path = tmp_path / "judgements.jsonl"
+    ask(path, Plain(), count=2)
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    more = Plain()
+    found = ask(path, more)
+    assert more.asked == ["2", "3"]
+    assert found.resumed == 2
+    assert [record["key"] for record in read_jsonl(path)] == ["k0", "k1", "k2", "k3"]
+
+
+def test_judgements_of_rows_that_are_gone_are_refused_and_kept(tmp_path: Path) -> None:
+    """Else the summary would cover fewer judgements than the file holds."""
     path = tmp_path / "judgements.jsonl"
     ask(path, Plain())
-    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
-    untouched = Plain()
-    found = ask(path, untouched, count=2)
-    assert untouched.asked == []
-    assert list(found.records) == ["k0", "k1"]
-    assert [record["key"] for record in read_jsonl(path)] == ["k0", "k1", "k2", "k3"]
+    before = path.read_text()
+    with pytest.raises(ValueError, match="2 of the 4 records in judgements.jsonl are not of the rows"):
+        ask(path, Plain(), count=2)
+    assert path.read_text() == before
 
 
 def test_what_failed_is_kept_with_its_reason_and_judged_anew(tmp_path: Path) -> None:
@@ -492,7 +502,7 @@ def test_what_failed_is_kept_with_its_reason_and_judged_anew(tmp_path: Path) -> 
 
 
 def test_nothing_is_loaded_where_nothing_is_left_to_judge(tmp_path: Path) -> None:
-    ask(tmp_path / "judgements.jsonl", Plain())
+    ask(tmp_path / "judgements.jsonl", Plain(), count=1)
     found = collect_judgements(
         [JudgeTask("k0", [{"role": "user", "content": "0"}])],
         tmp_path,
@@ -502,14 +512,11 @@ def test_nothing_is_loaded_where_nothing_is_left_to_judge(tmp_path: Path) -> Non
     assert (found.resumed, len(found.records)) == (1, 1)
 
 
-def test_a_prompt_that_has_changed_is_judged_again(tmp_path: Path) -> None:
-    ask(tmp_path / "judgements.jsonl", Plain())
-    again = Plain()
+def test_a_prompt_that_has_changed_is_refused(tmp_path: Path) -> None:
+    ask(tmp_path / "judgements.jsonl", Plain(), count=2)
     changed = [JudgeTask("k0", [{"role": "user", "content": "0"}]), JudgeTask("k1", [{"role": "user", "content": "7"}])]
-    found = collect_judgements(changed, tmp_path, SAID, lambda: again)
-    assert again.asked == ["7"]
-    assert found.records["k1"]["scores"] == (7.0, 0.0)
-    assert not collect_judgements(changed, tmp_path, SAID, lambda: pytest.fail("the judge was opened")).failed
+    with pytest.raises(ValueError, match="1 of the 2 records"):
+        collect_judgements(changed, tmp_path, SAID, lambda: pytest.fail("the judge was opened"))
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:

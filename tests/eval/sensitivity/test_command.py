@@ -179,6 +179,9 @@ def test_a_killed_run_goes_on_and_every_edit_is_counted(tmp_path: Path, monkeypa
     assert "gradient of the reward" in page
     assert "the exact effect is" in page
     assert "nats</strong>" not in page, "a reward has no nats"
+    write(tmp_path / "rows.jsonl", rows[1:])
+    with pytest.raises(ValueError, match="1 of the 2 records in rows.jsonl are not of the rows"):
+        run_sensitivity(job)
 
 
 def test_the_command_compares_on_the_testbed_and_refuses_a_pairwise_model(
