@@ -266,7 +266,8 @@ class _RunRecord(TrainerCallback):
             if not self._progress.console.is_terminal:  # without a terminal, the bar is shown only at the end
                 line = f"step {state.global_step} of {state.max_steps}: {shown}"
                 self._progress.console.print(line, highlight=False, soft_wrap=True)
-        if state.is_world_process_zero:
+        # The trainer's closing summary would be a second line of the last step; log.txt has it.
+        if state.is_world_process_zero and "train_runtime" not in (logs or {}):
             append_jsonl(self._output / METRICS, [{"step": state.global_step, **(logs or {})}])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -166,7 +166,7 @@ def test_killed_and_started_again_ends_with_the_same_weights(tmp_path: Path, mon
     trained, again = load_file(final / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert all(torch.equal(trained[name], again[name]) for name in trained)
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == [1, 2, 3]
+    assert steps == [1, 2, 3]
     left_out = [json.loads(line) for line in (output / "left_out.jsonl").read_text().splitlines()]
     assert all("the responses differ in what the prompt asks" in row["reason"] for row in left_out)
     with monkeypatch.context() as patched:
