@@ -5,7 +5,7 @@ Every decision about a row depends on its own content and the seed, never on its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,17 @@ class DataSplit:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the rows of both sides, in their order."""
         return content_hash(*([content_hash(row) for row in side] for side in (self.train, self.test)))
+
+    def preferences(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (query, chosen, rejected) of each judge's row that is not a tie; nothing for other data."""
+        for side in (self.train, self.test):
+            if "response_a" not in side.column_names:
+                continue
+            for query, a, b, label in zip(
+                *(side[name] for name in ("query", "response_a", "response_b", "label")), strict=True
+            ):
+                if label != TIE:
+                    yield (query, a, b) if label == "A" else (query, b, a)
 
 
 def load_preferences(

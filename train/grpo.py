@@ -27,6 +27,7 @@ from cepo.train.policy import load_data, load_policy, policy_fingerprint
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.ranks import failing_together
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
+from cepo.train.repeats import warn_of_repeats
 from cepo.train.run import lora_config, require_trl, train_to_end
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
 
 
 def load_train_data(config: TrainConfig, prompts: int, *, tells: bool = True) -> DataSplit:
-    """Return the rows of a run, with a warning for those that were skipped.
+    """Return the rows of a run, with warnings for those that were skipped and those that repeat or contradict others.
 
     Args:
         config: the run.
@@ -103,6 +104,8 @@ def load_train_data(config: TrainConfig, prompts: int, *, tells: bool = True) ->
         logger.warning(
             "%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown(data.skipped)
         )
+    if tells:
+        warn_of_repeats(data.preferences())
     return data
 
 

@@ -18,6 +18,7 @@ from cepo.train.left_out import LEFT_OUT, write_left_out
 from cepo.train.pair_encoding import PairEncoder
 from cepo.train.ranks import failing_together
 from cepo.train.recipe import decisive, trainer_arguments
+from cepo.train.repeats import warn_of_repeats
 from cepo.train.reward_config import RewardModelConfig
 from cepo.train.reward_data import EncodedPairs, encode_pairs, load_pairs, told
 from cepo.train.reward_testbed import build_reward_model, reward_model_fingerprint
@@ -57,6 +58,8 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
         raise ValueError(f"data leaves no pair to train on: {told(left_out)}")
     if left_out and arguments.process_index == 0:
         logger.warning("%d pair(s) are left out: %s; %s names them", len(left_out), told(left_out), LEFT_OUT)
+    if arguments.process_index == 0:
+        warn_of_repeats((one.prompt, one.chosen, one.rejected) for one in (*pairs.train, *pairs.test) if not one.tie)
 
     def build() -> Any:
         if arguments.process_index == 0:

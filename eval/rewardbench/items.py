@@ -13,6 +13,7 @@ from cepo.eval.judges.journal import JudgeTask
 from cepo.eval.judges.settings import PLACES, Place
 from cepo.files import BrokenLine, Row, content_hash, kind_of
 from cepo.train.prompts import judge_prompt
+from cepo.train.repeats import warn_of_repeats
 from cepo.train.rows import given, read_id, read_preference, read_tie
 from cepo.train.source import collect_rows
 
@@ -95,6 +96,7 @@ def load_items(
     if limit is not None:
         drawn = {item.key for item in sorted(items, key=lambda item: content_hash("draw", seed, item.key))[:limit]}
         items = [item for item in items if item.key in drawn]
+    warn_of_repeats((item.prompt, item.chosen, item.rejected) for item in items if not item.tie)
     return items, problems
 
 
