@@ -146,7 +146,7 @@ class TextReader:
         token_ids = (*before, *rest[:count])
         closed = [*self.pieces(token_ids), SCORES_CLOSING.encode()]
         soft = self._expected(closed, lambda at: likely(at - len(before)), "lenient")
-        return Judgement(self._text(closed), token_ids, soft, draft.tokens + count, forced=True, verdicts="lenient")
+        return Judgement(self._text(closed), token_ids, soft, draft.tokens + count, draft.cut, True, verdicts="lenient")
 
     def verdict_length(self, token_ids: Sequence[int]) -> int | None:
         """Return the number of tokens up to the end of the first readable scores, or None without any."""

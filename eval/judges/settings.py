@@ -30,7 +30,8 @@ class Judgement:
         token_ids: the ids of `text`, or None if the backend does not return them.
         soft: expected scores of A and B, see `expected_scores`; None without a verdict or probabilities.
         tokens: number of generated tokens, without those that were appended.
-        cut: whether it ended because it reached the largest number of tokens.
+        cut: whether it ended because it reached the largest number of tokens; of a forced verdict, whether the text
+            before it did.
         forced: whether `\boxed{` was appended, see `JudgeSettings.force_format`.
         seconds: seconds that it took; in a batch, an equal share of the batch's time.
         error: why there is no judgement, or None. A row with an error says nothing about the model.

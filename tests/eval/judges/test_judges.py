@@ -334,6 +334,8 @@ def test_a_forced_verdict_is_read_counted_and_keeps_what_was_written_before() ->
         written = before.token_ids[:-1] if before.token_ids[-1] == TOKENIZER.eos_token_id else before.token_ids
         assert after.token_ids[: len(written)] == written
         assert after.tokens > before.tokens
+        assert after.cut == before.cut
+    assert any(found.cut for found in forced)
 
 
 def test_forcing_from_the_cache_equals_running_the_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,6 +489,7 @@ def test_vllm_is_asked_with_ids_and_forced_by_a_second_call(monkeypatch: pytest.
     assert [read_scores(judgement.text) for judgement in found] == [(8.0, 6.0)] * 2
     assert found[0].soft == pytest.approx((6.0, 6.0))
     assert found[0].forced
+    assert not found[0].cut
     assert found[0].token_ids == (IDS["Ċ"], *opening, *TOKENIZER("8, 6}")["input_ids"])
 
 
