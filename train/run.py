@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import json
 import logging
@@ -20,11 +19,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from cepo.files import SETTINGS, append_jsonl, claim, make_folder, read_jsonl, replacing, write_jsonl
 from cepo.fusion.settings import check_names
+from cepo.train.bars import library_bars
 from cepo.train.left_out import LEFT_OUT
 from cepo.train.ranks import check_agreement, failing_together
 from cepo.train.rewards.bound import nothing_learned
@@ -126,12 +125,12 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
     console.print(f"starting; what the libraries print goes to {told}", highlight=False, soft_wrap=True)
     bars = {"disable": True} if console.quiet else {"file": console.file}
     with _printed_to(told):
-        with _naming_lora(), _bars_made_with(**bars):
+        with _naming_lora(), library_bars(**bars):
             trainer = build()
             write_no_card(trainer)
         if checkpoint is not None:
             console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
-        with _progress(console) as progress, _bars_made_with(disable=True):
+        with _progress(console) as progress, library_bars(disable=True):
             trainer.add_callback(_RunRecord(output, progress, trainer))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
@@ -351,14 +350,3 @@ def _printed_to(path: Path) -> Iterator[None]:
         restored.enter_context(contextlib.redirect_stdout(log))
         restored.enter_context(contextlib.redirect_stderr(log))
         yield
-
-
-@contextlib.contextmanager
-def _bars_made_with(**options: Any) -> Iterator[None]:
-    """Make libraries create their tqdm bars with these options; by default they would be drawn into the log."""
-    plain = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(plain, **options)
-    try:
-        yield
-    finally:
-        tqdm.__init__ = plain

@@ -76,8 +76,13 @@ def progress_bar() -> Progress:
 
 @contextlib.contextmanager
 def showing(what: str = "", total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Show the progress bar; yield a function that updates it, of (done, total, text to show after `what`)."""
-    with progress_bar() as bar:
+    """Show the progress bar; yield a function that updates it, of (done, total, text to show after `what`).
+
+    Bars of libraries, such as transformers' of loading weights, are not drawn meanwhile.
+    """
+    from cepo.train.bars import library_bars  # here, since tqdm must not be imported before `main` has set a variable
+
+    with progress_bar() as bar, library_bars(disable=True):
         task = bar.add_task(what, total=total)
 
         def show(done: int, total: int, words: str = "") -> None:

@@ -1,6 +1,7 @@
 """Protects the command line's face: the order of its help, and that a judge has the same options everywhere."""
 
 import errno
+import io
 import os
 import re
 import subprocess
@@ -10,11 +11,12 @@ from functools import partial
 
 import pytest
 import typer
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from cepo.cli import app as app_module
 from cepo.cli.app import app
-from cepo.cli.shared import progress_bar
+from cepo.cli.shared import progress_bar, showing
 from tests.paths import ROOT
 
 JUDGE = {
@@ -95,6 +97,17 @@ def test_progress_shows_where_stderr_is_not_a_terminal(capsys: pytest.CaptureFix
             bar.update(task, completed=done)
         shown = [line.split()[-2] for line in capsys.readouterr().err.splitlines()]
     assert shown == ["1/40", "6/40", "11/40", "16/40", "21/40", "26/40", "31/40", "36/40"]
+
+
+def test_our_bar_is_the_only_one() -> None:
+    """transformers draws one bar for a GGUF file's tensors and one for loading weights, each a raw line above ours."""
+    drawn = io.StringIO()
+    with showing("judging") as show:
+        list(tqdm(range(3), desc="Loading weights", file=drawn))
+        show(1, 2)
+    assert drawn.getvalue() == ""
+    list(tqdm(range(3), desc="Loading weights", file=drawn))
+    assert "Loading weights: 100%" in drawn.getvalue()
 
 
 BARS = """
