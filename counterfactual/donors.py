@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from cepo.jacobian.records import Rollout
 
 # More candidates would not improve a mean over a few donors, and every span examines all of them.
 POOL = 512
+DonorKind = Literal["donors", "same verdict", "same", "nothing"]
+"""Which donors a span has: see `cepo.fusion.requests.Against`."""
 
 
 @dataclass(frozen=True, order=True)
@@ -28,10 +31,10 @@ class Candidate:
     verdict: str = ""
 
 
-def with_donors(
+def drawn(
     rollout: Rollout, source: str, pool: Iterable[Candidate], count: int, *, seed: int
-) -> tuple[Rollout, ...]:
-    """Return the rollout with the movable tokens of the source replaced by those of up to `count` donors.
+) -> tuple[DonorKind, tuple[Rollout, ...]]:
+    """Return which donors a span has, and the rollout with its movable tokens replaced by those of each donor.
 
     A donor is the content of the same span in a rollout of another prompt, repeated or cropped to the span's length;
     tags and positions do not change. If any donors come from rollouts with another verdict, only those are used: after
@@ -47,7 +50,8 @@ def with_donors(
         seed: seed of the whole run.
 
     Returns:
-        At most `count` rollouts; fewer if the pool has fewer such contents that differ from the span's own.
+        The kind, and at most `count` rollouts; fewer if the pool has fewer such contents that differ from the span's
+        own.
     """
     own, verdict, prompt = _content(rollout, source), rollout.verdict, _prompt_key(rollout)
     led_elsewhere: dict[tuple[int, ...], bool] = {}
@@ -55,16 +59,20 @@ def with_donors(
         if candidate.prompt != prompt:
             fitted = _fit(candidate.ids, len(own))
             led_elsewhere[fitted] = led_elsewhere.get(fitted, False) or candidate.verdict != verdict
+    if not led_elsewhere:
+        return "nothing", ()
     led_elsewhere.pop(own, None)
-    fit = [ids for ids, elsewhere in led_elsewhere.items() if elsewhere] or [*led_elsewhere]
-    chosen = sorted(fit, key=lambda ids: _digest(seed, own, ids))[:count]
-    return tuple(replace_span(rollout, source, ids) for ids in chosen)
+    fit = [ids for ids, elsewhere in led_elsewhere.items() if elsewhere]
+    kind: DonorKind = "donors" if fit else "same verdict" if led_elsewhere else "same"
+    chosen = sorted(fit or led_elsewhere, key=lambda ids: _digest(seed, own, ids))[:count]
+    return kind, tuple(replace_span(rollout, source, ids) for ids in chosen)
 
 
-def has_donors(rollout: Rollout, pool: Iterable[Candidate]) -> bool:
-    """Return whether the pool holds any content of another prompt."""
-    prompt = _prompt_key(rollout)
-    return any(candidate.prompt != prompt for candidate in pool)
+def with_donors(
+    rollout: Rollout, source: str, pool: Iterable[Candidate], count: int, *, seed: int
+) -> tuple[Rollout, ...]:
+    """Return the rollout with each of its donors, see `drawn`."""
+    return drawn(rollout, source, pool, count, seed=seed)[1]
 
 
 def candidates(rollouts: Iterable[Rollout], source: str, *, most: int = POOL) -> list[Candidate]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cepo.counterfactual.donors import Candidate, has_donors, with_donors
+from cepo.counterfactual.donors import Candidate, drawn
 from cepo.counterfactual.permute import Permutation, permutations
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Answer, Nodes, PathAnswer, PathRequest, Request
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NoDonor = Literal["zero", "permute"]
-Against = Literal["donors", "permuted", "same", "immovable", "nothing"]
+Against = Literal["donors", "same verdict", "permuted", "same", "immovable", "nothing"]
 """What a span was compared with.
 
-- donors: the content of donors.
+- donors: the content of donors that led to another verdict.
+- same verdict: that of donors, all of which led to the rollout's own verdict, so that the effect on the verdict is near
+  0 whatever caused it.
 - permuted: its own tokens in other orders.
 - same: every donor or order equals the span itself, so that its effect is exactly 0.
 - immovable: nothing, since none of its tokens can be replaced: each also holds part of a tag.
@@ -208,8 +210,8 @@ def effect_requests(
         for source in dict.fromkeys(link.source for link in links):
             others = {}
             for index, rollout in members.items():
-                chosen = with_donors(rollout, source, pools[source], donors, seed=seed)
-                kind: Against = "donors" if chosen else "same" if has_donors(rollout, pools[source]) else "nothing"
+                kind: Against
+                kind, chosen = drawn(rollout, source, pools[source], donors, seed=seed)
                 if not rollout.spans[source].movable:
                     kind = "immovable"
                 elif kind == "nothing" and no_donor == "permute":

@@ -297,6 +297,8 @@ def score(
     others = summary.malformed - sum(summary.reasons.values())
     if others:
         console.print(f"malformed: other reasons, see the records ({others}x)", highlight=False)
+    for warning in summary.warnings:
+        console.print(f"warning: {warning}", highlight=False)
     if summary.malformed == summary.rows - len(summary.broken) > 0:
         console.print("warning: no completion is well-formed, so every reward is 0; see --kind and docs/formats.md")
     if summary.broken:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from cepo.eval.report.numbers import digits
+from cepo.eval.report.tables import PageTable
 
 LEVELS = 20
 """Number of colour levels for a token's norm or attribution."""
 
 _STRONGEST = 5  # number of source tokens that are listed above a heat map
+_NO_EFFECT = 1e-3  # nats; a smaller effect changes the target's probability by less than 0.1%
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,22 @@ class Attribution:
     parts: tuple[tuple[str, float, float | None], ...] = ()
     unit: str = "nats"
 
+    @property
+    def doubt(self) -> str:
+        """Why the parts have no meaningful shares of the effect; empty if they have.
+
+        Shares add up to path_sum / delta. Where the path's error is above half of the effect, that is below 50% or
+        above 150%: the error may be larger than what any part did.
+        """
+        if self.unit == "nats" and abs(self.delta) < _NO_EFFECT:
+            return f"The effect is below {_NO_EFFECT:g} nats, which is as good as none, so it has no shares."
+        if not abs(self.path_sum - self.delta) <= abs(self.delta) / 2:  # NaN too
+            return (
+                "They differ by more than half of the effect: this attribution is not reliable, and needs more nodes "
+                "along the path (--nodes)."
+            )
+        return ""
+
 
 @dataclass(frozen=True)
 class HeatMap:
@@ -47,6 +65,7 @@ class HeatMap:
         attributions: by link, what each token of the source contributed to the target.
         targets: by link, the positions of its target.
         facts: short values by label, shown above the text, e.g. {"reward": "0.71"}.
+        measures: a table of the links, shown below the facts, or None.
         malformed: why nothing could be computed, or None.
 
     Raises:
@@ -60,6 +79,7 @@ class HeatMap:
     attributions: Mapping[str, Attribution] = field(default_factory=dict)
     targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
+    measures: PageTable | None = None
     malformed: str | None = None
 
     @property
@@ -129,12 +149,15 @@ def attribution_view(heat_map: HeatMap, name: str) -> LinkView:
     return _view(heat_map, name, attribution.nats, attribution)
 
 
-def criteria_rows(attribution: Attribution) -> list[tuple[str, str, str]]:
-    """Return text, nats and share of each part of the source, as cells of a table."""
-    return [
-        (text, digits(nats, sign="+"), "" if share is None else f"{100 * share:+z.0f}%")
+def criteria_table(attribution: Attribution) -> PageTable:
+    """Return a table of text, nats and share of each part of the source; without shares where they are in doubt."""
+    header = ["sentence or list item", "nats", "share of the effect"]
+    rows = [
+        [text, digits(nats, sign="+"), "" if share is None else f"{100 * share:+z.0f}%"]
         for text, nats, share in attribution.parts
     ]
+    columns = slice(2 if attribution.doubt else None)
+    return header[columns], [row[columns] for row in rows]
 
 
 def text_parts(heat_map: HeatMap) -> tuple[Part, ...]:

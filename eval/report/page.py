@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from cepo.eval.report.figures import picture
-from cepo.eval.report.heat_maps import LEVELS, HeatMap, attribution_view, criteria_rows, link_view, text_parts
+from cepo.eval.report.heat_maps import LEVELS, HeatMap, attribution_view, criteria_table, link_view, text_parts
 from cepo.eval.report.numbers import digits
 from cepo.eval.report.tables import PageTable
 from cepo.files import replacing
@@ -67,7 +67,7 @@ def write_report(
         sections=sections,
         link_view=link_view,
         attribution_view=attribution_view,
-        criteria_rows=criteria_rows,
+        criteria_table=criteria_table,
         text_parts=text_parts,
         unfolded=_UNFOLDED,
         levels=LEVELS,

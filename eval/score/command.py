@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.eval.report.heat_maps import Attribution, HeatMap
-from cepo.eval.report.numbers import digits
-from cepo.eval.report.page import write_report
 from cepo.eval.score.matrices import check_matrices, drop_matrices, merge_matrices, rows_with_matrices
+from cepo.eval.score.page import write_page
 from cepo.eval.score.ray import check_ray, score_on_ray
 from cepo.eval.score.rows import Line, read_input, rollout_of
 from cepo.eval.score.scorer import Scoring, batches_of, donor_pools, open_engine, open_reader, score_lines
-from cepo.files import append_jsonl, claim, content_hash, fingerprint, make_folder, read_jsonl, write_jsonl
+from cepo.files import append_jsonl, claim, content_hash, counted, fingerprint, make_folder, read_jsonl, write_jsonl
 from cepo.fusion.score import Pools
 from cepo.jacobian.engines import check_engine
 from cepo.jacobian.loading import ModelSource, check_device, embedding_width, model_fingerprint, resolve_model
@@ -26,10 +24,6 @@ from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.spans import SpanReader
 
 _REASONS = 8  # shown in the summary
-_WITHOUT_ATTRIBUTION = (
-    "The effect was computed without its path, so it is not spread over tokens. For signed heat maps, and a table of "
-    "what each criterion did, score with --also path (or --score path)."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +60,9 @@ class ScoreSummary:
         malformed: number of completions that cannot be scored.
         reasons: the most frequent reasons why, with their counts.
         broken: place and reason of each row of the input that cannot be used.
-        means: by name, mean S of each link and mean order leak over the well-formed rows, and mean reward over all
-            scored rows, where a malformed completion counts with its reward of 0.
+        means: by name, mean S of each chain and link, mean effect and mean order leak over the well-formed rows, and
+            mean reward over all scored rows, where a malformed completion counts with its reward of 0.
+        warnings: what the scores cannot tell.
         without_leak: number of well-formed rows without an order leak; all of them if no leak was computed.
         seconds: time of this run.
         peak_gib: peak resident memory of the process, in GiB.
@@ -79,6 +74,7 @@ class ScoreSummary:
     reasons: Mapping[str, int]
     broken: tuple[str, ...]
     means: Mapping[str, float]
+    warnings: tuple[str, ...]
     without_leak: int
     seconds: float
     peak_gib: float
@@ -131,15 +127,17 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
         if progress is not None:
             progress(len(done), len(lines))
     records = [done[row] for row in range(len(lines))]
+    warnings = _warnings(job, records)
     if job.jacobians is not None:
         merge_matrices(shards, job.jacobians, content_hash(settings), keep=resumed)
     if job.html is not None:
         rollouts = [rollout_of(line, reader, raw=job.raw) for line in lines]
-        _write_page(job, records, [(reader.texts(one.token_ids), len(one.prompt_ids)) for one in rollouts])
+        texts = [(reader.texts(one.token_ids), len(one.prompt_ids)) for one in rollouts]
+        write_page(job.html, job, records, texts, source=str(job.input), warnings=warnings)
     write_jsonl(job.output, records)
     partial.unlink(missing_ok=True)
     shutil.rmtree(shards, ignore_errors=True)
-    return _summarise(records, len(resumed), time.perf_counter() - started)
+    return _summarise(records, warnings, len(resumed), time.perf_counter() - started)
 
 
 def _check(job: ScoreJob) -> ModelSource:
@@ -229,80 +227,37 @@ def _score_here(
             yield [record]
 
 
-def _write_page(
-    job: ScoreJob, records: Sequence[Mapping[str, Any]], texts: Sequence[tuple[Sequence[str], int]]
-) -> None:
-    """Write the heat maps; `texts` holds the token texts of each rollout and the number of its prompt tokens."""
-    maps = []
-    for record, (tokens, prompt_tokens) in zip(records, texts, strict=True):
-        links = record["links"]
-        maps.append(
-            HeatMap(
-                title=str(record["id"]),
-                tokens=tuple(tokens),
-                prompt_tokens=prompt_tokens,
-                links={
-                    name: dict(zip(link["source_positions"], link["row_norms"], strict=True))
-                    for name, link in links.items()
-                    if "row_norms" in link
-                },
-                attributions={name: _attribution(link) for name, link in links.items() if "attribution" in link},
-                targets={
-                    name: tuple(link["target_positions"])
-                    for name, link in links.items()
-                    if "row_norms" in link or "attribution" in link
-                },
-                facts=_facts(record),
-                malformed=None if record["broken"] else record["malformed"],
-            )
-        )
-    config = job.config
-    rank = f"rank = {config.rank}" if config.energy is None else f"energy = {config.energy}"
-    summary = {
-        "model": job.model,
-        "input": str(job.input),
-        "links": ", ".join(f"{name} (weight {weight:g})" for name, weight in config.links.items()),
-        "score": config.score,
-        "hardening": f"K = {config.counterfactuals}, {rank}" if config.counterfactuals else "none (K = 0)",
-    }
-    if config.reads_effects:
-        nodes = f", {config.nodes} nodes along the path to each" if config.reads_paths else ""
-        summary["donors"] = f"K = {config.donors}{nodes}"
-    notes = [_WITHOUT_ATTRIBUTION] if config.reads_effects and not config.reads_paths else []
-    assert job.html is not None
-    write_report(job.html, title="cepo score", summary=summary, notes=notes, heat_maps={"Rollouts": maps})
-
-
-def _facts(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the page shows of a row in a word each."""
-    if record["broken"]:
-        return {"not scored": record["malformed"]}
-    return {
-        "reward": digits(record["reward"]),
-        **{f"S {name}": digits(value) for name, value in record["S"].items()},
-        **({} if record["order_leak"] is None else {"order leak": f"{digits(record['order_leak'])} nats"}),
-    }
-
-
-def _attribution(link: Mapping[str, Any]) -> Attribution:
-    return Attribution(
-        nats=dict(zip(link["source_positions"], link["attribution"], strict=True)),
-        delta=link["delta"],
-        path_sum=link["path_sum"],
-        parts=tuple((one["text"], one["nats"], one["share"]) for one in link["criteria"]),
-    )
-
-
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _summarise(records: Sequence[Mapping[str, Any]], resumed: int, seconds: float) -> ScoreSummary:
+def _warnings(job: ScoreJob, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return what the scores cannot tell: the cause of a verdict that every donor led to as well."""
+    links = [link.name for link in job.config.parsed_links(job.layout) if link.target == job.layout.names[-1]]
+    sound = [record["links"] for record in records if record["malformed"] is None]
+    alike = sum(any(of_row[name]["against"] == "same verdict" for name in links) for of_row in sound)
+    if not alike:
+        return ()
+    return (
+        f"In {alike} of {counted(len(sound), 'well-formed row')}, every donor led to the row's own verdict, so the "
+        "effect on the verdict is near 0 whatever caused it. Score rows of more prompts, with other verdicts, or name "
+        "a file of such rollouts with --donors.",
+    )
+
+
+def _summarise(
+    records: Sequence[Mapping[str, Any]], warnings: tuple[str, ...], resumed: int, seconds: float
+) -> ScoreSummary:
     sound = [record for record in records if record["malformed"] is None]
-    means = {
-        f"S {name} (well-formed)": sum(record["S"][name] for record in sound) / len(sound)
-        for name in (sound[0]["S"] if sound else ())
-    }
+    means: dict[str, float] = {}
+    if sound:
+        scores = [{name: link["S"] for name, link in record["links"].items()} | record["S"] for record in sound]
+        names = {**sound[0]["S"], **sound[0]["links"]}
+        means = {f"S {name} (well-formed)": sum(row[name] for row in scores) / len(sound) for name in names}
+    for name in sound[0]["links"] if sound else ():
+        effects = [delta for record in sound if (delta := record["links"][name]["delta"]) is not None]
+        if effects:
+            means[f"effect {name} in nats"] = sum(effects) / len(effects)
     rewards = [record["reward"] for record in records if not record["broken"] and record["reward"] is not None]
     if rewards:
         means["reward (all completions)"] = sum(rewards) / len(rewards)
@@ -318,6 +273,7 @@ def _summarise(records: Sequence[Mapping[str, Any]], resumed: int, seconds: floa
         reasons=dict(reasons.most_common(_REASONS)),
         broken=tuple(record["malformed"] for record in wrong if record["broken"]),
         means=means,
+        warnings=warnings,
         without_leak=len(sound) - len(leaks),
         seconds=seconds,
         peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from cepo.counterfactual.donors import Candidate, candidates, has_donors, replace_span, with_donors
+from cepo.counterfactual.donors import Candidate, candidates, drawn, replace_span, with_donors
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Digit, Rollout
 from cepo.train.prompts import JUDGE
@@ -26,10 +26,10 @@ def test_donors_are_other_prompts_contents_and_nothing_else_moves() -> None:
     pool = candidates(ROLLOUTS, "criteria")
     own = ROLLOUTS[0]
     others = {ids_of(each, "criteria") for each in ROLLOUTS if each.prompt_ids != own.prompt_ids}
-    drawn = with_donors(own, "criteria", pool, 3, seed=0)
-    assert len(drawn) == 3
-    assert len({ids_of(each, "criteria") for each in drawn}) == 3
-    for each in drawn:
+    others_in = with_donors(own, "criteria", pool, 3, seed=0)
+    assert len(others_in) == 3
+    assert len({ids_of(each, "criteria") for each in others_in}) == 3
+    for each in others_in:
         assert ids_of(each, "criteria") in others
         moved = [at for at, (a, b) in enumerate(zip(own.token_ids, each.token_ids, strict=True)) if a != b]
         assert set(moved) <= set(own.spans["criteria"].movable)
@@ -49,8 +49,8 @@ def test_the_draw_depends_on_the_set_of_candidates_alone() -> None:
 
 def test_donors_are_tiled_and_cropped() -> None:
     own = ROLLOUTS[0]  # four tokens of criteria
-    drawn = with_donors(own, "criteria", [Candidate("x", (7, 8, 9)), Candidate("y", (5, 6, 5, 6, 5, 6))], 5, seed=0)
-    assert {ids_of(each, "criteria") for each in drawn} == {(7, 8, 9, 7), (5, 6, 5, 6)}
+    fitted = with_donors(own, "criteria", [Candidate("x", (7, 8, 9)), Candidate("y", (5, 6, 5, 6, 5, 6))], 5, seed=0)
+    assert {ids_of(each, "criteria") for each in fitted} == {(7, 8, 9, 7), (5, 6, 5, 6)}
 
 
 def test_donors_that_led_to_another_verdict_come_alone() -> None:
@@ -58,11 +58,10 @@ def test_donors_that_led_to_another_verdict_come_alone() -> None:
     own = ROLLOUTS[0]
     same = [Candidate("x", (7, 8, 9, 6), own.verdict), Candidate("y", (5, 6, 5, 6), own.verdict)]
     other = [Candidate("x", (9, 9, 8, 8), "other"), Candidate("z", (7, 8, 9, 6), "other")]
-    assert {ids_of(each, "criteria") for each in with_donors(own, "criteria", same, 3, seed=0)} == {
-        each.ids for each in same
-    }
-    drawn = with_donors(own, "criteria", [*same, *other], 3, seed=0)
-    assert {ids_of(each, "criteria") for each in drawn} == {each.ids for each in other}  # one of them led to both
+    for pool, kind, wanted in ((same, "same verdict", same), ([*same, *other], "donors", other)):  # one led to both
+        told, chosen = drawn(own, "criteria", pool, 3, seed=0)
+        assert told == kind
+        assert {ids_of(each, "criteria") for each in chosen} == {each.ids for each in wanted}
 
 
 def test_a_tie_is_a_third_verdict() -> None:
@@ -72,8 +71,8 @@ def test_a_tie_is_a_third_verdict() -> None:
     contents = {">": (7, 8, 9, 6), "<": (5, 6, 5, 7), "=": (9, 9, 8, 8)}
     pool = [Candidate("x", ids, verdict) for verdict, ids in contents.items()]
     for own, verdict in ((won, won.verdict), (tie, "=")):
-        drawn = with_donors(own, "criteria", pool, 3, seed=0)
-        assert {ids_of(each, "criteria") for each in drawn} == {*contents.values()} - {contents[verdict]}
+        chosen = with_donors(own, "criteria", pool, 3, seed=0)
+        assert {ids_of(each, "criteria") for each in chosen} == {*contents.values()} - {contents[verdict]}
 
 
 def test_a_verdict_is_which_score_is_greater() -> None:
@@ -94,11 +93,9 @@ def test_a_verdict_is_which_score_is_greater() -> None:
 def test_the_same_words_and_the_own_prompt_are_no_donors() -> None:
     own = ROLLOUTS[0]
     same = [Candidate("elsewhere", ids_of(own, "criteria"))]
-    assert with_donors(own, "criteria", same, 2, seed=0) == ()
-    assert has_donors(own, same)
+    assert drawn(own, "criteria", same, 2, seed=0) == ("same", ())
     alone = candidates([each for each in ROLLOUTS if each.prompt_ids == own.prompt_ids], "criteria")
-    assert with_donors(own, "criteria", alone, 2, seed=0) == ()
-    assert not has_donors(own, alone)
+    assert drawn(own, "criteria", alone, 2, seed=0) == ("nothing", ())
 
 
 def test_the_same_pair_in_the_other_order_is_no_donor() -> None:
@@ -114,7 +111,7 @@ def test_the_same_pair_in_the_other_order_is_no_donor() -> None:
     own, other = (reader.read(prompt, completion, message) for prompt, message in zip(prompts, messages, strict=True))
     assert own.prompt_ids != other.prompt_ids
     assert own.malformed is other.malformed is None
-    assert not has_donors(own, candidates([own, other], "criteria"))
+    assert drawn(own, "criteria", candidates([own, other], "criteria"), 2, seed=0) == ("nothing", ())
 
 
 def test_a_large_pool_is_thinned_by_content() -> None:

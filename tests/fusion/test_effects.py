@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cepo.counterfactual.donors import candidates, with_donors
+from cepo.counterfactual.donors import candidates, drawn
 from cepo.counterfactual.permute import permutations
 from cepo.fusion.config import RewardConfig
 from cepo.fusion.records import effect_scores
@@ -84,12 +84,12 @@ def test_scores_are_those_of_the_definition(engine: JacobianEngine, score: Any) 
         values = {}
         for text in ("criteria->analysis", "analysis->scores", "X->Y"):
             one = link(text)
-            others = with_donors(rollout, one.source, pools[one.source], 2, seed=4)
+            kind, others = drawn(rollout, one.source, pools[one.source], 2, seed=4)
             assert len(others) == 2
             asked = PathRequest(Group((rollout,)), (others,), (one,), 3 if score == "path" else 0)
             record = next(engine.paths([asked]))[0][text]
             kept = found.links[text]
-            assert (kept.donors, kept.against, kept.nodes) == (2, "donors", 3 if score == "path" else 0)
+            assert (kept.donors, kept.against, kept.nodes) == (2, kind, 3 if score == "path" else 0)
             assert kept.delta == pytest.approx(record.delta)
             assert (kept.path_sum is None) == (score != "path")
             values[text] = effect_scores(Compared("donors", record))[score]

@@ -293,6 +293,7 @@ def _log_means(
             if values:  # empty for a measure that nothing reads
                 log_metric(f"{name}/{link}/{field}", sum(values) / len(values))
         if records[0].against is not None:
-            for metric, kind in (("without_donor", "nothing"), ("immovable", "immovable")):
+            kinds = {"without_donor": "nothing", "immovable": "immovable", "same_verdict": "same verdict"}
+            for metric, kind in kinds.items():
                 share = sum(record.against == kind for record in records) / len(records)
                 log_metric(f"{name}/{link}/{metric}", share)

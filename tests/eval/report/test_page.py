@@ -179,6 +179,37 @@ def test_attributions_have_a_sign_and_say_what_they_add_up_to(tmp_path: Path) ->
     assert page.texts == ["".join(heat_map().tokens[:4]), "".join(heat_map().tokens[4:])]
 
 
+@pytest.mark.parametrize(
+    ("delta", "path_sum", "told"),
+    [
+        (2.5, 1.5, None),
+        (1.65e-2, -3.3e-3, "needs more nodes along the path (--nodes)"),
+        (-1.0, math.nan, "this attribution is not reliable"),
+        (1.65e-4, 1.6e-4, "The effect is below 0.001 nats"),
+    ],
+)
+def test_shares_of_an_effect_that_the_path_misses_or_that_is_none_are_not_shown(
+    delta: float, path_sum: float, told: str | None, tmp_path: Path
+) -> None:
+    """Protects readers from "171% of the effect", where the path's error is larger than the effect."""
+    attribution = Attribution({4: 2.0}, delta=delta, path_sum=path_sum, parts=(("Clarity", 2.0, 1.71),))
+    page = score_page(tmp_path, heat_map(links={}, attributions={"X->Y": attribution}, targets={}))
+    words = " ".join(page.words.split())
+    assert ("+171%" in words) == ("share of the effect" in words) == (told is None)
+    assert told is None or told in words
+
+
+def test_a_table_of_links_stands_below_the_facts(tmp_path: Path) -> None:
+    """Protects the way from a chain of 0 to the link that is weak."""
+    measures = (
+        ["link", "S", "effect, nats"],
+        [["criteria->analysis", "0.900", "+2.914"], ["analysis->scores", "0", "-0.2"]],
+    )
+    page = score_page(tmp_path, heat_map(links={}, targets={}, measures=measures))
+    words = " ".join(page.words.split())
+    assert "reward0.71 Links of row 0 link S effect, nats criteria->analysis 0.900 +2.914 analysis->scores" in words
+
+
 def test_the_prompt_is_folded_unless_it_holds_the_source(tmp_path: Path) -> None:
     """Protects readability: the prompt is open for Z->Y and folded for X->Y, the completion is always open."""
     assert score_page(tmp_path, heat_map()).folded == [True, False, False, False]

@@ -1,5 +1,6 @@
 """Protects `cepo score`: every input form, honest records, matrices that check, resume, and helpful errors."""
 
+import html
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cepo.cli.app import main
+from cepo.eval.report.numbers import digits
 from cepo.eval.score import command as score_module
 from cepo.eval.score import scorer as scorer_module
 from cepo.eval.score.rows import read_rollout
@@ -414,6 +416,36 @@ def test_donors_of_the_only_prompt_are_refused_as_the_rows_themselves_are(
     assert code == 2
     assert "the donors file" in message
     assert "of 1 prompt, and a donor is the content of another prompt's rollout" in message
+
+
+def test_links_are_shown_and_donors_that_led_to_the_same_verdict_are_told(
+    judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chain of 0 shows its weak link. In a file with one verdict no effect on it can be seen, whatever its cause."""
+    items = testbed.generate_items(8, seed=5, cue_agreement=0.5)
+    by_label = {label: [item for item in items if item.label == label][:2] for label in "AB"}
+    page, link = tmp_path / "o.html", "analysis->scores"
+    for name, chosen, kind in (
+        ("alike", by_label["A"], "same verdict"),
+        ("mixed", by_label["A"][:1] + by_label["B"][:1], "donors"),
+    ):
+        rows = [{"prompt": item.prompt, "completion": item.completion} for item in chosen]
+        source, out = write_jsonl(tmp_path / f"{name}.in", rows), tmp_path / name
+        sys.argv = ["cepo", "score", *map(str, ("--model", judge, "--input", source, "--output", out, "--html", page))]
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code in (0, None)
+        shown = " ".join(capsys.readouterr().out.split())
+        records = [record["links"][link] for record in read_jsonl(out)]
+        assert [record["against"] for record in records] == [kind] * 2
+        mean = sum(record["delta"] for record in records) / 2
+        assert f"mean effect {link} in nats {digits(mean)}" in shown
+        assert f"mean S {link} (well-formed)" in shown
+        written = page.read_text()
+        assert f"<bdi>{digits(records[0]['delta'], sign='+')}</bdi>" in written
+        told = "In 2 of 2 well-formed rows, every donor led to the row's own verdict"
+        assert (told in shown) == (told in html.unescape(written)) == (kind == "same verdict")
+        assert ("all led to the same verdict" in written) == (kind == "same verdict")
 
 
 def test_judged_pairs_are_refused_as_reasoning(

@@ -189,8 +189,12 @@ def test_donors_come_from_the_step_and_are_logged(tokenizer: Any, tmp_path: Path
     for link in ("criteria->analysis", "analysis->scores"):
         assert metrics[f"causal/{link}/without_donor"] == metrics[f"causal/{link}/immovable"] == 0.0
         assert metrics[f"causal/{link}/delta"] != 0.0
+        assert metrics[f"causal/{link}/same_verdict"] < 1.0
     assert metrics["causal/chain/value"] == pytest.approx(sum(map(float, together)) / len(together))
     assert reward(**rows(tokenizer, ITEMS[:1])) == [0.0]
+    alike = [item for item in ITEMS if item.label == "A"]
+    reward(**rows(tokenizer, alike), log_metric=metrics.__setitem__)
+    assert metrics["causal/analysis->scores/same_verdict"] == 1.0  # no donor can reveal what caused the verdict
 
 
 def test_one_prompt_at_a_time_has_no_donors_and_is_refused(tokenizer: Any, tmp_path: Path) -> None:
