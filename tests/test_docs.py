@@ -207,6 +207,7 @@ def near(text: str, values: list[float]) -> bool:
     ("name", "heading"),
     [
         ("testbed-worlds", "## Which reward or loss"),
+        ("testbed-words", "## The same in words"),
         ("testbed-reasoner", "## The same for reasoners"),
         ("testbed-controller", "## A weight set by a controller"),
     ],
