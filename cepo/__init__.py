@@ -1,4 +1,4 @@
-"""cepo: exact d(score)/d(criteria) rewards for language-model judges and reasoners."""
+"""cepo: rewards for language-model judges and reasoners whose criteria cause their verdicts."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

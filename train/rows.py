@@ -361,7 +361,7 @@ def _join(turns: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _column(row: Row, column: str) -> Any:
-    if column not in row:
+    if given(row, column) is None and row.get(column) != "":  # whether empty text will do depends on the column
         raise ValueError(f"column {column!r} is missing; the row holds {form_of(row)}")
     return row[column]
 

@@ -67,7 +67,7 @@ def read_rollouts(
     ids_of_prompts = columns.get(PROMPT_IDS)
     messages = [prompt if ids_of_prompts is None and isinstance(prompt, list) else None for prompt in prompts]
     if ids_of_prompts is None:
-        ids_of_prompts = prompt_ids(trainer, prompts)
+        ids_of_prompts = prompt_ids(trainer, prompts) if prompts else []
     rollouts = [reader.read(*each) for each in zip(ids_of_prompts, completion_ids, messages, strict=True)]
     for place, mask in enumerate(columns.get(ENV_MASK) or ()):
         if mask is not None and not all(mask):

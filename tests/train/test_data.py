@@ -109,7 +109,7 @@ def test_a_question_becomes_a_reasoners_prompt(tmp_path: Path) -> None:
     assert len(set(loaded.train["id"])) == 6
     assert loaded.skipped == (
         (4, "column 'answer' holds true or false, not text"),
-        (5, "column 'answer' holds a number, not text"),
+        (5, "column 'answer' is missing; the row holds no known form (question, answer (empty))"),
     )
 
 
@@ -165,7 +165,7 @@ def test_unusable_rows_are_skipped_with_their_reason(tmp_path: Path) -> None:
     loaded = load_preferences(path, test_fraction=0.0)
     assert len(loaded.train) == 2
     assert loaded.skipped == (
-        (2, "column 'chosen' holds nothing, not text"),
+        (2, "column 'chosen' is missing; the row holds no known form (prompt, rejected, chosen (empty))"),
         (3, "columns 'chosen' and 'rejected' are the same"),
         (4, "column 'rejected' is blank"),
         (5, "column 'prompt' holds a lone surrogate; expected valid Unicode text"),

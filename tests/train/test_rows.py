@@ -117,6 +117,13 @@ def test_a_prompt_that_is_not_what_the_responses_answer_is_refused() -> None:
     assert read_preference(longer).prompt == f"User: Hi.\n\nAssistant: Hello.\n\nUser: {ASKED}"
 
 
+@pytest.mark.parametrize("empty", [None, float("nan")])
+def test_a_cell_without_a_value_counts_as_a_missing_column(empty: Any) -> None:
+    """What a table writes for an empty cell is no number, nor text of a wrong kind."""
+    with pytest.raises(ValueError, match="column 'prompt' is missing; the row holds a preference .*prompt \\(empty\\)"):
+        read_preference({"prompt": empty, "chosen": GOOD, "rejected": BAD})
+
+
 def test_questions_and_answers_are_read_from_the_same_cells(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"question": ASKED, "answer": "10", "prompt": turns("else"), "label": 1},

@@ -277,6 +277,8 @@ def _log_means(
     task_rewards: Sequence[float | None] | None,
 ) -> None:
     """Log the mean S over all completions, with 0 for malformed ones, and other means over well-formed ones."""
+    if not scores:
+        return
     sound = [score for score in scores if score.malformed is None]
     log_metric(f"{name}/malformed", 1.0 - len(sound) / len(scores))
     known = [task for task in task_rewards or () if task is not None]

@@ -192,6 +192,7 @@ def test_donors_come_from_the_step_and_are_logged(tokenizer: Any, tmp_path: Path
         assert metrics[f"causal/{link}/same_verdict"] < 1.0
     assert metrics["causal/chain/value"] == pytest.approx(sum(map(float, together)) / len(together))
     assert reward(**rows(tokenizer, ITEMS[:1])) == [0.0]
+    assert reward(**rows(tokenizer, []), log_metric=metrics.__setitem__) == []
     alike = [item for item in ITEMS if item.label == "A"]
     reward(**rows(tokenizer, alike), log_metric=metrics.__setitem__)
     assert metrics["causal/analysis->scores/same_verdict"] == 1.0  # no donor can reveal what caused the verdict
