@@ -202,7 +202,12 @@ def resume_jsonl(
 
 
 def claim(
-    settings_file: Path, settings: Mapping[str, Any], *, results: Sequence[Path], written: Sequence[Path] = ()
+    settings_file: Path,
+    settings: Mapping[str, Any],
+    *,
+    results: Sequence[Path],
+    written: Sequence[Path] = (),
+    follows: Sequence[str] = (),
 ) -> bool:
     """Record this run's settings for an output, or refuse it; every resumable command calls this before it writes.
 
@@ -217,6 +222,7 @@ def claim(
         settings: values by name, nested or not; "command" names the command that writes the output.
         results: files and folders that hold an earlier run's work if they exist.
         written: other files that the command writes, which hold nothing to resume from.
+        follows: settings that a run has or lacks because of others; where these differ, they alone are named.
 
     Returns:
         Whether there are results to resume from.
@@ -240,7 +246,7 @@ def claim(
         )
     if before is not None and before["command"] != now["command"]:
         raise ValueError(f"output {output} holds results of another command, {before['command']}; name another output")
-    told = _differences(before or {}, now)
+    told = _differences(before or {}, now, follows)
     if there and told:
         raise ValueError(
             f"output {output} holds results made with other settings: {'; '.join(told)}; name another output, move "
@@ -336,9 +342,11 @@ def _read_settings(path: Path) -> Row | None:
     return found if isinstance(found, dict) and "command" in found else None
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], follows: Sequence[str]) -> list[str]:
     """Return a description of each difference between flat settings: its name, and the values before and now."""
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    causes = [name for name in differing if name not in follows or (name in before and name in now)]
+    differing = causes or differing
     # Entries of lists of objects, such as rewards, are named by number: rewards.2.weight.
     old, new = (_flat({name: _numbered(settings.get(name)) for name in differing}) for settings in (before, now))
     return [

@@ -24,6 +24,7 @@ from cepo.jacobian.protocol import Engine
 from cepo.jacobian.reading.spans import SpanReader
 
 _REASONS = 8  # shown in the summary
+_OWN_DONORS = "input (its rows are each other's donors)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,8 @@ def score_file(job: ScoreJob, *, progress: Callable[[int, int], None] | None = N
     settings = _settings(job, source, lines)
     if job.jacobians is not None:
         check_matrices(job.jacobians, content_hash(settings))
-    claim(_beside(job.output, ".settings.json"), settings, results=[job.output, partial, shards])
+    results = [job.output, partial, shards]
+    claim(_beside(job.output, ".settings.json"), settings, results=results, follows=[_OWN_DONORS])
     done = _earlier_records(job, lines)
     resumed = frozenset(done)
     drop_matrices(shards, keep=resumed)
@@ -171,10 +173,10 @@ def _check(job: ScoreJob) -> ModelSource:
 
 def _settings(job: ScoreJob, source: ModelSource, lines: Sequence[Line]) -> dict[str, Any]:
     """Return the settings that decide the records; with donors from the input, they include every row's content."""
-    name = "donors_file" if job.donors else "input (its rows are each other's donors)"
-    donors = fingerprint(job.donors) if job.donors else content_hash([line.content for line in lines])
+    own = {_OWN_DONORS: content_hash([line.content for line in lines])}
     return {
-        **({name: donors} if job.config.reads_effects else {}),
+        **(own if job.config.reads_effects and job.donors is None else {}),
+        "donors_file": fingerprint(job.donors) if job.donors else None,
         "command": "cepo score",
         "model": model_fingerprint(source),
         "adapters": job.adapters,

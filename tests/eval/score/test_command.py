@@ -250,6 +250,10 @@ def test_a_finished_output_is_not_computed_again_nor_mixed_with_other_settings(
     code, message = cepo(*arguments, "--donor-count", 2)
     assert code == 2
     assert f"--output {tmp_path / 'out.jsonl'} holds results made with other settings: --donor-count was 1" in message
+    code, message = cepo(*arguments, *ALONE)
+    assert code == 2
+    assert "--score was effect and is influence" in message
+    assert "each other's donors" not in message  # read no longer, since the score is another
     code, message = cepo(*arguments, "--donor-count", 1, "--guard", "off", "--also", "path")
     assert (code, "settings: --guard was standard and is off; --also was none and is path; name" in message) == (
         2,
