@@ -38,6 +38,7 @@ _STATE = "trainer_state.json"
 # Files of a checkpoint that a trained model does not need; also shards of weights, which are saved whole as well.
 _OF_TRAINING = ("optimizer*", "scheduler*", "rng_state*", "pytorch_model_fsdp*", "global_step*", "latest", "zero_to_*")
 _CARD = "README.md"  # peft writes its blank template into each checkpoint
+_OF_SUMMARY = ("train_", "total_flos")  # how names in the trainer's closing summary begin
 # The first of these that is logged is shown: correctness says more than format.
 _TASK_REWARDS = (
     "causal/task",
@@ -265,9 +266,11 @@ class _RunRecord(TrainerCallback):
             if not self._progress.console.is_terminal:  # without a terminal, the bar is shown only at the end
                 line = f"step {state.global_step} of {state.max_steps}: {shown}"
                 self._progress.console.print(line, highlight=False, soft_wrap=True)
-        # The trainer's closing summary would be a second line of the last step; log.txt has it.
-        if state.is_world_process_zero and "train_runtime" not in (logs or {}):
-            append_jsonl(self._output / METRICS, [{"step": state.global_step, **(logs or {})}])
+        # The trainer's closing summary would be a second line of the last step; log.txt has it. It also holds the means
+        # of steps after the last logged one, if there are any.
+        kept = {name: value for name, value in (logs or {}).items() if not name.startswith(_OF_SUMMARY)}
+        if state.is_world_process_zero and kept.keys() - {"epoch"}:
+            append_jsonl(self._output / METRICS, [{"step": state.global_step, **kept}])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder, trainer = self._output / f"checkpoint-{state.global_step}", self._trainer

@@ -1,6 +1,7 @@
 """Protects what every training run shows and logs: one progress bar, and a file for all else."""
 
 import io
+import json
 import logging
 import sys
 from pathlib import Path
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 from tqdm.auto import tqdm
 
-from cepo.train.run import _nothing_learned, _printed_to, _shown, run_trainer
+from cepo.train.run import _nothing_learned, _printed_to, _RunRecord, _shown, run_trainer
 
 
 def test_the_bar_shows_the_tasks_and_the_causal_reward_or_the_loss() -> None:
@@ -85,3 +87,15 @@ def test_the_bars_of_libraries_stay_out_of_the_log(rank: int, tmp_path: Path, mo
     assert ("Loading weights: 100%" in shown) == (rank == 0)
     assert "Writing" not in shown
     assert "After the run: 100%" in shown
+
+
+def test_the_last_step_has_one_line_and_steps_after_it_are_not_lost(tmp_path: Path) -> None:
+    """The closing summary repeats the last step, and with rare logging holds the means of the steps after it."""
+    summary = {"train_runtime": 3.0, "train_loss": 0.1, "total_flos": 0.0, "epoch": 1.0}
+    with Progress() as progress:
+        record = _RunRecord(tmp_path, progress, None)
+        for step, logs in ((1, {"loss": 0.1, "epoch": 0.5}), (1, summary), (2, {**summary, "reward": 0.7})):
+            state = SimpleNamespace(global_step=step, max_steps=2, is_world_process_zero=True)
+            record.on_log(None, state, None, logs=logs)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 0.1, "epoch": 0.5}, {"step": 2, "reward": 0.7, "epoch": 1.0}]
