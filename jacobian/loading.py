@@ -127,7 +127,7 @@ def load_weights(
         base = load_weights(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         return load_adapter(source, base, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    once = _gguf_read_once() if source.gguf_file else contextlib.nullcontext()
+    once = gguf_read_once() if source.gguf_file else contextlib.nullcontext()
     with loading("model", source), once:
         model = read_weights(AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if source.gguf_file:
@@ -272,7 +272,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         return load_tokenizer(source.base, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     options["trust_remote_code"] = trust_remote_code
-    once = _gguf_read_once() if source.gguf_file else contextlib.nullcontext()
+    once = gguf_read_once() if source.gguf_file else contextlib.nullcontext()
     with loading("the tokenizer of model", source), once:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         # transformers 5.17 gives SmolLM2's tokenizer another end token than the file's: generation would not stop.
@@ -359,7 +359,7 @@ def _place(source: ModelSource) -> str:
 
 
 @contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
+def gguf_read_once() -> Iterator[None]:
     """Let transformers read a GGUF file once, rather than for the config, the tokenizer and the weights each.
 
     The table of tensor names is also built only once, rather than for every module: that is most of the loading time.
@@ -381,7 +381,7 @@ def _read_gguf(path: str | Path) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _gguf_reader(path: str, changed: int) -> Any:
-    from gguf.gguf_reader import GGUFReader  # the original class, which `_gguf_read_once` does not replace
+    from gguf.gguf_reader import GGUFReader  # the original class, which `gguf_read_once` does not replace
 
     return GGUFReader(path)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
 
 from cepo.counterfactual.text.pairs import digest, side_of
 from cepo.files import BrokenLine, Row, content_hash
+from cepo.train.prompt_length import CheckPrompt
 from cepo.train.prompts import judge_prompt, reasoning_prompt
 from cepo.train.rows import (
     PAIR,
@@ -78,6 +80,7 @@ def load_preferences(
     columns: Mapping[str, str] | None = None,
     max_characters: int | None = None,
     ties: bool = False,
+    check_prompt: CheckPrompt | None = None,
 ) -> DataSplit:
     """Load preference pairs as prompts for a judge.
 
@@ -95,6 +98,7 @@ def load_preferences(
         max_characters: Leave out rows whose whole prompt, instructions included, is longer; None for no limit.
         ties: Whether to include rows in which neither response is better, see `read_tie`, and let every prompt allow
             equal scores. Otherwise such rows are skipped.
+        check_prompt: Refuses prompts that are too long for a model, see `prompt_check`; such rows are skipped.
 
     Returns:
         Data sets with the columns prompt (messages), label ("A" or "B", the position of the chosen response, or "tie"),
@@ -107,9 +111,10 @@ def load_preferences(
         raise ValueError(f"ties is {ties!r}; expected true or false")
     names = _rename(tuple(PAIR), columns)
     _check_ranges(test_fraction, max_characters)
+    fitting = partial(check_length, max_characters=max_characters, check_prompt=check_prompt)
     rows, skipped = collect_rows(
         source,
-        lambda row, _: check_length(judge_row(row, seed, names, ties=ties, way_out=_TIES), max_characters),
+        lambda row, _: fitting(judge_row(row, seed, names, ties=ties, way_out=_TIES)),
         split=split,
         limit=limit,
     )
@@ -125,6 +130,7 @@ def load_reasoning(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     max_characters: int | None = None,
+    check_prompt: CheckPrompt | None = None,
 ) -> DataSplit:
     """Load questions with reference answers as prompts for a reasoner.
 
@@ -138,6 +144,7 @@ def load_reasoning(
         limit: Number of usable rows to take from the start of the source, at least 1; None for all.
         columns: What the source calls question or answer, e.g. {"question": "problem"}.
         max_characters: Leave out rows whose whole prompt, instructions included, is longer; None for no limit.
+        check_prompt: Refuses prompts that are too long for a model, see `prompt_check`; such rows are skipped.
 
     Returns:
         Data sets with the columns prompt (messages), answer (text), question and id, and the rows that were skipped.
@@ -147,9 +154,8 @@ def load_reasoning(
     """
     names = _rename(("question", "answer"), columns)
     _check_ranges(test_fraction, max_characters)
-    rows, skipped = collect_rows(
-        source, lambda row, _: check_length(_reasoning(row, names), max_characters), split=split, limit=limit
-    )
+    fitting = partial(check_length, max_characters=max_characters, check_prompt=check_prompt)
+    rows, skipped = collect_rows(source, lambda row, _: fitting(_reasoning(row, names)), split=split, limit=limit)
     return _divide(rows, skipped, "question", _REASONING_FEATURES, test_fraction, seed)
 
 
@@ -185,11 +191,13 @@ def judge_row(row: Row, seed: int, names: Mapping[str, str] = PAIR, *, ties: boo
     }
 
 
-def check_length(row: Row, max_characters: int | None) -> Row:
-    """Return the row; raise ValueError if its prompt (messages) has more characters."""
+def check_length(row: Row, max_characters: int | None, check_prompt: CheckPrompt | None = None) -> Row:
+    """Return the row; raise ValueError if its prompt (messages) has more characters, or does not pass the check."""
     length = sum(len(message["content"]) for message in row["prompt"])
     if max_characters is not None and length > max_characters:
         raise ValueError(f"the prompt has over {max_characters} characters")
+    if check_prompt is not None:
+        check_prompt(row["prompt"])
     return row
 
 

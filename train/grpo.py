@@ -24,6 +24,7 @@ from cepo.train.controller import ControlledPressure, Knob
 from cepo.train.data import DataSplit
 from cepo.train.left_out import shown, write_left_out
 from cepo.train.policy import load_data, load_policy, policy_fingerprint
+from cepo.train.prompt_length import prompt_check
 from cepo.train.prompts import JUDGE, REASONER, TIES_JUDGE
 from cepo.train.ranks import failing_together
 from cepo.train.recipe import decisive, read_recipe, trainer_arguments
@@ -66,7 +67,10 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     _check_rank(source, functions)
     with failing_together():
         data = load_train_data(
-            config, arguments.generation_batch_size // arguments.num_generations, tells=arguments.process_index == 0
+            config,
+            arguments.generation_batch_size // arguments.num_generations,
+            room=arguments.max_completion_length or 0,
+            tells=arguments.process_index == 0,
         )
         settings = run_settings(config, data)
 
@@ -83,18 +87,24 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     )
 
 
-def load_train_data(config: TrainConfig, prompts: int, *, tells: bool = True) -> DataSplit:
+def load_train_data(config: TrainConfig, prompts: int, *, room: int, tells: bool = True) -> DataSplit:
     """Return the rows of a run, with warnings for those that were skipped and those that repeat or contradict others.
 
     Args:
         config: the run.
         prompts: number of prompts of a generation batch.
+        room: most tokens of a completion; rows whose prompt leaves less of the model's positions are left out.
         tells: whether to warn; only one of several processes should.
 
     Raises:
         ValueError: for data that cannot be used, or fewer rows to train on than `prompts`.
     """
-    data = load_data(config.kind, config.data, seed=config.seed)
+    check = None
+    if config.model not in TESTBEDS:
+        template = config.grpo.get("chat_template_kwargs")
+        source = resolve_model(config.model)
+        check = prompt_check(source, room, template=template, trust_remote_code=config.trust_remote_code)
+    data = load_data(config.kind, config.data, seed=config.seed, check_prompt=check)
     if len(data.train) < prompts:
         raise ValueError(
             f"data leaves {len(data.train)} row(s) to train on ({len(data.test)} to test on), and a generation batch "

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges, testbed_model
 from cepo.train.config import REASONER_TESTBED, TESTBED, WORDS
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
+from cepo.train.prompt_length import CheckPrompt
 from cepo.train.reasoner_testbed import Question, Task, generate_questions
 from cepo.train.reasoner_testbed_models import ReasonerSettings, load_testbed_reasoner, reasoner_fingerprint
 from cepo.train.recipe import source_and_options
@@ -26,7 +28,9 @@ from cepo.train.testbed_words import WordsJudge, load_words_judge, words_fingerp
 CACHE = Path.home() / ".cache" / "cepo"
 
 
-def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit:
+def load_data(
+    kind: str, settings: Mapping[str, Any], *, seed: int, check_prompt: CheckPrompt | None = None
+) -> DataSplit:
     """Return train and test rows with the columns prompt (messages) and label or answer.
 
     Args:
@@ -34,6 +38,7 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
         settings: `source` (a file, a hub id, "testbed" or "testbed-reasoner") and the loader's options; for a testbed
             count, test_count and cue_agreement, and for the reasoner's also task.
         seed: seed of positions, split and testbed items.
+        check_prompt: see `load_preferences`; a testbed's prompts are short.
 
     Raises:
         ValueError: for an unknown option, or data that cannot be used.
@@ -48,8 +53,8 @@ def load_data(kind: str, settings: Mapping[str, Any], *, seed: int) -> DataSplit
         raise ValueError(
             f"kind is {kind!r}, but data.source is {source}; expected {'judge' if source == TESTBED else 'reasoning'}"
         )
-    load: Callable[..., DataSplit] = generate if source == own else read
-    check_settings("data", options, load, but=("source", "seed"))
+    load: Callable[..., DataSplit] = generate if source == own else partial(read, check_prompt=check_prompt)
+    check_settings("data", options, generate if source == own else read, but=("source", "seed", "check_prompt"))
     return load(source, seed=seed, **options)
 
 

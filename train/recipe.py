@@ -51,9 +51,12 @@ def read_recipe(kind: type[Config], path: str | Path, overrides: Mapping[str, An
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     check_names(f"config {str(path)!r}", loaded, [item.name for item in fields])
     needed = [item.name for item in fields if item.default is item.default_factory]  # both are missing
-    missing = [name for name in needed if not loaded.get(name)]
+    missing = [name for name in needed if loaded.get(name) is None]
     if missing:
         raise ValueError(f"config {str(path)!r} lacks {', '.join(missing)}")
+    for name in needed:
+        if loaded[name] == "":
+            raise ValueError(f"{name} is empty; expected text")
     return kind(**loaded)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import re
 import shutil
 import sys
@@ -39,6 +40,11 @@ _STATE = "trainer_state.json"
 _OF_TRAINING = ("optimizer*", "scheduler*", "rng_state*", "pytorch_model_fsdp*", "global_step*", "latest", "zero_to_*")
 _CARD = "README.md"  # peft writes its blank template into each checkpoint
 _OF_SUMMARY = ("train_", "total_flos")  # how names in the trainer's closing summary begin
+_OF_LORA: dict[str, tuple[Any, int, float, str]] = {
+    "r": (int, 1, math.inf, "an integer >= 1"),
+    "lora_alpha": (int | float, 0, math.inf, "a number >= 0"),
+    "lora_dropout": (int | float, 0, 1, "a number in [0, 1]"),
+}
 # The first of these that is logged is shown: correctness says more than format.
 _TASK_REWARDS = (
     "causal/task",
@@ -133,7 +139,12 @@ def run_trainer(build: Callable[[], Any], output: Path, checkpoint: Path | None,
             console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
         with _progress(console) as progress, library_bars(disable=True):
             trainer.add_callback(_RunRecord(output, progress, trainer))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except KeyboardInterrupt:
+                kept = last_complete_checkpoint(output)
+                place = f"continues from {kept}" if kept else "starts again, since no checkpoint is complete"
+                raise KeyboardInterrupt(f"stopped; the same command {place}") from None
         trainer.accelerator.wait_for_everyone()
     if not console.quiet:
         warning = _nothing_learned([row for _, row in read_jsonl(output / METRICS)[0]])
@@ -173,6 +184,10 @@ def lora_config(settings: Mapping[str, Any] | None) -> Any:
     from peft import LoraConfig
 
     check_names("lora", settings, [item.name for item in dataclasses.fields(LoraConfig)])
+    for name, (kind, least, most, expected) in _OF_LORA.items():  # peft itself looks only once the model is loaded
+        value = settings.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+            raise ValueError(f"lora.{name} is {value!r}; expected {expected}")
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings})
     except (TypeError, ValueError) as error:

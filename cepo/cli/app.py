@@ -20,7 +20,7 @@ from cepo.cli.shared import RewardCommand, console, errors
 from cepo.cli.train import demo, reward_model, train, warm_start
 
 TRAIN, SCORE, EVALUATE, RESEARCH = "Train", "Score", "Evaluate", "Research"
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """Errors of a disk that is full or may not be written to."""
 _RESEARCH_COMMANDS = (ablate, bench, experiment, reward_experiment, words_judge)
 

@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -44,13 +45,26 @@ class OptionNames(TyperGroup):
 
     So do refusals to resume, which name each setting that differs (`cepo.files.claim`): --seed, not config.seed. A
     dotted name at the beginning of an error is an entry of a recipe, such as data.source, and is kept. The error for a
-    missing required option has the option's help and an example.
+    missing required option has the option's help and an example. Ctrl-C is told as well.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse empty values, such as of a shell's variable that is not set; as a path, "" is the current folder."""
+        for before, value in zip(["cepo", *args], args, strict=False):
+            option, equals, given = value.partition("=")
+            if not value or (option.startswith("--") and equals and not given):
+                raise ValueError(
+                    f"{option or before} is followed by an empty value; expected text (is a shell variable unset?)"
+                )
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; replace a parameter's name at the beginning of an error by its option."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            typer.echo(f"cepo: {str(stopped) or 'stopped'}", err=True)
+            raise typer.Exit(130) from None
         except typer.BadParameter as error:
             if error.message or error.param is None or error.ctx is None:  # only a missing parameter has no message
                 raise
@@ -117,6 +131,8 @@ def check_model(context: typer.Context, option: str, name: str) -> None:
         source = resolve_model(name)
     except ValueError as error:
         raise ValueError(str(error).replace("model", option, 1)) from error
+    except OSError as error:
+        raise _unreadable(option, name, error) from error
     place = Path(source.location, source.gguf_file or "")
     if place.exists():
         _keep_apart(context, option, place)
@@ -139,21 +155,27 @@ def _readable(context: typer.Context, parameter: typer.CallbackParam, source: An
             check(source)
         except ValueError as error:
             raise ValueError(f"{option_of(parameter)} {error}") from error
+        except OSError as error:
+            raise _unreadable(option_of(parameter), source, error) from error
         if Path(source).is_file() or means_path(str(source)):
             _keep_apart(context, option_of(parameter), Path(source))
     return source
 
 
+def _unreadable(option: str, path: Any, error: OSError) -> ValueError:
+    return ValueError(f"{option} is {str(path)!r}, which cannot be read: {error.strerror}; expected another path")
+
+
 def file(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuse a missing file."""
-    if path is not None and not path.is_file():
+    if path is not None and not os.path.isfile(path):
         raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is not a file; expected a file to read")
     return path
 
 
 def present_folder(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuse a missing folder."""
-    if path is not None and not path.is_dir():
+    if path is not None and not os.path.isdir(path):
         raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is not a folder; expected a folder to read")
     return path
 
@@ -198,7 +220,7 @@ def folder(*names: str) -> Callable[..., Any]:
 def new_file(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuse a file that cannot be written, or that is an input or another output."""
     if path is not None:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise ValueError(f"{option_of(parameter)} is {str(path)!r}, which is a folder; expected a file")
         _check_writable(option_of(parameter), path, path.absolute().parent)
         _keep_apart(context, option_of(parameter), path, written=())
@@ -206,10 +228,16 @@ def new_file(context: typer.Context, parameter: typer.CallbackParam, path: Path 
 
 
 def _check_writable(option: str, path: Path, where: Path) -> None:
-    place = next(one for one in (where, *where.absolute().parents) if one.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        what = "cannot be written to" if place.is_dir() else "is a file"
-        raise ValueError(f"{option} is {str(path)!r}, but {place} {what}; expected a folder")
+    # os.path, unlike Path, does not raise for a place that the user may not enter.
+    place = next(one for one in (where, *where.absolute().parents) if os.path.exists(one))
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except NotADirectoryError:
+        what = "is a file"
+    except OSError as error:
+        what = f"cannot be written to ({error.strerror})"
+    raise ValueError(f"{option} is {str(path)!r}, but {place} {what}; expected a folder that can be written to")
 
 
 def _keep_apart(context: typer.Context, option: str, path: Path, *, written: tuple[str, ...] | None = None) -> None:
@@ -249,7 +277,7 @@ def device(name: str | None) -> str | None:
 def testbed_judges(parameter: typer.CallbackParam, names: list[str]) -> list[str]:
     """Refuse names that are neither a judge of the testbed nor a folder of a policy."""
     for name in names:
-        if name not in JUDGES and not Path(name).is_dir():
+        if name not in JUDGES and not os.path.isdir(name):
             raise ValueError(
                 f"{option_of(parameter)} is {name!r}, which is not a folder; expected one, or {', '.join(JUDGES)}"
             )

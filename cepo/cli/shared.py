@@ -78,7 +78,8 @@ def progress_bar() -> Progress:
 def showing(what: str = "", total: int | None = None) -> Iterator[Callable[..., None]]:
     """Show the progress bar; yield a function that updates it, of (done, total, text to show after `what`).
 
-    Bars of libraries, such as transformers' of loading weights, are not drawn meanwhile.
+    Bars of libraries, such as transformers' of loading weights, are not drawn meanwhile. Ctrl-C says how much is done;
+    all commands that show this bar resume.
     """
     from cepo.train.bars import library_bars  # here, since tqdm must not be imported before `main` has set a variable
 
@@ -88,7 +89,12 @@ def showing(what: str = "", total: int | None = None) -> Iterator[Callable[..., 
         def show(done: int, total: int, words: str = "") -> None:
             bar.update(task, description=f"{what} {words}".strip(), completed=done, total=total)
 
-        yield show
+        try:
+            yield show
+        except KeyboardInterrupt:
+            done, total = bar.tasks[0].completed, bar.tasks[0].total
+            told = f"at {done:g} of {total:g}: what is done is kept" if total and done else "before the first result"
+            raise KeyboardInterrupt(f"stopped {told}; the same command resumes") from None
 
 
 class _Progress(Progress):

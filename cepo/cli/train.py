@@ -260,16 +260,21 @@ def _tell(trained: Path) -> None:
 
 def _overrides(named: Mapping[str, Any], pairs: list[str] | None, trust_remote_code: bool) -> dict[str, Any]:
     """Return the recipe's entries that options override."""
+    named = {**named, "trust_remote_code": trust_remote_code or None}
     overrides: dict[str, Any] = {
         key: str(value) if isinstance(value, Path) else value for key, value in named.items() if value is not None
     }
+    options = {key: "data" if key == "data.source" else key.rpartition(".")[2] for key in overrides}
+    given = {key: f"--{option.replace('_', '-')}" for key, option in options.items()}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set is {pair!r}; expected KEY=VALUE, such as seed=1")
+        for other, option in given.items():
+            if key == other or other.startswith(f"{key}."):
+                raise ValueError(f"--set {pair} and {option} both set {other}; leave one out")
         overrides[key] = _yaml_value(value)
-    if trust_remote_code:
-        overrides["trust_remote_code"] = True
+        given[key] = f"--set {pair}"
     return overrides
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cepo.cli import app as app_module
 from cepo.cli.app import app
+from cepo.cli.checks import OptionNames
 from cepo.cli.shared import progress_bar, showing
 from tests.paths import ROOT
 
@@ -52,14 +53,35 @@ def test_a_full_disk_is_told_in_a_paragraph_and_a_fault_of_ours_with_its_trace(
     def failing(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(app_module, "app", partial(failing, errno.ENOSPC))
-    with pytest.raises(SystemExit) as ended:
-        app_module.main()
-    assert ended.value.code == 1
-    assert "No space left on device; results so far are kept" in capsys.readouterr().err
+    for number, told in ((errno.ENOSPC, "No space left on device"), (errno.EACCES, "Permission denied")):
+        monkeypatch.setattr(app_module, "app", partial(failing, number))
+        with pytest.raises(SystemExit) as ended:
+            app_module.main()
+        assert ended.value.code == 1
+        assert f"{told}; results so far are kept" in capsys.readouterr().err
     monkeypatch.setattr(app_module, "app", partial(failing, errno.EBADF))
     with pytest.raises(OSError, match="Bad file descriptor"):
         app_module.main()
+
+
+def test_ctrl_c_says_what_is_kept_and_that_the_same_command_resumes(capsys: pytest.CaptureFixture[str]) -> None:
+    group = typer.Typer(cls=OptionNames)
+
+    @group.command()
+    def work(done: int) -> None:
+        with showing("scoring") as show:
+            show(done, 8)
+            raise KeyboardInterrupt
+
+    @group.command()
+    def rest() -> None:
+        pass
+
+    for done, told in ((3, "at 3 of 8: what is done is kept"), (0, "before the first result")):
+        with pytest.raises(SystemExit) as ended:
+            group(["work", str(done)])
+        assert ended.value.code == 130
+        assert f"cepo: stopped {told}; the same command resumes" in capsys.readouterr().err
 
 
 def test_help_lists_the_users_jobs_before_research() -> None:

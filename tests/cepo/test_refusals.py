@@ -71,6 +71,23 @@ REFUSED = {
     f"{TRAIN} --data rows.jsonl --output out --set rewards=[1] --set lora=2": "lora is 2; expected a mapping",
     f"{TRAIN} --data data/none.csv": "--data data/none.csv is not there; expected a file",
     f"{TRAIN} --output rows.jsonl": "--output is 'rows.jsonl', but",
+    f"{TRAIN} --output out --data rows.jsonl --set rewards=[]": "rewards is empty; expected a list of mappings",
+    f"{TRAIN} --data rows.jsonl --set rewards=[1] --set 'output=\"\"'": "output is empty; expected text",
+    f"{TRAIN} --max-steps 1 --set grpo.max_steps=-1": "--set grpo.max_steps=-1 and --max-steps both set grpo.max_steps",
+    f"{TRAIN} --seed 5 --set seed=3": "--set seed=3 and --seed both set seed; leave one out",
+    f"{TRAIN} --data rows.jsonl --set 'data={{source: testbed}}'": "and --data both set data.source; leave one out",
+    "reward-model run.yaml --output out --set output=other": "--set output=other and --output both set output",
+    f"{TRAIN} --trust-remote-code --set trust_remote_code=false": "and --trust-remote-code both set trust_remote_code",
+    f"{TRAIN} --set seed=1 --set seed=2": "--set seed=2 and --set seed=1 both set seed; leave one out",
+    f"{TRAIN} --output ''": "--output is followed by an empty value",
+    f"{TRAIN} --output=": "--output is followed by an empty value",
+    "train ''": "train is followed by an empty value",
+    "eval rewardbench --model smollm2 --output out --data ''": "--data is followed by an empty value",
+    "score --model smollm2 --output s.jsonl --input ''": "--input is followed by an empty value",
+    f"{SCORE} --html /proc/page.html": "--html is '/proc/page.html', but /proc cannot be written to (",
+    f"{TRAIN} --output /proc/out": "--output is '/proc/out', but /proc cannot be written to (",
+    f"{TRAIN} --data ./{'x' * 300}": "which cannot be read: File name too long; expected another path",
+    f"{TRAIN} --model ./{'x' * 300}": "which cannot be read: File name too long; expected another path",
     f"{TRAIN} --engine ppo": "--engine is 'ppo'",
     f"{TRAIN} --set steps": "--set is 'steps'",
     "reward-model run.yaml --model a/b/c": "--model is 'a/b/c'",
@@ -162,12 +179,12 @@ REFUSED = {
     "words-judge good": "judge is 'good'",
 }
 RUN_ALL = """
-import io, sys
+import io, shlex, sys
 from contextlib import redirect_stderr, redirect_stdout
 from cepo.cli.app import main
 from cepo.cli.shared import errors
 for line in sys.stdin.read().splitlines():
-    sys.argv = ["cepo", *line.split()]
+    sys.argv = ["cepo", *shlex.split(line)]
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as told:
             main()

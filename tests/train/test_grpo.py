@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from cepo.cli.app import main
 from cepo.jacobian.loading import load_model, resolve_model
@@ -205,6 +207,26 @@ def test_other_rows_and_other_weights_under_the_same_names_are_refused(
     assert train(config) == tmp_path / "run" / "final"  # the same content again
 
 
+def test_rows_that_the_model_has_no_positions_for_are_left_out_before_it_is_loaded(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One such prompt stalls the first step that samples it. The completion counts: it needs positions too."""
+    source = tmp_path / "pairs.jsonl"
+    positions = AutoConfig.from_pretrained(judge).max_position_embeddings
+    row = {"prompt": "about my poem", "chosen": "lucid", "rejected": "rude"}
+    source.write_text(f"{json.dumps(row)}\n{json.dumps({**row, 'prompt': 'poem ' * positions})}\n{json.dumps(row)}\n")
+    monkeypatch.setattr("cepo.train.grpo.load_policy", lambda *_, **__: pytest.fail("as far as it should come"))
+    data = {"source": str(source), "test_fraction": 0.0}
+    config = load_config(write_config(tmp_path / "c.yaml", judge, data=data), {})
+    with pytest.raises(pytest.fail.Exception):
+        train(config)
+    told = rf"row 2: the prompt has \d+ tokens; with 40 to generate that is more than the model's {positions}"
+    assert re.search(told, caplog.text)
+    assert "row 1" not in caplog.text
+    with pytest.raises(ValueError, match=f"with {positions} to generate that is more than the model's {positions}"):
+        train(replace(config, grpo={**config.grpo, "max_completion_length": positions}))
+
+
 def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(
     judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -299,6 +321,9 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
         ({"grpo": {"warp": 9}}, "warp"),
         ({"grpo": {"learning_rate": "fast"}}, "grpo.learning_rate is 'fast'"),
         ({"lora": {"rank": 4}}, "lora holds the unknown key rank; expected some of"),
+        ({"lora": {"r": "abc"}}, "lora.r is 'abc'; expected an integer >= 1"),
+        ({"lora": {"r": 0}}, "lora.r is 0; expected an integer >= 1"),
+        ({"lora": {"lora_dropout": 2}}, "lora.lora_dropout is 2; expected a number in [0, 1]"),
         ({"model": "./nowhere"}, "which is not there"),
         ({"rewards": [{"name": "exact_match"}]}, "reward exact_match needs kind: reasoning, but kind is judge"),
         ({"rewards": [{"name": "causal", "task": "bertscore"}]}, "reward bertscore needs kind: reasoning"),

@@ -57,6 +57,19 @@ def test_prints_and_logs_go_to_the_file_until_the_end(tmp_path: Path, capsys: py
     assert (tmp_path / "log.txt").read_text().split() == ["printed", "logged"]
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_that_is_stopped_says_from_where_it_continues(saved: bool, tmp_path: Path) -> None:
+    def train(resume_from_checkpoint: str | None) -> None:
+        if saved:
+            (tmp_path / "checkpoint-2").mkdir()
+            (tmp_path / "checkpoint-2" / "cepo_complete").touch()
+        raise KeyboardInterrupt
+
+    told = f"continues from {tmp_path / 'checkpoint-2'}" if saved else "starts again, since no checkpoint is complete"
+    with pytest.raises(KeyboardInterrupt, match=f"^stopped; the same command {told}$"):
+        run_trainer(lambda: SimpleNamespace(add_callback=lambda _: None, train=train), tmp_path, None)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

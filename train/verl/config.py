@@ -112,7 +112,7 @@ def write_verl_run(config: TrainConfig, *, fresh: bool = False) -> str:
         raise ValueError(f"output {output} already holds checkpoints; move them away, or leave out --fresh")
     keys = verl_settings(config)
     verl_rewards(config).causal.check_prompts(keys["data.train_batch_size"])
-    data = load_train_data(config, keys["data.train_batch_size"])
+    data = load_train_data(config, keys["data.train_batch_size"], room=keys["data.max_response_length"])
     if not len(data.test):
         raise ValueError("data leaves no row to test on, and verl needs one; raise data.test_fraction, or add rows")
     names = ("verl.yaml", "recipe.yaml", "train.parquet", "test.parquet", LEFT_OUT)

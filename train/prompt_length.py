@@ -1,0 +1,58 @@
+"""Which prompts of a run's data the model has positions for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from cepo.jacobian.loading import ModelSource, gguf_read_once, load_tokenizer, loading
+
+CheckPrompt: TypeAlias = Callable[[Sequence[Mapping[str, str]]], None]
+"""Takes a prompt's messages; raises ValueError, with the reason, for one that is too long."""
+
+
+def prompt_check(
+    source: ModelSource, room: int, *, template: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> CheckPrompt | None:
+    """Return the check that a prompt and a completion of `room` tokens fit into the model's positions, without weights.
+
+    A prompt far beyond them would stall training in its first long step.
+
+    Args:
+        source: the model to train.
+        room: most tokens of a completion, at least 0.
+        template: further arguments of the chat template.
+        trust_remote_code: whether a hub repository's own code may run.
+
+    Returns:
+        The check, or None for a model whose config names no limit or whose tokenizer has no chat template.
+
+    Raises:
+        ValueError: if the tokenizer or the config cannot be read.
+    """
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    positions = _positions(source, trust_remote_code)
+    if positions is None or not getattr(tokenizer, "chat_template", None):
+        return None
+
+    def check(messages: Sequence[Mapping[str, str]]) -> None:
+        options = {"add_generation_prompt": True, "return_dict": True, **(template or {})}
+        tokens = len(tokenizer.apply_chat_template(list(messages), **options)["input_ids"])
+        if tokens + room > positions:
+            raise ValueError(
+                f"the prompt has {tokens} tokens; with {room} to generate that is more than the model's {positions}"
+            )
+
+    return check
+
+
+def _positions(source: ModelSource, trust_remote_code: bool) -> int | None:
+    from transformers import AutoConfig
+
+    if source.base is not None:
+        return _positions(source.base, trust_remote_code)
+    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    with loading("the config of model", source), gguf_read_once() if options else contextlib.nullcontext():
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
