@@ -13,6 +13,7 @@ from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
+from cepo.files import counted
 from cepo.fusion.settings import check_settings
 from cepo.jacobian.loading import ModelSource, embedding_width, resolve_model
 from cepo.jacobian.reading.guard import Guard
@@ -107,12 +108,13 @@ def load_train_data(config: TrainConfig, prompts: int, *, room: int, tells: bool
     data = load_data(config.kind, config.data, seed=config.seed, check_prompt=check)
     if len(data.train) < prompts:
         raise ValueError(
-            f"data leaves {len(data.train)} row(s) to train on ({len(data.test)} to test on), and a generation batch "
-            f"takes {prompts} prompts; add rows, or lower data.test_fraction or grpo.per_device_train_batch_size"
+            f"data leaves {counted(len(data.train), 'row')} to train on ({len(data.test)} to test on), and a "
+            f"generation batch takes {prompts} prompts; add rows, or lower data.test_fraction or "
+            "grpo.per_device_train_batch_size"
         )
     if data.skipped and tells:
         logger.warning(
-            "%d row(s) of %s were skipped: %s", len(data.skipped), config.data["source"], shown(data.skipped)
+            "skipped %s of %s: %s", counted(len(data.skipped), "row"), config.data["source"], shown(data.skipped)
         )
     if tells:
         warn_of_repeats(data.preferences())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from cepo.files import counted
 from cepo.jacobian.loading import load_tokenizer, model_fingerprint, resolve_model
 from cepo.jacobian.reward_model import HEAD, load_reward_model, read_last_token
 from cepo.train import testbed
@@ -57,7 +58,7 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
     if not train.rows:
         raise ValueError(f"data leaves no pair to train on: {told(left_out)}")
     if left_out and arguments.process_index == 0:
-        logger.warning("%d pair(s) are left out: %s; %s names them", len(left_out), told(left_out), LEFT_OUT)
+        logger.warning("%s left out: %s; see %s", counted(len(left_out), "pair"), told(left_out), LEFT_OUT)
     if arguments.process_index == 0:
         warn_of_repeats((one.prompt, one.chosen, one.rejected) for one in (*pairs.train, *pairs.test) if not one.tie)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from cepo.files import Row, kind_of
+from cepo.files import Row, counted, kind_of
 from cepo.train.prompts import judge_prompt
 
 PAIR = {name: name for name in ("prompt", "chosen", "rejected")}
@@ -319,7 +319,7 @@ def _responses(row: Row, column: str) -> tuple[tuple[str, ...], list[dict[str, A
     value = _column(row, column)
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         if blank := [text for text in value if not text.strip()]:
-            raise ValueError(f"column {column!r} holds {len(blank)} blank response(s) among {len(value)}")
+            raise ValueError(f"column {column!r} holds {counted(len(blank), 'blank response')} among {len(value)}")
         return tuple(_checked(text, column) for text in value), []
     before, answer = read_answer(row, column)
     for turn in before:

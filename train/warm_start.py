@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cepo.files import SETTINGS, BrokenLine, Row, claim, content_hash
+from cepo.files import SETTINGS, BrokenLine, Row, claim, content_hash, counted
 from cepo.jacobian.loading import ModelSource, load_model, model_fingerprint, resolve_model
 from cepo.jacobian.reading.judge import close_thought, write_judgement
 from cepo.jacobian.reading.thought import template_opens_thought
@@ -183,7 +183,8 @@ def read_examples(
 
     examples, left_out = collect_rows(source, convert)
     told = (
-        f"{len(examples) - by_rule} judgement(s) of the rows' own, {by_rule} by rule, {len(left_out)} row(s) left out"
+        f"{counted(len(examples) - by_rule, 'judgement')} of the rows' own, {by_rule} by rule, "
+        f"{counted(len(left_out), 'row')} left out"
     )
     logger.warning("examples from %s: %s%s", source, told, f": {shown(left_out)}" if left_out else "")
     return examples, left_out

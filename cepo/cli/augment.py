@@ -11,6 +11,7 @@ from cepo.cli import checks
 from cepo.cli.judge_options import with_writer
 from cepo.cli.shared import Threads, console, showing, use_threads
 from cepo.eval.judges.settings import JudgeSettings
+from cepo.files import counted
 from cepo.train.file_kinds import SOURCES
 
 
@@ -100,9 +101,9 @@ def augment(
     if summary.writer.used:
         console.print(f"{summary.writer.told}, {summary.writer.failed.total()} failed", highlight=False)
     if summary.writer.cut:
-        console.print(f"{summary.writer.cut} answer(s) were cut; raise --max-new-tokens to let them finish")
+        console.print(f"cut: {counted(summary.writer.cut, 'answer')}; raise --max-new-tokens to let more finish")
     if summary.writer.failed:
         raise ValueError(
-            f"{summary.writer.failed.total()} prompt(s) were not answered, and their pairs are not kept; run the same "
-            "command again to send only these"
+            f"{counted(summary.writer.failed.total(), 'prompt')} got no answer, and no pair of theirs is kept; run "
+            "the same command again to send no others"
         )

@@ -220,21 +220,23 @@ def finish(output: Path, data: str, failed: Mapping[str, int], broken: Sequence[
 
     Ties without --ties are not an error: they are counted and left out.
     """
+    from cepo.files import counted
     from cepo.train.rows import UNASKED_TIE
 
     console.print(f"report: {output / 'report.html'}")
     lost = [(number, reason) for number, reason in broken if not reason.startswith(UNASKED_TIE)]
     ties = [reason for _, reason in broken if reason.startswith(UNASKED_TIE)]
     if ties:
-        console.print(f"left out: {len(ties)} row(s), each of which {ties[0]}", highlight=False, soft_wrap=True)
+        told = f"left out: {counted(len(ties), 'row')}, each of which {ties[0]}"
+        console.print(told, highlight=False, soft_wrap=True)
     broken, complaints = lost, []
     if broken:
         shown = "; ".join(f"row {number}: {reason}" for number, reason in broken[:5])
         more = "; ..." if len(broken) > 5 else ""
-        complaints.append(f"data {data!r} has {len(broken)} row(s) that could not be used: {shown}{more}")
+        complaints.append(f"data {data!r} has {counted(len(broken), 'row')} that could not be used: {shown}{more}")
     if failed:
         shown = "; ".join(f"{reason} ({count}x)" for reason, count in list(failed.items())[:3])
-        complaints.append(f"{sum(failed.values())} prompt(s) could not be judged: {shown}")
+        complaints.append(f"{counted(sum(failed.values()), 'prompt')} could not be judged: {shown}")
     if complaints:
         raise ValueError(
             f"{'. '.join(complaints)}. Everything else was judged; correct this and run the same command again"

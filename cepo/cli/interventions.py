@@ -24,6 +24,7 @@ from cepo.cli.shared import (
     use_threads,
 )
 from cepo.eval.judges.reward import RewardSettings
+from cepo.files import counted
 from cepo.train.file_kinds import FILES, SOURCES
 
 _NODES = (1, 2, 4, 8, 16)
@@ -103,7 +104,7 @@ def sensitivity(
     if summary.left_out:
         reasons = Counter(reason for _, reason in summary.left_out).most_common(8)
         shown = "; ".join(f"{reason} ({count}x)" for reason, count in reasons)
-        console.print(f"left out: {len(summary.left_out)} row(s) that are not edits: {shown}", markup=False)
+        console.print(f"left out, not edits: {counted(len(summary.left_out), 'row')}: {shown}", markup=False)
     finish(output, data, summary.failed, ())
 
 

@@ -22,6 +22,7 @@ from cepo.files import (
     SETTINGS,
     append_jsonl,
     claim,
+    counted,
     fingerprint,
     json_line,
     make_folder,
@@ -200,8 +201,8 @@ def _judged(job: CausalJob, parts: Path, report: Progress) -> Iterator[_Judged]:
         prompts = {one.prompt_ids for one in sound}
         if len(prompts) < 2:
             raise ValueError(
-                f"input {str(job.input)!r} holds well-formed judgements of {len(prompts)} prompt(s), so no span has a "
-                "donor, the content of another prompt's judgement; expected at least two prompts"
+                f"input {str(job.input)!r} holds well-formed judgements of {counted(len(prompts), 'prompt')}, so no "
+                "span has a donor, the content of another prompt's judgement; expected at least two prompts"
             )
         yield _Judged(judge, tuple(map(Judgement, read[: job.items])), pools_of(sound, links_of(judge)))
         return

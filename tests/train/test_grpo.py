@@ -237,9 +237,9 @@ def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(
     config = load_config(write_config(tmp_path / "c.yaml", judge, data={"source": str(source)}), {})
     with pytest.raises(pytest.fail.Exception):
         train(replace(config, data={"source": str(source), "test_fraction": 0.0}))
-    assert "1 row(s)" in caplog.text
+    assert "skipped 1 row of" in caplog.text
     assert "row 2" in caplog.text
-    with pytest.raises(ValueError, match=r"leaves 0 row\(s\) to train on"):
+    with pytest.raises(ValueError, match=r"leaves 0 rows to train on"):
         train(replace(config, data={"source": str(source), "test_fraction": 1.0}))
 
 

@@ -229,7 +229,7 @@ def test_pairs_that_cannot_be_told_apart_are_counted_and_named(tmp_path: Path, c
     assert "split is 'dev'" in reasons["row 7"]
     assert "chosen" in reasons["row 8"]
     assert len(left_out) == 6
-    assert "6 pair(s) are left out" in caplog.text
+    assert "6 pairs left out" in caplog.text
     with pytest.raises(ValueError, match="leaves no pair to train on: too long"):
         train_reward_model(replace(settings, output=str(tmp_path / "none"), reward={**TINY, "max_length": 3}))
 

@@ -79,7 +79,7 @@ def test_a_rows_own_judgement_is_learned_in_every_form_and_each_kind_is_counted(
     assert texts[:3] == ["J0", "J1", "J2"]
     assert all("<specific_criteria>" in text for text in texts[3:])
     assert len(texts) == 5
-    assert "3 judgement(s) of the rows' own, 2 by rule, 4 row(s) left out: row 6: column 'judge_output'" in caplog.text
+    assert "3 judgements of the rows' own, 2 by rule, 4 rows left out: row 6: column 'judge_output'" in caplog.text
     assert "row 7: column 'label' holds 'first'" in caplog.text
     first, second = (example["prompt"][0]["content"] for example in examples[:2])
     assert first.index(ROWS[0]["rejected"]) < first.index(ROWS[0]["chosen"])

@@ -240,7 +240,7 @@ def test_a_server_that_hangs_up_and_fails_loses_its_own_pairs_alone(
         )
     shown = capsys.readouterr()
     assert code == 2
-    assert "3 prompt(s) were not answered, and their pairs are not kept" in shown.err
+    assert "3 prompts got no answer, and no pair of theirs is kept" in shown.err
     for reason in ("the connection broke", "the server answered 500", "the answer is not JSON"):
         assert reason in shown.out
     kept = {pair.source_ids[0] for pair in pairs_of(job) if pair.kept and pair.source_ids}

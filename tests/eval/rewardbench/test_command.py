@@ -704,7 +704,7 @@ def test_a_server_that_answers_nothing_is_an_exit_code_of_2_and_every_row_is_lis
         *("--base-url", "http://127.0.0.1:9/v1", "--retries", 0),
     )
     assert code == 2
-    assert "4 prompt(s) could not be judged" in " ".join(err.split())
+    assert "4 prompts could not be judged" in " ".join(err.split())
     records = read_jsonl(tmp_path / "out" / "judgements.jsonl")
     assert len(records) == 4
     assert all("no connection" in record["error"] for record in records)

@@ -162,7 +162,7 @@ def test_the_command_judges_and_refuses_what_belongs_to_other_judges(
     assert run_cepo(monkeypatch, *common, "--reward-model", str(folder)) == 2
     said = capsys.readouterr()
     assert "longer response wins" in said.out
-    assert "1 prompt(s) could not be judged: too long" in said.err
+    assert "1 prompt could not be judged: too long" in said.err
     for options, complaint in (
         ((), "Give either --model or --reward-model"),
         (("--reward-model", str(folder), "--model", "smollm2"), "Give either --model or --reward-model"),

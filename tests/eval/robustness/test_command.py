@@ -215,11 +215,11 @@ def test_the_command_judges_with_a_server(
     assert run_cepo(monkeypatch, "eval", "robustness", *common, "--output", str(tmp_path / "out")) == 0
     shown = capsys.readouterr().out
     assert "quotes" in shown
-    assert "left out: 1 row(s), each of which is a tie; only preferences are read here" in shown
+    assert "left out: 1 row, each of which is a tie; only preferences are read here" in shown
     source.write_text(source.read_text() + "{torn\n")
     assert run_cepo(monkeypatch, "eval", "robustness", *common, "--output", str(tmp_path / "second")) == 2
     captured = capsys.readouterr()
-    assert "1 row(s) that could not be used: row 6: not JSON" in captured.err
+    assert "1 row that could not be used: row 6: not JSON" in captured.err
     assert (tmp_path / "second" / "report.html").is_file()
 
 
