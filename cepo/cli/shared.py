@@ -92,8 +92,9 @@ def showing(what: str = "", total: int | None = None) -> Iterator[Callable[..., 
         try:
             yield show
         except KeyboardInterrupt:
-            done, total = bar.tasks[0].completed, bar.tasks[0].total
-            told = f"at {done:g} of {total:g}: what is done is kept" if total and done else "before the first result"
+            shown = bar.tasks[0]
+            some = shown.total and shown.completed
+            told = f"at {shown.completed:g} of {shown.total:g}: what is done is kept" if some else "before the first result"
             raise KeyboardInterrupt(f"stopped {told}; the same command resumes") from None
 
 
