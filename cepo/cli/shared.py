@@ -93,8 +93,9 @@ def showing(what: str = "", total: int | None = None) -> Iterator[Callable[..., 
             yield show
         except KeyboardInterrupt:
             shown = bar.tasks[0]
-            some = shown.total and shown.completed
-            told = f"at {shown.completed:g} of {shown.total:g}: what is done is kept" if some else "before the first result"
+            told = "before the first result"
+            if shown.total and shown.completed:
+                told = f"at {shown.completed:g} of {shown.total:g}: what is done is kept"
             raise KeyboardInterrupt(f"stopped {told}; the same command resumes") from None
 
 
