@@ -15,9 +15,10 @@ CheckPrompt: TypeAlias = Callable[[Sequence[Mapping[str, str]]], None]
 def prompt_check(
     source: ModelSource, room: int, *, template: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> CheckPrompt | None:
-    """Return the check that a prompt and a completion of `room` tokens fit into the model's positions, without weights.
+    """Return the check that a prompt fits into the model's positions, without weights.
 
-    A prompt far beyond them would stall training in its first long step.
+    A prompt far beyond them would stall training in its first long step. Learned positions must also hold a completion
+    of `room` tokens, since generation fails beyond them; rotary ones go on, so there one token must fit.
 
     Args:
         source: the model to train.
@@ -32,27 +33,29 @@ def prompt_check(
         ValueError: if the tokenizer or the config cannot be read.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    positions = _positions(source, trust_remote_code)
+    config = _config(source, trust_remote_code)
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is None or not getattr(tokenizer, "chat_template", None):
         return None
+    least = 1 if getattr(config, "rope_parameters", None) else room
 
     def check(messages: Sequence[Mapping[str, str]]) -> None:
         options = {"add_generation_prompt": True, "return_dict": True, **(template or {})}
         tokens = len(tokenizer.apply_chat_template(list(messages), **options)["input_ids"])
-        if tokens + room > positions:
+        if tokens + least > positions:
             raise ValueError(
-                f"the prompt has {tokens} tokens; with {room} to generate that is more than the model's {positions}"
+                f"the prompt has {tokens} tokens; with {least} to generate that is more than the model's {positions}"
             )
 
     return check
 
 
-def _positions(source: ModelSource, trust_remote_code: bool) -> int | None:
+def _config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     if source.base is not None:
-        return _positions(source.base, trust_remote_code)
+        return _config(source.base, trust_remote_code)
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with loading("the config of model", source), gguf_read_once() if options else contextlib.nullcontext():
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return config.get_text_config()

@@ -143,7 +143,7 @@ def prompts_per_batch(trainer: Any) -> int:
     """Return the number of prompts in a generation batch, over all ranks; of evaluation, where that has fewer."""
     given = trainer.args
     prompts = given.generation_batch_size // trainer.num_generations
-    if given.eval_strategy != "no" and trainer.eval_dataset is not None:
+    if getattr(trainer, "eval_dataset", None) is not None and given.eval_strategy != "no":
         prompts = min(prompts, given.per_device_eval_batch_size * given.world_size // trainer.num_generations_eval)
     return int(prompts)
 

@@ -1,5 +1,6 @@
 """Protects `cepo train`: settings are checked early, and a killed run ends with an uninterrupted run's weights."""
 
+import contextlib
 import json
 import math
 import re
@@ -16,16 +17,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2Config
 
 from cepo.cli.app import main
-from cepo.jacobian.loading import load_model, resolve_model
+from cepo.jacobian.loading import load_model, load_tokenizer, resolve_model
 from cepo.jacobian.reading.guard import Guard
 from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_judges, testbed_model
 from cepo.train.config import TrainConfig
 from cepo.train.grpo import build_causal_loss, build_rewards, grpo_arguments, load_config, train
 from cepo.train.policy import load_testbed_judge
+from cepo.train.prompt_length import prompt_check
 from cepo.train.prompts import JUDGE
 from cepo.train.run import last_complete_checkpoint
 from tests.paths import ROOT
@@ -210,7 +212,7 @@ def test_other_rows_and_other_weights_under_the_same_names_are_refused(
 def test_rows_that_the_model_has_no_positions_for_are_left_out_before_it_is_loaded(
     judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One such prompt stalls the first step that samples it. The completion counts: it needs positions too."""
+    """One such prompt stalls the first step that samples it. Learned positions must hold the completion too."""
     source = tmp_path / "pairs.jsonl"
     positions = AutoConfig.from_pretrained(judge).max_position_embeddings
     row = {"prompt": "about my poem", "chosen": "lucid", "rejected": "rude"}
@@ -220,11 +222,17 @@ def test_rows_that_the_model_has_no_positions_for_are_left_out_before_it_is_load
     config = load_config(write_config(tmp_path / "c.yaml", judge, data=data), {})
     with pytest.raises(pytest.fail.Exception):
         train(config)
-    told = rf"row 2: the prompt has \d+ tokens; with 40 to generate that is more than the model's {positions}"
+    told = rf"row 2: the prompt has \d+ tokens; with 1 to generate that is more than the model's {positions}"
     assert re.search(told, caplog.text)
     assert "row 1" not in caplog.text
-    with pytest.raises(ValueError, match=f"with {positions} to generate that is more than the model's {positions}"):
-        train(replace(config, grpo={**config.grpo, "max_completion_length": positions}))
+    learned = tmp_path / "learned"
+    load_tokenizer(resolve_model(str(judge))).save_pretrained(learned)
+    GPT2Config(n_positions=8).save_pretrained(learned)
+    for room in (0, 8):
+        check = prompt_check(resolve_model(str(learned)), room)
+        assert check is not None
+        with pytest.raises(ValueError, match="with 8 to") if room else contextlib.nullcontext():
+            check([{"role": "user", "content": "about"}])
 
 
 def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(

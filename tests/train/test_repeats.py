@@ -28,7 +28,7 @@ def test_evaluation_and_training_tell_the_same_counts(tmp_path: Path, caplog: py
     assert caplog.text.count(TOLD) == 1
     caplog.clear()
     run = TrainConfig("testbed", {"source": str(source)}, [{"name": "format"}], str(tmp_path / "run"))
-    data = load_train_data(run, 1)
+    data = load_train_data(run, 1, room=8)
     assert len(data.train) + len(data.test) == 5
     assert caplog.text.count(TOLD) == 1
 

@@ -622,7 +622,7 @@ def test_reasoning_rows(judge: Path, tmp_path: Path, cepo: Cepo) -> None:
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--model", "./nowhere"], "is not there"),
         (["--model", "nowhere.gguf"], "is not there"),
-        (["--output", "/proc/no/out.jsonl"], "cannot be made"),
+        (["--output", "/proc/no/out.jsonl"], "/proc cannot be written to"),
         (["--input", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--ray", "0"], "--ray is 0"),
         (["--ray", "2", "--device", "cuda:1"], "device is 'cuda:1'; expected cpu or cuda with --ray"),

@@ -27,7 +27,7 @@ from tests.models import judge_rollout, tiny_model
 
 LAYERS = {"norm_forward_kernel", "norm_vjp_kernel", "swiglu_forward_kernel", "swiglu_vjp_kernel"}
 ATTENTION = {f"attention_{name}_kernel" for name in ("forward", "delta", "query_vjp", "key_vjp")}
-HEAD = {"head_forward_kernel", "head_shares_kernel"}
+HEAD = {"head_forward_kernel", "head_probs_kernel"}
 SIZE = {"head_dim": 16}  # the smallest that the attention takes
 # One group of heads: the interpreter's time is that of the programs, and there is one for every group.
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, **SIZE}
