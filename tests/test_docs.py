@@ -395,6 +395,24 @@ def test_the_tables_of_agreement_within_prompts_are_what_the_rows_say() -> None:
             assert near(cell, [row["value"], row["low"], row["high"]] if row else []), (name, place)
 
 
+def test_the_table_of_agreement_in_words_is_what_the_rows_say() -> None:
+    recorded = [
+        {
+            (row["what"], row.get("definition"), row.get("place")): row
+            for row in rows_of(f"causal-words-lazy-seed{seed}.jsonl")
+        }
+        for seed in (51, 52)
+    ]
+    columns = [(what, of_seed) for what in ("auc", "rank correlation", "error") for of_seed in recorded]
+    rows = table((ROOT / "docs" / "results.md").read_text(), "### The same in words")
+    estimates = ["gradient", "second order", "path 1", "path 2", "path 4", "effect", "exact effect"]
+    for (_, *cells), name in zip(rows, estimates, strict=True):
+        for cell, (what, of_seed) in zip(cells, columns, strict=True):
+            row = of_seed.get((what, name, "chain"))
+            values = [row["value"], row["low"], row["high"]] if row else []
+            assert near(cell, [value for value in values if value is not None]), (name, what)
+
+
 def test_the_table_of_the_ablation_is_what_the_rows_say() -> None:
     settings = [(0, 2), (1, 2), (2, 2), (8, 2), (4, 1), (4, 4), (4, 8), (4, "tau 0.5"), (4, "tau 0.9")]
     recorded = {
