@@ -42,12 +42,17 @@ def prompt_check(
     def check(messages: Sequence[Mapping[str, str]]) -> None:
         options = {"add_generation_prompt": True, "return_dict": True, **(template or {})}
         tokens = len(tokenizer.apply_chat_template(list(messages), **options)["input_ids"])
-        if tokens + least > positions:
-            raise ValueError(
-                f"the prompt has {tokens} tokens; with {least} to generate that is more than the model's {positions}"
-            )
+        if reason := why_too_long(tokens, least, positions):
+            raise ValueError(reason)
 
     return check
+
+
+def why_too_long(tokens: int, room: int, positions: int | None) -> str | None:
+    """Return the reason why a prompt of `tokens` and `room` more exceed a model's positions; None if they fit."""
+    if positions is None or tokens + room <= positions:
+        return None
+    return f"the prompt has {tokens} tokens; with {room} to generate that is more than the model's {positions}"
 
 
 def _config(source: ModelSource, trust_remote_code: bool) -> Any:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from cepo.eval.judges.encoding import FORCED_TOKENS, PromptEncoder, TextReader
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, row_seed
 from cepo.jacobian.reading.thought import THOUGHT
+from cepo.train.prompt_length import why_too_long
 
 _WORTH_SHARING = 16  # least tokens of a common prefix
 
@@ -53,7 +54,7 @@ class TransformersJudge:
         """Yield the index of each prompt and its judgement; prompts of similar length are generated together."""
         encoded, failed = self.prompts.encode_all(prompts)
         for row in list(encoded):
-            if reason := self._too_long(len(encoded[row])):
+            if reason := why_too_long(len(encoded[row]), self._room, self._context):
                 failed[row] = Judgement("", error=reason)
                 del encoded[row]
         yield from failed.items()
@@ -66,12 +67,6 @@ class TransformersJudge:
             ids_rows = [encoded[row] for row in rows]
             seeds = [row_seed(self._settings.seed, prompts[row]) for row in rows]
             yield from zip(rows, self._judge_batch(ids_rows, seeds, len(prefix), cache), strict=True)
-
-    def _too_long(self, tokens: int) -> str | None:
-        if self._context is None or tokens + self._room <= self._context:
-            return None
-        room, context = self._room, self._context
-        return f"the prompt has {tokens} tokens; with {room} to generate that is more than the model's {context}"
 
     def _judge_batch(
         self, ids_rows: list[list[int]], seeds: list[int], shared: int, cache: DynamicCache | None
