@@ -54,13 +54,13 @@ def nuisance_bases(
 
 
 def remove_nuisance(jac_SD: Tensor, basis_RD: Tensor) -> Tensor:
-    """Return the residual J - (J V) V^T, in J's dtype; J itself for an empty basis.
+    """Return the residual J - (J V) V^T, in J's dtype; J itself for an empty basis, zeros if only rounding is left.
 
     Args:
         jac_SD: (S, D).
         basis_RD: (R, D) with orthonormal rows.
     """
-    return project_out(jac_SD, basis_RD) if len(basis_RD) else jac_SD
+    return _beyond_rounding(jac_SD, project_out(jac_SD, basis_RD)) if len(basis_RD) else jac_SD
 
 
 def remove_mean(jac_SD: Tensor, jacs_SD: Sequence[Tensor]) -> Tensor:
@@ -79,7 +79,7 @@ def remove_mean(jac_SD: Tensor, jacs_SD: Sequence[Tensor]) -> Tensor:
     if energy == 0.0:
         return jac_SD
     coefficient = float((jac_SD.double() * mean_SD).sum()) / energy
-    return (jac_SD.double() - coefficient * mean_SD).to(jac_SD.dtype)
+    return _beyond_rounding(jac_SD, (jac_SD.double() - coefficient * mean_SD).to(jac_SD.dtype))
 
 
 def angles_between(one_RD: Tensor, other_RD: Tensor) -> list[float]:
@@ -88,3 +88,10 @@ def angles_between(one_RD: Tensor, other_RD: Tensor) -> list[float]:
         return []
     angles = np.rad2deg(subspace_angles(one_RD.cpu().double().numpy().T, other_RD.cpu().numpy().T))
     return sorted(float(angle) for angle in angles)
+
+
+def _beyond_rounding(jac_SD: Tensor, residual_SD: Tensor) -> Tensor:
+    """Return the residual, or zeros if it is within J's rounding: phi ignores size and would measure noise."""
+    largest, left = (float(each_SD.abs().max()) if each_SD.numel() else 0.0 for each_SD in (jac_SD, residual_SD))
+    known = 1e-12 if jac_SD.dtype == torch.float64 else 1e-6
+    return residual_SD if left > known * largest else torch.zeros_like(residual_SD)

@@ -18,6 +18,7 @@ from cepo.counterfactual.nuisance import angles_between, nuisance_bases, remove_
 from cepo.counterfactual.permute import BLOCK_TOKENS, check_permutation, permutations
 from cepo.counterfactual.rank import check_rank
 from cepo.jacobian.records import Rollout
+from cepo.kernels.spectral import spectral_shares
 from tests.models import span
 
 KINDS = ("uniform", "sentence", "block")
@@ -301,6 +302,34 @@ def test_nothing_to_remove() -> None:
             assert torch.equal(remove_nuisance(jac_SD, basis_RD), jac_SD)
             assert own_angles(basis_RD, jac_SD) == []
     assert torch.equal(remove_nuisance(jac_SD, nuisance_basis([jac_SD], rank=0)), jac_SD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner", "options"),
+    [(1, 8, 8, {"rank": 8}), (40, 32, 32, {"energy": 1.0}), (90, 96, 2, {"rank": 4}), (10, 64, 2, {"energy": 1.0})],
+)
+def test_a_jacobian_inside_the_nuisance_subspace_scores_0(
+    rows: int, columns: int, inner: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Nothing is left but rounding, whose phi is anything up to 1 (always 1 for a span of one token)."""
+    row_space_RD = matrix(inner, columns, 50, decay=0.0)
+    for scale in (1.0, 1e-30):
+        jac_SD, *others_SD = (
+            (scale * matrix(rows, inner, seed, decay=0.0) @ row_space_RD).to(dtype) for seed in range(9)
+        )
+        residual_SD = remove_nuisance(jac_SD, nuisance_basis(others_SD, **options))
+        assert spectral_shares([residual_SD])[0].value == 0.0
+        assert residual_SD.dtype == dtype
+        mean_SD = torch.stack(others_SD).double().mean(0)
+        assert not remove_mean((0.3 * mean_SD).to(dtype), others_SD).any()
+    # What is more than rounding stays.
+    rest_SD = matrix(rows, columns, 60)
+    rest_SD -= rest_SD @ projector(nuisance_basis([row_space_RD], rank=inner))
+    if inner < columns:
+        outside_SD = (jac_SD.double() + 1e-3 * jac_SD.abs().max() * rest_SD).to(dtype)
+        left = remove_nuisance(outside_SD, nuisance_basis(others_SD, **options)).norm()
+        assert float(left) == pytest.approx(1e-3 * float(jac_SD.abs().max() * rest_SD.norm()), rel=1e-2)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
