@@ -161,7 +161,7 @@ def _floor_of(run: Recorder, operation: Operation) -> Row:
 
 def _error(found: Output, truth: Output) -> float:
     """Return the largest error over the largest true value among the outputs that the contender computes."""
-    worst = 0.0
+    errors = [0.0]
     for mine, true in zip(found, truth, strict=True):
         if mine is None or true is None:
             continue
@@ -170,9 +170,8 @@ def _error(found: Output, truth: Output) -> float:
             return float("inf")
         if got.numel():
             largest = float(right.abs().max())
-            error = float((got.to(right.dtype) - right).abs().max()) / max(largest, 1e-30)
-            worst = error if not error <= worst else worst  # keeps a NaN
-    return worst if worst == worst else float("inf")
+            errors.append(float((got.to(right.dtype) - right).abs().max()) / max(largest, 1e-30))
+    return max(errors) if all(error == error for error in errors) else float("inf")  # max alone may pass over a NaN
 
 
 def missing_reason(needs: str | None, device: torch.device) -> str | None:
