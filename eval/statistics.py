@@ -194,7 +194,8 @@ def proportion(values: ArrayLike, *, clusters: ArrayLike | None = None, unit: st
 def mean_over_seeds(values: ArrayLike, *, within: tuple[float, float] = ANYWHERE) -> Estimate:
     """Return the mean of independent numbers, one per seed, with its Student t interval.
 
-    There is no interval for one seed, or for seeds with equal values, which do not show how far others could be.
+    There is no interval for one seed, or for seeds with equal values, which do not show how far others could be. Values
+    that differ by rounding alone are equal.
 
     Args:
         values: any number of values.
@@ -208,15 +209,17 @@ def mean_over_seeds(values: ArrayLike, *, within: tuple[float, float] = ANYWHERE
     if not count:
         return undetermined("no seed")
     middle = float(values_N.mean())
+    if math.isnan(middle):
+        return undetermined("a seed has no value")
     error = float(values_N.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-    if not error > 0.0:
+    if not _is_spread(error, middle):
         return Estimate(middle, count=count, why="1 seed" if count == 1 else f"{count} equal seeds")
     reach = error * _t(count - 1)
     return Estimate(middle, *_cut(middle - reach, middle + reach, within), count)
 
 
 def sign_flip_p(differences: ArrayLike) -> float:
-    """Return the two-sided p-value of paired differences under sign flips; NaN without differences.
+    """Return the two-sided p-value of paired differences under sign flips; NaN without differences, or if one is NaN.
 
     It is the probability of a mean at least as far from 0 if each difference is equally likely to have either sign. Up
     to 13 differences all sign patterns are counted, beyond that 10,000 random ones. With n differences the p-value is
@@ -226,8 +229,10 @@ def sign_flip_p(differences: ArrayLike) -> float:
         Fisher, The design of experiments (1935), section 21.
     """
     values_N = np.asarray(differences, dtype=float)
+    if not len(values_N) or np.isnan(values_N).any():
+        return math.nan
     if len(values_N) < 2:
-        return 1.0 if len(values_N) else math.nan
+        return 1.0
     return float(permutation_test((values_N,), np.mean, permutation_type="samples", n_resamples=9999, rng=0).pvalue)
 
 
@@ -330,7 +335,7 @@ def _skewed_interval(values_U: np.ndarray, middle: float, quantile: float) -> tu
         Hall, On the removal of skewness by transformation (1992), the cubic transformation.
     """
     units, spread = len(values_U), float(values_U.std())
-    if not spread > 1e-12 * max(1.0, abs(middle)):
+    if not _is_spread(spread, middle):
         return math.nan, math.nan
     skewness = float(((values_U - values_U.mean()) ** 3).mean()) / spread**3
     error = float(values_U.std(ddof=1))
@@ -342,6 +347,11 @@ def _skewed_interval(values_U: np.ndarray, middle: float, quantile: float) -> tu
         return (float(np.cbrt(1.0 + skewness * straight)) - 1.0) / (skewness / 3.0)
 
     return middle - error * corrected(quantile), middle - error * corrected(-quantile)
+
+
+def _is_spread(spread: float, middle: float) -> bool:
+    """Tell whether values around `middle` vary by more than rounding."""
+    return spread > 1e-12 * max(1.0, abs(middle))
 
 
 @cache

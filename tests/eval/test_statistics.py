@@ -75,6 +75,9 @@ def test_where_there_is_no_interval_the_reason_is_said() -> None:
     assert str(mean_over_seeds([0.5])) == "0.500 [undetermined: 1 seed]"
     assert str(mean_over_seeds([1.0, 1.0])) == "1.000 [undetermined: 2 equal seeds]"
     assert str(mean_over_seeds([])) == "undetermined: no seed"
+    assert str(mean_over_seeds([0.1] * 3)) == "0.100 [undetermined: 3 equal seeds]"  # their deviation rounds to 1.7e-17
+    assert str(mean_over_seeds([0.9 - 0.8, 0.8 - 0.7])) == "0.100 [undetermined: 2 equal seeds]"
+    assert str(mean_over_seeds([0.5, math.nan, 0.7])) == "undetermined: a seed has no value"
     assert str(proportion([])) == "undetermined: no item"
     assert str(proportion([1.0], unit="question")) == "1.000 [undetermined: 1 question]"
     alone = estimate(mean, VALUES, clusters=np.zeros(60), unit="prompt")
@@ -332,3 +335,4 @@ def test_sign_flips_by_hand() -> None:
     assert sign_flip_p([0.5] * 10) == pytest.approx(2 / 1024)
     assert sign_flip_p([0.1, -0.1]) == sign_flip_p([0.0, 0.0]) == sign_flip_p([0.5]) == 1.0
     assert np.isnan(sign_flip_p([]))
+    assert np.isnan(sign_flip_p([math.nan, 0.1, 0.2]))  # no pattern is as far from 0 as NaN, which is not p = 0
