@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from cepo.eval.rewardbench.metrics import SECTIONS, mean_of_weighted
 from cepo.eval.statistics import (
+    SHARE,
     Estimate,
     aucs,
     estimate,
@@ -137,4 +139,23 @@ def test_the_interval_of_an_area_holds_its_level(prompts: int, shift: float) -> 
         return estimate(aucs, values, positive, clusters=labels, ends=(0.0, 1.0), unit="prompt")
 
     truth = float(scipy.stats.norm.cdf(shift / math.sqrt(2.0 * (1.0 + 0.49))))
+    assert coverage(interval, truth) >= LEAST
+
+
+@pytest.mark.parametrize("limit", [100, 300])
+@pytest.mark.parametrize("chosen", [["Chat"], ["Reasoning"], list(SECTIONS)], ids=str)
+def test_the_interval_of_a_section_holds_its_level(chosen: list[str], limit: int) -> None:
+    """RewardBench's sections and their mean, of items drawn at random, with the benchmark's own shares of subsets."""
+    subsets = [subset for weights in SECTIONS.values() for subset in weights]
+    counts = [447 if subset == "math-prm" else weights[subset] for weights in SECTIONS.values() for subset in weights]
+    accuracies_S = np.random.default_rng(1).beta(9.0, 1.5, len(subsets))
+    weights_GS = np.array([[SECTIONS[section].get(subset, 0.0) for subset in subsets] for section in chosen])
+    truth = float((weights_GS @ accuracies_S / weights_GS.sum(1)).mean())
+    statistic, population = mean_of_weighted(weights_GS.tolist()), np.repeat(np.arange(len(subsets)), counts)
+
+    def interval(rng: np.random.Generator) -> Estimate:
+        codes = rng.choice(population, limit, replace=False)
+        codes = codes[weights_GS.sum(0)[codes] > 0.0]
+        return estimate(statistic, rng.random(len(codes)) < accuracies_S[codes], codes, ends=SHARE)
+
     assert coverage(interval, truth) >= LEAST
