@@ -12,7 +12,7 @@ each of B samples. It returns B values, or B arrays of values. The jackknife nee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -82,7 +82,7 @@ def undetermined(why: str) -> Estimate:
 def estimate(
     statistic: Callable[..., np.ndarray],
     *columns: ArrayLike,
-    clusters: ArrayLike | None = None,
+    clusters: Iterable[Hashable] | None = None,
     ends: tuple[float, float] | None = None,
     within: tuple[float, float] = ANYWHERE,
     unit: str = "item",
@@ -111,7 +111,7 @@ def estimate(
 def estimates(
     statistic: Callable[..., np.ndarray],
     *columns: ArrayLike,
-    clusters: ArrayLike | None = None,
+    clusters: Iterable[Hashable] | None = None,
     ends: tuple[float, float] | None = None,
     within: tuple[float, float] = ANYWHERE,
     unit: str = "item",
@@ -147,7 +147,7 @@ def estimates(
     if not arrays or not len(arrays[0]) or any(len(array) != len(arrays[0]) for array in arrays):
         raise ValueError(f"columns have the shapes {[array.shape for array in arrays]}; expected equal lengths above 0")
     count = len(arrays[0])
-    labels_N = np.arange(count) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1].ravel()
+    labels_N = np.arange(count) if clusters is None else _numbered(clusters)
     if labels_N.shape != (count,):
         raise ValueError(f"clusters has the shape {labels_N.shape} for {count} observations; expected one label each")
     values_M = np.ravel(statistic(*arrays, np.ones((1, count))))
@@ -178,7 +178,7 @@ def estimates(
     return found
 
 
-def proportion(values: ArrayLike, *, clusters: ArrayLike | None = None, unit: str = "item") -> Estimate:
+def proportion(values: ArrayLike, *, clusters: Iterable[Hashable] | None = None, unit: str = "item") -> Estimate:
     """Return the mean of numbers in [0, 1], such as whether verdicts are right, with its interval.
 
     Args:
@@ -297,6 +297,15 @@ def aucs(values: np.ndarray, positive_N: np.ndarray, weights_BN: np.ndarray) -> 
     wins_BM = (ranks_BMN * chosen_BN[:, None]).sum(-1) - positives_B1 * (positives_B1 + 1) / 2
     found: np.ndarray = wins_BM / np.where(pairs_B1 > 0.0, pairs_B1, np.nan)
     return found
+
+
+def _numbered(labels: Iterable[Hashable]) -> np.ndarray:
+    """Return the number of each label, by first appearance.
+
+    An array of the labels themselves would take as much memory for each as for the longest: labels can be prompts.
+    """
+    numbers_of: dict[Hashable, int] = {}
+    return np.array([numbers_of.setdefault(label, len(numbers_of)) for label in labels], dtype=int)
 
 
 def _interval(values_U: np.ndarray, middle: float, ends: tuple[float, float] | None) -> tuple[float, float]:

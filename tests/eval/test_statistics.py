@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,18 @@ def test_clusters_of_unlike_size_and_order_are_kept_together() -> None:
         return mean(values_N, weights_BN)
 
     estimate(record, [1.0, 10.0, 1.0, 100.0, 1.0], clusters=["b", "a", "b", "c", "b"])
-    assert sums == [113.0, 103.0, 110.0, 13.0]
+    assert sums == [113.0, 110.0, 103.0, 13.0]
+
+
+def test_labels_may_be_long_texts() -> None:
+    """One long prompt among many made an array of 4 bytes per character of it for each: 500 MB here."""
+    labels = ["long document " * 5000, *(f"prompt {number}" for number in range(499))]
+    tracemalloc.start()
+    found = proportion([1.0] * 500, clusters=labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.low == pytest.approx(0.025 ** (1 / 500))
+    assert peak < 1e8
 
 
 def test_many_statistics_of_one_sample_are_those_of_each_alone() -> None:
