@@ -15,10 +15,11 @@ from cepo.benchmarks.ablation.sweep import PAPER_HARDENING, Sweep, rank_label
 from cepo.benchmarks.ablation.tables import SweptValues
 from cepo.eval.report.numbers import digits
 from cepo.eval.report.tables import ConsoleTable
-from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, mean, rank_correlations
+from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, mean, rank_correlations, undetermined
 from cepo.fusion.config import PAPER
 
 _SHOWN = 48  # rows of a table that is still readable
+_NOT_SWEPT = undetermined(f"the paper's score, {PAPER['score']}, is not swept")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
 
     `spearman_reference` compares S with the same score at the paper's hardening, `spearman_paper` with the paper's S.
     Intervals are over prompts, not rollouts, since rollouts of one prompt are not independent. A single prompt has no
-    interval, nor has the comparison of a score with itself. Intervals of S and of rewards are cut to [0, 1], but get no
-    pseudo-units at 0 and 1, which would dominate an influence of a few thousandths.
+    interval, nor has the comparison of a score with itself; the column NAME_why has the reason. Intervals of S and of
+    rewards are cut to [0, 1], but get no pseudo-units at 0 and 1, which would dominate an influence of a few
+    thousandths.
 
     Args:
         found: from `read_values`.
@@ -76,7 +78,11 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
         means = over_prompts(mean, values_NM, within=SHARE)
         # Correlations of all M settings with the F scores at the paper's hardening.
         correlations = iter(
-            over_prompts(rank_correlations, values_NM, found.values_NAHF[:, at_link, at_paper], ends=DIFFERENCE)
+            over_prompts(
+                *(rank_correlations, values_NM, found.values_NAHF[:, at_link, at_paper]),
+                ends=DIFFERENCE,
+                lacking="a score is the same everywhere",
+            )
         )
         angles_NH = found.nuisance_angles_NAH[:, at_link]
         for (hardening, score), of_setting in zip(settings, means, strict=True):
@@ -88,7 +94,7 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
                 {"kind": "link", "link": link, **asdict(hardening), "score": score, "rollouts": rollouts}
                 | _interval("S", of_setting)
                 | _interval("spearman_reference", to_score[score])
-                | _interval("spearman_paper", to_score.get(PAPER["score"]))
+                | _interval("spearman_paper", to_score.get(PAPER["score"], _NOT_SWEPT))
                 | {"nuisance_angle": float(np.nanmean(angles_N)) if np.isfinite(angles_N).any() else None}
             )
     rewards = iter(over_prompts(mean, found.rewards_NFUP.reshape(rollouts, -1), within=SHARE))
@@ -100,11 +106,11 @@ def summarise_sweep(found: SweptValues, sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def _interval(name: str, found: Estimate | None) -> dict[str, float | None]:
-    """Return the columns of an estimate; None for what is not determined."""
-    values = (found.value, found.low, found.high) if found is not None else (math.nan,) * 3
-    known = [value if math.isfinite(value) else None for value in values]
-    return dict(zip((name, f"{name}_low", f"{name}_high"), known, strict=True))
+def _interval(name: str, found: Estimate) -> dict[str, float | str | None]:
+    """Return the columns of an estimate; None for what is not determined, and the reason in `NAME_why`."""
+    known = [value if math.isfinite(value) else None for value in (found.value, found.low, found.high)]
+    columns = dict(zip((name, f"{name}_low", f"{name}_high"), known, strict=True))
+    return {**columns, **({f"{name}_why": found.why} if found.why else {})}
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -115,7 +121,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     setting = [row["link"], str(row["counterfactuals"]), rank_label(row), row["score"]]
     return [
         *setting,
-        str(Estimate(value, low, high)),
+        str(Estimate(value, low, high, why=row.get("S_why", ""))),
         digits(correlation),
         "-" if math.isnan(angle) else f"{angle:.1f}°",
     ]

@@ -361,6 +361,19 @@ def test_intervals_are_over_prompts(prompts: tuple[int, int], interval: tuple[fl
     for row, name in zip(summarise_sweep(values, sweep), ("S", "reward"), strict=True):
         assert row[name] == pytest.approx(0.5)
         assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx(interval, abs=1e-3)
+        assert row.get(f"{name}_why") == (None if interval[0] else "1 prompt")
+
+
+def test_what_has_no_interval_says_why() -> None:
+    """Spans of one token: phi is 1 everywhere, which the table showed as a bare 1.000."""
+    config = RewardConfig(links={"X->Y": 1.0})
+    sweep = plan_sweep(config, counterfactuals=(4,), ranks=("2",), powers=(0.0,), scores=("phi",))
+    ones = np.ones((6, 1, 1, 1))
+    rows = summarise_sweep(SweptValues(np.arange(6) // 2, ones, np.full((6, 1, 1), np.nan), ones), sweep)
+    assert rows[0]["S_why"] == rows[1]["reward_why"] == "3 equal prompts"
+    assert (rows[0]["spearman_paper"], rows[0]["spearman_paper_why"]) == (None, "compared with itself")
+    (cells,) = AblateSummary(Path("out"), 6, 3, 0, {}, tuple(rows)).table().rows
+    assert cells[4:6] == ["1.000 [undetermined: 3 equal prompts]", "none"]
 
 
 def test_small_scores_are_shown_with_their_digits_in_their_range_and_no_rank_at_k_0() -> None:
