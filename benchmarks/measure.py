@@ -93,7 +93,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "python": platform.python_version(),
-        "commit": commit or _output_of("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit or _commit(),
     }
 
 
@@ -155,6 +155,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """Return the commit of this code; None if git does not track it: installed, it may lie in another repository."""
+    if _output_of("git", "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return _output_of("git", "rev-parse", "--short", "HEAD")
 
 
 def _output_of(*command: str) -> str | None:
