@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -22,8 +22,10 @@ from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student_t
 
 from cepo.eval.report.numbers import numbers
+from cepo.files import counted
 
 LEVEL = 0.95
+_FEWEST_OF_A_CLASS = 10
 _BATCH_NUMBERS = 2**22  # most entries of weights times columns at once, to bound memory
 SHARE = (0.0, 1.0)
 """The bounds of a rate, an accuracy, or an area under the ROC curve."""
@@ -189,6 +191,27 @@ def proportion(values: ArrayLike, *, clusters: Iterable[Hashable] | None = None,
     if not len(np.asarray(values)):
         return undetermined(f"no {unit}")
     return estimate(mean, values, clusters=clusters, ends=SHARE, unit=unit)
+
+
+def areas(
+    values: ArrayLike, positive_N: ArrayLike, *, clusters: Iterable[Hashable] | None = None, unit: str = "item"
+) -> list[Estimate]:
+    """Return the area under the ROC curve of each score, see `aucs`, with its interval.
+
+    There is none with fewer than ten observations of a class: among many of the other, intervals are then too short.
+
+    Args:
+        values: (N,) or (N, M), M scores.
+        positive_N: above 0.5 if the observation is a positive.
+        clusters: see `estimates`.
+        unit: see `estimates`.
+    """
+    found = estimates(aucs, values, positive_N, clusters=clusters, ends=SHARE, unit=unit, lacking="one class alone")
+    positives = int((np.asarray(positive_N) > 0.5).sum())
+    fewer, name = min((positives, "positive"), (np.size(positive_N) - positives, "negative"))
+    if 0 < fewer < _FEWEST_OF_A_CLASS:
+        found = [replace(one, low=math.nan, high=math.nan, why=counted(fewer, name)) for one in found]
+    return found
 
 
 def mean_over_seeds(values: ArrayLike, *, within: tuple[float, float] = ANYWHERE) -> Estimate:

@@ -14,7 +14,7 @@ from cepo.eval.causal.controls import PAIR, certificate
 from cepo.eval.causal.measures import CHAIN, LINKS, PLACES
 from cepo.eval.causal.within import areas_by_chance, areas_within, correlations_within
 from cepo.eval.report.tables import summary_row
-from cepo.eval.statistics import AT_LEAST_0, SHARE, Estimate, aucs, estimate, estimates, mean
+from cepo.eval.statistics import AT_LEAST_0, Estimate, areas, estimate, estimates, mean
 
 EXACT = "exact effect"
 """The effect of fresh donors as a definition of its own, an upper reference for its approximations."""
@@ -190,7 +190,7 @@ def _separation(follows: JudgeResults, ignores: JudgeResults) -> Iterator[dict[s
     prompts = [row["prompt"] for row in rows]
     for place in PLACES:
         names, values_NM = _values(rows, place)
-        found = estimates(aucs, values_NM, positive_N, clusters=prompts, ends=SHARE, unit="prompt")
+        found = areas(values_NM, positive_N, clusters=prompts, unit="prompt")
         for name, value in zip(names, found, strict=True):
             labels = {"what": "pair", "population": " against ".join(PAIR), "definition": name, "place": place}
             yield summary_row(labels, value)

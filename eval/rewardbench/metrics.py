@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from cepo.eval.judges.settings import PLACES
 from cepo.eval.rewardbench.items import PreferenceItem
 from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimate, ratio
-from cepo.files import content_hash
+from cepo.files import content_hash, counted
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {
@@ -54,6 +56,7 @@ Source:
     Lambert et al., RewardBench: evaluating reward models for language modeling (2024), section 4.
 """
 TIES = "Ties"
+_MOST_COUNTS_AS = 3.0
 _ACCURACIES = ("consistent", "average", "single_swap")
 METRICS = (
     *_ACCURACIES,
@@ -274,7 +277,8 @@ def _weighted_measures(metric: str, values: Sequence[float], items: Sequence[Pre
         columns = [values[place] for place in kept], [codes[place] for place in kept]
         prompts = [items[place].prompt for place in kept]
         found = estimate(statistic, *columns, clusters=prompts, ends=SHARE, unit="prompt")
-        measures.append(MetricEstimate(metric, scope, found))
+        why = why_uneven(columns[1], weights, names)
+        measures.append(MetricEstimate(metric, scope, replace(found, low=nan, high=nan, why=why) if why else found))
 
     there = {section: weights for section, weights in SECTIONS.items() if set(weights) & set(names)}
     for section, weights in there.items():
@@ -286,6 +290,28 @@ def _weighted_measures(metric: str, values: Sequence[float], items: Sequence[Pre
     if TIES in names and len(names) > 1:
         measure("mean of subsets without Ties", [{name: 1.0 for name in names if name != TIES}])
     return measures
+
+
+def why_uneven(codes: Sequence[int], weights: Sequence[Mapping[str, float]], names: Sequence[str]) -> str:
+    """Return why a weighted mean of subsets has no interval: one of its items counts as several do; "" if none does.
+
+    A few heavy items do not show how much they vary, and intervals are then too short (`tests/eval/test_coverage.py`).
+
+    Args:
+        codes: for each item, the index of its subset in `names`.
+        weights: weight of each subset in each group of subsets.
+        names: the subsets.
+    """
+    counts, shares = Counter(codes), dict.fromkeys(range(len(names)), 0.0)
+    for group in weights:
+        there = {code: group.get(names[code], 0.0) for code in counts}
+        for code, weight in there.items():
+            shares[code] += weight / (sum(there.values()) or 1.0) / len(weights)
+    code = max(counts, key=lambda code: shares[code] / counts[code])
+    counts_as = shares[code] / counts[code] * len(codes)
+    return (
+        f"each of {counted(counts[code], 'item')} of {names[code]} counts as {counts_as:.1f}" if counts_as > 3 else ""
+    )
 
 
 def mean_of_weighted(weights: Sequence[Sequence[float]]) -> Callable[..., np.ndarray]:

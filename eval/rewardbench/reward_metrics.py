@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from cepo.eval.judges.reward import Rewards
 from cepo.eval.judges.settings import Messages
 from cepo.eval.rewardbench.items import PreferenceItem
-from cepo.eval.rewardbench.metrics import TIES, MetricEstimate, mean_of_weighted, measure_tallies
+from cepo.eval.rewardbench.metrics import TIES, MetricEstimate, mean_of_weighted, measure_tallies, why_uneven
 from cepo.eval.statistics import Estimate, estimate, undetermined
 from cepo.train.pair_encoding import Shown
 
@@ -193,4 +195,7 @@ def _ties_measures(
         return (len(names) * mean_of_subsets(values_N, codes_N, weights_BN) + ties_B) / (len(names) + 1)
 
     overall = estimate(statistic, values_N, codes_N, *terms_N5.T, clusters=units, ends=_TIES_ENDS, unit="prompt")
+    subsets = [*names, TIES]
+    if why := why_uneven(codes_N.tolist(), [dict.fromkeys(subsets, 1.0)], subsets):
+        overall = replace(overall, low=math.nan, high=math.nan, why=why)
     return [*measures, MetricEstimate("half_credit", ALL_OF_2, overall)]

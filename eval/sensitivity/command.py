@@ -25,7 +25,7 @@ from cepo.eval.statistics import (
     DIFFERENCE,
     SHARE,
     Estimate,
-    aucs,
+    areas,
     estimate,
     mean,
     rank_correlations,
@@ -187,12 +187,8 @@ def _comparison(pairs: Sequence[tuple[Edit, Mapping[str, Any]]]) -> dict[tuple[s
     found = {}
     for name in ("leak", "edit_distance"):
         truth = [float(edit.kind == UNCHECKED) for edit, _ in known]
-        found[name, "auc"] = estimate(
-            lambda *columns: aucs(*columns)[:, 0],
-            *([row[name] for _, row in known], truth),
-            clusters=[edit.prompt for edit, _ in known],
-            ends=SHARE,
-            unit="prompt",
+        (found[name, "auc"],) = areas(
+            [row[name] for _, row in known], truth, clusters=[edit.prompt for edit, _ in known], unit="prompt"
         )
         found[name, "rank_correlation"] = estimate(
             lambda *columns: rank_correlations(*columns)[:, 0, 0],

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cepo.eval.rewardbench.metrics import SECTIONS, mean_of_weighted
+from cepo.eval.rewardbench.metrics import SECTIONS, mean_of_weighted, why_uneven
 from cepo.eval.statistics import (
     SHARE,
     Estimate,
+    areas,
     aucs,
     estimate,
     mean,
@@ -159,3 +160,37 @@ def test_the_interval_of_a_section_holds_its_level(chosen: list[str], limit: int
         return estimate(statistic, rng.random(len(codes)) < accuracies_S[codes], codes, ends=SHARE)
 
     assert coverage(interval, truth) >= LEAST
+
+
+@pytest.mark.parametrize("accuracy", [0.85, 0.95])
+@pytest.mark.parametrize(
+    ("few", "why"), [(3, "3 items of math-prm counts as 20.5"), (8, "8 items of"), (24, ""), (40, "")]
+)
+def test_a_section_has_no_interval_where_few_items_have_much_of_its_weight(few: int, why: str, accuracy: float) -> None:
+    """math-prm is half of Reasoning; beside 120 items of the other subsets, eight of its items are too few."""
+    weights = SECTIONS["Reasoning"]
+    names, counts = list(weights), [few if name == "math-prm" else 20 for name in weights]
+    codes, statistic = np.repeat(np.arange(len(names)), counts), mean_of_weighted([list(weights.values())])
+
+    def interval(rng: np.random.Generator) -> Estimate:
+        return estimate(statistic, rng.random(len(codes)) < accuracy, codes, ends=SHARE)
+
+    found = why_uneven(codes.tolist(), [weights], names)
+    assert why in found
+    assert bool(found) == bool(why)
+    assert (coverage(interval, accuracy) < LEAST - 0.03) == bool(why)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_an_area_has_no_interval_with_few_of_a_class(shift: float) -> None:
+    """Among 60 negatives; `aucs` by itself shows that three positives are too few."""
+    truth = float(scipy.stats.norm.cdf(shift / math.sqrt(2.0)))
+
+    def covered(positives: int, of: Callable[[np.ndarray, np.ndarray], Estimate]) -> float:
+        positive = np.arange(60 + positives) < positives
+        return coverage(lambda rng: of(rng.normal(size=60 + positives) + shift * positive, positive), truth)
+
+    assert covered(3, lambda values, positive: estimate(aucs, values, positive, ends=SHARE)) < 0.9
+    assert covered(12, lambda values, positive: areas(values, positive)[0]) >= LEAST
+    (found,) = areas(shift + np.arange(63.0), np.arange(63) > 59)
+    assert (found.value, found.interval) == (1.0, "undetermined: 3 positives")
