@@ -30,14 +30,15 @@ class CausalTrainer(GRPOTrainer):
     prompt in the batch) count as 0, so that gradient accumulation and data parallelism do not change it. Donors are
     gathered over all ranks. Logits have temperature 1. In evaluation no term is added.
 
-    Logs `causal_loss/value` (mean of the term over completions with a donor), `causal_loss/weight` and
-    `causal_loss/rows` (the share of completions with a donor).
+    Logs, for each optimiser step, `causal_loss/value` (mean of the term over completions with a donor),
+    `causal_loss/weight` and `causal_loss/rows` (the share of completions with a donor).
 
     Args:
         *args: as for GRPOTrainer.
         causal_loss: settings of the term.
         layout: format of the completions.
-        task_rewards: names of the reward functions that say whether a completion is right, as TRL logs them.
+        task_rewards: names of the reward functions that say whether a completion is right, as TRL logs them. The task
+            that a `CausalReward` fuses says so too. Without any, every completion counts as right.
         **options: as for GRPOTrainer.
 
     Attributes:
@@ -62,12 +63,18 @@ class CausalTrainer(GRPOTrainer):
         self._causal_reader = span_reader(self, layout)
         self._causal_tasks = [index for index, name in enumerate(self.reward_func_names) if name in task_rewards]
         self._causal_takes = forward_arguments(self.accelerator.unwrap_model(self.model))
+        self._causal_totals: Tensor | float = 0.0  # of the optimiser step: sum of the term, rows with a donor, all rows
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **options: Any) -> Tensor:
         rewards_BN: Tensor = super()._calculate_rewards(inputs, *args, **options)
         start = self.accelerator.process_index * len(inputs)
         tasks_BN = rewards_BN[start : start + len(inputs), self._causal_tasks]
-        self._causal_earned = (tasks_BN >= _EARNED).all(-1).tolist()  # all of no task rewards is True
+        earned_B = (tasks_BN >= _EARNED).all(-1)  # all of no task rewards is True
+        for function in self.reward_funcs:
+            fused = getattr(function, "task_rewards", None)  # of this rank; the column holds what they are fused to
+            if fused is not None:
+                earned_B &= earned_B.new_tensor([task is not None and task >= _EARNED for task in fused])
+        self._causal_earned = earned_B.tolist()
         return rewards_BN
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -106,14 +113,22 @@ class CausalTrainer(GRPOTrainer):
         value_B, has_donor_B = self._causal_values(model, inputs)
         sign = -1.0 if self._causal_loss.compares else 1.0
         term = value_B.mean() / self.current_gradient_accumulation_steps
-        totals = torch.stack([value_B.detach().sum(), has_donor_B.sum(), has_donor_B.new_tensor(len(value_B))])
-        value, rows, count = self.accelerator.gather(totals.unsqueeze(0)).sum(0).tolist()
+        self._causal_totals += torch.stack(
+            [value_B.detach().sum(), has_donor_B.sum(), has_donor_B.new_tensor(len(value_B))]
+        )
+        if self.accelerator.sync_gradients:  # not per batch: batches with few donors would count like the others
+            self._log_causal_totals()
+        return loss + sign * self.causal_weight * term
+
+    def _log_causal_totals(self) -> None:
+        assert isinstance(self._causal_totals, Tensor)
+        value, rows, count = self.accelerator.gather(self._causal_totals.unsqueeze(0)).sum(0).tolist()
+        self._causal_totals = 0.0
         metrics = self._metrics["train"]
         if rows:
             metrics["causal_loss/value"].append(value / rows)
         metrics["causal_loss/rows"].append(rows / count)
         metrics["causal_loss/weight"].append(self.causal_weight)
-        return loss + sign * self.causal_weight * term
 
     def _causal_values(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         packed = {name.removeprefix(_PREFIX): tensor for name, tensor in inputs.items() if name.startswith(_PREFIX)}

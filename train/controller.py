@@ -80,7 +80,8 @@ class ControlledPressure(TrainerCallback, ExportableState):
     Args:
         knobs: the settings to control.
         observe: returns the task rewards since its last call; without any, the pressure stays.
-        log: called with a name and a value, for the pressure and each knob as they were during the step.
+        log: called with a name and a value, for the pressure as it was during the step, and for each knob if the step
+            sampled completions, since a reward's weight enters when they are scored and not when they are used again.
 
     Attributes:
         pressure: the controller's state.
@@ -106,9 +107,10 @@ class ControlledPressure(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._log("causal/pressure", self.pressure.value)
-        for knob in self._knobs:
+        observed = self._observe()
+        for knob in self._knobs if observed else ():
             self._log(knob.name, knob.value(self.pressure.value))
-        rewards = [reward for reward in self._observe() if math.isfinite(reward)]
+        rewards = [reward for reward in observed if math.isfinite(reward)]
         if rewards:
             self.pressure = step(self.pressure, sum(rewards) / len(rewards))
         self._turn()

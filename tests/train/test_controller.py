@@ -93,6 +93,20 @@ def test_a_resumed_run_goes_on_with_the_pressure_of_an_uninterrupted_one(
         assert values == pytest.approx([pressure, pressure, 0.5 * pressure, 1.0 - 0.8 * pressure])
 
 
+def test_a_step_logs_the_weight_and_exponent_that_its_completions_were_paid_with(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second step trains on the first one's completions: only the loss's own weight can have changed."""
+    monkeypatch.setattr("cepo.train.controller._DECAY", 0.0)
+    config = load_config(write_config(tmp_path, judge), {"grpo.steps_per_generation": 2, "grpo.max_steps": 3})
+    train(config)
+    rows = [row for _, row in read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]]
+    assert [row.get("causal/weight") for row in rows] == [1.0, None, 1.05]
+    assert [row.get("causal/p") for row in rows] == pytest.approx([0.2, None, 0.16])
+    assert [row["causal_loss/weight"] for row in rows] == [0.5, 0.525, 0.525]
+    assert [row["causal/pressure"] for row in rows] == [1.0, 1.05, 1.05]
+
+
 def test_auto_needs_a_task_reward_and_a_causal_one(judge: Path, tmp_path: Path) -> None:
     for rewards, complaint in (
         ([{"name": "format"}, {"name": "causal", "weight": "auto"}], "needs a task reward"),

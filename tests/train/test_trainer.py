@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from trl import GRPOConfig
 
-from cepo import format_reward
+from cepo import CausalReward, format_reward
 from cepo.train import testbed, testbed_model
 from cepo.train.causal_loss import CausalLoss, divergence
 from cepo.train.causal_trainer import CausalTrainer
@@ -19,7 +19,14 @@ RATE = 0.5  # of plain gradient descent: weights before and after tell the gradi
 
 
 def make_trainer(
-    folder: Path, loss: CausalLoss, *, completions: Any = None, lora: bool = False, dtype: Any = None, **settings: Any
+    folder: Path,
+    loss: CausalLoss,
+    *,
+    completions: Any = None,
+    rewards: Any = (format_reward,),
+    lora: bool = False,
+    dtype: Any = None,
+    **settings: Any,
 ) -> CausalTrainer:
     """A trainer that generates the gold completion of each prompt, so that TRL's own loss is 0 by equal rewards."""
     tokenizer = testbed.build_tokenizer()
@@ -45,7 +52,7 @@ def make_trainer(
     )
     trainer = CausalTrainer(
         model=model,
-        reward_funcs=[format_reward],
+        reward_funcs=list(rewards),
         args=arguments,
         train_dataset=items_dataset(ITEMS),
         processing_class=tokenizer,
@@ -124,6 +131,28 @@ def test_completions_without_a_donor_count_as_zero_and_none_at_all_is_no_error(t
     _, logs = trained(make_trainer(tmp_path, CausalLoss(), completions=lambda all_: [ids[:5] for ids in all_]))
     assert logs["causal_loss/rows"] == 0.0
     assert "causal_loss/value" not in logs
+
+
+def test_the_logged_value_is_the_mean_over_completions_with_a_donor_accumulated_or_not(tmp_path: Path) -> None:
+    """Batches of 2 that hold 2, 1, 1 and 1 completions with a donor: a mean of the batches' means is another number."""
+
+    def break_some(completions: list[list[int]]) -> list[list[int]]:
+        return [ids if place in (0, 2, 4, 5, 6) else ids[:5] for place, ids in enumerate(completions)]
+
+    loss, found = CausalLoss(weight=0.0), []
+    for batches in (1, 4):
+        sizes = {"per_device_train_batch_size": 8 // batches, "gradient_accumulation_steps": batches}
+        found.append(trained(make_trainer(tmp_path, loss, completions=break_some, **sizes))[1])
+    assert found[0]["causal_loss/rows"] == found[1]["causal_loss/rows"] == 0.625
+    assert found[0]["causal_loss/value"] == pytest.approx(found[1]["causal_loss/value"], rel=1e-6)
+
+
+def test_only_completions_that_earned_a_fused_task_are_interchanged(tmp_path: Path) -> None:
+    """The first prompt's two are right: they donate to the six others, and have no donor themselves."""
+    reward = CausalReward(task=lambda completions, **_: [1.0, 1.0, 0.0, None, *[0.2] * 4])
+    trainer = make_trainer(tmp_path, CausalLoss(), rewards=[reward])
+    reward.bind(trainer)
+    assert trained(trainer)[1]["causal_loss/rows"] == 0.75
 
 
 def test_a_lora_step_in_bfloat16_autocast_moves_the_adapters_and_nothing_else(tmp_path: Path) -> None:

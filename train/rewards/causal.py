@@ -63,6 +63,9 @@ class CausalReward(BoundReward):
         name: the name in TRL's logs.
         **fields: instead of config, its fields by name, see `RewardConfig`.
 
+    Attributes:
+        task_rewards: the task rewards of the last call; None without a task.
+
     Raises:
         ValueError: for any setting out of range, before a model is touched.
         TypeError: for a field that `RewardConfig` does not have.
@@ -105,6 +108,7 @@ class CausalReward(BoundReward):
         self.kernels = kernels
         self.memory_gib = memory_gib
         self.task = task
+        self.task_rewards: list[float | None] | None = None
         self.sharded: Mode = sharded
         self.shuffle = shuffle
         self._last_engine: tuple[Any, Engine] | None = None  # the model that was read last, and its engine
@@ -150,13 +154,13 @@ class CausalReward(BoundReward):
         """
         started = time.perf_counter()
         reader, rollouts = self._read(prompts, completion_ids, columns)
-        task_rewards: list[float | None] | None = None
+        task_rewards = None
         if self.task is not None:
             texts = [reader.text_of(rollout.prompt_ids) for rollout in rollouts]
             opened = [thought_opened(text, self.layout.thought_tag) for text in texts]
             columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
             columns |= {"log_extra": log_extra, "log_metric": log_metric, "thought_opened": opened}
-            task_rewards = list(self.task(**columns))
+            task_rewards = self.task_rewards = list(self.task(**columns))
         parts: dict[str, float] = {}
         scores = self.score(rollouts, reader, self._model, task_rewards=task_rewards, seconds=parts)
         rewards: list[float | None] = [score.reward for score in scores]
