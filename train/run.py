@@ -28,7 +28,7 @@ from cepo.train.bars import library_bars
 from cepo.train.left_out import LEFT_OUT
 from cepo.train.ranks import check_agreement, failing_together
 from cepo.train.rewards.bound import nothing_learned
-from cepo.train.trainer import write_no_card
+from cepo.train.trainer import uses_completions_again, write_no_card
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +247,7 @@ class _RunRecord(TrainerCallback):
 
     def __init__(self, output: Path, progress: Progress, trainer: Any) -> None:
         self._output, self._progress, self._trainer = output, progress, trainer
+        self._save_is_due = False
         self._bar = progress.add_task("training", total=None)
 
     def on_train_begin(
@@ -272,8 +273,12 @@ class _RunRecord(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._progress.update(self._bar, completed=state.global_step)
+        # A resume between two steps on the same completions would sample them anew, and end with other weights.
+        self._save_is_due |= control.should_save
+        control.should_save = self._save_is_due and not uses_completions_again(self._trainer)
         if state.global_step >= state.max_steps:
             control.should_save = True  # whatever save_strategy is
+        self._save_is_due &= not control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if shown := _shown(logs or {}):

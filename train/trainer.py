@@ -134,6 +134,13 @@ def tell_opened_thoughts(trainer: Any) -> None:
             setattr(trainer, name, rows.add_column("thought_opened", [True] * len(rows)))
 
 
+def uses_completions_again(trainer: Any) -> bool:
+    """Return whether a trainer's next step trains on completions of an earlier one, which checkpoints do not hold."""
+    given = trainer.args
+    every = getattr(given, "steps_per_generation", 1) * getattr(given, "num_iterations", 1)
+    return bool(getattr(trainer, "_step", 0) % every)
+
+
 def write_no_card(trainer: Any) -> None:
     """Keep TRL from writing a model card, with each checkpoint, over a README.md of the user's in the run's folder."""
     trainer.create_model_card = lambda *_, **__: None

@@ -251,6 +251,24 @@ def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(
         train(replace(config, data={"source": str(source), "test_fraction": 1.0}))
 
 
+def test_a_run_is_not_resumed_between_two_steps_on_the_same_completions(judge: Path, tmp_path: Path) -> None:
+    """A checkpoint there would sample them anew. The one due at step 3 waits for step 4, and leads to the same weights."""
+    config = load_config(
+        write_config(tmp_path / "config.yaml", judge, rewards=[{"name": "format"}]),
+        {"grpo.num_iterations": 2, "grpo.save_steps": 3, "grpo.max_steps": 6},
+    )
+    run = train(config).parent
+    assert sorted(folder.name for folder in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    trained = load_file(run / "final" / "model.safetensors")
+    for gone in ("final", "checkpoint-6"):
+        shutil.rmtree(run / gone)
+    train(config)
+    resumed = load_file(run / "final" / "model.safetensors")
+    earlier = load_file(run / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(trained[name], resumed[name]) for name in trained)
+    assert any(not torch.equal(earlier[name], resumed[name]) for name in trained)
+
+
 def test_a_partial_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     for step, complete in ((2, True), (10, True), (12, False)):
         folder = tmp_path / f"checkpoint-{step}"
