@@ -252,7 +252,7 @@ def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(
 
 
 def test_a_run_is_not_resumed_between_two_steps_on_the_same_completions(judge: Path, tmp_path: Path) -> None:
-    """A checkpoint there would sample them anew. The one due at step 3 waits for step 4, and leads to the same weights."""
+    """A checkpoint there would sample them anew. The one of step 3 waits for step 4, and leads to the same weights."""
     config = load_config(
         write_config(tmp_path / "config.yaml", judge, rewards=[{"name": "format"}]),
         {"grpo.num_iterations": 2, "grpo.save_steps": 3, "grpo.max_steps": 6},
