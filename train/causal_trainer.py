@@ -16,6 +16,7 @@ from cepo.train.causal_loss import CausalLoss
 from cepo.train.causal_values import causal_values, forward_arguments
 from cepo.train.prompts import JUDGE
 from cepo.train.readings import donor_pool, merge_pools, pack_readings, read_with_donors
+from cepo.train.rewards.bound import require_donors
 from cepo.train.trainer import ENV_MASK, PROMPT_IDS, read_rollouts, span_reader, tokenizer
 
 _PREFIX = "causal_"  # of our tensors in TRL's batch, which TRL shuffles and splits with its own
@@ -45,7 +46,8 @@ class CausalTrainer(GRPOTrainer):
         causal_weight: weight of the term; the controller changes it during training.
 
     Raises:
-        ValueError: for links that the layout does not have, and as `span_reader`.
+        ValueError: for links that the layout does not have, for batches of one prompt, whose completions would have no
+            donor, and as `span_reader`.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class CausalTrainer(GRPOTrainer):
         self._causal_loss = causal_loss
         self._causal_links = causal_loss.parsed_links(layout)
         super().__init__(*args, **options)
+        require_donors(self.args.generation_batch_size // self.num_generations, "causal_loss to null")
         self.causal_weight = causal_loss.first_weight
         self._causal_reader = span_reader(self, layout)
         self._causal_tasks = [index for index, name in enumerate(self.reward_func_names) if name in task_rewards]

@@ -155,6 +155,11 @@ def test_only_completions_that_earned_a_fused_task_are_interchanged(tmp_path: Pa
     assert trained(trainer)[1]["causal_loss/rows"] == 0.75
 
 
+def test_batches_of_one_prompt_are_refused_since_no_completion_has_a_donor(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="for 1 prompt at a time.* or set causal_loss to null"):
+        make_trainer(tmp_path, CausalLoss(), per_device_train_batch_size=2)
+
+
 def test_a_lora_step_in_bfloat16_autocast_moves_the_adapters_and_nothing_else(tmp_path: Path) -> None:
     loss = CausalLoss(weight=5.0, objective="interchange", donors=2)
     trainer = make_trainer(tmp_path, loss, lora=True, bf16=True, dtype=torch.float32, gradient_checkpointing=True)
