@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,9 @@ class CausalTrainer(GRPOTrainer):
         self.causal_weight = causal_loss.first_weight
         self._causal_reader = span_reader(self, layout)
         self._causal_tasks = [index for index, name in enumerate(self.reward_func_names) if name in task_rewards]
-        self._causal_takes = forward_arguments(self.accelerator.unwrap_model(self.model))
+        policy = self.accelerator.unwrap_model(self.model)
+        self._causal_takes = forward_arguments(policy)
+        self._causal_most = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self._causal_totals: Tensor | float = 0.0  # of the optimiser step: sum of the term, rows with a donor, all rows
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **options: Any) -> Tensor:
@@ -106,7 +109,7 @@ class CausalTrainer(GRPOTrainer):
 
     def _of_one_link(self, rollout: Rollout, link: Any, pool: Any) -> list[Any]:
         wanted = self._causal_loss.donors + self._causal_loss.compares
-        readings = [] if rollout.malformed else read_with_donors(rollout, link, pool, self._causal_loss)
+        readings = read_with_donors(rollout, link, pool, self._causal_loss, most=self._causal_most)
         return [*readings, *[None] * (wanted - len(readings))]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

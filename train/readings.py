@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,9 @@ def merge_pools(pools: Pool) -> Pool:
     return sorted(continuations)[:POOL] if continuations else thinned(pools)  # type: ignore[arg-type]
 
 
-def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalLoss) -> list[Reading]:
+def read_with_donors(
+    rollout: Rollout, link: Link, pool: Pool, settings: CausalLoss, *, most: float = math.inf
+) -> list[Reading]:
     """Return the readings of a completion: itself and up to K with donors, or for interchange only the latter.
 
     A comparison keeps the length of the source, so all readings have the same target positions. Interchange puts the
@@ -81,6 +84,8 @@ def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalL
         link: see `CausalLoss.parsed_links`.
         pool: from `donor_pool` or `merge_pools`.
         settings: settings of the loss.
+        most: most tokens that the policy takes; texts that would be longer are not read. The own text before the source
+            and a donor's continuation can be, even where both completions fit.
 
     Returns:
         The readings; [] if the rollout is malformed or has no donor.
@@ -88,20 +93,23 @@ def read_with_donors(rollout: Rollout, link: Link, pool: Pool, settings: CausalL
     (own,) = candidates([rollout], link.source) or (None,)
     if own is None:
         return []
+    start = rollout.spans[link.source].movable[0]
     if settings.compares:
         contents = [one for one in pool if isinstance(one, Candidate)]
         others = with_donors(rollout, link.source, contents, settings.donors, seed=settings.seed)
         targets = rollout.spans[link.target].positions
-        texts = [rollout, *others] if others else []
+        texts = [rollout, *others] if others and targets[-1] < most else []
         return [Reading(text.token_ids[: targets[-1] + 1], targets) for text in texts]
     others_said = {
         one
         for one in pool
-        if isinstance(one, Continuation) and one.source.prompt != own.prompt and one.source.ids != own.ids
+        if isinstance(one, Continuation)
+        and one.source.prompt != own.prompt
+        and one.source.ids != own.ids
+        and start + len(one.ids) <= most
     }
     own_key = _digest(settings.seed, own.ids)
     chosen = sorted(others_said, key=lambda one: _digest(own_key, one.key))[: settings.donors]
-    start = rollout.spans[link.source].movable[0]
     return [
         Reading(rollout.token_ids[:start] + one.ids, tuple(start + place for place in one.targets)) for one in chosen
     ]

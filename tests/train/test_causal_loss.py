@@ -111,6 +111,25 @@ def test_interchange_reads_a_donors_source_to_verdict_in_the_own_context_and_onl
     assert read_with_donors(longer, LINK, pool, settings) == []  # alone with its own prompt
 
 
+def test_texts_that_are_longer_than_the_policy_takes_are_not_read() -> None:
+    """The own criteria and a donor's analysis can be too long together, where each completion fits."""
+    own = judge_rollout(1, prompt_seed=1)
+    where = {"criteria": (10,), "analysis": (13, 14, 15, 16, 17, 18)}  # verdict as long after an analysis from 13 on
+    settings, longer = CausalLoss(), judge_rollout(2, prompt_seed=2, positions=where)
+    shorter = judge_rollout(3, prompt_seed=3)
+    pool = donor_pool([longer, shorter], LINK, settings, [True] * 2)
+    everything = replace(settings, donors=2)
+    assert sorted(len(one.ids) for one in read_with_donors(own, LINK, pool, everything)) == [24, 27]
+    for seed in range(8):  # whichever is drawn first
+        (reading,) = read_with_donors(own, LINK, pool, replace(settings, seed=seed), most=26)
+        assert len(reading.ids) == 24
+    assert len(read_with_donors(own, LINK, pool, everything, most=27)) == 2
+    compared = replace(settings, objective="divergence")
+    pool = donor_pool([longer, shorter], LINK, compared, [True] * 2)
+    assert len(read_with_donors(own, LINK, pool, compared, most=24)) == 2
+    assert read_with_donors(own, LINK, pool, compared, most=23) == []
+
+
 def test_donors_do_not_depend_on_order_and_a_malformed_completion_has_none() -> None:
     for objective in ("divergence", "csr", "interchange"):
         settings = CausalLoss(objective=objective, donors=1)  # type: ignore[arg-type]

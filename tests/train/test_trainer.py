@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig
 
 from cepo import CausalReward, format_reward
+from cepo.jacobian.reading.judge import write_judgement
 from cepo.train import testbed, testbed_model
 from cepo.train.causal_loss import CausalLoss, divergence
 from cepo.train.causal_trainer import CausalTrainer
@@ -153,6 +155,24 @@ def test_only_completions_that_earned_a_fused_task_are_interchanged(tmp_path: Pa
     trainer = make_trainer(tmp_path, CausalLoss(), rewards=[reward])
     reward.bind(trainer)
     assert trained(trainer)[1]["causal_loss/rows"] == 0.75
+
+
+def test_a_model_with_learned_positions_reads_no_text_beyond_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long criteria and a donor's long analysis would make a text that GPT-2 has no positions for."""
+    monkeypatch.setattr(testbed_model, "build_model", tiny_gpt2)
+    contents = [(" correct" * 12, " lucid"), (" correct", " lucid" * 12)]
+    written = [testbed.build_tokenizer()(write_judgement(*each, (7, 3)))["input_ids"] for each in contents]
+    trainer = make_trainer(tmp_path, CausalLoss(donors=9), completions=lambda _: written * 4)
+    assert trained(trainer)[1]["causal_loss/rows"] == 0.5  # those with short criteria read either donor
+
+
+def tiny_gpt2(tokenizer: Any, seed: int) -> Any:
+    marks = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    shape = {"n_positions": 68, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **marks))
 
 
 def test_batches_of_one_prompt_are_refused_since_no_completion_has_a_donor(tmp_path: Path) -> None:
