@@ -20,7 +20,7 @@ from cepo.jacobian.records import Rollout
 from cepo.jacobian.sharding import Mode, check_mode, readable
 from cepo.kernels.launch import Implementation
 from cepo.train.prompts import JUDGE
-from cepo.train.rewards.bound import BoundReward, gathered, require_donors
+from cepo.train.rewards.bound import BoundReward, gathered, of_ranks, require_donors
 from cepo.train.rewards.shuffled import shuffled
 
 TaskReward = Callable[..., Sequence[float | None]]
@@ -161,8 +161,8 @@ class CausalReward(BoundReward):
             columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
             columns |= {"log_extra": log_extra, "log_metric": log_metric, "thought_opened": opened}
             task_rewards = self.task_rewards = list(self.task(**columns))
-        parts: dict[str, float] = {}
-        scores = self.score(rollouts, reader, self._model, task_rewards=task_rewards, seconds=parts)
+        seconds: dict[str, float] = {}
+        scores = self.score(rollouts, reader, self._model, task_rewards=task_rewards, seconds=seconds)
         rewards: list[float | None] = [score.reward for score in scores]
         if task_rewards is not None:
             rewards = [None if task is None else r for task, r in zip(task_rewards, rewards, strict=True)]
@@ -174,10 +174,13 @@ class CausalReward(BoundReward):
             if log_metric is not None and any(scored):
                 log_metric(f"{self.__name__}/shuffle/alone", alone / sum(scored))
         if log_metric is not None:
-            self.log(log_metric, scores, task_rewards)
+            # TRL averages the ranks' means, which would give a rank with few well-formed completions too much weight.
+            _, ranks = of_ranks(([replace(score, paths={}, jacobians={}) for score in scores], task_rewards or []))
+            of_all = [score for of_rank, _ in ranks for score in of_rank]
+            self.log(log_metric, of_all, [task for _, of_rank in ranks for task in of_rank])
             log_metric(f"{self.__name__}/seconds", time.perf_counter() - started)
             for part in ("effects", "links", "counterfactuals", "spectral"):
-                log_metric(f"{self.__name__}/seconds/{part}", parts.get(part, 0.0))
+                log_metric(f"{self.__name__}/seconds/{part}", seconds.get(part, 0.0))
         if log_extra is not None:
             for chain in self._chains:
                 log_extra(f"{self.__name__} S {chain}", [score.values.get(chain) for score in scores])
