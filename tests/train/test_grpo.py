@@ -253,18 +253,15 @@ def test_broken_rows_of_the_data_are_named_and_an_empty_side_is_refused(
 
 def test_a_run_is_not_resumed_between_two_steps_on_the_same_completions(judge: Path, tmp_path: Path) -> None:
     """A checkpoint there would sample them anew. The one of step 3 waits for step 4, and leads to the same weights."""
-    config = load_config(
-        write_config(tmp_path / "config.yaml", judge, rewards=[{"name": "format"}]),
-        {"grpo.num_iterations": 2, "grpo.save_steps": 3, "grpo.max_steps": 6},
-    )
+    path = write_config(tmp_path / "config.yaml", judge, rewards=[{"name": "format"}])
+    config = load_config(path, {"grpo.num_iterations": 2, "grpo.save_steps": 3, "grpo.max_steps": 6})
     run = train(config).parent
     assert sorted(folder.name for folder in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     trained = load_file(run / "final" / "model.safetensors")
     for gone in ("final", "checkpoint-6"):
         shutil.rmtree(run / gone)
     train(config)
-    resumed = load_file(run / "final" / "model.safetensors")
-    earlier = load_file(run / "checkpoint-4" / "model.safetensors")
+    earlier, resumed = (load_file(run / of / "model.safetensors") for of in ("checkpoint-4", "final"))
     assert all(torch.equal(trained[name], resumed[name]) for name in trained)
     assert any(not torch.equal(earlier[name], resumed[name]) for name in trained)
 
