@@ -15,6 +15,7 @@ from cepo.files import BrokenLine, Row, content_hash, counted
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.reading.spans import SpanReader
+from cepo.jacobian.reading.thought import without_opening
 from cepo.jacobian.records import Rollout
 from cepo.train.prompts import own_words
 from cepo.train.rows import (
@@ -153,7 +154,7 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
     """Return the rollout of a row, marked malformed with the reason if its completion is.
 
     Text is encoded once, here, and the spans are found on the resulting ids. Lone surrogates, which no tokenizer
-    encodes, become "?".
+    encodes, become "?". A thought that the chat template opens is opened once, see `without_opening`.
 
     Args:
         row: see `read_row`.
@@ -168,8 +169,7 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
     if "prompt_ids" in row:
         prompt_ids, completion_ids = row["prompt_ids"], row["completion_ids"]
     else:
-        prompt = row["prompt"]
-        completion_ids = tokenizer(encodable(row["completion"]), add_special_tokens=False)["input_ids"]
+        prompt, completion = row["prompt"], encodable(row["completion"])
         if raw and isinstance(prompt, str):
             prompt_ids = reader.prompts.raw_ids(encodable(prompt))
         else:
@@ -186,6 +186,8 @@ def read_rollout(row: Row, reader: SpanReader, *, raw: bool = False) -> Rollout:
                 )["input_ids"]
             except (TemplateError, ValueError, TypeError) as error:
                 raise ValueError(f"the chat template refuses the messages: {error}") from error
+            completion = without_opening(completion, reader.text_of(prompt_ids), reader.layout.thought_tag)
+        completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
     if not prompt_ids:
         raise ValueError("the prompt has no tokens")
     return reader.read(prompt_ids, completion_ids, messages)

@@ -84,6 +84,18 @@ def thought_opened(prompt: bytes | str, tag: str = THOUGHT) -> bool:
     return written.rstrip(WHITE_SPACE).endswith(tuple(b"<" + name + b">" for name in _spellings(tag)))
 
 
+def without_opening(completion: str, prompt: bytes, tag: str = THOUGHT) -> str:
+    """Return a completion without the opening tag of its thought if the prompt, as the model sees it, ends in one.
+
+    Judgements of thinking models are often stored with the tag that the template wrote. The model saw it once.
+    """
+    ending = re.search(rb"<(?:" + _any_of(_spellings(tag)) + rb")>\s*\Z", prompt)
+    opened = "" if ending is None else as_text(ending[0])
+    text = completion.lstrip()
+    shared = next((start for start in (opened, opened.rstrip()) if start and text.startswith(start)), None)
+    return completion if shared is None else text.removeprefix(shared)
+
+
 def template_opens_thought(tokenizer: Any, **options: Any) -> bool:
     """Return whether the chat template itself opens a thought at the start of each answer.
 

@@ -9,7 +9,7 @@ import pytest
 from cepo.eval.judges.encoding import PromptEncoder
 from cepo.eval.judges.settings import JudgeSettings
 from cepo.eval.score.rows import line_of, read_input, read_lines, read_rollout, read_row
-from cepo.jacobian.reading.judge import JudgeLayout
+from cepo.jacobian.reading.judge import JudgeLayout, write_judgement
 from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import testbed
 from cepo.train.prompts import JUDGE, TIES_JUDGE, judge_prompt
@@ -196,3 +196,24 @@ def test_a_judged_tie_is_read_with_the_prompt_that_allowed_it(tie: dict[str, Any
     rendered = tokenizer.apply_chat_template(wanted, add_generation_prompt=True, return_dict=True)
     read = read_rollout({**pair, **tie}, SpanReader(tokenizer, TIES_JUDGE))
     assert list(read.prompt_ids) == rendered["input_ids"]
+
+
+@pytest.mark.parametrize("ending", ["<think>", "<think>\n", "<think>\n\n"])
+def test_a_thought_that_the_template_opens_is_opened_once(ending: str) -> None:
+    """Texts of thinking models are stored with the tag that the template wrote; doubled, it changed every score."""
+    tokenizer = byte_tokenizer()
+    opener = "{% if add_generation_prompt %}" + ending + "{% endif %}"
+    plain, tokenizer.chat_template = tokenizer.chat_template, f"{tokenizer.chat_template}{opener}"
+    reader = SpanReader(tokenizer, JUDGE)
+    judgement = f"Hm.</think>{write_judgement('Right.', 'A is.', (8, 6))}"
+    wanted = read_rollout({"prompt": ASKED, "completion": judgement}, reader)
+    assert (wanted.malformed, reader.text_of(wanted.token_ids).count(b"<think>")) == (None, 1)
+    for written in (f"<think>{judgement}", f"{ending}{judgement}", f"\n{ending}{judgement}"):
+        assert read_rollout({"prompt": ASKED, "completion": written}, reader) == wanted
+    # What the model wrote itself stays: another thought, a tag in its text, and all of it where no thought is open.
+    for own in (f"So <think> opens one. {judgement}", f"<think>Hm.</think><think>{judgement}"):
+        read = read_rollout({"prompt": ASKED, "completion": own}, reader)
+        assert reader.text_of(read.completion_ids) == own.removeprefix("<think>").encode()
+    tokenizer.chat_template = plain
+    read = read_rollout({"prompt": ASKED, "completion": f"<think>{judgement}"}, SpanReader(tokenizer, JUDGE))
+    assert reader.text_of(read.completion_ids) == f"<think>{judgement}".encode()
