@@ -14,14 +14,17 @@ from typing import Literal, get_args
 Guard = Literal["strict", "standard", "criteria", "off"]
 _SHOWN = 80  # most characters of a quotation
 
-# Emphasis and quotation marks do not change what a text says, and a letter that looks like A or B is read as one.
+# Emphasis, quotation marks and invisible characters do not change what a text says, and a letter that looks like A or B
+# is read as one.
 _MARKS = str.maketrans(
-    dict.fromkeys('*`"“”#')
+    dict.fromkeys('*`"“”#«»~')
+    | dict.fromkeys(map(chr, (0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF)))
     | {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)}  # of full width
     | dict.fromkeys("АΑ", "A")  # Cyrillic, Greek
     | dict.fromkeys("ВΒ", "B")
 )
-_IN_BRACKETS = re.compile(r"\(([AB])\)")
+_UNDERSCORES = re.compile(r"(?<!\w)_+|(?<!_)_++(?!\w)")  # of emphasis; that of response_A stays
+_ENCLOSED = re.compile(r"\(([AB])\)|(?<!\w)['‘]([AB])['’](?!\w)")
 _SPACES = re.compile(r"[^\S\n]+")
 _BREAKS = re.compile(r" ?\n\s*")
 
@@ -76,7 +79,7 @@ def find_tie(text: str) -> str | None:
 
 
 def _first(pattern: re.Pattern[str], text: str) -> str | None:
-    plain = _IN_BRACKETS.sub(r"\1", text.translate(_MARKS))
+    plain = _ENCLOSED.sub(r"\1\2", _UNDERSCORES.sub("", text.translate(_MARKS)))
     found = pattern.search(_BREAKS.sub("\n", _SPACES.sub(" ", plain)))
     return None if found is None else " ".join(found[0].split())[:_SHOWN]
 
@@ -199,11 +202,21 @@ _PIECES["END"] = _fill(
 _PIECES["SCORE"] = _fill(
     r"(?:(?:\s*[:=]|<GIVES>)?\s*[(\[]?\s*<NUMBER><END>|[^.\n\d]{1,60}?[(\[]\s*<NUMBER><UNIT>?\s*[)\]])", _PIECES
 )
+# A number that ends its line, after a response's name: not "Response A: 1. It is brief."
+_PIECES["LAST"] = _fill(r"(?: ?[:=] ?[(\[]?| [–—-]>? | ?[(\[])<NUMBER>(?:<UNIT>|(?=[)\]]?[ .;,]*(?:$|\n|\()))", _PIECES)
+# As in a verdict, on any scale.
+_PIECES["BOXED"] = _fill(r"\s*(?:<NAMED>|<LETTER>)?\s*[:=]?\s*[0-9]{1,4}(?:\.[0-9]+)?<UNIT>?\s*", _PIECES)
 _SCORES = re.compile(
     "|".join(
         _fill(pattern, _PIECES)
         for pattern in (
-            r"\\boxed\s*\{+\s*<NUMBER>\s*[,;]\s*<NUMBER>\s*\}",
+            r"\\?boxed\s*\{+<BOXED>[,;]<BOXED>\}",
+            r"<NAMED><OWNS>(?: score| rating)?<LAST>",
+            r"(?:^|(?<=\n))[^\w\n]*<LETTER><LAST>[ .;,)\]]*\n[^\w\n]*<LETTER><LAST>(?![ .;,)\]]*\n[^\w\n]*C\b)",
+            r"\b(?:score|rating)(?: (?:of|for))? (?:response |assistant )?<LETTER> ?(?:[:=]|is) ?[(\[]?<NUMBER><END>",
+            r"\| ?<ANY> ?\| ?<NUMBER><UNIT>? ?\|\W{0,9}<ANY> ?\| ?<NUMBER><UNIT>? ?\|",
+            r"(?:<NAMED><OWNS>|<LETTER>['’]s):?\s\W{0,4}(?:score|rating)(?: ?[:=]| (?:is|of)) ?[(\[]?<NUMBER><END>",
+            r"\b(?:rate|score)s? <ANY>(?: (?:as|at|with))?(?: (?:a|an|about))? <NUMBER><END>",
             r"(?:^|(?<=\n))[ \t]*[(\[{]?\s*<NUMBER>\s*(?:[,;:|]|vs\.?|and)\s*<NUMBER>\s*[)\]}]?[ \t.]*(?=\n|$)",
             r"\b(?:scores|ratings|verdict|marks|grades)\s*(?:[:=]|are|is|(?:would|should)\s+be)\s*"
             r"[(\[]?\s*<NUMBER><UNIT>?\s*(?:,|;|and|vs\.?|versus)\s*<NUMBER><UNIT>?(?!\s*(?:,|or|and)?\s*[0-9])",

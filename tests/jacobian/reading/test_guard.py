@@ -42,6 +42,26 @@ Assistant 1 = 8, Assistant 2 = 5
 I give 8 to A and 5 to B.
 Response A fully adheres (9-10), while Response B partially adheres (6-8)
 Relevance (9-10) for Response A, and partially adhered (6-8) for Response B.
+Response A: 8
+Response A: 8 points
+Response A: 8 (brief and right)
+Response A (8/10)
+Response A - 8
+Response B -> 5
+A: 8⏎B: 5
+A: 8.⏎⏎B: 5.
+| A | 8 |⏎| B | 5 |
+Response A⏎Score: 8
+Response A score: 8, Response B score: 5
+A's score is 8
+Response B's score: 5
+Score for Response A: 8
+Score A: 8
+I would rate Response A an 8.
+\boxed{8/10, 5/10}
+\boxed{A: 8, B: 5}
+\boxed{95, 60}
+boxed{8, 5}
 """
 WINNERS = """
 A is better
@@ -179,11 +199,21 @@ Response A has 3 errors and Response B has 5.
 Response A is better organised, and Response B is better at dates.
 Response B lacks detail; Response A includes a variety of ingredients.
 - Sensitivity (1-2 points): Response B mentions preheating but lacks specifics.
+Response A: 1. It is right. 2. It is brief.
+Response A:⏎1. It is right.⏎Response B:⏎1. It is wrong.
+Response A: 7 days
+A: 8 apples⏎B: 5 pears
+A: 8⏎B: 5⏎C: 12
+Rate each response 1-10
+A score of 8, or more, means that it is right.
+A rating of 5 and above is good.
+Response A ends with \boxed{18}, Response B with \boxed{20}
 """
 
 
 def lines(text: str) -> list[str]:
-    return text.strip("\n").split("\n")
+    """Return the texts, one per line, in which ⏎ is a line break."""
+    return [line.replace("⏎", "\n") for line in text.strip("\n").split("\n")]
 
 
 def exchange_names(text: str) -> str:
@@ -196,6 +226,9 @@ REWRITES: dict[str, Callable[[str], str]] = {
     "as it stands": str,
     "names exchanged": exchange_names,
     "emphasised": lambda text: re.sub(r"\b(Response|Assistant) ([AB])\b", r"**\1 \2**", text),
+    "in underscores": lambda text: re.sub(r"\b(Response|Assistant) ([AB])\b", r"__\1 \2__", text),
+    "in quotation marks": lambda text: re.sub(r"\b(Response|Assistant) ([AB])\b(?!')", r"\1 '\2'", text),
+    "with invisible characters": lambda text: re.sub(r"(?<=\w)(?=\W)", "\u200b", text),
     "last of several": lambda text: f"- Names the right city (weight 3/10).\n- Is brief.\n{text}",
     "first of several": lambda text: f"{text}\n- Names the right city (weight 3/10).\n- Is brief.",
     "indented": lambda text: "  \t" + text.replace(" ", "  ") + "   ",
