@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
+
 from cepo.files import Row, counted, kind_of
 from cepo.train.prompts import judge_prompt
 
@@ -208,14 +210,21 @@ def read_reference(row: Row, column: str) -> str:
 
 
 def number_text(value: Any) -> str | None:
-    """Return a finite number in plain digits, 18 for the 18.0 that a table makes of 18; None for anything else."""
+    """Return a finite number in plain digits, 18 for the 18.0 that a table makes of 18; None for anything else.
+
+    A number of single precision, as tables may store it, is written as it was meant: 0.1, not 0.100000001490116.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if isinstance(value, int):
         return str(value)
     if not math.isfinite(value):
         return None
-    return str(int(value)) if value.is_integer() else format(Decimal(f"{value:.15g}"), "f")
+    if value.is_integer():
+        return str(int(value))
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    return format(Decimal(str(single) if float(single) == value else f"{value:.15g}"), "f")
 
 
 def read_dialogue(row: Row, column: str) -> str:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cepo.files import read_jsonl
 from cepo.train.data import DataSplit, load_preferences, load_reasoning
 from cepo.train.prompts import judge_prompt, reasoning_prompt
+from cepo.train.rows import number_text
 from tests.paths import DATA
 
 
@@ -111,6 +114,17 @@ def test_a_question_becomes_a_reasoners_prompt(tmp_path: Path) -> None:
         (4, "column 'answer' holds true or false, not text"),
         (5, "column 'answer' is missing; the row holds no known form (question, answer (empty))"),
     )
+
+
+def test_a_number_of_single_precision_is_the_answer_that_was_meant(tmp_path: Path) -> None:
+    """Protects right answers of tables in float32, whose 0.1 became 0.100000001490116, so that 0.1 earned 0."""
+    meant = ["0.1", "18.75", "-3.14", "123456.7", "0.00015"]
+    path = tmp_path / "rows.parquet"
+    answers = pyarrow.array([float(text) for text in meant], pyarrow.float32())
+    pyarrow.parquet.write_table(pyarrow.table({"question": [f"q{text}" for text in meant], "answer": answers}), path)
+    assert load_reasoning(path, test_fraction=0.0).train["answer"][:] == meant
+    double = {0.1: "0.1", 0.1 + 2**-40: "0.10000000000091", 2.5e-45: f"0.{44 * chr(48)}25"}
+    assert {value: number_text(value) for value in double} == double
 
 
 def test_no_prompt_is_on_both_sides(tmp_path: Path) -> None:
