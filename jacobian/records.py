@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cepo.jacobian.links import Link
+from cepo.jacobian.reading.same_answer import normal_form
 
 if TYPE_CHECKING:  # settings that refer to rollouts are refused before torch is imported
     from torch import Tensor
@@ -78,7 +79,8 @@ class Rollout:
     def verdict(self) -> str:
         """The conclusion of a well-formed rollout.
 
-        For a judge, which of its two scores is greater, as ">", "<" or "="; otherwise the text of the last span.
+        For a judge, which of its two scores is greater, as ">", "<" or "="; otherwise the answer of the last span,
+        where "Yes." and "yes" are one.
         """
         token_ids = self.token_ids
         if len(self.numbers) == 2:
@@ -86,7 +88,8 @@ class Rollout:
                 sum(dict(digit.candidates)[token_ids[digit.position]] for digit in number) for number in self.numbers
             )
             return ">" if first > second else "<" if first < second else "="
-        return list(self.spans.values())[-1].text
+        answer = list(self.spans.values())[-1].text
+        return normal_form(answer) or answer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Literal
 
 from cepo.files import BrokenLine, Row
 from cepo.jacobian.reading.reasoner import extract_answer
-from cepo.train.rewards.task import exact_match, math_verify_reward, same_text
+from cepo.jacobian.reading.same_answer import same_text
+from cepo.train.rewards.task import exact_match, math_verify_reward
 from cepo.train.rows import PAIR, encodable, given, read_answer, read_dialogue, read_pair, read_reference, read_tie
 from cepo.train.source import collect_rows
 

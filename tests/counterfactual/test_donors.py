@@ -76,7 +76,7 @@ def test_a_tie_is_a_third_verdict() -> None:
 
 
 def test_a_verdict_is_which_score_is_greater() -> None:
-    """Not how the scores are written: 8, 3 and 9, 5 conclude alike. Without scores it is the last span's text."""
+    """Not how the scores are written: 8, 3 and 9, 5 conclude alike."""
     own = ROLLOUTS[0]
     places = own.spans["scores"].positions[:2]
     for a, b, verdict in ((8.0, 3.0, ">"), (9.0, 5.0, ">"), (3.0, 8.0, "<"), (7.5, 7.5, "=")):
@@ -87,7 +87,19 @@ def test_a_verdict_is_which_score_is_greater() -> None:
         Digit(places[1], ((own.token_ids[places[1]], 9.0),)),
     )
     assert replace(own, numbers=(ten, ten[1:])).verdict == ">"  # 10 against 9
-    assert replace(own, numbers=()).verdict == own.spans["scores"].text
+
+
+def test_an_answer_written_otherwise_is_no_other_verdict() -> None:
+    """A donor of the same answer, "Yes." for "yes", cannot tell its cause, and S was near 0 as if nothing had been."""
+    scores = ROLLOUTS[0].spans["scores"]
+
+    def verdict(answer: str) -> str:
+        return replace(ROLLOUTS[0], numbers=(), spans={"scores": replace(scores, text=answer)}).verdict
+
+    for first, second in (("Yes.", "yes"), ("18", "$18"), ("1,800", "1800"), ("(B)", "b")):
+        assert verdict(first) == verdict(second)
+    for first, second in (("18", "19"), (".5", "5"), ("?", '"')):
+        assert verdict(first) != verdict(second)
 
 
 def test_the_same_words_and_the_own_prompt_are_no_donors() -> None:

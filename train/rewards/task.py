@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import threading
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +17,12 @@ from math_verify import LatexExtractionConfig, parse, verify
 from cepo.jacobian.reading.answer import read_number
 from cepo.jacobian.reading.judge import SECTIONS, after_judges_thought, read_scores
 from cepo.jacobian.reading.reasoner import extract_answer, reference_answer
+from cepo.jacobian.reading.same_answer import in_ascii_digits, same_text
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
 from cepo.train.rewards.completions import Completion, check_column, read_completions
 from cepo.train.rows import TIE, number_text
 
 _SCORE_RANGE = 9  # the judge is asked for scores from 1 to 10
-_THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:(?:,|\{,\}|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9,])")
-_CHOICE = re.compile(r"\(?([a-z])\)")
-_ASCII_SIGNS = {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)} | {"−": "-"}
-_QUOTES_AND_MARKUP = "\"'`“”‘’*_ "
 # Final answers are short. Longer ones are compared as text only, since the math parser takes seconds on noise.
 _MATH_LENGTH_LIMIT = 300
 _MATH_TIMEOUT_S = 2
@@ -112,8 +107,7 @@ def argmax_reward(
 def exact_match(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
     """Reward an answer that equals the reference as text.
 
-    Case, white space, surrounding punctuation, dollar signs, thousands separators, the script of digits, and the
-    brackets of a lettered choice are ignored.
+    What does not change an answer is ignored, such as case, see `normal_form`.
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
@@ -215,31 +209,10 @@ def _answers_and_references(
     return list(zip(candidates, references, strict=True))
 
 
-def same_text(candidate: str, reference: str) -> bool:
-    """Return whether two answers are equal as text, as `exact_match` compares them."""
-    normalized = _normalize(candidate)
-    return normalized != "" and normalized == _normalize(reference)
-
-
-def _normalize(answer: str) -> str:
-    text = _plain(answer).replace("\\$", "").replace("$", "")
-    text = " ".join(_THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text).casefold().split())
-    # A leading point may open a decimal, and an exclamation mark may be a factorial: both stay.
-    text = text.lstrip(_QUOTES_AND_MARKUP + ",;:").rstrip(_QUOTES_AND_MARKUP + ".,;:?。")
-    return _CHOICE.sub(r"\1", text) if _CHOICE.fullmatch(text) else text
-
-
-def _plain(answer: str) -> str:
-    """Return the answer with digits of any script and full-width signs replaced by ASCII."""
-    return "".join(
-        str(unicodedata.decimal(sign)) if sign.isdecimal() else _ASCII_SIGNS.get(sign, sign) for sign in answer
-    )
-
-
 def _same_mathematics(candidate: str, reference: str) -> bool:
     if not candidate or max(len(candidate), len(reference)) > _MATH_LENGTH_LIMIT:
         return False
-    sides = [_plain(side).strip("$ ").rstrip(".,;:") for side in (reference, candidate)]
+    sides = [in_ascii_digits(side).strip("$ ").rstrip(".,;:") for side in (reference, candidate)]
     numbers = [read_number(side) for side in sides]
     if None not in numbers and any(number == side for number, side in zip(numbers, sides, strict=True)):
         sides = [str(number) for number in numbers]
