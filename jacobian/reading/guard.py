@@ -111,24 +111,26 @@ _PIECES["BARE"] = _fill(
 )
 _PIECES["SUBJECT"] = _fill(r"(?<!\bif )(?<!\bwhether )(?<!\bneither )(?<!\bnor )(?:<NAMED>|<BARE>)<OWNS>", _PIECES)
 _PIECES["BE"] = _either(
-    "is|was|seems|appears|looks|remains|proves|(?:would|should|must|has to) be|emerges as|comes out|ends up|"
-    "stands out as"
+    "is|was|seems|appears|looks|remains|proves|(?:would|should|must|will|can|has to) be|emerges as|comes out|ends up|"
+    "stands out as|turns out(?: to be)?|does|did|performs|performed"
 )
 _PIECES["DEGREE"] = (
-    r"(?:(?:the|a|to|be|as|much|far|also|still|clear|obvious|overall|somewhat|therefore|thus|(?-i:[a-z]+ly))\s+){0,3}"
+    r"(?:(?:the|a|to|be|as|much|so|by|far|also|still|clear|obvious|overall|somewhat|therefore|thus|found|considered|"
+    r"judged|deemed|(?-i:[a-z]+ly))\s+){0,3}"
 )
 _PIECES["BETTER"] = _either("better|superior|preferable|preferred|favou?red|stronger|winning")
 _PIECES["RANK"] = _fill(r"(?:<BETTER>|best|strongest|winner|worse|worst|inferior|weaker|weakest|loser)", _PIECES)
 # "better organised", "better at dates" and "better in tone" compare in one respect. "A is the best answer" may be that
 # of a question with lettered choices.
 _PIECES["WHOLE"] = _fill(
-    r"(?=\s*(?:$|[.,;:!?)\]\n–—-]|(?:than|to|overall|because|since|as|due|and|but|so|while|here|by\s+far|"
+    r"(?=\s*(?:$|[.,;:!?)\]\n–—-]|(?:than|over|to|overall|because|since|as|due|and|but|so|while|here|by\s+far|"
     r"of\s+the\s+two|of\s+both|one|choice|<NOUN>)\b))(?<!best(?=\s+answer))",
     _PIECES,
 )
 _PIECES["WINS"] = _either(
     "wins|won|loses|lost|prevails|triumphs|outperforms|beats|outshines|surpasses|outclasses|edges out|"
-    "(?:comes?|came) out (?:on top|ahead)|takes the (?:win|lead)|scores? (?:higher|lower|better|worse)|"
+    "(?:comes?|came) out (?:on top|ahead)|takes the (?:win|lead)|ranks (?:first|second|higher|lower)|"
+    "has (?:the|an|a slight|a clear) (?:edge|advantage)|scores? (?:higher|lower|better|worse)|"
     "(?:deserves?|gets?|receives?|earns?|merits?) (?:the|a) (?:win|higher|better|lower|top)|"
     "(?:should|must|ought to|will|deserves? to) (?:win|lose|score (?:higher|lower)|be (?:preferred|chosen)|"
     "be (?:scored|rated|ranked) (?:higher|lower))"
@@ -145,7 +147,8 @@ _WINNER = re.compile(
             r"<SUBJECT>\s+(?:\w+ly\s+)?<WINS>\b(?!-)",
             r"\b<BETTER>\s+(?:<NOUN>|one|choice)(?:\s+(?:here|overall))?\s*(?:is|was|:|=|would\s+be)\s*<ANY>(?![\w'’])",
             r"\bbest\s+(?:response|assistant|reply|candidate)\s*(?:is|was|:|=)\s*<ANY>(?![\w'’])",
-            r"\b(?:winner|loser|verdict|preference|preferred|better)\s*(?:[:=–—-]|\bis\b|\bgoes\s+to\b)\s*<ANY>(?!\s*[a-z])",
+            r"\b(?:winner|loser|verdict|decision|vote|preference|preferred|better|chosen\s+<NOUN>)\s*"
+            r"(?:[:=→–—-]|\bis\b|\bgoes\s+to\b)\s*<ANY>(?!\s*[a-z/])",
             r"\b<PREFER>\s+<ANY>(?!\s*/|\s+(?:and|or|<NOUN>)\b)",
             r"\b(?:choose|chose|pick|picked)\s+<NAMED>",
             r"<ANY>\s*(?:>{1,2}|<{1,2}|≻)\s*<ANY>",

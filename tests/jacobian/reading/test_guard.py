@@ -101,6 +101,16 @@ Response A is not as good as Response B.
 Give A the higher score.
 Response Ａ is better.
 Response В is better.
+A performs better
+Response A is by far better.
+A is considered better
+B turns out to be better.
+B is preferred over A
+Response A ranks first
+A has a slight edge
+Final decision: Response B
+Chosen response: B
+My vote goes to A
 """
 TIES = """
 It is a tie
@@ -205,6 +215,9 @@ Response A: 7 days
 A: 8 apples⏎B: 5 pears
 A: 8⏎B: 5⏎C: 12
 Rate each response 1-10
+A performs better in cold water
+A is preferred by most readers of the survey
+Decision: A/B tests are named.
 A score of 8, or more, means that it is right.
 A rating of 5 and above is good.
 Response A ends with \boxed{18}, Response B with \boxed{20}
