@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cepo.jacobian.reading.guard import Guard, check_guard, find_verdict
-from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, ResponseMarks, as_bytes, as_text
+from cepo.jacobian.reading.layout import ByteRange, Found, MalformedError, ResponseMarks, as_bytes, as_text, check_tags
 from cepo.jacobian.reading.sections import find_sections
 from cepo.jacobian.reading.thought import THOUGHT, after_thought, find_thought
 from cepo.jacobian.reading.verdict import STRICT, Verdicts, check_verdicts, find_last_pair, find_pair
@@ -78,7 +78,7 @@ class JudgeLayout:
         ties: whether equal scores are allowed, so that for the guard a tie counts as a named winner.
 
     Raises:
-        ValueError: for an unknown `guard` or `verdicts`.
+        ValueError: for an unknown `guard` or `verdicts`, or a tag in brackets.
     """
 
     criteria_tag: str = CRITERIA
@@ -92,6 +92,8 @@ class JudgeLayout:
     ties: bool = False
 
     def __post_init__(self) -> None:
+        names = ("criteria_tag", "analysis_tag", "scores_tag", "thought_tag")
+        check_tags(**{name: getattr(self, name) for name in names})
         check_guard(self.guard)
         check_verdicts(self.verdicts)
 

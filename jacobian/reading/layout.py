@@ -5,12 +5,14 @@ A layout reads only bytes; `cepo.jacobian.reading.spans` maps the ranges that it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 ByteRange = tuple[int, int]
 WHITE_SPACE = b" \t\r\n\f\v"
+_NAME = re.compile(r"[^\s<>/]+")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Layout(Protocol):
     def thought_tag(self) -> str: ...
 
     def find(self, completion: bytes, *, thought_opened: bool = False) -> Found: ...
+
+
+def check_tags(**tags: str) -> None:
+    """Raise ValueError unless each tag is a name, which stands without brackets."""
+    for setting, tag in tags.items():
+        if not _NAME.fullmatch(tag):
+            name = tag.strip(" </>") or "answer"
+            raise ValueError(f"{setting} is {tag!r}; expected the tag's name without brackets, such as {name!r}")
 
 
 def tagged(text: bytes, tag: str, start: int) -> ByteRange:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cepo.jacobian.reading.answer import Answer, Unmarked, find_answer
-from cepo.jacobian.reading.layout import Found, MalformedError, ResponseMarks, as_bytes, as_text, trim_range
+from cepo.jacobian.reading.layout import Found, MalformedError, ResponseMarks, as_bytes, as_text, check_tags, trim_range
 from cepo.jacobian.reading.thought import THOUGHT, Thought, find_thought
 
 ANSWER = "answer"
@@ -27,6 +27,9 @@ class ReasonerLayout:
         boxed: whether `\\boxed{}` is read.
         fallback: whether answers without a tag or box are read; if not, such text is malformed.
         instructions: as in JudgeLayout.
+
+    Raises:
+        ValueError: for a tag in brackets.
     """
 
     rationale_tag: str = THOUGHT
@@ -34,6 +37,9 @@ class ReasonerLayout:
     boxed: bool = True
     fallback: bool = True
     instructions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_tags(rationale_tag=self.rationale_tag, answer_tag=self.answer_tag)
 
     @property
     def responses(self) -> tuple[ResponseMarks, ...]:

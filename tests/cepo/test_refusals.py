@@ -58,6 +58,7 @@ REFUSED = {
     f"{SCORE} --task-weight -1": "--task-weight is -1",
     f"{SCORE} --link X->Y=nan": "--link, by weight, is [nan]",
     f"{SCORE} --answer-tag foo": "--answer-tag needs --kind reasoning",
+    f"{SCORE} --kind reasoning --answer-tag /sol": "--answer-tag is '/sol'; expected the tag's name",
     f"{SCORE} --kind reasoning --guard off": "--guard cannot be used with --kind reasoning",
     f"{SCORE} --dtype int": "--dtype is 'int'",
     f"{SCORE} --engine fast": "--engine is 'fast'",

@@ -533,6 +533,15 @@ def test_reasoner_malformed(tokenizers: dict[str, Any], text: str, options: dict
     assert reason in rollout.malformed
 
 
+@pytest.mark.parametrize("tag", ["<sol>", "</sol>", "sol>", "my sol", ""])
+def test_a_tag_is_a_name(tag: str) -> None:
+    """Nothing writes <<sol>>: the answer was found by another mark, its own tags and all."""
+    with pytest.raises(ValueError, match="answer_tag is .*; expected the tag's name without brackets"):
+        ReasonerLayout(answer_tag=tag)
+    with pytest.raises(ValueError, match="scores_tag is .*; expected the tag's name without brackets"):
+        JudgeLayout(scores_tag=tag)
+
+
 def test_reasoner_settings(tokenizers: dict[str, Any]) -> None:
     """Tags are settings, and without `boxed` a box is plain text."""
     tokenizer = tokenizers["byte level"]
