@@ -207,13 +207,13 @@ _PIECES["SCORE"] = _fill(
 )
 # A number that ends its line, after a response's name: not "Response A: 1. It is brief."
 _PIECES["LAST"] = _fill(r"(?: ?[:=] ?[(\[]?| [–—-]>? | ?[(\[])<NUMBER>(?:<UNIT>|(?=[)\]]?[ .;,]*(?:$|\n|\()))", _PIECES)
-# As in a verdict, on any scale.
+# As in a verdict, on any scale; 58,500 is one number.
 _PIECES["BOXED"] = _fill(r"\s*(?:<NAMED>|<LETTER>)?\s*[:=]?\s*[0-9]{1,4}(?:\.[0-9]+)?<UNIT>?\s*", _PIECES)
 _SCORES = re.compile(
     "|".join(
         _fill(pattern, _PIECES)
         for pattern in (
-            r"\\?boxed\s*\{+<BOXED>[,;]<BOXED>\}",
+            r"\\?boxed\s*\{+(?![0-9]{1,3},[0-9]{3}\s*\})<BOXED>[,;]<BOXED>\}",
             r"<NAMED><OWNS>(?: score| rating)?<LAST>",
             r"(?:^|(?<=\n))[^\w\n]*<LETTER><LAST>[ .;,)\]]*\n[^\w\n]*<LETTER><LAST>(?![ .;,)\]]*\n[^\w\n]*C\b)",
             r"\b(?:score|rating)(?: (?:of|for))? (?:response |assistant )?<LETTER> ?(?:[:=]|is) ?[(\[]?<NUMBER><END>",

@@ -221,6 +221,7 @@ Decision: A/B tests are named.
 A score of 8, or more, means that it is right.
 A rating of 5 and above is good.
 Response A ends with \boxed{18}, Response B with \boxed{20}
+Response A ends with \boxed{58,500}
 """
 
 
