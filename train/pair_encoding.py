@@ -24,6 +24,8 @@ TEMPLATE = (
 )
 _FIELDS = ("{prompt}", "{first}", "{second}")
 _PROBE = "cepo-response-probe"
+# Letters, digits and "_", without kana and Han characters, next to which a word may begin or end.
+_WORD = r"[^\W\u3040-\u30ff\u3400-\u9fff]"
 _COUNTS: Mapping[Form, str] = {"bradley-terry": "one response", "pairwise": "two responses"}
 
 
@@ -157,7 +159,8 @@ class PairEncoder:
         Args:
             prompt: the prompt.
             response: the response.
-            words: texts to find in the response, as whole words.
+            words: texts to find in the response, as whole words: not inside a longer word or number ("4" is in "4km",
+                not in "14"). Scripts that are written without spaces have no such bounds.
 
         Returns:
             The ids, the positions of the response's tokens, and among them those that hold part of a word.
@@ -175,7 +178,7 @@ class PairEncoder:
             )
         encoded = self._tokenizer(text, add_special_tokens=not self._has_template, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]
-        said = "|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in words)
+        said = "|".join(map(_whole, words))
         found = [match.span() for match in re.finditer(said, response)] if words else []
         spans = [(start, start + len(response)), *((start + first, start + last) for first, last in found)]
         of_response, *of_words = [
@@ -204,3 +207,11 @@ class PairEncoder:
         except (TemplateError, ValueError, TypeError) as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
         return text
+
+
+def _whole(word: str) -> str:
+    """Return a pattern of a text that is not inside a longer word or number."""
+    before, after = (
+        r"\d" if edge.isdecimal() else _WORD if re.match(_WORD, edge) else None for edge in (word[0], word[-1])
+    )
+    return (f"(?<!{before})" if before else "") + re.escape(word) + (f"(?!{after})" if after else "")

@@ -30,7 +30,7 @@ CLOSINGS = (
 )
 _DRAWS = 8  # most other prompts that are tried per pair
 _NEW_WORDS = 3  # a dropped sentence must hold at least this many content words that the rest lacks
-_RESULT = re.compile(r"\d[^=\n]{0,60}?[-+*/×÷−\\][^=\n]{0,60}=\s*[$€£]?\s*(\d[\d,]*(?:\.\d+)?)")
+_RESULT = re.compile(r"\d[^=\n]{0,60}?[-+*/×÷−\\][^=\n]{0,60}=\s*[$€£]?\s*(\d+(?:,\d+)*(?:\.\d+)?)")
 
 
 def irrelevant(source: Source, peers: Peers, rng: np.random.Generator) -> Iterator[Pair]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cepo.train.pair_encoding import PairEncoder, Shown, read_shown
@@ -60,6 +60,29 @@ def test_the_response_is_found_in_its_text(template: str | None) -> None:
     assert positions[0] > 2, "the same word in the prompt is not the response"
     assert found == [positions[0], positions[2]], "whole words of the response alone"
     assert ids == encoder.ids(encoder.shown.messages("one two", " two three two "))
+
+
+@pytest.mark.parametrize(
+    ("response", "word", "found"),
+    [
+        ("15*10=150kg, 1500 or 3.150", "150", ["150", "150"]),
+        ("it is correct, incorrect or correct_ed", "correct", ["correct"]),
+        ("costs US$5 or $50", "$5", ["$5"]),
+        ("日本語は正しい。", "正しい", ["正しい"]),
+        ("(这很好。)", "这很好。", ["这很好。"]),
+        ("B2B for 2", "B", []),
+    ],
+)
+def test_a_word_may_stand_next_to_a_unit_and_in_a_script_without_spaces(
+    response: str, word: str, found: list[str]
+) -> None:
+    """What augment and users name as an attribute's words: a word that is missed would make the whole edit a leak."""
+    characters = [*sorted({*response, "\n"}), "[UNK]"]
+    backend = Tokenizer(models.WordLevel({one: place for place, one in enumerate(characters)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    encoder = PairEncoder(PreTrainedTokenizerFast(tokenizer_object=backend), Shown())
+    ids, _, positions = encoder.encode_response(response, response, [word])
+    assert "".join(characters[ids[place]] for place in positions) == "".join(found)
 
 
 def test_a_response_that_the_template_writes_too_is_not_found_behind_itself() -> None:

@@ -118,6 +118,7 @@ def test_a_wrong_number_is_one_digit_of_a_result() -> None:
         ("so 2 * 9 = $18 per day", {"18"}),
         ("16 - 3 - 4 = <<16-3-4=9>>9 eggs", {"9"}),
         (r"$5 \times 400 = 2,000$", {"2,000"}),
+        ("2 * 3 = 6, and 7 is left", {"6"}),
         ("x = 5 and y = 7", set()),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cepo.counterfactual.text.mechanical import shows
 from cepo.eval.judges.reward import RewardSettings
@@ -98,6 +99,21 @@ def test_shares_are_those_of_the_gradient_and_a_clean_edit_has_no_leak(model: tu
     assert b" correct".decode() in found["tokens"]
     unnamed = measure_sensitivity(Edit("", *PAIR.values(), "degrade", "accuracy"), *model)
     assert (unnamed["leak"], unnamed["energy_share"]) == (None, pytest.approx(found["energy_share"])), "by what changed"
+
+
+def test_an_edit_without_its_words_or_a_gradient_gives_no_number(model: tuple[RewardModel, TokenBytes]) -> None:
+    """A leak of 1 for words that are in neither response, and NaN for a share of nothing, went into the means."""
+    with pytest.raises(ValueError, match="neither response has 'Correct' or 'purple' as a whole word"):
+        measure_sensitivity(Edit("", *PAIR.values(), "degrade", "accuracy", ("Correct", "purple")), *model)
+    edit = Edit("", *PAIR.values(), "degrade", "accuracy", ("correct", "wrong"))
+    untrained, tokenizer = build_reward_model("bradley-terry", seed=0)
+    constant = RewardModel(read_last_token(untrained, None), PairEncoder(tokenizer, Shown(), max_length=64))
+    torch.nn.init.zeros_(untrained.score.weight)
+    found = measure_sensitivity(edit, constant, model[1])
+    assert (found["energy_share"], found["leak"], found["difference"]) == (None, None, 0.0)
+    untrained.score.register_full_backward_hook(lambda module, gradients, _: (gradients[0] * math.nan,))
+    with pytest.raises(ValueError, match="not finite"):
+        measure_sensitivity(edit, constant, model[1])
 
 
 def test_leak_is_what_the_reward_changes_by_elsewhere(model: tuple[RewardModel, TokenBytes]) -> None:
