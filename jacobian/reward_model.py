@@ -118,11 +118,13 @@ def read_last_token(model: Any, verdict_ids: tuple[int, int] | None = None) -> A
         verdict_ids: ids of the two verdicts of a causal language model; None for a classifier.
 
     Raises:
-        ValueError: for a classifier with more outputs, or without a linear head named `score`.
+        ValueError: for a classifier with more outputs, or without a linear head named `score`; for an encoder-decoder.
     """
     wrapped, model = model, model.get_base_model() if hasattr(model, "get_base_model") else model
     if verdict_ids is None:
         outputs = getattr(model.config, "num_labels", None)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(f"model is a {type(model).__name__}, an encoder-decoder; expected a decoder-only model")
         if outputs != 1 or not hasattr(model, HEAD):
             raise ValueError(
                 f"model is a {type(model).__name__} with {outputs} outputs; expected a sequence classifier with one, "

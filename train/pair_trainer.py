@@ -27,8 +27,8 @@ class PairTrainer(RewardTrainer):
     A batch holds the first texts of all pairs, then the second ones. A Bradley-Terry pair has one D. A pairwise pair
     has one D per order, and its loss is the mean of both.
 
-    Logged: `accuracy` and `margin` (mean D) over preferences, `tie_difference` (mean |D|) over ties, `tie_share`, and
-    the smallest, mean and largest number of a text.
+    Logged: `accuracy` and `margin` (mean D) over preferences, `tie_difference` (mean |D|) over ties, `tie_share`, the
+    smallest, mean and largest number of a text (mean over batches), and `num_tokens` since the first step.
 
     Args:
         shown: what the model is shown.
@@ -60,13 +60,14 @@ class PairTrainer(RewardTrainer):
         """Add one entry per pair to the metrics that TRL averages, so that the mean is over pairs, not over batches."""
         gather = self.accelerator.gather_for_metrics
         mode = "train" if self.model.training else "eval"
-        if mode == "train":
-            self._total_train_tokens += int(gather(inputs["attention_mask"].sum()).sum())
+        # The state is a checkpoint's, so a resumed run goes on counting; TRL's own count begins at 0 again.
+        if mode == "train" and self.args.include_num_input_tokens_seen == "no":
+            self.state.num_input_tokens_seen += int(gather(inputs["attention_mask"].sum()).sum())
         difference_NO, tie_N = gather(difference_NO), gather(inputs["tie"])
         logits = self.accelerator.gather(logits.float())  # two per pair, which `gather_for_metrics` would cut off
         preferred = difference_NO[~tie_N].flatten()
         metrics = self._metrics[mode]
-        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         for name, values in {
             "accuracy": (preferred > 0).float(),
             "margin": preferred,

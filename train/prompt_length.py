@@ -1,4 +1,4 @@
-"""Which prompts of a run's data the model has positions for."""
+"""How many positions a model has, and which prompts of a run's data fit into them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prompt_check(
         ValueError: if the tokenizer or the config cannot be read.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    config = _config(source, trust_remote_code)
+    config = text_config(source, trust_remote_code=trust_remote_code)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or not getattr(tokenizer, "chat_template", None):
         return None
@@ -55,11 +55,12 @@ def why_too_long(tokens: int, room: int, positions: int | None) -> str | None:
     return f"the prompt has {tokens} tokens; with {room} to generate that is more than the model's {positions}"
 
 
-def _config(source: ModelSource, trust_remote_code: bool) -> Any:
+def text_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """Return the config of a model's text part, without weights; raise ValueError if it cannot be read."""
     from transformers import AutoConfig
 
     if source.base is not None:
-        return _config(source.base, trust_remote_code)
+        return text_config(source.base, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with loading("the config of model", source), gguf_read_once() if options else contextlib.nullcontext():
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)

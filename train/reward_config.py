@@ -30,7 +30,8 @@ class RewardModelConfig:
         template: see `Shown`; None for its default, or the testbed's.
         chat_template_kwargs: see `Shown`.
         tie_weight: lambda, the weight of a tie's loss relative to a preference's, at least 0.
-        reward: any field of TRL's RewardConfig; pairs with a text over its `max_length` are left out.
+        reward: any field of TRL's RewardConfig; pairs with a text over its `max_length`, or over the model's
+            positions, are left out.
         lora: any field of peft's LoraConfig, or None to train all weights; a classifier's head is always trained whole.
         dtype: dtype of the weights: float32, bfloat16, float16.
         seed: seed of the split, the testbed's data and model, a new head, and training.

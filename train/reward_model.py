@@ -17,6 +17,7 @@ from cepo.train import testbed
 from cepo.train.config import TESTBED
 from cepo.train.left_out import LEFT_OUT, write_left_out
 from cepo.train.pair_encoding import PairEncoder
+from cepo.train.prompt_length import text_config
 from cepo.train.ranks import failing_together
 from cepo.train.recipe import decisive, trainer_arguments
 from cepo.train.repeats import warn_of_repeats
@@ -50,7 +51,7 @@ def train_reward_model(config: RewardModelConfig, *, fresh: bool = False) -> Pat
     lora = _lora(config)
     with failing_together():
         tokenizer = testbed.build_tokenizer() if config.model == TESTBED else _tokenizer(config)
-        encoder = PairEncoder(tokenizer, config.shown, max_length=arguments.max_length)
+        encoder = PairEncoder(tokenizer, config.shown, max_length=_max_length(config, arguments.max_length))
         pairs = load_pairs(config.data, seed=config.seed)
         train, test = encode_pairs(pairs.train, encoder), encode_pairs(pairs.test, encoder)
         settings = _settings(config, train, test)
@@ -103,6 +104,15 @@ def _lora(config: RewardModelConfig) -> Any:
     if config.lora is None or config.form == "pairwise":
         return lora_config(config.lora)
     return lora_config({"task_type": "SEQ_CLS", "modules_to_save": [HEAD], **config.lora})
+
+
+def _max_length(config: RewardModelConfig, asked: int | None) -> int | None:
+    """Return the most tokens of a text: as asked, and no more than the model has positions for, as when it is used."""
+    if config.model == TESTBED:
+        return asked
+    own = text_config(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
+    limits = (asked, getattr(own, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _tokenizer(config: RewardModelConfig) -> Any:

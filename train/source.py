@@ -26,7 +26,8 @@ Entry: TypeAlias = tuple[int, Row | str]
 """A number, counted from 1, and the row, or the reason why there is none."""
 T = TypeVar("T")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".xlsx")
-_LISTS = ("prompt_ids", "completion_ids", "completions", "correct", "attribute_words")  # columns whose cells in a CSV hold a JSON list
+# Columns whose cells in a CSV hold a JSON list.
+_LISTS = ("prompt_ids", "completion_ids", "completions", "correct", "attribute_words")
 _COLUMNS = {"prompt", "prompt_ids", "messages", "completion", "chosen", "question"}  # an object with one is a row
 _SPACE = re.compile("[\ufeff\\s]*")
 _BATCH = 256  # rows of a parquet file that are held in memory at once

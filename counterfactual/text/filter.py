@@ -35,9 +35,9 @@ def filter_pairs(pairs: Iterable[Pair], difference: Difference, *, at_once: int 
     """
     waiting = iter(pairs)
     while batch := list(itertools.islice(waiting, at_once)):
-        to_score = [pair for pair in batch if pair.kept]
-        found = dict(zip([pair.id for pair in to_score], difference(to_score), strict=True)) if to_score else {}
-        yield from (_filtered(pair, found.get(pair.id, math.nan)) for pair in batch)
+        places = [place for place, pair in enumerate(batch) if pair.kept]
+        found = dict(zip(places, difference([batch[place] for place in places]), strict=True)) if places else {}
+        yield from (_filtered(pair, found.get(place, math.nan)) for place, pair in enumerate(batch))
 
 
 def certainty(difference: float) -> float:

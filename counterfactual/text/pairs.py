@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -110,6 +111,16 @@ def side_of(prompt: str, test_fraction: float, seed: int) -> Split:
 def same_prompt(prompt: str) -> str:
     """Return a normal form of a prompt, the same for all prompts that differ only in case and white space."""
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
+def distinct(name: str, given: Counter[str]) -> str:
+    """Return a name as it is if it was not given before, else with a number ("x#2"), and count it as given."""
+    found = name
+    while found in given:
+        given[name] += 1
+        found = f"{name}#{given[name]}"
+    given[found] = 1
+    return found
 
 
 def digest(*parts: str | int) -> int:

@@ -7,13 +7,14 @@ sent the answers. So each kind reads from top to bottom, and the writer still ge
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 import numpy as np
 
-from cepo.counterfactual.text.pairs import Pair, Source, Split, digest, side_of
+from cepo.counterfactual.text.pairs import Pair, Source, Split, digest, distinct, side_of
 from cepo.counterfactual.text.relevance import Peers
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
@@ -67,6 +68,7 @@ def synthesise(
     """
     sides = [side_of(source.prompt, test_fraction, seed) for source in sources]
     placed = list(zip(sources, sides, strict=True))
+    given: Counter[str] = Counter()
     peers = {side: Peers(source for source, its in placed if its == side) for side in set(sides)}
     for start in range(0, len(sources), at_once):
         made = [
@@ -80,7 +82,8 @@ def synthesise(
         for one in made:
             for pair in one.pairs:
                 named = pair.generator or (generator if pair.source_ids else None)
-                yield replace(pair, split=one.side, generator=named)
+                # A source may be a pair that was made before, with the id that is made here of the source's source.
+                yield replace(pair, id=distinct(pair.id, given), split=one.side, generator=named)
 
 
 @dataclass

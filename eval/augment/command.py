@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cepo.counterfactual.text.filter import filter_pairs
-from cepo.counterfactual.text.pairs import Source
+from cepo.counterfactual.text.pairs import Source, distinct
 from cepo.counterfactual.text.synthesise import synthesise
 from cepo.eval.augment.answers import JournaledWriter, journaled_difference
 from cepo.eval.augment.job import AugmentJob, chosen_kinds
@@ -93,7 +93,7 @@ def _read(job: AugmentJob) -> tuple[list[Source], list[BrokenLine]]:
     """Return the preferences, each with a unique id, and the rows that hold none."""
     if job.data == TESTBED:
         return generate_sources(job.limit or _WORLD_SIZE, seed=job.writer.seed, cue_agreement=_WORLD_CUE), []
-    seen: Counter[str] = Counter()
+    given: Counter[str] = Counter()
 
     def convert(row: Row, _: str) -> Source:
         check_kept(row)
@@ -102,8 +102,7 @@ def _read(job: AugmentJob) -> tuple[list[Source], list[BrokenLine]]:
         texts = read_pair(row)
         identity = read_id(row)
         name = content_hash(*texts) if identity is None else str(identity)
-        seen[name] += 1
-        return Source(name if seen[name] == 1 else f"{name}#{seen[name]}", *texts)
+        return Source(distinct(name, given), *texts)
 
     return collect_rows(job.data, convert, split=job.split, limit=job.limit)
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import RewardConfig, RewardTrainer
 
 from cepo.cli.app import main
 from cepo.jacobian.loading import load_model, resolve_model
-from cepo.jacobian.reward_model import load_reward_model, read_last_token, rewards
+from cepo.jacobian.reward_model import load_reward_model, new_head, read_last_token, rewards
 from cepo.train import run as train_run
 from cepo.train.pair_encoding import PairEncoder, Shown, read_shown
 from cepo.train.pair_trainer import PairTrainer, collate, composite_loss
@@ -157,6 +158,7 @@ def test_killed_and_started_again_ends_with_the_same_weights(tmp_path: Path, mon
     final = tmp_path / "whole"
     train_reward_model(broken)
     (output / "final").rename(final)
+    whole = logged(output)
     shutil.rmtree(output / "checkpoint-3")
     with pytest.raises(ValueError, match="tie_weight was 1.0 and is 2.0"):
         train_reward_model(replace(broken, tie_weight=2.0))
@@ -165,14 +167,18 @@ def test_killed_and_started_again_ends_with_the_same_weights(tmp_path: Path, mon
     resumed = train_reward_model(broken)
     trained, again = load_file(final / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert all(torch.equal(trained[name], again[name]) for name in trained)
-    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3]
+    assert [line["step"] for line in whole] == [1, 2, 3]
+    assert logged(output) == whole, "tokens are counted from the first step on, as everything is"
     left_out = [json.loads(line) for line in (output / "left_out.jsonl").read_text().splitlines()]
     assert all("the responses differ in what the prompt asks" in row["reason"] for row in left_out)
     with monkeypatch.context() as patched:
         patched.setattr(train_run, "run_trainer", lambda *_: pytest.fail("a finished run was trained again"))
         assert train_reward_model(broken) == resumed
     assert read_shown(resumed) == broken.shown
+
+
+def logged(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("form", ["bradley-terry", "pairwise"])
@@ -278,6 +284,33 @@ def test_bad_settings_end_in_one_paragraph_and_exit_code_2(
         main()
     assert exit_.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_texts_that_the_model_has_no_positions_for_are_left_out(tmp_path: Path) -> None:
+    """Learned positions end: the step that met such a text raised an IndexError, and the run was lost."""
+    _, tokenizer = build_reward_model("bradley-terry", seed=0)
+    names = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **names)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    pair = {"prompt": "Query: help with this exam", "chosen": "Response: correct", "rejected": "Response: wrong"}
+    rows = [{**pair, "id": "short"}, {**pair, "id": "long", "chosen": "Response:" + " correct" * 24}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(tmp_path / "pairs.jsonl"), "test_fraction": 0.0}
+    for asked in ({}, {"max_length": None}):
+        output = tmp_path / f"out-{len(asked)}"
+        train_reward_model(config(output, model=str(tmp_path / "model"), data=data, reward={**TINY, **asked}))
+        (left_out,) = map(json.loads, (output / "left_out.jsonl").read_text().splitlines())
+        assert left_out["id"] == "long"
+        assert left_out["reason"].endswith("over max_length 24")
+
+
+def test_an_encoder_decoder_is_refused(judge: Path) -> None:
+    """It needs inputs for its decoder too; transformers asked for them in its own words, in the middle of a run."""
+    causal, _ = load_model(resolve_model(str(judge)))
+    classifier = new_head(causal, seed=0)
+    classifier.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="an encoder-decoder; expected a decoder-only model"):
+        read_last_token(classifier)
 
 
 def test_a_classifier_with_more_outputs_is_refused(judge: Path, tmp_path: Path) -> None:

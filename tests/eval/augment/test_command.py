@@ -153,6 +153,19 @@ def test_rows_without_a_preference_are_named_and_ids_are_made_distinct(
     assert not (job.output / "writings.jsonl").exists()
 
 
+def test_pairs_of_pairs_have_ids_and_differences_of_their_own(job: AugmentJob) -> None:
+    """An augmented file as the data: what is made of "7" has the id of a row there, whose difference it was given."""
+    texts = {"prompt": "a", "chosen": "b b", "rejected": "c"}
+    write_jsonl(Path(job.data), [{"id": name, **texts} for name in ("7", "7/style", "7", "7#2")])
+    augment(replace(job, kinds=("original", "style"), writer=JudgeSettings("")))
+    made = pairs_of(job)
+    assert len({pair.id for pair in made}) == len(made) == 8
+    assert [pair.id for pair in made if pair.kind == "original"] == ["7", "7/style#2", "7#2", "7#2#2"]
+    twice = [Pair("7", "p", chosen, "r") for chosen in ("one", "other")]
+    found = filter_pairs(twice, lambda some: [float(len(pair.chosen)) for pair in some])
+    assert [pair.base_difference for pair in found] == [3.0, 5.0]
+
+
 def test_what_cannot_work_is_refused_before_anything_is_written(job: AugmentJob) -> None:
     nobody = replace(job, writer=JudgeSettings(""))
     for wrong, complaint in (
