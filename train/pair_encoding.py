@@ -181,10 +181,7 @@ class PairEncoder:
         said = "|".join(map(_whole, words))
         found = [match.span() for match in re.finditer(said, response)] if words else []
         spans = [(start, start + len(response)), *((start + first, start + last) for first, last in found)]
-        of_response, *of_words = [
-            [place for place, (left, right) in enumerate(offsets) if max(left, first) < min(right, last)]
-            for first, last in spans
-        ]
+        of_response, *of_words = (_tokens_of(text, offsets, *span) for span in spans)
         return ids, of_response, sorted({place for places in of_words for place in places})
 
     def _with_one_beginning(self, ids: list[int]) -> list[int]:
@@ -215,3 +212,18 @@ def _whole(word: str) -> str:
         r"\d" if edge.isdecimal() else _WORD if re.match(_WORD, edge) else None for edge in (word[0], word[-1])
     )
     return (f"(?<!{before})" if before else "") + re.escape(word) + (f"(?!{after})" if after else "")
+
+
+def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], first: int, last: int) -> list[int]:
+    """Return the positions of the tokens that hold a part of text[first:last].
+
+    Outer white space of the stretch counts only in tokens that are wholly inside it: where "\\nNext" follows "end.", a
+    token ".\\n" belongs to the text before it, and a token "\\n" to the stretch.
+    """
+    said = text[first:last]
+    inner_first, inner_last = last - len(said.lstrip()), first + len(said.rstrip())
+    return [
+        place
+        for place, (left, right) in enumerate(offsets)
+        if max(left, inner_first) < min(right, inner_last) or first <= left < right <= last
+    ]

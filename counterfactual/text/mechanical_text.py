@@ -89,7 +89,7 @@ def dropped_sentence(source: Source, peers: Peers, rng: np.random.Generator) -> 
         shorter = text[:start] + text[end:]
         if len(words_of(text[start:end]) - peers.common_words - words_of(source.prompt, shorter)) >= _NEW_WORDS:
             pair = _made(source, "dropped-sentence", "dropped-sentence", text, shorter, attribute="completeness")
-            yield replace(pair, direction="down", attribute_words=(text[start:end].strip(),))
+            yield replace(pair, direction="down", attribute_words=(text[start:end],))
             return
 
 

@@ -85,6 +85,19 @@ def test_a_word_may_stand_next_to_a_unit_and_in_a_script_without_spaces(
     assert "".join(characters[ids[place]] for place in positions) == "".join(found)
 
 
+@pytest.mark.parametrize(("split", "found"), [(r"\.|\n|\w", ["\n", "b", "."]), (r"\.\n|\.|\w", ["b", ".\n"])])
+def test_a_dropped_sentence_takes_along_the_line_break_that_is_its_own(split: str, found: list[str]) -> None:
+    """With either tokenizer the other tokens are those of the text without it: what else changed would be a leak."""
+    vocabulary = ["a", "b", "c", ".", "\n", ".\n", "\n\n", "[UNK]"]
+    backend = Tokenizer(models.WordLevel({one: place for place, one in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(split), "isolated")
+    encoder = PairEncoder(PreTrainedTokenizerFast(tokenizer_object=backend), Shown())
+    ids, response, positions = encoder.encode_response("a", "a.\nb.\nc", ["\nb."])
+    assert [vocabulary[ids[place]] for place in positions] == found
+    shorter, of_shorter, _ = encoder.encode_response("a", "a.\nc")
+    assert [ids[place] for place in response if place not in positions] == [shorter[place] for place in of_shorter]
+
+
 def test_a_response_that_the_template_writes_too_is_not_found_behind_itself() -> None:
     ids, positions, _ = PairEncoder(build(CHAT), Shown()).encode_response("one", ")")
     assert [WORDS[place] for place in ids] == ["<s>", "(", "one", ")", "(", ")", ")", "</s>"]

@@ -144,7 +144,7 @@ def test_a_dropped_sentence_is_whole_and_said_something_of_its_own() -> None:
         assert not pair.tie
         _, _, _, four, five, six = topic(int(source.id.removeprefix("row-")))
         assert pair.rejected == pair.chosen.replace(f" Then {four} meets {five} in {six}.", "")
-        assert pair.attribute_words == (f"Then {four} meets {five} in {six}.",)
+        assert pair.attribute_words == (f" Then {four} meets {five} in {six}.",), "all that was removed"
     two = replace(SOURCES[0], chosen="One sentence stands here. Another follows it.")
     assert not made("dropped-sentence", two)
 
