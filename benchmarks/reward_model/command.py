@@ -19,7 +19,7 @@ from cepo.benchmarks.reward_model.real_text import RealText
 from cepo.benchmarks.reward_model.testbed import Testbed
 from cepo.eval.report.numbers import mean_and_range
 from cepo.eval.report.tables import ConsoleTable
-from cepo.files import SETTINGS, append_jsonl, claim, read_jsonl
+from cepo.files import SETTINGS, append_jsonl, claim, resume_jsonl
 from cepo.train.recipe import read_yaml, reason_of
 from cepo.train.reward_config import RewardModelConfig
 from cepo.train.reward_data import load_pairs
@@ -134,7 +134,7 @@ def run_reward_experiment(
     training = {"training": {**world["training"], "steps": steps}}
     settings = {"command": "reward-experiment", "items": plan.items, **world, **training}
     claim(output / SETTINGS, settings, results=[results])
-    rows: list[Row] = [row for _, row in read_jsonl(results)[0]] if results.is_file() else []
+    rows: list[Row] = list(resume_jsonl(results, lambda row: (row["arm"], row["seed"])).values())
     runs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]
     for done, (arm, seed) in enumerate(runs):
         before = next((row for row in rows if (row["arm"], row["seed"]) == (arm, seed)), None)

@@ -37,6 +37,12 @@ def test_a_row_is_kept_and_a_finished_run_is_not_repeated(tmp_path: Path, monkey
     (row,) = (row for _, row in read_jsonl(tmp_path / "results.jsonl")[0])
     assert (row["arm"], row["seed"], row["steps"], row["pairs"], row["commit"]) == ("plain", 5, 1, 40, "abc")
     assert 0.0 <= row["flipped"] <= 1.0
+    with (tmp_path / "results.jsonl").open("a") as results:
+        results.write('{"arm": "pl')  # of a run that was killed; the next row was written behind it, and lost
+    plan = replace(plan, seeds=[5, 6])
+    run_reward_experiment(tmp_path, plan, steps=1)
+    rows, broken = read_jsonl(tmp_path / "results.jsonl")
+    assert ([row["seed"] for _, row in rows], broken) == ([5, 6], [])
     monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("a finished run was repeated"))
     run_reward_experiment(tmp_path, plan, steps=1)
     with pytest.raises(ValueError, match="training.steps was 1 and is 2"):
