@@ -23,6 +23,8 @@ TIE = "tie"
 """Label of a row in which neither response is better."""
 UNASKED_TIE = "is a tie"
 """Beginning of the reason why a tie is left out, which is followed by how to include ties."""
+NOT_KEPT = "not kept"
+"""Beginning of the reason why a row that `cepo augment` did not keep is left out."""
 TIES_OPTION = "pass --ties to include ties"
 """How to include ties with commands that have the option."""
 SCORED: dict[str, tuple[str, ...]] = {
@@ -168,7 +170,7 @@ def read_flag(row: Row, column: str, *, default: bool) -> bool:
 def check_kept(row: Row) -> None:
     """Raise ValueError, with the row's reason, for a row that `cepo augment` did not keep."""
     if not read_flag(row, "kept", default=True):
-        raise ValueError(f"not kept: {given(row, 'reason') or 'no reason given'}")
+        raise ValueError(f"{NOT_KEPT}: {given(row, 'reason') or 'no reason given'}")
 
 
 def read_judgement(row: Row, *, ties: bool | None = None) -> tuple[list[dict[str, str]], str]:

@@ -218,17 +218,19 @@ def best_of_n(
 def finish(output: Path, data: str, failed: Mapping[str, int], broken: Sequence[tuple[int, str]]) -> None:
     """Print the path of the report; end in an error if rows were lost, after everything else was judged and shown.
 
-    Ties without --ties are not an error: they are counted and left out.
+    Ties without --ties, and rows that `cepo augment` did not keep, are not an error: they are counted and left out.
     """
     from cepo.files import counted
-    from cepo.train.rows import UNASKED_TIE
+    from cepo.train.rows import NOT_KEPT, UNASKED_TIE
 
     console.print(f"report: {output / 'report.html'}")
-    lost = [(number, reason) for number, reason in broken if not reason.startswith(UNASKED_TIE)]
+    lost = [(number, reason) for number, reason in broken if not reason.startswith((UNASKED_TIE, NOT_KEPT))]
     ties = [reason for _, reason in broken if reason.startswith(UNASKED_TIE)]
     if ties:
         told = f"left out: {counted(len(ties), 'row')}, each of which {ties[0]}"
         console.print(told, highlight=False, soft_wrap=True)
+    if dropped := sum(reason.startswith(NOT_KEPT) for _, reason in broken):
+        console.print(f"left out: {counted(dropped, 'row')} with kept: false", highlight=False, soft_wrap=True)
     broken, complaints = lost, []
     if broken:
         shown = "; ".join(f"row {number}: {reason}" for number, reason in broken[:5])

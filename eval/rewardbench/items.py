@@ -14,7 +14,7 @@ from cepo.eval.judges.settings import PLACES, Place
 from cepo.files import BrokenLine, Row, content_hash, kind_of
 from cepo.train.prompts import judge_prompt
 from cepo.train.repeats import warn_of_repeats
-from cepo.train.rows import given, read_id, read_preference, read_tie
+from cepo.train.rows import check_kept, given, read_id, read_preference, read_tie
 from cepo.train.source import collect_rows
 
 REWARDBENCH = "allenai/reward-bench"
@@ -106,6 +106,7 @@ def read_item(row: Row, place: str, *, ties: bool | None = None) -> PreferenceIt
     Raises:
         ValueError: with the reason why the row cannot be used.
     """
+    check_kept(row)
     found, tie = read_preference(row), read_tie(row, ties=ties)
     if same := set(found.chosen) & set(found.rejected):
         raise ValueError(f"a response is both chosen and rejected: {min(same)[:40]!r}")

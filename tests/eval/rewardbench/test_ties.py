@@ -13,7 +13,10 @@ from cepo.eval.judges.settings import Judgement, JudgeSettings
 from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 from cepo.eval.rewardbench.items import judge_tasks, load_items, read_item
 from cepo.eval.rewardbench.metrics import measure_preferences, outcome
+from cepo.files import read_jsonl
 from cepo.train.prompts import TIES_LITERALS, judge_prompt
+from tests.eval.judges.fake_judge import run_cepo
+from tests.eval.judges.fake_reward_model import RuleModel, write_reward_model
 
 PAIRS: list[dict[str, Any]] = [
     {"id": "preference", "prompt": "Capital of Australia?", "chosen": "Canberra.", "rejected": "Sydney."},
@@ -44,6 +47,23 @@ def test_ties_are_left_out_unless_they_are_asked_for(tmp_path: Path) -> None:
         assert judge_tasks(asked, ties=ties)[0].messages == judge_prompt(
             "Capital of Australia?", "Canberra.", "Sydney.", ties=ties
         )
+
+
+def test_pairs_that_augment_did_not_keep_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pair that a check refused is not a preference; its label would count against every judge. Not an error."""
+    refused = {**PAIRS[0], "id": "refused", "chosen": "Perth.", "kept": False, "reason": "wrong direction: neither"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (PAIRS[0], refused)))
+    model = write_reward_model(tmp_path / "model")
+    RuleModel(len).replace(monkeypatch)
+    for command in ("rewardbench", "robustness"):
+        options = ["--reward-model", str(model), "--data", str(path), "--output", str(tmp_path / command)]
+        assert run_cepo(monkeypatch, "eval", command, *options) == 0
+        assert "left out: 1 row with kept: false" in capsys.readouterr().out
+        records, _ = read_jsonl(tmp_path / command / "judgements.jsonl")
+        assert {record["id"] for _, record in records} == {"preference"}
 
 
 @pytest.mark.parametrize(
