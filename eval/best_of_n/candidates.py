@@ -11,7 +11,17 @@ from cepo.files import BrokenLine, Row
 from cepo.jacobian.reading.reasoner import extract_answer
 from cepo.jacobian.reading.same_answer import same_text
 from cepo.train.rewards.task import exact_match, math_verify_reward
-from cepo.train.rows import PAIR, encodable, given, read_answer, read_dialogue, read_pair, read_reference, read_tie
+from cepo.train.rows import (
+    PAIR,
+    check_kept,
+    encodable,
+    given,
+    read_answer,
+    read_dialogue,
+    read_pair,
+    read_reference,
+    read_tie,
+)
 from cepo.train.source import collect_rows
 
 Verifier = Literal["math", "exact"]
@@ -86,6 +96,7 @@ def answer_groups(candidates: Sequence[str]) -> list[int | None]:
 
 def _graded(row: Row, verifier: Verifier) -> tuple[str, dict[str, bool]]:
     """Return a row's question, and whether each of its solutions is right."""
+    check_kept(row)
     if given(row, "completions") is None:
         asked = "prompt" if given(row, "question") is None or given(row, "prompt") is not None else "question"
         read_tie(row, ties=None)

@@ -143,6 +143,7 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         {"question": "5 + 5", "completions": ["It is\n#### 10", "#### 11"], "answer": "5 + 5 = <<5+5=10>>10\n#### 10"},
         {"question": "9 + 9", "completions": ["\ud83d\n#### 18", "#### 19"], "answer": 18.0},  # as a table writes 18
         {"question": "no answer", "completions": ["#### 18", "#### 19"], "answer": float("nan")},
+        {"prompt": "1 + 1", "chosen": "4", "rejected": "3", "kept": False, "reason": "wrong direction"},
     ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{torn\n")
@@ -155,7 +156,7 @@ def test_questions_are_read_graded_and_put_together(tmp_path: Path) -> None:
         Question("5 + 5", ("It is\n#### 10", "#### 11"), (True, False)),
         Question("9 + 9", ("?\n#### 18", "#### 19"), (True, False)),  # half a character, which no tokenizer takes
     ]
-    assert [number for number, _ in broken] == [6, 7, 8, 9, 12, 13]
+    assert [number for number, _ in broken] == [6, 7, 8, 9, 12, 13, 14]
     exactly, _ = read_questions(path, verifier="exact")
     assert (exactly[0].correct, exactly[-1].correct) == ((True, False, False), (True, False))
     with pytest.raises(ValueError, match="verifier is 'bleu'"):
