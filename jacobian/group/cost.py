@@ -40,6 +40,8 @@ class Allocator:
 
     Attributes:
         small: bytes held per byte of tensors other than logits, at least 1.
+        recomputing: likewise where layers are computed again in the backward pass: their tensors come and go between
+            those that stay.
         logits: bytes held per byte of logits and of tensors computed from them, in blocks smaller than `mapped`; larger
             blocks have no overhead.
         mapped: bytes of a block, see above.
@@ -47,13 +49,14 @@ class Allocator:
     """
 
     small: float
+    recomputing: float
     logits: float
     mapped: float
     constant: float
 
 
-ALLOCATORS = {"cpu": Allocator(small=1.45, logits=2.0, mapped=2.0**25, constant=24.0 * 2**20)}
-ALLOCATOR_ELSEWHERE = Allocator(small=1.1, logits=1.1, mapped=math.inf, constant=0.0)
+ALLOCATORS = {"cpu": Allocator(small=1.45, recomputing=1.6, logits=2.0, mapped=2.0**25, constant=24.0 * 2**20)}
+ALLOCATOR_ELSEWHERE = Allocator(small=1.1, recomputing=1.1, logits=1.1, mapped=math.inf, constant=0.0)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def _with_lean(model: SegmentModel, oracle: JacobianEngine) -> Served:
     if not mlps or sharding_of(model.held.causal_lm) != "none":  # recomputation would find sharded weights
         return served
     lean = _compared(SegmentModel(model.held, recomputing(model.swaps, list(mlps))), oracle)
-    cost = replace(lean.cost, working_row=served.cost.working_row)
+    allocator = replace(lean.cost.allocator, small=lean.cost.allocator.recomputing)
+    cost = replace(lean.cost, working_row=served.cost.working_row, allocator=allocator)
     return replace(served, lean=replace(lean, cost=cost))
 
 

@@ -54,13 +54,14 @@ def costs_of_smollm2(dtype: torch.dtype, device: str, *, lean: bool = False) -> 
         name: getattr(one, name) + (CONFIG.num_hidden_layers - 1) * (getattr(two, name) - getattr(one, name))
         for name in ("body", "saved_row", "working_row", "saved_pair", "saved_past")
     }
+    allocator = cost_module.ALLOCATORS.get(device, cost_module.ALLOCATOR_ELSEWHERE)
     return replace(
         one,
         **kept,
         layers=CONFIG.num_hidden_layers,
         head=CONFIG.vocab_size * CONFIG.hidden_size,
         logits=one.logits * CONFIG.vocab_size / 64,
-        allocator=cost_module.ALLOCATORS.get(device, cost_module.ALLOCATOR_ELSEWHERE),
+        allocator=replace(allocator, small=allocator.recomputing) if lean else allocator,
         rows_at_once=cost_module._ROWS_AT_ONCE.get(device, cost_module._ROWS_AT_ONCE_ELSEWHERE),
     )
 
