@@ -13,9 +13,10 @@ import numpy as np
 
 from cepo.benchmarks.ablation.sweep import PAPER_HARDENING, Sweep, rank_label
 from cepo.benchmarks.ablation.tables import SweptValues
+from cepo.eval.rank_statistics import rank_correlations
 from cepo.eval.report.numbers import digits
 from cepo.eval.report.tables import ConsoleTable
-from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, mean, rank_correlations, undetermined
+from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, mean, undetermined
 from cepo.fusion.config import PAPER
 
 _SHOWN = 48  # rows of a table that is still readable

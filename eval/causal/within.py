@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 from scipy.stats import rankdata
 
-from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, rank_correlations, ratio, undetermined
+from cepo.eval.rank_statistics import rank_correlations
+from cepo.eval.statistics import DIFFERENCE, SHARE, Estimate, estimates, ratio, undetermined
 
 _CONSTANT = "the score or the truth is the same everywhere"
 _NO_PAIR = undetermined("no prompt has completions both with evidence and without")

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cepo.eval.judges.reward import RewardSettings
+from cepo.eval.rank_statistics import rank_correlations
 from cepo.eval.report.figures import forest
 from cepo.eval.report.heat_maps import Attribution, HeatMap
 from cepo.eval.report.numbers import digits
@@ -28,7 +29,6 @@ from cepo.eval.statistics import (
     areas,
     estimate,
     mean,
-    rank_correlations,
 )
 from cepo.files import SETTINGS, BrokenLine, Row, append_jsonl, claim, resume_jsonl, write_jsonl
 from cepo.jacobian.loading import load_tokenizer, resolve_model

@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from cepo.eval.rank_statistics import aucs, rank_correlations
 from cepo.eval.rewardbench.metrics import SECTIONS, mean_of_weighted, why_uneven
 from cepo.eval.statistics import (
     SHARE,
     Estimate,
     areas,
-    aucs,
     estimate,
     mean,
     mean_difference,
     mean_over_seeds,
     proportion,
-    rank_correlations,
 )
 
 SAMPLES, LEAST = 400, 0.92

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from cepo.eval.rank_statistics import aucs, rank_correlations
 from cepo.eval.report.figures import curves, forest, grid, picture, reliability
 from cepo.eval.report.heat_maps import HeatMap
 from cepo.eval.report.page import write_report
 from cepo.eval.statistics import (
     Estimate,
-    aucs,
     estimate,
     estimates,
     mean,
     mean_difference,
     mean_over_seeds,
     proportion,
-    rank_correlations,
     sign_flip_p,
     spearman,
 )
