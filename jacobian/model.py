@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cepo.jacobian.gradients import check_gradients
 from cepo.jacobian.layers import decoder_layers
 from cepo.jacobian.links import Link
+from cepo.jacobian.positions import position_limit, settled_length
 from cepo.jacobian.protocol import Answer, PathAnswer, PathRequest, Request
 from cepo.jacobian.records import Group, Rollout
-from cepo.jacobian.rotary import settled_length
 from cepo.jacobian.sharding import check_readable, shape_of, sharding_of
 from cepo.jacobian.targets import FEWEST_HEAD_ROWS
 
@@ -84,10 +84,10 @@ class HeldModel:
 
     @cached_property
     def settled_length(self) -> float:
-        """Most tokens for which the rotary tables do not depend on the length; see `cepo.jacobian.rotary`."""
-        limit = getattr(self._text_config, "max_position_embeddings", None) or 2**20
+        """Most tokens for which the rotary tables do not depend on the length; see `cepo.jacobian.positions`."""
+        limit = position_limit(self._text_config) or 2**20
         with torch.no_grad():
-            return settled_length(self.causal_lm, int(limit))
+            return settled_length(self.causal_lm, limit)
 
     @cached_property
     def reads_ids_elsewhere(self) -> bool:
@@ -123,9 +123,8 @@ class HeldModel:
     def refusal(self, rollout: Rollout) -> str | None:
         """Return why the model cannot run this rollout (too long, unknown ids, images), or None."""
         vocabulary = shape_of(self.embedding.weight)[0]
-        limit = getattr(self._text_config, "max_position_embeddings", None) or float("inf")
-        tokens = rollout.token_ids
-        if len(tokens) > limit:
+        limit, tokens = position_limit(self._text_config), rollout.token_ids
+        if limit is not None and len(tokens) > limit:
             return f"too long: {len(tokens)} tokens, and the model takes {limit}"
         media = self._media_ids
         for token in tokens:

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 
+from cepo.jacobian.positions import position_limit
 from cepo.jacobian.reading.layout import Layout
 from cepo.jacobian.records import Rollout
 from cepo.train.causal_loss import CausalLoss
@@ -68,7 +69,7 @@ class CausalTrainer(GRPOTrainer):
         self._causal_tasks = [index for index, name in enumerate(self.reward_func_names) if name in task_rewards]
         policy = self.accelerator.unwrap_model(self.model)
         self._causal_takes = forward_arguments(policy)
-        self._causal_most = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self._causal_most = position_limit(policy.config) or math.inf
         self._causal_totals: Tensor | float = 0.0  # of the optimiser step: sum of the term, rows with a donor, all rows
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **options: Any) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from cepo.jacobian.loading import ModelSource, gguf_read_once, load_tokenizer, loading
+from cepo.jacobian.positions import position_limit
 
 CheckPrompt: TypeAlias = Callable[[Sequence[Mapping[str, str]]], None]
 """Takes a prompt's messages; raises ValueError, with the reason, for one that is too long."""
@@ -34,7 +35,7 @@ def prompt_check(
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = text_config(source, trust_remote_code=trust_remote_code)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = position_limit(config)
     if positions is None or not getattr(tokenizer, "chat_template", None):
         return None
     least = 1 if getattr(config, "rope_parameters", None) else room

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from cepo.files import counted
 from cepo.jacobian.loading import load_tokenizer, model_fingerprint, resolve_model
+from cepo.jacobian.positions import position_limit
 from cepo.jacobian.reward_model import HEAD, load_reward_model, read_last_token
 from cepo.train import testbed
 from cepo.train.config import TESTBED
@@ -111,7 +112,7 @@ def _max_length(config: RewardModelConfig, asked: int | None) -> int | None:
     if config.model == TESTBED:
         return asked
     own = text_config(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
-    limits = (asked, getattr(own, "max_position_embeddings", None))
+    limits = (asked, position_limit(own))
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cepo.jacobian.loading import ModelSource, check_device, resolve_model
+from cepo.jacobian.positions import position_limit
 from cepo.jacobian.reward_model import is_classifier, load_reward_model, read_last_token, rewards
 from cepo.train.pair_encoding import SHOWN_FILE, PairEncoder, Shown, read_shown
 
@@ -77,7 +78,7 @@ class RewardModel:
         model, tokenizer = load_reward_model(
             source, shown.form, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-        length = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        length = max_length or position_limit(model.config)
         encoder = PairEncoder(tokenizer, shown, max_length=length)
         return cls(read_last_token(model, encoder.verdict_ids), encoder, batch_size=batch_size)
 

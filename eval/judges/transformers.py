@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from cepo.eval.judges.encoding import FORCED_TOKENS, PromptEncoder, TextReader
 from cepo.eval.judges.settings import Judgement, JudgeSettings, Messages, row_seed
+from cepo.jacobian.positions import position_limit
 from cepo.jacobian.reading.thought import THOUGHT
 from cepo.train.prompt_length import why_too_long
 
@@ -45,7 +46,7 @@ class TransformersJudge:
         self._pad = next(
             (token for token in (tokenizer.pad_token_id, *sorted(self._ends)) if token is not None and token >= 0), 0
         )
-        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._context = position_limit(model.config)
         self._room = settings.max_new_tokens  # most tokens after a prompt, including a forced verdict
         if settings.force_format:
             self._room += len(self.texts.opening_ids(f"<{THOUGHT}>")) + FORCED_TOKENS

@@ -43,7 +43,7 @@ class GroupEngine(ModelEngine):
     causal LM whose layers all attend over a standard key-value cache. Others (sliding windows, hybrid or recurrent
     layers, attention that does not go through transformers' interface) are handed to the oracle, and the reason is
     logged once. So are requests with a rollout longer than the length at which rotary tables change (LongRoPE), see
-    `cepo.jacobian.rotary`.
+    `cepo.jacobian.positions`.
 
     Args:
         model: a causal LM, PEFT-wrapped or not.

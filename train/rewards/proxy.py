@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from transformers import AutoModel, AutoTokenizer
 
+from cepo.jacobian.positions import position_limit
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.reading.layout import as_bytes, as_text
 from cepo.jacobian.reading.verdict import STRICT, Verdicts
@@ -161,7 +162,7 @@ def load_encoder(name: str) -> Encoder:
         model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"encoder is {name!r}, which can't be loaded: {error}") from error
-    length_limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    length_limit = min(tokenizer.model_max_length, position_limit(model.config) or 512)
 
     @torch.no_grad()
     def encode(text: str) -> np.ndarray:

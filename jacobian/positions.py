@@ -1,4 +1,4 @@
-"""The length up to which a model's rotary tables do not depend on the length of the sequence."""
+"""How many tokens a model takes, and up to which length its rotary tables do not depend on the length."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 
 _SHORTEST = 8
+
+
+def position_limit(config: Any) -> int | None:
+    """Return the most tokens of a sequence by a model's config; None where the config names no limit."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 def settled_length(model: nn.Module, longest: int) -> float:
