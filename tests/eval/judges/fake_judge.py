@@ -17,6 +17,13 @@ from cepo.train.prompts import JUDGE_LITERALS
 SETTINGS = JudgeSettings("name", backend="server", base_url="http://127.0.0.1:9/v1")
 """Settings of a judge that is never opened; they name no weights that would be hashed."""
 
+VERDICT = "<scores>\\boxed{8, 6}</scores>"
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    """The messages of a prompt."""
+    return [{"role": "user", "content": text}]
+
 
 def responses(messages: Messages) -> tuple[str, str]:
     """The responses A and B of a judge prompt."""
