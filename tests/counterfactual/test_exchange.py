@@ -16,7 +16,7 @@ from cepo.jacobian.reading.spans import SpanReader
 from cepo.jacobian.records import Rollout
 from cepo.train import testbed
 from cepo.train.prompts import JUDGE, judge_prompt
-from tests.jacobian.reading.test_spans import BUILDERS, encode
+from tests.jacobian.reading.tiny_tokenizers import BUILDERS, encode
 from tests.train.testbed_item import ITEM, PROMPT
 
 JUDGEMENT = write_judgement("Names the right city (weight 3).", "A is right. B is not.", (9, 2))
