@@ -46,7 +46,7 @@ from tests.jacobian.group.interpreted_engine import (
     test_the_engine_on_kernels_equals_the_engine_without,
     with_lora,
 )
-from tests.jacobian.group.test_engine import PAPER, assert_same, ragged_rollout
+from tests.jacobian.group.ragged import PAPER, assert_same, ragged_rollout
 from tests.jacobian.group.test_paths import TOTAL
 from tests.jacobian.group.test_paths import assert_same as assert_same_paths
 from tests.jacobian.group.test_paths import request as path_request

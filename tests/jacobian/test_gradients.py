@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.engine import GroupEngine
-from tests.jacobian.group.test_engine import OTHERS
+from tests.jacobian.group.test_architectures import OTHERS
 from tests.models import FAMILIES, randomise, tiny_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -29,7 +29,7 @@ from cepo.kernels.head import log_odds
 from cepo.kernels.launch import COUNTS, Tile, Variant
 from cepo.kernels.norm import triton as norm
 from cepo.kernels.swiglu import triton as swiglu
-from tests.jacobian.group.test_engine import ragged_rollout
+from tests.jacobian.group.ragged import ragged_rollout
 from tests.kernels.checks import stay_patched
 from tests.models import VOCABULARY
 

@@ -20,7 +20,7 @@ from cepo.jacobian.autograd import JacobianEngine
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.swaps import Swaps, find_swaps, swapped
 from cepo.jacobian.records import Group
-from tests.jacobian.group.test_engine import PAPER, assert_same, ragged_rollout
+from tests.jacobian.group.ragged import PAPER, assert_same, ragged_rollout
 from tests.jacobian.test_autograd import link
 from tests.kernels.checks import DEVICE, normal
 from tests.models import judge_rollout, tiny_model

@@ -17,7 +17,7 @@ from cepo.jacobian.group import schedule as schedule_module
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.records import Group, Rollout
-from tests.jacobian.group.test_engine import PAPER, assert_same, ragged_rollout
+from tests.jacobian.group.ragged import PAPER, assert_same, ragged_rollout
 from tests.jacobian.group.test_halving import limit, sequences
 from tests.jacobian.group.test_paths import assert_same as assert_same_paths
 from tests.jacobian.group.test_paths import request

@@ -19,7 +19,7 @@ from cepo.jacobian.group import run as run_module
 from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.halving import AtOnce, run_in_parts
 from cepo.jacobian.records import Group
-from tests.jacobian.group.test_engine import PAPER, assert_same, ragged_rollout
+from tests.jacobian.group.ragged import PAPER, assert_same, ragged_rollout
 from tests.jacobian.group.test_paths import assert_same as assert_same_paths
 from tests.jacobian.group.test_paths import request
 from tests.jacobian.test_autograd import link

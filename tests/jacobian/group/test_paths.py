@@ -19,7 +19,7 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.links import Link
 from cepo.jacobian.protocol import Nodes, PathAnswer, PathRequest
 from cepo.jacobian.records import Group, LinkPath, Rollout
-from tests.jacobian.group.test_engine import ragged_rollout
+from tests.jacobian.group.ragged import ragged_rollout
 from tests.jacobian.test_autograd import link
 from tests.models import FAMILIES, VOCABULARY, WIDTH, judge_rollout, randomise, tiny_model
 

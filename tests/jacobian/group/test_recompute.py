@@ -11,7 +11,7 @@ from cepo.jacobian.group.trial import Served
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.records import Group
 from tests.jacobian.group import test_engine, test_paths
-from tests.jacobian.group.test_engine import PAPER, SERVED, ragged_rollout
+from tests.jacobian.group.ragged import PAPER, SERVED, ragged_rollout
 from tests.models import tiny_model
 
 

@@ -20,7 +20,7 @@ from cepo.jacobian.group.schedule import Plan
 from cepo.jacobian.protocol import Request
 from cepo.jacobian.reading.judge import JudgeLayout
 from cepo.jacobian.records import Group, Rollout
-from tests.jacobian.group.test_engine import PAPER, ragged_rollout
+from tests.jacobian.group.ragged import PAPER, ragged_rollout
 from tests.jacobian.group.test_paths import request as path_request
 from tests.jacobian.test_autograd import link
 from tests.models import VOCABULARY, span, tiny_model

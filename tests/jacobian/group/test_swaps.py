@@ -21,7 +21,7 @@ from cepo.jacobian.group.engine import GroupEngine
 from cepo.jacobian.group.run import SegmentRun, backward
 from cepo.jacobian.group.swaps import Swaps, find_swaps, swapped
 from cepo.jacobian.records import Group
-from tests.jacobian.group.test_engine import PAPER, assert_same, ragged_rollout
+from tests.jacobian.group.ragged import PAPER, assert_same, ragged_rollout
 from tests.models import tiny_model
 from tests.paths import ROOT
 
