@@ -21,7 +21,7 @@ def augment(
     writer: JudgeSettings,
     data: Annotated[
         str,
-        typer.Option(help=f"Preferences of prompt, chosen, rejected: {SOURCES}; or testbed.", callback=checks.data),
+        typer.Option(help=f"Preferences (prompt, chosen, rejected): {SOURCES}; or testbed.", callback=checks.data),
     ],
     output: Annotated[
         Path,
@@ -45,7 +45,7 @@ def augment(
     test_fraction: Annotated[
         float,
         typer.Option(
-            help="Share, from 0 to 1, of the prompts whose pairs are marked for testing.",
+            help="Share of the prompts, from 0 to 1, whose pairs are marked for testing.",
             callback=checks.at_least(0, 1),
         ),
     ] = 0.02,
@@ -54,7 +54,7 @@ def augment(
     """Make more pairs from preferences, for reward models that follow causes and not cues.
 
     Kinds by rule: `original` (the preference itself), `irrelevant` (both responses under an unrelated prompt, a tie),
-    `relevance`, `style`, `wrong-number`, `dropped-sentence`. Kinds by a model that writes, verified by a second call:
+    `relevance`, `style`, `wrong-number`, `dropped-sentence`. Kinds that the writer makes, checked by a second call:
 
     - `degrade`, `upgrade`: the chosen response made worse, the rejected one better, one attribute at a time.
     - `irrelevant-by-writer`: as `irrelevant`, where the writer finds that neither response answers the prompt.
@@ -75,12 +75,12 @@ def augment(
          "chosen": "Canberra.", "rejected": "Melbourne.",
          "attribute": "accuracy", "weight": 0.7, "kept": true, ...}
 
-    Prompts are split into training and test before anything is made of them. A pair that was written badly, that a
-    check refuses, or that the filter's model already gets right stays in the file as not kept, with the reason; the
-    tables count them. `cepo reward-model RECIPE --data runs/pairs/pairs.jsonl` trains on the others.
+    Prompts are split into training and test before pairs are made from them. A pair that cannot be read, fails a
+    check, or is already right for the filter's model stays in the file with `"kept": false` and the reason; the tables
+    count these. `cepo reward-model RECIPE --data runs/pairs/pairs.jsonl` trains on the others.
 
-    Run a killed command again with the same arguments, and it resumes. If a server left prompts unanswered,
-    the exit code is 2, and the next run sends them again.
+    The same command resumes a killed run. If a server left prompts unanswered, the exit code is 2, and the next run
+    sends them again.
     """
     checks.refuse_split(context, data)
     from cepo.eval.augment.job import AugmentJob, chosen_kinds
@@ -105,5 +105,5 @@ def augment(
     if summary.writer.failed:
         raise ValueError(
             f"{counted(summary.writer.failed.total(), 'prompt')} got no answer, and no pair of theirs is kept; run "
-            "the same command again to send no others"
+            "the same command again to send only these"
         )

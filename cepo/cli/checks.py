@@ -45,7 +45,7 @@ class OptionNames(TyperGroup):
 
     So do refusals to resume, which name each setting that differs (`cepo.files.claim`): --seed, not config.seed. A
     dotted name at the beginning of an error is an entry of a recipe, such as data.source, and is kept. The error for a
-    missing required option has the option's help and an example. Ctrl-C is told as well.
+    missing required option has the option's help and an example. Ctrl-C is reported too.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

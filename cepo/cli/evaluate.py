@@ -26,7 +26,7 @@ Output = Annotated[
 Pairs = Annotated[
     str,
     typer.Option(
-        help=f"Preferences of prompt, chosen, rejected: rewardbench, rewardbench2, or {SOURCES}.",
+        help=f"Preferences (prompt, chosen, rejected): rewardbench, rewardbench2, or {SOURCES}.",
         callback=checks.data,
     ),
 ]
@@ -54,7 +54,7 @@ def rewardbench(
         bool,
         typer.Option(
             "--ties",
-            help="Judge ties too, and tell the judge in every prompt that equal scores are allowed.",
+            help="Include ties, and tell the judge in every prompt that equal scores are allowed.",
         ),
     ] = False,
     threads: Threads = None,
@@ -69,19 +69,20 @@ def rewardbench(
         {"prompt": "What is the capital of Australia?",
          "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
 
-    A judge that writes (--model) judges each pair in both orders. The tables show the accuracy in both orders at once,
-    its mean over the orders, and that of one randomly drawn order (as in j1's evaluation); how much the verdict depends
-    on the order; and the shares of ties and of judgements without a verdict, which count as wrong. All are given per
-    subset and RewardBench section, with 95% intervals. Expected scores, over the probabilities of the digits, are added
-    where the backend returns those. With --ties, rows in which neither response is better are judged as well, and the
-    share of equal scores on them is shown beside that on preferences; they do not count in any accuracy.
+    A generative judge (--model) judges each pair in both orders. The tables show how often it is right in both orders,
+    on average over the two, and in one drawn at random (as in j1's evaluation); how much the verdict depends on the
+    order; and the shares of ties and of judgements without a verdict, both of which count as wrong. All are given per
+    subset and RewardBench section, with 95% intervals. Expected scores, from the probabilities of the digits, are added
+    if the backend returns these. With --ties, rows in which neither response is better are judged too: the share of
+    equal scores is shown for them and for preferences, and they do not count in any accuracy.
 
-    A reward model (--reward-model) gives each response a reward. The tables show the accuracy with ties as wrong and
-    with ties sharing the credit; that of always choosing the longer or the shorter response; the accuracy by
-    which response is longer; and RewardBench 2's own measure of its subset Ties.
+    A reward model (--reward-model) gives each response a reward. The tables show its accuracy, with ties counted as
+    wrong and with ties sharing the credit; the accuracy of always choosing the longer or the shorter response; its
+    accuracy where the better response is the longer and where it is the shorter; and RewardBench 2's own measure for
+    its subset Ties.
 
-    Run a killed command again with the same arguments, and it resumes. A larger --limit adds to what is there. Prompts
-    that a server did not answer, and texts that are too long for a reward model, are listed, and the exit code is 2.
+    The same command resumes a killed run, and with a larger --limit it adds to a finished one. Prompts that a server
+    did not answer, and texts that are too long for a reward model, are listed, and the exit code is 2.
     """
     checks.refuse_split(context, data)
     use_threads(threads)
@@ -122,10 +123,11 @@ def robustness(
     """Does the judge still find the better response when nothing that matters has changed?
 
     Every pair is judged as it is, and again with both responses rewritten mechanically: quotes, typos, lookalike
-    letters, links, text to ignore, comments in code, another format of the answer. The table shows the drop of accuracy
-    on the same pairs, the share of verdicts that changed, and how often the judge is right under all transformations;
-    below it, the accuracy with ties as half, that of always choosing the longer or the shorter response, and that by
-    which response is longer. The judge may be a reward model (--reward-model).
+    letters, links, text to ignore, comments in code, another format of the answer. The first table shows the drop in
+    accuracy on the same pairs, the share of verdicts that changed, and how often the judge is right under all
+    transformations. The second shows the accuracy with ties as half, the accuracy of always choosing the longer or the
+    shorter response, and the judge's accuracy where the better response is the longer and where it is the shorter. The
+    judge may be a reward model (--reward-model).
 
     An example, and a row of `preferences.jsonl`:
 
@@ -135,7 +137,7 @@ def robustness(
         {"prompt": "What is the capital of Australia?",
          "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
 
-    Run a killed command again with the same arguments, and it resumes.
+    The same command resumes a killed run.
     """
     checks.refuse_split(context, data)
     use_threads(threads)
@@ -160,7 +162,7 @@ def best_of_n(
     data: Annotated[
         Path,
         typer.Option(
-            help=f"Questions with completions, and correct or answer; or preference pairs: {SOURCES}.",
+            help=f"Questions with completions and correct or answer, or preferences: {SOURCES}.",
             callback=checks.data,
         ),
     ],
@@ -188,11 +190,12 @@ def best_of_n(
 ) -> None:
     """How often is the judge's pick among N solutions right?
 
-    A judge that writes (--model) picks one of N solutions by a knockout. The table compares it with a random pick, a
-    majority vote and the oracle. A reward model (--reward-model) scores each solution once: its best of N is exact over
-    all draws, ties broken evenly, and is shown beside the longest and the shortest solution. A row holds `question`,
-    `completions` (a list) and `correct` (a list of booleans), or `answer` to verify the completions against. Preference
-    pairs work too: the chosen solution is right, the rejected one wrong, and pairs with the same prompt are merged.
+    A generative judge (--model) picks one of N solutions in a knockout tournament. The table compares it with a random
+    pick, a majority vote and the oracle (right if any solution is). A reward model (--reward-model) scores each
+    solution once: its best of N is exact over all draws, ties broken evenly, and is compared with always picking the
+    longest or the shortest solution. A row holds `question`, `completions` (a list) and either `correct` (a list of
+    booleans) or `answer`, to verify the completions against. Preferences work too: the chosen solution is right, the
+    rejected one wrong, and pairs with the same prompt are merged.
 
     An example, and a row of `questions.jsonl`:
 
@@ -202,7 +205,7 @@ def best_of_n(
         {"question": "How much is 7 + 5?",
          "completions": ["It is 12.", "It is 13."], "correct": [true, false]}
 
-    Run a killed command again with the same arguments, and it resumes.
+    The same command resumes a killed run.
     """
     use_threads(threads)
     from cepo.eval.best_of_n.command import BestOfJob, measure_best_of

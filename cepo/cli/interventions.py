@@ -36,14 +36,14 @@ def sensitivity(
     reward_model: Annotated[
         str,
         typer.Option(
-            help="Folder that cepo reward-model wrote, or hub id of a sequence classifier with one output.",
+            help="Reward model: folder of cepo reward-model, or hub id of a sequence classifier with one output.",
             callback=checks.model,
         ),
     ],
     data: Annotated[
         str,
         typer.Option(
-            help=f"Edits of prompt, chosen, rejected, attribute, attribute_words: {SOURCES}; or testbed.",
+            help=f"Edits (prompt, chosen, rejected, attribute, attribute_words): {SOURCES}; or testbed.",
             callback=checks.data,
         ),
     ],
@@ -70,11 +70,11 @@ def sensitivity(
 ) -> None:
     """Does a reward model's gradient fall on the attribute that was edited, or elsewhere?
 
-    An edit is a pair in which one response is the other with one attribute made better or worse. Shown for each: the
-    exact gradient of the reward at the chosen response's tokens (how much of its energy falls on the attribute's), and
-    what each token contributed to the reward, relative to the rejected response: attributions along the path between
-    the two, which add up to the difference of the rewards. The attribute's tokens are those that hold one of
-    attribute_words; without that column, those that the edit changed. The page shows both as heat maps.
+    An edit is a pair in which one response is the other with one attribute made better or worse. Two things are shown
+    for each edit: the exact gradient of the reward at the chosen response's tokens, with the share of its energy that
+    falls on the attribute's tokens; and what each token contributed to the reward, relative to the rejected response.
+    These attributions add up to the difference of the two rewards. The attribute's tokens are those that hold one of
+    attribute_words; without that column, those that the edit changed. The page draws both as heat maps.
 
     An example, and a row of `edits.jsonl`:
 
@@ -85,10 +85,10 @@ def sensitivity(
          "chosen": "Canberra.", "rejected": "Melbourne.",
          "attribute": "accuracy", "attribute_words": ["Canberra", "Melbourne"]}
 
-    With --data testbed, edits whose truth is known compare leak, the share of the change that falls outside the
-    attribute's tokens, with plain edit distance.
+    --data testbed has edits of one attribute alone, and edits that change other things too. Two ways to tell these
+    apart are compared: leak, the share of the change that falls outside the attribute's tokens, and edit distance.
 
-    Run a killed command again with the same arguments, and it resumes.
+    The same command resumes a killed run.
     """
     checks.refuse_split(context, data)
     if data != "testbed":
@@ -113,13 +113,13 @@ def cue_flips(
         list[str],
         typer.Option(
             help="Judge to measure: able, lazy, hollow, decorative, copied, criteria, query, or the folder of a policy "
-            "trained there; may be repeated.",
+            "trained on the testbed; may be repeated.",
             callback=checks.testbed_judges,
         ),
     ],
     output: Output,
     items: Annotated[
-        int, typer.Option(help="Items per cue agreement (10% to 90%).", callback=checks.at_least(1))
+        int, typer.Option(help="Number of items for each cue agreement (10% to 90%).", callback=checks.at_least(1))
     ] = 200,
     seed: Annotated[
         int, typer.Option(help="Seed of the items and of the judges' warm-up.", callback=checks.at_least(0))
@@ -135,7 +135,7 @@ def cue_flips(
 
         cepo eval cue-flips --judge lazy --judge able --output runs/flips
 
-    Run a killed command again with the same arguments, and it resumes.
+    The same command resumes a killed run.
     """
     use_threads(threads)
     from cepo.eval.cue_flips.command import FlipsJob, flip_table, measure_flips
@@ -158,7 +158,7 @@ def causal(
         ),
     ],
     testbed: Annotated[
-        bool, typer.Option("--testbed", help="Evaluate on a testbed judge, whose completions have a known mode.")
+        bool, typer.Option("--testbed", help="Evaluate on a testbed judge, where the cause of each verdict is known.")
     ] = False,
     world: Annotated[
         str,
@@ -171,16 +171,16 @@ def causal(
     model: OptionalModel = None,
     input: Annotated[
         Path | None,
-        typer.Option(help=f"File of that model's judgements, as for cepo score: {FILES}.", callback=checks.rows),
+        typer.Option(help=f"File of judgements by the model, as for cepo score: {FILES}.", callback=checks.rows),
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Finish in minutes: 16 prompts of 6 completions, no certified pair."),
+        typer.Option("--quick", help="Finish in minutes: 16 prompts, 6 completions each, without the certified pair."),
     ] = False,
     items: Annotated[
         int | None,
         typer.Option(
-            help="Number of testbed prompts, at least 8; or of input rows, from the first. Default: 48, or 16 with "
+            help="Number of testbed prompts (at least 8), or of input rows, from the first. Default: 48, or 16 with "
             "--quick.",
             callback=checks.at_least(1),
         ),
@@ -202,7 +202,7 @@ def causal(
         bool,
         typer.Option(
             "--estimates-only",
-            help="Leave out the scores that do not estimate an effect, and the controls: most of the cost.",
+            help="Leave out the controls and the scores that do not estimate an effect, which are most of the cost.",
         ),
     ] = False,
     seed: Annotated[
@@ -216,10 +216,11 @@ def causal(
 ) -> None:
     """Does S single out, within a prompt, the completions whose verdict came from their criteria?
 
-    Every score, and every approximation of the effect, is compared with the exact effect of each completion's own spans
-    (other donors, and more of them). With --testbed, several completions of each prompt are sampled from a judge whose
-    completions have a known mode, evidence or length, which a score must tell apart within the prompt; controls (a
-    certified pair of judges, hidden criteria, shuffled modes, randomised weights) must come out as they should.
+    Every score, and every approximation of the effect, is compared with the exact effect of each completion's own
+    spans, measured with other donors and more of them. With --testbed, several completions of each prompt are sampled
+    from a judge. Each is known to follow evidence or length (its mode), and a score must tell the two apart within the
+    prompt. Controls (a certified pair of judges, hidden criteria, shuffled modes, randomised weights) must come out as
+    expected.
 
     An example, and a row of `judged.jsonl`, which `cepo score` takes too (shortened):
 
@@ -230,7 +231,7 @@ def causal(
          "chosen": "Canberra.", "rejected": "Sydney.",
          "judge_output": "<specific_criteria> ..."}
 
-    Run a killed command again with the same arguments, and it resumes.
+    The same command resumes a killed run.
     """
     if testbed == (model is not None) or testbed == (input is not None):
         raise checks.missing(context, "Give either --model and --input, or --testbed alone.")

@@ -76,22 +76,22 @@ def _judge_settings(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Judge that writes: hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, the "
-            "server's name."
+            help="Generative judge: hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, the "
+            "model's name on the server."
         ),
     ] = None,
     reward_model: Annotated[
         str | None,
         typer.Option(
-            help="Judge that gives rewards instead: folder that cepo reward-model wrote, or hub id of a sequence "
-            "classifier with one output. Takes --batch-size, --seed, --threads, --dtype, --device and "
-            "--trust-remote-code."
+            help="Reward model as the judge instead: folder of cepo reward-model, or hub id of a sequence "
+            "classifier with one output. Only --batch-size, --seed, --threads, --dtype, --device and "
+            "--trust-remote-code apply to it."
         ),
     ] = None,
     **writing: Any,
 ) -> JudgeSettings | RewardSettings:
     if (model is None) == (reward_model is None):
-        told = "Give either --model or --reward-model: expected one judge, which writes or gives rewards."
+        told = "Give either --model or --reward-model: expected one judge, generative or a reward model."
         raise checks.missing(context, told)
     if reward_model is not None:
         why = "cannot be used with --reward-model, which writes no judgement"
@@ -107,8 +107,8 @@ def _writer_settings(
     writer: Annotated[
         str,
         typer.Option(
-            help="Model that writes: hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, the "
-            "server's name."
+            help="Generative model: hub id, folder, adapter folder, .gguf file, or smollm2; with --base-url, the "
+            "model's name on the server."
         ),
     ] = "",
     max_new_tokens: Annotated[
@@ -118,7 +118,7 @@ def _writer_settings(
 ) -> JudgeSettings:
     if not writer:
         of_none = {*_WRITING, "max_new_tokens"} - {"seed", *_OF_WEIGHTS}
-        checks.refuse_given(context, of_none, "needs --writer, a model that writes")
+        checks.refuse_given(context, of_none, "needs --writer, a generative model")
         if context.params.get("filter_model") is None:
             checks.refuse_given(context, _OF_WEIGHTS, "needs --writer or --filter-model, a model to run")
     return _writing_settings(context, "--writer", writer, max_new_tokens=max_new_tokens, **writing)
@@ -139,7 +139,7 @@ def _writing_settings(
         str | None, typer.Option(help="Address of an OpenAI-compatible server, e.g. http://localhost:8000/v1.")
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File that holds the server's key. Default: the variable OPENAI_API_KEY.")
+        Path | None, typer.Option(help="File with the server's key. Default: the environment variable OPENAI_API_KEY.")
     ] = None,
     concurrency: Annotated[
         int, typer.Option(help="Number of requests in flight.", callback=checks.at_least(1))
@@ -148,7 +148,7 @@ def _writing_settings(
         float, typer.Option(help="Seconds that one request may take.", callback=checks.positive)
     ] = JudgeSettings.timeout_s,
     retries: Annotated[
-        int, typer.Option(help="Number of times that a failed request is sent again.", callback=checks.at_least(0))
+        int, typer.Option(help="Number of times to resend a failed request.", callback=checks.at_least(0))
     ] = JudgeSettings.retries,
     max_new_tokens: Annotated[
         int,
@@ -159,7 +159,7 @@ def _writing_settings(
     ] = JudgeSettings.max_new_tokens,
     temperature: Annotated[
         float,
-        typer.Option(help="Temperature of the sampling; 0 takes the likeliest token.", callback=checks.at_least(0)),
+        typer.Option(help="Sampling temperature; 0 takes the likeliest token.", callback=checks.at_least(0)),
     ] = JudgeSettings.temperature,
     force_format: Annotated[
         bool,
@@ -172,10 +172,10 @@ def _writing_settings(
         str, typer.Option(help="Which written forms of a verdict are read: strict or lenient, see docs/formats.md.")
     ] = JudgeSettings.verdicts,
     batch_size: Annotated[
-        int, typer.Option(help="Number of prompts that are generated at once.", callback=checks.at_least(1))
+        int, typer.Option(help="Number of prompts in a batch.", callback=checks.at_least(1))
     ] = JudgeSettings.batch_size,
     seed: Annotated[
-        int, typer.Option(help="Seed of sampling and of all random draws.", callback=checks.at_least(0))
+        int, typer.Option(help="Seed of sampling and all other random draws.", callback=checks.at_least(0))
     ] = 0,
     dtype: Dtype = JudgeSettings.dtype,
     device: Device = JudgeSettings.device,

@@ -40,9 +40,7 @@ def ablate(
     ] = None,
     testbed: Annotated[
         int | None,
-        typer.Option(
-            help="Number of rollouts of the testbed judge to sweep over instead, 8 per prompt: a multiple of 8."
-        ),
+        typer.Option(help="Sweep over this many rollouts of the testbed judge instead, 8 per prompt: a multiple of 8."),
     ] = None,
     counterfactuals: Annotated[
         str,
@@ -54,14 +52,14 @@ def ablate(
         ),
     ] = "0,1,2,4,8",
     rank: Annotated[
-        str, typer.Option(help="Nuisance ranks to sweep, separated by commas, or shares of the energy as tau=0.5.")
+        str, typer.Option(help="Nuisance ranks to sweep, separated by commas; or fractions of the energy, as tau=0.5.")
     ] = "0,1,2,4,8,tau=0.5,tau=0.9",
     p: Annotated[
         str, typer.Option("-p", "--p", help="Exponents of the power mean to sweep, separated by commas.")
     ] = "-2,0,0.2,1,10",
     link: Annotated[
         list[str] | None,
-        typer.Option(help="Link, with its weight as X->Y=0.5; repeatable. Default: Z->X, X->Y and Z->Y, 0.1 each."),
+        typer.Option(help="Link, with its weight as X->Y=0.5; may be repeated. Default: Z->X, X->Y, Z->Y, 0.1 each."),
     ] = None,
     score_name: Annotated[
         str, typer.Option("--score", help="Named scores to sweep, separated by commas.")
@@ -86,7 +84,7 @@ def ablate(
     """Sweep K, rank, p, links and scores over a file of rollouts: tables, plots with intervals, parquet.
 
     Every Jacobian is computed once and used by all settings. The paper's hardening (K = 4, rank 2) is always included;
-    rank correlations are taken against it. A killed sweep continues when it is started again with the same arguments.
+    rank correlations are taken against it. The same command resumes a killed sweep.
 
     An example, and a row of `rollouts.jsonl`, as for `cepo score`:
 
@@ -152,7 +150,7 @@ def bench(
             callback=checks.one_of(*checks.PEERS),
         ),
     ] = None,
-    scaling: Annotated[bool, typer.Option(help="Also measure how cost grows with G, Lz, Lx and K.")] = True,
+    scaling: Annotated[bool, typer.Option(help="Also vary the number of rollouts, the span lengths and K.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights and rollouts.", callback=checks.at_least(0))] = 0,
     device: Annotated[
         str | None,
@@ -162,7 +160,7 @@ def bench(
     ] = None,
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="Time the Triton kernels, and the engine on them, instead; on one GPU."),
+        typer.Option("--kernels", help="Time the Triton kernels, and the engine with them, instead; on one GPU."),
     ] = False,
     minutes: Annotated[
         float, typer.Option(help="Time limit of --kernels on a GPU, in minutes.", callback=checks.positive)
@@ -246,12 +244,12 @@ def experiment(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Check that it works: one seed, 4 steps, 32 items.")] = False,
 ) -> None:
-    """Compare rewards: which one makes the criteria cause the verdict, over seeds, at equal steps, on the testbed.
+    """Compare rewards on the testbed, over seeds, at equal steps: which one makes the criteria cause the verdict?
 
-    A world is the disease that the judge starts with: lazy, hollow, decorative or copied. With `words-` before it, the
-    judge is a SmolLM2 (see `cepo words-judge`); with `reasoner-`, a reasoner (lazy, hollow). Every arm of a world
-    starts from the same judge, which follows length, and is measured by interventions. A killed experiment continues
-    when it is started again with the same arguments; each run's row is written when the run ends.
+    A world is the disease that the judge starts with: lazy, hollow, decorative or copied. With the prefix `words-` the
+    judge is a SmolLM2 (see `cepo words-judge`); with `reasoner-` it is a reasoner (lazy, hollow). Every arm of a world
+    starts from the same judge, which follows length, and is measured by interventions. The same command resumes a
+    killed experiment; each run's row is written when the run ends.
     """
     if worlds is not None and "words-" not in worlds:
         checks.refuse_given(context, ["layers"], "needs worlds in words, such as --worlds words-lazy")
@@ -294,7 +292,7 @@ def reward_experiment(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="YAML with arms, seeds, items and gates.",
+            help="YAML with arms, seeds, items and gates (conditions for success).",
             callback=checks.plan("arms", "seeds", "items", "gates", "text"),
         ),
     ] = None,
@@ -319,15 +317,15 @@ def reward_experiment(
         str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
     ] = None,
 ) -> None:
-    """Compare pairs: which make a reward model follow the cause and not a cue, over seeds, at equal steps.
+    """Compare training pairs, over seeds, at equal steps: which make a reward model follow the cause and not a cue?
 
-    Every arm trains the testbed's reward model on 300 preferences, in 90% of which length is right, and on the pairs
-    that the arm makes from them: edits, neutrals, both. Models are measured on new pairs where length is flipped, and
-    by changing a response's length alone or its cause alone. Half a minute per run on a free CPU core; a killed
-    experiment continues.
+    Every arm trains the testbed's reward model on 300 preferences, in 90% of which the longer response is better, and
+    on the pairs that the arm makes from them: edits, neutrals (ties), or both. Models are measured on new pairs whose
+    longer response is worse, and by changing only a response's length or only its cause. A run takes half a minute on
+    a free CPU core. The same command resumes a killed experiment.
 
     With the recipe text-reward-models the text is real, the model is the first layers of SmolLM2, and the cue is a
-    stock closing line: about ten minutes per run.
+    stock closing line. A run then takes about ten minutes.
     """
     from cepo.benchmarks.reward_model.command import RECIPE, read_plan, run_reward_experiment
 
@@ -367,12 +365,12 @@ def words_judge(
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
-    """Teach a pretrained model the testbed in words, once, and certify it by interventions.
+    """Teach a pretrained model to be a judge of the testbed in words, and certify it by interventions.
 
-    The judge is kept in ~/.cache/cepo, where `model: testbed-words` with the same settings under `testbed` finds it.
-    The certificate says whether it does what it was taught: another criterion is forced on it, and it continues. A
-    judge that is not certified is taught another round. The same command resumes a killed one and repeats at most 50
-    steps. Defaults are those of train/recipes/testbed-words.yaml.
+    The judge is cached in ~/.cache/cepo, where a recipe with `model: testbed-words` and the same `testbed` settings
+    finds it. To certify it, another criterion is forced on it and it continues: does it do what it was taught? If not,
+    it is taught another round. The same command resumes a killed one and repeats at most 50 steps. Defaults are those
+    of train/recipes/testbed-words.yaml.
     """
     from cepo.eval.report.numbers import digits
     from cepo.jacobian.loading import check_device

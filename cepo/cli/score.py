@@ -48,8 +48,8 @@ def score(
         list[str] | None,
         _links(
             "--link",
-            help="Link or chain to score, such as X->Y, criteria->analysis->scores, chain (the format's own), "
-            "Z->Y:total, X->Y@margin or X->Y=0.5 (its weight); repeat for more.",
+            help="Link or chain to score, such as X->Y, criteria->analysis->scores, chain (the format's own chain), "
+            "Z->Y:total, X->Y@margin, or X->Y=0.5 with a weight; may be repeated.",
         ),
     ] = None,
     kind: Annotated[
@@ -63,9 +63,9 @@ def score(
     guard: Annotated[
         str | None,
         typer.Option(
-            help="Where an early verdict makes a judgement malformed: standard (scores or a named winner in the "
-            "criteria, scores in the analysis), strict (both in both), criteria (the criteria alone) or off. "
-            "Default: standard."
+            help="Which early verdicts make a judgement malformed: standard (scores or a named winner in the criteria, "
+            "scores in the analysis), strict (either, in criteria or analysis), criteria (either, in the criteria) or "
+            "off. Default: standard."
         ),
     ] = None,
     verdicts: Annotated[
@@ -78,7 +78,7 @@ def score(
         bool,
         typer.Option(
             "--ties",
-            help="Take ties too; the prompt of every judged pair then allows equal scores.",
+            help="Include ties; the prompt of every judged pair then allows equal scores.",
         ),
     ] = False,
     raw: Raw = False,
@@ -86,21 +86,21 @@ def score(
         str | None,
         _links(
             help="Score S of a link: effect, explained or path, which compare a span with donors; or influence, phi "
-            "(the paper's), phi_retained, phi_influence or influence_retained, which read the gradient at the rollout."
+            "(the paper's), phi_retained, phi_influence or influence_retained, from the gradient at the rollout."
         ),
     ] = None,
     also: Annotated[
         list[str] | None,
         _links(
-            help="Measure to record beside what the score reads: phi, influence, angles, effect, "
-            "path or order_leak; repeat for more."
+            help="Measure to record in addition to those the score needs: phi, influence, angles, effect, path or "
+            "order_leak; may be repeated."
         ),
     ] = None,
     leak_weight: Annotated[
         float | None,
         _links(
-            help="How much of the order leak is taken off S: S - weight * tanh(leak / 2), at least 0. The leak is "
-            "how much less likely, in nats, the criteria are with the two responses exchanged."
+            help="How much of the order leak to subtract from S: S - weight * tanh(leak / 2), at least 0. The leak is "
+            "how much less likely, in nats, the criteria become when the two responses are exchanged."
         ),
     ] = None,
     target: Annotated[
@@ -110,7 +110,7 @@ def score(
             "expected_score or margin."
         ),
     ] = None,
-    p: Annotated[float | None, _links("-p", "--p", help="Exponent of the power mean, inf and -inf included.")] = None,
+    p: Annotated[float | None, _links("-p", "--p", help="Exponent of the power mean; may be inf or -inf.")] = None,
     task_weight: Annotated[float | None, _links(help="Weight of a row's task_reward in the power mean.")] = None,
     join: Annotated[
         float | None, _links(help="Exponent of the power mean over a chain's links; -inf takes the smallest.")
@@ -135,7 +135,7 @@ def score(
     nodes: Annotated[
         str | None,
         _donors(
-            help="Nodes along the path to a donor: a number, or auto (at most 32); for the score path and --also path. "
+            help="Number of nodes on the path to a donor, or auto (at most 32); for the score path and --also path. "
             "Each node costs about 1.5 times as much as the effects."
         ),
     ] = None,
@@ -145,12 +145,14 @@ def score(
     permutation: Annotated[str | None, _hardening(help="What a permutation moves: uniform, sentence or block.")] = None,
     nuisance: Annotated[
         str | None,
-        _hardening(help="What is removed: svd, the nuisance subspace, or mean, the mean counterfactual Jacobian."),
+        _hardening(
+            help="What hardening removes: svd, the nuisance subspace; or mean, the mean counterfactual Jacobian."
+        ),
     ] = None,
     rank: Annotated[int | None, _hardening(help="Rank r of the nuisance subspace.")] = None,
     energy: Annotated[
         float | None,
-        _hardening(help="Fraction in (0, 1] of the energy that the nuisance subspace holds; sets its rank."),
+        _hardening(help="Choose the rank by the fraction, in (0, 1], of the energy that the nuisance subspace holds."),
     ] = None,
     seed: Annotated[
         int | None, _hardening(help="Seed of donors and permutations.", callback=checks.at_least(0))
@@ -164,16 +166,15 @@ def score(
     ] = "group",
     memory_gib: Annotated[
         float,
-        _model(help="Memory that the group engine may use beyond the model's, in GiB.", callback=checks.positive),
+        _model(help="Memory the group engine may use in addition to the model's, in GiB.", callback=checks.positive),
     ] = 3.0,
     no_adapters: Annotated[bool, _model("--no-adapters", help="Switch the model's adapters off.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     ray: Annotated[
         int | None,
         _model(
-            help="Number of Ray workers that score the rows, with --threads CPUs (else one) or a GPU each, on the "
-            "cluster that Ray finds, or else on this machine; needs the extra ray, see docs/scale.md. Default: this "
-            "process.",
+            help="Number of Ray workers, each with one GPU or --threads CPUs (1 by default), on the cluster that Ray "
+            "finds, else on this machine; needs the extra ray, see docs/scale.md. Default: no Ray.",
             callback=checks.at_least(1),
         ),
     ] = None,
@@ -184,7 +185,7 @@ def score(
         Path | None, _output(help="Write the token heat maps to this file.", callback=checks.new_file)
     ] = None,
     batch_size: Annotated[
-        int, _model(help="Rows scored together: what they share is run once.", callback=checks.at_least(1))
+        int, _model(help="Number of rows scored together; what they share is run once.", callback=checks.at_least(1))
     ] = 8,
 ) -> None:
     """Score the links of a file of rollouts, and draw token heat maps with --html.
@@ -204,11 +205,11 @@ def score(
 
     A prompt is text, which becomes a user message in the chat template unless --raw is given, or a list of messages.
     Instead of prompt and completion, a row may hold `prompt_ids` and `completion_ids`; or `prompt`, `chosen`,
-    `rejected` and `judge_output`, whose judge prompt is built, with the chosen response shown as `label` (A or B, by
-    default A; or tie, with --ties); or `messages`, which end with the completion. A `task_reward` in [0, 1] is fused
-    with the links' scores.
+    `rejected` and `judge_output`, from which the judge's prompt is built (`label`: A, the default, or B, where the
+    chosen response is shown; or tie, with --ties); or `messages`, the last of which is the completion. A
+    `task_reward` in [0, 1] is fused with the links' scores.
 
-    A killed run resumes where it stopped when it is started again with the same options.
+    The same command resumes a killed run.
     """
     from cepo.fusion.config import RewardConfig
     from cepo.jacobian.reading.layout import Layout

@@ -33,8 +33,7 @@ OptionalModel = Annotated[
 Layers = Annotated[
     int | None,
     typer.Option(
-        help="Number of the pretrained model's first layers that a judge in words keeps, 30 for all of SmolLM2. "
-        "Default: 8.",
+        help="How many of the pretrained model's first layers a judge in words keeps; SmolLM2 has 30. Default: 8.",
         callback=checks.at_least(1),
     ),
 ]

@@ -49,7 +49,7 @@ def demo(
 
 def train(
     config: Annotated[
-        Path, typer.Argument(help="YAML file of the run; start from one in train/recipes/.", callback=checks.recipe)
+        Path, typer.Argument(help="Recipe (YAML) of the run; start from one in train/recipes/.", callback=checks.recipe)
     ],
     model: Annotated[
         str | None,
@@ -65,7 +65,7 @@ def train(
     engine: Annotated[
         str,
         typer.Option(
-            help="Trainer: trl, or verl, whose configuration is written for you to launch.",
+            help="Trainer: trl, or verl, for which only a configuration is written; nothing is trained.",
             callback=checks.one_of("trl", "verl"),
         ),
     ] = "trl",
@@ -89,14 +89,14 @@ def train(
         {"prompt": "What is the capital of Australia?",
          "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
 
-    Output: final/ (the model), metrics.jsonl (a line per step), log.txt (what the libraries print). The options
-    override the config. Started again with the same settings, data and weights, a killed run resumes from its last
-    complete checkpoint.
+    Output: final/ (the model), metrics.jsonl (a line per step), log.txt (what the libraries print). Options override
+    the recipe. The same command, with the same data and weights, resumes a killed run from its last complete
+    checkpoint.
 
-    `--set data.ties=true` takes ties too, rows in which neither response is better.
+    `--set data.ties=true` includes ties: rows in which neither response is better.
 
-    Rewards: a list of `name`, `weight` and settings. Names: format, argmax, exact_match, math_verify, bertscore,
-    causal; to compare with: proxy, cir, log_cir, csr, necessary. `--set rewards='[{name: format}, ...]'` replaces the
+    Rewards are a list of `name`, `weight` and settings. Names: format, argmax, exact_match, math_verify, bertscore,
+    causal; for comparison: proxy, cir, log_cir, csr, necessary. `--set rewards='[{name: format}, ...]'` replaces the
     whole list.
 
     `--set causal_loss.weight=0.5` adds the causal loss to GRPO's own; its other settings are in docs/glossary.md.
@@ -120,7 +120,7 @@ def reward_model(
     config: Annotated[
         Path,
         typer.Argument(
-            help="YAML file of the run; start from train/recipes/reward-model-*.yaml.", callback=checks.recipe
+            help="Recipe (YAML) of the run; start from train/recipes/reward-model-*.yaml.", callback=checks.recipe
         ),
     ],
     model: Annotated[
@@ -159,11 +159,11 @@ def reward_model(
         {"step": 5, "loss": 0.61, "accuracy": 0.71, "margin": 0.24, ...}
 
     `margin` is the mean reward of the chosen responses minus that of the rejected ones. Output: final/ (the model, for
-    `--reward-model` of `cepo eval`), metrics.jsonl, left_out.jsonl (pairs that are too long, or equal once
-    encoded), log.txt (what the libraries print). All columns of the data are in docs/reward-models.md.
+    `cepo eval --reward-model`), metrics.jsonl, left_out.jsonl (pairs that are too long, or equal once encoded),
+    log.txt (what the libraries print). docs/reward-models.md lists all columns of the data.
 
-    The options override the config. Started again with the same settings, data and weights, a killed run resumes from
-    its last complete checkpoint.
+    Options override the recipe. The same command, with the same data and weights, resumes a killed run from its last
+    complete checkpoint.
     """
     named = {"model": model, "data.source": data, "output": output, "reward.max_steps": max_steps, "seed": seed}
     overrides = _overrides(named, set_, trust_remote_code)
@@ -177,7 +177,7 @@ def reward_model(
 
 def warm_start(
     data: Annotated[
-        str, typer.Option(help=f"Preferences of prompt, chosen, rejected: {SOURCES}.", callback=checks.data)
+        str, typer.Option(help=f"Preferences (prompt, chosen, rejected): {SOURCES}.", callback=checks.data)
     ],
     output: Annotated[
         Path,
@@ -199,13 +199,13 @@ def warm_start(
     max_characters: Annotated[
         int | None,
         typer.Option(
-            help="Leave out rows whose prompt, with its instructions, has more characters. Default: no limit.",
+            help="Leave out rows whose prompt, instructions included, has more characters. Default: no limit.",
             callback=checks.at_least(1),
         ),
     ] = None,
     ties: Annotated[
         bool,
-        typer.Option("--ties", help="Take ties too, and tell the judge in every prompt that equal scores are allowed."),
+        typer.Option("--ties", help="Include ties, and tell the judge in every prompt that equal scores are allowed."),
     ] = False,
     dtype: Dtype = "float32",
     threads: Threads = None,
@@ -223,11 +223,11 @@ def warm_start(
         {"prompt": "What is the capital of Australia?",
          "chosen": "Canberra.", "rejected": "Sydney, the largest city."}
 
-    A row with a `judge_output` is learned from as it is; its `label` (A or B, A by default) says where the chosen
-    response was shown. For other rows, a short judgement is made by rule: it quotes the pair and scores the chosen
-    response higher, which teaches only the format. The number of each is shown. With --ties a row in which
-    neither response is better (`tie: true`, or `label: tie`) gets equal scores; without it such rows are left out.
-    Started again with the same settings, data and weights, a killed run resumes from its last checkpoint.
+    If a row has a `judge_output`, the model learns that text; `label` (A or B, A by default) says where it saw the
+    chosen response. For other rows, a short judgement is made by rule: it quotes the pair and scores the chosen
+    response higher, which teaches only the format. The number of each kind is shown. With --ties, a row in which
+    neither response is better (`tie: true`, or `label: tie`) gets equal scores; without it, such rows are left out.
+    The same command, with the same data and weights, resumes a killed run from its last checkpoint.
     """
     from cepo.train.warm_start import WarmStartJob
     from cepo.train.warm_start import warm_start as run
