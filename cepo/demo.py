@@ -54,7 +54,7 @@ _TESTBED = (
     "The query names a situation, the criteria name the aspect that decides in it, the analysis quotes each response's "
     "word for that aspect, and the scores follow. Response length is a spurious cue. Accuracies are greedy. For the "
     "verdicts turned, another criterion is forced and the judge continues by itself. If S rises while they do not, the "
-    "judge raises the measure without what it stands for."
+    "judge games the measure."
 )
 
 

@@ -96,7 +96,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"output is {str(path)!r}, which cannot be made: {error.strerror or error}; expected a folder"
+            f"output is {str(path)!r}, which cannot be created: {error.strerror or error}; expected a folder"
         ) from error
 
 
@@ -193,9 +193,9 @@ def resume_jsonl(
     foreign = sum(not belongs(record) for record in kept.values())
     if foreign:
         raise ValueError(
-            f"output {path.parent} began with other data: {foreign} of the {len(kept)} records in {path.name} are not "
-            "of the rows that are asked for now; name another output, or repeat what it began with, to which rows may "
-            "be added"
+            f"output {path.parent} began with other data: {foreign} of the {len(kept)} records in {path.name} belong "
+            "to rows that this run does not read; name another output, or use the earlier data, to which rows may be "
+            "added"
         )
     write_jsonl(path, kept.values())
     return kept

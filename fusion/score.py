@@ -330,6 +330,9 @@ def fuse(values: Mapping[str, float], config: RewardConfig, task_reward: float |
         values: S of each link by name, in [0, 1].
         config: weights and exponent.
         task_reward: r_base in [0, 1], or None.
+
+    Raises:
+        ValueError: for a task reward outside [0, 1].
     """
     terms = [(values[name], weight) for name, weight in config.links.items() if weight > 0.0]
     if task_reward is not None:

@@ -21,8 +21,8 @@ class Expansion:
     """The first two terms of s(X) - s(X') about X, in nats for log-likelihoods.
 
     Attributes:
-        first: the gradient's, <J, d> with d = E(X) - E(X').
-        second: the curvature's, -d^T H d / 2.
+        first: the gradient's term, <J, d> with d = E(X) - E(X').
+        second: the curvature's term, -d^T H d / 2.
     """
 
     first: float

@@ -87,7 +87,7 @@ def resolve_model(name: str, *, above: Sequence[Path] = ()) -> ModelSource:
         return ModelSource(name, str(path))
     if means_path(name) or name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
         raise ValueError(
-            f"model is {name!r}, which is not there: it is neither a folder nor a file; expected a folder that holds "
+            f"model is {name!r}, which does not exist; expected a folder that holds "
             "config.json or adapter_config.json, a .gguf file, a hub id such as owner/name, or smollm2"
         )
     if "/" not in name and difflib.get_close_matches(name, ("smollm2",), cutoff=0.8):
@@ -193,9 +193,9 @@ def _fit_embeddings(base: Any, source: ModelSource, tokens: int) -> None:
         wanted = [f"its base has {size}", *(f"its LoRA {number}" for number in sorted(of_lora))]
         wanted += [f"its tokenizer {tokens} tokens"] if tokens else []
         raise ValueError(
-            f"its adapter_model file holds {' and '.join(map(str, sorted(held))) or 'no'} rows of embeddings, where "
-            f"{' and '.join(wanted)}; where they differ it must hold all embeddings and the head: save it again with "
-            "them (save_embedding_layers=True in peft), or merged into its base"
+            f"its adapter_model file holds {' and '.join(map(str, sorted(held))) or 'no'} rows of embeddings, but "
+            f"{' and '.join(wanted)}; if these differ, the file must hold all embeddings and the head: save it again "
+            "with them (save_embedding_layers=True in peft), or merged into its base"
         )
     base.resize_token_embeddings(sizes.pop(), mean_resizing=False)
 
@@ -304,13 +304,13 @@ def read_weights(auto: Any, source: ModelSource, *, dtype: str, trust_remote_cod
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(
-            f"its files lack {len(missing)} of the weights that its config asks for, such as {missing[0]}; they may be "
-            "of another kind of model, or of another config"
+            f"its files lack {len(missing)} of the weights that its config requires, such as {missing[0]}; they may "
+            "belong to another kind of model, or to another config"
         )
     for name, came, expected in sorted(found["mismatched_keys"])[:1]:
         raise ValueError(
-            f"its files hold {name} of size {list(came)}, where its config asks for {list(expected)}; they may be of "
-            "another model, or the config of another size of vocabulary"
+            f"its files hold {name} of size {list(came)}, but its config requires {list(expected)}; they may belong to "
+            "another model, or the config may have another vocabulary size"
         )
     model.name_or_path = source.name  # an adapter saved later names its base by this
     return model

@@ -91,9 +91,9 @@ class HeldModel:
 
     @cached_property
     def reads_ids_elsewhere(self) -> bool:
-        """Whether the model reads token ids in another place than its embedding module, such as embeddings per layer.
+        """Whether the model reads token ids outside its embedding module too, such as for embeddings per layer.
 
-        Six tokens that are given the embeddings of six others are then not these others.
+        Tested on six tokens that get the embeddings of six others: the output is then not that of the others.
         """
         vocabulary, device = shape_of(self.embedding.weight)[0], self.embedding.weight.device
         ids_BT, other_BT = (
@@ -131,7 +131,7 @@ class HeldModel:
             if not 0 <= token < vocabulary:
                 return f"token id {token} is outside the model's vocabulary of {vocabulary}"
             if token in media:
-                return f"token id {token} stands for what is not text ({media[token]}), and only text is run"
+                return f"token id {token} does not stand for text ({media[token]}); only text can be run"
         return None
 
     def logits(self, rows: list[int], **inputs: Any) -> Tensor:
@@ -250,7 +250,7 @@ class ModelEngine(abc.ABC):
             for rollout in group.rollouts:
                 problem = rollout.malformed or self.refusal(rollout)
                 if problem:
-                    raise ValueError(f"rollouts holds one that has no Jacobians: {problem}")
+                    raise ValueError(f"rollouts holds one that cannot be run: {problem}")
 
     def _check_paths(self, requests: Sequence[PathRequest]) -> None:
         """Raise ValueError if a rollout or a counterfactual, or a path between them, cannot be run."""
@@ -258,9 +258,9 @@ class ModelEngine(abc.ABC):
         self._check(Group((other,)) for request in requests for others in request.counterfactuals for other in others)
         if any(request.nodes for request in requests) and self._held.reads_ids_elsewhere:
             raise ValueError(
-                f"a {type(self._held.causal_lm).__name__} reads token ids outside of its input embeddings too, so what "
-                "lies between two embeddings is no path between two texts; expected no nodes: the score effect or "
-                "explained, and no path in also"
+                f"a {type(self._held.causal_lm).__name__} also reads token ids outside its input embeddings, so a path "
+                "between embeddings is not a path between texts; expected the score effect or explained, and no path "
+                "in also (nodes 0)"
             )
 
 

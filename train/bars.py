@@ -1,4 +1,4 @@
-"""Decide where the progress bars of libraries are drawn: beside our own bar they would only scroll past it."""
+"""Decide whether the progress bars of libraries are drawn: next to our own bar they would only scroll past it."""
 
 from __future__ import annotations
 

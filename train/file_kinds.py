@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 FILES = "JSONL, JSON, CSV, TSV or parquet; also packed with gzip, bzip2, xz or zstandard"
 """The files that are read, as options, errors and docs/formats.md say it."""
-SOURCES = f"a file ({FILES}), a folder of a data set, or a data set of the hub (owner/name)"
+SOURCES = f"a file ({FILES}), a folder of a data set, or a data set on the hub (owner/name)"
 """The same for commands that also read data sets."""
 PARQUET = b"PAR1"
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"

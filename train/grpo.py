@@ -108,7 +108,7 @@ def load_train_data(config: TrainConfig, prompts: int, *, room: int, tells: bool
     data = load_data(config.kind, config.data, seed=config.seed, check_prompt=check)
     if len(data.train) < prompts:
         raise ValueError(
-            f"data leaves {counted(len(data.train), 'row')} to train on ({len(data.test)} to test on), and a "
+            f"data leaves {counted(len(data.train), 'row')} to train on ({len(data.test)} to test on), but a "
             f"generation batch takes {prompts} prompts; add rows, or lower data.test_fraction or "
             "grpo.per_device_train_batch_size"
         )

@@ -53,7 +53,7 @@ def why_too_long(tokens: int, room: int, positions: int | None) -> str | None:
     """Return the reason why a prompt of `tokens` and `room` more exceed a model's positions; None if they fit."""
     if positions is None or tokens + room <= positions:
         return None
-    return f"the prompt has {tokens} tokens; with {room} to generate that is more than the model's {positions}"
+    return f"the prompt has {tokens} tokens; with {room} to generate, that exceeds the model's {positions} positions"
 
 
 def text_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

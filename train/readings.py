@@ -84,8 +84,8 @@ def read_with_donors(
         link: see `CausalLoss.parsed_links`.
         pool: from `donor_pool` or `merge_pools`.
         settings: settings of the loss.
-        most: most tokens that the policy takes; texts that would be longer are not read. The own text before the source
-            and a donor's continuation can be, even where both completions fit.
+        most: most tokens that the policy takes; longer texts are not read. The own text before the source and a donor's
+            continuation can be too long together, even if both completions fit.
 
     Returns:
         The readings; [] if the rollout is malformed or has no donor.

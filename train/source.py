@@ -1,4 +1,4 @@
-"""Read rows from files of many kinds, data set folders, and data sets of the hub.
+"""Read rows from files of many kinds, data set folders, and data sets on the hub.
 
 Every command reads data here, row by row. Large files are never held in memory whole, except for JSON that is not one
 object per line.
@@ -99,7 +99,7 @@ def collect_rows(
 
 
 def open_source(source: str | Path, split: str | None = None) -> Source:
-    """Open a file, a folder, or a data set of the hub.
+    """Open a file, a folder, or a data set on the hub.
 
     Args:
         source: a file, see `open_file`; a folder that `save_to_disk` wrote; or what `datasets.load_dataset` takes: a
@@ -152,7 +152,7 @@ def check_source(source: str | Path) -> None:
     path = Path(source)
     there = path.exists() or Path(str(source).partition(":")[0]).exists()
     if not there and (path.suffix.lower() in _ENDINGS or means_path(str(source))):
-        raise ValueError(f"{source} is not there; expected {SOURCES}")
+        raise ValueError(f"{source} does not exist; expected {SOURCES}")
 
 
 def check_file(path: Path) -> None:

@@ -51,6 +51,7 @@ class Recorder:
             raise WrongValueError
 
     def left(self, part: str) -> float:
+        """Return the seconds until the part's deadline."""
         return self.deadlines[part] - time.perf_counter()
 
 
@@ -175,6 +176,7 @@ def _error(found: Output, truth: Output) -> float:
 
 
 def missing_reason(needs: str | None, device: torch.device) -> str | None:
+    """Return why a contender cannot run here, or None; `needs` is "cuda", a package that runs on CUDA, or None."""
     if needs == "cuda":
         return None if device.type == "cuda" else "needs CUDA"
     if needs is None:

@@ -35,4 +35,4 @@ WRITTEN: Mapping[str, Kind] = {
     "aligned": aligned,
     "paraphrase": paraphrase,
 }
-"""Kinds that need a model that writes."""
+"""Kinds that need a writer, a generative model."""

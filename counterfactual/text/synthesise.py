@@ -22,7 +22,7 @@ Messages: TypeAlias = Sequence[Mapping[str, str]]
 Answers: TypeAlias = Sequence[str | Exception]
 """The writer's reply to each prompt, including its thought, or the error that prevented one, such as a time-out."""
 Writer: TypeAlias = Callable[[Sequence[Messages]], Answers]
-"""Any model that writes: takes prompts and returns one answer each, in order."""
+"""Any generative model: takes prompts and returns one answer each, in order."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`cepo augment`: make pairs from preferences by rules or with a model that writes, and filter them by a reward model.
+"""`cepo augment`: make pairs from preferences by rules or with a generative model, and filter them by a reward model.
 
 The pairs are a function of the data, the settings and the models' answers. Answers are saved as they come, so a killed
 run makes its pairs again from the answers that it has, and asks only for the others.

@@ -20,7 +20,7 @@ class AugmentJob:
         data: preferences, see `open_source`, or "testbed".
         output: folder for pairs.jsonl, report.html and the models' answers.
         kinds: names of kinds in `WRITTEN` and `BY_RULE`, or of the testbed's kinds.
-        writer: the model that writes and its settings; its name is empty if none is needed. Its seed is also that of
+        writer: the generative model and its settings; its name is empty if none is needed. Its seed is also that of
             the draws and the split, and its dtype, device, batch size and trust_remote_code also apply to the filter's
             model.
         filter_model: a reward model, see `RewardModel.open`; None for no filter.

@@ -26,8 +26,8 @@ from cepo.train.prompts import judge_prompt
 GAIN = "judge - random"
 _COMMAND = "eval best-of-n"
 _NOTE = (
-    "The judge picks by a knockout: the solutions come in a random order, and each further one meets the winner so "
-    "far. A match without a readable winner keeps the earlier solution, which is a random choice. Random, majority and "
+    "The judge picks in a knockout: the solutions come in a random order, and each one meets the winner so far. A "
+    "match without a readable winner keeps the earlier solution, which is a random choice. Random, majority and "
     "oracle pick from the same solutions."
 )
 _REWARD_NOTE = (
@@ -114,7 +114,7 @@ def measure_best_of(
     Args:
         job: what to measure.
         progress: called after each match, or each solution that a reward model scored.
-        open_: opens a judge that writes; called only if a judgement is missing.
+        open_: opens a generative judge; called only if a judgement is missing.
 
     Raises:
         ValueError: for data, settings or a judge that cannot be used, or an output with other settings.

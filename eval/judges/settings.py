@@ -1,4 +1,4 @@
-"""The settings and judgements of judges that write, and the protocol of any judge."""
+"""The settings and judgements of generative judges, and the protocol of any judge."""
 
 from __future__ import annotations
 

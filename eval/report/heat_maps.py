@@ -44,7 +44,7 @@ class Attribution:
         above 150%: the error may be larger than what any part did.
         """
         if self.unit == "nats" and abs(self.delta) < _NO_EFFECT:
-            return f"The effect is below {_NO_EFFECT:g} nats, which is as good as none, so it has no shares."
+            return f"The effect is below {_NO_EFFECT:g} nats, which counts as none, so it has no shares."
         if not abs(self.path_sum - self.delta) <= abs(self.delta) / 2:  # NaN too
             return (
                 "They differ by more than half of the effect: this attribution is not reliable, and needs more nodes "
@@ -141,10 +141,12 @@ class LinkView:
 
 
 def link_view(heat_map: HeatMap, name: str) -> LinkView:
+    """Return the view of a link's gradient norms."""
     return _view(heat_map, name, heat_map.links[name], None)
 
 
 def attribution_view(heat_map: HeatMap, name: str) -> LinkView:
+    """Return the view of a link's signed attributions."""
     attribution = heat_map.attributions[name]
     return _view(heat_map, name, attribution.nats, attribution)
 

@@ -1,4 +1,4 @@
-"""`cepo eval rewardbench`: how often a judge, one that writes or a reward model, prefers the better response."""
+"""`cepo eval rewardbench`: how often a judge, generative or a reward model, prefers the better response."""
 
 from __future__ import annotations
 

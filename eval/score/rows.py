@@ -256,7 +256,7 @@ def _lack(row: Row, usual: _Form = ()) -> str:
     told = f"lacks the column {missing}: it holds {form_of(row)}"
     if missing == "completion" and given(row, "messages") is not None:
         told += ", and its messages (role, content) do not end with an assistant's"
-    return f"{told}; most rows beside it hold {form_name(usual)} ({', '.join(usual)})" if usual else told
+    return f"{told}; most other rows hold {form_name(usual)} ({', '.join(usual)})" if usual else told
 
 
 def _missing(row: Row, usual: _Form = ()) -> str:

@@ -101,7 +101,7 @@ class SensitivitySummary:
         tables: dict[str, PageTable] = {"Means, with 95% intervals over prompts": (("mean", *scopes), rows)}
         if self.comparison:
             figures = list(dict.fromkeys(figure for _, figure in self.comparison))
-            tables["Leak beside edit distance"] = (
+            tables["Leak compared with edit distance"] = (
                 ("measure", "AUC, unchecked against clean edits", "rank correlation with the exact share, unchecked"),
                 [
                     [_TITLES[name], *(str(self.comparison[name, figure]) for figure in figures)]

@@ -34,8 +34,17 @@ message."""
 
 
 class Layout(Protocol):
-    """The format of a completion: the names of its spans in order, the spans that Z, X and Y stand for, the chain of
-    spans through which the verdict or answer should come about, its tags, and how to find the spans."""
+    """The format of a completion.
+
+    Attributes:
+        names: names of the spans, in order; the first is the prompt's.
+        roles: the span names that Z, X and Y stand for.
+        chain: the chain through which the verdict or answer should come about, such as "criteria->analysis->scores".
+        tags: names of the tags that completions use.
+        instructions: the fixed pieces of the prompt, see `JudgeLayout`.
+        responses: how a prompt may delimit the two responses, see `JudgeLayout`; empty if it has none.
+        thought_tag: name of the tag around a thought.
+    """
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -58,7 +67,8 @@ class Layout(Protocol):
     @property
     def thought_tag(self) -> str: ...
 
-    def find(self, completion: bytes, *, thought_opened: bool = False) -> Found: ...
+    def find(self, completion: bytes, *, thought_opened: bool = False) -> Found:
+        """Return the byte ranges of the spans; raise MalformedError, with the reason, if they cannot be found."""
 
 
 def check_tags(**tags: str) -> None:

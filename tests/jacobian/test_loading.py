@@ -207,13 +207,13 @@ def test_a_padded_base_gets_the_rows_that_its_adapter_was_saved_with(
 def test_embeddings_that_no_file_holds_are_refused_and_not_drawn_at_random(base: Path, tmp_path: Path) -> None:
     """Of tokens that an adapter added and did not save, or of a config of another vocabulary than the weights."""
     adapter_of(base, tmp_path / "adapter", new_tokens=("<think>",), template=CHATML, save_rows=False)
-    lost = "adapter_model file holds no rows of embeddings, where its base has 258 and its tokenizer 259 tokens"
+    lost = "adapter_model file holds no rows of embeddings, but its base has 258 and its tokenizer 259 tokens"
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'adapter'))}: its {lost}.*save_embedding_layers"):
         load_model(resolve_model(str(tmp_path / "adapter")))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "vocab_size": 250}))
     with pytest.raises(
-        ValueError, match=r"hold lm_head.weight of size \[258, 16\], where its config asks for \[250, 16\]"
+        ValueError, match=r"hold lm_head.weight of size \[258, 16\], but its config requires \[250, 16\]"
     ):
         load_model(resolve_model(str(base)))
 
@@ -231,9 +231,7 @@ def test_a_lora_on_grown_embeddings_that_were_not_saved_is_refused(
             torch.save(load_file(weights), weights.with_suffix(".bin"))
             weights.unlink()
     load_model(resolve_model(str(tmp_path / "258")))
-    lost = (
-        "holds no rows of embeddings, where its base has 258 and its LoRA 259; .*save it again with them.*, or merged"
-    )
+    lost = "holds no rows of embeddings, but its base has 258 and its LoRA 259; .*save it again with them.*, or merged"
     with pytest.raises(ValueError, match=lost):
         load_model(resolve_model(str(tmp_path / "259")))
 
@@ -260,10 +258,10 @@ def test_damaged_models_are_refused_by_path_with_a_way_out(base: Path, tmp_path:
     refused(base, "SafetensorError.*check that its files are whole")
     weights.write_bytes(content)
     (base / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
-    refused(base, r"its files hold lm_head.weight of size \[258, 16\], where its config asks for \[258, 32\]")
+    refused(base, r"its files hold lm_head.weight of size \[258, 16\], but its config requires \[258, 32\]")
     more = config["num_hidden_layers"] + 1
     (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": more, "layer_types": None}))
-    refused(base, "its files lack 9 of the weights that its config asks for, such as model.layers")
+    refused(base, "its files lack 9 of the weights that its config requires, such as model.layers")
     (base / "config.json").write_text("[")
     refused(base, "cannot be read", embedding_width)
     (base / "tokenizer.json").write_text("{}")

@@ -293,7 +293,7 @@ def test_a_multimodal_model_reads_text_alone() -> None:
         (found,) = engine.jacobians(Group((rollout,)), LINKS)
         assert all(relative(found[name].jac_SD, wanted[name].jac_SD) < 1e-10 for name in wanted)
         with_image = replace(rollout, prompt_ids=(2, *rollout.prompt_ids[1:]))
-        assert "stands for what is not text (image_token_i" in str(engine.refusal(with_image))
+        assert "does not stand for text (image_token_i" in str(engine.refusal(with_image))
     assert JacobianEngine(text).refusal(with_image) is None
 
 

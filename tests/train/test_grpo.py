@@ -222,7 +222,7 @@ def test_rows_that_the_model_has_no_positions_for_are_left_out_before_it_is_load
     config = load_config(write_config(tmp_path / "c.yaml", judge, data=data), {})
     with pytest.raises(pytest.fail.Exception):
         train(config)
-    told = rf"row 2: the prompt has \d+ tokens; with 1 to generate that is more than the model's {positions}"
+    told = rf"row 2: the prompt has \d+ tokens; with 1 to generate, that exceeds the model's {positions} positions"
     assert re.search(told, caplog.text)
     assert "row 1" not in caplog.text
     learned = tmp_path / "learned"
@@ -347,7 +347,7 @@ def test_a_recipe_chooses_which_written_forms_of_a_verdict_every_reward_reads() 
         ({"lora": {"r": "abc"}}, "lora.r is 'abc'; expected an integer >= 1"),
         ({"lora": {"r": 0}}, "lora.r is 0; expected an integer >= 1"),
         ({"lora": {"lora_dropout": 2}}, "lora.lora_dropout is 2; expected a number in [0, 1]"),
-        ({"model": "./nowhere"}, "which is not there"),
+        ({"model": "./nowhere"}, "which does not exist"),
         ({"rewards": [{"name": "exact_match"}]}, "reward exact_match needs kind: reasoning, but kind is judge"),
         ({"rewards": [{"name": "causal", "task": "bertscore"}]}, "reward bertscore needs kind: reasoning"),
         ({"rewards": [{"name": "causal", "p": "nan"}]}, "rewards: causal.p is 'nan'; expected a number; YAML"),

@@ -229,7 +229,7 @@ def test_a_name_of_a_file_is_never_taken_for_a_hub_data_set(tmp_path: Path, monk
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     assert len(list(open_source(written(tmp_path, "rows", UTF8)))) == len(ROWS)
     for name in ("absent.json", "data/absent.csv.gz", "absent.xlsx"):
-        with pytest.raises(ValueError, match=r"is not there; expected a file \(JSONL"):
+        with pytest.raises(ValueError, match=r"does not exist; expected a file \(JSONL"):
             open_source(name)
     with pytest.raises(ValueError, match="split is 'test', but source .* is a file, and files have no splits"):
         open_source(tmp_path / "rows", "test")

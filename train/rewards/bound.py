@@ -101,9 +101,9 @@ def require_donors(prompts: int, otherwise: str) -> None:
     """
     if prompts < 2:
         raise ValueError(
-            f"trainer generates for {prompts} prompt at a time, so no completion has a donor, the content of another "
-            "prompt's; raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation, in "
-            f"evaluation per_device_eval_batch_size, or set {otherwise}"
+            f"trainer generates for {prompts} prompt at a time, so no completion has a donor, which is a completion of "
+            "another prompt; raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation "
+            f"(in evaluation, per_device_eval_batch_size), or set {otherwise}"
         )
 
 

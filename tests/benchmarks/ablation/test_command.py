@@ -268,7 +268,7 @@ def test_other_arguments_and_other_files_are_refused(
         run_ablation(replace(job, input=other))
     with pytest.raises(ValueError, match="no earlier run of this command wrote"):
         run_ablation(replace(job, output=tmp_path))
-    with pytest.raises(ValueError, match="which cannot be made: File exists; expected a folder"):
+    with pytest.raises(ValueError, match="which cannot be created: File exists; expected a folder"):
         run_ablation(replace(job, output=other))
 
 

@@ -21,7 +21,7 @@ def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path:
     code, message = cepo("--model", judge, "--input", write_jsonl(tmp_path / "in", rows), "--output", out)
     assert code == 2
     assert "line 2 is broken" in message
-    assert "line 4: lacks the column completion: it holds no known form (prompt); most rows beside it hold" in message
+    assert "line 4: lacks the column completion: it holds no known form (prompt); most other rows hold" in message
     assert "line 5: column 'task_reward' holds 7; expected a number in [0, 1]" in message
     records = read_jsonl(out)
     assert [record["malformed"] is None for record in records] == [True, False, True, False, False, True]

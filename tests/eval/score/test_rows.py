@@ -125,7 +125,7 @@ def test_a_row_of_another_form_is_told_by_its_own_form_and_that_of_the_rows_besi
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(one) for one in (row, pair, TEXT, pair)))
     broken = read_input(path)[1]
-    beside = "most rows beside it hold a judged pair (chosen, rejected, judge_output)"
+    beside = "most other rows hold a judged pair (chosen, rejected, judge_output)"
     assert broken == ([] if told is None else [(1, f"line 1: {told}; {beside}")])
 
 

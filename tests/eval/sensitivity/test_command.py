@@ -207,7 +207,7 @@ def test_the_command_compares_on_the_testbed_and_refuses_a_pairwise_model(
     common = ("eval", "sensitivity", "--data", "testbed", "--limit", "4", "--threads", "1", "--output", output)
     assert run_cepo(monkeypatch, *common, "--reward-model", str(folder)) == 0
     said = capsys.readouterr().out
-    assert "Leak beside edit distance" in said
+    assert "Leak compared with edit distance" in said
     assert "energy at the" in said
     pairwise = write_reward_model(tmp_path / "pairwise", "pairwise")
     assert run_cepo(monkeypatch, *common, "--reward-model", str(pairwise)) == 2

@@ -144,7 +144,7 @@ def test_a_path_is_refused_where_ids_are_read_outside_of_the_embeddings() -> Non
     for engine in (JacobianEngine(model), GroupEngine(model)):
         effect = PathRequest(Group((rollout,)), (others,), (asked,))
         assert next(engine.paths([effect]))[0][asked.name].delta != 0.0
-        with pytest.raises(ValueError, match="LlamaForCausalLM reads token ids outside of its input embeddings"):
+        with pytest.raises(ValueError, match="LlamaForCausalLM also reads token ids outside its input embeddings"):
             next(engine.paths([replace(effect, nodes=1)]))
 
 
