@@ -33,6 +33,10 @@ NOT_ENGLISH = (
     "mend this",
     "So many rows",
     "so many rows",
+    "parted by",
+    "lies no word",
+    "taken off S",
+    "judge that writes",
 )
 
 
