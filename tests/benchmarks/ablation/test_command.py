@@ -294,7 +294,7 @@ def test_other_arguments_and_other_files_are_refused(
         ({"seed": -1}, "seed is -1"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"device": "warp:1"}, "device is 'warp:1'"),
-        ({"model": "./nowhere"}, "is not there"),
+        ({"model": "./nowhere"}, "does not exist"),
         ({"input": Path("nowhere.jsonl")}, "nowhere.jsonl is not a file"),
     ],
     ids=str,
