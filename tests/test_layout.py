@@ -49,6 +49,14 @@ def test_folders_import_only_what_the_table_allows(folder: str) -> None:
             assert not any(module.startswith("cepo.train.grpo") for module in imported_modules(path))
 
 
+def test_no_file_is_longer_than_400_lines() -> None:
+    """The rule of CONTRIBUTING: a file is one idea."""
+    paths = [path for folder in (*FOLDERS, "cepo", "tests") for path in (ROOT / folder).rglob("*.py")]
+    long = [str(path) for path in paths if len(path.read_text().splitlines()) > 400]
+    assert len(paths) > 300
+    assert not long
+
+
 def test_trl_is_imported_at_the_top_of_two_files_alone() -> None:
     """It is an extra: all else imports it where it trains."""
     importing = {

@@ -13,8 +13,9 @@ import typer
 from cepo.cli.augment import augment
 from cepo.cli.checks import OptionNames
 from cepo.cli.evaluate import best_of_n, rewardbench, robustness
+from cepo.cli.experiments import experiment, reward_experiment, words_judge
 from cepo.cli.interventions import causal, cue_flips, sensitivity
-from cepo.cli.research import ablate, bench, experiment, reward_experiment, words_judge
+from cepo.cli.research import ablate, bench
 from cepo.cli.score import score
 from cepo.cli.shared import RewardCommand, console, errors
 from cepo.cli.train import demo, reward_model, train, warm_start
