@@ -46,7 +46,7 @@ _IMAGES = ("images", "image", "pixel_values")
 _ROLES = ("system", "developer", "user", "assistant")
 _TOOL_ROLES = ("tool", "function", "ipython")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 _WRITTEN_OUT = tuple(f"[{{{quote}{key}{quote}:" for quote in "'\"" for key in ("role", "content"))  # messages as text
 
 

@@ -23,9 +23,11 @@ _STATED = re.compile(
     r"(?<!\ban )(?<!\bno )(?<!\bany )\banswers?[*_]*(?:\s+(?:is|are)\b|\s*[:：=])[\s:：*_]*|^[*_]*A[:：][\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
+_CURRENCY = "[$€£¥￥₹₩₽₺₫₱₪฿]?"
 _UNIT = re.compile(
-    r"\s*[$€£]?(?P<number>[-+−]?\d[\d,]*(?:\.\d+)?)(?:[%.!]?\s*|\s+(?!(?:dozen|hundred|thousand|[mbtr]+illion|percent|"
-    r"half|halves|pi|times|squared|cubed|factorial|root|or|and|to|over|by|plus|minus|of)\b)[^\W\d_]{2}[^\d+*/^=<>\\]*+)",
+    rf"\s*{_CURRENCY}(?P<number>[-+−]?\d[\d,]*(?:\.\d+)?)(?:\s*{_CURRENCY}[%.!]?\s*|\s+\(?(?!(?:dozen|hundred|"
+    r"thousand|[mbtr]+illion|percent|half|halves|pi|times|squared|cubed|factorial|root|or|and|to|over|by|plus|minus|of)"
+    r"\b)[^\W\d_]{2}(?:[^\d+*/^=<>\\]|/(?=[^\W\d_]))*+)",
     re.IGNORECASE,
 )
 _WRAPPERS = (

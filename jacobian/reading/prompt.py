@@ -107,14 +107,21 @@ class PromptReader:
         return start + ids
 
     def is_rendered(self, text: str) -> bool:
-        """Return whether a text is an already rendered prompt: it begins as the chat template's prompts do."""
-        return as_bytes(text).lstrip(WHITE_SPACE).startswith(self._openings)
+        """Return whether a text is an already rendered prompt: it begins as the chat template's prompts do.
+
+        Words that could be ordinary text, such as `USER: `, must also be at its end: those that open the answer.
+        """
+        written = as_bytes(text).strip(WHITE_SPACE)
+        return any(
+            written.startswith(opening) and (_holds_any(opening, self._special_texts) or written.endswith(self._ending))
+            for opening in self._openings
+        )
 
     @cached_property
     def _openings(self) -> tuple[bytes, ...]:
         """How rendered prompts begin: with a system message or a user's, with or without the start of text.
 
-        Only beginnings with a special token are kept; others could be ordinary text.
+        Beginnings without a special token, which could be ordinary text, are kept only if prompts end in words too.
         """
         mark = self._marks[0]  # it may begin with the end-of-sequence token
         first = min((at for token in self._special_texts if (at := mark.find(token)) >= 0), default=len(mark))
@@ -122,7 +129,14 @@ class PromptReader:
         whole = [frame[0] for probes in ([_USER], [_SYSTEM, _USER]) for frame in self._frames(probes)] + [mark[first:]]
         bare = [opening.lstrip(WHITE_SPACE).removeprefix(start) for opening in whole]
         openings = {opening.lstrip(WHITE_SPACE) for opening in (*whole, *bare)}
-        return tuple(opening for opening in openings if any(token in opening for token in self._special_texts))
+        return tuple(
+            opening for opening in openings if opening and (self._ending or _holds_any(opening, self._special_texts))
+        )
+
+    @cached_property
+    def _ending(self) -> bytes:
+        """How rendered prompts end, after the user's words: b"" if nothing follows them."""
+        return self._lone[1].strip(WHITE_SPACE) if self._lone else b""
 
     @cached_property
     def _special_texts(self) -> list[bytes]:
@@ -182,6 +196,8 @@ class PromptReader:
         before_opening = [ids[count]] == opening
         lone_start = token == self.tokenizer.bos_token_id and count == 1 and not before_opening
         if [token] == opening or lone_start:
+            if not (self._is_padding(token) or token in self._bytes.special_ids):
+                return 0  # the template's own words, such as the marks of a heading
             if count == 2 and not self._is_padding(token):
                 self._warn(
                     f"prompt_ids start with {self.tokenizer.convert_ids_to_tokens(token)} twice, as a rendered prompt "
@@ -266,6 +282,10 @@ class PromptReader:
             frame = rendered.split(_PROBE.encode())
             if len(frame) == len(probes) + 1:
                 yield frame
+
+
+def _holds_any(text: bytes, pieces: Sequence[bytes]) -> bool:
+    return any(piece in text for piece in pieces)
 
 
 def _run(ids: Sequence[int]) -> tuple[int, int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-_SPACED = ".!?"  # end a sentence only before white space, since 3.5 is one number
-_UNSPACED = "。！？｡؟۔।॥։።፧။៕‼⁇⁈⁉"  # always end a sentence
+_SPACED = ".!?…‽"  # end a sentence only before white space, since 3.5 is one number
+_UNSPACED = "。！？｡．﹒﹖﹗؟۔।॥։።፧။។៕꯫᱾᱿᠃᠉‼⁇⁈⁉"  # always end a sentence, but for a point in a number
+_POINT = "．"
 _CLOSING = "\"')]*”’»」』）】》"
 # A full stop after a title or initials does not end a sentence, nor does LaTeX's \!.
 _UNENDING = r"(?<!\\)" + "".join(
@@ -25,7 +26,10 @@ def sentence_ends(text: str, start: int = 0, end: int | None = None, *, clauses:
     """
     stop = len(text) if end is None else end
     for mark in (_CLAUSE_END if clauses else _SENTENCE_END).finditer(text, start, stop):
-        if mark.end() < stop and (text[mark.end()].isspace() or mark[1] in _UNSPACED):
+        if mark.end() == stop:
+            return
+        after = text[mark.end()]
+        if after.isspace() or (mark[1] in _UNSPACED and not (mark[1] == _POINT and after.isdecimal())):
             yield mark.end()
 
 

@@ -10,7 +10,13 @@ from typing import Any
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, MalformedError, as_bytes, as_text
 
 THOUGHT = "think"
-_QUOTES = b"`'\""
+# Left and right quotation marks, and the spaces that French puts inside its own; English puts a comma or point there.
+_MARKS = ["``", "''", '""', "“”", "‘’", "„“", "‚‘", "«»", "‹›", "「」", "『』", "《》"]
+_MARKS += [f"«{space}{space}»" for space in (" ", "\u00a0", "\u202f")]
+_QUOTES = [
+    (pair[: len(pair) // 2].encode(), tuple(f"{stop}{pair[len(pair) // 2 :]}".encode() for stop in ("", ",", ".")))
+    for pair in _MARKS
+]
 _ENDS_A_LINE = re.compile(rb"[ \t]*(?:[\r\n<]|\Z)")
 
 
@@ -148,11 +154,10 @@ def _closings(completion: bytes, begin: int, names: tuple[bytes, ...]) -> Iterat
     for closing in re.compile(b"</(" + _any_of(names) + b")>").finditer(completion, begin):
         start, end = closing.span()
         line = completion.rfind(b"\n", before, start) + 1 or before
-        left, right = completion[max(before, start - 1) : start], completion[end : end + 1]
-        yield (
-            (start, end),
-            (left == right != b"" and left in _QUOTES) or b"<" + closing[1] + b">" in completion[line:start],
+        in_quotes = any(
+            completion.endswith(left, before, start) and completion.startswith(right, end) for left, right in _QUOTES
         )
+        yield (start, end), in_quotes or b"<" + closing[1] + b">" in completion[line:start]
         before = end
 
 

@@ -74,6 +74,7 @@ def test_a_column_that_plays_no_part_neither_refuses_a_row_nor_replaces_another(
         ({"messages": []}, "lacks the column completion"),
         ({"prompt": ASKED, "completion": [USER]}, "'completion' holds no message by the assistant"),
         ({"prompt": ASKED, "completion": [{**ANSWER, "reasoning_content": "Hm."}]}, "a thought beside the answer"),
+        ({"messages": [USER, {**ANSWER, "reasoning_details": [{"text": "Hm."}]}]}, "a thought beside the answer"),
         ({"prompt": ASKED, "completion_ids": [1]}, "lacks the column prompt_ids"),
         ({"prompt": ASKED, "chosen": "a", "rejected": "b"}, "lacks the column judge_output"),
         ({"chosen": "a", "rejected": "b", "judge_output": "J"}, "'prompt' is missing"),

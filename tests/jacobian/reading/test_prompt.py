@@ -41,6 +41,14 @@ TEMPLATES = {
     "inst": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|h|> ' + m.content + ' <|/h|>' }}"
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}",
 }
+TEMPLATES["words"] = (
+    "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+)
+TEMPLATES["zephyr"] = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 USER = {"role": "user", "content": "Which is better?"}
 LONG = [USER, {"role": "assistant", "content": "Better at what?"}, {"role": "user", "content": "At cooking."}]
 SYSTEM = {"role": "system", "content": "Be strict."}
@@ -85,6 +93,8 @@ def reader_and_answer(tokenizer: Any) -> tuple[SpanReader, list[int]]:
         ("chatml", [USER], {"add_generation_prompt": False}),
         ("gemma", LONG, {}),
         ("inst", LONG, {}),
+        ("words", LONG, {}),
+        ("zephyr", [SYSTEM, *LONG], {}),
     ],
 )
 def test_ids_alone_have_the_content_of_the_messages(family: str, messages: Any, options: Any) -> None:
@@ -203,6 +213,7 @@ def test_a_rendered_prompt_is_known(family: str) -> None:
         assert prompts.is_rendered(system)
     assert not prompts.is_rendered("Log of today:\n" + text)
     assert not prompts.is_rendered("Which is better?")
+    assert not prompts.is_rendered("### user:\nis how its prompts begin. Why?")
     assert not prompts.is_rendered("What does the token <|eot|> mean?")
     assert not SpanReader(tokenizer_of(None), JudgeLayout()).prompts.is_rendered("user: Which?")
 

@@ -49,6 +49,10 @@ def test_a_prompt_that_ends_in_the_tag_opened_a_thought(prompt: str, opened: boo
         ("<think>- Reason inside <think></think>\n- Score inside <scores></scores>\n</think>", False),
         ("<think>I close it with `</think>`, then score.</think>", False),
         ('<think>I close it with "</think>", then score.</think>', False),
+        ('<think>I close it with "</think>," then score.</think>', False),
+        ("<think>I close it with “</think>”, then score.</think>", False),
+        ("我用「</think>」结束。</think>", True),
+        ("Je ferme avec « </think> », puis je note.</think>", True),
     ],
 )
 @pytest.mark.parametrize("rest", [f"\n{GOOD}", GOOD.replace("A is", "B ends with a stray </think>, A does not")])
@@ -72,6 +76,8 @@ def test_a_closing_tag_behind_a_judgement_closes_no_thought(after: str) -> None:
         (f"<think>\n{GOOD}", False),
         (f"<think>one</think><think>{GOOD}", False),
         ("<think>Inside <think> and </think>, then inside <scores> and </scores>. Now", False),
+        (f"I close it with “</think>”.\n{GOOD}\nWait, A", True),
+        (f"<think>我用「</think>」结束。\n{GOOD}\nWait, A", False),
     ],
 )
 def test_a_thought_that_is_never_closed_leaves_no_answer(completion: str, opened: bool) -> None:
