@@ -147,12 +147,13 @@ def test_a_cut_draft_in_a_thought_that_the_template_opened_is_no_verdict() -> No
     assert spans_read(cut, JudgeLayout(), opened=True) == "unclosed <think>: the output ends inside its thought"
 
 
-def test_tags_that_are_special_tokens_are_read_from_ids_everywhere() -> None:
+@pytest.mark.parametrize(("opening", "closing"), [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_tags_that_are_special_tokens_are_read_from_ids_everywhere(opening: str, closing: str) -> None:
     """Protects thinking models whose tokenizer has the thought's tags as special tokens."""
-    tokenizer = byte_tokenizer(CHATML + OPENED)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<think>", "</think>"]})
+    tokenizer = byte_tokenizer(CHATML + OPENED.replace("<think>", opening))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", opening, closing]})
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)["input_ids"]
-    ids = tokenizer(f"A draft: {GOOD.replace('8, 6', '3, 9')}</think>{GOOD}<|im_end|>")["input_ids"]
+    ids = tokenizer(f"A draft: {GOOD.replace('8, 6', '3, 9')}{closing}{GOOD}<|im_end|>")["input_ids"]
     opened = PromptEncoder(tokenizer, JudgeSettings("model")).opened
     assert read_scores(TextReader(tokenizer, opened).text(ids)) == (8.0, 6.0)
     rollout = SpanReader(tokenizer, JudgeLayout()).read(prompt, ids)

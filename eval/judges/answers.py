@@ -22,7 +22,7 @@ from typing import Any
 from cepo.eval.judges.expected import expected_scores
 from cepo.eval.judges.settings import Judgement
 from cepo.jacobian.reading.judge import read_scores
-from cepo.jacobian.reading.thought import THOUGHT
+from cepo.jacobian.reading.thought import THOUGHT, open_thought
 from cepo.jacobian.reading.verdict import Verdicts
 from cepo.train.rows import encodable
 
@@ -73,8 +73,7 @@ def read_answer(answer: Any, verdicts: Verdicts) -> Judgement:
         raise NoAnswerError("the answer holds no content")
     whole = text
     if thought:
-        # Here the end of the thought is known, so a closing tag that is quoted in it must not end it.
-        opened = f"<{THOUGHT}>" + thought.replace(f"</{THOUGHT}", f"<\\/{THOUGHT}")
+        opened = open_thought(thought)
         whole = opened if was_cut and not text else f"{opened}</{THOUGHT}>{text}"
     whole = encodable(whole)  # another model may read it
     usage = answer.get("usage")

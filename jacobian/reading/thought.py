@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, MalformedError, as_bytes, as_text
 
 THOUGHT = "think"
+# How models open and close a thought: most; some; Magistral; Kimi; Seed-OSS.
+_SPELLINGS = (
+    *(("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]")),
+    *(("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>")),
+)
 # Left and right quotation marks, and the spaces that French puts inside its own; English puts a comma or point there.
 _MARKS = ["``", "''", '""', "“”", "‘’", "„“", "‚‘", "«»", "‹›", "「」", "『』", "《》"]
 _MARKS += [f"«{space}{space}»" for space in (" ", "\u00a0", "\u202f")]
@@ -39,10 +44,10 @@ def find_thought(
     """Return the thought of a completion.
 
     There is one if the prompt opened it, or if the completion itself begins with the opening tag; consecutive thoughts
-    count as one. `<thinking>` is another spelling of `<think>`. Anywhere else a tag is text, with one exception, for
-    texts whose prompt is unknown or was rendered by another template: a closing tag that nothing opened ends a thought,
-    unless a section of the format opens before it and does not open again after it. By this rule a `</think>` that is
-    quoted in or after a judgement is text.
+    count as one. `<thinking>`, `[THINK]`, `◁think▷` and `<seed:think>` are other spellings of `<think>`. Anywhere else
+    a tag is text, with one exception, for texts whose prompt is unknown or was rendered by another template: a closing
+    tag that nothing opened ends a thought, unless a section of the format opens before it and does not open again after
+    it. By this rule a `</think>` that is quoted in or after a judgement is text.
 
     The thought ends at its first closing tag. Two kinds of quoted tags inside it are text: a closing tag in quotation
     marks or backticks, and one that follows an opening tag on the same line ("I reason inside <think> and </think>"),
@@ -57,16 +62,16 @@ def find_thought(
     Raises:
         MalformedError: for a thought that is never closed.
     """
-    names = _spellings(tag)
-    openings = re.compile(rb"\s*(?:<(?:" + _any_of(names) + rb")>\s*)+")
+    marks = spellings(tag)
+    openings = re.compile(rb"\s*(?:(?:" + _any_of(marks) + rb")\s*)+")
     found = openings.match(completion)
-    if found is None and not opened and not _was_opened(completion, names, sections):
+    if found is None and not opened and not _was_opened(completion, marks, sections):
         return Thought()
     contents: list[ByteRange] = []
     end = 0
     while found is not None or not contents:
         begin = 0 if found is None else found.end()
-        closing = _find_closing(completion, begin, names)
+        closing = _find_closing(completion, begin, marks)
         if closing is None:
             raise MalformedError(f"unclosed <{tag}>: the output ends inside its thought")
         contents.append((begin, closing[0]))
@@ -87,7 +92,7 @@ def thought_opened(prompt: bytes | str, tag: str = THOUGHT) -> bool:
     turn.
     """
     written = as_bytes(prompt) if isinstance(prompt, str) else prompt
-    return written.rstrip(WHITE_SPACE).endswith(tuple(b"<" + name + b">" for name in _spellings(tag)))
+    return written.rstrip(WHITE_SPACE).endswith(tuple(spellings(tag)))
 
 
 def without_opening(completion: str, prompt: bytes, tag: str = THOUGHT) -> str:
@@ -95,7 +100,7 @@ def without_opening(completion: str, prompt: bytes, tag: str = THOUGHT) -> str:
 
     Judgements of thinking models are often stored with the tag that the template wrote. The model saw it once.
     """
-    ending = re.search(rb"<(?:" + _any_of(_spellings(tag)) + rb")>\s*\Z", prompt)
+    ending = re.search(rb"(?:" + _any_of(spellings(tag)) + rb")\s*\Z", prompt)
     opened = "" if ending is None else as_text(ending[0])
     text = completion.lstrip()
     shared = next((start for start in (opened, opened.rstrip()) if start and text.startswith(start)), None)
@@ -131,45 +136,56 @@ def read_section(text: str, tag: str) -> str | None:
     return as_text(completion[begin + len(opening) : end]) if begin >= 0 else None
 
 
-def _spellings(tag: str) -> tuple[bytes, ...]:
-    return (b"think", b"thinking") if tag == THOUGHT else (tag.encode(),)
+def open_thought(thought: str) -> str:
+    r"""Return a thought that is stored by itself after its opening tag, with closing tags in it as text: `<\/think>`.
+
+    Where it ends is known, so a closing tag that is quoted in it must not end it.
+    """
+    for closing in spellings(THOUGHT).values():
+        thought = thought.replace(closing.decode(), closing.decode().replace("/", "\\/"))
+    return f"<{THOUGHT}>{thought}"
 
 
-def _any_of(names: tuple[bytes, ...]) -> bytes:
-    return b"|".join(map(re.escape, names))
+def spellings(tag: str) -> dict[bytes, bytes]:
+    """Return the opening marks of a tag, each with its closing mark; a thought's has several."""
+    pairs = _SPELLINGS if tag == THOUGHT else ((f"<{tag}>", f"</{tag}>"),)
+    return {opening.encode(): closing.encode() for opening, closing in pairs}
 
 
-def _find_closing(completion: bytes, begin: int, names: tuple[bytes, ...]) -> ByteRange | None:
+def _any_of(marks: Iterable[bytes]) -> bytes:
+    return b"|".join(map(re.escape, marks))
+
+
+def _find_closing(completion: bytes, begin: int, marks: Mapping[bytes, bytes]) -> ByteRange | None:
     """Return the range of the closing tag that ends a thought whose content begins at `begin`, or None."""
     closing = None
-    for closing, is_quoted in _closings(completion, begin, names):
+    for closing, is_quoted in _closings(completion, begin, marks):
         if not is_quoted:
             return closing
     return closing if closing is not None and _ENDS_A_LINE.match(completion, closing[1]) else None
 
 
-def _closings(completion: bytes, begin: int, names: tuple[bytes, ...]) -> Iterator[tuple[ByteRange, bool]]:
+def _closings(completion: bytes, begin: int, marks: Mapping[bytes, bytes]) -> Iterator[tuple[ByteRange, bool]]:
     """Yield the range of each closing tag, and whether it is quoted."""
     before = begin
-    for closing in re.compile(b"</(" + _any_of(names) + b")>").finditer(completion, begin):
+    opening_of = {closing: opening for opening, closing in marks.items()}
+    for closing in re.compile(_any_of(opening_of)).finditer(completion, begin):
         start, end = closing.span()
         line = completion.rfind(b"\n", before, start) + 1 or before
         in_quotes = any(
             completion.endswith(left, before, start) and completion.startswith(right, end) for left, right in _QUOTES
         )
-        yield (start, end), in_quotes or b"<" + closing[1] + b">" in completion[line:start]
+        yield (start, end), in_quotes or opening_of[closing[0]] in completion[line:start]
         before = end
 
 
-def _was_opened(completion: bytes, names: tuple[bytes, ...], sections: Sequence[str]) -> bool:
+def _was_opened(completion: bytes, marks: Mapping[bytes, bytes], sections: Sequence[str]) -> bool:
     """Return whether a completion closes a thought that it did not open itself."""
-    closing = _find_closing(completion, 0, names)
+    closing = _find_closing(completion, 0, marks)
     if closing is None:
         return False
-    opened, closed = (
-        len(re.findall(mark + _any_of(names) + b")>", completion[: closing[0]])) for mark in (b"<(", b"</(")
-    )
-    marks = [f"<{name}>".encode() for name in sections]
+    opened, closed = (len(re.findall(_any_of(each), completion[: closing[0]])) for each in (marks, marks.values()))
+    tags = [f"<{name}>".encode() for name in sections]
     return opened <= closed and all(
-        completion.find(mark, closing[1]) >= 0 for mark in marks if completion.find(mark, 0, closing[0]) >= 0
+        completion.find(tag, closing[1]) >= 0 for tag in tags if completion.find(tag, 0, closing[0]) >= 0
     )

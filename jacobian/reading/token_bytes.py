@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cepo.jacobian.reading.layout import as_bytes
+from cepo.jacobian.reading.thought import spellings
 
 _LARGEST_ID = 2**31 - 1  # the largest id that tokenizers can look up; negative ids such as -100 mark padding
 _SHORT_NUMBER = re.compile(rb"[^0-9]{0,4}[0-9]{1,3}[^0-9]{0,4}")
@@ -43,9 +44,9 @@ class TokenBytes:
         """Return the special tokens that are not part of an output's text: all except the given tags.
 
         Args:
-            tags: names of the tags; some tokenizers have `<think>` and `</think>` as special tokens.
+            tags: names of the tags; some tokenizers have `<think>` and `</think>`, or others, as special tokens.
         """
-        marks = {f"<{slash}{tag}>".encode() for tag in tags for slash in ("", "/")}
+        marks = {mark for tag in tags for pair in spellings(tag).items() for mark in pair}
         return frozenset(token for token in self.special_ids if self.of([token])[0].strip() not in marks)
 
     def short_numbers(self) -> list[tuple[int, bytes]]:

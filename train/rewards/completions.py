@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from cepo.jacobian.reading.thought import THOUGHT
+from cepo.jacobian.reading.thought import THOUGHT, open_thought
 from cepo.jacobian.reading.thought import thought_opened as ends_in_thought
 from cepo.train.rows import THOUGHT_FIELDS, encodable
 
@@ -60,7 +60,7 @@ def completion_text(completion: Completion) -> str:
     spoken = [message for message in messages if message.get("role", "assistant") == "assistant"]
     message: Mapping[str, Any] = spoken[-1] if spoken else {}
     thought = next((message[name] for name in THOUGHT_FIELDS if message.get(name)), None)
-    before = f"<{THOUGHT}>{thought}</{THOUGHT}>\n" if isinstance(thought, str) else ""
+    before = f"{open_thought(thought)}</{THOUGHT}>\n" if isinstance(thought, str) else ""
     return encodable(before + _content_text(message.get("content")))
 
 

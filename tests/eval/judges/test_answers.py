@@ -27,6 +27,7 @@ def thinking(*parts: Any) -> dict[str, Any]:
     [
         {"content": VERDICT, "reasoning_content": DRAFT},
         {"content": VERDICT, "reasoning": DRAFT},
+        {"content": VERDICT, "reasoning": DRAFT.replace("</think>", "[/THINK]")},
         {"content": VERDICT, "reasoning": DRAFT, "reasoning_content": DRAFT},
         {"content": VERDICT, "reasoning": None, "reasoning_content": "", "reasoning_details": [{"text": DRAFT}]},
         {"content": VERDICT, "reasoning_details": [{"type": "reasoning.summary", "summary": DRAFT}]},

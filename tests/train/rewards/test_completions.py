@@ -42,6 +42,8 @@ def test_a_thought_that_was_taken_out_of_the_content_is_put_back() -> None:
         assert completion_text([one]) == f"<think>{GOOD}</think>\n{message['content']}"
         assert argmax_reward([[one]], ["B"], thought_opened=[True]) == [1.0]
         assert format_reward([[one]], thought_opened=[False]) == [0.2]
+    quoting = {**message, "reasoning_content": f"B ends with </think>. {GOOD}"}
+    assert argmax_reward([[quoting]], ["B"]) == [1.0]
 
 
 def test_a_draft_in_a_thought_that_the_template_opened_earns_nothing() -> None:
