@@ -96,13 +96,14 @@ def resolve_model(name: str, *, above: Sequence[Path] = ()) -> ModelSource:
 
 
 def load_model(
-    source: ModelSource, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    source: ModelSource | Path | str, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """Return (model in eval mode, tokenizer), see `load_weights` and `load_tokenizer`.
+    """Return (model in eval mode, tokenizer) of a source, or of a name for `resolve_model`.
 
     Raises:
         ValueError: if the weights or the tokenizer cannot be loaded, with the reason.
     """
+    source = source if isinstance(source, ModelSource) else resolve_model(str(source))
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     return load_weights(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code), tokenizer
 

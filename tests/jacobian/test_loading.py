@@ -179,6 +179,14 @@ def test_an_adapter_brings_its_own_tokenizer_and_chat_template(base: Path, tmp_p
         assert load_model(source)[1].chat_template == template
 
 
+def test_a_model_is_loaded_by_its_name_or_path(base: Path) -> None:
+    """`load_model("folder")` is what anyone types first; it ended in "'str' object has no attribute 'base'"."""
+    for name in (str(base), base):
+        assert load_model(name)[1].name_or_path == str(base)
+    with pytest.raises(ValueError, match="did you mean smollm2"):
+        load_model("smolm2")
+
+
 def test_an_adapter_with_tokens_of_its_own_grows_its_base(base: Path, tmp_path: Path) -> None:
     """As AutoPeftModel does: its saved embeddings have a row for each of its tokens."""
     trained = adapter_of(base, tmp_path / "adapter", new_tokens=("<think>", "</think>"), template=CHATML)
