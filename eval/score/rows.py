@@ -80,12 +80,15 @@ class Line:
         return self.row is not None and "prompt" in self.row
 
 
-def read_input(path: Path, *, layout: Layout | None = None) -> tuple[list[Line], list[BrokenLine]]:
+def read_input(
+    path: Path, *, layout: Layout | None = None, named: str = "input"
+) -> tuple[list[Line], list[BrokenLine]]:
     """Return the rows of the input in order, and (number, reason) of each that cannot be used.
 
     Args:
         path: a file of rows.
         layout: see `read_row`.
+        named: the argument that names the file, for errors.
 
     Raises:
         ValueError: for a file that cannot be read, is empty, or has no row with the columns of a form.
@@ -111,20 +114,20 @@ def read_input(path: Path, *, layout: Layout | None = None) -> tuple[list[Line],
         lines[place] = replace(lines[place], broken=f"{lines[place].place}: {_lack(row, usual)}")
     broken = [(number, line.broken) for number, line in zip(numbers, lines, strict=True) if line.broken is not None]
     if not lines:
-        raise ValueError(f"input {str(path)!r} is empty; expected rows with {FORMS}")
+        raise ValueError(f"{named} {str(path)!r} is empty; expected rows with {FORMS}")
     if first is None:
-        raise ValueError(f"input {str(path)!r} has no usable row; {broken[0][1]}")
+        raise ValueError(f"{named} {str(path)!r} has no usable row; {broken[0][1]}")
     if not forms:
         raise ValueError(
-            f"input {str(path)!r} lacks the column {_missing(first)}; expected rows with {FORMS}. Its first row holds "
-            f"{form_of(first)}"
+            f"{named} {str(path)!r} lacks the column {_missing(first)}; expected rows with {FORMS}. Its first row "
+            f"holds {form_of(first)}"
         )
     return lines, broken
 
 
-def read_lines(path: Path, *, layout: Layout | None = None) -> list[Line]:
+def read_lines(path: Path, *, layout: Layout | None = None, named: str = "input") -> list[Line]:
     """Return the rows of a file as `read_input` does, with a warning that counts those that cannot be used."""
-    lines, broken = read_input(path, layout=layout)
+    lines, broken = read_input(path, layout=layout, named=named)
     if broken:
         logger.warning("%s: %s cannot be used; the first: %s", path, counted(len(broken), "row"), broken[0][1])
     return lines

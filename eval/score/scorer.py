@@ -91,7 +91,8 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
     """
     if not scoring.config.reads_effects:
         return None
-    offered = lines if scoring.donors is None else read_lines(scoring.donors, layout=scoring.layout)
+    named = "input" if scoring.donors is None else "donors_file"
+    offered = lines if scoring.donors is None else read_lines(scoring.donors, layout=scoring.layout, named=named)
     rollouts = [rollout_of(line, reader, raw=scoring.raw) for line in offered]
     links = scoring.config.parsed_links(scoring.layout)
     pools = pools_of(rollouts, links)
@@ -102,11 +103,10 @@ def donor_pools(scoring: Scoring, lines: Sequence[Line], reader: SpanReader, *, 
     if scoring.donors is not None:
         served = _prompts_of(pools_of((rollout_of(line, reader, raw=scoring.raw) for line in lines), links))
     if scoring.config.no_donor == "zero" and (not prompts or (served and len(prompts | served) < 2)):
-        where = "input" if scoring.donors is None else "the donors file"
         reasons = "; ".join(f"{reason} ({count}x)" for reason, count in wrong.most_common(3))
         cause = f"{wrong.total()} of {len(rollouts)} rows are malformed: {reasons}. It " if wrong else "It "
         raise ValueError(
-            f"{where} {str(scoring.donors or origin)!r} has no donors. {cause}holds well-formed rollouts of "
+            f"{named} {str(scoring.donors or origin)!r} has no donors. {cause}holds well-formed rollouts of "
             f"{counted(len(prompts), 'prompt')}, and a donor is the content of another prompt's rollout; name a "
             "file of other prompts' rollouts with --donors, or compare with permuted tokens: --no-donor permute"
         )

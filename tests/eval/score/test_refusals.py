@@ -101,8 +101,12 @@ def test_donors_of_the_only_prompt_are_refused_as_the_rows_themselves_are(
     one, out = write_jsonl(tmp_path / "one", gold_rows()[:1]), tmp_path / "out"
     code, message = cepo("--model", judge, "--input", one, "--donors", one, "--output", out)
     assert code == 2
-    assert "the donors file" in message
+    assert f"--donors '{one}' has no donors" in message
     assert "of 1 prompt, and a donor is the content of another prompt's rollout" in message
+    pairs = write_jsonl(tmp_path / "pairs", [{"prompt": "x", "chosen": "a", "rejected": "b"}])
+    code, message = cepo("--model", judge, "--input", one, "--donors", pairs, "--output", tmp_path / "other")
+    assert code == 2
+    assert f"--donors '{pairs}' lacks the column judge_output" in message
 
 
 def test_judged_pairs_are_refused_as_reasoning(
