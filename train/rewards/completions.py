@@ -64,8 +64,12 @@ def completion_text(completion: Completion) -> str:
     return encodable(before + _content_text(message.get("content")))
 
 
-def check_column(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
+def check_column(name: str, values: Sequence[Any] | None, count: int) -> Sequence[Any]:
     """Return a column of the data set; raise ValueError unless it is a list with one value per completion."""
+    if values is None:
+        raise ValueError(
+            f"{name} is None; expected a column {name!r} in the data set (docs/formats.md, Rows for training)"
+        )
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
         raise ValueError(f"{name} is {values!r}; expected a list of {count} values, one for each completion")
     return values

@@ -56,7 +56,7 @@ def format_reward(completions: Sequence[Completion], *, verdicts: Verdicts = STR
 
 def argmax_reward(
     completions: Sequence[Completion],
-    label: Sequence[str],
+    label: Sequence[str] | None = None,
     *,
     verdicts: Verdicts = STRICT,
     log_metric: Callable[[str, float], None] | None = None,
@@ -69,7 +69,7 @@ def argmax_reward(
 
     Args:
         completions: Strings or message lists.
-        label: The better response of each row, "A" or "B", or "tie".
+        label: The better response of each row, "A" or "B", or "tie": a column that the data set must have.
         verdicts, **columns: As for `format_reward`.
         log_metric: TRL's. It gets the share of completions with equal scores, among preferences as
             `argmax/ties_on_preferences` and among ties as `argmax/ties_on_ties`.
@@ -79,7 +79,7 @@ def argmax_reward(
         equal scores; 0.0 without scores.
 
     Raises:
-        ValueError: If a label is none of these, or their number is not that of the completions.
+        ValueError: If there is no label, one is none of these, or their number is not that of the completions.
 
     Source:
         Haize Labs, j1-micro (2025), argmax reward; the rule for ties is ours.
@@ -104,14 +104,16 @@ def argmax_reward(
     return [_verdict_reward(pair, value) for pair, value in zip(pairs, labels, strict=True)]
 
 
-def exact_match(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
+def exact_match(
+    completions: Sequence[Completion], answer: Sequence[str | float] | None = None, **columns: Any
+) -> list[float]:
     """Reward an answer that equals the reference as text.
 
     What does not change an answer is ignored, such as case, see `normal_form`.
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
-        answer: The reference of each row, see `reference_answer`.
+        answer: The reference of each row, see `reference_answer`: a column that the data set must have.
         **columns: as for `format_reward`.
 
     Returns:
@@ -124,7 +126,9 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[str | float]
     return [float(same_text(candidate, reference)) for candidate, reference in pairs]
 
 
-def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
+def math_verify_reward(
+    completions: Sequence[Completion], answer: Sequence[str | float] | None = None, **columns: Any
+) -> list[float]:
     r"""Reward an answer that is mathematically equal to the reference, such as 0.5 for \frac{1}{2}.
 
     Equal text is enough; otherwise the math-verify library compares both sides as LaTeX. It is made for mathematical
@@ -135,7 +139,7 @@ def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str |
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
-        answer: The reference of each row, see `reference_answer`.
+        answer: The reference of each row, see `reference_answer`: a column that the data set must have.
         **columns: as for `format_reward`.
 
     Returns:
@@ -154,14 +158,16 @@ def math_verify_reward(completions: Sequence[Completion], answer: Sequence[str |
     ]
 
 
-def bertscore_reward(completions: Sequence[Completion], answer: Sequence[str | float], **columns: Any) -> list[float]:
+def bertscore_reward(
+    completions: Sequence[Completion], answer: Sequence[str | float] | None = None, **columns: Any
+) -> list[float]:
     """Reward an answer by its BERTScore F1 against the reference, for answers in free text.
 
     The English model of the bert-score library is loaded on first use and cached.
 
     Args:
         completions: Strings or message lists; `extract_answer` finds the answer.
-        answer: The reference of each row, see `reference_answer`.
+        answer: The reference of each row, see `reference_answer`: a column that the data set must have.
         **columns: as for `format_reward`.
 
     Returns:
@@ -195,7 +201,7 @@ def _verdict_reward(scores: tuple[float, float] | None, label: str) -> float:
 
 
 def _answers_and_references(
-    completions: Sequence[Completion], answer: Sequence[str | float], columns: Mapping[str, Any]
+    completions: Sequence[Completion], answer: Sequence[str | float] | None, columns: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     references = []
     for value in check_column("answer", answer, len(completions)):

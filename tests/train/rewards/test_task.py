@@ -64,6 +64,13 @@ def test_a_wrong_label_is_named(label: Any) -> None:
         argmax_reward([GOOD], label=label)
 
 
+@pytest.mark.parametrize(("reward", "column"), [(argmax_reward, "label"), (exact_match, "answer")])
+def test_a_data_set_without_the_column_is_told_which_it_needs(reward: Any, column: str) -> None:
+    """TRL's own preference rows have neither; Python's error for a missing argument would name no data set."""
+    with pytest.raises(ValueError, match=f"{column} is None; expected a column '{column}' in the data set"):
+        reward(completions=[GOOD], prompts=["x"])
+
+
 @pytest.mark.parametrize("answer", [[None], [""], [True, "x"], ["  "], [["x"]], [float("nan")], "x", None])
 def test_a_missing_reference_is_named(answer: Any) -> None:
     """Protects against training on references that mean nothing."""
