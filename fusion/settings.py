@@ -12,7 +12,11 @@ _WORDS |= {Mapping: "a mapping", Sequence: "a list"}
 
 
 def check_settings(
-    where: str, given: Mapping[str, Any], *takers: Callable[..., Any], but: Collection[str] = ()
+    where: str,
+    given: Mapping[str, Any],
+    *takers: Callable[..., Any],
+    but: Collection[str] = (),
+    others: Collection[str] = (),
 ) -> None:
     """Raise ValueError for a setting that does not exist, or whose value is not of the declared type.
 
@@ -21,13 +25,14 @@ def check_settings(
         given: values by name.
         takers: classes or functions whose keyword arguments the settings are.
         but: names of their arguments that are not settings.
+        others: names of settings that the caller reads itself, for the error; they are not in `given`.
     """
     declared: dict[str, Any] = {}
     for taker in takers:
         hints = get_type_hints(getattr(taker, "__init__") if isinstance(taker, type) else taker)  # noqa: B009 (for mypy)
         names = (one.name for one in inspect.signature(taker).parameters.values() if one.kind is not one.VAR_KEYWORD)
         declared |= {name: hints.get(name, Any) for name in names if name not in but}
-    check_names(where, given, declared)
+    check_names(where, given, [*others, *declared])
     for name, value in given.items():
         if not _fits(value, declared[name]):
             key = f"{where}.{name}" if where else name

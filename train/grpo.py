@@ -295,9 +295,9 @@ def _build_reward(name: str, settings: dict[str, Any], config: TrainConfig) -> A
         if settings:
             raise ValueError(f"{key} takes no settings but weight; got {', '.join(settings)}")
         return plain[name]
-    guard = settings.pop("guard", None) if name != "proxy" else None
-    task, preset = (settings.pop(each, None) if name == "causal" else None for each in ("task", "preset"))
-    check_settings(key, settings, *takers[name], but=("config", "layout", "name"))
+    own = {"causal": ("guard", "task", "preset"), "proxy": ()}.get(name, ("guard",))
+    guard, task, preset = (settings.pop(each, None) if each in own else None for each in ("guard", "task", "preset"))
+    check_settings(key, settings, *takers[name], but=("config", "layout", "name", "task"), others=("weight", *own))
     try:
         layout = _layout(config, guard)
         if name == "proxy":
