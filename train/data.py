@@ -117,6 +117,7 @@ def load_preferences(
         lambda row, _: fitting(judge_row(row, seed, names, ties=ties, way_out=_TIES)),
         split=split,
         limit=limit,
+        renames=() if columns else tuple(PAIR),
     )
     return _divide(rows, skipped, "query", _PREFERENCE_FEATURES, test_fraction, seed)
 
@@ -155,7 +156,13 @@ def load_reasoning(
     names = _rename(("question", "answer"), columns)
     _check_ranges(test_fraction, max_characters)
     fitting = partial(check_length, max_characters=max_characters, check_prompt=check_prompt)
-    rows, skipped = collect_rows(source, lambda row, _: fitting(_reasoning(row, names)), split=split, limit=limit)
+    rows, skipped = collect_rows(
+        source,
+        lambda row, _: fitting(_reasoning(row, names)),
+        split=split,
+        limit=limit,
+        renames=() if columns else ("question", "answer"),
+    )
     return _divide(rows, skipped, "question", _REASONING_FEATURES, test_fraction, seed)
 
 

@@ -159,5 +159,5 @@ def _read(
             reason=given(row, "reason"),
         )
 
-    pairs, skipped = collect_rows(source, convert, split=split, limit=limit)
+    pairs, skipped = collect_rows(source, convert, split=split, limit=limit, renames=() if columns else tuple(PAIR))
     return pairs, [(f"row {number}", reason) for number, reason in skipped]

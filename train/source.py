@@ -14,7 +14,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -56,7 +56,12 @@ class Source:
 
 
 def collect_rows(
-    source: str | Path, convert: Callable[[Row, str], T], *, split: str | None = None, limit: int | None = None
+    source: str | Path,
+    convert: Callable[[Row, str], T],
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    renames: Sequence[str] = (),
 ) -> tuple[list[T], list[BrokenLine]]:
     """Convert the rows of a source until there are enough.
 
@@ -66,6 +71,7 @@ def collect_rows(
             with that reason.
         split: see `open_source`.
         limit: number of converted rows at which to stop, at least 1; None for all.
+        renames: columns that a recipe's data.columns can map to other names, for the error about a missing one.
 
     Returns:
         The converted rows in order, and (number, reason) of each that was left out.
@@ -91,9 +97,12 @@ def collect_rows(
             break
     if not collected:
         reasons = [f"{reason} ({count}x)" for reason, count in Counter(text for _, text in left_out).most_common(3)]
+        lacking = any("is missing" in reason for reason in reasons)
+        names = ", ".join(f"{name}: NAME" for name in renames if lacking and name not in columns)
+        way_out = f"; if they have other names here: --set data.columns='{{{names}}}'" if names else ""
         raise ValueError(
             f"data {source} holds no usable row: {'; '.join(reasons) or 'it is empty'}; "
-            f"columns found: {', '.join(columns) or 'none'}"
+            f"columns found: {', '.join(columns) or 'none'}{way_out}"
         )
     return collected, left_out
 
@@ -109,13 +118,14 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
     Raises:
         ValueError: for a source that cannot be read, and for a split of a file; while iterating, for a damaged file.
     """
-    check_source(source)
+    try:
+        check_source(source)
+    except ValueError as error:
+        raise ValueError(f"data {error}") from error
     path = Path(source)
     if path.is_file():
         if split is not None:
-            raise ValueError(
-                f"split is {split!r}, but source {source} is a file, and files have no splits; leave it out"
-            )
+            raise ValueError(f"split is {split!r}, but data {source} is a file, and files have no splits; leave it out")
         return open_file(path)
     import datasets
 
@@ -130,7 +140,7 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = f"{error} {error.__cause__ or ''}".strip()
         raise ValueError(
-            f"source {source} is neither a file nor a data set that can be loaded, from a folder or the hub: {reason}"
+            f"data {source} is neither a file nor a data set that can be loaded, from a folder or the hub: {reason}"
         ) from error
     return Source(enumerate(rows, start=1), "row")
 

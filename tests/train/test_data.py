@@ -196,12 +196,15 @@ def test_a_missing_column_names_itself_the_file_and_the_columns(tmp_path: Path) 
     path = write_lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(
         ValueError,
-        match=r"rows.jsonl .*'prompt' is missing; .* a preference.*\(3x\).* found: instruction, chosen, rejected",
+        match=r"rows.jsonl .*'prompt' is missing; .* a preference.*\(3x\).* found: instruction, chosen, rejected; if "
+        r"they have other names here: --set data.columns='{prompt: NAME}'$",
     ):
         load_preferences(path)
     assert len(load_preferences(path, columns={"prompt": "instruction"}, test_fraction=0.0).train) == 3
-    with pytest.raises(ValueError, match="'question' is missing"):
+    with pytest.raises(ValueError, match="'question' is missing.*'{question: NAME, answer: NAME}'"):
         load_reasoning(path)
+    with pytest.raises(ValueError, match="found: instruction, chosen, rejected$"):  # the mapping is known, and wrong
+        load_preferences(path, columns={"prompt": "query"})
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_a_file_without_a_usable_row_is_an_error(tmp_path: Path, content: bytes,
         ({"test_fraction": float("nan")}, "test_fraction is nan"),
         ({"limit": 0}, "limit is 0"),
         ({"columns": {"label": "x"}}, "columns renames label; expected only prompt, chosen, rejected"),
-        ({"split": "train"}, "split is 'train', but source"),
+        ({"split": "train"}, "split is 'train', but data"),
     ],
 )
 def test_arguments_out_of_range_are_named(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:

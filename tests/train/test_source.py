@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -229,16 +230,16 @@ def test_a_name_of_a_file_is_never_taken_for_a_hub_data_set(tmp_path: Path, monk
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     assert len(list(open_source(written(tmp_path, "rows", UTF8)))) == len(ROWS)
     for name in ("absent.json", "data/absent.csv.gz", "absent.xlsx"):
-        with pytest.raises(ValueError, match=r"does not exist; expected a file \(JSONL"):
+        with pytest.raises(ValueError, match=rf"^data {re.escape(name)} does not exist; expected a file \(JSONL"):
             open_source(name)
-    with pytest.raises(ValueError, match="split is 'test', but source .* is a file, and files have no splits"):
+    with pytest.raises(ValueError, match="split is 'test', but data .* is a file, and files have no splits"):
         open_source(tmp_path / "rows", "test")
 
 
 def test_a_folder_with_a_file_that_holds_no_rows_is_refused_in_words(tmp_path: Path) -> None:
     written(tmp_path, "rows.jsonl", UTF8)
     written(tmp_path, "notes.jsonl", b"not json\n")
-    with pytest.raises(ValueError, match="neither a file nor a data set that can be loaded"):
+    with pytest.raises(ValueError, match="^data .* is neither a file nor a data set that can be loaded"):
         open_source(tmp_path)
 
 
