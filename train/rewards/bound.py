@@ -88,7 +88,8 @@ def nothing_learned(reward: str, why: str) -> str:
     """
     which = f"every reward of {reward} was 0" if reward else "every reward was 0, so nothing was learned"
     return (
-        f"{which}{': ' if why else ''}{why}. Try a larger max_completion_length, or cepo warm-start to teach the format"
+        f"{which}{': ' if why else ''}{why}. Try a larger max_completion_length, or, for a judge, cepo warm-start, "
+        "which teaches the format"
     )
 
 
