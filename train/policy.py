@@ -54,7 +54,8 @@ def load_data(
             f"kind is {kind!r}, but data.source is {source}; expected {'judge' if source == TESTBED else 'reasoning'}"
         )
     load: Callable[..., DataSplit] = generate if source == own else partial(read, check_prompt=check_prompt)
-    check_settings("data", options, generate if source == own else read, but=("source", "seed", "check_prompt"))
+    taker = generate if source == own else read
+    check_settings("data", options, taker, but=("source", "seed", "check_prompt"), others=("source",))
     return load(source, seed=seed, **options)
 
 

@@ -88,7 +88,8 @@ def load_pairs(settings: Mapping[str, Any], *, seed: int) -> PairSplit:
 def check_pairs(settings: Any) -> None:
     """Raise ValueError for settings of `load_pairs` that do not exist, or of the wrong type or out of range."""
     source, options = source_and_options(settings)
-    check_settings("data", options, _made if source == TESTBED else _read, but=("source", "seed"))
+    taker = _made if source == TESTBED else _read
+    check_settings("data", options, taker, but=("source", "seed"), others=("source",))
     fraction = options.get("test_fraction", 0.0)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"data.test_fraction is {fraction}; expected a fraction in [0, 1]")

@@ -44,8 +44,9 @@ class OptionNames(TyperGroup):
     """A group of commands whose errors name options as they are typed: --batch-size, not batch_size.
 
     So do refusals to resume, which name each setting that differs (`cepo.files.claim`): --seed, not config.seed. A
-    dotted name at the beginning of an error is an entry of a recipe, such as data.source, and is kept. The error for a
-    missing required option has the option's help and an example. Ctrl-C is reported too.
+    dotted name at the beginning of an error is an entry of a recipe, such as data.source, and is kept, and so is a name
+    that holds an unknown key. The error for a missing required option has the option's help and an example. Ctrl-C is
+    reported too.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -78,7 +79,7 @@ class OptionNames(TyperGroup):
             }
             options |= {name: option_of(one) for name, one in parameters.items()}  # --donors is not the number `donors`
             told, other, settings = str(error).partition(_OTHER_SETTINGS)
-            told = re.sub(r"^\w+\b(?!\.)", lambda name: options.get(name[0], name[0]), told)
+            told = re.sub(r"^\w+\b(?!\.| holds the unknown key)", lambda name: options.get(name[0], name[0]), told)
             settings = _SETTING.sub(lambda name: options.get(name[1], name[0]), settings)
             told += other + settings
             if told == str(error):

@@ -96,8 +96,8 @@ REFUSED = {
     f"{TRAIN} --model model/final --output model": "--output is 'model', which would overwrite --model ('model/final')",
     "reward-model run.yaml --data model/left_out.jsonl --output model": "would overwrite --data ('model/left_out.jsonl",
     f"{REWARD} --set sedd=1": "config 'run.yaml' holds the unknown key sedd; expected some of model, data",
-    f"{REWARD} --set data.tiez=1": "data holds the unknown key tiez; expected some of test_fraction",
-    f"{REWARD} --data testbed --set data.split=a": "data holds the unknown key split; expected some of test_frac",
+    f"{REWARD} --set data.tiez=1": "data holds the unknown key tiez; expected some of source, test",
+    f"{REWARD} --data testbed --set data.split=a": "data holds the unknown key split; expected some of source, te",
     f"{REWARD} --set form=poem": "form is 'poem'; expected bradley-terry or pairwise",
     f"{REWARD} --set tie_weight=-1": "tie_weight is -1; expected a number >= 0",
     "warm-start --data none.jsonl --output out": "--data none.jsonl",
@@ -324,6 +324,7 @@ def test_errors_name_the_option_and_leave_what_is_none() -> None:
 
     assert told("data.source is missing") == "data.source is missing"
     assert told("data rows.jsonl holds no usable row") == "--data rows.jsonl holds no usable row"
+    assert told("data holds the unknown key sorce") == "data holds the unknown key sorce"
     assert told("arms names foo") == "--arm names foo"
     assert told("donors is 0") == "--donor-count is 0"
     assert told("donors_file is none") == "--donors is none"

@@ -255,7 +255,7 @@ def test_every_recipe_is_a_valid_run(recipe: Path) -> None:
         (["--set", "reward.warp=9"], "reward holds warp, which TRL's RewardConfig does not have"),
         (["--set", "reward.pad_token=x"], "reward holds pad_token"),
         (["--set", "form=pairwise", "--set", "template=none"], "lacks {prompt}"),
-        (["--set", "data.colour=1"], "data holds the unknown key colour; expected some of test_fraction, count"),
+        (["--set", "data.colour=1"], "data holds the unknown key colour; expected some of source, test_fraction"),
         (["--set", "data.kinds=[poem]"], "kinds holds 'poem'"),
         (["--set", "data.ties=maybe"], "ties is 'maybe'"),
         (["--set", "data.ties=true"], 'data.ties is True; expected "true", unchecked or wrong'),
