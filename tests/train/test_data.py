@@ -76,7 +76,7 @@ def test_broken_lines_are_reported_and_lose_no_other_row(tmp_path: Path) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """Protects the first mistake that users make."""
     for load in (read_jsonl, load_preferences, load_reasoning):
-        with pytest.raises(ValueError, match="no-such.jsonl is not (there|a file); expected"):
+        with pytest.raises(ValueError, match="no-such.jsonl (does not exist|is not a file); expected"):
             load(tmp_path / "no-such.jsonl")
 
 

@@ -208,7 +208,7 @@ def test_best_of_n_the_whole_way(tmp_path: Path) -> None:
     assert again.prompts == []
     with pytest.raises(ValueError, match="n was 4 and is 2"):
         measure_best_of(replace(best_of_job(tmp_path, draws=2), sizes=(1, 2)), open_=again.open)
-    with pytest.raises(ValueError, match="records in judgements.jsonl are not of the rows"):
+    with pytest.raises(ValueError, match="records in judgements.jsonl belong to rows that this run does not read"):
         measure_best_of(best_of_job(tmp_path, draws=2, limit=2), open_=again.open)
 
 

@@ -59,7 +59,9 @@ def test_a_policy_that_was_trained_again_needs_another_output(tmp_path: Path, mo
     measure_flips(wanted)
     assert len(measure_flips(replace(wanted, judges=(judge, "lazy")))) == 2  # another judge may join
     testbed_model.build_model(tokenizer, seed=1).save_pretrained(judge)
-    with pytest.raises(ValueError, match="50 of the 100 records in judgements.jsonl are not of the rows"):
+    with pytest.raises(
+        ValueError, match="50 of the 100 records in judgements.jsonl belong to rows that this run does not read"
+    ):
         measure_flips(replace(wanted, judges=(judge, "lazy")))
 
 

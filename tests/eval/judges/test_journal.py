@@ -61,7 +61,9 @@ def test_judgements_of_rows_that_are_gone_are_refused_and_kept(tmp_path: Path) -
     path = tmp_path / "judgements.jsonl"
     ask(path, Plain())
     before = path.read_text()
-    with pytest.raises(ValueError, match="2 of the 4 records in judgements.jsonl are not of the rows"):
+    with pytest.raises(
+        ValueError, match="2 of the 4 records in judgements.jsonl belong to rows that this run does not read"
+    ):
         ask(path, Plain(), count=2)
     assert path.read_text() == before
 

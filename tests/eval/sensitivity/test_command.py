@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_and_every_edit_is_counted(tmp_path: Path, monkeypa
     assert "the exact effect is" in page
     assert "nats</strong>" not in page, "a reward has no nats"
     write(tmp_path / "rows.jsonl", rows[1:])
-    with pytest.raises(ValueError, match="1 of the 2 records in rows.jsonl are not of the rows"):
+    with pytest.raises(ValueError, match="1 of the 2 records in rows.jsonl belong to rows that this run does not read"):
         run_sensitivity(job)
 
 

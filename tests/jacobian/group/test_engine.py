@@ -195,9 +195,9 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="memory_budget"):
         GroupEngine(model, memory_budget=0.0)
     engine, sound = GroupEngine(model), ragged_rollout(0)
-    with pytest.raises(ValueError, match="no Jacobians: nothing there"):
+    with pytest.raises(ValueError, match="one that cannot be run: nothing there"):
         engine.jacobians(Group((replace(sound, malformed="nothing there"),)), PAPER)
-    with pytest.raises(ValueError, match="no Jacobians: nothing there"):
+    with pytest.raises(ValueError, match="one that cannot be run: nothing there"):
         engine.plan(Group((Rollout(sound.prompt_ids, sound.completion_ids, malformed="nothing there"),)))
     with pytest.raises(ValueError, match="links is empty"):
         Request(Group((sound,)), ())
