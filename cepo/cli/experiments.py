@@ -20,6 +20,12 @@ from cepo.cli.shared import (
     use_threads,
 )
 
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(help="Run this seed instead of the recipe's; may be repeated.", callback=checks.at_least(0)),
+]
+Commit = Annotated[str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")]
+
 
 def experiment(
     context: typer.Context,
@@ -43,10 +49,7 @@ def experiment(
     arm: Annotated[
         list[str] | None, typer.Option(help="Run only this arm, such as task or 'X->Y influence'; may be repeated.")
     ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Run this seed instead of the recipe's; may be repeated.", callback=checks.at_least(0)),
-    ] = None,
+    seed: Seeds = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Number of GRPO steps per arm. Default: the recipe's.", callback=checks.at_least(1)),
@@ -59,9 +62,7 @@ def experiment(
         int | None, typer.Option(help="Number of items per measure. Default: 200.", callback=checks.at_least(1))
     ] = None,
     device: Device = "cpu",
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
-    ] = None,
+    commit: Commit = None,
     quick: Annotated[bool, typer.Option("--quick", help="Check that it works: one seed, 4 steps, 32 items.")] = False,
 ) -> None:
     """Compare rewards on the testbed, over seeds, at equal steps: which one makes the criteria cause the verdict?
@@ -123,19 +124,14 @@ def reward_experiment(
     arm: Annotated[
         list[str] | None, typer.Option(help="Run only this arm, such as plain or both; may be repeated.")
     ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Run this seed instead of the recipe's; may be repeated.", callback=checks.at_least(0)),
-    ] = None,
+    seed: Seeds = None,
     steps: Annotated[
         int | None,
         typer.Option(
             help="Number of optimiser steps per arm. Default: the training recipe's.", callback=checks.at_least(1)
         ),
     ] = None,
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to record with the rows. Default: the repository's.")
-    ] = None,
+    commit: Commit = None,
 ) -> None:
     """Compare training pairs, over seeds, at equal steps: which make a reward model follow the cause and not a cue?
 

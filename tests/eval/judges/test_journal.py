@@ -8,7 +8,8 @@ import pytest
 
 from cepo.eval.judges.journal import JudgeTask, collect_judgements
 from cepo.eval.judges.settings import Judgement, Messages
-from tests.eval.rewardbench.rule import SCORES, read_jsonl
+from tests.eval.rewardbench.rule import SCORES
+from tests.jsonl import read_jsonl
 
 SAID = {"command": "eval rewardbench", "model": "m"}
 

@@ -1,9 +1,7 @@
 """Rows, a judge that follows a rule, and its records: what tests of preference benchmarks share."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from cepo.eval.judges.journal import judgement_record
@@ -13,15 +11,6 @@ from cepo.eval.rewardbench.metrics import MetricEstimate
 from cepo.train.prompts import JUDGE_LITERALS
 
 SCORES = "<scores>\\boxed{{{}, {}}}</scores>"
-
-
-def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def row(number: int, chosen: str = "good", rejected: str = "bad", **more: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from cepo.eval.judges.settings import JudgeSettings
 from cepo.eval.rewardbench import command as rewardbench_module
 from cepo.eval.rewardbench.command import RewardBenchJob, run_rewardbench
 from cepo.train import testbed, testbed_model
-from tests.eval.rewardbench.rule import SCORES, Rule, longer, read_jsonl, row, write_jsonl
+from tests.eval.rewardbench.rule import SCORES, Rule, longer, row
+from tests.jsonl import read_jsonl, write_jsonl
 
 
 def job(tmp_path: Path, data: Path, **settings: Any) -> RewardBenchJob:

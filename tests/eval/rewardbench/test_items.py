@@ -8,7 +8,8 @@ import pytest
 
 from cepo.eval.judges.journal import collect_judgements
 from cepo.eval.rewardbench.items import HUB_NAMES, judge_tasks, load_items, read_item
-from tests.eval.rewardbench.rule import SCORES, Rule, row, shown, write_jsonl
+from tests.eval.rewardbench.rule import SCORES, Rule, row, shown
+from tests.jsonl import write_jsonl
 from tests.paths import DATA
 
 PAIRS = DATA / "pref"

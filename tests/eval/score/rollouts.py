@@ -1,8 +1,6 @@
 """Rows of the testbed and the command line: what tests of `cepo score` share."""
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +12,6 @@ ITEMS = testbed.generate_items(5, seed=9, cue_agreement=0.5)
 LINKS = ["Z->X", "X->Y", "Z->Y"]
 WIDE = ("--dtype", "float64")
 ALONE = ("--link", "X->Y", "--score", "influence")  # what a row has without rows of other prompts, its donors
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def gold_rows() -> list[dict[str, Any]]:

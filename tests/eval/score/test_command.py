@@ -18,7 +18,8 @@ from cepo.jacobian.reading.spans import SpanReader
 from cepo.train import testbed
 from cepo.train.prompts import JUDGE, judge_prompt
 from tests.eval.score.records import check_alike
-from tests.eval.score.rollouts import ALONE, ITEMS, LINKS, WIDE, Cepo, gold_rows, read_jsonl, write_jsonl
+from tests.eval.score.rollouts import ALONE, ITEMS, LINKS, WIDE, Cepo, gold_rows
+from tests.jsonl import read_jsonl, write_jsonl
 
 PARTS = ("base", "residual", "source_positions", "target_positions")
 

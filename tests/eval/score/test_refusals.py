@@ -11,7 +11,8 @@ from cepo.cli.app import main
 from cepo.eval.score import command as score_module
 from cepo.eval.score import scorer as scorer_module
 from cepo.fusion.config import RewardConfig
-from tests.eval.score.rollouts import ALONE, ITEMS, Cepo, gold_rows, read_jsonl, write_jsonl
+from tests.eval.score.rollouts import ALONE, ITEMS, Cepo, gold_rows
+from tests.jsonl import read_jsonl, write_jsonl
 
 
 def test_broken_lines_are_named_and_the_other_rows_scored(judge: Path, tmp_path: Path, cepo: Cepo) -> None:

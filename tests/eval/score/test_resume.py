@@ -12,7 +12,8 @@ from cepo.eval.score import command as score_module
 from cepo.eval.score import scorer as scorer_module
 from cepo.files import append_jsonl
 from tests.eval.score.records import check_alike
-from tests.eval.score.rollouts import ALONE, WIDE, Cepo, gold_rows, read_jsonl, write_jsonl
+from tests.eval.score.rollouts import ALONE, WIDE, Cepo, gold_rows
+from tests.jsonl import read_jsonl, write_jsonl
 
 
 def test_a_killed_run_goes_on_where_it_stopped(
