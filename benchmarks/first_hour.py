@@ -87,7 +87,7 @@ def gpu_parts(output: Path, card: str, gib: float, commit: str | None = None) ->
             "results.jsonl",
             least=60,
             resumes=True,
-            needs=(*of_words, "trl"),
+            needs=(*of_words, "trl", "math_verify"),
         ),
         "causal": Part(
             _cepo(f"eval causal --testbed --world words-lazy {_WHOLE} --without-pair --device cuda", output / "causal"),
@@ -111,7 +111,7 @@ def cpu_parts(output: Path, commit: str | None = None) -> dict[str, Part]:
         VALUES: Part((*values, *_words("-x -p no:cacheprovider -p no:xdist -p tests.kernels.checks")), 300),
         **_benchmarks(output, "cpu", "tiny", commit),
         "experiment": Part(
-            _cepo(tiny, output / "experiment", commit), 300, "results.jsonl", resumes=True, needs=("datasets", "trl")
+            _cepo(tiny, output / "experiment", commit), 300, "results.jsonl", resumes=True, needs=("datasets", "trl", "math_verify")
         ),
         "causal": Part(_cepo(causal, output / "causal"), 150, "summary.jsonl", resumes=True, needs=("datasets",)),
     }
@@ -124,7 +124,7 @@ def _benchmarks(output: Path, device: str, size: str, commit: str | None) -> dic
     left_out = "scaling, the static opening, and the peers torch.func, Captum and Inseq"
     return {
         "kernels": Part(_cepo(kernels, output / "kernels", commit), 200, "kernels.jsonl"),
-        "engine": Part(_cepo(engine, output / "engine", commit), 200, "results.jsonl", leaves_out=left_out),
+        "engine": Part(_cepo(engine, output / "engine", commit), 300, "results.jsonl", leaves_out=left_out),
     }
 
 

@@ -174,7 +174,8 @@ def test_the_parts_of_a_gpu(tmp_path: Path) -> None:
     assert (ROOT / parts[VALUES].arguments[2]).is_dir()
     for name in ("kernels", "engine", "experiment"):
         assert parts[name].arguments[-1] == "abc"
-    assert sum(parts[name].seconds for name in (VALUES, "kernels", "engine")) < 570
+    assert parts[VALUES].seconds + parts["kernels"].seconds < 570  # one call finds a wrong value or times the kernels
+    assert parts["engine"].seconds < 570
     for card, size in (("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100"), ("L4", "gpu-135m")):
         assert f" --size {size} " in " ".join(gpu_parts(tmp_path, card, 22.0)["engine"].arguments)
     assert " --jobs 1 " in " ".join(gpu_parts(tmp_path, "T4", 8.0)["experiment"].arguments)
