@@ -111,7 +111,11 @@ def cpu_parts(output: Path, commit: str | None = None) -> dict[str, Part]:
         VALUES: Part((*values, *_words("-x -p no:cacheprovider -p no:xdist -p tests.kernels.checks")), 300),
         **_benchmarks(output, "cpu", "tiny", commit),
         "experiment": Part(
-            _cepo(tiny, output / "experiment", commit), 300, "results.jsonl", resumes=True, needs=("datasets", "trl", "math_verify")
+            _cepo(tiny, output / "experiment", commit),
+            300,
+            "results.jsonl",
+            resumes=True,
+            needs=("datasets", "trl", "math_verify"),
         ),
         "causal": Part(_cepo(causal, output / "causal"), 150, "summary.jsonl", resumes=True, needs=("datasets",)),
     }

@@ -58,6 +58,7 @@ def near(text: str, values: list[float]) -> bool:
     [
         ("testbed-worlds", "## Which reward or loss"),
         ("testbed-words", "## The same in words"),
+        ("testbed-words-whole-h200", "### SmolLM2 whole"),
         ("testbed-reasoner", "## The same for reasoners"),
         ("testbed-controller", "## A weight set by a controller"),
     ],
@@ -82,10 +83,11 @@ def test_a_table_of_worlds_is_what_the_rows_say(name: str, heading: str) -> None
         assert near(row[7], [mean(of_arm[seed]["in_distribution"] for seed in of_arm)])
 
 
-def test_the_winner_is_compared_with_its_shuffle() -> None:
+@pytest.mark.parametrize(("name", "world"), [("testbed-worlds", "lazy"), ("testbed-words", "words-lazy")])
+def test_the_winner_is_compared_with_its_shuffle(name: str, world: str) -> None:
     runs: dict[str, dict[int, dict[str, float]]] = {}
-    for row in rows_of("testbed-worlds.jsonl"):
-        if row["world"] == "lazy":
+    for row in rows_of(f"{name}.jsonl"):
+        if row["world"] == world:
             runs.setdefault(row["arm"], {})[row["seed"]] = row
     effect, shuffled = runs["effect chain"], runs["effect chain shuffled"]
     prose = " ".join((ROOT / "docs" / "results.md").read_text().split())
@@ -321,9 +323,14 @@ def test_the_readme_gives_the_numbers_of_the_results() -> None:
         ours, theirs = ([run[measure] for run in worlds[world, name].values()] for name in (arm, other))
         assert difference(ours, theirs) in readme, (world, arm, other)
     words = {(row["world"], row["arm"], row["seed"]): row["turned"] for row in rows_of("testbed-words.jsonl")}
-    for world, arm in (("lazy", "effect chain"), ("hollow", "effect chain"), ("hollow", "causal loss")):
-        ours, theirs = ([words[f"words-{world}", name, seed] for seed in (31, 32, 33)] for name in (arm, "task"))
-        assert difference(ours, theirs) in readme, (world, arm)
+    for world, arm, other in (
+        ("lazy", "effect chain", "task"),
+        ("lazy", "effect chain", "effect chain shuffled"),
+        ("hollow", "effect chain", "task"),
+        ("hollow", "causal loss", "task"),
+    ):
+        ours, theirs = ([words[f"words-{world}", name, seed] for seed in (31, 32, 33)] for name in (arm, other))
+        assert difference(ours, theirs) in readme, (world, arm, other)
     turned = {arm: {seed: row["turned"] for seed, row in of_arm.items()} for arm, of_arm in recorded_runs().items()}
     for arm in ("X->Y influence", "X->Y phi", "CE-PO"):
         fresh = [seed for seed in turned[arm] if seed > 5]
