@@ -10,10 +10,12 @@ from typing import Any
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, MalformedError, as_bytes, as_text
 
 THOUGHT = "think"
-# How models open and close a thought: most; some; Magistral; Kimi; Seed-OSS.
+# How models open and close a thought: most; some; Magistral; Kimi; Seed-OSS; Command A; gpt-oss, whose answer has a
+# header of its own.
 _SPELLINGS = (
     *(("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]")),
-    *(("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>")),
+    *(("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>")),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
 )
 # Left and right quotation marks, and the spaces that French puts inside its own; English puts a comma or point there.
 _MARKS = ["``", "''", '""', "“”", "‘’", "„“", "‚‘", "«»", "‹›", "「」", "『』", "《》"]
@@ -44,10 +46,10 @@ def find_thought(
     """Return the thought of a completion.
 
     There is one if the prompt opened it, or if the completion itself begins with the opening tag; consecutive thoughts
-    count as one. `<thinking>`, `[THINK]`, `◁think▷` and `<seed:think>` are other spellings of `<think>`. Anywhere else
-    a tag is text, with one exception, for texts whose prompt is unknown or was rendered by another template: a closing
-    tag that nothing opened ends a thought, unless a section of the format opens before it and does not open again after
-    it. By this rule a `</think>` that is quoted in or after a judgement is text.
+    count as one. Other models spell the tag otherwise, see `_SPELLINGS`. Anywhere else a tag is text, with one
+    exception, for texts whose prompt is unknown or was rendered by another template: a closing tag that nothing opened
+    ends a thought, unless a section of the format opens before it and does not open again after it. By this rule a
+    `</think>` that is quoted in or after a judgement is text.
 
     The thought ends at its first closing tag. Two kinds of quoted tags inside it are text: a closing tag in quotation
     marks or backticks, and one that follows an opening tag on the same line ("I reason inside <think> and </think>"),
@@ -142,7 +144,7 @@ def open_thought(thought: str) -> str:
     Where it ends is known, so a closing tag that is quoted in it must not end it.
     """
     for closing in spellings(THOUGHT).values():
-        thought = thought.replace(closing.decode(), closing.decode().replace("/", "\\/"))
+        thought = thought.replace(closing.decode(), f"{closing.decode()[0]}\\{closing.decode()[1:]}")
     return f"<{THOUGHT}>{thought}"
 
 

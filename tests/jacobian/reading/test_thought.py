@@ -37,6 +37,8 @@ def test_a_prompt_that_ends_in_the_tag_opened_a_thought(prompt: str, opened: boo
         ("[THINK]so, inside [THINK] and [/THINK], then\n[/THINK]", False),
         (f"◁think▷{GOOD}◁/think▷", False),
         ("<seed:think>so</seed:think>", True),
+        (f"<|START_THINKING|>{GOOD}<|END_THINKING|>", False),
+        (f"<|channel|>analysis<|message|>{GOOD}<|end|><|start|>assistant<|channel|>final<|message|>", False),
         ("<thinking>so</think>", False),
         ("<think>\n<think>\nso</think>", False),
         ("<think>so</think>", True),
@@ -83,6 +85,7 @@ def test_a_closing_tag_behind_a_judgement_closes_no_thought(after: str) -> None:
         (f"I close it with “</think>”.\n{GOOD}\nWait, A", True),
         (f"[THINK]I draft it.\n{GOOD}\nWait, A", False),
         (f"◁think▷I draft it.\n{GOOD}\nWait, A", False),
+        (f"<|channel|>analysis<|message|>I draft it.\n{GOOD}<|end|>", False),
         (f"<think>我用「</think>」结束。\n{GOOD}\nWait, A", False),
     ],
 )
