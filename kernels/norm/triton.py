@@ -39,7 +39,7 @@ def norm_forward(
     tile = _tile(rows_ND)
     norm_forward_kernel[(triton.cdiv(rows, tile.rows),)](
         rows_ND,
-        weight_D.float().contiguous(),
+        weight_D.contiguous(),
         normed_ND,
         scale_N,
         rows_ND.stride(0),
@@ -67,7 +67,7 @@ def norm_vjp(
     norm_vjp_kernel[(triton.cdiv(rows, tile.rows),)](
         cotangents_CND,
         rows_ND,
-        weight_D.float().contiguous(),
+        weight_D.contiguous(),
         scale_N,
         gradient_CND,
         *cotangents_CND.stride()[:2],
@@ -90,7 +90,7 @@ def _tile(rows_ND: Tensor) -> Tile:
 @triton.jit(do_not_specialize=COUNTS)
 def norm_forward_kernel(
     hidden_ptr,
-    weight_f32_ptr,
+    weight_ptr,
     normed_ptr,
     scale_f32_ptr,
     hidden_stride_n,
@@ -112,7 +112,7 @@ def norm_forward_kernel(
     hidden_MD = hidden_MD.to(tl.float32)
     scale_M = tl.rsqrt(tl.sum(hidden_MD * hidden_MD, 1) / size + epsilon_f32)
     tl.store(scale_f32_ptr + row_M, scale_M, mask=row_M < rows)
-    weight_D = tl.load(weight_f32_ptr + column_D, mask=column_D < size, other=0.0) + offset_f32
+    weight_D = tl.load(weight_ptr + column_D, mask=column_D < size, other=0.0).to(tl.float32) + offset_f32
     normed_MD = hidden_MD * scale_M[:, None] * weight_D[None, :]
     place_MD = row_M[:, None] * size + column_D[None, :]
     tl.store(normed_ptr + place_MD, normed_MD.to(normed_ptr.dtype.element_ty), mask=mask_MD)
@@ -122,7 +122,7 @@ def norm_forward_kernel(
 def norm_vjp_kernel(
     cotangent_ptr,
     hidden_ptr,
-    weight_f32_ptr,
+    weight_ptr,
     scale_f32_ptr,
     gradient_ptr,
     cotangent_stride_c,
@@ -146,7 +146,7 @@ def norm_vjp_kernel(
     hidden_MD = tl.load(hidden_ptr + row_M[:, None] * hidden_stride_n + column_D[None, :], mask=mask_MD, other=0.0)
     scale_M = tl.load(scale_f32_ptr + row_M, mask=row_M < rows, other=0.0)
     unit_MD = hidden_MD.to(tl.float32) * scale_M[:, None]
-    weight_D = tl.load(weight_f32_ptr + column_D, mask=column_D < size, other=0.0) + offset_f32
+    weight_D = tl.load(weight_ptr + column_D, mask=column_D < size, other=0.0).to(tl.float32) + offset_f32
     cotangent_MD = cotangent_ptr + row_M[:, None] * cotangent_stride_n + column_D[None, :]
     out_MD = gradient_ptr + row_M[:, None] * size + column_D[None, :]
     step = tl.cast(rows, tl.int64) * size

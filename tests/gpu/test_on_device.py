@@ -64,7 +64,11 @@ from tests.kernels.head.interpreted_head import (
     test_head_of_a_confident_model_keeps_its_digits,
     test_head_refuses_what_it_would_read_wrongly,
 )
-from tests.kernels.norm.interpreted_norm import test_rms_norm_equals_the_definition, test_rms_norm_takes_strides
+from tests.kernels.norm.interpreted_norm import (
+    test_rms_norm_equals_the_definition,
+    test_rms_norm_reads_a_weight_of_another_dtype,
+    test_rms_norm_takes_strides,
+)
 from tests.kernels.swiglu.interpreted_swiglu import (
     test_swiglu_equals_the_definition,
     test_swiglu_takes_halves_of_a_wider_tensor,

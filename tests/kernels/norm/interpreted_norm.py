@@ -58,6 +58,20 @@ def test_rms_norm_takes_strides() -> None:
     assert_close(got, torch.autograd.grad(norm(wide, "torch").sum(), wide)[0])
 
 
+@pytest.mark.parametrize(("rows", "weights"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_rms_norm_reads_a_weight_of_another_dtype(rows: torch.dtype, weights: torch.dtype) -> None:
+    """As in models whose norms stay in float32: the weight is not rounded to the rows' dtype."""
+    from cepo.kernels.norm.dispatch import rms_norm
+
+    weight = normal(1, 64, dtype=weights)
+
+    def norm(hidden_ND: Tensor, implementation: str) -> Tensor:
+        scale = weight.double() if hidden_ND.dtype == torch.float64 else weight
+        return rms_norm(hidden_ND, scale, epsilon=1e-5, implementation=implementation)
+
+    assert_gradients(norm, [normal(0, 6, 64, dtype=rows).requires_grad_()], 2)
+
+
 def test_rms_norm_refuses_what_it_would_read_wrongly() -> None:
     from cepo.kernels.norm.dispatch import rms_norm
 
