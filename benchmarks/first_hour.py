@@ -35,6 +35,7 @@ VALUES = "values"
 DONE, FAILED, GOES_ON = 0, 1, 3  # exit codes; 2 is that of a bad option
 _WHOLE = "--layers 30"  # SmolLM2 with all its layers
 _GIB_PER_RUN = 10  # GPU memory per training run of the experiment
+_TRAINING = ("trl", "math_verify")  # packages that a training run needs
 Row = dict[str, Any]
 
 
@@ -87,7 +88,7 @@ def gpu_parts(output: Path, card: str, gib: float, commit: str | None = None) ->
             "results.jsonl",
             least=60,
             resumes=True,
-            needs=(*of_words, "trl", "math_verify"),
+            needs=(*of_words, *_TRAINING),
         ),
         "causal": Part(
             _cepo(f"eval causal --testbed --world words-lazy {_WHOLE} --without-pair --device cuda", output / "causal"),
@@ -115,7 +116,7 @@ def cpu_parts(output: Path, commit: str | None = None) -> dict[str, Part]:
             300,
             "results.jsonl",
             resumes=True,
-            needs=("datasets", "trl", "math_verify"),
+            needs=("datasets", *_TRAINING),
         ),
         "causal": Part(_cepo(causal, output / "causal"), 150, "summary.jsonl", resumes=True, needs=("datasets",)),
     }

@@ -10,11 +10,15 @@ from typing import Any
 from cepo.jacobian.reading.layout import WHITE_SPACE, ByteRange, MalformedError, as_bytes, as_text
 
 THOUGHT = "think"
-# How models open and close a thought: most; some; Magistral; Kimi; Seed-OSS; Command A; gpt-oss, whose answer has a
-# header of its own.
+# How models open and close a thought.
 _SPELLINGS = (
-    *(("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]")),
-    *(("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>")),
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    # gpt-oss, whose answer has a header of its own
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
 )
 # Left and right quotation marks, and the spaces that French puts inside its own; English puts a comma or point there.
@@ -46,10 +50,10 @@ def find_thought(
     """Return the thought of a completion.
 
     There is one if the prompt opened it, or if the completion itself begins with the opening tag; consecutive thoughts
-    count as one. Other models spell the tag otherwise, see `_SPELLINGS`. Anywhere else a tag is text, with one
-    exception, for texts whose prompt is unknown or was rendered by another template: a closing tag that nothing opened
-    ends a thought, unless a section of the format opens before it and does not open again after it. By this rule a
-    `</think>` that is quoted in or after a judgement is text.
+    count as one. Models spell the tag in several ways, which docs/formats.md lists. Anywhere else a tag is text, with
+    one exception, for texts whose prompt is unknown or was rendered by another template: a closing tag that nothing
+    opened ends a thought, unless a section of the format opens before it and does not open again after it. By this rule
+    a `</think>` that is quoted in or after a judgement is text.
 
     The thought ends at its first closing tag. Two kinds of quoted tags inside it are text: a closing tag in quotation
     marks or backticks, and one that follows an opening tag on the same line ("I reason inside <think> and </think>"),
@@ -143,8 +147,8 @@ def open_thought(thought: str) -> str:
 
     Where it ends is known, so a closing tag that is quoted in it must not end it.
     """
-    for closing in spellings(THOUGHT).values():
-        thought = thought.replace(closing.decode(), f"{closing.decode()[0]}\\{closing.decode()[1:]}")
+    for _, closing in _SPELLINGS:
+        thought = thought.replace(closing, f"{closing[0]}\\{closing[1:]}")
     return f"<{THOUGHT}>{thought}"
 
 
